@@ -1,0 +1,157 @@
+"""`LowRank`, the value that stands for one low-rank update.
+
+It does not know which weight it belongs to, nor any module or file.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from brushstroke.errors import ConfigError, ShapeError
+from brushstroke.lowrank import algebra
+from brushstroke.lowrank.algebra import Factors
+from brushstroke.lowrank.spectra import Svd, singular_values, svd
+from brushstroke.lowrank.update import Update
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Update):
+    """ΔW = scale·U·V (arXiv:2106.09685, section 4.1, with U = Aᵀ, V = Bᵀ).
+
+    Operators return new values: sums are exact in factor form, and the rank of a sum is the sum of the ranks.
+
+    Args:
+        U: input factor, any float dtype.
+        V: output factor, same dtype and device as U.
+        scale: multiplies the product; alpha/rank, alpha/√rank or a literal.
+
+    Raises:
+        ShapeError: the factors are not two matrices that can be multiplied, or differ in dtype or device.
+
+    >>> a = LowRank(torch.ones(3, 1), torch.ones(1, 2), scale=0.5)
+    >>> (2.0 * a + a).dense()[0]
+    tensor([1.5000, 1.5000])
+    """
+
+    U: Float[Tensor, "d r"]
+    V: Float[Tensor, "r h"]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        U, V = self.U, self.V
+        if U.ndim != 2 or V.ndim != 2 or U.shape[1] != V.shape[0]:
+            raise ShapeError(
+                f"U must be (d, r) and V (r, h) with the same rank r; got U {tuple(U.shape)} and V {tuple(V.shape)}"
+            )
+        if U.dtype != V.dtype or not U.is_floating_point():
+            raise ShapeError(f"U and V must share one float dtype; got {U.dtype} and {V.dtype}")
+        if U.device != V.device:
+            raise ShapeError(f"U and V must be on one device; got {U.device} and {V.device}")
+        object.__setattr__(self, "scale", float(self.scale))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, h)."""
+        return self.U.shape[0], self.V.shape[1]
+
+    @property
+    def d(self) -> int:
+        """Input width."""
+        return self.U.shape[0]
+
+    @property
+    def h(self) -> int:
+        """Output width."""
+        return self.V.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of U."""
+        return self.U.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """r·(d + h)."""
+        return self.U.numel() + self.V.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of both factors."""
+        return self.U.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both factors."""
+        return self.U.device
+
+    @property
+    def factors(self) -> Factors:
+        """The triple (U, V, scale)."""
+        return Factors(self.U, self.V, self.scale)
+
+    @property
+    def sigma(self) -> Float[Tensor, " k"]:
+        """The singular values of ΔW, descending, float64, k = min(r, d, h)."""
+        return singular_values(*self.factors)
+
+    def svd(self) -> Svd:
+        """The thin SVD of ΔW from the factors, float64."""
+        return svd(*self.factors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{"U": U, "V": V}."""
+        return {"U": self.U, "V": self.V}
+
+    def dense(self, W: Float[Tensor, "d h"] | None = None) -> Float[Tensor, "d h"]:
+        """scale·U·V; W is not needed."""
+        return self.scale * (self.U @ self.V)
+
+    def apply(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+        """scale·(x·U)·V."""
+        return self.scale * ((x @ self.U) @ self.V)
+
+    def delta_norm(self) -> float:
+        """‖ΔW‖_F in float64, from the factors."""
+        return algebra.norm(self.factors)
+
+    def inner(self, other: Self) -> float:
+        """⟨ΔW₁, ΔW₂⟩ in float64, from the factors."""
+        self._check(other)
+        return algebra.inner(self.factors, other.factors)
+
+    def truncate(self, rank: int) -> Self:
+        """The nearest update (in Frobenius norm) of at most this rank; itself where its rank is no larger.
+
+        Raises:
+            ConfigError: rank is below 1.
+        """
+        if rank < 1:
+            raise ConfigError(f"a rank must be at least 1; got {rank}")
+        if rank >= self.rank:
+            return self
+        return type(self)(*algebra.from_svd(self.svd(), rank, self.dtype))
+
+    def truncation_loss(self, rank: int) -> float:
+        """‖ΔW − truncate(rank)‖_F, known before truncating (Eckart-Young)."""
+        return algebra.tail_norm(self.sigma, rank)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        """The same update in another dtype or on another device."""
+        return type(self)(self.U.to(device, dtype), self.V.to(device, dtype), self.scale)
+
+    def __add__(self, other: Self) -> Self:
+        self._check(other)
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return type(self)(*algebra.add([self.to(dtype).factors, other.to(dtype, self.device).factors]))
+
+    def __mul__(self, factor: float) -> Self:
+        return type(self)(self.U, self.V, float(factor) * self.scale)
+
+    def _check(self, other: "LowRank") -> None:
+        if self.shape != other.shape:
+            raise ShapeError(
+                f"two updates of one weight must have the same shape; got {self.shape} and {other.shape}"
+            )
