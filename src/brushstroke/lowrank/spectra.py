@@ -37,7 +37,9 @@ def svd(U: Float[Tensor, "d r"], V: Float[Tensor, "r h"], scale: float = 1.0) ->
     return Svd(q_u @ left, sigma, right @ q_v.mT)
 
 
-def singular_values(U: Float[Tensor, "d r"], V: Float[Tensor, "r h"], scale: float = 1.0) -> Float[Tensor, " k"]:
+def singular_values(
+    U: Float[Tensor, "d r"], V: Float[Tensor, "r h"], scale: float = 1.0
+) -> Float[Tensor, " k"]:
     """The singular values of scale·U·V, descending, in float64, without the directions."""
     r_u = torch.linalg.qr(U.double(), mode="r").R
     r_v = torch.linalg.qr(V.double().mT, mode="r").R

@@ -1,0 +1,1 @@
+"""brushstroke: low-rank adaptation of any PyTorch network."""

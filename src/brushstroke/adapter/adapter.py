@@ -1,0 +1,135 @@
+"""`Adapter`, the value at the centre: site → update, with algebra over all sites at once.
+
+It is attached to nothing: layers put it into a model, formats into files.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+import torch
+
+from brushstroke.adapter.card import Card
+from brushstroke.errors import ShapeError, did_you_mean
+from brushstroke.lowrank.update import Update
+
+
+class Adapter(Mapping[str, Update]):
+    """An immutable mapping from site paths to updates.
+
+    `a + b`, `a - b`, `0.5 * a` and `-a` are exact in factor form; a site that only one of two adapters has keeps
+    its update. Editing always returns a new adapter.
+
+    Args:
+        updates: site path → update; at least one.
+        card: where the adapter comes from. Algebra keeps what is still true of the result: base, template.
+
+    >>> import torch
+    >>> from brushstroke.lowrank import LowRank
+    >>> a = Adapter({"fc": LowRank(torch.ones(3, 1), torch.ones(1, 2))})
+    >>> (a + 0.5 * a)["fc"].dense()[0]
+    tensor([1.5000, 1.5000])
+    """
+
+    def __init__(self, updates: Mapping[str, Update], card: Card | None = None) -> None:
+        if not updates:
+            raise ShapeError("an adapter needs at least one site; got none")
+        self._updates = dict(updates)
+        self._card = card
+
+    def __getitem__(self, site: str) -> Update:
+        try:
+            return self._updates[site]
+        except KeyError:
+            raise KeyError(f"this adapter has no site {site!r}{did_you_mean(site, self._updates)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._updates)
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __repr__(self) -> str:
+        base = f" of {self.card.base_name}" if self.card and self.card.base_name else ""
+        return f"Adapter({len(self)} sites, rank {self.rank}, {self.parameters:,} parameters{base})"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def card(self) -> Card | None:
+        """Where the adapter comes from, if known."""
+        return self._card
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any site; 0 where no update has a rank."""
+        return max((getattr(update, "rank", 0) for update in self.values()), default=0)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds, Σ r·(d + h)."""
+        return sum(update.parameters for update in self.values())
+
+    @property
+    def bytes(self) -> int:
+        """The size of its tensors in bytes."""
+        return sum(
+            t.numel() * t.element_size() for update in self.values() for t in update.tensors().values()
+        )
+
+    def with_card(self, card: Card | None) -> Self:
+        """The same updates under another card."""
+        return type(self)(self._updates, card)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        """The same adapter in another dtype or on another device."""
+        return type(self)({site: update.to(dtype, device) for site, update in self.items()}, self.card)
+
+    def norm(self) -> float:
+        """√Σ‖ΔW‖_F² over all sites, in float64."""
+        return sum(update.delta_norm() ** 2 for update in self.values()) ** 0.5
+
+    def inner(self, other: Self) -> float:
+        """Σ⟨ΔW₁, ΔW₂⟩ over the sites that both have, in float64."""
+        return sum(update.inner(other[site]) for site, update in self.items() if site in other)
+
+    def truncate(self, rank: int) -> Self:
+        """Every site's best approximation of at most this rank."""
+        return self._derived({site: update.truncate(rank) for site, update in self.items()})
+
+    def __add__(self, other: Self) -> Self:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        mismatched = [
+            f"{site}: {self[site].shape} and {other[site].shape}"
+            for site in self
+            if site in other and self[site].shape != other[site].shape
+        ]
+        if mismatched:
+            raise ShapeError(
+                "these adapters belong to bases of different shapes:\n  " + "\n  ".join(mismatched)
+            )
+        updates = dict(self._updates)
+        for site, update in other.items():
+            updates[site] = updates[site] + update if site in updates else update
+        return self._derived(updates)
+
+    def __sub__(self, other: Self) -> Self:
+        return self + (-other)
+
+    def __neg__(self) -> Self:
+        return self * -1.0
+
+    def __mul__(self, factor: float) -> Self:
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        return self._derived({site: update * factor for site, update in self.items()})
+
+    __rmul__ = __mul__
+
+    def _derived(self, updates: Mapping[str, Update]) -> Self:
+        """A new adapter of the same base: how this one was trained is no longer true of it."""
+        card = self.card.with_changes(lora=None, target_modules=(), training={}) if self.card else None
+        return type(self)(updates, card)

@@ -1,0 +1,92 @@
+"""What a user asks for when making a new adapter."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.lowrank.init import INITS
+
+SCALE_RULES = {
+    "standard": lambda alpha, rank: alpha / rank,  # arXiv:2106.09685, section 4.1
+    "rslora": lambda alpha, rank: alpha / rank**0.5,  # arXiv:2312.03732, equation 1
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The request for a new low-rank adapter.
+
+    Args:
+        rank: r of every site, unless `rank_pattern` names another.
+        alpha: numerator of the scale, unless `alpha_pattern` names another.
+        targets: "all-linear", "attention", "mlp", module names, path suffixes or regular expressions; one, or a
+            sequence of them. Every one must match a site.
+        scale_rule: "standard" for alpha/rank, "rslora" for alpha/√rank.
+        dropout: probability on the input of the low-rank path.
+        rank_pattern: rank for single patterns; the first that matches a site counts.
+        alpha_pattern: alpha for single patterns, likewise.
+        init: rule for the starting U, "kaiming" or "gaussian"; V starts at zero.
+
+    Raises:
+        ConfigError: a value that cannot work, named.
+
+    >>> LoraConfig(rank=4, targets=["q_proj", "v_proj"]).scale(4, 16)
+    4.0
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | tuple[str, ...] = "all-linear"
+    scale_rule: str = "standard"
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", targets)
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+        for where, rank in [
+            ("rank", self.rank),
+            *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items()),
+        ]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"{where} must be a whole number of at least 1; got {rank!r}")
+        for where, alpha in [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items()),
+        ]:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+                raise ConfigError(f"{where} must be a positive number; got {alpha!r}")
+        if not targets or not all(isinstance(target, str) and target for target in targets):
+            raise ConfigError(
+                f"targets must name at least one pattern, such as 'all-linear'; got {self.targets!r}"
+            )
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1; got {self.dropout!r}")
+        for name, known in (("scale_rule", SCALE_RULES), ("init", INITS)):
+            value = getattr(self, name)
+            if value not in known:
+                hint = did_you_mean(str(value), known)
+                raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}{hint}")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor in front of U·V for a site of this rank and alpha."""
+        return SCALE_RULES[self.scale_rule](alpha, rank)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON types."""
+        return {**dataclasses.asdict(self), "targets": list(self.targets)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`; an unknown key is an error."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r} in a LoRA config{did_you_mean(key, known)}")
+        return cls(**settings)

@@ -1,0 +1,182 @@
+"""From patterns to sites, ranks and scales.
+
+It sees only descriptions of sites, never modules.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from brushstroke.adapter.config import LoraConfig
+from brushstroke.adapter.site import Site
+from brushstroke.errors import TargetError
+
+_ATTENTION_PART = re.compile(r"(^|[._])(attn|attention|self_attn|selfattention|crossattention)([._]|$)")
+_ATTENTION_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+_MLP_PART = re.compile(r"(^|[._])(mlp|ffn|feed_forward|feedforward|intermediate|ff)([._]|$)")
+_MLP_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "w1", "w2", "w3"}
+
+
+def _is_attention(path: str) -> bool:
+    return bool(_ATTENTION_PART.search(path)) or path.rsplit(".", 1)[-1] in _ATTENTION_NAMES
+
+
+def _is_mlp(path: str) -> bool:
+    if _is_attention(path):
+        return False
+    bert_output = path.endswith("output.dense")
+    return bool(_MLP_PART.search(path)) or path.rsplit(".", 1)[-1] in _MLP_NAMES or bert_output
+
+
+GROUPS: dict[str, Callable[[str], bool]] = {
+    "all-linear": lambda path: True,
+    "attention": _is_attention,
+    "mlp": _is_mlp,
+}
+
+Value = TypeVar("Value", int, float)
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """Which sites get which factors.
+
+    Args:
+        matches: pattern → paths of the sites that it selects, in model order.
+        ranks: path → rank.
+        scales: path → scale.
+        capped: path → the rank that was asked for, where a group's small site got the largest that fits.
+        skipped: path → why a group left this site out.
+    """
+
+    matches: Mapping[str, tuple[str, ...]]
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+    capped: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+
+def matches_path(pattern: str, path: str) -> bool:
+    """Whether a name, a dotted suffix or a regular expression selects this path.
+
+    >>> matches_path("q_proj", "layers.0.q_proj"), matches_path(r"layers\\.[01]\\..*", "model.layers.0.q_proj")
+    (True, True)
+    """
+    if path == pattern or path.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+    except re.error:
+        return False
+
+
+def resolve_targets(config: LoraConfig, sites: Sequence[Site]) -> TargetPlan:
+    """Match every pattern of the config against the sites of a model.
+
+    Raises:
+        TargetError: patterns that match nothing (all of them, with near misses), a rank too large for a site that
+            was named explicitly, or a named site whose forward the model never runs.
+    """
+    matches: dict[str, tuple[str, ...]] = {}
+    skipped: dict[str, str] = {}
+    named: set[str] = set()
+    for pattern in config.targets:
+        if pattern in GROUPS:
+            chosen = []
+            for site in sites:
+                if not GROUPS[pattern](site.path):
+                    continue
+                if reason := _left_out_of_groups(site):
+                    skipped[site.path] = reason
+                else:
+                    chosen.append(site.path)
+            matches[pattern] = tuple(chosen)
+        else:
+            matches[pattern] = tuple(s.path for s in sites if any(matches_path(pattern, p) for p in s.paths))
+            named.update(matches[pattern])
+    _refuse_unmatched("target", matches, sites)
+
+    selected = {path for paths in matches.values() for path in paths}
+    targeted = [site for site in sites if site.path in selected]
+    for site in targeted:
+        skipped.pop(site.path, None)
+        if site.bypassed:
+            raise TargetError(f"{site.path} cannot be adapted: {site.bypassed}")
+    ranks = _per_site("rank_pattern", config.rank_pattern, config.rank, targeted)
+    alphas = _per_site("alpha_pattern", config.alpha_pattern, config.alpha, targeted)
+    capped: dict[str, int] = {}
+    for site in targeted:
+        largest = min(site.d, site.h)
+        if ranks[site.path] <= largest:
+            continue
+        if site.path in named:
+            raise TargetError(
+                f"rank {ranks[site.path]} is larger than {site.path} allows: its weight is {site.d}×{site.h}, "
+                f"so the largest useful rank is {largest}; lower --rank or give it one in rank_pattern"
+            )
+        capped[site.path], ranks[site.path] = ranks[site.path], largest
+    scales = {path: config.scale(ranks[path], alphas[path]) for path in ranks}
+    return TargetPlan(matches, ranks, scales, capped, skipped)
+
+
+def short_names(selected: Iterable[str], all_paths: Iterable[str]) -> tuple[str, ...]:
+    """The shortest names that select exactly these modules by PEFT's rule (the path ends with the name).
+
+    >>> short_names(["a.0.q", "a.1.q", "a.0.k"], ["a.0.q", "a.1.q", "a.0.k", "a.1.k"])
+    ('a.0.k', 'q')
+    """
+    chosen = set(selected)
+    everywhere: dict[str, set[str]] = {}
+    for path in all_paths:
+        everywhere.setdefault(path.rsplit(".", 1)[-1], set()).add(path)
+    short = {path.rsplit(".", 1)[-1] for path in chosen}
+    whole = {name for name in short if everywhere.get(name, set()) <= chosen}
+    return tuple(sorted(whole | {path for path in chosen if path.rsplit(".", 1)[-1] not in whole}))
+
+
+def _left_out_of_groups(site: Site) -> str | None:
+    if site.bypassed:
+        return site.bypassed
+    if site.is_output:
+        return "it makes the model's output; name it to adapt it"
+    return f"its weight is tied to {site.tied_to}; name it to adapt it" if site.tied_to else None
+
+
+def _per_site(
+    kind: str, patterns: Mapping[str, Value], default: Value, sites: Sequence[Site]
+) -> dict[str, Value]:
+    values = {site.path: default for site in sites}
+    used: dict[str, tuple[str, ...]] = dict.fromkeys(patterns, ())
+    for site in sites:
+        for pattern, value in patterns.items():
+            if any(matches_path(pattern, path) for path in site.paths):
+                values[site.path] = value
+                used[pattern] = (*used[pattern], site.path)
+                break
+    shadowed = {
+        pattern
+        for pattern, paths in used.items()
+        if not paths and any(matches_path(pattern, path) for site in sites for path in site.paths)
+    }
+    _refuse_unmatched(kind, {p: paths for p, paths in used.items() if p not in shadowed}, sites)
+    return values
+
+
+def _refuse_unmatched(kind: str, matches: Mapping[str, tuple[str, ...]], sites: Sequence[Site]) -> None:
+    missing = [pattern for pattern, paths in matches.items() if not paths]
+    if not missing:
+        return
+    names = sorted({site.name for site in sites})
+    lines = []
+    for pattern in missing:
+        near = difflib.get_close_matches(
+            pattern, [*names, *(p for s in sites for p in s.paths)], n=4, cutoff=0.5
+        )
+        near = list(dict.fromkeys(near)) or names[:12]
+        lines.append(
+            f"{kind} {pattern!r} matches no site; near it: {', '.join(near) if near else '(none at all)'}"
+        )
+    groups = f"; groups are {', '.join(GROUPS)}" if kind == "target" else ""
+    raise TargetError("\n".join(lines) + f"\nthis model has {len(sites)} adaptable sites{groups}")
