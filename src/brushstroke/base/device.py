@@ -1,0 +1,83 @@
+"""Where a model runs and in which precision: a written rule on the machine's features, never a timing.
+
+It loads nothing.
+"""
+
+import platform
+
+import torch
+
+from brushstroke.errors import ConfigError, did_you_mean
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device that a name stands for; "auto" is a CUDA GPU, else Apple's MPS, else the CPU.
+
+    Raises:
+        ConfigError: an unknown name, or a device that this machine does not have.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        known = ("auto", "cpu", "cuda", "mps")
+        hint = did_you_mean(str(device), known)
+        raise ConfigError(
+            f"device must be one of {', '.join(known)} (or cuda:N); got {device!r}{hint}"
+        ) from error
+    present = {
+        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present.get(chosen.type, True):
+        raise ConfigError(f"device {device!r} is not there on this machine; use 'cpu' or 'auto'")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the frozen base on a device, and why.
+
+    "auto" is bfloat16 on a GPU and on a CPU that multiplies bf16 natively (avx512_bf16, amx_bf16, ARM's bf16),
+    float32 on any other CPU: there bf16 arithmetic is emulated and slower.
+
+    Raises:
+        ConfigError: an unknown name.
+
+    >>> choose_dtype("float32", torch.device("cpu"))
+    (torch.float32, 'asked for')
+    """
+    if dtype in DTYPES:
+        return DTYPES[dtype], "asked for"
+    if dtype != "auto":
+        known = ("auto", *DTYPES)
+        raise ConfigError(
+            f"dtype must be one of {', '.join(known)}; got {dtype!r}{did_you_mean(str(dtype), known)}"
+        )
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "this GPU multiplies bf16 natively"
+        return torch.float16, "this GPU is older than native bf16 (compute capability 8.0)"
+    if device.type == "mps":
+        return torch.bfloat16, "MPS holds bf16"
+    if feature := _native_bf16():
+        return torch.bfloat16, f"this processor multiplies bf16 natively ({feature})"
+    return torch.float32, "this processor has no native bf16"
+
+
+def _native_bf16() -> str | None:
+    features = torch.cpu.get_capabilities()
+    names = ("amx_bf16", "avx512_bf16") if platform.machine().lower() in ("x86_64", "amd64") else ("bf16",)
+    return next((name for name in names if features.get(name)), None)

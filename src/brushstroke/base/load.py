@@ -1,0 +1,209 @@
+"""From a name to a frozen base model: a folder, a hub id or a GGUF file.
+
+It trains nothing and attaches nothing.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from brushstroke.base.device import choose_device, choose_dtype
+from brushstroke.base.gguf_file import load_gguf
+from brushstroke.errors import BaseLoadError, BrushstrokeError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model and the tokenizer that goes with it.
+
+    Args:
+        model: any nn.Module; from `load_base` a causal language model of transformers.
+        tokenizer: transformers' tokenizer, or None where the model has none.
+        name: the base as the user named it.
+        quantised: whether its weights went through a quantised format, so that they are near the original only.
+    """
+
+    model: nn.Module
+    tokenizer: Any = None
+    name: str | None = None
+    quantised: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's first floating-point parameter."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`."""
+        return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def load_base(
+    name: str | Path, *, dtype: str = "auto", device: str | torch.device = "auto", revision: str | None = None
+) -> Base:
+    """Load a causal language model and freeze it: evaluation mode, no gradients for its weights.
+
+    Args:
+        name: a model folder, a `.gguf` file (or a folder that holds exactly one and no config.json), or a hub id.
+        dtype: "auto" (see `choose_dtype`), "float32", "bfloat16" or "float16".
+        device: "auto" (see `choose_device`), "cpu", "cuda" or "mps".
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        BaseLoadError: there is no such model, or it is damaged or incomplete.
+        ConfigError: an unknown dtype or device.
+        MissingPackageError: a GGUF file without the gguf extra.
+    """
+    target = choose_device(device)
+    weights_dtype, _ = choose_dtype(dtype, target)
+    source = _locate(str(name))
+    options = {"dtype": weights_dtype, "trust_remote_code": False, "output_loading_info": True}
+    with quiet_transformers():
+        try:
+            if source is not None and source.suffix == ".gguf":
+                model, report, tokenizer = load_gguf(source, **options)
+            else:
+                model, report, tokenizer = _load_pretrained(str(source or name), source, revision, options)
+        except (BrushstrokeError, MemoryError):
+            raise
+        except Exception as error:
+            raise _explain(str(name), source, error) from error
+    _refuse_incomplete(str(name), model, report)
+    quantised = bool(
+        (source is not None and source.suffix == ".gguf") or getattr(model, "hf_quantizer", None)
+    )
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False).eval()
+    if target != torch.device("cpu") and not getattr(model, "hf_quantizer", None):
+        model.to(target)
+    if quantised:
+        model.brushstroke_quantised = True  # type: ignore[assignment]
+    return Base(model, tokenizer, str(name), quantised)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers and the hub client draw no progress bars and log errors only."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    bars, level, hub_level = (
+        logging.is_progress_bar_enabled(),
+        logging.get_verbosity(),
+        hub_logging.get_verbosity(),
+    )
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+
+
+def _locate(name: str) -> Path | None:
+    """The folder or GGUF file that a name means, or None for a hub id."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BaseLoadError(
+                f"{name} is a file of an unknown kind; a base is a model folder, a hub id or a .gguf file"
+            )
+        return path
+    if path.is_dir():
+        return _model_in(path)
+    separators = name.count("/") + name.count(os.sep) * (os.sep != "/")
+    if separators > 1 or name.startswith((".", "~", "/")) or name.endswith((".gguf", "/")) or not name:
+        raise BaseLoadError(f"there is no file or folder {name!r}; check the path, or give a hub id")
+    return None
+
+
+def _model_in(folder: Path) -> Path:
+    files = {entry.name for entry in folder.iterdir()}
+    if "adapter_config.json" in files:
+        raise BaseLoadError(
+            f"{folder} holds an adapter, not a base model; give the base that it was trained on, "
+            f"and the adapter as --adapter (in Python: load and attach)"
+        )
+    if "config.json" in files:
+        return folder
+    packed = sorted(name for name in files if name.endswith(".gguf"))
+    if len(packed) == 1:
+        return folder / packed[0]
+    if packed:
+        raise BaseLoadError(f"{folder} holds {len(packed)} GGUF files; name one of them: {', '.join(packed)}")
+    raise BaseLoadError(
+        f"{folder} holds no model: expected config.json with weights, or one .gguf file; "
+        f"found {', '.join(sorted(files)[:8]) or 'nothing'}"
+    )
+
+
+def _load_pretrained(
+    name: str, folder: Path | None, revision: str | None, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    has_tokenizer = folder is None or any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    where = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False) if has_tokenizer else None
+    model, report = AutoModelForCausalLM.from_pretrained(**where, **options)
+    return model, report, tokenizer
+
+
+def _refuse_incomplete(name: str, model: nn.Module, report: dict[str, Any]) -> None:
+    """A weight that the files lack would be random: refuse it instead."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BaseLoadError(
+            f"{name} is a base with an adapter beside it; give the base alone and the adapter as --adapter"
+        )
+    missing = sorted(report.get("missing_keys") or ())
+    mismatched = sorted(str(entry) for entry in report.get("mismatched_keys") or ())
+    if missing or mismatched:
+        listed = ", ".join([*missing[:4], *mismatched[:4]])
+        raise BaseLoadError(
+            f"{name} is not a whole causal language model: {len(missing)} weights are missing and {len(mismatched)} "
+            f"have another shape than its config says ({listed}); fetch it again, or load the model yourself and "
+            f"pass Base(model, tokenizer)"
+        )
+
+
+def _explain(name: str, source: Path | None, error: Exception) -> BaseLoadError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= 300 else said[:300] + " ..."
+    if source is None:
+        return BaseLoadError(
+            f"cannot load {name!r} from the Hugging Face hub ({said}); there is no folder of that name either: "
+            f"check the spelling and the network"
+        )
+    if isinstance(error, json.JSONDecodeError):
+        said = f"its JSON is broken: {said}"
+    return BaseLoadError(
+        f"cannot load the model in {name} ({type(error).__name__}: {said}); fetch it again, or check that "
+        f"it is a causal language model which this version of transformers knows"
+    )
