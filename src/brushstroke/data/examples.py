@@ -1,0 +1,119 @@
+"""An example is tokens, and for each token how much its prediction counts; a data set is a sequence of them.
+
+It does not read files and knows no tokenizer.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal, overload
+
+from brushstroke.errors import DataError
+
+Kind = Literal["messages", "prompt/completion", "text", "tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of tokens to learn from.
+
+    `weights[i]` belongs to predicting `tokens[i]` from the tokens before it: 0 is not trained. Nothing
+    predicts the first token, so `weights[0]` is always 0. `row` is the row of the data that it came from (from
+    1; 0 where there is none), `roles` counts its tokens by role, `cut` says how many a length limit took away.
+
+    >>> Example(tokens=(5, 6, 7), weights=(0.0, 0.0, 1.0)).trained
+    1
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    row: int = 0
+    roles: Mapping[str, int] = field(default_factory=dict)
+    cut: int = 0
+
+    def __post_init__(self) -> None:
+        place = f"row {self.row}: " if self.row else ""
+        if len(self.tokens) != len(self.weights):
+            raise DataError(
+                f"{place}an example has {len(self.tokens)} tokens and {len(self.weights)} weights; "
+                "give one weight for each token (0 for a token that is not trained)"
+            )
+        if self.weights and self.weights[0] != 0:
+            raise DataError(
+                f"{place}the first token of an example has the weight {self.weights[0]}; nothing predicts "
+                "it, so give it the weight 0"
+            )
+        if not math.isfinite(sum(self.weights)):
+            raise DataError(
+                f"{place}an example has a weight that is not a finite number; give finite weights"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def trained(self) -> int:
+        """How many tokens' predictions are in the loss."""
+        return len(self.weights) - self.weights.count(0.0)
+
+    @property
+    def first_trained(self) -> int:
+        """The index of the first trained token; the number of tokens where none is trained."""
+        return next((i for i, weight in enumerate(self.weights) if weight != 0), len(self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingReport:
+    """What became of the rows: counts of rows and of tokens, and what was left out or cut.
+
+    `skipped_rows` and `cut_rows` are row numbers from 1; after one of the `stop_tokens` an answer ends.
+    """
+
+    rows: int
+    examples: int
+    kind: Kind
+    real_tokens: int
+    trained_tokens: int
+    roles: Mapping[str, int]
+    skipped_rows: tuple[int, ...] = ()
+    cut_rows: tuple[int, ...] = ()
+    cut_tokens: int = 0
+    stop_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedData(Sequence[Example]):
+    """A sequence of examples, with the report of how they were made and the hash of their rows."""
+
+    examples: tuple[Example, ...]
+    report: EncodingReport
+    name: str
+    hash: str
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        return self.examples[index]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+
+def segments(example: Example) -> list[tuple[int, int, bool]]:
+    """The stretches of an example as (start, stop, trained), in order and without gaps.
+
+    >>> segments(Example(tokens=(5, 6, 7, 8), weights=(0.0, 0.0, 1.0, 1.0)))
+    [(0, 2, False), (2, 4, True)]
+    """
+    stretches, start = [], 0
+    for trained, group in groupby(example.weights, key=lambda weight: weight != 0):
+        stop = start + sum(1 for _ in group)
+        stretches.append((start, stop, trained))
+        start = stop
+    return stretches
