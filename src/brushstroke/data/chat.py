@@ -1,6 +1,6 @@
 """Conversations as the chat template writes them, and which of their characters are the assistant's.
 
-What is trained comes from positions in the rendered text, never from token ids, and works with stock templates.
+What is trained comes from positions in the rendered text, never from token ids; stock templates will do.
 It does not read rows: it is given messages.
 """
 

@@ -19,8 +19,8 @@ class Example:
     """One row of tokens to learn from.
 
     `weights[i]` belongs to predicting `tokens[i]` from the tokens before it: 0 is not trained. Nothing
-    predicts the first token, so `weights[0]` is always 0. `row` is the row of the data that it came from (from
-    1; 0 where there is none), `roles` counts its tokens by role, `cut` says how many a length limit took away.
+    predicts the first token, so `weights[0]` is always 0. `row` is the row of the data that it came from
+    (from 1; 0 where there is none), `roles` counts its tokens by role, `cut` says how many a limit took away.
 
     >>> Example(tokens=(5, 6, 7), weights=(0.0, 0.0, 1.0)).trained
     1

@@ -16,8 +16,8 @@ class Piece:
     """A stretch of an example with one fate.
 
     `after` says what it follows: None where the example begins, the text of a token, or "" for any text.
-    `marks` are (role, start, stop) in characters; what no mark covers counts as `role`. `ids` are tokens given
-    as such.
+    `marks` are (role, start, stop) in characters; what no mark covers counts as `role`. `ids` are tokens
+    given as such.
     """
 
     text: str

@@ -51,8 +51,8 @@ def read_rows(source: Source, *, split: str | None = None) -> Rows:
     """All rows of a data source, in order.
 
     `source` is a path to a `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of
-    those (in the order of their names), the name of a hub data set (`name` or `name:split`, the train split by
-    default), a list of dicts, or a `datasets.Dataset`.
+    those (in the order of their names), the name of a hub data set (`name` or `name:split`, the train split
+    by default), a list of dicts, or a `datasets.Dataset`.
 
     >>> read_rows([{"text": "a"}, {"text": "b"}]).where(2)
     'the given rows, row 2'
@@ -235,8 +235,8 @@ def _read_csv(path: Path) -> list[Row]:
                     continue
                 if len(fields) != len(header):
                     raise DataError(
-                        f"{path}: row {len(rows) + 1} (line {reader.line_num}) has {len(fields)} fields, and "
-                        f"the first line names {len(header)}; correct the row (a text with commas needs quotes)"
+                        f"{path}: row {len(rows) + 1} (line {reader.line_num}) has {len(fields)} fields and "
+                        f"the first line {len(header)}; correct the row (a text with commas needs quotes)"
                     )
                 rows.append(dict(zip(header, fields, strict=True)))
         except csv.Error as error:
