@@ -1,0 +1,25 @@
+"""W + U·V in a live model: attach, banks of adapters with a route for each row, merging.
+
+It knows no files and no training; HF's Conv1D is known by its class name alone.
+"""
+
+from brushstroke.layers.attach import Attachment, attach, check_base
+from brushstroke.layers.bank import Bank, bank
+from brushstroke.layers.merge import MergeReport, SiteDrift, merge, merge_weight
+from brushstroke.layers.route import Route
+from brushstroke.layers.walk import find_sites, unwrap
+
+__all__ = [
+    "Attachment",
+    "Bank",
+    "MergeReport",
+    "Route",
+    "SiteDrift",
+    "attach",
+    "bank",
+    "check_base",
+    "find_sites",
+    "merge",
+    "merge_weight",
+    "unwrap",
+]

@@ -1,0 +1,166 @@
+"""The forward passes of adapted modules: mixins that a module's class is swapped for.
+
+No hooks, no wrapper modules and no merging here; `attach` and `bank` do the swapping.
+"""
+
+import copy
+from functools import cache
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.errors import AttachError
+from brushstroke.layers.route import Route
+from brushstroke.lowrank.apply import gathered_term, lowrank_linear, lowrank_term
+
+
+class Adapted(nn.Module):
+    """What every adapted module has: the class that it had, and the route that it shares with the other sites."""
+
+    _route: Route
+    _base_class: ClassVar[type[nn.Module]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise AttachError(
+            "a model with an adapter in it cannot be pickled; save the adapter by itself with brushstroke.save(), "
+            "or detach it first"
+        )
+
+
+class AdaptedLinear(Adapted):
+    """y = x·W + scale·(x·U)·V for modules that map the last axis (…, d) → (…, h), with one adapter.
+
+    Parameters `lora_U_rows` (r×d, Uᵀ) and `lora_V` (r×h). Slot 1 of the route is the adapter, slot 0 the base.
+    """
+
+    lora_U_rows: nn.Parameter
+    lora_V: nn.Parameter
+    lora_scale: float
+    lora_dropout: float
+    _fused: ClassVar[bool] = False
+    _weight_is_dxh: ClassVar[bool] = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output, plus the low-rank term where the route asks for it."""
+        route = self._route
+        slot = route.uniform
+        if slot == 0:
+            return super().forward(x)
+        U_rows, V, scale = self.lora_U_rows, self.lora_V, self.lora_scale
+        drop = self.lora_dropout if self.training else 0.0
+        if slot is None:
+            y = super().forward(x)
+            return route.guard(_add_segments(y, x, route, {1: (U_rows, V, scale)}, drop))
+        if self._fused and not drop and not torch.is_autocast_enabled(x.device.type):
+            y = lowrank_linear(x, self.weight, self.bias, U_rows, V, scale, self._weight_is_dxh)
+        else:
+            y = super().forward(x)
+            y = y + lowrank_term(x, U_rows, V, scale, drop, self.training).to(y.dtype)
+        return route.guard(y)
+
+
+class BankedLinear(Adapted):
+    """y = x·W + (x·U_s)·V_s with the slot s chosen for each row; scales are folded into V.
+
+    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h); a slot of smaller rank is padded with zeros, its true rank
+    stands in `bank_ranks`. Slot 0 is all zero.
+    """
+
+    bank_U_rows: Tensor
+    bank_V: Tensor
+    bank_ranks: list[int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output, plus each row's own low-rank term."""
+        y = super().forward(x)
+        route = self._route
+        if torch.compiler.is_compiling():
+            slots = route.slot_index(x.shape[0], x.device)
+            return y + gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots]).to(y.dtype)
+        slot = route.uniform
+        if slot == 0 or (slot is not None and not self.bank_ranks[slot]):
+            return y
+        if slot is not None:
+            U_rows, V, scale = self._factors(slot)
+            return route.guard(y + lowrank_term(x, U_rows, V, scale).to(y.dtype))
+        used = {segment.slot for segment in route.segments(x.shape[0]) if self.bank_ranks[segment.slot]}
+        return route.guard(_add_segments(y, x, route, {slot: self._factors(slot) for slot in used}))
+
+    def _factors(self, slot: int) -> tuple[Tensor, Tensor, float]:
+        rank = self.bank_ranks[slot]
+        return self.bank_U_rows[slot, :rank], self.bank_V[slot, :rank], 1.0
+
+
+def _add_segments(
+    y: Tensor, x: Tensor, route: Route, factors: dict[int, tuple[Tensor, Tensor, float]], dropout: float = 0.0
+) -> Tensor:
+    out = y.clone() if torch.is_grad_enabled() else y
+    for segment in route.segments(x.shape[0]):
+        if segment.slot in factors:
+            rows = segment.rows if isinstance(segment.rows, slice) else segment.rows.to(x.device)
+            term = lowrank_term(x[rows], *factors[segment.slot], dropout, dropout > 0)
+            out[rows] += term.to(y.dtype)
+    return out
+
+
+@cache
+def adapted_class(base: type[nn.Module], mixin: type[Adapted]) -> type[Adapted]:
+    """The subclass `mixin + base`, made once for each pair."""
+    plain_linear = base.forward is nn.Linear.forward
+    conv1d = base.__name__ == "Conv1D"
+    return type(
+        f"{mixin.__name__}{base.__name__}",
+        (mixin, base),
+        {
+            "_base_class": base,
+            "_fused": plain_linear or conv1d,
+            "_weight_is_dxh": conv1d,
+            "__module__": __name__,
+        },
+    )
+
+
+def swap_class(module: nn.Module, path: str, mixin: type[Adapted], route: Route) -> None:
+    """Turn a module into its adapted self, in place.
+
+    Raises:
+        AttachError: it is adapted already, or an object's own forward would bypass the new class.
+    """
+    if isinstance(module, Adapted):
+        raise AttachError(
+            f"{path} has an adapter attached already; detach it first, add the two adapters (a + b) and attach the "
+            "sum, or put both into a bank"
+        )
+    if "forward" in module.__dict__:
+        raise AttachError(
+            f"{path} carries a forward of its own (offload and device-map hooks do this), which would bypass the "
+            "adapter without a word; load the model without device_map offloading, or remove the hooks first"
+        )
+    module.__class__ = adapted_class(type(module), mixin)
+    module.__dict__["_route"] = route
+
+
+def restore_class(module: nn.Module, path: str) -> None:
+    """Give a module the class back that `swap_class` found.
+
+    Raises:
+        AttachError: something else changed the class since.
+    """
+    if type(module) is not adapted_class(getattr(module, "_base_class", nn.Module), _mixin_of(module)):
+        raise AttachError(
+            f"the class of {path} was changed by something else since the adapter was attached "
+            f"(it is {type(module).__name__}); undo that first"
+        )
+    module.__class__ = module._base_class
+    del module.__dict__["_route"]
+
+
+def _mixin_of(module: nn.Module) -> type[Adapted]:
+    return BankedLinear if isinstance(module, BankedLinear) else AdaptedLinear

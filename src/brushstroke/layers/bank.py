@@ -1,0 +1,187 @@
+"""Several adapters in one model at once, with a route that says which of them each row of a batch uses.
+
+It serves; it does not train. Loading and evicting change no route that is in use.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import RouteError, did_you_mean
+from brushstroke.layers.adapted import BankedLinear, restore_class, swap_class
+from brushstroke.layers.attach import _canonical, _low_rank, check_base, guard_model
+from brushstroke.layers.route import Route
+from brushstroke.layers.walk import find_sites, site_module, unwrap
+from brushstroke.lowrank import LowRank
+
+
+class Bank:
+    """Adapters by name in the slots of one model; a context manager that detaches at its end.
+
+    Made by `bank`. Slot 0 is always "no adapter". Switching changes one small object, no weight.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._sites = {site.path: site for site in find_sites(model)}
+        self._route = Route((0,))
+        self._modules: dict[str, BankedLinear] = {}
+        self._slots: dict[str, int] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in the bank."""
+        return tuple(self._slots)
+
+    @property
+    def active(self) -> tuple[str | None, ...]:
+        """The adapter of each row of the route in force; None is the base."""
+        names = {slot: name for name, slot in self._slots.items()}
+        return tuple(names.get(slot) for slot in self._route.slots)
+
+    def load(self, name: str, adapter: Adapter, *, allow_different_base: bool = False) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Raises:
+            ShapeError, BaseMismatchError: it does not fit the base.
+            AttachError: a site is adapted already by something else.
+        """
+        if not name or not isinstance(name, str):
+            raise RouteError(f"an adapter in a bank needs a name; got {name!r}")
+        check_base(self.model, adapter, allow_different_base=allow_different_base)
+        updates = {_canonical(path, self._sites): _low_rank(path, update) for path, update in adapter.items()}
+        fresh = [path for path in updates if path not in self._modules]
+        for path in fresh:
+            module = site_module(self.model, path)
+            swap_class(module, path, BankedLinear, self._route)
+            self._modules[path] = module  # type: ignore[assignment]
+            _set_buffers(
+                module, torch.zeros(1, 0, self._sites[path].d), torch.zeros(1, 0, self._sites[path].h)
+            )
+            module.bank_ranks = [0]
+        if fresh:
+            for undo in reversed(self._undo):
+                undo()
+            self._undo = guard_model(self.model, self._modules)
+        slot = self._slots.get(name) or self._free_slot()
+        for path, module in self._modules.items():
+            _write_slot(module, slot, updates.get(path))
+        self._slots[name] = slot
+
+    def evict(self, name: str) -> None:
+        """Take an adapter out of the bank.
+
+        Raises:
+            RouteError: there is none of that name, or a row of the route in force uses it.
+        """
+        slot = self._slot(name)
+        if slot in self._route.slots:
+            raise RouteError(f"adapter {name!r} is in use by the route in force; leave its rows() first")
+        del self._slots[name]
+        for module in self._modules.values():
+            _write_slot(module, slot, None)
+
+    def use(self, *names: str | None) -> None:
+        """Switch for good: one name for the whole batch, or one for each row; None is the base."""
+        self._route.set([self._slot(name) for name in names])
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None] | str | None) -> Iterator[Self]:
+        """Inside, each row of a batch uses the adapter named for it; None is the base.
+
+        One name serves a batch of any size. Beams and repeated samples repeat the route.
+        """
+        given = [names] if names is None or isinstance(names, str) else list(names)
+        restore = self._route.set([self._slot(name) for name in given])
+        try:
+            yield self
+        finally:
+            restore()
+
+    def detach(self) -> None:
+        """Take every adapter out; the model is bit for bit its base again."""
+        for path, module in self._modules.items():
+            restore_class(module, path)
+            del module.bank_U_rows, module.bank_V, module.bank_ranks
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._modules.clear()
+        self._slots.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _slot(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self._slots:
+            raise RouteError(
+                f"the bank has no adapter {name!r}{did_you_mean(str(name), self._slots)}; "
+                f"it has {', '.join(self._slots) or 'none'}"
+            )
+        return self._slots[name]
+
+    def _free_slot(self) -> int:
+        used = set(self._slots.values())
+        return next(slot for slot in range(1, len(used) + 2) if slot not in used)
+
+
+def bank(
+    model: Any, adapters: Mapping[str, Adapter] | None = None, *, allow_different_base: bool = False
+) -> Bank:
+    """Put several adapters into one model; until a route is set, every row uses the base alone.
+
+    Args:
+        model: an nn.Module or a Base.
+        adapters: name → adapter; more can be loaded later.
+        allow_different_base: pass over the verdict of the fingerprints.
+
+    Raises:
+        ShapeError, BaseMismatchError: an adapter does not fit the base.
+        AttachError: a site has an adapter attached already.
+    """
+    made = Bank(unwrap(model))
+    try:
+        for name, adapter in (adapters or {}).items():
+            made.load(name, adapter, allow_different_base=allow_different_base)
+    except BaseException:
+        made.detach()
+        raise
+    return made
+
+
+def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None:
+    """Write one slot of one site, growing the stacks where there are too few slots or too small a rank."""
+    U_rows, V = module.bank_U_rows, module.bank_V
+    rank = update.rank if update else 0
+    slots, width = max(U_rows.shape[0], slot + 1), max(U_rows.shape[1], rank)
+    if (slots, width) != U_rows.shape[:2]:
+        grown = [stack.new_zeros(slots, width, stack.shape[2]) for stack in (U_rows, V)]
+        for new, old in zip(grown, (U_rows, V), strict=True):
+            new[: old.shape[0], : old.shape[1]] = old
+        U_rows, V = grown
+        _set_buffers(module, U_rows, V)
+    U_rows[slot].zero_()
+    V[slot].zero_()
+    if update:
+        U_rows[slot, :rank] = update.U.mT
+        V[slot, :rank] = (update.V.double() * update.scale).to(V.dtype)
+    ranks = list(module.bank_ranks) + [0] * (slots - len(module.bank_ranks))
+    ranks[slot] = rank
+    module.bank_ranks = ranks
+
+
+def _set_buffers(module: nn.Module, U_rows: torch.Tensor, V: torch.Tensor) -> None:
+    weight = module.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    module.register_buffer("bank_U_rows", U_rows.to(weight.device, dtype), persistent=False)
+    module.register_buffer("bank_V", V.to(weight.device, dtype), persistent=False)

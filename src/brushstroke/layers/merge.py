@@ -1,0 +1,151 @@
+"""Fold an adapter into weights: W + ΔW in fp32, rounded once, with a report of what the rounding cost.
+
+The base is never changed; files are the part of `inference.export`.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import MergeError
+from brushstroke.layers.adapted import Adapted
+from brushstroke.layers.attach import check_base
+from brushstroke.layers.walk import find_sites, site_module, unwrap, weight_dxh
+from brushstroke.lowrank import Update
+
+MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
+PROBE_ROWS = 16
+
+ModelT = TypeVar("ModelT")
+
+
+@dataclass(frozen=True)
+class SiteDrift:
+    """What merging did at one site.
+
+    Args:
+        survived: ⟨M − W, ΔW⟩ / ‖ΔW‖²: the share of the update that is in the merged weight M; 1 is all of it.
+        error: ‖(M − W) − ΔW‖ / ‖ΔW‖.
+        output: ‖x·M − (x·W + x·ΔW)‖ / ‖x·W + x·ΔW‖ on random x: merged against adapted.
+    """
+
+    survived: float
+    error: float
+    output: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Site path → drift, and the ties that had to be undone."""
+
+    sites: Mapping[str, SiteDrift]
+    untied: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def survived(self) -> float:
+        """The smallest share of an update that survived at any site."""
+        return min(site.survived for site in self.sites.values())
+
+    @property
+    def output(self) -> float:
+        """The largest relative output error of any site."""
+        return max(site.output for site in self.sites.values())
+
+
+def merge_weight(
+    W: Float[Tensor, "d h"], update: Update, path: str
+) -> tuple[Float[Tensor, "d h"], SiteDrift]:
+    """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once to W's dtype.
+
+    Raises:
+        MergeError: less than half of the update would survive the rounding.
+    """
+    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+    delta = update.to(dtype=wide, device=W.device).dense(W.to(wide))
+    merged = (W.to(wide) + delta).to(W.dtype)
+    arrived = merged.to(wide) - W.to(wide)
+    size = float(delta.norm())
+    x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
+    adapted = x @ W.to(wide) + x @ delta
+    drift = SiteDrift(
+        survived=float((arrived * delta).sum()) / size**2 if size else 1.0,
+        error=float((arrived - delta).norm()) / size if size else 0.0,
+        output=float((x @ merged.to(wide) - adapted).norm() / adapted.norm().clamp_min(1e-30)),
+    )
+    if drift.survived < MIN_SURVIVAL:
+        raise MergeError(
+            f"{path}: only {drift.survived:.0%} of the update survives the rounding to {W.dtype}; "
+            "merge into a wider dtype (float32), or serve the adapter unmerged"
+        )
+    return merged, drift
+
+
+def merge(
+    model: ModelT,
+    adapter: Adapter,
+    *,
+    allow_different_base: bool = False,
+    report: list[MergeReport] | None = None,
+) -> ModelT:
+    """A new model with W + ΔW in place of W: the base's own classes and no trace of an adapter.
+
+    Merging a Base gives a Base, merging an nn.Module an nn.Module; the one that is given stays as it is. A weight
+    that is tied to another module is untied first, and the report says so.
+
+    Args:
+        model: an nn.Module or a Base, with nothing attached.
+        adapter: the adapter.
+        allow_different_base: pass over the verdict of the fingerprint.
+        report: a list to which the `MergeReport` is appended.
+
+    Raises:
+        BaseMismatchError: another base, or the adapter is merged into it already.
+        MergeError: an adapter is attached, a weight is not stored as a plain matrix, or the update would be lost.
+    """
+    root = unwrap(model)
+    if any(isinstance(module, Adapted) for module in root.modules()):
+        raise MergeError("the model has an adapter attached; detach it, then merge")
+    check_base(root, adapter, allow_different_base=allow_different_base)
+    merged = copy.deepcopy(root)
+    sites = {path: site for site in find_sites(merged) for path in site.paths}
+    drifts: dict[str, SiteDrift] = {}
+    untied: list[tuple[str, str]] = []
+    with torch.no_grad():
+        for path, update in adapter.items():
+            site = sites[path]
+            module = site_module(merged, path)
+            W = weight_dxh(module, site.kind)
+            if W is None:
+                raise MergeError(
+                    f"{path}: its weight is stored as {module.weight.dtype} {tuple(module.weight.shape)}, not as a "
+                    "plain matrix; load the base unquantised and merge into that"
+                )
+            M, drifts[path] = merge_weight(W, update, path)
+            stored = (M.mT if site.kind == "linear" else M).contiguous()
+            if site.tied_to:
+                untied.append((path, site.tied_to))
+                module.weight = nn.Parameter(stored, requires_grad=module.weight.requires_grad)
+            else:
+                module.weight.copy_(stored)
+    if untied:
+        _untie_config(merged)
+    if report is not None:
+        report.append(MergeReport(drifts, tuple(untied)))
+    return (
+        merged if model is root or isinstance(model, nn.Module) else dataclasses.replace(model, model=merged)
+    )  # type: ignore[type-var,return-value]
+
+
+def _untie_config(model: Any) -> None:
+    """Tell an HF model that its head has a weight of its own now, or loading it would tie the two again."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
