@@ -2,5 +2,14 @@
 
 from brushstroke.base.device import choose_device, choose_dtype
 from brushstroke.base.load import Base, load_base, quiet_transformers
+from brushstroke.base.weights import FolderWeights, ModelWeights
 
-__all__ = ["Base", "choose_device", "choose_dtype", "load_base", "quiet_transformers"]
+__all__ = [
+    "Base",
+    "FolderWeights",
+    "ModelWeights",
+    "choose_device",
+    "choose_dtype",
+    "load_base",
+    "quiet_transformers",
+]

@@ -50,8 +50,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of the frozen base on a device, and why.
 
-    "auto" is bfloat16 on a GPU and on a CPU that multiplies bf16 natively (avx512_bf16, amx_bf16, ARM's bf16),
-    float32 on any other CPU: there bf16 arithmetic is emulated and slower.
+    "auto" is bfloat16 on a GPU and on a CPU that multiplies bf16 natively (avx512_bf16, amx_bf16, ARM's
+    bf16), float32 on any other CPU: there bf16 arithmetic is emulated and slower.
 
     Raises:
         ConfigError: an unknown name.

@@ -27,14 +27,16 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseLoadError(
-                f"{path} is not a GGUF file (it does not begin with 'GGUF'); fetch it again, or give a model folder"
+                f"{path} is not a GGUF file (it does not begin with 'GGUF'); fetch it again, or give a model "
+                f"folder"
             )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _header_read_once(gguf):
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(**where, **_unpack_weights(), **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **_unpack_weights(), **options)
+    model, report = loaded
     _forget_quantisation(model)
     return model, report, tokenizer
 
@@ -59,10 +61,10 @@ def _forget_quantisation(model: nn.Module) -> None:
 
 @contextmanager
 def _header_read_once(gguf: ModuleType) -> Iterator[None]:
-    """Within it, transformers' repeated reading of one file's header and name table happens once, without bars.
+    """Within it, transformers reads one file's header and table of names once, and draws no bars.
 
-    Reading a header of 50,000 words takes 3 s and transformers does it three times; the table of tensor names is
-    built anew for every module of the model.
+    Reading a header of 50,000 words takes 3 s and transformers does it three times; the table of tensor names
+    it builds anew for every module of the model.
     """
     from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils as reader

@@ -37,7 +37,7 @@ class Base:
         model: any nn.Module; from `load_base` a causal language model of transformers.
         tokenizer: transformers' tokenizer, or None where the model has none.
         name: the base as the user named it.
-        quantised: whether its weights went through a quantised format, so that they are near the original only.
+        quantised: whether its weights went through a quantised format: near the original, not equal.
     """
 
     model: nn.Module
@@ -66,7 +66,7 @@ def load_base(
     """Load a causal language model and freeze it: evaluation mode, no gradients for its weights.
 
     Args:
-        name: a model folder, a `.gguf` file (or a folder that holds exactly one and no config.json), or a hub id.
+        name: a model folder, a `.gguf` file (or a folder with exactly one and no config.json), or a hub id.
         dtype: "auto" (see `choose_dtype`), "float32", "bfloat16" or "float16".
         device: "auto" (see `choose_device`), "cpu", "cuda" or "mps".
         revision: branch, tag or commit of a hub id.
@@ -172,8 +172,8 @@ def _load_pretrained(
     has_tokenizer = folder is None or any((folder / file).is_file() for file in _TOKENIZER_FILES)
     where = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
     tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False) if has_tokenizer else None
-    model, report = AutoModelForCausalLM.from_pretrained(**where, **options)
-    return model, report, tokenizer
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **options)
+    return *loaded, tokenizer
 
 
 def _refuse_incomplete(name: str, model: nn.Module, report: dict[str, Any]) -> None:
@@ -187,9 +187,9 @@ def _refuse_incomplete(name: str, model: nn.Module, report: dict[str, Any]) -> N
     if missing or mismatched:
         listed = ", ".join([*missing[:4], *mismatched[:4]])
         raise BaseLoadError(
-            f"{name} is not a whole causal language model: {len(missing)} weights are missing and {len(mismatched)} "
-            f"have another shape than its config says ({listed}); fetch it again, or load the model yourself and "
-            f"pass Base(model, tokenizer)"
+            f"{name} is not a whole causal language model: {len(missing)} weights are missing and "
+            f"{len(mismatched)} have another shape than its config says ({listed}); fetch it again, or load "
+            f"the model yourself and pass Base(model, tokenizer)"
         )
 
 
@@ -198,8 +198,8 @@ def _explain(name: str, source: Path | None, error: Exception) -> BaseLoadError:
     said = said if len(said) <= 300 else said[:300] + " ..."
     if source is None:
         return BaseLoadError(
-            f"cannot load {name!r} from the Hugging Face hub ({said}); there is no folder of that name either: "
-            f"check the spelling and the network"
+            f"cannot load {name!r} from the Hugging Face hub ({said}); there is no folder of that name "
+            f"either: check the spelling and the network"
         )
     if isinstance(error, json.JSONDecodeError):
         said = f"its JSON is broken: {said}"

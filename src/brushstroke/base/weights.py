@@ -1,0 +1,222 @@
+"""Site → W (d×h), read lazily from a live model or from a folder of safetensors files.
+
+It changes no weight and holds none: each access reads one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from brushstroke.adapter import Site
+from brushstroke.base.load import quiet_transformers
+from brushstroke.errors import BaseLoadError, did_you_mean
+
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
+    """The weights of a live model, as views: torch's `Linear.weight` transposed, HF's `Conv1D.weight` as is.
+
+    Args:
+        model: an nn.Module or a Base.
+
+    >>> weights = ModelWeights(nn.Sequential(nn.Linear(3, 5)))
+    >>> list(weights), tuple(weights["0"].shape)
+    (['0'], (3, 5))
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._root: nn.Module = model if isinstance(model, nn.Module) else model.model
+        self._sites = {site.path: site for site in _sites(self._root)}
+
+    def __getitem__(self, site: str) -> Float[Tensor, "d h"]:
+        known = _known(self._sites, site)
+        weight = self._root.get_submodule(site).weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+            raise BaseLoadError(f"the weight of {site} is packed (quantised); load the base unquantised")
+        return _oriented(weight.detach(), known)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every weight that can be read, in model order."""
+        return tuple(self._sites.values())
+
+
+class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
+    """The weights of a model folder with safetensors files, whole or in shards; one tensor is read at a time.
+
+    The model is built from its config without memory, so that every site's path and kind are known. File keys
+    with or without the base model's prefix are understood, and so are tied weights that the files hold once.
+
+    Raises:
+        BaseLoadError: no config, no safetensors files, or a missing shard.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self._shards = _shards(self.folder)
+        model = _skeleton(self.folder)
+        self._sites = {site.path: site for site in _sites(model)}
+        self._keys = _locate_keys(model, [f"{path}.weight" for path in self._sites], self._shards)
+
+    def __getitem__(self, site: str) -> Float[Tensor, "d h"]:
+        known = _known(self._sites, site)
+        file, key = self.key(site)
+        stored = (known.h, known.d) if known.kind == "linear" else (known.d, known.h)
+        try:
+            with safe_open(self.folder / file, framework="pt") as shard:
+                header = shard.get_slice(key)
+                found, dtype = tuple(header.get_shape()), header.get_dtype()
+                if found != stored or dtype not in _FLOAT_DTYPES:
+                    raise BaseLoadError(
+                        f"{key} in {file} should be a float tensor of shape {stored}; it is {dtype} "
+                        f"{found}: load the whole model instead"
+                    )
+                return _oriented(shard.get_tensor(key), known)
+        except (SafetensorError, OSError) as error:
+            if isinstance(error, BaseLoadError):
+                raise
+            raise BaseLoadError(
+                f"cannot read {key} from {self.folder / file} ({error}); fetch the file again"
+            ) from error
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every adaptable weight of the model, in model order."""
+        return tuple(self._sites.values())
+
+    def shards(self) -> dict[str, tuple[str, ...]]:
+        """Each file of the folder with its tensor keys, in file order."""
+        files: dict[str, list[str]] = {}
+        for key, file in self._shards.items():
+            files.setdefault(file, []).append(key)
+        return {file: tuple(keys) for file, keys in sorted(files.items())}
+
+    def key(self, site: str) -> tuple[str, str]:
+        """The file and the tensor key that hold a site's weight; that of its twin where it is tied.
+
+        Raises:
+            BaseLoadError: no key of the files can be this site's.
+        """
+        _known(self._sites, site)
+        key = self._keys.get(f"{site}.weight")
+        if key is None:
+            raise BaseLoadError(
+                f"the files in {self.folder} hold no tensor for {site}: the model renames or fuses it while "
+                f"loading; load the whole model instead (load_base) and work on that"
+            )
+        return self._shards[key], key
+
+
+def _sites(root: nn.Module) -> list[Site]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    sites = []
+    for path, module in root.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear):
+            kind, (d, h) = "linear", (module.in_features, module.out_features)
+        elif any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf"):
+            kind, (d, h) = "conv1d", weight.shape
+        else:
+            continue
+        twins = [owner for owner in owners.get(id(weight), []) if owner != path]
+        sites.append(Site(path, d, h, kind, tied_to=twins[0] if twins else None))
+    return sites
+
+
+def _known(sites: Mapping[str, Site], site: str) -> Site:
+    if site not in sites:
+        raise KeyError(f"the model has no site {site!r}{did_you_mean(site, sites)}")
+    return sites[site]
+
+
+def _oriented(weight: Tensor, site: Site) -> Float[Tensor, "d h"]:
+    return weight.mT if site.kind == "linear" else weight
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    """Tensor key → file name."""
+    index, single = folder / _INDEX, folder / _SINGLE
+    try:
+        if index.is_file():
+            shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            missing = sorted({file for file in shards.values() if not (folder / file).is_file()})
+            if missing:
+                raise BaseLoadError(
+                    f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; fetch the folder again"
+                )
+            return shards
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise BaseLoadError(f"the weights in {folder} are damaged ({error}); fetch them again") from error
+    raise BaseLoadError(
+        f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors are read tensor by tensor: "
+        f"load the whole model with load_base instead"
+    )
+
+
+def _skeleton(folder: Path) -> nn.Module:
+    """The model of a folder's config, on the meta device: shapes and names without memory."""
+    import transformers
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            name = (getattr(config, "architectures", None) or [""])[0]
+            if isinstance(cls := getattr(transformers, name, None), type):
+                return cls(config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise BaseLoadError(
+            f"cannot build the model of {folder} from its config ({type(error).__name__}: {said}); "
+            f"load the model yourself and use ModelWeights"
+        ) from error
+
+
+def _locate_keys(model: nn.Module, names: list[str], shards: Mapping[str, str]) -> dict[str, str]:
+    """Parameter name → the key that holds it in the files, for those that can be found."""
+    prefix = getattr(model, "base_model_prefix", "")
+    twins: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        twins.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    located = {}
+    for name in names:
+        tied = [twin for twin in twins[id(parameters[name])] if twin != name] if name in parameters else []
+        candidates = [
+            form
+            for twin in (name, *tied)
+            for form in (twin, twin.removeprefix(f"{prefix}."), f"{prefix}.{twin}")
+        ]
+        key = next((form for form in candidates if form in shards), None)
+        if key is not None:
+            located[name] = key
+    return located
