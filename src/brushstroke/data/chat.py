@@ -8,12 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from brushstroke.data.checks import Message, check_messages
 from brushstroke.data.pieces import Piece, PieceTokenizer
-from brushstroke.data.read import kind_of
-from brushstroke.errors import DataError, did_you_mean
-
-Message = Mapping[str, Any]
-ROLES = ("system", "user", "assistant", "tool", "developer")
+from brushstroke.errors import DataError
 
 _SENTINEL = "Qzxv7"  # an answer that no template contains or changes
 
@@ -39,8 +36,9 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.template = template or _own_template(tokenizer)
         self.pieces = PieceTokenizer(tokenizer)
-        self._opening, self._closing = self._probe() if self.template else ("", "")
+        self._opening, self._closing = self._probe() if self.template else ("", None)
         self._end_text, self._end_id = self._end_of_turn()
+        self._bos = _begin_token(tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -123,18 +121,8 @@ class ChatFormat:
 
     def plain_prompt(self, text: str) -> tuple[Piece, ...]:
         """A prompt without a template, begun as the tokenizer itself begins a text."""
-        first = self.tokenizer(text or "x", verbose=False)["input_ids"][:1]
-        bos = self.tokenizer.bos_token_id
-        if (
-            bos is None
-            or first != [bos]
-            or self.pieces.tokens([Piece(text, False, "prompt", None)])[:1] == [bos]
-        ):
-            return (Piece(text, False, "prompt", after=None),)
-        return (
-            Piece("", False, "prompt", after=None, ids=(bos,)),
-            Piece(text, False, "prompt", after=None),
-        )
+        begin = (Piece("", False, "prompt", ids=self._bos),) if self._bos else ()
+        return (*begin, Piece(text, False, "prompt", after=None))
 
     def conversation(
         self,
@@ -241,84 +229,29 @@ class ChatFormat:
             after = self._end_text if ended else ""
         return [Piece(text, False, "template", after, tuple(_content_marks(text, messages)))]
 
-    def _probe(self) -> tuple[str, str]:
-        """What the template writes directly before and after an answer."""
+    def _probe(self) -> tuple[str, str | None]:
+        """What the template writes directly before and after an answer; None where it does not tell."""
         question = [{"role": "user", "content": "x"}]
         try:
             answered = self.render([*question, {"role": "assistant", "content": _SENTINEL}])
             asked = self.render(question)
         except DataError:
-            return "", ""
+            return "", None
         before, found, closing = answered.rpartition(_SENTINEL)
         if not found:
-            return "", ""
+            return "", None
         return (before[len(asked) :] if before.startswith(asked) else ""), closing
 
     def _end_of_turn(self) -> tuple[str | None, int | None]:
         """The first special token in what the template writes after an answer."""
-        special = _special_tokens(self.tokenizer)
-        for token in (
-            self.pieces.tokens([Piece(self._closing, False, "template", None)]) if self._closing else ()
-        ):
-            if token in special:
-                return special[token], token
+        if self.template and self._closing is None:
+            return self.tokenizer.eos_token, self.tokenizer.eos_token_id
+        tokens = self.pieces.tokens([Piece(self._closing, False, "template", None)]) if self._closing else []
+        for special in _special_tokens(self.tokenizer):
+            for token in tokens:
+                if token in special:
+                    return special[token], token
         return None, None
-
-
-def check_messages(messages: object, where: str) -> None:
-    """Refuse what is not a conversation.
-
-    Raises:
-        DataError: with the place and what is wrong there.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise DataError(
-            f"{where}: 'messages' is {kind_of(messages)}; expected a list of objects with role and content"
-        )
-    if not messages:
-        raise DataError(f"{where}: 'messages' is empty; expected at least a user and an assistant turn")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            raise DataError(
-                f"{where}: message {number} is {kind_of(message)}; expected an object with role and content"
-            )
-        role = message.get("role")
-        if role not in ROLES:
-            found = f"has the unknown role {role!r}" if isinstance(role, str) else "has no role"
-            hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-            raise DataError(f"{where}: message {number} {found}{hint}; known roles are {', '.join(ROLES)}")
-        _check_content(message, f"{where}: message {number} ({role})")
-
-
-def _check_content(message: Message, place: str) -> None:
-    content = message.get("content")
-    if isinstance(content, str):
-        check_encodable(content, place)
-    elif content is None:
-        if not message.get("tool_calls"):
-            found = "null content" if "content" in message else "no content"
-            raise DataError(f"{place} has {found}; expected text")
-    elif isinstance(content, Sequence) and not isinstance(content, bytes):
-        for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                raise DataError(f"{place} has a part that is not text; only text can be trained on")
-            check_encodable(part["text"], place)
-    else:
-        raise DataError(f"{place} has {kind_of(content)} as content; expected text")
-
-
-def check_encodable(text: str, place: str) -> None:
-    """Refuse half a surrogate pair: JSON can write it, but it is no character.
-
-    Raises:
-        DataError: with the place.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place} holds half of a surrogate pair at character {error.start + 1}; write it whole"
-        ) from error
 
 
 def _own_template(tokenizer: Any) -> str | None:
@@ -353,8 +286,16 @@ def _content_marks(text: str, messages: Sequence[Message]) -> Iterator[tuple[str
                 yield message["role"], found, position
 
 
-def _special_tokens(tokenizer: Any) -> dict[int, str]:
+def _begin_token(tokenizer: Any) -> tuple[int, ...]:
+    """The begin token, if the tokenizer puts one before a text by itself."""
+    bos = tokenizer.bos_token_id
+    begun, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
+    return (bos,) if bos is not None and begun[:1] == [bos] != bare[:1] else ()
+
+
+def _special_tokens(tokenizer: Any) -> tuple[dict[int, str], dict[int, str]]:
+    """The tokens declared special; the other added tokens, which some models end a turn with."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {token: str(entry) for token, entry in added.items()}
+    special = {token: str(entry) for token, entry in added.items() if entry.special}
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return special
+    return special, {token: str(entry) for token, entry in added.items() if str(entry).strip()}

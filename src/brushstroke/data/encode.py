@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from brushstroke.data.chat import ChatFormat, check_encodable
+from brushstroke.data.chat import ChatFormat
+from brushstroke.data.checks import check_encodable, kind_of
 from brushstroke.data.examples import EncodedData, EncodingReport, Example, Kind
+from brushstroke.data.files import Row
+from brushstroke.data.limit import keep_within
 from brushstroke.data.pieces import Piece
-from brushstroke.data.read import Row, Rows, Source, hash_rows, kind_of, read_rows
+from brushstroke.data.read import Rows, Source, hash_rows, read_rows
+from brushstroke.data.tokenised import read_tokenised
 from brushstroke.errors import ConfigError, DataError, did_you_mean
 
 _SHOWN = 10  # rows named in a message
@@ -55,7 +59,8 @@ def encode(
     rows = _rows(source)
     kind, columns = _detect(rows, prompt_column, completion_column)
     if kind == "tokens":
-        examples, stop_tokens = _collect(rows, _tokenised), ()
+        examples = [example for _, example in _collect(rows, read_tokenised)]
+        stop_tokens: tuple[str, ...] = ()
     elif tokenizer is None:
         raise DataError(
             f"{rows.name}: this base has no tokenizer to read {kind} with; pass examples tokenised already "
@@ -68,7 +73,7 @@ def encode(
         examples = _tokenise(chat, _collect(rows, write))
         uses_template = kind == "messages" or (kind == "prompt/completion" and chat.has_template)
         stop_tokens = chat.stop_token_texts if uses_template else _texts(tokenizer, chat.end_ids)
-    kept, skipped = _limit(rows, examples, max_length, skip_too_long, need_trained)
+    kept, skipped = keep_within(rows, examples, max_length, skip_too_long, need_trained)
     report = _report(rows, kind, kept, skipped, stop_tokens)
     if need_trained and not report.trained_tokens:
         raise DataError(
@@ -165,8 +170,11 @@ class _Writer:
         self.chat, self.columns, self.need_trained = chat, columns, need_trained
 
     def messages(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
+        tools = row.get("tools")
+        if tools is not None and not isinstance(tools, list | tuple):
+            raise DataError(f"{where}: 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
         return self.chat.conversation(
-            row[self.columns[0]], tools=row.get("tools"), where=where, need_trained=self.need_trained
+            row[self.columns[0]], tools=tools, where=where, need_trained=self.need_trained
         )
 
     def pair(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
@@ -203,101 +211,6 @@ def _tokenise(chat: ChatFormat, written: list[tuple[int, tuple[Piece, ...]]]) ->
             roles += counts
         examples.append(Example(tokens, (0.0, *weights[1:]) if weights else (), number, dict(roles)))
     return examples
-
-
-def _tokenised(row: Row, number: int, where: str) -> list[Example]:
-    given = row.get("example")
-    if isinstance(given, Example):
-        return [given if given.row else Example(given.tokens, given.weights, number, given.roles, given.cut)]
-    tokens, labels = (_integers(row[name], name, where) for name in ("input_ids", "labels"))
-    weights = row.get("weights")
-    given = [1.0] * len(tokens) if weights is None else _numbers(weights, "weights", where)
-    if not len(tokens) == len(labels) == len(given):
-        raise DataError(
-            f"{where}: input_ids, labels and weights have {len(tokens)}, {len(labels)} and {len(given)} "
-            "entries; give one label for each token, -100 where it is not trained"
-        )
-    for index, (token, label) in enumerate(zip(tokens, labels, strict=True)):
-        if label not in (-100, token):
-            raise DataError(
-                f"{where}: labels[{index}] is {label} and input_ids[{index}] is {token}; a label is -100 "
-                "or the token at its own place (do not shift the labels)"
-            )
-    real = _integers(row.get("attention_mask") or [1] * len(tokens), "attention_mask", where)
-    kept = [i for i in range(len(tokens)) if real[i]]
-    trained = [given[i] if labels[i] != -100 else 0.0 for i in kept]
-    ids = tuple(tokens[i] for i in kept)
-    return [Example(ids, (0.0, *trained[1:]) if ids else (), number, {"tokens": len(ids)})]
-
-
-def _integers(values: Any, name: str, where: str) -> list[int]:
-    numbers = _numbers(values, name, where)
-    if any(number != int(number) or (number < 0 and number != -100) for number in numbers):
-        raise DataError(f"{where}: {name!r} holds a value that is no token id; expected whole numbers from 0")
-    return [int(number) for number in numbers]
-
-
-def _numbers(values: Any, name: str, where: str) -> list[float]:
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple) or any(not isinstance(value, int | float) for value in values):
-        raise DataError(f"{where}: {name!r} is {kind_of(values)}; expected a list of numbers")
-    return list(values)
-
-
-def _limit(
-    rows: Rows, examples: Sequence[Example], max_length: int | None, skip: bool, need_trained: bool
-) -> tuple[list[Example], list[int]]:
-    kept, filled = [], []
-    for example in examples:
-        short = example if max_length is None else _shortened(example, max_length)
-        if short.trained or not example.trained or not need_trained:
-            kept.append(short)
-        else:
-            filled.append(example)
-    numbers = sorted({example.row for example in filled})
-    if filled and not skip:
-        listed = ", ".join(rows.where(number) for number in numbers[:_SHOWN])
-        more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-        count = "1 row has" if len(numbers) == 1 else f"{len(numbers)} rows have"
-        needed = max(example.first_trained for example in filled) + 1
-        raise DataError(
-            f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
-            f"{listed}{more}; raise max_length (--max-length) to {needed} or more, or leave such rows out "
-            "with skip_too_long (--skip-too-long)"
-        )
-    return kept, numbers
-
-
-def _shortened(example: Example, limit: int) -> Example:
-    beyond = len(example.tokens) - limit
-    if beyond <= 0:
-        return example
-    # Untrained tokens at the end (a newline after the end of the turn) are no loss.
-    tail = next((i for i, weight in enumerate(reversed(example.weights)) if weight != 0), 0)
-    roles = _cut_roles(example, beyond, tail)
-    return Example(
-        example.tokens[:limit],
-        example.weights[:limit],
-        example.row,
-        roles,
-        example.cut + max(0, beyond - tail),
-    )
-
-
-def _cut_roles(example: Example, beyond: int, tail: int) -> dict[str, int]:
-    """Counts after a cut: what stands at the end is the template's tail, then the answer."""
-    roles = dict(example.roles)
-    answer = next((name for name in ("assistant", "completion", "text", "tokens") if name in roles), None)
-    for name, most in (
-        ("template", min(beyond, tail)),
-        (answer, beyond),
-        *((name, beyond) for name in list(roles)),
-    ):
-        taken = min(most, beyond, roles.get(name, 0)) if name else 0
-        if taken:
-            roles[name] -= taken
-            beyond -= taken
-    return {name: count for name, count in roles.items() if count}
 
 
 def _report(

@@ -1,0 +1,158 @@
+"""One file of rows: JSONL, JSON, CSV or Parquet, with the line or the row of whatever is wrong in it.
+
+It does not look for files, and does not use the datasets package: local files need no network and no cache.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from brushstroke.data.checks import kind_of
+from brushstroke.errors import DataError
+
+Row = Mapping[str, Any]
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of one file, by its ending.
+
+    Raises:
+        DataError: the file is empty, damaged, or of a kind that cannot be read.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: the ending {path.suffix!r} is not one that can be read; expected {endings()}: "
+            "convert or rename the file"
+        )
+    try:
+        empty = path.stat().st_size == 0
+        rows = [] if empty else reader(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    if not rows:
+        raise DataError(f"{path}: {'the file is empty' if empty else 'holds no rows'}; add at least one row")
+    return rows
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        guess = " (it looks like UTF-16)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise DataError(
+            f"{path}: line {line} is not UTF-8{guess}; save the file as UTF-8, "
+            "for example with: iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines(): it would also split at U+2028 and its like, which JSON allows inside strings.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        row = _parse_json(line, path, number)
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: line {number} is {kind_of(row)}; expected an object in braces on every line: "
+                "correct the line"
+            )
+        rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = _text(path)
+    if text.lstrip()[:1] != "[":
+        try:
+            return _read_jsonl(path)
+        except DataError:
+            if isinstance(_parse_json(text, path), dict):
+                raise DataError(
+                    f"{path}: holds one object; expected an array of objects, one for each row: "
+                    "put the rows between [ and ]"
+                ) from None
+            raise
+    rows = _parse_json(text, path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: row {number} is {kind_of(row)}; expected an object in braces: correct the row"
+            )
+    return rows
+
+
+def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: line {line or error.lineno} is not valid JSON ({error.msg}, column {error.colno}); "
+            "correct the line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: line {line or 1} cannot be read as JSON ({error}); correct the line"
+        ) from error
+
+
+def _read_csv(path: Path) -> list[Row]:
+    text = _text(path)
+    limit = csv.field_size_limit(max(len(text), 131_072))
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            header = next((fields for fields in reader if fields), [])
+            repeated = sorted({name for name in header if header.count(name) > 1})
+            if repeated:
+                raise DataError(
+                    f"{path}: line 1 names the column {repeated[0]!r} twice; give every column its own name"
+                )
+            rows = []
+            for fields in reader:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise DataError(
+                        f"{path}: row {len(rows) + 1} (line {reader.line_num}) has {len(fields)} fields and "
+                        f"the first line {len(header)}; correct the row (a text with commas needs quotes)"
+                    )
+                rows.append(dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: line {reader.line_num} is not valid CSV ({error}); correct the line"
+            ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: is not a readable Parquet file ({reason}); write it again") from error
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def endings() -> str:
+    """The endings of files that can be read, for a message."""
+    return ", ".join(READERS)

@@ -1,0 +1,69 @@
+"""The length limit: what is beyond it is cut and counted, and what it leaves nothing to train on is refused.
+
+It does not tokenise.
+"""
+
+from collections.abc import Sequence
+
+from brushstroke.data.examples import Example
+from brushstroke.data.read import Rows
+from brushstroke.errors import DataError
+
+_SHOWN = 10  # rows named in a message
+
+
+def keep_within(
+    rows: Rows, examples: Sequence[Example], max_length: int | None, skip: bool, need_trained: bool
+) -> tuple[list[Example], list[int]]:
+    """The examples within the limit, and the rows left out because of it.
+
+    Raises:
+        DataError: rows have a prompt that fills the limit, and are not to be left out.
+    """
+    kept, filled = [], []
+    for example in examples:
+        short = example if max_length is None else _shortened(example, max_length)
+        if short.trained or not example.trained or not need_trained:
+            kept.append(short)
+        else:
+            filled.append(example)
+    numbers = sorted({example.row for example in filled})
+    if filled and not skip:
+        listed = ", ".join(rows.where(number) for number in numbers[:_SHOWN])
+        more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+        count = "1 row has" if len(numbers) == 1 else f"{len(numbers)} rows have"
+        needed = max(example.first_trained for example in filled) + 1
+        raise DataError(
+            f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
+            f"{listed}{more}; raise max_length (--max-length) to {needed} or more, or leave such rows out "
+            "with skip_too_long (--skip-too-long)"
+        )
+    return kept, numbers
+
+
+def _shortened(example: Example, limit: int) -> Example:
+    beyond = len(example.tokens) - limit
+    if beyond <= 0:
+        return example
+    # Untrained tokens at the end (a newline after the end of the turn) are no loss.
+    tail = next((i for i, weight in enumerate(reversed(example.weights)) if weight != 0), 0)
+    roles = _cut_roles(example, beyond, tail)
+    return Example(
+        example.tokens[:limit],
+        example.weights[:limit],
+        example.row,
+        roles,
+        example.cut + max(0, beyond - tail),
+    )
+
+
+def _cut_roles(example: Example, beyond: int, tail: int) -> dict[str, int]:
+    """Counts after a cut: what stands at the end is the template's tail, then the answer."""
+    roles = dict(example.roles)
+    answer = next((name for name in ("assistant", "completion", "text", "tokens") if name in roles), None)
+    for name, most in (("template", tail), (answer, beyond), *((name, beyond) for name in tuple(roles))):
+        if name in roles:
+            taken = min(most, beyond, roles[name])
+            roles[name] -= taken
+            beyond -= taken
+    return {name: count for name, count in roles.items() if count}
