@@ -234,9 +234,11 @@ def check_base(
         return
     if weights is None:
         weights = _plain_weights(root, {path: sites[path] for path in fingerprint.samples if path in sites})
-    known = {path: weights[path] for path in fingerprint.samples if path in weights and path in adapter}
-    if not known:
+    sampled = [path for path in fingerprint.samples if path in weights and path in adapter]
+    if not sampled:
         return
+    # Weights read from files come one at a time, unless some of them must be left out.
+    known = weights if len(sampled) == len(fingerprint.samples) else {path: weights[path] for path in sampled}
     verdict, difference = fingerprint.judge(known, _delta_reader(adapter), _is_quantised(root))
     name = (adapter.card.base_name if adapter.card else None) or "unknown"
     if verdict is Verdict.MERGED:

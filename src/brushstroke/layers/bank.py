@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from brushstroke.adapter import Adapter
+from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import RouteError, did_you_mean
 from brushstroke.layers.adapted import BankedLinear, restore_class, swap_class
 from brushstroke.layers.attach import _canonical, _low_rank, check_base, guard_model
@@ -31,6 +31,7 @@ class Bank:
         self._route = Route((0,))
         self._modules: dict[str, BankedLinear] = {}
         self._slots: dict[str, int] = {}
+        self._cards: dict[str, Card | None] = {}
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -43,6 +44,15 @@ class Bank:
         """The adapter of each row of the route in force; None is the base."""
         names = {slot: name for name, slot in self._slots.items()}
         return tuple(names.get(slot) for slot in self._route.slots)
+
+    def card(self, name: str) -> Card | None:
+        """The card of an adapter in the bank.
+
+        Raises:
+            RouteError: there is none of that name.
+        """
+        self._slot(name)
+        return self._cards[name]
 
     def load(self, name: str, adapter: Adapter, *, allow_different_base: bool = False) -> None:
         """Add an adapter, or replace the one of that name.
@@ -72,6 +82,7 @@ class Bank:
         for path, module in self._modules.items():
             _write_slot(module, slot, updates.get(path))
         self._slots[name] = slot
+        self._cards[name] = adapter.card
 
     def evict(self, name: str) -> None:
         """Take an adapter out of the bank.
@@ -82,7 +93,7 @@ class Bank:
         slot = self._slot(name)
         if slot in self._route.slots:
             raise RouteError(f"adapter {name!r} is in use by the route in force; leave its rows() first")
-        del self._slots[name]
+        del self._slots[name], self._cards[name]
         for module in self._modules.values():
             _write_slot(module, slot, None)
 
@@ -113,6 +124,7 @@ class Bank:
         self._undo.clear()
         self._modules.clear()
         self._slots.clear()
+        self._cards.clear()
 
     def __enter__(self) -> Self:
         return self
