@@ -1,0 +1,66 @@
+# The commands of the project. Python 3.11 or newer is all that they need; no C compiler.
+#
+#   make demo PYTHON=python3.12         another interpreter for the environment
+#   make demo CONSTRAINTS=              torch as pip chooses it, for a machine with a GPU (or name a file of your own)
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+RECIPES := pyproject.toml $(CONSTRAINTS)
+
+.PHONY: help install demo test check bench clean
+
+help:
+	@echo "make install   .venv with the brushstroke command"
+	@echo "make demo      three adapters on one real model; BRUSHSTROKE_DEMO=quick for the short form"
+	@echo "make test      the whole test suite"
+	@echo "make check     ruff, pyright, import-linter"
+	@echo "make bench     the benchmarks behind every claim"
+	@echo "make clean     remove .venv, caches and demo-out"
+
+install: $(VENV)/.installed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "brushstroke needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Run: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade pip
+	@touch $@
+
+$(VENV)/.installed: $(RECIPES) | $(VENV)/.created
+	$(PIP_INSTALL) --editable '.[gguf,report]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(RECIPES) | $(VENV)/.created
+	$(PIP_INSTALL) --editable '.[gguf,report,dev]' 'pyright[nodejs]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(RECIPES) | $(VENV)/.created
+	$(PIP_INSTALL) --editable '.[gguf,report,bench]'
+	@touch $@ $(VENV)/.installed
+
+demo: install
+	$(BIN)/python examples/demo/demo.py
+
+# Compiled graphs first and by themselves: shape-checked functions do not trace.
+test: $(VENV)/.installed-dev
+	$(BIN)/python examples/demo/assets.py
+	$(BIN)/python -m pytest tests/compile
+	$(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,beartype.beartype
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python examples/demo/assets.py
+	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist demo-out .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
