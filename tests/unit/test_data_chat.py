@@ -1,0 +1,262 @@
+import data_tokenizers as have
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brushstroke.data import ChatFormat, encode, segments
+from brushstroke.errors import DataError
+
+CONVERSATION = [
+    {"role": "user", "content": "hello there"},
+    {"role": "assistant", "content": "It is noon."},
+    {"role": "user", "content": "what is the time?"},
+    {"role": "assistant", "content": "noon"},
+]
+STOCK = {
+    "chatml": (have.CHATML, "<|im_end|>"),
+    "llama3": (have.LLAMA3, "<|eot_id|>"),
+    "gemma": (have.GEMMA, "<end_of_turn>"),
+}
+
+
+def trained_texts(tokenizer, example):
+    return [tokenizer.decode(example.tokens[a:b]) for a, b, trained in segments(example) if trained]
+
+
+def whole_text(tokenizer, example):
+    return tokenizer.decode(example.tokens)
+
+
+def one(tokenizer, messages, **options):
+    (example,) = encode([{"messages": messages}], tokenizer, **options)
+    return example
+
+
+def refused(tokenizer, messages, *fragments, before=()):
+    rows = [{"messages": turns} for turns in (*before, messages)]
+    with pytest.raises(DataError) as caught:
+        encode(rows, tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in (f"row {len(rows)}", *fragments):
+        assert fragment in message, message
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_assistant_turn_and_its_end_is_trained_and_nothing_else(name):
+    template, end = STOCK[name]
+    tokenizer = have.byte_level(template)
+    example = one(tokenizer, CONVERSATION)
+    assert trained_texts(tokenizer, example) == [f"It is noon.{end}", f"noon{end}"]
+    rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert whole_text(tokenizer, example) == rendered
+    assert list(example.tokens) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_the_end_token_is_trained_though_it_is_the_pad_token():
+    tokenizer = have.byte_level(have.CHATML)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    example = one(tokenizer, CONVERSATION)
+    ends = [i for i, token in enumerate(example.tokens) if token == tokenizer.eos_token_id]
+    assert [example.weights[i] for i in ends] == [0.0, 0.0, 1.0, 0.0, 1.0]
+
+
+def test_what_follows_the_end_of_the_turn_is_not_trained():
+    tokenizer = have.byte_level(have.CHATML)
+    example = one(tokenizer, CONVERSATION[:2])
+    assert tokenizer.decode(example.tokens[-1:]) == "\n"
+    assert example.weights[-2:] == (1.0, 0.0)
+
+
+def test_an_answer_that_spells_the_end_token_is_trained_to_its_true_end():
+    tokenizer = have.byte_level(have.CHATML)
+    answer = "write <|im_end|> at the end"
+    example = one(tokenizer, [CONVERSATION[0], {"role": "assistant", "content": answer}])
+    assert trained_texts(tokenizer, example) == [answer + "<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", STOCK)
+@settings(max_examples=25, deadline=None)
+@given(
+    turns=st.lists(
+        st.tuples(*[st.text(st.sampled_from("ab \n{<|'"), max_size=8)] * 2), min_size=1, max_size=3
+    )
+)
+def test_training_sees_the_prompts_that_generation_sees(name, turns):
+    tokenizer = have.byte_level(STOCK[name][0])
+    messages = [
+        {"role": role, "content": text}
+        for pair in turns
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    example = one(tokenizer, messages)
+    chat = ChatFormat(tokenizer)
+    starts = [start for start, _, trained in segments(example) if trained]
+    prompts = [chat.prompt_tokens(messages[: 2 * i + 1]) for i in range(len(turns))]
+    assert [list(example.tokens[:start]) for start in starts] == prompts
+
+
+def test_a_template_that_drops_old_thoughts_makes_an_example_of_every_turn():
+    tokenizer = have.byte_level(have.QWEN3)
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "<think>\nhmm\n</think>\n\nIt is noon."},
+        {"role": "user", "content": "and now?"},
+        {"role": "assistant", "content": "noon"},
+    ]
+    data = encode([{"messages": messages}], tokenizer)
+    assert [trained_texts(tokenizer, example) for example in data] == [
+        ["<think>\nhmm\n</think>\n\nIt is noon.<|im_end|>"],
+        ["<think>\n\n</think>\n\nnoon<|im_end|>"],
+    ]
+    assert [example.row for example in data] == [1, 1]
+    assert "hmm" not in whole_text(tokenizer, data[1])
+    chat = ChatFormat(tokenizer)
+    for example, index in zip(data, (1, 3), strict=True):
+        assert list(example.tokens[: example.first_trained]) == chat.prompt_tokens(messages[:index])
+    assert data.report.rows == 1
+    assert data.report.examples == 2
+
+
+def test_another_end_for_the_last_answer_makes_an_example_of_every_turn():
+    tokenizer = have.byte_level(have.LAST_IS_DIFFERENT)
+    data = encode([{"messages": CONVERSATION}], tokenizer)
+    assert [trained_texts(tokenizer, example) for example in data] == [
+        ["It is noon.<|im_end|>"],
+        ["noon<|im_end|>"],
+    ]
+
+
+def test_a_generation_prompt_that_answers_do_not_begin_with_is_left_out():
+    tokenizer = have.byte_level(have.OPENS_THOUGHT)
+    assert trained_texts(tokenizer, one(tokenizer, CONVERSATION)) == [
+        "It is noon.<|im_end|>",
+        "noon<|im_end|>",
+    ]
+
+
+def test_a_template_without_an_end_of_turn_gets_the_end_token():
+    tokenizer = have.byte_level(have.PLAIN, eos="<|endoftext|>")
+    example = one(tokenizer, CONVERSATION)
+    assert trained_texts(tokenizer, example) == ["It is noon.\n", "noon\n<|endoftext|>"]
+    assert ChatFormat(tokenizer).stop_token_texts == ("<|endoftext|>",)
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_adds_none_inside_a_row():
+    tokenizer = have.sentencepiece_like(have.LLAMA2)
+    example = one(tokenizer, CONVERSATION)
+    rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert list(example.tokens) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert [text.strip() for text in trained_texts(tokenizer, example)] == ["It is noon. </s>", "noon </s>"]
+    chat = ChatFormat(tokenizer)
+    assert list(example.tokens[: example.first_trained]) == chat.prompt_tokens(CONVERSATION[:1])
+
+
+def test_stop_tokens_are_the_end_of_turn_and_the_end_token():
+    chat = ChatFormat(have.byte_level(have.LLAMA3, eos="<|endoftext|>"))
+    assert chat.stop_token_texts == ("<|eot_id|>", "<|endoftext|>")
+    assert chat.stop_token_ids == tuple(chat.tokenizer.convert_tokens_to_ids(list(chat.stop_token_texts)))
+    assert ChatFormat(have.byte_level(have.CHATML)).stop_token_texts == ("<|im_end|>",)
+    assert ChatFormat(have.byte_level()).stop_token_texts == ("<|im_end|>",)
+
+
+def test_a_given_template_replaces_the_tokenizers_own():
+    tokenizer = have.byte_level(have.CHATML)
+    chat = ChatFormat(tokenizer, have.LLAMA3)
+    assert chat.template == have.LLAMA3
+    assert chat.render(CONVERSATION[:1]).startswith("<|begin|><|start_header_id|>")
+    example = one(tokenizer, CONVERSATION[:2], chat_template=have.LLAMA3)
+    assert trained_texts(tokenizer, example) == ["It is noon.<|eot_id|>"]
+
+
+def test_a_text_as_prompt_is_a_user_turn_or_the_beginning_of_a_text():
+    chat = ChatFormat(have.byte_level(have.CHATML))
+    assert chat.has_template
+    assert chat.prompt_tokens("hello") == chat.prompt_tokens([{"role": "user", "content": "hello"}])
+    plain = have.byte_level()
+    assert not ChatFormat(plain).has_template
+    assert ChatFormat(plain).prompt_tokens("hello") == plain("hello")["input_ids"]
+    begins = have.byte_level(adds_bos=True)
+    assert ChatFormat(begins).prompt_tokens("hello") == begins("hello")["input_ids"]
+
+
+def test_a_default_system_message_and_the_users_own_are_counted_by_role():
+    tokenizer = have.byte_level(have.CHATML)
+    example = one(tokenizer, CONVERSATION[:2])
+    assert set(example.roles) == {"template", "user", "assistant"}
+    assert sum(example.roles.values()) == len(example)
+    assert example.roles["assistant"] == example.trained
+    assert example.roles["user"] == len(tokenizer("hello there", add_special_tokens=False)["input_ids"])
+    own = one(tokenizer, [{"role": "system", "content": "Answer with one JSON object."}, *CONVERSATION])
+    assert own.roles["system"] > 0
+
+
+def test_a_conversation_may_begin_with_an_answer_and_end_with_a_question():
+    tokenizer = have.byte_level(have.CHATML)
+    example = one(tokenizer, [CONVERSATION[1], CONVERSATION[2]])
+    assert trained_texts(tokenizer, example) == ["It is noon.<|im_end|>"]
+    assert whole_text(tokenizer, example).endswith("time?<|im_end|>\n")
+
+
+def test_other_keys_and_tools_reach_the_template():
+    template = have.CHATML.replace(
+        "message['content']", "(message['content'] or '') + (message.tool_calls | string)"
+    )
+    template = "{{ tools | tojson if tools else '' }}" + template
+    tokenizer = have.byte_level(template)
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+    messages = [
+        {**CONVERSATION[0], "tool_calls": "-"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
+    (example,) = encode([{"messages": messages, "tools": [{"name": "clock"}]}], tokenizer)
+    assert "clock" in trained_texts(tokenizer, example)[0]
+    assert whole_text(tokenizer, example).startswith('[{"name": "clock"}]')
+
+
+@pytest.mark.parametrize(
+    ("messages", "fragments"),
+    [
+        (
+            [{"role": "asistant", "content": "a"}],
+            ("message 1", "'asistant'", "did you mean 'assistant'", "developer"),
+        ),
+        (
+            [{"role": "bot", "content": "a"}],
+            ("unknown role 'bot'", "system, user, assistant, tool, developer"),
+        ),
+        ([{"content": "a"}], ("message 1 has no role",)),
+        ([CONVERSATION[0], {"role": "assistant", "content": None}], ("message 2 (assistant)", "null")),
+        ([CONVERSATION[0], {"role": "assistant"}], ("message 2 (assistant)", "no content")),
+        ([CONVERSATION[0], {"role": "assistant", "content": 5}], ("message 2", "a number (5)")),
+        (
+            [CONVERSATION[0], {"role": "assistant", "content": [{"type": "image"}]}],
+            ("message 2", "only text"),
+        ),
+        ([{"role": "user", "content": "\ud800"}], ("message 1", "surrogate")),
+        (["hello"], ("message 1 is text",)),
+        ("hello", ("'messages' is text", "list")),
+        (None, ("'messages' is null",)),
+        ([], ("empty",)),
+        (CONVERSATION[:1], ("no assistant turn", "add the answer")),
+    ],
+)
+def test_a_malformed_conversation_is_refused_with_its_row(messages, fragments):
+    refused(have.byte_level(have.CHATML), messages, *fragments, before=[CONVERSATION])
+
+
+def test_a_template_that_refuses_a_row_says_so_with_the_row():
+    tokenizer = have.byte_level(have.GEMMA)
+    system = {"role": "system", "content": "a"}
+    refused(tokenizer, [system, *CONVERSATION], "System role not supported", before=[CONVERSATION])
+    refused(tokenizer, [CONVERSATION[0], *CONVERSATION], "must alternate", before=[CONVERSATION])
+    refused(have.byte_level("{% if %}"), CONVERSATION, "chat template refuses")
+
+
+def test_a_template_that_hides_where_the_answer_begins_is_refused():
+    hides = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
+    refused(have.byte_level(hides), CONVERSATION[:2], "does not tell where the answer in message 2 begins")
+
+
+def test_messages_without_a_template_name_the_other_ways():
+    refused(have.byte_level(), CONVERSATION, "no chat template", "prompt and completion")
