@@ -1,0 +1,153 @@
+"""One self-contained HTML page: readable offline, on a phone, in light and in dark.
+
+It knows no figures' contents: an SVG is put in as it is, everything else is escaped.
+"""
+
+import html
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from brushstroke.errors import OutputError
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --text: #1d2430; --soft: #5b6675; --page: #fdfdfc; --panel: #f2f3f1; --line: #d9dcd8; --accent: #0b6e5f;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --text: #e6e8ea; --soft: #9aa5b1; --page: #14181d; --panel: #1d232a; --line: #333c46; --accent: #5cc8b2;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word;
+  background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif;
+}
+h1 { font-size: 1.8rem; line-height: 1.2; margin: 0.5rem 0; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; padding-top: 0.75rem; border-top: 1px solid var(--line); }
+p { margin: 0.6rem 0; max-width: 46rem; }
+.lead { font-size: 1.1rem; color: var(--soft); }
+.scroll { overflow-x: auto; margin: 0.9rem 0; }
+table { border-collapse: collapse; min-width: 50%; font-variant-numeric: tabular-nums; }
+caption, figcaption { text-align: left; color: var(--soft); font-size: 0.9rem; padding: 0.3rem 0; }
+th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; }
+th, td { border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+pre {
+  margin: 0.6rem 0; padding: 0.7rem 0.9rem; background: var(--panel); border-left: 3px solid var(--accent);
+  white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 0.88rem/1.45 ui-monospace, "SF Mono", Consolas, monospace;
+}
+figure { margin: 1rem 0; }
+figure svg { display: block; max-width: 100%; height: auto; }
+figure svg text { fill: var(--text); }
+"""
+
+
+class Page:
+    """A page that grows from top to bottom.
+
+    Args:
+        title: the heading.
+        lead: what the page shows, in one or two sentences.
+
+    >>> page = Page("Two adapters", "On one base.")
+    >>> page.section("Sizes").table(["adapter", "MB"], [["addresses", 9.8]])
+    >>> "<td>addresses</td>" in page.html()
+    True
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title = title
+        self._parts = [f"<h1>{_escaped(title)}</h1>"]
+        if lead:
+            self._parts.append(f'<p class="lead">{_escaped(lead)}</p>')
+
+    def section(self, title: str) -> "Page":
+        """Begin a section; returns the page, so that its first content can follow."""
+        self._parts.append(f"<h2>{_escaped(title)}</h2>")
+        return self
+
+    def text(self, *paragraphs: str) -> None:
+        """Paragraphs."""
+        self._parts += [f"<p>{_escaped(paragraph)}</p>" for paragraph in paragraphs]
+
+    def code(self, text: str, caption: str = "") -> None:
+        """Text as it is, in a fixed-width font."""
+        if caption:
+            self._parts.append(f"<p>{_escaped(caption)}</p>")
+        self._parts.append(f"<pre>{_escaped(text)}</pre>")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
+        """A table; a column of numbers, or of texts that begin like one, stands to the right."""
+        numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+        classes = [' class="number"' if right else "" for right in numeric]
+        head = "".join(f"<th{c}>{_escaped(name)}</th>" for name, c in zip(columns, classes, strict=True))
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td{c}>{_escaped(cell)}</td>" for cell, c in zip(row, classes, strict=True))
+            + "</tr>"
+            for row in rows
+        )
+        above = f"<caption>{_escaped(caption)}</caption>" if caption else ""
+        content = f"{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        self._parts.append(f'<div class="scroll"><table>{content}</table></div>')
+
+    def figure(self, svg: str, caption: str = "") -> None:
+        """An SVG, drawn into the page, with its description below.
+
+        Raises:
+            ValueError: the text is not an SVG, or would run a script.
+        """
+        start = svg.find("<svg")
+        if start < 0 or re.search(r"<script|\son\w+\s*=", svg, re.IGNORECASE):
+            raise ValueError(
+                "a figure must be an <svg> element without scripts; draw it with curves() or bars()"
+            )
+        below = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
+        inline = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg[start:])  # HTML needs no namespaces
+        self._parts.append(f"<figure>{inline}{below}</figure>")
+
+    def html(self) -> str:
+        """The whole document."""
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{_escaped(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+            + "\n".join(self._parts)
+            + "\n</body>\n</html>\n"
+        )
+
+    def write(self, file: str | Path) -> Path:
+        """Write the document; a file that is there is replaced at once, or not at all.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        target = Path(file)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".page-") as folder:
+                fresh = Path(folder) / target.name
+                fresh.write_text(self.html(), encoding="utf-8")
+                os.replace(fresh, target)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write the page {target} ({error.strerror or error}); "
+                "choose another place, or free some space"
+            ) from error
+        return target
+
+
+def _escaped(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, int | float) or bool(re.match(r"^\s*([-+−]?\d|–$)", str(cell)))
