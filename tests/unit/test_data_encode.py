@@ -2,6 +2,7 @@ import dataclasses
 import time
 
 import data_tokenizers as have
+import numpy as np
 import pytest
 
 from brushstroke.data import EncodedData, Example, encode, read_rows, segments
@@ -248,6 +249,8 @@ def test_labels_of_other_libraries_are_understood():
     assert example.weights == (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
     (masked,) = encode([{**row, "attention_mask": [1, 1, 1, 1, 0, 0]}], None)
     assert (masked.tokens, masked.weights) == ((5, 6, 7, 8), (0.0, 0.0, 1.0, 1.0))
+    (from_arrays,) = encode([{name: np.array(row[name]) for name in ("input_ids", "labels")}], None)
+    assert from_arrays.tokens == example.tokens
     (weighted,) = encode([{**row, "weights": [1, 1, 0.5, 2, 1, 1]}], None)
     assert weighted.weights == (0.0, 0.0, 0.5, 2.0, 0.0, 0.0)
 
@@ -256,11 +259,12 @@ def test_labels_of_other_libraries_are_understood():
     ("row", "fragments"),
     [
         ({"input_ids": [5, 6], "labels": [6, 7]}, ("labels[0] is 6", "do not shift")),
-        ({"input_ids": [5, 6], "labels": [5]}, ("2, 1 and 2",)),
+        ({"input_ids": [5, 6], "labels": [5]}, ("input_ids has 2, labels has 1",)),
+        ({"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1]}, ("attention_mask has 1",)),
         ({"input_ids": "56", "labels": [5]}, ("'input_ids' is text",)),
-        ({"input_ids": [5, 6.5], "labels": [5, 6]}, ("no token id",)),
-        ({"input_ids": [5, -1], "labels": [5, -1]}, ("no token id",)),
-        ({"input_ids": [5, None], "labels": [5, 6]}, ("'input_ids'", "numbers")),
+        ({"input_ids": [5, 6.5], "labels": [5, 6]}, ("input_ids[1] is 6.5",)),
+        ({"input_ids": [5, -100], "labels": [5, -100]}, ("input_ids[1] is -100",)),
+        ({"input_ids": [5, None], "labels": [5, 6]}, ("input_ids[1] is null",)),
         ({"input_ids": [5, 6], "labels": [5, 6], "weights": [1, float("inf")]}, ("finite",)),
     ],
 )

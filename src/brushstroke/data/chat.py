@@ -126,7 +126,7 @@ class ChatFormat:
 
     def conversation(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | Any,
         *,
         tools: Sequence[Mapping] | None = None,
         where: str = "this conversation",

@@ -21,7 +21,7 @@ _SHOWN = 10  # rows named in a message
 
 
 def encode(
-    source: Source | Rows | Iterable[Example],
+    source: Source | Rows | Iterable[Example] | Any,
     tokenizer: Any,
     *,
     prompt_column: str | None = None,

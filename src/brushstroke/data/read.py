@@ -47,7 +47,7 @@ class Rows:
         return f"{file}, row {row - before}"
 
 
-def read_rows(source: Source, *, split: str | None = None) -> Rows:
+def read_rows(source: Source | Any, *, split: str | None = None) -> Rows:
     """All rows of a data source, in order.
 
     `source` is a path to a `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of

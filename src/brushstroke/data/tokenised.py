@@ -20,36 +20,43 @@ def read_tokenised(row: Row, number: int, where: str) -> list[Example]:
     given = row.get("example")
     if isinstance(given, Example):
         return [given if given.row else Example(given.tokens, given.weights, number, given.roles, given.cut)]
-    tokens, labels = (_integers(row[name], name, where) for name in ("input_ids", "labels"))
-    weights = row.get("weights")
-    given = [1.0] * len(tokens) if weights is None else _numbers(weights, "weights", where)
-    if not len(tokens) == len(labels) == len(given):
-        raise DataError(
-            f"{where}: input_ids, labels and weights have {len(tokens)}, {len(labels)} and {len(given)} "
-            "entries; give one label for each token, -100 where it is not trained"
-        )
+    tokens = _integers(row["input_ids"], "input_ids", where)
+    labels = _integers(row["labels"], "labels", where, also=-100)
+    weights = _numbers(row["weights"], "weights", where) if row.get("weights") is not None else None
+    mask = row.get("attention_mask")
+    real = [1] * len(tokens) if mask is None else _integers(mask, "attention_mask", where)
+    lists = {"input_ids": tokens, "labels": labels, "weights": weights, "attention_mask": real}
+    lengths = {name: len(values) for name, values in lists.items() if values is not None}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise DataError(f"{where}: the lists differ in length ({found}); give one entry for each token")
     for index, (token, label) in enumerate(zip(tokens, labels, strict=True)):
         if label not in (-100, token):
             raise DataError(
                 f"{where}: labels[{index}] is {label} and input_ids[{index}] is {token}; a label is -100 "
                 "or the token at its own place (do not shift the labels)"
             )
-    real = _integers(row.get("attention_mask") or [1] * len(tokens), "attention_mask", where)
-    kept = [i for i in range(len(tokens)) if real[i]]
-    trained = [given[i] if labels[i] != -100 else 0.0 for i in kept]
-    ids = tuple(tokens[i] for i in kept)
-    return [Example(ids, (0.0, *trained[1:]) if ids else (), number, {"tokens": len(ids)})]
+    kept = [index for index, is_real in enumerate(real) if is_real]
+    trained = [
+        0.0 if place == 0 or labels[index] == -100 else float(weights[index]) if weights else 1.0
+        for place, index in enumerate(kept)
+    ]
+    return [Example(tuple(tokens[i] for i in kept), tuple(trained), number, {"tokens": len(kept)})]
 
 
-def _integers(values: Any, name: str, where: str) -> list[int]:
+def _integers(values: Any, name: str, where: str, also: int = 0) -> list[int]:
     numbers = _numbers(values, name, where)
-    if any(number != int(number) or (number < 0 and number != -100) for number in numbers):
-        raise DataError(f"{where}: {name!r} holds a value that is no token id; expected whole numbers from 0")
-    return [int(number) for number in numbers]
+    for index, value in enumerate(numbers):
+        if isinstance(value, float) or (value < 0 and value != also):
+            raise DataError(f"{where}: {name}[{index}] is {value}; expected whole numbers from 0")
+    return [int(value) for value in numbers]
 
 
-def _numbers(values: Any, name: str, where: str) -> list[float]:
+def _numbers(values: Any, name: str, where: str) -> list[int | float]:
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple) or any(not isinstance(value, int | float) for value in values):
+    if not isinstance(values, list | tuple):
         raise DataError(f"{where}: {name!r} is {kind_of(values)}; expected a list of numbers")
+    for index, value in enumerate(values):
+        if not isinstance(value, int | float):
+            raise DataError(f"{where}: {name}[{index}] is {kind_of(value)}; expected numbers")
     return list(values)
