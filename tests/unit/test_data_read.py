@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -219,3 +221,15 @@ def test_a_dictionary_of_splits_asks_for_one():
 
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
     refused(splits, "'train'", "pass one")
+
+
+def test_reading_local_files_loads_neither_torch_nor_the_hub(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl(ROWS))
+    program = (
+        "import sys; from brushstroke.data import read_rows; read_rows(sys.argv[1]); "
+        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "set()"

@@ -105,6 +105,8 @@ def _rows(source: Any) -> Rows:
 
 
 def _detect(rows: Rows, prompt: str | None, completion: str | None) -> tuple[Kind, tuple[str, ...]]:
+    if not rows.rows:
+        raise DataError(f"{rows.name}: holds no rows; give at least one")
     pair = (prompt or "prompt", completion or "completion")
     if isinstance(rows.rows[0].get("example"), Example):
         return "tokens", ("example",)
