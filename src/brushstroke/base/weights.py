@@ -70,7 +70,7 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self._shards = _shards(self.folder)
-        model = _skeleton(self.folder)
+        self.model = model = _skeleton(self.folder)  # without memory: shapes and names
         self._sites = {site.path: site for site in _sites(model)}
         self._keys = _locate_keys(model, [f"{path}.weight" for path in self._sites], self._shards)
 
