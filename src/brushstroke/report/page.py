@@ -4,13 +4,11 @@ It knows no figures' contents: an SVG is put in as it is, everything else is esc
 """
 
 import html
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from brushstroke.errors import OutputError
+from brushstroke.files import output_errors, write_file
 
 _STYLE = """
 :root {
@@ -131,17 +129,9 @@ class Page:
             OutputError: the file cannot be written.
         """
         target = Path(file)
-        try:
+        with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".page-") as folder:
-                fresh = Path(folder) / target.name
-                fresh.write_text(self.html(), encoding="utf-8")
-                os.replace(fresh, target)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write the page {target} ({error.strerror or error}); "
-                "choose another place, or free some space"
-            ) from error
+        write_file(target, self.html())
         return target
 
 

@@ -1,0 +1,109 @@
+"""Three adapters on one frozen model: ask, train, judge, switch, mix, merge.
+
+`make demo` runs it; `BRUSHSTROKE_DEMO=quick` is the short form. It leaves in demo-out/ the adapters, the rows that it
+judged them on, results.json and report.html. What it measures is in `measure`, what it shows in `show` and `page`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import assets
+import measure
+import page
+import settings
+import show
+import tasks
+
+import brushstroke as bs
+
+OUT = Path("demo-out")
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    try:
+        run(settings.chosen(), OUT)
+    except (bs.errors.BrushstrokeError, assets.AssetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run it again to go on with the adapters that are finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(form: settings.Settings, out: Path) -> dict[str, Any]:
+    """The demo from beginning to end; returns what results.json holds."""
+    begun = time.perf_counter()
+    show.opening(form)
+    files = {name: assets.labelled_file(name) for name in settings.NAMES}
+    model_file = assets.model_path()
+    jobs = {name: tasks.read_task(name, file) for name, file in files.items()}
+    heldout = {name: list(job.heldout[: form.held_out]) for name, job in jobs.items()}
+    for name, rows in heldout.items():
+        tasks.write_rows(rows, out / "heldout" / f"{name}.jsonl")
+    base = bs.load_base(model_file, dtype="float32")  # where merged and adapted give the same tokens
+    show.loaded(base, measure.weight_bytes(base.model))
+
+    show.heading("The untouched base is asked to split addresses into JSON")
+    before = measure.judge(base, heldout["addresses"], None, form)
+    show.answers(before, "addresses", limit=3)
+
+    adapters, scores = {}, {}
+    for name, job in jobs.items():
+        show.heading(f"An adapter for {name}")
+        folder = out / "adapters" / name
+        run_record = measure.train_or_reuse(base, job.training[: form.rows[name]], folder, form)
+        adapters[name] = bs.load(folder)
+        judged = measure.judge(base, heldout[name], adapters[name], form)
+        scores[name] = {"judged": judged, "run": run_record}
+        show.judged(name, judged, run_record)
+
+    show.heading("Switching, and one batch with all of them")
+    with bs.bank(base, adapters) as bank:
+        switch_ms = measure.switch_ms(bank)
+        mixed = measure.mixed_batch(base, bank, heldout, form)
+    show.mixed(mixed, switch_ms)
+
+    show.heading("Merging the address adapter into the weights")
+    merged = measure.merged(base, adapters["addresses"], heldout["addresses"], form)
+    show.merged(merged)
+
+    results = {
+        "base": measure.scores_of(before),
+        "adapters": {
+            name: {
+                **measure.scores_of(found["judged"]),
+                "rows": found["judged"].rows,
+                "real_tokens": found["run"].real_tokens,
+                "seconds": found["run"].seconds,
+                "adapter_bytes": (out / "adapters" / name / "adapter_model.safetensors").stat().st_size,
+                "peak_memory_bytes": found["run"].peak_memory_bytes,
+            }
+            for name, found in scores.items()
+        },
+        "merged": {"same_tokens": merged.same_tokens, "latency_ratio": merged.latency_ratio},
+        "switch_ms": switch_ms,
+        "base_bytes": measure.weight_bytes(base.model),
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    page.write(
+        out / "report.html",
+        form=form,
+        results=results,
+        before=before,
+        judged={name: found["judged"] for name, found in scores.items()},
+        runs={name: found["run"] for name, found in scores.items()},
+        mixed=mixed,
+        merged=merged,
+        seconds=time.perf_counter() - begun,
+    )
+    show.closing(results, out, time.perf_counter() - begun)
+    return results
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,184 @@
+"""What the demo does and measures: training, scores, switching, a mixed batch, a merge."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import show
+import tasks
+import torch
+from settings import Settings
+
+import brushstroke as bs
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run recorded: totals, (step, loss per trained token) pairs, and whether it is an older one."""
+
+    real_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    losses: tuple[tuple[int, float], ...]
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One row of the mixed batch: which adapter answered (None is the base), what it was asked, what it said."""
+
+    adapter: str | None
+    line: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged model against the adapted one (tokens) and against the base (time of a forward pass)."""
+
+    same_tokens: bool
+    compared: int
+    tokens: int
+    base_ms: float
+    merged_ms: float
+    same_classes: bool
+
+    @property
+    def latency_ratio(self) -> float:
+        """Merged over base."""
+        return self.merged_ms / self.base_ms
+
+
+def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form: Settings) -> Run:
+    """Train an adapter into a folder, or take the one that is there, if the same settings and rows made it."""
+    lora = bs.LoraConfig(rank=8, alpha=16, targets="all-linear")
+    config = bs.TrainConfig(epochs=1, learning_rate=form.learning_rate, batch_size=form.batch_size)
+    if (finished := _finished(folder, rows, lora, config)) is not None:
+        show.reused(folder)
+        return finished
+    with show.training(len(rows), form.batch_size) as on_step:
+        bs.train(base, list(rows), lora, config, out=folder, overwrite=True, on_step=on_step)
+    return _recorded(folder, reused=False)
+
+
+def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None, form: Settings) -> Any:
+    """How the base, or the base with an adapter, answers the held-out rows."""
+    with show.asking(len(rows)) as on_progress:
+        return bs.evaluate(
+            base,
+            list(rows),
+            adapter=adapter,
+            max_new_tokens=form.max_new_tokens,
+            batch_size=len(rows),
+            on_progress=on_progress,
+        )
+
+
+def scores_of(judged: Any) -> dict[str, float]:
+    """The three scores and the number of rows, as results.json has them."""
+    return {
+        "valid_json": judged.valid_json,
+        "field_f1": judged.field_f1,
+        "exact_match": judged.exact_match,
+        "rows": judged.rows,
+    }
+
+
+def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
+    """Median time of switching the whole model to another adapter, in milliseconds."""
+    names = [*bank.names, None]
+    times = []
+    for turn in range(rounds):
+        begun = time.perf_counter()
+        bank.use(names[turn % len(names)])
+        times.append(time.perf_counter() - begun)
+    bank.use(None)
+    return 1000 * statistics.median(times)
+
+
+def mixed_batch(
+    base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]], form: Settings
+) -> list[Mixed]:
+    """One batch: a held-out row for each adapter, and the first adapter's row once more for the untouched base."""
+    asked = [(name, name, rows[0]) for name, rows in heldout.items()]
+    first = next(iter(heldout))
+    asked.append((None, first, heldout[first][0]))
+    answers = bs.generate(
+        base,
+        [tasks.prompt_of(row) for _, _, row in asked],
+        adapters=bank,
+        rows=[name for name, _, _ in asked],
+        max_new_tokens=form.max_new_tokens,
+    )
+    return [
+        Mixed(name, tasks.line_of(row, task), answer.text)
+        for (name, task, row), answer in zip(asked, answers, strict=True)
+    ]
+
+
+def merged(base: bs.Base, adapter: bs.Adapter, rows: Sequence[tasks.Row], form: Settings) -> Merged:
+    """Merge into a copy, and compare it with the adapted model and with the base."""
+    prompts = [tasks.prompt_of(row) for row in rows[: form.compared]]
+    options = {"max_new_tokens": form.max_new_tokens, "batch_size": form.compared}
+    adapted = bs.generate(base, prompts, adapters=adapter, **options)
+    folded = bs.merge(base, adapter)
+    answers = bs.generate(folded, prompts, **options)
+    base_ms, merged_ms = _latencies(base.model, folded.model, form.timed)
+    classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
+    return Merged(
+        same_tokens=[answer.tokens for answer in answers] == [answer.tokens for answer in adapted],
+        compared=len(prompts),
+        tokens=sum(len(answer.tokens) for answer in adapted),
+        base_ms=base_ms,
+        merged_ms=merged_ms,
+        same_classes=classes[0] == classes[1],
+    )
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights; a shared one counts once."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> tuple[float, float]:
+    """Median times in milliseconds of one forward pass of each, taken in turns."""
+    ids = torch.arange(3, 3 + 256).reshape(2, 128).to(next(first.parameters()).device)
+
+    def once(model: torch.nn.Module) -> float:
+        begun = time.perf_counter()
+        model(input_ids=ids, use_cache=False)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - begun)
+
+    times: tuple[list[float], list[float]] = ([], [])
+    pair: list[tuple[Callable[[], float], list[float]]] = [
+        (lambda: once(first), times[0]),
+        (lambda: once(second), times[1]),
+    ]
+    with torch.no_grad():
+        once(first), once(second)
+        for turn in range(rounds):
+            for run, kept in pair if turn % 2 else reversed(pair):
+                kept.append(run())
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _finished(folder: Path, rows: Sequence[tasks.Row], lora: Any, config: Any) -> Run | None:
+    raise NotImplementedError
+
+
+def _recorded(folder: Path, *, reused: bool) -> Run:
+    totals = json.loads((folder / "run.json").read_text("utf-8"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return Run(
+        real_tokens=totals["real_tokens"],
+        seconds=totals["seconds"],
+        peak_memory_bytes=totals["peak_memory_bytes"],
+        losses=tuple((line["step"], line["loss"]) for line in lines),
+        reused=reused,
+    )
