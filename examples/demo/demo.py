@@ -1,7 +1,8 @@
 """Three adapters on one frozen model: ask, train, judge, switch, mix, merge.
 
-`make demo` runs it; `BRUSHSTROKE_DEMO=quick` is the short form. It leaves in demo-out/ the adapters, the rows that it
-judged them on, results.json and report.html. What it measures is in `measure`, what it shows in `show` and `page`.
+`make demo` runs it; `BRUSHSTROKE_DEMO=quick` is the short form. It leaves in demo-out/ the adapters, the rows
+that it judged them on, results.json and report.html. What it measures is in `measure`; what it shows, in
+`show` and `page`.
 """
 
 import json

@@ -18,7 +18,7 @@ import brushstroke as bs
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run recorded: totals, (step, loss per trained token) pairs, and whether it is an older one."""
+    """What a training run recorded: totals, (step, loss per trained token), whether it is an older one."""
 
     real_tokens: int
     seconds: float
@@ -29,7 +29,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Mixed:
-    """One row of the mixed batch: which adapter answered (None is the base), what it was asked, what it said."""
+    """One row of the mixed batch: the adapter (None is the base), what it was asked, what it said."""
 
     adapter: str | None
     line: str
@@ -54,7 +54,7 @@ class Merged:
 
 
 def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form: Settings) -> Run:
-    """Train an adapter into a folder, or take the one that is there, if the same settings and rows made it."""
+    """Train an adapter into a folder, or take the one that the same settings and rows made before."""
     lora = bs.LoraConfig(rank=8, alpha=16, targets="all-linear")
     config = bs.TrainConfig(epochs=1, learning_rate=form.learning_rate, batch_size=form.batch_size)
     if (finished := _finished(folder, rows, lora, config)) is not None:
@@ -103,7 +103,7 @@ def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
 def mixed_batch(
     base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]], form: Settings
 ) -> list[Mixed]:
-    """One batch: a held-out row for each adapter, and the first adapter's row once more for the untouched base."""
+    """One batch: a held-out row for each adapter, and the first row once more for the untouched base."""
     asked = [(name, name, rows[0]) for name, rows in heldout.items()]
     first = next(iter(heldout))
     asked.append((None, first, heldout[first][0]))

@@ -1,6 +1,7 @@
 """The demo's page: the same results as on the terminal, in one file that is readable offline."""
 
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from brushstroke.report import Page, bars, curves
 
 TITLE = "Three brush strokes on one model"
 LEAD = (
-    "SmolLM2-135M-Instruct stays frozen. Three low-rank adapters, trained on this machine, teach it to split messy "
-    "lines into JSON: US addresses, names of people, names of companies."
+    "SmolLM2-135M-Instruct stays frozen. Three low-rank adapters, trained on this machine, teach it to split "
+    "messy lines into JSON: US addresses, names of people, names of companies."
 )
 
 
@@ -70,8 +71,8 @@ def _before_and_after(page: Page, results: Mapping[str, Any]) -> None:
             ]
             for name, found in {"the base, on addresses": results["base"], **results["adapters"]}.items()
         ],
-        "An answer is valid when the whole of it parses to one JSON object. Field F1 counts (key, value) pairs over "
-        "all rows.",
+        "An answer is valid when the whole of it parses to one JSON object. Field F1 counts (key, value) "
+        "pairs over all rows.",
     )
 
 
@@ -113,7 +114,7 @@ def _training(page: Page, results: Mapping[str, Any], runs: Mapping[str, Any]) -
             ]
             for name, found in results["adapters"].items()
         ],
-        "Peak memory is the highest that the whole process had had by the end of that run, loading and judging included.",
+        "Peak memory: the highest of the process by the end of that run, loading and judging included.",
     )
 
 
@@ -121,7 +122,8 @@ def _switching(page: Page, results: Mapping[str, Any], mixed: Sequence[Any]) -> 
     page.section("Switching, and one batch with all of them")
     page.text(
         f"All three adapters sit in the model at once. Switching the whole model to another one takes "
-        f"{1000 * results['switch_ms']:.0f} µs (median), because no weight moves. These rows were answered in one batch:"
+        f"{1000 * results['switch_ms']:.0f} µs (median), because no weight moves. "
+        "These rows were answered in one batch:"
     )
     page.table(
         ["adapter", "line", "answer"],
@@ -134,9 +136,9 @@ def _merging(page: Page, results: Mapping[str, Any], merged: Any) -> None:
     page.text(
         f"W + U·V, computed once, gives a plain model: the same classes of modules "
         f"({'checked' if merged.same_classes else 'NOT the same here'}), "
-        f"{'the same' if merged.same_tokens else 'NOT the same'} {merged.tokens:,} tokens on {merged.compared} held-out "
-        f"prompts as the adapted model, and a forward pass of {merged.merged_ms:.1f} ms against the base's "
-        f"{merged.base_ms:.1f} ms: {merged.latency_ratio:.2f}×."
+        f"{'the same' if merged.same_tokens else 'NOT the same'} {merged.tokens:,} tokens on "
+        f"{merged.compared} held-out prompts as the adapted model, and a forward pass of "
+        f"{merged.merged_ms:.1f} ms against the base's {merged.base_ms:.1f} ms: {merged.latency_ratio:.2f}×."
     )
 
 
@@ -150,13 +152,11 @@ def _made(page: Page, form: Settings, seconds: float) -> None:
             ["rows trained on, once each", ", ".join(f"{count} {name}" for name, count in form.rows.items())],
             ["adapters", "rank 8, alpha 16, all linear layers"],
             ["learning rate, examples a step", f"{form.learning_rate:g}, {form.batch_size}"],
-            [
-                "machine",
-                f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-            ],
+            ["machine", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"],
+            ["threads", torch.get_num_threads()],
             [
                 "versions",
-                f"brushstroke {bs.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+                f"brushstroke {bs.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}",
             ],
             ["rows from", "usaddress 0.5.16 and probablepeople 0.5.6, hand-labelled, MIT"],
         ],

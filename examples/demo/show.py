@@ -22,7 +22,8 @@ def opening(form: Settings) -> None:
     minutes = max(1, round(form.estimated_seconds() / 60))
     console.print(
         f"[bold]Three adapters on one frozen model[/] ({form.name} form): about {minutes} "
-        f"minute{'s' if minutes > 1 else ''} on this machine ({torch.get_num_threads()} threads), after the downloads."
+        f"minute{'s' if minutes > 1 else ''} on this machine ({torch.get_num_threads()} threads), "
+        "after the downloads."
     )
     if form.name == "full":
         console.print("BRUSHSTROKE_DEMO=quick shows the same in less time, with less training.")
@@ -114,9 +115,9 @@ def mixed(rows: Sequence[Any], switch_ms: float) -> None:
 def merged(found: Any) -> None:
     """Show what merging did."""
     console.print(
-        f"{'The same' if found.same_tokens else 'DIFFERENT'} tokens as the adapted model on {found.compared} prompts "
-        f"({found.tokens:,} tokens). A forward pass takes {found.merged_ms:.1f} ms, the base's {found.base_ms:.1f} ms "
-        f"({found.merged_ms / found.base_ms:.2f}×)."
+        f"{'The same' if found.same_tokens else 'DIFFERENT'} tokens as the adapted model on {found.compared} "
+        f"prompts ({found.tokens:,} tokens). A forward pass takes {found.merged_ms:.1f} ms, the base's "
+        f"{found.base_ms:.1f} ms ({found.latency_ratio:.2f}×)."
     )
 
 
