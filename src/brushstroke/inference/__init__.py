@@ -1,0 +1,33 @@
+"""A model at work: answers, conversations, evaluations, and export as a merged folder.
+
+It trains nothing and knows no terminal.
+"""
+
+from brushstroke.inference.chat import ChatSession
+from brushstroke.inference.decode import Output, Request, Sampling, context_length, run_requests
+from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
+from brushstroke.inference.export import ExportReport, merge_folder
+from brushstroke.inference.generate import Answer, generate
+from brushstroke.inference.loss import Loss, evaluate_loss
+from brushstroke.inference.scores import Scores, json_object, score
+
+__all__ = [
+    "Answer",
+    "ChatSession",
+    "Evaluation",
+    "ExportReport",
+    "Loss",
+    "Output",
+    "Request",
+    "Sampling",
+    "Scores",
+    "context_length",
+    "evaluate",
+    "evaluate_all",
+    "evaluate_loss",
+    "generate",
+    "json_object",
+    "merge_folder",
+    "run_requests",
+    "score",
+]

@@ -1,0 +1,159 @@
+"""A conversation with a base and its adapters.
+
+It knows no terminal: text goes out as a result, or piece by piece through a callback.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Self
+
+from brushstroke.base import Base
+from brushstroke.errors import DataError
+from brushstroke.inference.decode import Request, Sampling, run_requests
+from brushstroke.inference.generate import Adapters, Prompt, Voices, assign_rows, open_bank
+
+
+class ChatSession:
+    """A conversation that remembers its turns; a context manager that takes the adapters out at its end.
+
+    Switching the adapter keeps the turns. Without a chat template the conversation is one growing text.
+
+    Args:
+        base: the model and its tokenizer.
+        adapters: one adapter, several by name, or a bank that is in the base already. The only one speaks at
+            first; of several none does before `use`.
+        system: a system message that stands before every conversation.
+        sampling: how tokens are chosen.
+        chat_template: used whatever the adapter.
+        allow_different_base: use adapters although their fingerprints say that they belong to another base.
+
+    Raises:
+        BaseMismatchError, ShapeError: an adapter that does not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Adapters = None,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        chat_template: str | None = None,
+        allow_different_base: bool = False,
+    ) -> None:
+        self._base, self._sampling = base, sampling or Sampling()
+        self._system = [{"role": "system", "content": system}] if system is not None else []
+        self._turns: list[dict[str, str]] = []
+        self._stack = ExitStack()
+        self._bank = self._stack.enter_context(
+            open_bank(base, adapters, allow_different_base=allow_different_base)
+        )
+        with ExitStack() as undo:
+            undo.push(self._stack)
+            self._voices = Voices(base, self._bank, chat_template)
+            undo.pop_all()
+        self._name = self.names[0] if len(self.names) == 1 else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters to choose from."""
+        return self._bank.names if self._bank is not None else ()
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that speaks; None is the base."""
+        return self._name
+
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """The conversation so far, with the system message."""
+        return tuple(dict(message) for message in (*self._system, *self._turns))
+
+    def use(self, name: str | None) -> None:
+        """Let another adapter speak from now on; None is the base.
+
+        Raises:
+            RouteError: there is no such adapter.
+        """
+        if name is not None:
+            assign_rows(1, self._bank, None, name)
+            self._voices.format(name)
+        self._name = name
+
+    def reset(self) -> None:
+        """Forget the conversation; the adapter stays."""
+        self._turns.clear()
+
+    def say(self, text: str, on_text: Callable[[str], None] | None = None) -> str:
+        """Say something and get the answer. If it fails or is interrupted, neither is remembered.
+
+        Args:
+            text: what the user says.
+            on_text: called with each new piece of the answer while it is made (not with a beam search).
+
+        Raises:
+            DataError: the conversation no longer fits the model's context; `reset` it.
+        """
+        turn = {"role": "user", "content": text}
+        streamer = (
+            _Streamer(self._voices, on_text)
+            if on_text is not None and self._sampling.num_beams == 1
+            else None
+        )
+        (output,) = run_requests(
+            self._base, [self._request(turn)], self._sampling, bank=self._bank, streamer=streamer
+        )
+        answer = self._voices.text(output.tokens)
+        if on_text is not None:
+            _emit_rest(answer, streamer, on_text)
+        self._turns += [turn, {"role": "assistant", "content": answer}]
+        return answer
+
+    def close(self) -> None:
+        """Take the adapters out of the base; a bank that was given stays."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _request(self, turn: dict[str, str]) -> Request:
+        prompt: Prompt = [*self._system, *self._turns, turn]
+        if not self._voices.format(self._name).has_template:
+            prompt = "".join(message["content"] for message in prompt)
+        if not turn["content"]:
+            raise DataError("there is nothing to answer; say something")
+        return self._voices.request(prompt, self._name, where="the conversation")
+
+
+class _Streamer:
+    """What transformers calls with new tokens; hands on the text that is certain already."""
+
+    def __init__(self, voices: Voices, on_text: Callable[[str], None]) -> None:
+        self._voices, self._on_text = voices, on_text
+        self._tokens: list[int] = []
+        self._prompt = True
+        self.emitted = ""
+
+    def put(self, value: Any) -> None:
+        """Take the prompt (the first call) or the next token."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self._tokens += value.reshape(-1).tolist()
+        text = self._voices.text(self._tokens)
+        # A character of several tokens decodes to the replacement character until it is whole.
+        if not text.endswith("\ufffd") and text.startswith(self.emitted) and text != self.emitted:
+            self._on_text(text[len(self.emitted) :])
+            self.emitted = text
+
+    def end(self) -> None:
+        """Nothing: the caller hands on what is left."""
+
+
+def _emit_rest(answer: str, streamer: _Streamer | None, on_text: Callable[[str], None]) -> None:
+    emitted = streamer.emitted if streamer is not None else ""
+    if answer.startswith(emitted) and answer != emitted:
+        on_text(answer[len(emitted) :])

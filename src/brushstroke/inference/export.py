@@ -1,0 +1,238 @@
+"""A base and an adapter become a model folder that plain transformers loads.
+
+The sums are made in `layers.merge`; this decides where they come from and go to.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from brushstroke.adapter import Adapter
+from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
+from brushstroke.errors import BaseLoadError, MergeError
+from brushstroke.files import refuse_existing
+from brushstroke.inference.merge_check import CheckResult, check_merged
+from brushstroke.inference.merge_stream import left_out, merge_files
+from brushstroke.inference.staging import refuse_inside, staged_folder
+from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
+
+TEMPLATE, TOKENIZER_CONFIG, CONFIG = "chat_template.jinja", "tokenizer_config.json", "config.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What merging wrote, and what it cost.
+
+    Args:
+        out: the folder.
+        merged: the drift of each site, and the ties that had to be undone.
+        logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, if measured.
+        logit_drift_skipped: why it was not measured.
+        chat_template_saved: whether the adapter's chat template replaced another one, or none.
+        left_out: files of the base that were not copied, because they hold unmerged weights.
+        streamed: whether the files were merged one tensor at a time, without loading the model.
+        seconds: wall time.
+    """
+
+    out: Path
+    merged: MergeReport
+    logit_drift: float | None
+    logit_drift_skipped: str | None
+    chat_template_saved: bool
+    left_out: tuple[str, ...]
+    streamed: bool
+    seconds: float
+
+    @property
+    def sites(self) -> Mapping[str, SiteDrift]:
+        """Site path → drift."""
+        return self.merged.sites
+
+    @property
+    def survived(self) -> float:
+        """The smallest share of an update that survived the rounding at any site."""
+        return self.merged.survived
+
+    @property
+    def output(self) -> float:
+        """The largest relative output error of any site."""
+        return self.merged.output
+
+    @property
+    def untied(self) -> tuple[tuple[str, str], ...]:
+        """(site, the module that it shared its weight with before)."""
+        return self.merged.untied
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types; the sites in numbers only."""
+        return {
+            "out": str(self.out),
+            "sites": len(self.sites),
+            "survived": self.survived,
+            "output_drift": self.output,
+            "logit_drift": self.logit_drift,
+            "logit_drift_skipped": self.logit_drift_skipped,
+            "untied": [list(pair) for pair in self.untied],
+            "chat_template_saved": self.chat_template_saved,
+            "left_out": list(self.left_out),
+            "streamed": self.streamed,
+            "seconds": self.seconds,
+        }
+
+
+def merge_folder(
+    base: Base | str | Path,
+    adapter: Adapter,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_different_base: bool = False,
+    dtype: str = "auto",
+    verify: bool | None = None,
+    max_shard_size: int | str | None = None,
+) -> ExportReport:
+    """Merge an adapter into a base and write the result as a folder; the base is untouched.
+
+    A folder of safetensors is merged file by file, one tensor in memory at a time: file names, tensor names,
+    metadata and dtypes stay, and every other file is copied. Any other base is loaded and merged in memory.
+    The folder appears when it is complete; the numbers are summed in fp32 and rounded once.
+
+    Args:
+        base: a model folder, a `.gguf` file, a hub id, or a loaded Base.
+        adapter: the adapter.
+        out: the folder to write.
+        overwrite: replace what an earlier merge wrote there; files of other names stay.
+        allow_different_base: pass over the verdict of the fingerprint.
+        dtype: of a base that has to be loaded; "auto" is the one that it is stored in (float32 for GGUF).
+        verify: run the merged model against the adapted one and report the drift of the logits. None does it
+            where it needs no more memory than two of the folder's files and a quarter of the machine's.
+        max_shard_size: of the files, where the model had to be loaded.
+
+    Raises:
+        BaseMismatchError: another base, or one that holds this adapter already.
+        BaseLoadError, ShapeError: the base cannot be read, or the adapter does not fit it.
+        MergeError: the update would be lost, or a weight is not stored as a plain matrix.
+        OutputError: the folder cannot be written, or holds files already.
+    """
+    started, out = time.perf_counter(), Path(out).expanduser()
+    refuse_existing(out, overwrite)
+    folder = _folder_of(base)
+    if folder is not None:
+        refuse_inside(out, folder)
+    weights = _readable(folder, adapter) if folder is not None else None
+    loaded = base if isinstance(base, Base) else None
+    if weights is not None:
+        check_base(weights, adapter, allow_different_base=allow_different_base, weights=weights)
+    elif loaded is None:
+        loaded = load_base(
+            str(base), dtype=_stored_dtype(str(base), folder) if dtype == "auto" else dtype, device="cpu"
+        )
+    with staged_folder(out, overwrite=overwrite, is_ours=_is_ours) as staging:
+        if weights is not None:
+            merged = merge_files(weights, adapter, staging)
+            skipped = left_out(weights)
+        else:
+            assert loaded is not None
+            merged, skipped = (
+                _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size),
+                (),
+            )
+        template = _save_template(staging, adapter)
+        source = loaded if loaded is not None else str(folder)
+        check = check_merged(source, adapter, staging, verify) if verify is not False else _not_asked()
+    return ExportReport(
+        out=out,
+        merged=merged,
+        logit_drift=check.drift,
+        logit_drift_skipped=check.skipped,
+        chat_template_saved=template,
+        left_out=tuple(skipped),
+        streamed=weights is not None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _not_asked() -> CheckResult:
+    return CheckResult(skipped="not asked for")
+
+
+def _folder_of(base: Base | str | Path) -> Path | None:
+    if isinstance(base, Base):
+        return None
+    path = Path(base).expanduser()
+    return path if path.is_dir() else None
+
+
+def _readable(folder: Path, adapter: Adapter) -> FolderWeights | None:
+    """The weights of a folder, where each adapted one is a tensor of its own in safetensors files."""
+    files = {entry.name for entry in folder.iterdir()}
+    if CONFIG not in files or "adapter_config.json" in files or not files & {_SINGLE, _INDEX}:
+        return None
+    weights = FolderWeights(folder)
+    if "quantization_config" in json.loads((folder / CONFIG).read_text("utf-8")):
+        return None
+    try:
+        for site in adapter:
+            if site in weights:
+                weights.key(site)
+    except BaseLoadError:  # renamed or fused on loading
+        return None
+    return weights
+
+
+def _stored_dtype(name: str, folder: Path | None) -> str:
+    """The dtype that a base's config says its weights are stored in."""
+    if name.endswith(".gguf") or (folder is not None and not (folder / CONFIG).is_file()):
+        return "float32"
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # load_base says it better
+        return "float32"
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return stored if stored in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _merge_loaded(
+    base: Base, adapter: Adapter, staging: Path, allow_different_base: bool, max_shard_size: int | str | None
+) -> MergeReport:
+    if not hasattr(base.model, "save_pretrained"):
+        raise MergeError(
+            f"{type(base.model).__name__} has no save_pretrained; merge it with brushstroke.merge() and save "
+            "the result yourself"
+        )
+    reports: list[MergeReport] = []
+    merged: Any = merge(base, adapter, allow_different_base=allow_different_base, report=reports).model
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    with quiet_transformers():
+        merged.save_pretrained(staging, **options)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(staging)
+    return reports[0]
+
+
+def _save_template(staging: Path, adapter: Adapter) -> bool:
+    """Put the adapter's chat template in the place of the base's; returns whether they differed."""
+    template = adapter.card.chat_template if adapter.card else None
+    settings = staging / TOKENIZER_CONFIG
+    if not template or not settings.is_file():
+        return False
+    config = json.loads(settings.read_text("utf-8"))
+    own = staging / TEMPLATE
+    if template == (own.read_text("utf-8") if own.is_file() else config.get("chat_template")):
+        return False
+    own.write_text(template, "utf-8")
+    if config.pop("chat_template", None) is not None:
+        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return True
+
+
+def _is_ours(name: str) -> bool:
+    """Weights of an earlier merge, which must not stay beside the new ones."""
+    return name in (_SINGLE, _INDEX) or (name.startswith("model-") and name.endswith(".safetensors"))

@@ -1,0 +1,207 @@
+"""Answers to prompts, each by the adapter that its row names, over transformers' `generate`.
+
+It holds no conversation: `chat` does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from brushstroke.adapter import Adapter, Card
+from brushstroke.base import Base
+from brushstroke.data import ChatFormat
+from brushstroke.errors import ConfigError, DataError, RouteError
+from brushstroke.inference.decode import Finish, Request, Sampling, run_requests
+from brushstroke.layers import Bank, bank, unwrap
+
+ONLY = "adapter"  # the name of an adapter that is given alone
+
+Prompt = str | Sequence[Mapping[str, Any]]
+Adapters = Bank | Mapping[str, Adapter] | Adapter | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt.
+
+    Args:
+        text: the answer, without special tokens.
+        tokens: its tokens, without the one that ended it.
+        adapter: the adapter that answered; None is the base.
+        finish: "stop" where a stop token ended it, "length" where `max_new_tokens` did.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    adapter: str | None
+    finish: Finish
+
+
+def generate(
+    base: Base,
+    prompts: Sequence[Prompt] | str,
+    *,
+    adapters: Adapters = None,
+    rows: Sequence[str | None] | str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    num_beams: int = 1,
+    batch_size: int = 16,
+    chat_template: str | None = None,
+    allow_different_base: bool = False,
+) -> list[Answer]:
+    """Answer prompts, in their order; one batch may mix several adapters and the untouched base.
+
+    A text is a user turn where there is a chat template, else the beginning of a text. Every prompt is
+    written with the chat template that its adapter was trained with, else the tokenizer's own. The sampling
+    defaults of the model never apply.
+
+    Args:
+        base: the model and its tokenizer.
+        prompts: texts, or conversations as lists of messages.
+        adapters: one adapter (named "adapter"), several by name, or a bank that is in the base already.
+        rows: the adapter of each prompt by name, None for the base; one name serves all. Without it: the only
+            adapter, or the bank's route in force.
+        max_new_tokens: most tokens of an answer, its stop token included.
+        temperature: 0 takes the likeliest token each time.
+        top_p: with a temperature, the share of the probability that is drawn from.
+        seed: of the draws.
+        num_beams: width of a beam search.
+        batch_size: prompts in one batch.
+        chat_template: used for every prompt, whatever its adapter.
+        allow_different_base: use adapters although their fingerprints say that they belong to another base.
+
+    Raises:
+        DataError: a prompt that cannot be written, is empty, or does not fit the model's context.
+        ConfigError, RouteError: settings or names that cannot work.
+        BaseMismatchError, ShapeError: an adapter that does not fit the base.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, num_beams, batch_size)
+    given = _check_prompts(prompts)
+    with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
+        names = assign_rows(len(given), held, adapters, rows)
+        voices = Voices(base, held, chat_template)
+        requests = [
+            voices.request(prompt, name, where=f"prompt {number}")
+            for number, (prompt, name) in enumerate(zip(given, names, strict=True), start=1)
+        ]
+        outputs = run_requests(base, requests, sampling, bank=held)
+    return [
+        Answer(voices.text(output.tokens), output.tokens, name, output.finish)
+        for output, name in zip(outputs, names, strict=True)
+    ]
+
+
+@contextmanager
+def open_bank(base: Base, adapters: Adapters, *, allow_different_base: bool = False) -> Iterator[Bank | None]:
+    """Inside, the adapters sit in the base; a bank that is given is used as it is and stays.
+
+    Raises:
+        RouteError: a bank of another model.
+    """
+    if isinstance(adapters, Bank):
+        if adapters.model is not unwrap(base):
+            raise RouteError("this bank is in another model; make one with bank(base, ...) for this base")
+        yield adapters
+    elif adapters is None or (not isinstance(adapters, Adapter) and not adapters):
+        yield None
+    else:
+        # An Adapter is a mapping itself, from sites to updates.
+        named = {ONLY: adapters} if isinstance(adapters, Adapter) else adapters
+        with bank(base, named, allow_different_base=allow_different_base) as made:
+            yield made
+
+
+def assign_rows(
+    count: int, held: Bank | None, adapters: Adapters, rows: Sequence[str | None] | str | None
+) -> list[str | None]:
+    """The adapter of each prompt.
+
+    Raises:
+        RouteError: another number of rows than prompts, or no rows where the adapters leave a choice.
+    """
+    if rows is None:
+        if held is None:
+            return [None] * count
+        if isinstance(adapters, Bank):
+            rows = held.active * count if len(held.active) == 1 else held.active
+        elif len(held.names) == 1:
+            rows = held.names * count
+        else:
+            raise RouteError(
+                f"there are {len(held.names)} adapters ({', '.join(held.names)}); say with rows= which of "
+                "them answers each prompt"
+            )
+    names: list[str | None] = [rows] * count if isinstance(rows, str) else list(rows)
+    if len(names) != count:
+        raise RouteError(
+            f"there are {count} prompts and {len(names)} rows; give an adapter name (or None) for each prompt"
+        )
+    if held is None and any(name is not None for name in names):
+        raise RouteError("rows name adapters, but none were given; pass them as adapters=")
+    return names
+
+
+class Voices:
+    """For each adapter in a bank, and the base: its chat format and the tokens that end its answers."""
+
+    def __init__(self, base: Base, held: Bank | None, chat_template: str | None = None) -> None:
+        if base.tokenizer is None:
+            raise DataError(
+                "this base has no tokenizer, so prompts cannot be read; pass Base(model, tokenizer)"
+            )
+        self.base, self.bank, self._template = base, held, chat_template
+        self._formats: dict[str | None, ChatFormat] = {}
+
+    def format(self, name: str | None) -> ChatFormat:
+        """The chat format that an adapter was trained with, else the tokenizer's own."""
+        card = self._card(name)
+        template = self._template or (card.chat_template if card else None)
+        if template not in self._formats:
+            self._formats[template] = ChatFormat(self.base.tokenizer, template)
+        return self._formats[template]
+
+    def stops(self, name: str | None) -> tuple[int, ...]:
+        """The tokens that end an answer: the end token, the template's end of turn, those on the card."""
+        card, vocabulary = self._card(name), self._vocabulary
+        trained = (vocabulary[text] for text in (card.stop_tokens if card else ()) if text in vocabulary)
+        return tuple(dict.fromkeys((*self.format(name).stop_token_ids, *trained)))
+
+    def request(
+        self, prompt: Prompt, name: str | None, *, tools: Sequence[Mapping] | None = None, where: str
+    ) -> Request:
+        """A prompt as tokens, for one adapter."""
+        tokens = self.format(name).prompt_tokens(prompt, tools=tools, where=where)
+        return Request(tuple(tokens), name, self.stops(name), where)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without special tokens."""
+        return self.base.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _card(self, name: str | None) -> Card | None:
+        return self.bank.card(name) if self.bank is not None and name is not None else None
+
+    @cached_property
+    def _vocabulary(self) -> Mapping[str, int]:
+        return self.base.tokenizer.get_vocab()
+
+
+def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
+    given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+    for number, prompt in enumerate(given, start=1):
+        if isinstance(prompt, Mapping):
+            raise ConfigError(
+                f"prompt {number} is a single message; a conversation is a list of messages, and "
+                "prompts a list of conversations: write [[{...}]]"
+            )
+        if not isinstance(prompt, str | Sequence):
+            raise DataError(
+                f"prompt {number} is a {type(prompt).__name__}; give a text or a list of messages"
+            )
+    return given

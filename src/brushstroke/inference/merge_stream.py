@@ -1,0 +1,134 @@
+"""Merging a folder of safetensors into another, without loading the model.
+
+Which tensors and bytes stand where in a file is the part of `shards`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from brushstroke.adapter import Adapter, Site
+from brushstroke.base import FolderWeights
+from brushstroke.inference.shards import DTYPE_NAMES, Edit, update_index, write_shard
+from brushstroke.layers import MergeReport, SiteDrift, find_sites, merge_weight
+
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".tflite",
+)
+
+
+def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> MergeReport:
+    """Write every file of a base's folder into another, merged; the base was checked already.
+
+    A weight that is tied to another module gets a tensor of its own, and the config says so.
+
+    Raises:
+        MergeError: the update would be lost in the rounding.
+        BaseLoadError: the files are damaged.
+    """
+    merging = _Merging(weights, adapter)
+    for file in weights.shards():
+        source = weights.folder / file
+        if file in merging.edits:
+            write_shard(source, target / file, merging.edits[file])
+        else:
+            shutil.copyfile(source, target / file)
+    for path in _others(weights):
+        copy = target / path.relative_to(weights.folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    if (weights.folder / _INDEX).is_file():
+        update_index(weights.folder / _INDEX, target / _INDEX, merging.added)
+    if merging.untied:
+        _untie_config(target / "config.json")
+    return MergeReport({path: merging.drifts[path] for path in adapter}, tuple(merging.untied))
+
+
+def left_out(weights: FolderWeights) -> tuple[str, ...]:
+    """The files that are not copied, because they hold the base's weights in another form."""
+    kept = {*_others(weights), *(weights.folder / file for file in weights.shards()), weights.folder / _INDEX}
+    return tuple(
+        str(path.relative_to(weights.folder)) for path in _visible(weights.folder) if path not in kept
+    )
+
+
+class _Merging:
+    """What happens to which file, and what is known afterwards."""
+
+    def __init__(self, weights: FolderWeights, adapter: Adapter) -> None:
+        self._weights, self._adapter = weights, adapter
+        self.edits: dict[str, list[Edit]] = {}
+        self.added: dict[str, tuple[str, int, int]] = {}
+        self.untied: list[tuple[str, str]] = []
+        self.drifts: dict[str, SiteDrift] = {}
+        sites = {path: site for site in find_sites(weights) for path in site.paths}
+        for path in adapter:
+            self._plan(path, sites[path])
+
+    def _plan(self, path: str, site: Site) -> None:
+        file, key = self._weights.key(site.path)
+        own = f"{site.path}.weight"
+        added = False
+        if site.tied_to:
+            self.untied.append((path, site.tied_to))
+            added = not key.endswith(own)
+        dtype = DTYPE_NAMES[self._weights[site.path].dtype]
+        edit = Edit(
+            own if added else key,
+            lambda: self._merged(path, site),
+            added,
+            dtype,
+            (site.h, site.d) if site.kind == "linear" else (site.d, site.h),
+        )
+        self.edits.setdefault(file, []).append(edit)
+        if added:
+            width = self._weights[site.path].dtype.itemsize
+            self.added[own] = (file, width * site.d * site.h, site.d * site.h)
+
+    def _merged(self, path: str, site: Site) -> Tensor:
+        with torch.no_grad():
+            M, self.drifts[path] = merge_weight(self._weights[site.path], self._adapter[path], path)
+        return M.mT if site.kind == "linear" else M
+
+
+def _others(weights: FolderWeights) -> list[Path]:
+    shards = set(weights.shards())
+    return [
+        path
+        for path in _visible(weights.folder)
+        if path.name != _INDEX
+        and str(path.relative_to(weights.folder)) not in shards
+        and not path.name.endswith((*_WEIGHTS, ".index.json"))
+    ]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files of a folder, without those of hidden folders such as .git."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _untie_config(path: Path) -> None:
+    """Say in the config that the head has a weight of its own, or loading would tie the two again."""
+    config = json.loads(path.read_text("utf-8"))
+    config["tie_word_embeddings"] = False
+    if "tie_word_embeddings" in config.get("text_config", {}):
+        config["text_config"]["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

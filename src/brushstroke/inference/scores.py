@@ -1,0 +1,77 @@
+"""Scores of answers against what they should have been: exact match, JSON validity, field F1.
+
+It runs no model.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares from 0 to 1; None where they make no sense.
+
+    Args:
+        exact_match: answers that equal their gold text, both stripped; where both are one JSON object, it is
+            enough that the objects are equal. None without gold texts.
+        valid_json: answers that are one JSON object and nothing else, among the rows whose gold text is one.
+            None where no gold text is.
+        field_f1: micro-averaged over the (key, value) pairs of those rows' objects,
+            2·common / (answered + gold). Values are compared as canonical JSON; an invalid answer has none.
+    """
+
+    exact_match: float | None
+    valid_json: float | None
+    field_f1: float | None
+
+
+def score(pairs: Iterable[tuple[str, str]]) -> Scores:
+    """The scores of (answer, gold) pairs.
+
+    >>> score([('{"a": 1}', '{"a":1}'), ('Sure! {"a": 1}', '{"a": 1, "b": 2}')])
+    Scores(exact_match=0.5, valid_json=0.5, field_f1=0.5)
+    """
+    given = list(pairs)
+    exact = valid = objects = common = fields = 0
+    for answer, gold in given:
+        expected, got = json_object(gold), json_object(answer)
+        exact += answer.strip() == gold.strip() or (expected is not None and _pairs(expected) == _pairs(got))
+        if expected is not None:
+            objects += 1
+            valid += got is not None
+            wanted, found = _pairs(expected) or set(), _pairs(got) or set()
+            common += len(wanted & found)
+            fields += len(wanted) + len(found)
+    return Scores(
+        exact_match=exact / len(given) if given else None,
+        valid_json=valid / objects if objects else None,
+        field_f1=(2 * common / fields if fields else 1.0) if objects else None,
+    )
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The object that a text is, where the whole of it (stripped) is one JSON object.
+
+    >>> json_object(' {"a": [1]} '), json_object('{"a": 1} done'), json_object("[1]")
+    ({'a': [1]}, None, None)
+    """
+    try:
+        parsed = json.loads(text.strip(), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _pairs(parsed: dict[str, Any] | None) -> set[tuple[str, str]] | None:
+    if parsed is None:
+        return None
+    return {
+        (key, json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
+        for key, value in parsed.items()
+    }
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")

@@ -1,0 +1,101 @@
+"""A folder of large files that appears whole or not at all: written beside its place, then renamed.
+
+Small files that belong into an existing folder are the part of `brushstroke.files`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from brushstroke.errors import OutputError
+from brushstroke.files import output_errors, refuse_existing
+
+
+@contextmanager
+def staged_folder(
+    out: Path, *, overwrite: bool = False, is_ours: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
+    """Gives an empty folder beside `out` that takes the place of `out` if all goes well, and vanishes if not.
+
+    Args:
+        out: the folder to make.
+        overwrite: whether it may hold files already. Those of the new folder replace them; others stay.
+        is_ours: whether a file of the old folder, by its name, goes although no new one replaces it.
+
+    Raises:
+        OutputError: `out` holds files and may not be overwritten, or something cannot be written.
+    """
+    out = out.expanduser().resolve()
+    refuse_existing(out, overwrite)
+    made: list[Path] = []
+    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    with output_errors(out):
+        try:
+            made = _make_parents(out)
+            staging.mkdir()
+            yield staging
+            _keep_foreign(out, staging, is_ours)
+            _sync(staging)
+            _swap(staging, out)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+            raise
+
+
+def refuse_inside(out: Path, base: Path) -> None:
+    """Refuse to write results over, into or around the folder that they are made from.
+
+    Raises:
+        OutputError: they are one folder, or one is in the other.
+    """
+    out, base = out.expanduser().resolve(), base.expanduser().resolve()
+    if out == base or out in base.parents or base in out.parents:
+        raise OutputError(f"{out} is, holds or lies in the base's own folder; choose a folder of its own")
+
+
+def _make_parents(out: Path) -> list[Path]:
+    missing = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _keep_foreign(out: Path, staging: Path, is_ours: Callable[[str], bool]) -> None:
+    """Bring over what stands in the old folder and is nobody's business here; links, where links work."""
+    if not out.is_dir():
+        return
+    for source in sorted(out.rglob("*")):
+        relative = source.relative_to(out)
+        target = staging / relative
+        if source.is_dir() and not source.is_symlink():
+            target.mkdir(exist_ok=True)
+        elif not target.exists() and not is_ours(str(relative)):
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file, suppress(OSError):
+                os.fsync(file.fileno())
+
+
+def _swap(staging: Path, out: Path) -> None:
+    if not out.is_dir():
+        os.rename(staging, out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    os.rename(out, old)
+    try:
+        os.rename(staging, out)
+    except BaseException:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
