@@ -68,16 +68,19 @@ def merge_weight(
         MergeError: less than half of the update would survive the rounding.
     """
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-    delta = update.to(dtype=wide, device=W.device).dense(W.to(wide))
-    merged = (W.to(wide) + delta).to(W.dtype)
-    arrived = merged.to(wide) - W.to(wide)
-    size = float(delta.norm())
+    base = W.to(wide)
+    # In W's own memory layout: sums over mixed layouts are several times slower.
+    delta = torch.empty_like(base).copy_(update.to(dtype=wide, device=W.device).dense(base))
+    merged = (base + delta).to(W.dtype)
     x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
-    adapted = x @ W.to(wide) + x @ delta
+    adapted = x @ base + x @ delta
+    rest = torch.sub(merged, base).sub_(delta)  # what the rounding took and gave
+    del base
+    size = float(delta.norm())
     drift = SiteDrift(
-        survived=float((arrived * delta).sum()) / size**2 if size else 1.0,
-        error=float((arrived - delta).norm()) / size if size else 0.0,
-        output=float((x @ merged.to(wide) - adapted).norm() / adapted.norm().clamp_min(1e-30)),
+        survived=1.0 + float((rest * delta).sum()) / size**2 if size else 1.0,
+        error=float(rest.norm()) / size if size else 0.0,
+        output=float((x @ rest).norm() / adapted.norm().clamp_min(1e-30)),
     )
     if drift.survived < MIN_SURVIVAL:
         raise MergeError(
