@@ -11,7 +11,6 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 Row = dict[str, list[dict[str, str]]]
 
@@ -86,12 +85,3 @@ def write_rows(rows: Sequence[Row], file: Path) -> None:
     """Write rows as JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def one_object(answer: str) -> dict[str, Any] | None:
-    """The answer as an object if the whole of it parses to one JSON object, else None."""
-    try:
-        parsed = json.loads(answer)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
