@@ -1,0 +1,358 @@
+"""A base's folder and an adapter become a folder that plain transformers loads."""
+
+import dataclasses
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from brushstroke.adapter import Adapter, Card, Fingerprint, LoraConfig
+from brushstroke.adapter.fingerprint import sample
+from brushstroke.base import Base, FolderWeights, load_base
+from brushstroke.errors import BaseMismatchError, MergeError, OutputError, ShapeError
+from brushstroke.inference import export, merge_folder, merge_stream
+from brushstroke.inference.shards import Header
+from brushstroke.layers import attach
+from brushstroke.lowrank import LowRank
+
+EXACT = 1e-5  # relative, fp32: one rounding of each weight
+BF16 = 2e-2  # relative: 2⁻⁸ of each weight, seen through all layers
+MEMORY_ALLOWANCE = 500 * 2**20
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=2, **sizes, **changes)).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+
+
+def adapter_for(model, targets="all-linear", size=0.3) -> Adapter:
+    with attach(model, LoraConfig(rank=3, targets=targets)) as attachment:
+        fresh = attachment.adapter()
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        site: LowRank(
+            size * torch.randn(update.shape[0], 3, generator=generator),
+            size * torch.randn(3, update.shape[1], generator=generator),
+            0.5,
+        )
+        for site, update in fresh.items()
+    }
+    return Adapter(factors, fresh.card)
+
+
+def logits(model) -> torch.Tensor:
+    tokens = torch.arange(20)[None] * 5
+    with torch.no_grad():
+        return model(tokens).logits.float()
+
+
+def adapted_logits(folder: Path, adapter: Adapter, dtype: str = "float32") -> torch.Tensor:
+    base = load_base(folder, dtype=dtype, device="cpu")
+    with attach(base, adapter):
+        return logits(base.model)
+
+
+def drift(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def without_prefix(folder: Path) -> None:
+    """As the first GPT-2 checkpoints: tensor keys without "transformer."."""
+    file = folder / "model.safetensors"
+    tensors = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama in shards", "gpt2", "gpt2 without prefix"])
+def test_the_merged_folder_computes_what_the_adapted_base_does(tmp_path, kind):
+    model = gpt2() if "gpt2" in kind else llama()
+    model.save_pretrained(tmp_path / "base", **({"max_shard_size": "20KB"} if "shards" in kind else {}))
+    if "without" in kind:
+        without_prefix(tmp_path / "base")
+    adapter = adapter_for(model)
+    report = merge_folder(tmp_path / "base", adapter, tmp_path / "out", verify=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = adapted_logits(tmp_path / "base", adapter)
+    assert drift(logits(merged), expected) < EXACT
+    assert drift(logits(model), expected) > 0.01
+    assert report.streamed
+    assert report.logit_drift is not None
+    assert report.logit_drift < EXACT
+    assert set(report.sites) == set(adapter)
+    assert report.survived > 0.999
+    assert report.output < EXACT
+    assert {type(m) for m in merged.modules()} == {type(m) for m in model.modules()}
+
+
+def test_names_headers_and_other_files_stay_and_nothing_tells_of_brushstroke(folder, tmp_path):
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("kept")
+    (folder / "pytorch_model.bin").write_bytes(b"unmerged weights")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("hidden")
+    before = everything(folder)
+    report = merge_folder(folder, adapter_for(llama(), ["layers.0.self_attn.q_proj"]), tmp_path / "out")
+    after = everything(tmp_path / "out")
+    assert set(before) - set(after) == {"pytorch_model.bin", ".git/HEAD"}
+    assert report.left_out == ("pytorch_model.bin",)
+    changed = {name for name in after if after[name] != before[name]}
+    assert len(changed) == 1
+    (shard,) = changed
+    assert Header.read(folder / shard) == Header.read(tmp_path / "out" / shard)
+    assert not any(b"brushstroke" in content or b"lora" in content for content in after.values())
+    assert everything(folder) == before
+
+
+def test_bf16_is_rounded_once_and_the_drift_is_reported(tmp_path):
+    model = llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    adapter = adapter_for(model)
+    report = merge_folder(tmp_path / "base", adapter, tmp_path / "out", verify=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for site, update in adapter.items():
+        W = model.get_submodule(site).weight.detach().float().mT
+        assert torch.equal(merged[f"{site}.weight"], (W + update.dense()).to(torch.bfloat16).mT)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert 0 < report.output < BF16
+    assert report.logit_drift is not None
+    assert 0 < report.logit_drift < BF16
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_tied_head_is_untied_openly(tmp_path, shards):
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base", **({"max_shard_size": "20KB"} if shards else {}))
+    adapter = adapter_for(model, ["lm_head", "q_proj"])
+    report = merge_folder(tmp_path / "base", adapter, tmp_path / "out", verify=True)
+    assert report.untied == (("lm_head", "model.embed_tokens"),)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    assert torch.equal(merged.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert drift(logits(merged), adapted_logits(tmp_path / "base", adapter)) < EXACT
+    assert report.logit_drift is not None
+    assert report.logit_drift < EXACT
+    if shards:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        file = tmp_path / "out" / index["weight_map"]["lm_head.weight"]
+        with safe_open(file, framework="pt") as opened:
+            assert "lm_head.weight" in opened.keys()  # noqa: SIM118
+        sizes = [Header.read(path).bytes() for path in (tmp_path / "out").glob("*.safetensors")]
+        assert index["metadata"]["total_size"] == sum(sizes)
+    # and merging into what was untied is an ordinary merge
+    again = dataclasses.replace(adapter.card, fingerprint=None)
+    second = merge_folder(tmp_path / "out", adapter.with_card(again), tmp_path / "twice", verify=False)
+    assert second.untied == ()
+
+
+def test_the_same_adapter_is_not_merged_twice_and_a_foreign_base_is_refused(folder, tmp_path):
+    adapter = adapter_for(llama())
+    merge_folder(folder, adapter, tmp_path / "once")
+    with pytest.raises(BaseMismatchError, match="merged into the base already"):
+        merge_folder(tmp_path / "once", adapter, tmp_path / "twice")
+    foreign = llama()
+    with torch.no_grad():
+        for parameter in foreign.parameters():
+            parameter.normal_()
+    foreign.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(BaseMismatchError, match="another base"):
+        merge_folder(tmp_path / "foreign", adapter, tmp_path / "twice")
+    with pytest.raises(ShapeError, match="does not fit"):
+        merge_folder(folder, adapter_for(gpt2()), tmp_path / "twice")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "foreign", "once"]
+    merge_folder(tmp_path / "foreign", adapter, tmp_path / "allowed", allow_different_base=True)
+
+
+def test_an_update_that_rounding_would_lose_is_refused_and_nothing_stays(tmp_path):
+    model = llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(MergeError, match="survives the rounding"):
+        merge_folder(tmp_path / "base", adapter_for(model, size=1e-4), tmp_path / "a" / "b" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_existing_folders_are_refused_and_overwriting_keeps_what_is_not_ours(folder, tmp_path):
+    adapter, out = adapter_for(llama()), tmp_path / "out"
+    merge_folder(folder, adapter, out)
+    first = everything(out)
+    (out / "mine").mkdir()
+    (out / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="--overwrite"):
+        merge_folder(folder, adapter, out)
+    shutil.copytree(folder, tmp_path / "single")
+    llama().save_pretrained(tmp_path / "whole")
+    merge_folder(tmp_path / "whole", adapter, out, overwrite=True)
+    assert drift(logits(AutoModelForCausalLM.from_pretrained(out)), adapted_logits(folder, adapter)) < EXACT
+    assert (out / "mine" / "notes.txt").read_text() == "mine"
+    assert not (out / "model.safetensors.index.json").exists()
+    assert not list(out.glob("model-*"))
+    merge_folder(folder, adapter, out, overwrite=True)
+    assert {k: v for k, v in everything(out).items() if not k.startswith("mine")} == first
+    for bad in (folder, folder / "in", folder.parent):
+        with pytest.raises(OutputError):
+            merge_folder(folder, adapter, bad, overwrite=True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_half_written_stays(folder, tmp_path, monkeypatch, error):
+    adapter, out = adapter_for(llama()), tmp_path / "out"
+    merge_folder(folder, adapter, out)
+    before, calls = everything(out), []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return write(*args, **kwargs)
+
+    write = merge_stream.write_shard
+    monkeypatch.setattr(merge_stream, "write_shard", failing)
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        merge_folder(folder, adapter, out, overwrite=True)
+    calls.clear()
+    with pytest.raises(expected):
+        merge_folder(folder, adapter, tmp_path / "new")
+    assert everything(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old", "eos_token": "<e>"}))
+    adapter = adapter_for(llama())
+    same = adapter.with_card(dataclasses.replace(adapter.card, chat_template="old"))
+    other = adapter.with_card(dataclasses.replace(adapter.card, chat_template="new"))
+    assert not merge_folder(folder, same, tmp_path / "same").chat_template_saved
+    assert not (tmp_path / "same" / "chat_template.jinja").exists()
+    assert merge_folder(folder, other, tmp_path / "other").chat_template_saved
+    assert (tmp_path / "other" / "chat_template.jinja").read_text() == "new"
+    assert json.loads((tmp_path / "other" / "tokenizer_config.json").read_text()) == {"eos_token": "<e>"}
+
+
+def test_a_loaded_base_is_merged_in_memory(folder, tmp_path):
+    base, adapter = load_base(folder, dtype="float32", device="cpu"), adapter_for(llama())
+    report = merge_folder(base, adapter, tmp_path / "out", verify=True)
+    assert not report.streamed
+    assert report.logit_drift is not None
+    assert report.logit_drift < EXACT
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert drift(logits(merged), adapted_logits(folder, adapter)) < EXACT
+    with pytest.raises(MergeError, match="save_pretrained"):
+        merge_folder(Base(torch.nn.Linear(2, 2)), adapter, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_without_safetensors_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_readable", lambda *_: None)
+    adapter = adapter_for(llama().to(torch.bfloat16))
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    report = merge_folder(tmp_path / "half", adapter, tmp_path / "out", verify=False)
+    assert not report.streamed
+    assert report.logit_drift_skipped == "not asked for"
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+MEASURED = """
+import sys
+from brushstroke.inference import merge_folder
+import torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_merge_folder import adapter_on_meta
+report = merge_folder(sys.argv[2], adapter_on_meta(sys.argv[2]), sys.argv[3])
+assert report.logit_drift_skipped
+# Not getrusage: a child's maximum begins with what its parent held.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(report.seconds, int(status["VmHWM"].split()[0]) * 1024)
+"""
+
+
+def adapter_on_meta(folder: str) -> Adapter:
+    """An adapter with a fingerprint for a folder, made without loading its weights."""
+    weights, generator = FolderWeights(folder), torch.Generator().manual_seed(0)
+    updates = {
+        site.path: LowRank(
+            torch.randn(site.d, 4, generator=generator), torch.randn(4, site.h, generator=generator), 0.01
+        )
+        for site in weights.sites()
+        if site.path != "lm_head"
+    }
+    samples = {path: sample(weights[path]) for path in updates}
+    fingerprint = Fingerprint({path: update.shape for path, update in updates.items()}, samples)
+    return Adapter(updates, Card(fingerprint=fingerprint))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from /proc")
+def test_merging_eight_shards_needs_no_more_than_two_of_them(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=1536,
+        intermediate_size=6144,
+        num_hidden_layers=10,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    tensors = {
+        name: torch.randn(p.shape).mul_(0.02).to(torch.bfloat16) for name, p in model.named_parameters()
+    }
+    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(8)]
+    sizes = [0] * 8
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
+        smallest = sizes.index(min(sizes))
+        shards[smallest][name] = tensor
+        sizes[smallest] += tensor.nbytes
+    folder, weight_map = tmp_path / "base", {}
+    folder.mkdir()
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-00008.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(Path(__file__).parent), str(folder), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, peak = map(float, done.stdout.split())
+    print(f"eight shards of {max(sizes) / 2**20:.0f} MiB: {seconds:.1f} s, peak {peak / 2**20:.0f} MiB")
+    assert peak <= 2 * max(sizes) + MEMORY_ALLOWANCE

@@ -1,0 +1,191 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inference_kit import OTHER_TEMPLATE, adapter, base, gpt2, llama, tokenizer
+
+from brushstroke.base import Base
+from brushstroke.data import encode
+from brushstroke.errors import ConfigError, DataError
+from brushstroke.inference import (
+    evaluate,
+    evaluate_all,
+    evaluate_loss,
+    generate,
+    json_object,
+    loss,
+    score,
+)
+from brushstroke.layers import attach, merge
+
+NATS = 1e-5  # fp32 logits, summed in another order
+PAIRS = [{"prompt": f"q{i}" * (i + 1), "completion": f"answer {i}"} for i in range(5)]
+TALKS = [
+    {
+        "messages": [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "first"},
+            {"role": "user", "content": "two"},
+            {"role": "assistant", "content": "second"},
+        ]
+    }
+]
+
+
+def plain_loss(model, examples) -> tuple[float, int]:
+    """Each example alone, full logits, by the definition."""
+    total, count = 0.0, 0
+    for example in examples:
+        with torch.no_grad():
+            logits = model(torch.tensor([example.tokens])).logits[0].double()
+        nll = F.cross_entropy(logits[:-1], torch.tensor(example.tokens[1:]), reduction="none")
+        total += float((nll * torch.tensor(example.weights[1:])).sum())
+        count += example.trained
+    return total, count
+
+
+@pytest.mark.parametrize("model", [llama(), gpt2()], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("budget", [2048, 60])
+def test_the_padded_loss_is_that_of_each_example_alone(model, budget, monkeypatch):
+    monkeypatch.setattr(loss, "PADDED_TOKENS", budget)
+    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 7)
+    examples = encode(PAIRS, tokenizer()).examples
+    examples = (*examples, dataclasses.replace(examples[0], weights=(0.0, 0.5, *examples[0].weights[2:])))
+    got = evaluate_loss(model, examples, batch_size=3)
+    total, count = plain_loss(model, examples)
+    assert got.total == pytest.approx(total, rel=NATS)
+    assert got.trained_tokens == count
+    assert got.mean == pytest.approx(total / count, rel=NATS)
+    assert evaluate_loss(model, []).mean is None
+
+
+def test_a_model_without_logits_to_keep_gives_the_same_loss():
+    model = llama()
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            return (self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache).logits,)
+
+    examples = encode(PAIRS, tokenizer()).examples
+    assert evaluate_loss(Whole(), examples).total == pytest.approx(
+        evaluate_loss(model, examples).total, rel=NATS
+    )
+
+
+def test_an_adapter_is_judged_as_the_merged_model():
+    b = base()
+    a = adapter(b)
+    got, merged = (
+        evaluate(b, PAIRS, adapter=a, max_new_tokens=8),
+        evaluate(merge(b, a), PAIRS, max_new_tokens=8),
+    )
+    assert got.loss == pytest.approx(merged.loss, rel=1e-4)
+    assert got.loss != pytest.approx(evaluate(b, PAIRS, generate=False).loss, rel=0.01)
+    assert [x["answer"] for x in got.answers] == [x["answer"] for x in merged.answers]
+    assert got.as_dict().keys() == {"rows", "loss", "exact_match", "valid_json", "field_f1", "seconds"}
+    json.dumps(got.as_dict())
+    with attach(b, a):
+        assert evaluate(b, PAIRS, generate=False).loss == pytest.approx(got.loss, rel=NATS)
+
+
+def test_answers_are_those_of_generate_and_golds_decide_the_scores():
+    b = base()
+    said = generate(b, [row["prompt"] for row in PAIRS], max_new_tokens=8)
+    rows = [{"q": row["prompt"], "a": x.text} for row, x in zip(PAIRS, said, strict=True)]
+    rows[0]["a"] = "something else"
+    got = evaluate(b, rows, prompt_column="q", completion_column="a", max_new_tokens=8, batch_size=2)
+    assert got.rows == 5
+    assert got.exact_match == 0.8
+    assert got.valid_json is None
+    assert got.field_f1 is None
+    assert got.answers[1] == {
+        "row": 2,
+        "prompt": rows[1]["q"],
+        "expected": rows[1]["a"],
+        "answer": said[1].text,
+        "adapter": None,
+    }
+
+
+def test_messages_are_judged_on_their_last_answer():
+    b = base()
+    got = evaluate(b, TALKS, max_new_tokens=8)
+    (answer,) = got.answers
+    assert answer["expected"] == "second"
+    assert answer["answer"] == generate(b, [TALKS[0]["messages"][:3]], max_new_tokens=8)[0].text
+    trained = len("first") + len("second") + 2
+    assert got.trained_tokens == trained
+
+
+def test_text_and_tokenised_rows_have_a_loss_only():
+    b = base()
+    got = evaluate(b, [{"text": "abc"}])
+    assert (got.rows, got.exact_match, got.answers) == (1, None, ())
+    assert got.loss is not None
+    examples = encode(PAIRS, b.tokenizer)
+    for data in (examples, list(examples)):
+        again = evaluate(b, data)
+        assert again.answers == ()
+        assert again.loss == pytest.approx(evaluate(b, PAIRS, generate=False).loss, rel=NATS)
+    assert evaluate(Base(b.model), examples).loss is not None
+
+
+def test_several_adapters_each_with_its_own_template():
+    b = base()
+    a, other = adapter(b, 1), adapter(b, 2)
+    other = other.with_card(dataclasses.replace(other.card, chat_template=OTHER_TEMPLATE))
+    seen = []
+    results = evaluate_all(
+        b,
+        PAIRS,
+        {"a": a, "other": other, "untouched": None},
+        max_new_tokens=4,
+        on_progress=lambda *step: seen.append(step),
+    )
+    for name, alone in (("a", a), ("other", other), ("untouched", None)):
+        expected = evaluate(b, PAIRS, adapter=alone, max_new_tokens=4)
+        assert results[name].loss == pytest.approx(expected.loss, rel=NATS)
+        assert [x["answer"] for x in results[name].answers] == [x["answer"] for x in expected.answers]
+    assert results["a"].answers[0]["adapter"] == "a"
+    assert {step[:2] for step in seen} == {
+        (name, part) for name in ("a", "other", "untouched") for part in ("loss", "answers")
+    }
+    assert seen[-1] == ("untouched", "answers", 5, 5)
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        evaluate_all(b, PAIRS, {})
+
+
+def test_a_row_that_leaves_no_room_for_its_answer_is_named():
+    rows = [PAIRS[0], {"prompt": "y" * 200, "completion": "z"}]
+    with pytest.raises(DataError, match="row 2"):
+        evaluate(base(), rows, max_new_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([], (None, None, None)),
+        ([(" yes \n", "yes"), ("no", "yes")], (0.5, None, None)),
+        ([('{"b": 1, "a": "x"}', '{"a":"x","b":1}')], (1.0, 1.0, 1.0)),
+        ([('{"a": 1.0}', '{"a": 1}')], (0.0, 1.0, 0.0)),
+        ([('{"a": 1} and so on', '{"a": 1}')], (0.0, 0.0, 0.0)),
+        ([('{"a": 1, "c": 3}', '{"a": 1, "b": 2}'), ("?", '{"d": 4}')], (0.0, 0.5, 2 / 5)),
+        ([('{"a": [1, {"y": 2, "x": 1}]}', '{"a": [1, {"x": 1, "y": 2}]}')], (1.0, 1.0, 1.0)),
+        ([("{}", "{}")], (1.0, 1.0, 1.0)),
+        ([("[1]", "[1]")], (1.0, None, None)),
+    ],
+)
+def test_scores(pairs, expected):
+    got = score(pairs)
+    assert (got.exact_match, got.valid_json, got.field_f1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", "null", '{"a": NaN}', '{"a": 1', '{"a": 1}{"b": 2}', "[" * 100_000])
+def test_what_is_no_json_object(text):
+    assert json_object(text) is None
