@@ -1,0 +1,100 @@
+"""The README's code runs: Python in this process, `brushstroke` lines as commands, `make` lines as targets."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import brushstroke as bs
+
+ROOT = Path(__file__).parents[2]
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+LINES = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("brushstroke ")]
+TARGETS = [line.split()[1] for line in LINES if line.startswith("make ")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what the README takes for granted: the base, two files of rows, an adapter for people."""
+    folder = tmp_path_factory.mktemp("readme")
+    sys.path.insert(0, str(ROOT / "examples" / "demo"))
+    try:
+        assets, tasks = importlib.import_module("assets"), importlib.import_module("tasks")
+    finally:
+        sys.path.pop(0)
+    base = bs.load_base(assets.model_path(), dtype="float32")
+    base.model.save_pretrained(folder / "base")
+    base.tokenizer.save_pretrained(folder / "base")
+    rows = tasks.read_task("addresses", assets.labelled_file("addresses"))
+    tasks.write_rows(rows.training[:12], folder / "addresses.jsonl")
+    tasks.write_rows(rows.heldout[:3], folder / "heldout.jsonl")
+    fresh = bs.load_base(folder / "base", dtype="float32")
+    with bs.attach(fresh, bs.LoraConfig(rank=2), trainable=True) as attachment:
+        with torch.no_grad():
+            for name, factor in attachment.named_parameters():
+                if name.endswith("V"):
+                    factor.normal_(std=1e-3)
+        bs.save(attachment.adapter(), folder / "out" / "people")
+    return folder
+
+
+def local(text: str) -> str:
+    """The same code with a folder in place of the hub id."""
+    assert HUB_ID in text or "nn.Sequential" in text or "brushstroke show" in text
+    return text.replace(HUB_ID, "base")
+
+
+def test_there_is_code_of_every_kind():
+    assert len(PYTHON) >= 2
+    shown = {command.split()[1] for command in COMMANDS}
+    assert shown == {"plan", "data", "train", "generate", "chat", "evaluate", "show", "merge"}
+    assert {"demo", "test"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_targets_exist(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(len(PYTHON)))
+def test_python_blocks(workplace, monkeypatch, block):
+    monkeypatch.chdir(workplace)
+    names: dict[str, object] = {}
+    exec(compile(local(PYTHON[block]), f"README.md, Python block {block + 1}", "exec"), names)
+    if "answers" in names:
+        assert [answer.adapter for answer in names["answers"]] == ["addresses", "people", None]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_commands_in_their_order(workplace):
+    script = Path(sys.executable).with_name("brushstroke")
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    for command in COMMANDS:
+        done = subprocess.run(
+            [script, *shlex.split(local(command))[1:]],
+            cwd=workplace,
+            env=environment,
+            input="Hello!\n",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    assert (workplace / "out" / "merged" / "config.json").is_file()
+    assert json.loads((workplace / "out" / "streets" / "run.json").read_text("utf-8"))["steps"] > 0
