@@ -1,4 +1,4 @@
-"""The README's code runs: Python in this process, `brushstroke` lines as commands, `make` lines as targets."""
+"""The README's code runs: Python in this process, `brushstroke` lines as commands, `make` targets exist."""
 
 import importlib
 import json
