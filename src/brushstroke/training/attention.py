@@ -1,0 +1,141 @@
+"""Exact attention for a packed row, as a function in transformers' AttentionInterface.
+
+It reads the layout that the packed pass hands through the model as an extra keyword. Tokens see their own example
+alone: its shared prefix and what stands before them in it. Padding exists inside one call only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from brushstroke.training.layout import Layout, Piece
+
+NAME = "brushstroke_packed"
+
+
+class UnsupportedAttention(RuntimeError):
+    """The model's attention does something that the packed form does not; padded batches are used instead."""
+
+
+class _Gather(torch.autograd.Function):
+    """Select along one axis where every source position is wanted exactly once, up to copies without a gradient.
+
+    The backward pass is a selection too, by the inverse index: no scattering, no adding up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.axis, ctx.inverse = axis, inverse
+        return x.index_select(axis, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.index_select(ctx.axis, ctx.inverse), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """Drop the padded positions; their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.length = x.shape[0]
+        ctx.save_for_backward(index)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.length, *grad.shape[1:]).index_copy_(0, index, grad), None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads n w"],
+    key: Float[Tensor, "1 kv n w"],
+    value: Float[Tensor, "1 kv n w"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    brushstroke_layout: Layout | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 n heads w"], None]:
+    """Attention for each piece of a packed row.
+
+    Raises:
+        UnsupportedAttention: no layout arrived, or the model asks for something that is not exact here.
+    """
+    if brushstroke_layout is None:
+        raise UnsupportedAttention("the model does not pass extra keywords on to its attention")
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise UnsupportedAttention(f"its attention uses {', '.join(unknown) or 'a mask of its own'}")
+    layout = brushstroke_layout
+    queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))
+    outputs = []
+    for i, piece in enumerate(layout.pieces):
+        q, k, v = (_to_rows(x[i], piece) for x in (queries, keys, values))
+        prefix = 0
+        if piece.prefix is not None:
+            prefix = layout.pieces[piece.prefix].tokens
+            k, v = (
+                torch.cat([x[piece.prefix].expand(piece.rows, -1, -1, -1), own], dim=2)
+                for x, own in ((keys, k), (values, v))
+            )
+        windowed = sliding_window is not None and sliding_window < prefix + piece.width
+        mask = (
+            layout.mask(piece.width, prefix, sliding_window if windowed else None)
+            if prefix or windowed
+            else None
+        )
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        outputs.append(_from_rows(out, piece))
+    return torch.cat(outputs)[None], None
+
+
+def _to_rows(x: Float[Tensor, "1 heads t w"], piece: Piece) -> Float[Tensor, "rows heads width w"]:
+    if piece.rows == 1:
+        return x
+    if piece.pad is not None:
+        x = _Gather.apply(x, 2, piece.pad, piece.unpad)
+    return x.view(x.shape[1], piece.rows, piece.width, x.shape[3]).transpose(0, 1)
+
+
+def _from_rows(out: Float[Tensor, "rows heads width w"], piece: Piece) -> Float[Tensor, "t heads w"]:
+    flat = out.transpose(1, 2).reshape(piece.rows * piece.width, out.shape[1], out.shape[3])
+    return flat if piece.unpad is None else _Scatter.apply(flat, piece.unpad)
+
+
+class AttentionName:
+    """The name of the attention function on a model's configs, set for a packed pass alone and always put back.
+
+    Under a name that transformers' mask registry does not know it builds no masks at all, so the name must never
+    stay: a padded `generate` would attend to the padding without a word.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+        self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Inside, attention runs packed."""
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,63 @@
+"""Train an attached model under transformers' Trainer, and write its adapter alone.
+
+The Trainer's own checkpoints, and so its resume, are not offered: they would write the factors into the base's files.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from brushstroke.formats import save
+from brushstroke.layers import Attachment
+
+
+class AdapterCallback(TrainerCallback):
+    """Writes the adapter where the Trainer would have saved the model, and at the end of training.
+
+    Args:
+        attachment: from `attach(model, LoraConfig(...), trainable=True)` on the Trainer's model.
+        folder: where the finished adapter goes; `adapter` in the Trainer's output folder by default. Where the
+            Trainer's save strategy asks for more, those go to `adapter-STEP` beside it.
+    """
+
+    def __init__(self, attachment: Attachment, folder: str | Path | None = None) -> None:
+        self._attachment = attachment
+        self._folder = Path(folder) if folder else None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save the adapter in place of the model."""
+        return self._save_instead(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save the adapter in place of the model."""
+        return self._save_instead(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Write the finished adapter."""
+        if state.is_world_process_zero:
+            save(self._attachment.adapter(), self._target(args), overwrite=True)
+        return control
+
+    def _save_instead(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> TrainerControl:
+        if control.should_save:
+            control.should_save = False
+            if state.is_world_process_zero and state.global_step < state.max_steps:
+                target = self._target(args)
+                save(
+                    self._attachment.adapter(),
+                    target.with_name(f"{target.name}-{state.global_step}"),
+                    overwrite=True,
+                )
+        return control
+
+    def _target(self, args: TrainingArguments) -> Path:
+        return self._folder or Path(args.output_dir or ".") / "adapter"

@@ -1,0 +1,114 @@
+"""Checkpoints: factors, optimiser state and counters in safetensors and JSON, written all or nothing.
+
+Random states are not kept, because none is needed: the order of the data and dropout follow from (seed, step).
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from brushstroke.errors import ResumeError
+from brushstroke.files import output_errors
+
+if TYPE_CHECKING:
+    from brushstroke.training.session import Training
+
+STATE, TENSORS = "state.json", "state.safetensors"
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_session(session: "Training", folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write the state of a training session into a folder of its own, replacing a checkpoint that stands there.
+
+    Raises:
+        OutputError: it cannot be written; nothing half-written is left.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in session.attachment.named_parameters():
+        tensors[f"factor.{name}"] = parameter.detach().cpu()
+        for moment, value in session.optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}.{name}"] = value.detach().cpu()
+    state = {
+        "format": FORMAT,
+        "steps": session.steps,
+        "micro_tokens": session.micro_tokens,
+        "learning_rate": session.learning_rate,
+        "extra": dict(extra or {}),
+    }
+    with output_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        try:
+            save_file(tensors, staging / TENSORS)
+            (staging / STATE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+            for file in (staging / TENSORS, staging / STATE):
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def load_session(session: "Training", folder: Path) -> dict[str, Any]:
+    """Put a checkpoint's state into a session of the same base, sites and ranks; returns its extra fields.
+
+    Raises:
+        ResumeError: the checkpoint is damaged or belongs to another adapter.
+    """
+    state = read_state(folder)
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(
+            f"the checkpoint {folder} is damaged ({error}); remove it to use an earlier one"
+        ) from error
+    named = dict(session.attachment.named_parameters())
+    expected = {f"factor.{name}": tuple(p.shape) for name, p in named.items()}
+    found = {key: tuple(t.shape) for key, t in tensors.items() if key.startswith("factor.")}
+    if expected != found:
+        differing = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+        raise ResumeError(
+            f"the checkpoint {folder} belongs to another adapter: {len(differing)} factors differ, such as "
+            f"{differing[0]} (here {expected.get(differing[0])}, there {found.get(differing[0])})"
+        )
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[f"factor.{name}"])
+            moments = {m: tensors[f"{m}.{name}"] for m in MOMENTS if f"{m}.{name}" in tensors}
+            if moments:
+                on_device = {m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()}
+                if session.optimizer.defaults.get("fused"):
+                    on_device["step"] = on_device["step"].to(parameter.device)
+                session.optimizer.state[parameter] = on_device
+    session.steps, session.micro_tokens = state["steps"], state["micro_tokens"]
+    session.learning_rate = state["learning_rate"]
+    return state["extra"]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        ResumeError: it is not there, damaged, or of another version.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"the checkpoint {folder} cannot be read ({error})") from error
+    if state.get("format") != FORMAT:
+        raise ResumeError(
+            f"the checkpoint {folder} has format {state.get('format')!r}; this version reads {FORMAT}"
+        )
+    return state

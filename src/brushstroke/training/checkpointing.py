@@ -1,0 +1,48 @@
+"""Gradient checkpointing of a transformers model without waking its dropout.
+
+It chooses no layers of its own: the model's GradientCheckpointingLayers are used.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from brushstroke.errors import ConfigError
+
+_FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
+
+
+class Checkpointed:
+    """While entered, the model's layers recompute their activations in the backward pass; may be entered again.
+
+    Only the checkpointing layers themselves get the training flag that they ask for; everything inside them stays
+    in evaluation mode. What was set is put back.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._before: list[dict[str, Any]] = []
+        if not self._layers:
+            raise ConfigError(
+                "this model has no layers that can recompute their activations; "
+                "train without gradient_checkpointing"
+            )
+
+    def __enter__(self) -> None:
+        settings = (True, partial(checkpoint, use_reentrant=False), True)
+        for layer in self._layers:
+            self._before.append({name: layer.__dict__[name] for name in _FLAGS if name in layer.__dict__})
+            layer.__dict__.update(zip(_FLAGS, settings, strict=True))
+
+    def __exit__(self, *exc: object) -> None:
+        for layer, before in zip(self._layers, self._before, strict=True):
+            for name in _FLAGS:
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(before)
+        self._before.clear()

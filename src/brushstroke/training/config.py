@@ -1,0 +1,101 @@
+"""The settings of a training run, under the names of the command line's flags.
+
+It decides nothing about the adapter: that is `LoraConfig`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.training.schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Where a value is not named, the run follows the Hugging Face Trainer.
+
+    Args:
+        epochs: passes over the data, unless `max_steps` ends the run before.
+        max_steps: optimiser steps, or None for as many as the epochs have.
+        learning_rate: of AdamW; None takes 5e-4·(2000 / hidden width)^0.781, the published fit for LoRA.
+        schedule: "linear" (to zero over the run), "cosine" or "constant", after the warm-up.
+        warmup: steps of linear warm-up, or a share of the run where it is below 1.
+        weight_decay: of AdamW, on the factors.
+        clip: largest norm of the whole gradient; 0 does not clip.
+        batch_size: examples in an optimiser step: what is learnt depends on it.
+        micro_tokens: computed tokens in one forward and backward pass: only memory and speed depend on it.
+            "auto" derives it from the machine's total memory, the model and this config.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
+        max_length: longest example in tokens; None is the model's context.
+        skip_too_long: leave out examples whose prompt fills the limit, instead of refusing them.
+        eval_every: steps between evaluations; None evaluates at the end of each epoch.
+        keep_best: return the adapter with the lowest evaluation loss, not the last one.
+        checkpoint_every: optimiser steps between checkpoints; the last two are kept.
+        share_prefixes: compute a prefix that examples of a step have in common once. None does it unless
+            dropout is on, which would share the dropped positions too.
+        seed: of the starting factors, the order of the data and dropout.
+
+    Raises:
+        ConfigError: a value that cannot work, named.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    batch_size: int = 8
+    micro_tokens: int | str = "auto"
+    gradient_checkpointing: bool = False
+    max_length: int | None = None
+    skip_too_long: bool = False
+    eval_every: int | None = None
+    keep_best: bool = False
+    checkpoint_every: int = 100
+    share_prefixes: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "max_steps", "learning_rate", "batch_size", "eval_every", "checkpoint_every")
+        for name in (*positive, "max_length"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0; got {value!r}")
+        for name in ("warmup", "weight_decay", "clip", "seed"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"{name} must not be negative; got {value!r}")
+        if self.micro_tokens != "auto" and not (isinstance(self.micro_tokens, int) and self.micro_tokens > 0):
+            raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
+        if self.schedule not in SCHEDULES:
+            hint = did_you_mean(self.schedule, SCHEDULES)
+            raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}{hint}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`; an unknown key is an error."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r} in a training config{did_you_mean(key, known)}")
+        return cls(**settings)
+
+
+def default_learning_rate(hidden: int | None) -> float:
+    """5e-5·10·(2000 / hidden)^0.781: ten times full fine-tuning's, falling with the width of the model.
+
+    The fit is Thinking Machines' for Llama models ("LoRA Without Regret", 2025, and its cookbook). 5e-4 where the
+    width is unknown. Two significant digits.
+
+    >>> default_learning_rate(576), default_learning_rate(4096)
+    (0.0013, 0.00029)
+    """
+    return float(f"{5e-4 * (2000 / hidden) ** 0.781:.1e}") if hidden else 5e-4

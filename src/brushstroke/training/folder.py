@@ -1,0 +1,157 @@
+"""The output folder of a training run: metrics, evaluations, checkpoints, and at the end the adapter.
+
+It trains nothing. The adapter's files appear when the run is complete, not before.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import ResumeError
+from brushstroke.files import output_errors, refuse_existing, write_file
+from brushstroke.formats import save
+from brushstroke.training.checkpoint import read_state
+
+METRICS, EVALUATIONS, RUN, CHECKPOINTS, BEST = (
+    "metrics.jsonl",
+    "eval.jsonl",
+    "run.json",
+    "checkpoints",
+    "best",
+)
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "brushstroke.json",
+    "chat_template.jinja",
+    "README.md",
+)
+KEPT = 2  # checkpoints
+
+
+class RunFolder:
+    """The files of one run; nothing is made on disk before the first optimiser step is recorded.
+
+    Args:
+        path: the folder.
+        resume: go on from the last checkpoint, if there is one.
+        overwrite: replace an earlier run's files; files of other names stay.
+
+    Raises:
+        OutputError: the folder holds files and neither flag is given.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = Path(path).expanduser()
+        has_run = self.complete or bool(self.checkpoints())
+        self.resuming = resume and has_run
+        if not self.resuming:
+            refuse_existing(self.path, overwrite or (resume and self._only_ours()))
+        self._opened = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether a finished adapter stands in the folder."""
+        return (self.path / ADAPTER_FILES[0]).is_file() and (self.path / RUN).is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints in order of their steps."""
+        found = (self.path / CHECKPOINTS).glob("step-*")
+        return sorted(folder for folder in found if re.fullmatch(r"step-\d+", folder.name))
+
+    def last_state(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last checkpoint and its state, or None where there is none."""
+        found = self.checkpoints()
+        return (found[-1], read_state(found[-1])) if self.resuming and found else None
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step belongs."""
+        return self.path / CHECKPOINTS / f"step-{step:08d}"
+
+    @property
+    def best(self) -> Path:
+        """Where the best adapter so far is kept."""
+        return self.path / CHECKPOINTS / BEST
+
+    def prune(self) -> None:
+        """Remove all checkpoints but the last two."""
+        for folder in self.checkpoints()[:-KEPT]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def open(self, step: int) -> None:
+        """Make the folder ready for the steps after this one: later lines of an interrupted run are cut off.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with output_errors(self.path):
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in ADAPTER_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            if step:
+                self._cut(METRICS, step)
+                self._cut(EVALUATIONS, step)
+            else:
+                for name in (METRICS, EVALUATIONS, RUN):
+                    (self.path / name).unlink(missing_ok=True)
+                for folder in [*self.checkpoints(), self.best]:
+                    shutil.rmtree(folder, ignore_errors=True)
+        self._opened = True
+
+    def record(self, name: str, line: Mapping[str, Any]) -> None:
+        """Append one line of JSON and flush it to the disk at once.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with output_errors(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
+        """Write the summary, then the adapter; from now on the run is complete.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        write_file(self.path / RUN, json.dumps(summary, indent=2, default=str) + "\n")
+        save(adapter, self.path, overwrite=True)
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run.
+
+        Raises:
+            ResumeError: it cannot be read.
+        """
+        try:
+            return json.loads((self.path / RUN).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ResumeError(
+                f"{self.path / RUN} cannot be read ({error}); start over with overwrite"
+            ) from error
+
+    def _only_ours(self) -> bool:
+        known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES}
+        return self.path.is_dir() and all(entry.name in known for entry in self.path.iterdir())
+
+    def _cut(self, name: str, step: int) -> None:
+        """Keep the lines up to a step, byte for byte; an unfinished last line goes too."""
+        path = self.path / name
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            kept.append(line)
+        write_file(path, "".join(kept))

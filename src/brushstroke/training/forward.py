@@ -1,0 +1,289 @@
+"""Run a pass through the model: packed where a probe shows that it is exact, in padded batches elsewhere.
+
+It changes no weight and steps no optimiser.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.data import Example
+from brushstroke.layers.adapted import Adapted
+from brushstroke.training.attention import AttentionName
+from brushstroke.training.layout import lay_out
+from brushstroke.training.loss import LossFunction, chunked_cross_entropy, summed_loss
+from brushstroke.training.pack import Group, Pass, plan_passes
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative difference of a probe's logits
+HALF_TOLERANCE = 5e-2
+MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
+PROBE_PREFIX = 9  # tokens that the probe's two examples share
+PROBE_OWN = (5, 3)  # tokens of each one's own
+
+
+class Forward(Protocol):
+    """How passes run: planned from examples, then each one's summed loss."""
+
+    name: str
+
+    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Arrange the examples of a step."""
+        ...
+
+    def context(self) -> AbstractContextManager[None]:
+        """What must surround forward and backward."""
+        ...
+
+    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll of a pass's trained tokens, with a graph behind it."""
+        ...
+
+    def trained_logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) that predict a pass's trained tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """The way from the decoder's last hidden states to the loss.
+
+    Args:
+        decoder: the model without its head, or None where only the whole model can be run.
+        layer: the head itself.
+        chunked: whether the head is a plain frozen matrix, so that the chunked loss may be used.
+    """
+
+    decoder: nn.Module | None = None
+    layer: nn.Module | None = None
+    chunked: bool = False
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass gives for its trained positions: hidden states where there is a head to apply, else logits."""
+
+    values: Tensor
+    targets: Tensor
+    weights: Tensor
+    head: Head | None
+
+    def logits(self) -> Tensor:
+        """The logits (m×v)."""
+        return self.head.layer(self.values) if self.head and self.head.layer else self.values
+
+    def summed_loss(self, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll, in chunks where the head is a plain frozen matrix."""
+        if loss is None and self.head and self.head.chunked:
+            layer: Any = self.head.layer
+            return chunked_cross_entropy(self.values, layer.weight, layer.bias, self.targets, self.weights)
+        return summed_loss(self.logits(), self.targets, self.weights, loss)
+
+
+class PackedForward:
+    """One row of all examples, positions starting anew, shared prefixes once, no padding in any linear layer."""
+
+    name = "packed"
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self._model = model
+        self._head = head
+        self._attention = AttentionName(model)
+        self._device = next(model.parameters()).device
+
+    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Pack the examples of a step."""
+        return plan_passes(examples, micro_tokens, share)
+
+    def context(self) -> AbstractContextManager[None]:
+        """The packed attention, also for what gradient checkpointing recomputes in the backward pass."""
+        return self._attention.packed()
+
+    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll of the pass."""
+        return self._run(packed).summed_loss(loss)
+
+    def trained_logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) of the pass's trained positions."""
+        return self._run(packed).logits()
+
+    def _run(self, packed: Pass) -> Outputs:
+        layout = lay_out(packed, self._device)
+        inputs: dict[str, Any] = {
+            "input_ids": layout.tokens,
+            "position_ids": layout.positions,
+            "attention_mask": None,
+            "use_cache": False,
+            "brushstroke_layout": layout,
+        }
+        if self._head.decoder is not None:
+            hidden = self._head.decoder(**inputs)[0][0]
+            return Outputs(hidden[layout.sources], layout.targets, layout.weights, self._head)
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            logits = _logits(self._model(**inputs, logits_to_keep=layout.sources))[0]
+        else:
+            logits = _logits(self._model(**inputs))[0][layout.sources]
+        return Outputs(logits, layout.targets, layout.weights, None)
+
+
+class PaddedForward:
+    """Right-padded batches for models that packing would be wrong for."""
+
+    name = "padded"
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self._model = model
+        self._head = head
+        self._device = next(model.parameters()).device
+        runner = head.decoder or model
+        self._accepts = _accepted(runner)
+
+    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Batches of similar length of at most `micro_tokens`, padding counted."""
+        passes: list[Pass] = []
+        batch: list[Example] = []
+        for example in sorted(examples, key=len):
+            if batch and (len(batch) + 1) * len(example) > micro_tokens:
+                passes.append(_unshared(batch))
+                batch = []
+            batch.append(example)
+        return [*passes, _unshared(batch)]
+
+    def context(self) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll of the batch."""
+        return self._run(packed).summed_loss(loss)
+
+    def trained_logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) of the batch's trained positions, example by example."""
+        return self._run(packed).logits()
+
+    def _run(self, packed: Pass) -> Outputs:
+        examples = packed.examples
+        width = max(len(example) for example in examples)
+        tokens = torch.zeros(len(examples), width, dtype=torch.long)
+        mask = torch.zeros(len(examples), width, dtype=torch.long)
+        weights = torch.zeros(len(examples), width)
+        for i, example in enumerate(examples):
+            tokens[i, : len(example)] = torch.tensor(example.tokens)
+            weights[i, : len(example)] = torch.tensor(example.weights)
+            mask[i, : len(example)] = 1
+        tokens, mask, weights = (x.to(self._device) for x in (tokens, mask, weights))
+        row, column = weights.nonzero(as_tuple=True)
+        targets, kept = tokens[row, column], weights[row, column]
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if "attention_mask" in self._accepts:
+            inputs["attention_mask"] = mask
+        if "use_cache" in self._accepts:
+            inputs["use_cache"] = False
+        if self._head.decoder is not None:
+            hidden = self._head.decoder(**inputs)[0]
+            return Outputs(hidden[row, column - 1], targets, kept, self._head)
+        return Outputs(_logits(self._model(**inputs))[row, column - 1], targets, kept, None)
+
+
+def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
+    """The packed pass where a probe shows that it gives what each example gives alone, padded batches elsewhere.
+
+    Returns:
+        The forward, and the reason in one line.
+    """
+    head = _find_head(model)
+    padded = PaddedForward(model, head)
+    try:
+        packed = PackedForward(model, head)
+        with torch.no_grad():
+            difference, leak = _probe(packed, padded, model, share)
+    except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    else:
+        if difference <= min(TOLERANCE.get(_dtype(model), HALF_TOLERANCE), MAX_SHARE_OF_LEAK * leak):
+            return packed, f"a packed pair equals each example alone to {difference:.0e}"
+        reason = f"a packed pair differs from each example alone by {difference:.1e}, where a leak gives {leak:.1e}"
+    return padded, f"packing would be wrong for this model: {reason}"
+
+
+def _probe(
+    packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool
+) -> tuple[float, float]:
+    """Relative differences of logits: a packed pair against each example alone, and what a plain leak would give."""
+    first, second = examples = _probe_examples(model)
+    difference = 0.0
+    for probed in examples:
+        alone = padded.trained_logits(_unshared([probed])).double()
+        silent = [e if e is probed else Example(e.tokens, (0.0,) * len(e)) for e in examples]
+        for arranged in [_unshared(silent)] + [Pass((Group(PROBE_PREFIX, tuple(silent)),))] * share:
+            with packed.context():
+                together = packed.trained_logits(arranged).double()
+            difference = max(difference, float((together - alone).norm() / alone.norm()))
+    joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
+    leaking = padded.trained_logits(_unshared([joined])).double()
+    return difference, float((leaking - alone).norm() / alone.norm())
+
+
+def _probe_examples(model: nn.Module) -> tuple[Example, Example]:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 16
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(0, vocabulary, (PROBE_PREFIX,), generator=generator).tolist()
+    rows = [
+        Example(
+            (*shared, *torch.randint(0, vocabulary, (own,), generator=generator).tolist()),
+            (0.0,) * (PROBE_PREFIX + 1) + (1.0,) * (own - 1),
+        )
+        for own in PROBE_OWN
+    ]
+    return rows[0], rows[1]
+
+
+def _unshared(examples: list[Example]) -> Pass:
+    return Pass(tuple(Group(0, (example,)) for example in examples))
+
+
+def _find_head(model: nn.Module) -> Head:
+    """Decoder and head where running them by hand equals the model's own logits; else an empty `Head`."""
+    prefix = getattr(model, "base_model_prefix", "")
+    decoder = getattr(model, prefix, None) if prefix else None
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        layer = getter() if callable(getter) else None
+        if not isinstance(decoder, nn.Module) or not isinstance(layer, nn.Linear) or decoder is model:
+            return Head()
+        tokens = torch.tensor([_probe_examples(model)[0].tokens], device=next(model.parameters()).device)
+        with torch.no_grad():
+            whole = _logits(model(input_ids=tokens, use_cache=False)).double()
+            by_hand = layer(decoder(input_ids=tokens, use_cache=False)[0]).double()
+        same = whole.shape == by_hand.shape and float((whole - by_hand).norm() / whole.norm()) < 1e-5
+    except Exception:  # the model is not ours: run it whole
+        return Head()
+    if not same:
+        return Head()
+    plain = (
+        not isinstance(layer, Adapted)
+        and type(layer).forward is nn.Linear.forward
+        and not layer.weight.requires_grad
+    )
+    return Head(decoder, layer, plain)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _accepted(module: nn.Module) -> set[str]:
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return {"attention_mask", "use_cache", *parameters}
+    return set(parameters)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

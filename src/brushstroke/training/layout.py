@@ -1,0 +1,138 @@
+"""A packed pass as tensors: one row of tokens, and the pieces that attention works on.
+
+No model here. The row is laid out group by group: a shared prefix, then its suffixes in blocks of similar length.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from brushstroke.data import Example
+from brushstroke.training.pack import Group, Pass
+
+PADDING = 0.1  # largest share of padding inside one attention call
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the packed row that one attention call handles: `rows` suffixes, or one prefix.
+
+    Where the suffixes differ in length, `pad` (rows·width entries) says which token of the piece stands at each
+    padded position, and `unpad` (one entry for each token) where each token stands; None where there is no padding.
+    `prefix` is the index of the piece that these suffixes continue, if any.
+    """
+
+    tokens: int
+    rows: int
+    width: int
+    prefix: int | None = None
+    pad: Int[Tensor, " p"] | None = None
+    unpad: Int[Tensor, " t"] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a packed pass of n tokens, m of whose outputs predict a trained token.
+
+    `sources` are the positions in the row whose outputs are trained, `targets` the tokens that they predict.
+    """
+
+    tokens: Int[Tensor, "1 n"]
+    positions: Int[Tensor, "1 n"]
+    sources: Int[Tensor, " m"]
+    targets: Int[Tensor, " m"]
+    weights: Float[Tensor, " m"]
+    pieces: tuple[Piece, ...]
+    masks: dict[tuple[int, int, int | None], Bool[Tensor, "q k"]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each piece."""
+        return [piece.tokens for piece in self.pieces]
+
+    def mask(self, queries: int, prefix: int, window: int | None) -> Bool[Tensor, "q k"]:
+        """Which of `prefix + queries` keys each query sees: all before it, within the window if there is one."""
+        key = (queries, prefix, window)
+        if key not in self.masks:
+            device = self.tokens.device
+            query = torch.arange(prefix, prefix + queries, device=device)[:, None]
+            position = torch.arange(prefix + queries, device=device)[None]
+            seen = position <= query
+            self.masks[key] = seen if window is None else seen & (position > query - window)
+        return self.masks[key]
+
+
+def lay_out(packed: Pass, device: torch.device) -> Layout:
+    """Build the tensors of a pass."""
+    row = _Row()
+    for group in packed.groups:
+        prefix = None
+        if group.prefix:
+            prefix = len(row.pieces)
+            row.add(group.members[0], 0, group.prefix)
+            row.pieces.append(Piece(group.prefix, 1, group.prefix))
+        for block in _blocks(group):
+            for example in block:
+                row.add(example, group.prefix, len(example))
+            row.pieces.append(_piece([len(example) - group.prefix for example in block], prefix, device))
+    integers = {"dtype": torch.long, "device": device}
+    return Layout(
+        tokens=torch.tensor([row.tokens], **integers),
+        positions=torch.tensor([row.positions], **integers),
+        sources=torch.tensor(row.sources, **integers),
+        targets=torch.tensor(row.targets, **integers),
+        weights=torch.tensor(row.weights, dtype=torch.float32, device=device),
+        pieces=tuple(row.pieces),
+    )
+
+
+class _Row:
+    """A packed row under construction."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.sources: list[int] = []
+        self.targets: list[int] = []
+        self.weights: list[float] = []
+        self.pieces: list[Piece] = []
+
+    def add(self, example: Example, start: int, stop: int) -> None:
+        offset = len(self.tokens) - start
+        self.tokens.extend(example.tokens[start:stop])
+        self.positions.extend(range(start, stop))
+        for i in range(start + 1, stop):
+            if example.weights[i]:
+                self.sources.append(offset + i - 1)
+                self.targets.append(example.tokens[i])
+                self.weights.append(example.weights[i])
+
+
+def _blocks(group: Group) -> list[list[Example]]:
+    """Split a group's members, sorted by length, into blocks with at most 10 % padding."""
+    blocks: list[list[Example]] = []
+    block: list[Example] = []
+    tokens = 0
+    for example in group.members:
+        length = len(example) - group.prefix
+        if block and (len(block) + 1) * length > (1 + PADDING) * (tokens + length):
+            blocks.append(block)
+            block, tokens = [], 0
+        block.append(example)
+        tokens += length
+    return [*blocks, block]
+
+
+def _piece(lengths: list[int], prefix: int | None, device: torch.device) -> Piece:
+    rows, width, tokens = len(lengths), max(lengths), sum(lengths)
+    if rows * width == tokens:
+        return Piece(tokens, rows, width, prefix)
+    pad, unpad, start = [], [], 0
+    for row, length in enumerate(lengths):
+        pad += [*range(start, start + length), *[start] * (width - length)]
+        unpad += range(row * width, row * width + length)
+        start += length
+    as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
+    return Piece(tokens, rows, width, prefix, as_tensor(pad), as_tensor(unpad))

@@ -1,0 +1,119 @@
+"""The examples of a step become packed passes: no padding, shared prefixes once.
+
+Pure bookkeeping on token lists; tensors and models come later, in `layout` and `forward`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brushstroke.data import Example
+
+MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples that begin with the same `prefix` tokens, none of which is trained or predicts a trained one."""
+
+    prefix: int
+    members: tuple[Example, ...]
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that run through the layers: the prefix once, then every suffix."""
+        return self.prefix + sum(len(example) - self.prefix for example in self.members)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass over a packed row."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """All examples of the pass, in the order of the packed row."""
+        return tuple(example for group in self.groups for example in group.members)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that run through the layers."""
+        return sum(group.computed_tokens for group in self.groups)
+
+
+def plan_passes(examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+    """Arrange the examples of one step over passes of at most `micro_tokens` computed tokens.
+
+    An example longer than that gets a pass of its own. A prefix whose members fall into several passes is computed
+    once in each. The passes are of about equal size.
+    """
+    groups = share_prefixes(examples) if share else [Group(0, (example,)) for example in examples]
+    total = sum(group.computed_tokens for group in groups)
+    aim = total / max(1, -(-total // micro_tokens))
+    passes: list[Pass] = []
+    pending: list[Group] = []
+    used = 0
+    for group in groups:
+        members: list[Example] = []
+        for example in group.members:
+            cost = len(example) - (group.prefix if members else 0)
+            if used and (used + cost > micro_tokens or used >= aim):
+                if members:
+                    pending.append(Group(group.prefix, tuple(members)))
+                passes.append(Pass(tuple(pending)))
+                pending, members, used, cost = [], [], 0, len(example)
+            members.append(example)
+            used += cost
+        pending.append(Group(group.prefix, tuple(members)))
+    return [*passes, Pass(tuple(pending))] if pending else passes
+
+
+def share_prefixes(examples: Sequence[Example]) -> list[Group]:
+    """Group examples by common beginnings so that the fewest tokens are computed.
+
+    In lexicographic order every useful group is a run of neighbours, so the best grouping is found by dynamic
+    programming over the cuts: a group of n with the common prefix P saves (n − 1)·P tokens. A group's members are
+    sorted by length.
+    """
+    order = sorted(examples, key=lambda example: example.tokens)
+    n = len(order)
+    common = [_common(order[i], order[i + 1]) for i in range(n - 1)]
+    best, cut = [0] * (n + 1), list(range(-1, n))
+    for stop in range(1, n + 1):
+        prefix = _shareable(order[stop - 1])
+        best[stop] = best[stop - 1]
+        for start in range(stop - 2, -1, -1):
+            prefix = min(prefix, common[start], _shareable(order[start]))
+            if prefix < MIN_PREFIX:
+                break
+            saved = best[start] + (stop - start - 1) * prefix
+            if saved > best[stop]:
+                best[stop], cut[stop] = saved, start
+    groups = []
+    stop = n
+    while stop:
+        start = cut[stop]
+        members = order[start:stop]
+        prefix = (
+            min([*common[start : stop - 1], *(_shareable(e) for e in members)]) if len(members) > 1 else 0
+        )
+        groups.append(Group(prefix, tuple(sorted(members, key=len))))
+        stop = start
+    return groups[::-1]
+
+
+def _shareable(example: Example) -> int:
+    """The longest prefix that leaves the example its own last prompt token, which predicts its first target."""
+    return max(0, example.first_trained - 1)
+
+
+def _common(a: Example, b: Example) -> int:
+    limit = min(len(a), len(b))
+    x, y = a.tokens[:limit], b.tokens[:limit]
+    if x == y:
+        return limit
+    low, high = 0, limit  # x[:low] == y[:low], x[:high] != y[:high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if x[:middle] == y[:middle] else (low, middle)
+    return low

@@ -1,0 +1,173 @@
+"""What a run is going to do, before it does it.
+
+It counts and estimates; it trains nothing and writes nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.base import Base
+from brushstroke.data import EncodedData
+from brushstroke.training.config import TrainConfig
+from brushstroke.training.order import DataOrder
+from brushstroke.training.pack import plan_passes
+from brushstroke.training.session import Training
+
+COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The facts of a run that are known before its first step. Sizes in bytes.
+
+    Args:
+        matches: target pattern → number of sites; empty where the run goes on from an adapter.
+        capped: site → rank asked for, where a group's small site got the largest rank that fits.
+        skipped: site → why a group of targets left it out.
+        parameters: trainable numbers, and `share` of them in the base's.
+        memory_bytes: estimated peak of the process (of the device on a GPU).
+        real_tokens, trained_tokens: of one epoch.
+        computed_tokens: of one epoch, after sharing; `shared_tokens` fewer than without sharing.
+        extrapolated: whether these two were counted on the first steps alone.
+        layout: "packed" or "padded", with `layout_reason`.
+        warnings: what a user should know, one line each.
+    """
+
+    base: str | None
+    dtype: str
+    device: str
+    sites: int
+    matches: Mapping[str, int]
+    capped: Mapping[str, int]
+    skipped: Mapping[str, str]
+    parameters: int
+    share: float
+    adapter_bytes: int
+    memory_bytes: int
+    examples: int
+    steps: int
+    epochs: float
+    batch_size: int
+    real_tokens: int
+    trained_tokens: int
+    computed_tokens: int
+    shared_tokens: int
+    extrapolated: bool
+    micro_tokens: int
+    micro_reason: str
+    layout: str
+    layout_reason: str
+    learning_rate: float
+    stop_tokens: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON types."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    base: Base,
+    data: Any,
+    lora: LoraConfig | None = None,
+    config: TrainConfig | None = None,
+    *,
+    start: Adapter | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    allow_different_base: bool = False,
+) -> Plan:
+    """What `train` with the same arguments would do; the base is as before afterwards.
+
+    Raises:
+        ConfigError, TargetError, DataError, BaseMismatchError: as `train`.
+    """
+    from brushstroke.training.run import open_session, read_data
+
+    config = config or TrainConfig()
+    encoded = read_data(base, data, config, start, prompt_column, completion_column)
+    with open_session(base, lora, config, start, allow_different_base) as session:
+        return make_plan(session, encoded, config)
+
+
+def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan:
+    """The plan of a session on encoded data."""
+    order = DataOrder(data, config.batch_size, config.seed)
+    steps = order.steps(config.epochs, config.max_steps)
+    report = data.report
+    targets = session.attachment.plan
+    parameters = sum(p.numel() for p in session.parameters)
+    factors = {id(p) for p in session.parameters}
+    base_parameters = sum(p.numel() for p in session.model.parameters() if id(p) not in factors)
+    counted = min(order.steps_per_epoch, COUNTED_STEPS)
+    computed = seen = 0
+    for step in range(counted):
+        batch = order.batch(step)
+        seen += sum(len(example) for example in batch)
+        if session.packed:
+            passes = plan_passes(batch, session.micro_tokens, session.share_prefixes)
+            computed += sum(part.computed_tokens for part in passes)
+    computed = computed if session.packed else seen
+    extrapolated = counted < order.steps_per_epoch
+    computed_tokens = round(computed / max(1, seen) * report.real_tokens)
+    longest = max(len(example) for example in data)
+    in_pass = min(max(session.micro_tokens, longest), max(1, computed // counted))
+    return Plan(
+        base=session.base.name,
+        dtype=str(session.base.dtype).removeprefix("torch."),
+        device=str(session.device),
+        sites=len(session.attachment.sites),
+        matches={pattern: len(paths) for pattern, paths in targets.matches.items()} if targets else {},
+        capped=dict(targets.capped) if targets else {},
+        skipped=dict(targets.skipped) if targets else {},
+        parameters=parameters,
+        share=parameters / max(1, base_parameters),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in session.parameters),
+        memory_bytes=session.memory.total(in_pass),
+        examples=len(data),
+        steps=steps,
+        epochs=steps / order.steps_per_epoch,
+        batch_size=config.batch_size,
+        real_tokens=report.real_tokens,
+        trained_tokens=report.trained_tokens,
+        computed_tokens=computed_tokens,
+        shared_tokens=report.real_tokens - computed_tokens,
+        extrapolated=extrapolated,
+        micro_tokens=session.micro_tokens,
+        micro_reason=session.micro_reason,
+        layout="packed" if session.packed else "padded",
+        layout_reason=session.forward_reason,
+        learning_rate=session.learning_rate,
+        stop_tokens=report.stop_tokens,
+        warnings=_warnings(data, session, longest),
+    )
+
+
+def _warnings(data: EncodedData, session: Training, longest: int) -> tuple[str, ...]:
+    report = data.report
+    found = []
+    if report.cut_rows:
+        found.append(
+            f"{len(report.cut_rows)} examples are cut at the limit, {report.cut_tokens:,} tokens are lost "
+            f"(rows {_some(report.cut_rows)}); raise --max-length to keep them"
+        )
+    if report.skipped_rows:
+        found.append(
+            f"{len(report.skipped_rows)} examples are left out, because their prompt fills the limit "
+            f"(rows {_some(report.skipped_rows)})"
+        )
+    if not session.packed:
+        found.append(session.forward_reason)
+    if longest > session.micro_tokens:
+        found.append(
+            f"the longest example has {longest:,} tokens, more than one pass of {session.micro_tokens:,}; "
+            "it gets a pass of its own and takes more memory"
+        )
+    return tuple(found)
+
+
+def _some(rows: tuple[int, ...]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

@@ -1,0 +1,417 @@
+"""`train`: the loop, flat, over the verbs of `Training`.
+
+What a step computes is in `session` and `forward`, what is written in `folder`.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from brushstroke.adapter import Adapter, Card, LoraConfig
+from brushstroke.base import Base
+from brushstroke.data import EncodedData, encode
+from brushstroke.errors import NonFiniteError, ResumeError
+from brushstroke.formats import load
+from brushstroke.formats import save as save_adapter
+from brushstroke.inference import context_length
+from brushstroke.training.checkpoint import load_session, save_session
+from brushstroke.training.config import TrainConfig
+from brushstroke.training.folder import EVALUATIONS, METRICS, RunFolder
+from brushstroke.training.interrupt import Interrupts
+from brushstroke.training.loss import LossFunction
+from brushstroke.training.memory import peak_memory
+from brushstroke.training.order import DataOrder
+from brushstroke.training.plan import Plan, make_plan
+from brushstroke.training.schedule import factor
+from brushstroke.training.session import Training
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimiser step, as it is written to `metrics.jsonl`.
+
+    Args:
+        step: counted from 1, of `steps` in the run.
+        loss: per trained token, in nats.
+        real_tokens, trained_tokens, computed_tokens: of this step.
+        seconds: of this step, wall time.
+        learning_rate: that this step used.
+        peak_memory_bytes: of the process so far (of the device on a GPU).
+    """
+
+    step: int
+    steps: int
+    loss: float
+    real_tokens: int
+    trained_tokens: int
+    computed_tokens: int
+    seconds: float
+    learning_rate: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    """One evaluation, as it is written to `eval.jsonl`; `best` where no earlier one had a lower loss."""
+
+    step: int
+    loss: float
+    trained_tokens: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Args:
+        adapter: the value that it made.
+        summary: the totals, settings and versions that stand in `run.json`.
+        resumed_from: the step of the checkpoint that the run went on from; 0 where it began anew.
+    """
+
+    adapter: Adapter
+    summary: dict[str, Any]
+    resumed_from: int = 0
+
+
+@dataclass
+class _Totals:
+    """What a run adds up; kept in its checkpoints."""
+
+    real_tokens: int = 0
+    trained_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    final_loss: float = float("nan")
+    best_loss: float = float("inf")
+    peak_memory_bytes: int = 0
+
+    def add(self, event: StepEvent) -> None:
+        self.real_tokens += event.real_tokens
+        self.trained_tokens += event.trained_tokens
+        self.computed_tokens += event.computed_tokens
+        self.seconds += event.seconds
+        self.loss_sum += event.loss
+        self.final_loss = event.loss
+        self.peak_memory_bytes = max(self.peak_memory_bytes, event.peak_memory_bytes)
+
+
+def train(
+    base: Base,
+    data: Any,
+    lora: LoraConfig | None = None,
+    config: TrainConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    eval_data: Any = None,
+    start: Adapter | None = None,
+    loss: LossFunction | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    allow_different_base: bool = False,
+    on_plan: Callable[[Plan, int], None] | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    on_eval: Callable[[EvalEvent], None] | None = None,
+) -> TrainResult:
+    """Train an adapter on a frozen base; the base is bit for bit as before afterwards.
+
+    Args:
+        base: from `load_base`, or Base(model, tokenizer) of your own.
+        data: a path, a hub data set, a list of dicts, a `datasets.Dataset`, or tokenised examples.
+        lora: what the adapter should be; not with `start`.
+        config: how to train.
+        out: folder for the adapter, metrics, evaluations and checkpoints; without it nothing is written.
+        eval_data: examples to evaluate on.
+        start: an adapter to go on from.
+        loss: in place of cross-entropy; see `Training.forward_backward`.
+        resume: go on from the last checkpoint in `out`; start over where there is none.
+        overwrite: replace an earlier run in `out`.
+        prompt_column, completion_column: other names for "prompt" and "completion".
+        allow_different_base: go on from an adapter although it belongs to another base.
+        on_plan: told the plan and the step resumed from, before the first step.
+        on_step: told of every optimiser step.
+        on_eval: told of every evaluation.
+
+    Raises:
+        ConfigError, TargetError, DataError, BaseMismatchError: the request cannot work; nothing was written.
+        OutputError: `out` holds files already, or cannot be written.
+        ResumeError: the checkpoint belongs to other settings or other data.
+        NonFiniteError: the loss is not a finite number; the last good state is kept as a checkpoint.
+        KeyboardInterrupt: after a checkpoint was saved.
+    """
+    config = config or TrainConfig()
+    folder = RunFolder(out, resume=resume, overwrite=overwrite) if out is not None else None
+    examples = read_data(base, data, config, start, prompt_column, completion_column)
+    held_out = (
+        read_data(base, eval_data, config, start, prompt_column, completion_column)
+        if eval_data is not None
+        else None
+    )
+
+    with open_session(base, lora, config, start, allow_different_base) as session, Interrupts() as interrupts:
+        identity = _identity(session, config, lora, start, examples, held_out, loss)
+        if folder and folder.resuming and folder.complete:
+            return _finished_already(folder, identity)
+        totals = _Totals()
+        if folder and (last := folder.last_state()):
+            checkpoint, state = last
+            _refuse_other_run(identity, state["extra"]["identity"], checkpoint)
+            totals = _Totals(**load_session(session, checkpoint)["totals"])
+        resumed_from = session.steps
+        order = DataOrder(examples, config.batch_size, config.seed)
+        steps = order.steps(config.epochs, config.max_steps)
+        if on_plan:
+            on_plan(make_plan(session, examples, config), resumed_from)
+        if folder and resumed_from:
+            folder.open(resumed_from)
+
+        def keep_state() -> None:
+            if folder and session.steps:
+                extra = {"identity": identity, "totals": asdict(totals)}
+                save_session(session, folder.checkpoint(session.steps), extra)
+                folder.prune()
+
+        best: Adapter | None = load(folder.best) if folder and resumed_from and folder.best.is_dir() else None
+        try:
+            while session.steps < steps:
+                began = time.perf_counter()
+                batch = order.batch(session.steps)
+                result = session.forward_backward(batch, loss)
+                rate = session.learning_rate * factor(config.schedule, session.steps, steps, config.warmup)
+                with interrupts.held():
+                    session.optim_step(rate)
+                    event = StepEvent(
+                        step=session.steps,
+                        steps=steps,
+                        loss=result.loss,
+                        real_tokens=result.real_tokens,
+                        trained_tokens=result.trained_tokens,
+                        computed_tokens=result.computed_tokens,
+                        seconds=time.perf_counter() - began,
+                        learning_rate=rate,
+                        peak_memory_bytes=peak_memory(session.device),
+                    )
+                    totals.add(event)
+                    if folder:
+                        if session.steps == 1:
+                            folder.open(0)
+                        folder.record(METRICS, _without(asdict(event), "steps"))
+                if on_step:
+                    on_step(event)
+                if held_out is not None and _evaluation_due(session.steps, steps, config.eval_every, order):
+                    evaluation = _evaluate(session, held_out, totals.best_loss)
+                    with interrupts.held():
+                        if evaluation.best:
+                            totals.best_loss = evaluation.loss
+                            best = session.adapter() if config.keep_best else None
+                            if folder and best:
+                                save_adapter(best, folder.best, overwrite=True)
+                        if folder:
+                            folder.record(EVALUATIONS, asdict(evaluation))
+                    if on_eval:
+                        on_eval(evaluation)
+                if session.steps % config.checkpoint_every == 0 and session.steps < steps:
+                    with interrupts.held():
+                        keep_state()
+        except (KeyboardInterrupt, NonFiniteError):
+            session.discard()
+            keep_state()
+            raise
+        adapter = best if config.keep_best and best is not None else session.adapter()
+        summary = _summary(session, totals, identity, examples)
+        adapter = adapter.with_card(_card(adapter, summary))
+        if folder:
+            with interrupts.held():
+                folder.finish(adapter, summary)
+        return TrainResult(adapter, summary, resumed_from)
+
+
+def read_data(
+    base: Base,
+    data: Any,
+    config: TrainConfig,
+    start: Adapter | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> EncodedData:
+    """Tokenise data for a run: the adapter's own chat template where it goes on from one, the model's context."""
+    return encode(
+        data,
+        base.tokenizer,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        max_length=config.max_length or context_length(base.model),
+        skip_too_long=config.skip_too_long,
+        chat_template=start.card.chat_template if start and start.card else None,
+    )
+
+
+def open_session(
+    base: Base,
+    lora: LoraConfig | None,
+    config: TrainConfig,
+    start: Adapter | None,
+    allow_different_base: bool = False,
+) -> Training:
+    """The training session that a config asks for."""
+    return Training(
+        base,
+        start if start is not None else lora or LoraConfig(),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        micro_tokens=config.micro_tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        share_prefixes=config.share_prefixes,
+        seed=config.seed,
+        dropout=lora.dropout if lora else None,
+        max_length=config.max_length,
+        allow_different_base=allow_different_base,
+    )
+
+
+def _evaluation_due(step: int, steps: int, every: int | None, order: DataOrder) -> bool:
+    return step == steps or step % (every or order.steps_per_epoch) == 0
+
+
+def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:
+    began = time.perf_counter()
+    result = session.loss(held_out.examples)
+    return EvalEvent(
+        session.steps,
+        result.loss,
+        result.trained_tokens,
+        time.perf_counter() - began,
+        result.loss < best_loss,
+    )
+
+
+def _identity(
+    session: Training,
+    config: TrainConfig,
+    lora: LoraConfig | None,
+    start: Adapter | None,
+    examples: EncodedData,
+    held_out: EncodedData | None,
+    loss: LossFunction | None,
+) -> dict[str, Any]:
+    """Everything that a resumed run must share with the one that it goes on from."""
+    card = session.attachment.adapter().card
+    base = card.fingerprint.as_dict() if card and card.fingerprint else None
+    return {
+        "lora": (lora or LoraConfig()).as_dict() if start is None else None,
+        "start": _hash_adapter(start) if start is not None else None,
+        "dropout": lora.dropout if lora else 0.0,
+        "config": config.as_dict(),
+        "base": hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest(),
+        "dtype": str(session.base.dtype).removeprefix("torch."),
+        "device": session.device.type,
+        "data": examples.hash,
+        "eval_data": held_out.hash if held_out is not None else None,
+        "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else None,
+    }
+
+
+def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
+    differences = []
+    for key, value in now.items():
+        if isinstance(value, dict) and isinstance(then.get(key), dict):
+            stored = json.loads(json.dumps(value))
+            differences += [
+                f"{name}: now {stored.get(name)!r}, then {then[key].get(name)!r}"
+                for name in stored
+                if stored.get(name) != then[key].get(name)
+            ]
+        elif value != then.get(key):
+            plain = key in ("dtype", "device", "dropout", "loss")
+            differences.append(f"{key}: now {value!r}, then {then.get(key)!r}" if plain else f"another {key}")
+    if differences:
+        raise ResumeError(
+            f"{where} belongs to a run with other settings ({'; '.join(differences)}); resume with the same command, "
+            "or start over with overwrite (--overwrite)"
+        )
+
+
+def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResult:
+    summary = folder.summary()
+    _refuse_other_run(identity, summary["settings"], folder.path)
+    return TrainResult(load(folder.path), summary, summary["steps"])
+
+
+def _summary(
+    session: Training, totals: _Totals, identity: dict[str, Any], examples: EncodedData
+) -> dict[str, Any]:
+    kept = _without(asdict(totals), "loss_sum", "best_loss")
+    return {
+        **kept,
+        "steps": session.steps,
+        "real_tokens_per_second": totals.real_tokens / totals.seconds if totals.seconds else 0.0,
+        "mean_loss": totals.loss_sum / max(1, session.steps),
+        "best_eval_loss": totals.best_loss if totals.best_loss < float("inf") else None,
+        "dtype": identity["dtype"],
+        "learning_rate": session.learning_rate,
+        "micro_tokens": session.micro_tokens,
+        "layout": session.forward_reason,
+        "base": session.base.name,
+        "examples": len(examples),
+        "data_hash": examples.hash,
+        "settings": identity,
+        "versions": versions(),
+    }
+
+
+def _card(adapter: Adapter, summary: dict[str, Any]) -> Card:
+    told = (
+        "steps",
+        "real_tokens",
+        "trained_tokens",
+        "final_loss",
+        "mean_loss",
+        "learning_rate",
+        "dtype",
+        "examples",
+    )
+    training = {name: summary[name] for name in (*told, "data_hash", "versions")}
+    return (adapter.card or Card()).with_changes(training=training)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("brushstroke")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {
+        "brushstroke": own,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _hash_adapter(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    for site, update in sorted(adapter.items()):
+        digest.update(f"{site} {getattr(update, 'scale', None)}".encode())
+        for tensor in update.tensors().values():
+            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _without(record: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in names}

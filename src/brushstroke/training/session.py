@@ -1,0 +1,328 @@
+"""`Training`: the verbs of a training run, for loops of one's own.
+
+The loop itself is in `run`; files are in `checkpoint`.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from brushstroke.adapter import Adapter, LoraConfig, Site
+from brushstroke.base import Base
+from brushstroke.data import ChatFormat, Example, encode
+from brushstroke.errors import ConfigError, NonFiniteError, TrainingError
+from brushstroke.layers import Attachment, attach, find_sites
+from brushstroke.training.checkpointing import Checkpointed
+from brushstroke.training.config import default_learning_rate
+from brushstroke.training.forward import choose_forward
+from brushstroke.training.loss import LossFunction
+from brushstroke.training.memory import choose_micro_tokens, estimate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one `forward_backward` did.
+
+    Args:
+        loss: per trained token, in nats.
+        trained_tokens: tokens whose prediction is in the loss.
+        real_tokens: tokens of the examples, without padding.
+        computed_tokens: tokens that ran through the layers; fewer where prefixes are shared.
+    """
+
+    loss: float
+    trained_tokens: int
+    real_tokens: int
+    computed_tokens: int
+
+
+class Training:
+    """A base with a trainable adapter in it, on the packed step; a context manager that detaches at its end.
+
+    Several `forward_backward` calls before one `optim_step` equal one call with all the examples: gradients add up,
+    and the step divides them by the trained tokens of all calls.
+
+    Args:
+        base: the frozen model; a Base, or an nn.Module for examples that are tokenised already.
+        start: the config of a new adapter, or an adapter to go on from.
+        learning_rate: of AdamW (betas 0.9 and 0.999, eps 1e-8); None takes the rule of `TrainConfig`.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient; 0 does not clip.
+        micro_tokens: computed tokens in one pass, or "auto".
+        gradient_checkpointing: recompute activations in the backward pass.
+        share_prefixes: compute shared prefixes once; None does unless dropout is on.
+        seed: of the starting factors and of dropout.
+        dropout: on the low-rank path; the config's own where one is given.
+        max_length: longest example in tokens, for examples that `forward_backward` has to tokenise.
+        allow_different_base: go on from an adapter although it belongs to another base.
+
+    Raises:
+        TargetError, AttachError, BaseMismatchError: as `attach`.
+        ConfigError: a value that cannot work.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        start: LoraConfig | Adapter | None = None,
+        *,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+        micro_tokens: int | str = "auto",
+        gradient_checkpointing: bool = False,
+        share_prefixes: bool | None = None,
+        seed: int = 0,
+        dropout: float | None = None,
+        max_length: int | None = None,
+        allow_different_base: bool = False,
+    ) -> None:
+        self.base = base if isinstance(base, Base) else Base(base)
+        self.model = self.base.model
+        sites = find_sites(self.model)
+        self.attachment: Attachment = attach(
+            self.base,
+            start or LoraConfig(),
+            trainable=True,
+            seed=seed,
+            dropout=dropout,
+            allow_different_base=allow_different_base,
+        )
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self._prepare(
+                sites, learning_rate, weight_decay, micro_tokens, gradient_checkpointing, share_prefixes
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.clip, self.seed, self.max_length = clip, seed, max_length
+        self.steps = 0
+        self._calls = 0
+        self._pending_tokens = 0
+
+    def _prepare(
+        self,
+        sites: list[Site],
+        learning_rate: float | None,
+        weight_decay: float,
+        micro_tokens: int | str,
+        gradient_checkpointing: bool,
+        share_prefixes: bool | None,
+    ) -> None:
+        self.model.eval()
+        for module in self.attachment.modules.values():
+            module.training = True  # wakes the dropout of the low-rank path, not the base's
+        self.parameters = list(self.attachment.parameters())
+        self.device = self.parameters[0].device
+        drops = any(module.lora_dropout for module in self.attachment.modules.values())
+        self.share_prefixes = not drops if share_prefixes is None else share_prefixes
+        self._checkpointing = Checkpointed(self.model) if gradient_checkpointing else nullcontext()
+        self._forward, self.forward_reason = choose_forward(self.model, self.share_prefixes)
+        self.drops = drops
+        ranks = {path: module.lora_V.shape[0] for path, module in self.attachment.modules.items()}
+        self.memory = estimate(self.model, sites, ranks, gradient_checkpointing, self.device)
+        if micro_tokens == "auto":
+            self.micro_tokens, self.micro_reason = choose_micro_tokens(self.memory, self.device)
+        elif isinstance(micro_tokens, int) and micro_tokens > 0:
+            self.micro_tokens, self.micro_reason = micro_tokens, "asked for"
+        else:
+            raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
+        hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
+        self.learning_rate = default_learning_rate(hidden) if learning_rate is None else learning_rate
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, self.learning_rate, weight_decay=weight_decay, fused=True
+        )
+
+    @property
+    def packed(self) -> bool:
+        """Whether the packed pass is used; padded batches otherwise, and `forward_reason` says why."""
+        return self._forward.name == "packed"
+
+    def forward_backward(self, examples: Any, loss: LossFunction | None = None) -> StepResult:
+        """Add the gradients of these examples to those that wait for `optim_step`.
+
+        Args:
+            examples: tokenised examples, or anything that `train` takes as data.
+            loss: in place of cross-entropy: (logits of the trained positions (m×v), targets (m), weights (m),
+                which add up to 1) → scalar, averaged over the positions.
+
+        Raises:
+            NonFiniteError: the loss is not a finite number; no gradient of this call is kept.
+            DataError: the examples cannot be trained on.
+        """
+        self._check_open()
+        encoded = self.encode(examples)
+        total = torch.zeros((), dtype=torch.float64)
+        computed = 0
+        trained = sum(example.trained for example in encoded)
+        with self._checkpointing, self._forward.context(), self._dropout_seed():
+            for part in self._forward.passes(encoded, self.micro_tokens, self.share_prefixes):
+                value = self._forward.summed_loss(part, loss)
+                if not bool(torch.isfinite(value)):
+                    self.discard()
+                    raise NonFiniteError(
+                        f"the loss is {value.item()} in step {self.steps + 1}; lower the learning rate "
+                        f"(it is {self.learning_rate:g}), use float32, or look for broken rows in the data"
+                    )
+                value.backward()
+                total += value.detach().item()
+                computed += part.computed_tokens
+        self._pending_tokens += trained
+        self._calls += 1
+        real = sum(len(example) for example in encoded)
+        return StepResult(float(total) / max(1, trained), trained, real, computed)
+
+    def optim_step(self, learning_rate: float | None = None) -> float:
+        """One AdamW step on the gradients that wait; returns their norm before clipping.
+
+        Raises:
+            TrainingError: no gradient waits.
+            NonFiniteError: a gradient is not a finite number; the factors stay as they are.
+        """
+        self._check_open()
+        if not self._pending_tokens:
+            raise TrainingError("there is no gradient to step on; call forward_backward() first")
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(self._pending_tokens)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        if not bool(torch.isfinite(norm)):
+            self.discard()
+            raise NonFiniteError(
+                f"a gradient is not a finite number in step {self.steps + 1}; lower the learning rate "
+                f"(it is {self.learning_rate:g}) or use float32"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate if learning_rate is None else learning_rate
+        self.optimizer.step()
+        self.discard()
+        self.steps += 1
+        return float(norm)
+
+    @torch.no_grad()
+    def loss(self, examples: Any) -> StepResult:
+        """The loss per trained token of these examples, without gradients and without dropout."""
+        self._check_open()
+        encoded = self.encode(examples)
+        total, computed = 0.0, 0
+        with self._evaluating(), self._forward.context():
+            for part in self._forward.passes(encoded, self.micro_tokens, self.share_prefixes):
+                total += self._forward.summed_loss(part, None).item()
+                computed += part.computed_tokens
+        trained = sum(example.trained for example in encoded)
+        return StepResult(total / max(1, trained), trained, sum(len(e) for e in encoded), computed)
+
+    def sample(self, prompts: Any, **options: Any) -> list[str]:
+        """Answers of the model as it is now; options as `generate`."""
+        from brushstroke.inference import generate
+
+        self._check_open()
+        with self._evaluating():
+            return [answer.text for answer in generate(self.base, prompts, **options)]
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, as a value, with the chat template and the stop tokens in its card."""
+        card = self.attachment.adapter().card
+        tokenizer = self.base.tokenizer
+        if card is not None and tokenizer is not None:
+            chat = ChatFormat(tokenizer, card.chat_template)
+            card = card.with_changes(
+                chat_template=chat.template, stop_tokens=chat.stop_token_texts, task="CAUSAL_LM"
+            )
+        return self.attachment.adapter(card)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint (factors, optimiser, counters) from which `Training.load` goes on to the same bits."""
+        from brushstroke.training.checkpoint import save_session
+
+        save_session(self, Path(folder))
+
+    def load(self, folder: str | Path) -> Self:
+        """Take over the state of a checkpoint that `save` wrote for the same base and sites.
+
+        Raises:
+            ResumeError: it belongs to another adapter, or is damaged.
+        """
+        from brushstroke.training.checkpoint import load_session
+
+        load_session(self, Path(folder))
+        return self
+
+    def close(self) -> None:
+        """Take the adapter out; the base is bit for bit what it was."""
+        if self.attachment.attached:
+            for module, mode in self._modes:
+                module.training = mode
+            self.attachment.detach()
+
+    def encode(self, examples: Any) -> list[Example]:
+        """Tokenised examples from anything that can be trained on."""
+        if isinstance(examples, Example):
+            return [examples]
+        if isinstance(examples, Iterable) and not isinstance(examples, str | dict):
+            examples = list(examples)
+            if all(isinstance(example, Example) for example in examples):
+                return examples
+        limit = self.max_length or getattr(
+            getattr(self.model, "config", None), "max_position_embeddings", None
+        )
+        return list(encode(examples, self.base.tokenizer, max_length=limit))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending_tokens = 0
+        self._calls = 0
+
+    def _check_open(self) -> None:
+        if not self.attachment.attached:
+            raise TrainingError(
+                "this training was closed; make a new one, from its adapter if you want to go on"
+            )
+
+    def _evaluating(self) -> Any:
+        return _Asleep(self.attachment)
+
+    def _dropout_seed(self) -> Any:
+        """Dropout is drawn from (seed, step, call), so that a resumed run draws what the whole run would have."""
+        return _Seeded(self.seed, self.steps, self._calls) if self.drops else nullcontext()
+
+
+class _Asleep:
+    """Within it the dropout of the low-rank path sleeps."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._modules = list(attachment.modules.values())
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            module.training = False
+
+    def __exit__(self, *exc: object) -> None:
+        for module in self._modules:
+            module.training = True
+
+
+class _Seeded:
+    """Within it torch's generators start from a seed of this step's own; afterwards they are as before."""
+
+    def __init__(self, *parts: int) -> None:
+        self._seed = hash(parts) % 2**63
+        self._fork = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *exc: object) -> None:
+        self._fork.__exit__(*exc)
