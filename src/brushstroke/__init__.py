@@ -1,1 +1,87 @@
-"""brushstroke: low-rank adaptation of any PyTorch network."""
+"""brushstroke: low-rank adaptation of any PyTorch network.
+
+A pretrained weight W (d×h) stays frozen; an adapter adds scale·U·V with U (d×r) and V (r×h). The names below are
+loaded when they are first used, so that importing this package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brushstroke import errors as errors
+    from brushstroke.adapter import Adapter, Card, LoraConfig
+    from brushstroke.base import Base, load_base
+    from brushstroke.data import Example
+    from brushstroke.formats import load, save
+    from brushstroke.inference import Answer, ChatSession, Evaluation, evaluate, generate, merge_folder
+    from brushstroke.layers import Attachment, Bank, MergeReport, attach, bank, merge
+    from brushstroke.lowrank import LowRank
+    from brushstroke.training import AdapterCallback, Plan, TrainConfig, Training, TrainResult, plan, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "brushstroke.adapter": ("Adapter", "Card", "LoraConfig"),
+    "brushstroke.base": ("Base", "load_base"),
+    "brushstroke.data": ("Example",),
+    "brushstroke.formats": ("load", "save"),
+    "brushstroke.inference": ("Answer", "ChatSession", "Evaluation", "evaluate", "generate", "merge_folder"),
+    "brushstroke.layers": ("Attachment", "Bank", "MergeReport", "attach", "bank", "merge"),
+    "brushstroke.lowrank": ("LowRank",),
+    "brushstroke.training": (
+        "AdapterCallback",
+        "Plan",
+        "TrainConfig",
+        "TrainResult",
+        "Training",
+        "plan",
+        "train",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Adapter",
+    "AdapterCallback",
+    "Answer",
+    "Attachment",
+    "Bank",
+    "Base",
+    "Card",
+    "ChatSession",
+    "Evaluation",
+    "Example",
+    "LoraConfig",
+    "LowRank",
+    "MergeReport",
+    "Plan",
+    "TrainConfig",
+    "TrainResult",
+    "Training",
+    "attach",
+    "bank",
+    "errors",
+    "evaluate",
+    "generate",
+    "load",
+    "load_base",
+    "merge",
+    "merge_folder",
+    "plan",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("brushstroke.errors")
+    if name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'brushstroke' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
