@@ -57,12 +57,19 @@ def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form:
     """Train an adapter into a folder, or take the one that the same settings and rows made before."""
     lora = bs.LoraConfig(rank=8, alpha=16, targets="all-linear")
     config = bs.TrainConfig(epochs=1, learning_rate=form.learning_rate, batch_size=form.batch_size)
-    if (finished := _finished(folder, rows, lora, config)) is not None:
-        show.reused(folder)
-        return finished
-    with show.training(len(rows), form.batch_size) as on_step:
-        bs.train(base, list(rows), lora, config, out=folder, overwrite=True, on_step=on_step)
-    return _recorded(folder, reused=False)
+    with show.training() as on_step:
+        try:
+            result = bs.train(base, list(rows), lora, config, out=folder, resume=True, on_step=on_step)
+        except bs.errors.ResumeError:  # made with other settings, or from other rows
+            result = bs.train(base, list(rows), lora, config, out=folder, overwrite=True, on_step=on_step)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return Run(
+        real_tokens=result.summary["real_tokens"],
+        seconds=result.summary["seconds"],
+        peak_memory_bytes=result.summary["peak_memory_bytes"],
+        losses=tuple((line["step"], line["loss"]) for line in lines),
+        reused=result.resumed_from == result.summary["steps"],
+    )
 
 
 def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None, form: Settings) -> Any:
@@ -166,19 +173,3 @@ def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> 
             for run, kept in pair if turn % 2 else reversed(pair):
                 kept.append(run())
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _finished(folder: Path, rows: Sequence[tasks.Row], lora: Any, config: Any) -> Run | None:
-    raise NotImplementedError
-
-
-def _recorded(folder: Path, *, reused: bool) -> Run:
-    totals = json.loads((folder / "run.json").read_text("utf-8"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return Run(
-        real_tokens=totals["real_tokens"],
-        seconds=totals["seconds"],
-        peak_memory_bytes=totals["peak_memory_bytes"],
-        losses=tuple((line["step"], line["loss"]) for line in lines),
-        reused=reused,
-    )

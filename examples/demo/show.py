@@ -1,6 +1,5 @@
 """What the demo prints: headings, progress, answers, tables. Without a terminal, plain lines."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,34 +42,24 @@ def loaded(base: Any, weight_bytes: int) -> None:
     )
 
 
-def reused(folder: Path) -> None:
-    """Say that an adapter is there already."""
-    console.print(
-        f"{folder} is there already, from the same rows and settings: reused (delete it to train again)."
-    )
-
-
 @contextmanager
-def training(rows: int, batch_size: int) -> Iterator[Callable[[Any], None]]:
+def training() -> Iterator[Callable[[Any], None]]:
     """Live progress of a training run; gives what `train` calls after every step."""
-    steps = -(-rows // batch_size)
-    begun = time.perf_counter()
-    real_tokens = 0
+    tokens = seconds = done = 0.0
     with _progress("{task.fields[state]}") as progress:
-        task = progress.add_task("training", total=steps, state="")
+        task = progress.add_task("training", total=None, state="")
 
         def on_step(event: Any) -> None:
-            nonlocal real_tokens
-            real_tokens = event.real_tokens
-            seconds = time.perf_counter() - begun
+            nonlocal tokens, seconds, done
+            tokens, seconds, done = tokens + event.real_tokens, seconds + event.seconds, done + 1
             state = (
-                f"loss {event.loss:.3f} · {real_tokens / seconds:,.0f} real tokens/s · "
-                f"peak {megabytes(event.peak_memory_bytes)}"
+                f"loss {event.loss:.3f} · {tokens / seconds:,.0f} real tokens/s · "
+                f"peak memory {megabytes(event.peak_memory_bytes)}"
             )
-            progress.update(task, completed=event.step, state=state)
-            if not console.is_terminal and event.step % max(1, steps // LINES) == 0:
-                left = seconds / event.step * (steps - event.step)
-                console.print(f"  step {event.step} of {steps} · {state} · {left:.0f} s left")
+            progress.update(task, completed=event.step, total=event.steps, state=state)
+            if not console.is_terminal and event.step % max(1, event.steps // LINES) == 0:
+                left = seconds / done * (event.steps - event.step)
+                console.print(f"  step {event.step} of {event.steps} · {state} · {left:.0f} s left")
 
         yield on_step
 
@@ -99,8 +88,11 @@ def answers(judged: Any, task: str, limit: int) -> None:
 
 def judged(name: str, found: Any, run: Any) -> None:
     """Show what a finished adapter does."""
-    trained = f"{run.real_tokens:,} tokens in {run.seconds:.0f} s"
-    console.print(f"Trained on {trained}{' (an earlier run)' if run.reused else ''}.")
+    trained = f"trained on {run.real_tokens:,} tokens in {run.seconds:.0f} s"
+    if run.reused:
+        console.print(f"Reused: the same rows and settings made it before, {trained}.")
+    else:
+        console.print(f"{trained.capitalize()}.")
     answers(found, name, limit=2)
 
 
