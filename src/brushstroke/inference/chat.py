@@ -5,7 +5,7 @@ It knows no terminal: text goes out as a result, or piece by piece through a cal
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 from brushstroke.base import Base
 from brushstroke.errors import DataError
@@ -113,7 +113,7 @@ class ChatSession:
         """Take the adapters out of the base; a bank that was given stays."""
         self._stack.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ChatSession":
         return self
 
     def __exit__(self, *exc: object) -> None:
