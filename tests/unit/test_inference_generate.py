@@ -180,7 +180,7 @@ def test_names_that_do_not_decide_are_refused():
         generate(b, ["a"], adapters=adapters)
     with pytest.raises(RouteError, match="did you mean 'poems'"):
         generate(b, ["a"], adapters=adapters, rows="poem")
-    with pytest.raises(Exception, match="single message|type-check"):
+    with pytest.raises(Exception, match=r"single message|type-check"):
         generate(b, [{"role": "user", "content": "hi"}])  # type: ignore[list-item]
     with bank(base(), {}) as held, pytest.raises(RouteError, match="another model"):
         generate(b, ["a"], adapters=held)
