@@ -1,0 +1,115 @@
+"""The demo from beginning to end, with too little training to learn: what it leaves, and what it reuses."""
+
+import dataclasses
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import brushstroke as bs
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+NAMES = ("addresses", "people", "companies")
+SCORES = {"valid_json", "field_f1", "exact_match", "rows"}
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEMO))
+        patch.setattr(bs, "load_base", functools.cache(bs.load_base))
+        yield importlib.import_module("demo")
+
+
+@pytest.fixture(scope="module")
+def form(demo):
+    return dataclasses.replace(
+        demo.settings.QUICK,
+        name="tiny",
+        rows=dict.fromkeys(NAMES, 4),
+        batch_size=2,
+        held_out=2,
+        max_new_tokens=12,
+        compared=2,
+        timed=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(demo, form, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "demo-out"
+    return out, demo.run(form, out)
+
+
+def test_results_have_exactly_the_named_keys(finished):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text("utf-8")) == results
+    assert set(results) == {"base", "adapters", "merged", "switch_ms", "base_bytes"}
+    assert set(results["base"]) == SCORES
+    assert tuple(results["adapters"]) == NAMES
+    for name, found in results["adapters"].items():
+        assert set(found) == SCORES | {"real_tokens", "seconds", "adapter_bytes", "peak_memory_bytes"}
+        file = out / "adapters" / name / "adapter_model.safetensors"
+        assert found["adapter_bytes"] == file.stat().st_size < results["base_bytes"] / 20
+    assert set(results["merged"]) == {"same_tokens", "latency_ratio"}
+    assert results["merged"]["same_tokens"] is True
+    assert 0 < results["switch_ms"] < 1
+
+
+def test_what_it_leaves(finished, form):
+    out, _ = finished
+    assert {entry.name for entry in out.iterdir()} == {"adapters", "heldout", "report.html", "results.json"}
+    for name in NAMES:
+        rows = [
+            json.loads(line) for line in (out / "heldout" / f"{name}.jsonl").read_text("utf-8").splitlines()
+        ]
+        assert len(rows) == form.held_out
+        assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
+        assert len(bs.load(out / "adapters" / name)) == 210
+
+
+def test_the_page_is_self_contained(finished):
+    out, _ = finished
+    document = (out / "report.html").read_text("utf-8")
+    assert "http" not in document
+    assert document.count("<svg") == 2
+    for word in ("Before and after", "untouched base", "Switching", "Merging", "addresses", "companies"):
+        assert word in document
+
+
+def test_a_second_run_reuses_the_adapters_and_other_settings_do_not(
+    demo, finished, form, capsys, monkeypatch
+):
+    out, before = finished
+    monkeypatch.setattr(demo.measure.bs, "evaluate", _no_judging(before))
+    monkeypatch.setattr(demo.settings, "NAMES", ("addresses",))
+    files = {name: (out / "adapters" / name / "run.json").stat().st_mtime_ns for name in NAMES}
+    results = demo.run(form, out)
+    assert "Reused" in capsys.readouterr().out
+    assert (out / "adapters" / "addresses" / "run.json").stat().st_mtime_ns == files["addresses"]
+    assert results["adapters"]["addresses"]["seconds"] == before["adapters"]["addresses"]["seconds"]
+    demo.run(dataclasses.replace(form, learning_rate=1e-3), out)
+    assert "Reused" not in capsys.readouterr().out
+    assert (out / "adapters" / "addresses" / "run.json").stat().st_mtime_ns != files["addresses"]
+
+
+def _no_judging(before):
+    """Judging is not what is looked at here."""
+
+    def evaluate(base, rows, **_):
+        found = before["base"]
+        return bs.Evaluation(
+            rows=len(rows),
+            loss=1.0,
+            trained_tokens=1,
+            exact_match=found["exact_match"],
+            valid_json=found["valid_json"],
+            field_f1=found["field_f1"],
+            seconds=1.0,
+        )
+
+    return evaluate
