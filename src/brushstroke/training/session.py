@@ -279,7 +279,8 @@ class Training:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Drop the gradients that wait for `optim_step`."""
         self.optimizer.zero_grad(set_to_none=True)
         self._pending_tokens = 0
         self._calls = 0
