@@ -1,0 +1,49 @@
+"""An attached model under transformers' Trainer: only the adapter is written, and it loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from toys import tiny_llama
+from training_kit import examples
+
+import brushstroke as bs
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_trainer_trains_an_attached_model(tmp_path: Path, strategy: str) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_llama()
+    rows = []
+    for example in examples(8):
+        padding = 40 - len(example)
+        labels = [t if w else -100 for t, w in zip(example.tokens, example.weights, strict=True)]
+        rows.append(
+            {
+                "input_ids": torch.tensor([*example.tokens, *[0] * padding]),
+                "labels": torch.tensor([*labels, *[-100] * padding]),
+                "attention_mask": torch.tensor([1] * len(example) + [0] * padding),
+            }
+        )
+    attachment = bs.attach(model, bs.LoraConfig(rank=4), trainable=True)
+    before = attachment.adapter()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2,
+        save_strategy=strategy, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    Trainer(
+        model=model, args=arguments, train_dataset=rows, callbacks=[bs.AdapterCallback(attachment)]
+    ).train()
+    loaded = bs.load(tmp_path / "out" / "adapter")
+    trained = attachment.adapter()
+    attachment.detach()
+    site = next(iter(trained))
+    assert torch.equal(loaded[site].V, trained[site].V)  # type: ignore[attr-defined]
+    assert not torch.equal(loaded[site].V, before[site].V)  # type: ignore[attr-defined]
+    written = {path.name for path in tmp_path.rglob("*.safetensors")}
+    assert written == {"adapter_model.safetensors"}
+    steps = {"no": set(), "steps": {"adapter-1", "adapter-2", "adapter-3"}, "epoch": {"adapter-2"}}[strategy]
+    found = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} - {"adapter"}
+    assert found == steps

@@ -1,0 +1,177 @@
+"""`train` and `plan` through Python: files, resuming, evaluations, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from toys import tiny_gpt2, tiny_llama
+from training_kit import examples
+
+import brushstroke as bs
+from brushstroke.errors import ConfigError, OutputError, ResumeError
+
+CONFIG = bs.TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+LORA = bs.LoraConfig(rank=4)
+
+
+def base() -> bs.Base:
+    return bs.Base(tiny_llama(), None, "tiny")
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+def test_a_run_writes_its_files_and_totals(tmp_path: Path) -> None:
+    data = examples(10)
+    result = bs.train(base(), data, LORA, CONFIG, out=tmp_path / "run", eval_data=examples(4, seed=1))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert summary["steps"] == 6
+    for name in ("real_tokens", "trained_tokens", "computed_tokens"):
+        assert summary[name] == sum(line[name] for line in lines)
+    assert summary["real_tokens"] == 2 * sum(len(example) for example in data)  # every example once an epoch
+    assert summary["final_loss"] == lines[-1]["loss"]
+    assert summary["mean_loss"] == pytest.approx(sum(line["loss"] for line in lines) / 6)
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+    loaded = bs.load(tmp_path / "run")
+    assert all(torch.equal(loaded[site].U, result.adapter[site].U) for site in result.adapter)  # type: ignore[attr-defined]
+    assert loaded.card is not None
+    assert loaded.card.training["steps"] == 6
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
+def test_a_run_that_died_resumes_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    data, held_out = examples(10), examples(4, seed=1)
+    whole = bs.train(base(), data, LORA, CONFIG, out=tmp_path / "whole", eval_data=held_out)
+
+    def crash(event: object) -> None:
+        if event.step == stop_at:  # type: ignore[attr-defined]
+            raise Stop
+
+    with pytest.raises(Stop):
+        bs.train(base(), data, LORA, CONFIG, out=tmp_path / "cut", eval_data=held_out, on_step=crash)
+    before = (tmp_path / "cut" / "metrics.jsonl").read_bytes().splitlines()
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    again = bs.train(base(), data, LORA, CONFIG, out=tmp_path / "cut", eval_data=held_out, resume=True)
+    assert again.resumed_from == (stop_at - 1) // 2 * 2  # the crash came before its step was kept
+    after = (tmp_path / "cut" / "metrics.jsonl").read_bytes().splitlines()
+    assert after[: again.resumed_from] == before[: again.resumed_from]
+    assert len(after) == 6
+    same = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
+    assert again.summary["real_tokens"] == whole.summary["real_tokens"]
+    assert again.summary["mean_loss"] == whole.summary["mean_loss"]
+
+
+def test_resuming_with_other_settings_or_data_is_refused(tmp_path: Path) -> None:
+    def crash(event: object) -> None:
+        if event.step == 3:  # type: ignore[attr-defined]
+            raise Stop
+
+    with pytest.raises(Stop):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, on_step=crash)
+    other = bs.TrainConfig(epochs=2, batch_size=4, learning_rate=2e-2, checkpoint_every=2)
+    with pytest.raises(ResumeError, match=r"learning_rate: now 0.02, then 0.01"):
+        bs.train(base(), examples(10), LORA, other, out=tmp_path, resume=True)
+    with pytest.raises(ResumeError, match="another data"):
+        bs.train(base(), examples(10, seed=5), LORA, CONFIG, out=tmp_path, resume=True)
+    with pytest.raises(ResumeError, match="rank: now 2, then 4"):
+        bs.train(base(), examples(10), bs.LoraConfig(rank=2), CONFIG, out=tmp_path, resume=True)
+    assert bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True).resumed_from == 2
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path)
+    stamp = (tmp_path / "adapter_model.safetensors").stat().st_mtime_ns
+    again = bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert again.resumed_from == 6
+    assert again.summary["final_loss"] == first.summary["final_loss"]
+
+
+def test_a_folder_with_files_is_refused_and_foreign_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="overwrite"):
+        bs.train(base(), examples(4), LORA, CONFIG, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    bs.train(base(), examples(4), LORA, CONFIG, out=tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
+    config = bs.TrainConfig(
+        max_steps=12, batch_size=4, learning_rate=0.3, schedule="constant", eval_every=1, keep_best=True,
+        checkpoint_every=3,
+    )  # fmt: skip
+    held_out = examples(6, seed=1)
+    whole = bs.train(base(), examples(10), LORA, config, out=tmp_path / "whole", eval_data=held_out)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "eval.jsonl").read_text().splitlines()]
+    assert losses.index(min(losses)) < 11, "the run must get worse again, or this shows nothing"
+    with bs.Training(tiny_llama(), whole.adapter) as run:
+        assert run.loss(held_out).loss == pytest.approx(min(losses), rel=1e-6)
+
+    def crash(event: object) -> None:
+        if event.step == 11:  # type: ignore[attr-defined]
+            raise Stop
+
+    with pytest.raises(Stop):
+        bs.train(base(), examples(10), LORA, config, out=tmp_path / "cut", eval_data=held_out, on_step=crash)
+    bs.train(base(), examples(10), LORA, config, out=tmp_path / "cut", eval_data=held_out, resume=True)
+    same = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
+
+
+def test_going_on_from_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:
+    first = bs.train(base(), examples(10), LORA, CONFIG)
+    seen = []
+    bs.train(base(), examples(10), None, CONFIG, start=first.adapter, on_step=lambda event: seen.append(event.loss))
+    with bs.Training(tiny_llama(), first.adapter) as run:
+        assert run.adapter()["lm_head" if False else next(iter(first.adapter))].rank == 4  # type: ignore[attr-defined]
+    assert seen[0] < 0.9 * first.summary["mean_loss"] or seen[0] < first.summary["final_loss"] * 1.5
+
+
+def test_a_plan_foretells_the_run() -> None:
+    model = base()
+    plan = bs.plan(model, examples(10), LORA, CONFIG)
+    result = bs.train(model, examples(10), LORA, CONFIG)
+    assert plan.steps == result.summary["steps"]
+    assert 2 * plan.real_tokens == result.summary["real_tokens"]
+    assert plan.shared_tokens > 0
+    assert plan.parameters == result.adapter.parameters
+    assert plan.matches == {"all-linear": 14}
+    assert plan.layout == "packed"
+    assert json.loads(json.dumps(plan.as_dict()))["micro_tokens"] == plan.micro_tokens
+
+
+def test_small_sites_of_a_group_get_the_largest_rank_that_fits() -> None:
+    plan = bs.plan(base(), examples(4), bs.LoraConfig(rank=20), CONFIG)
+    assert plan.capped == {f"model.layers.{i}.self_attn.{n}_proj": 20 for i in (0, 1) for n in "kv"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("learning_rate", -1.0), ("batch_size", 0), ("epochs", 0), ("micro_tokens", "many"), ("schedule", "linaer")],
+)
+def test_settings_that_cannot_work_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        bs.TrainConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_two_runs_are_identical() -> None:
+    a, b = (bs.train(base(), examples(10), LORA, CONFIG).adapter for _ in range(2))
+    assert all(torch.equal(a[site].V, b[site].V) for site in a)  # type: ignore[attr-defined]
+
+
+def test_gpt2_trains_too() -> None:
+    result = bs.train(bs.Base(tiny_gpt2(), None, "gpt2"), examples(10), LORA, CONFIG)
+    assert result.adapter.card is not None
+    assert result.adapter.card.conv1d

@@ -1,0 +1,258 @@
+"""The verbs of a training run on models that can and cannot run packed."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import snapshot, tiny_gpt2, tiny_llama
+from training_kit import examples, padded_loss, randomise
+
+from brushstroke.adapter import LoraConfig
+from brushstroke.base import Base
+from brushstroke.errors import ConfigError, NonFiniteError, TargetError, TrainingError
+from brushstroke.layers import merge
+from brushstroke.training import Training
+from brushstroke.training.attention import NAME
+
+
+class Bare(nn.Module):
+    """A language model of nobody's, with an attention of its own and the barest of signatures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.out = nn.Embedding(64, 16), nn.Linear(16, 48), nn.Linear(16, 64)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        q, k, v = self.q(x).chunk(3, dim=-1)
+        return self.out(x + F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+class Swallowing(Bare):
+    """The same, taking every keyword and ignoring it: its attention leaks over a packed row without a word."""
+
+    def forward(self, input_ids: torch.Tensor, **extra: object) -> torch.Tensor:
+        return super().forward(input_ids)
+
+
+class Dropping(nn.Module):
+    """A Llama whose wrapper drops every keyword that it does not know: the plan never reaches the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+        self.config = self.inner.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **extra: object) -> object:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def gradients(run: Training) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in run.parameters if p.grad is not None]
+
+
+@pytest.mark.parametrize("make", [Bare, Swallowing, Dropping])
+def test_a_model_that_drops_the_plan_falls_back_to_padded_batches(make: type[nn.Module]) -> None:
+    model = make()
+    batch = examples()
+    targets = "q" if isinstance(model, Bare) else "all-linear"
+    for micro_tokens in (1024, 60):
+        with Training(model, LoraConfig(rank=2, targets=targets), micro_tokens=micro_tokens) as run:
+            assert not run.packed
+            assert "packing would be wrong" in run.forward_reason
+            randomise(run.parameters)
+            run.forward_backward(batch)
+            ours = gradients(run)
+            run.discard()
+            total = 0.0
+            for example in batch:  # each alone: no padding, no neighbours
+                logits = model(torch.tensor([example.tokens]))
+                logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+                loss = F.cross_entropy(logits[0, :-1], torch.tensor(example.tokens[1:]), reduction="none")
+                total = total + (loss * torch.tensor(example.weights[1:])).sum()
+            total.backward()
+            for mine, theirs in zip(ours, gradients(run), strict=True):
+                assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_two_calls_and_one_step_equal_one_call() -> None:
+    batch, model = examples(), tiny_llama()
+    after = []
+    for parts in ([batch], [batch[:2], batch[2:]]):
+        with Training(model, LoraConfig(rank=4), learning_rate=1e-2) as run:
+            randomise(run.parameters)
+            for part in parts:
+                run.forward_backward(part)
+            run.optim_step()
+            after.append([p.detach().clone() for p in run.parameters])
+    for whole, split in zip(*after, strict=True):
+        torch.testing.assert_close(whole, split, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_tokens", [1024, 50])
+def test_cross_entropy_as_the_users_loss_equals_the_built_in(micro_tokens: int) -> None:
+    found = []
+    for loss in (None, lambda logits, targets, weights: F.cross_entropy(logits, targets)):
+        with Training(tiny_llama(), LoraConfig(rank=4), micro_tokens=micro_tokens) as run:
+            randomise(run.parameters)
+            result = run.forward_backward(examples(), loss)
+            found.append((result.loss, gradients(run)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_the_base_is_bit_for_bit_what_it_was(make: object) -> None:
+    model = make().train()  # type: ignore[operator]
+    before = snapshot(model)
+    modes = [module.training for module in model.modules()]
+    name = model.config._attn_implementation
+    with Training(model, LoraConfig(rank=4, dropout=0.1), learning_rate=1e-2, gradient_checkpointing=True) as run:
+        for _ in range(3):
+            run.forward_backward(examples())
+            run.optim_step()
+            assert model.config._attn_implementation == name != NAME
+    assert snapshot(model) == before
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_left_padded_generation_after_training_equals_the_merged_model() -> None:
+    model = tiny_llama()
+    with Training(model, LoraConfig(rank=4), learning_rate=3e-2) as run:
+        for step in range(5):
+            run.forward_backward(examples(seed=step))
+            run.optim_step()
+        adapter = run.adapter()
+        tokens = torch.tensor([[0, 0, 0, 5, 6, 7], [9, 8, 7, 6, 5, 4]])
+        mask = (tokens != 0).long()
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
+        while_training = model.generate(tokens, **options)
+    fresh = merge(tiny_llama(), adapter).generate(tokens, **options)
+    assert torch.equal(while_training, fresh)
+    alone = merge(tiny_llama(), adapter).generate(tokens[:1, 3:], max_new_tokens=8, do_sample=False)
+    assert torch.equal(fresh[0, 3:], alone[0])
+
+
+def test_the_loss_of_an_evaluation_is_that_of_padded_batches() -> None:
+    model = tiny_llama()
+    with Training(model, LoraConfig(rank=4)) as run:
+        randomise(run.parameters)
+        expected = padded_loss(model, examples()).item()
+        assert run.loss(examples()).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_switches_sharing_off_and_is_drawn_from_the_step() -> None:
+    losses = []
+    for _ in range(2):
+        with Training(tiny_llama(), LoraConfig(rank=4, dropout=0.5), seed=3) as run:
+            assert not run.share_prefixes
+            randomise(run.parameters, size=0.5)
+            torch.rand(7)  # the global generator is somebody else's
+            losses.append(run.forward_backward(examples()).loss)
+            assert run.loss(examples()).loss != losses[-1]
+    assert losses[0] == losses[1]
+
+
+def test_a_window_of_attention_is_kept() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, sliding_window=6, initializer_range=0.2,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    for share in (True, False):
+        with Training(model, LoraConfig(rank=4), share_prefixes=share) as run:
+            assert run.packed
+            randomise(run.parameters)
+            result = run.forward_backward(examples())
+            assert result.loss == pytest.approx(padded_loss(model, examples()).item(), rel=1e-5)
+
+
+def test_a_model_with_soft_capped_logits_uses_its_own_head() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, final_logit_softcapping=2.0,
+        attn_logit_softcapping=None, initializer_range=0.3,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    with Training(model, LoraConfig(rank=4)) as run:
+        randomise(run.parameters)
+        result = run.forward_backward(examples())
+        assert result.loss == pytest.approx(padded_loss(model, examples()).item(), rel=1e-4)
+
+
+def test_an_adapted_head_learns_too() -> None:
+    model = tiny_llama()
+    with Training(model, LoraConfig(rank=4, targets=["lm_head", "q_proj"])) as run:
+        randomise(run.parameters)
+        reference = padded_loss(model, examples())
+        expected = torch.autograd.grad(reference, run.parameters)
+        result = run.forward_backward(examples())
+        for parameter, gradient in zip(run.parameters, expected, strict=True):
+            ours = parameter.grad / result.trained_tokens  # type: ignore[operator]
+            assert (ours - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_factors() -> None:
+    with Training(tiny_llama(), LoraConfig(rank=4)) as run:
+        before = [p.detach().clone() for p in run.parameters]
+        with pytest.raises(NonFiniteError, match="step 1; lower the learning rate"):
+            run.forward_backward(examples(), lambda logits, targets, weights: logits.sum() * math.nan)
+        with pytest.raises(TrainingError, match="no gradient"):
+            run.optim_step()
+        assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+
+
+def test_mistakes_leave_the_model_alone() -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    with pytest.raises(TargetError):
+        Training(model, LoraConfig(targets="q_porj"))
+    with pytest.raises(ConfigError, match="micro_tokens"):
+        Training(model, LoraConfig(), micro_tokens=0)
+    assert snapshot(model) == before
+    run = Training(model, LoraConfig())
+    run.close()
+    with pytest.raises(TrainingError, match="closed"):
+        run.forward_backward(examples())
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_saved_session_goes_on_to_the_same_bits(tmp_path: object, dropout: float) -> None:
+    config = LoraConfig(rank=4, dropout=dropout)
+    batches = [examples(6, seed=step) for step in range(6)]
+
+    def steps(run: Training, part: list[object]) -> None:
+        for batch in part:
+            run.forward_backward(batch)
+            run.optim_step()
+
+    with Training(tiny_llama(), config, learning_rate=1e-2) as run:
+        steps(run, batches)
+        whole = [p.detach().clone() for p in run.parameters]
+    with Training(tiny_llama(), config, learning_rate=1e-2) as run:
+        steps(run, batches[:2])
+        run.save(tmp_path / "state")  # type: ignore[operator]
+    with Training(tiny_llama(), config, learning_rate=1e-2).load(tmp_path / "state") as run:  # type: ignore[operator]
+        assert run.steps == 2
+        steps(run, batches[2:])
+        assert all(torch.equal(a, b) for a, b in zip(whole, run.parameters, strict=True))
+
+
+def test_a_bf16_base_has_fp32_factors() -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    with Training(Base(model), LoraConfig(rank=4)) as run:
+        assert {p.dtype for p in run.parameters} == {torch.float32}
+        randomise(run.parameters)
+        result = run.forward_backward(examples())
+        assert result.loss == pytest.approx(padded_loss(model, examples()).item(), rel=2e-2)
+        run.optim_step()
