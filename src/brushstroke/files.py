@@ -1,0 +1,142 @@
+"""Writing files so that a reader sees all of them or none: temporary name, fsync, rename, read back.
+
+It knows nothing of what is in the files.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from brushstroke.errors import OutputError
+
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def output_errors(where: Path) -> Iterator[None]:
+    """Turn an OSError inside (no space, no permission, ...) into an OutputError that names the place."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        said = error.strerror or str(error) or type(error).__name__
+        raise OutputError(
+            f"cannot write {where}: {said}; make room there, or choose another place"
+        ) from error
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Check that results may go into a folder: it is new or empty, or its files may be overwritten.
+
+    Raises:
+        OutputError: it holds files and `overwrite` is false, or it is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder")
+    if overwrite or not folder.is_dir():
+        return
+    if any(not entry.name.startswith(_PARTIAL) for entry in folder.iterdir()):
+        raise OutputError(
+            f"{folder} holds files already; choose another folder, or pass overwrite=True (--overwrite), "
+            f"which replaces only the files that brushstroke writes"
+        )
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write or replace one file, atomically; its folder must exist.
+
+    Raises:
+        OutputError: the file cannot be written; what stood there before is untouched.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_file(folder / "a.txt", "one"); (folder / "a.txt").read_text()
+    'one'
+    """
+    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
+    with output_errors(path):
+        try:
+            _write_synced(partial, content)
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_folder(
+    folder: Path, files: Mapping[str, bytes | str], *, owned: Collection[str], overwrite: bool = False
+) -> None:
+    """Write several files that belong together; the last one appears last, and only beside all the others.
+
+    Args:
+        folder: made if it is not there.
+        files: name → content, in the order in which they appear.
+        owned: every name that this kind of folder may hold; those not written now are removed, no others.
+        overwrite: whether the folder may hold files already.
+
+    Raises:
+        OutputError: see `refuse_existing`, or a file cannot be written or reads back differently.
+    """
+    refuse_existing(folder, overwrite)
+    with output_errors(folder):
+        made = _make_folder(folder)
+        staging = None
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+            for name, content in files.items():
+                _write_synced(staging / name, content)
+            _sync_folder(staging)
+            *first, last = files
+            for name in [last, *(name for name in owned if name not in files)]:
+                (folder / name).unlink(missing_ok=True)
+            for name in [*first, last]:
+                os.replace(staging / name, folder / name)
+            _sync_folder(folder)
+        except BaseException:
+            _undo(staging, made)
+            raise
+        shutil.rmtree(staging)
+
+
+def _write_synced(path: Path, content: bytes | str) -> None:
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.read_bytes() != data:
+        raise OutputError(f"{path} reads back differently from what was written; check the disk")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames durable, where the system allows a folder to be opened."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """The folders that had to be made, innermost first."""
+    made = []
+    for level in (folder, *folder.parents):
+        if level.exists():
+            break
+        made.append(level)
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _undo(staging: Path | None, made: list[Path]) -> None:
+    if staging is not None:
+        shutil.rmtree(staging, ignore_errors=True)
+    with suppress(OSError):
+        for level in made:
+            if level.is_dir():
+                level.rmdir()

@@ -1,0 +1,222 @@
+"""Adapters in PEFT's layout: the only place where factors are called A and B.
+
+A folder holds `adapter_config.json`, `adapter_model.safetensors`, and of ours `brushstroke.json` (the card),
+`chat_template.jinja` and a `README.md`. PEFT's lora_A is Uᵀ (r×d), its lora_B is Vᵀ (h×r). No pickle, ever.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from brushstroke.adapter import Adapter, Card
+from brushstroke.errors import AdapterFileError
+from brushstroke.files import write_folder
+from brushstroke.formats.model_card import model_card
+from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
+from brushstroke.lowrank import LowRank
+
+CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
+TEMPLATE, README = "chat_template.jinja", "README.md"
+_KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an adapter so that brushstroke, PEFT and vLLM load it; all of it or nothing.
+
+    Args:
+        adapter: of `LowRank` updates only; this format holds no others.
+        folder: made if it is not there.
+        overwrite: replace an adapter that the folder holds; files of other names stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
+        OutputError: the folder holds files already, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    card = adapter.card or Card()
+    updates = _writable(adapter)
+    tensors = {}
+    for site, update in updates.items():
+        tensors[f"base_model.model.{site}.lora_A.weight"] = _stored(update.U)
+        tensors[f"base_model.model.{site}.lora_B.weight"] = _stored(update.V)
+    config = write_config({site: (update.rank, update.scale) for site, update in updates.items()}, card)
+    files: dict[str, bytes | str] = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        CARD: json.dumps(card.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
+        README: model_card(adapter, card, folder.resolve().name),
+    }
+    if card.chat_template is not None:
+        files[TEMPLATE] = card.chat_template
+    files[TENSORS] = to_bytes(tensors, metadata={"format": "pt"})
+    write_folder(folder, files, owned=(CONFIG, CARD, README, TEMPLATE, TENSORS), overwrite=overwrite)
+    return folder
+
+
+def load(folder: str | Path) -> Adapter:
+    """Read an adapter that brushstroke or PEFT wrote, on the CPU and in the dtype that it was saved in.
+
+    Raises:
+        AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
+    """
+    folder = Path(folder).expanduser()
+    config_file, tensor_file = _find(folder)
+    stored = _read_json(config_file)
+    rule = read_rule(stored, str(config_file))
+    try:
+        tensors = load_file(tensor_file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"{tensor_file} is damaged ({error}); copy it again from where it came"
+        ) from error
+    updates = _updates(tensors, rule, str(tensor_file))
+    return Adapter(updates, _read_card(folder, stored, rule, updates))
+
+
+def _writable(adapter: Adapter) -> dict[str, LowRank]:
+    updates: dict[str, LowRank] = {}
+    problems = []
+    for site, update in adapter.items():
+        if not isinstance(update, LowRank):
+            problems.append(f"{site}: this format cannot hold a {type(update).__name__}, only LowRank")
+        elif update.rank < 1:
+            problems.append(f"{site}: an update of rank 0; leave the site out")
+        elif update.dtype not in _DTYPES:
+            problems.append(f"{site}: dtype {update.dtype}; convert it with adapter.to(torch.float32)")
+        elif not all(torch.isfinite(t).all() for t in update.tensors().values()):
+            problems.append(f"{site}: numbers that are not finite; do not keep this adapter")
+        else:
+            updates[site] = update
+    if problems:
+        raise AdapterFileError("this adapter cannot be saved:\n  " + "\n  ".join(problems))
+    return updates
+
+
+def _stored(factor: Tensor) -> Tensor:
+    """Uᵀ or Vᵀ as PEFT keeps them: on the CPU, in rows, sharing memory with no other tensor."""
+    return factor.detach().cpu().mT.clone(memory_format=torch.contiguous_format)
+
+
+def _find(folder: Path) -> tuple[Path, Path]:
+    config, tensors = folder / CONFIG, folder / TENSORS
+    if not folder.is_dir():
+        said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise AdapterFileError(f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}")
+    if not config.is_file():
+        inner = sorted(entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
+        hint = f"; its sub-folder {inner[0]} has one: name that" if len(inner) == 1 else ""
+        hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
+        raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")
+    if not tensors.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = (
+            "it has adapter_model.bin, a pickle, which is never read: load it in PEFT and save it again"
+            if pickled
+            else "the run that writes it is not complete, or the copy is not"
+        )
+        raise AdapterFileError(f"{folder} has no {TENSORS}; {hint}")
+    return config, tensors
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
+    if not isinstance(stored, dict):
+        raise AdapterFileError(f"{file} should hold one JSON object; it holds a {type(stored).__name__}")
+    return stored
+
+
+def _updates(tensors: Mapping[str, Tensor], rule: Rule, where: str) -> dict[str, LowRank]:
+    """Pair the factors; every tensor is used, or all that is wrong is listed."""
+    problems = []
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not (match := _KEY.fullmatch(key)):
+            problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
+        elif tensor.dtype not in _DTYPES or tensor.ndim != 2:
+            problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{key}: holds numbers that are not finite")
+        else:
+            pairs.setdefault(match["site"], {})[match["factor"]] = tensor
+    good = {}
+    for site, pair in pairs.items():
+        reason = _misfit(pair, rule.rank_of(site))
+        if reason:
+            problems.append(f"{site}: {reason}")
+        else:
+            good[site] = LowRank(pair["A"].mT, pair["B"].mT.contiguous(), rule.scale_of(site))
+    if not tensors:
+        problems.append("it holds no tensors")
+    if problems:
+        raise AdapterFileError(f"{where} is not a whole low-rank adapter:\n  " + "\n  ".join(problems))
+    return good
+
+
+def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
+    for factor, other in ("AB", "BA"):
+        if factor not in pair:
+            return f"has lora_{other} but no (usable) lora_{factor}"
+    A, B = pair["A"], pair["B"]
+    if A.shape[0] != rank or B.shape[1] != rank:
+        return (
+            f"lora_A {tuple(A.shape)} should be ({rank}, d) and lora_B {tuple(B.shape)} should be "
+            f"(h, {rank}), as {CONFIG} gives it rank {rank}"
+        )
+    return f"lora_A is {A.dtype} but lora_B is {B.dtype}" if A.dtype != B.dtype else None
+
+
+def _hint(key: str) -> str:
+    if "lora_embedding_" in key:
+        return " (an adapted embedding, which this version cannot take)"
+    if "magnitude" in key:
+        return " (a DoRA magnitude, which this version cannot take)"
+    if "lora_" in key and not key.startswith("base_model.model."):
+        return " (PEFT's keys begin with base_model.model.)"
+    return ""
+
+
+def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, LowRank]) -> Card:
+    file, template = folder / CARD, folder / TEMPLATE
+    if file.is_file():
+        try:
+            card = Card.from_dict(_read_json(file))
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{file}: {error}") from error
+        _refuse_foreign_card(card, updates, file)
+    else:
+        card = card_from(stored, rule, updates)
+    if template.is_file():
+        try:
+            card = card.with_changes(chat_template=template.read_bytes().decode("utf-8"))
+        except (OSError, ValueError) as error:
+            raise AdapterFileError(f"{template} cannot be read ({error}); copy it again") from error
+    return card
+
+
+def _refuse_foreign_card(card: Card, updates: Mapping[str, LowRank], file: Path) -> None:
+    shapes = card.fingerprint.shapes if card.fingerprint else {}
+    foreign = [
+        f"{site}: {shapes[site]} and {update.shape}"
+        for site, update in updates.items()
+        if site in shapes and tuple(shapes[site]) != update.shape
+    ]
+    if foreign:
+        raise AdapterFileError(
+            f"{file} belongs to another adapter (shapes of the base there, and of the update here):\n  "
+            + "\n  ".join(foreign)
+            + f"\ndelete {CARD} to load the adapter without a card"
+        )

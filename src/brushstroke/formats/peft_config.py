@@ -1,0 +1,260 @@
+"""PEFT's `adapter_config.json`: what its fields say of ranks and scales, and the reverse.
+
+It reads and writes no files and sees no tensors.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from brushstroke.adapter import Card
+from brushstroke.errors import AdapterFileError, did_you_mean
+
+_RESIDUAL = "its base weights were changed when training began, so the factors alone are not the update"
+_REFUSED = {
+    "bias": "it changes biases too",
+    "use_dora": "it has DoRA magnitudes",
+    "lora_bias": "its second factors have biases",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "target_parameters": "it adapts bare parameters (fused experts)",
+    "layer_replication": "it repeats layers of the base",
+    "alora_invocation_tokens": "it acts only after certain tokens (aLoRA)",
+    "use_qalora": "it pools its inputs (QA-LoRA)",
+    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
+}
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_NO_EFFECT_ON_THE_UPDATE = (  # names, provenance, and settings of training or of the choice of modules
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+)
+
+Value = TypeVar("Value", int, float)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Rank and scale of every site, as PEFT's fields give them.
+
+    Args:
+        rank: r of the sites that no key of `ranks` matches.
+        alpha: alpha of the sites that no key of `alphas` matches.
+        rslora: whether the scale is alpha/√r (arXiv:2312.03732) instead of alpha/r.
+        ranks: key → r; the first key that matches a path counts.
+        alphas: key → alpha, likewise.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+    def rank_of(self, path: str) -> int:
+        """The rank of a site."""
+        return self.ranks.get(_pattern_key(self.ranks, path), self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of a site."""
+        return self.alphas.get(_pattern_key(self.alphas, path), self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """The factor in front of U·V."""
+        return _scale(self.alpha_of(path), self.rank_of(path), self.rslora)
+
+
+def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
+    """The rule that a stored config stands for.
+
+    A field that this version doesn't know is ignored where its value says "off" (null, false, 0, empty).
+
+    Raises:
+        AdapterFileError: fields that would change what the adapter does, or values of a wrong kind; all at once.
+    """
+    problems = _refused_fields(stored)
+    for field, fits, wanted in _KINDS:
+        if not fits(stored.get(field, _DEFAULTS[field])):
+            problems.append(f"{field} is {stored.get(field)!r}; expected {wanted}")
+    for field in ("r", "lora_alpha"):
+        if stored.get("peft_type") == "LORA" and field not in stored:
+            problems.append(f"{field} is not there; without it the update is not known")
+    patterns = [stored.get(field) for field in ("rank_pattern", "alpha_pattern")]
+    for key in [key for pattern in patterns if isinstance(pattern, dict) for key in pattern]:
+        try:
+            re.compile(key)
+        except re.error as error:
+            problems.append(f"{key!r} in a pattern is no regular expression ({error})")
+    if problems:
+        raise AdapterFileError(
+            f"{where} describes an adapter that this version cannot take:\n  " + "\n  ".join(problems)
+        )
+    return Rule(
+        stored["r"],
+        stored["lora_alpha"],
+        bool(stored.get("use_rslora")),
+        stored.get("rank_pattern") or {},
+        stored.get("alpha_pattern") or {},
+    )
+
+
+def card_from(stored: Mapping[str, Any], rule: Rule, paths: Collection[str]) -> Card:
+    """What a PEFT config tells of an adapter's origin."""
+    targets = stored.get("target_modules")
+    names = (targets,) if isinstance(targets, str) else tuple(targets or ())
+    lora = {
+        "rank": rule.rank,
+        "alpha": rule.alpha,
+        "targets": list(names or sorted(paths)),
+        "scale_rule": "rslora" if rule.rslora else "standard",
+        "dropout": stored.get("lora_dropout") or 0.0,
+        "rank_pattern": dict(rule.ranks),
+        "alpha_pattern": dict(rule.alphas),
+    }
+    return Card(
+        base_name=stored.get("base_model_name_or_path") or None,
+        lora=lora,
+        target_modules=names if selects_exactly(names, paths) else (),
+        task=stored.get("task_type") or None,
+        conv1d=bool(stored.get("fan_in_fan_out")),
+    )
+
+
+def write_config(sites: Mapping[str, tuple[int, float]], card: Card) -> dict[str, Any]:
+    """The fields of PEFT's config for sites with these (rank, scale), in the form that PEFT itself saves.
+
+    alpha is chosen so that PEFT computes each site's scale again: exactly wherever a number does so, else to
+    the last bit of a float64.
+    """
+    settings = card.lora or {}
+    rslora = settings.get("scale_rule") == "rslora"
+    ranks = {path: rank for path, (rank, _) in sites.items()}
+    alphas = {path: _alpha(rank, scale, rslora) for path, (rank, scale) in sites.items()}
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    names = card.target_modules
+    return {
+        "alpha_pattern": _patterns(alphas, alpha),
+        "auto_mapping": None,
+        "base_model_name_or_path": card.base_name,
+        "bias": "none",
+        "corda_config": None,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": card.conv1d,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": alpha,
+        "lora_bias": False,
+        "lora_dropout": settings.get("dropout", 0.0),
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": _patterns(ranks, rank),
+        "revision": None,
+        "target_modules": sorted(names if selects_exactly(names, sites) else sites),
+        "target_parameters": None,
+        "task_type": card.task,
+        "trainable_token_indices": None,
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
+
+
+def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
+    """Whether a list of names, read as PEFT reads it, selects each of these paths, and no name is idle."""
+    hits = {name: [path for path in paths if path == name or path.endswith("." + name)] for name in names}
+    return all(hits.values()) and {path for found in hits.values() for path in found} == set(paths)
+
+
+def _pattern_key(keys: Collection[str], path: str) -> str:
+    """The first key that matches the end of a path, from a dot on (PEFT's rule); else the path itself."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), path)
+
+
+def _scale(alpha: float, rank: int, rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _alpha(rank: int, scale: float, rslora: bool) -> float:
+    near = scale * (math.sqrt(rank) if rslora else rank)
+    tries = [float(round(near)), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
+    alpha = next((alpha for alpha in tries if _scale(alpha, rank, rslora) == scale), near)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _most_common(values: Mapping[str, Value]) -> Value:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _patterns(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Keys for the sites that deviate: their paths, anchored where a path would match other sites too."""
+    deviating = {path: value for path, value in values.items() if value != default}
+    plain = all(
+        deviating.get(_pattern_key(deviating, path), default) == value for path, value in values.items()
+    )
+    return deviating if plain else {f"^{re.escape(path)}": value for path, value in deviating.items()}
+
+
+def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
+    kind = stored.get("peft_type")
+    if kind != "LORA":
+        return [f"peft_type is {kind!r}; expected 'LORA'{did_you_mean(str(kind), ['LORA'])}"]
+    problems = []
+    init = stored.get("init_lora_weights", True)
+    if init not in _HARMLESS_INITS:
+        problems.append(
+            f"init_lora_weights is {init!r}: {_RESIDUAL}; save it from PEFT with "
+            f"path_initial_model_for_weight_conversion=..."
+        )
+    for field, value in stored.items():
+        off = not value or (field == "bias" and value == "none")
+        if off or field in _READ or field in _NO_EFFECT_ON_THE_UPDATE:
+            continue
+        why = _REFUSED.get(field, "a setting that this version doesn't know")
+        problems.append(f"{field} is {value!r}: {why}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _map_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(fits(v) for v in value.values()))
+
+
+_DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+_KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("r", _is_rank, "a whole number of at least 1"),
+    ("lora_alpha", _is_number, "a number"),
+    ("use_rslora", lambda value: value is None or isinstance(value, bool), "true or false"),
+    ("rank_pattern", _map_of(_is_rank), "an object of whole numbers of at least 1"),
+    ("alpha_pattern", _map_of(_is_number), "an object of numbers"),
+]
