@@ -1,0 +1,90 @@
+"""`--config FILE.yaml`: its keys are the flags of the command; a flag on the line wins.
+
+The values go through the same conversion as the words of a command line.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from brushstroke.errors import ConfigError, did_you_mean
+
+FLAG = "--config"
+
+
+def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
+    """Give every flag that is not on the line the value that the file has for it (called by cyclopts).
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a key that is no flag.
+    """
+    by_key = {name.removeprefix("--"): argument for argument in arguments for name in argument.names}
+    named = by_key.get(FLAG.removeprefix("--"))
+    if named is None or not named.tokens:
+        return
+    path = Path(named.tokens[0].value).expanduser()
+    known = [key for key, argument in by_key.items() if argument is not named and not _is_negative(key, argument)]
+    for key, value in _read(path).items():
+        flag = str(key).replace("_", "-")
+        if flag not in known:
+            hint = did_you_mean(flag, known) or f"; known are {', '.join(sorted(known))}"
+            raise ConfigError(f"{path}: unknown key {key!r}{hint}")
+        argument = by_key[flag]
+        if value is None or argument.tokens:
+            continue
+        argument.append(_token(flag, value, argument, path))
+
+
+def _is_negative(key: str, argument: Any) -> bool:
+    return f"--{key}" in argument.negatives
+
+
+def _read(path: Path) -> Mapping[Any, Any]:
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; check the path that {FLAG} names") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{line}: broken YAML ({getattr(error, 'problem', None) or 'it cannot be read'})"
+        ) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path} should hold keys and values, such as 'rank: 8'; it holds {_kind(loaded)}")
+    return loaded
+
+
+def _token(flag: str, value: Any, argument: Any, path: Path) -> Any:
+    from cyclopts import Token
+
+    where = f"{flag} in {path}"
+    if isinstance(value, bool):
+        if argument.hint is not bool and bool not in getattr(argument.hint, "__args__", ()):
+            raise ConfigError(f"{where}: expected a value, found {str(value).lower()}")
+        return Token(keyword=flag, source=str(path), implicit_value=value)
+    if isinstance(value, Mapping):
+        text = ",".join(f"{name}={_scalar(inner, where)}" for name, inner in value.items())
+    elif isinstance(value, list):
+        text = ",".join(_scalar(inner, where) for inner in value)
+    else:
+        text = _scalar(value, where)
+    return Token(keyword=flag, value=text, source=str(path))
+
+
+def _scalar(value: Any, where: str) -> str:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{where}: expected text or a number, found {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", dict: "a mapping", bool: "a switch", type(None): "nothing"}.get(
+        type(value), f"a {type(value).__name__}"
+    )

@@ -1,0 +1,181 @@
+"""The flags that `train` and `plan` have in common, and the configs that they make.
+
+Defaults live in `LoraConfig` and `TrainConfig` alone: a flag that is not given is None here.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from brushstroke.cli.values import Whole, WholeOrAuto, patterns, split
+from brushstroke.errors import ConfigError
+
+if TYPE_CHECKING:
+    from brushstroke.adapter import LoraConfig
+    from brushstroke.training import TrainConfig
+
+ADAPTER, TRAINING, DATA, RUN = (
+    Group("Adapter", sort_key=1),
+    Group("Training", sort_key=2),
+    Group("Data", sort_key=3),
+    Group("Run", sort_key=4),
+)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@Parameter(name="*", group=ADAPTER)
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What the adapter should be.
+
+    Args:
+        rank: Rank r of every site [default: 8].
+        alpha: Numerator of the scale [default: 16].
+        scale_rule: The scale: alpha/rank, or alpha/√rank (rslora) [default: standard].
+        targets: Names, suffixes, regular expressions, all-linear, attention or mlp; several separated by commas
+            [default: all-linear].
+        rank_pattern: Another rank for single patterns: PATTERN=VALUE, separated by commas.
+        alpha_pattern: Another alpha for single patterns: PATTERN=VALUE, separated by commas.
+        dropout: Probability on the input of the low-rank path [default: 0].
+        start: Go on from this adapter, instead of a new one.
+    """
+
+    rank: Whole = None
+    alpha: float | None = None
+    scale_rule: Literal["standard", "rslora"] | None = None
+    targets: str | None = None
+    rank_pattern: str | None = None
+    alpha_pattern: str | None = None
+    dropout: float | None = None
+    start: Annotated[Path | None, Parameter(name="--from")] = None
+
+    def config(self) -> "LoraConfig | None":
+        """The request; None where an adapter to go on from says it all.
+
+        Raises:
+            ConfigError: a value that cannot work.
+        """
+        from brushstroke.adapter import LoraConfig
+
+        given = _given(self)
+        given.pop("start", None)
+        if self.start is not None:
+            fixed = [f"--{name.replace('_', '-')}" for name in given if name != "dropout"]
+            if fixed:
+                raise ConfigError(
+                    f"{', '.join(fixed)} cannot be given with --from: the adapter keeps its own; leave "
+                    f"{'it' if len(fixed) == 1 else 'them'} out"
+                )
+            return LoraConfig(**given) if given else None
+        if self.targets is not None:
+            given["targets"] = split(self.targets)
+        if self.rank_pattern is not None:
+            given["rank_pattern"] = patterns("--rank-pattern", self.rank_pattern, int)
+        if self.alpha_pattern is not None:
+            given["alpha_pattern"] = patterns("--alpha-pattern", self.alpha_pattern, float)
+        return LoraConfig(**given)
+
+
+@Parameter(name="*", group=TRAINING)
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train.
+
+    Args:
+        epochs: Passes over the data [default: 3].
+        max_steps: Optimiser steps, in place of the epochs.
+        learning_rate: Of AdamW; by default a rule on the width of the model, which the plan shows.
+        schedule: After the warm-up, to zero over the run, or constant [default: linear].
+        warmup: Steps of linear warm-up, or a share of the run where it is below 1 [default: 0].
+        weight_decay: Of AdamW, on the factors [default: 0].
+        clip: Largest norm of the whole gradient; 0 does not clip [default: 1].
+        batch_size: Examples in an optimiser step; what is learnt depends on it [default: 8].
+        micro_tokens: Computed tokens in one pass, or auto; only memory and speed depend on it [default: auto].
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
+        share_prefixes: Compute what examples of a step begin with in common once [default: unless dropout is on].
+        eval_every: Steps between evaluations [default: once an epoch].
+        keep_best: Keep the adapter with the lowest evaluation loss, not the last one.
+        checkpoint_every: Optimiser steps between checkpoints; the last two are kept [default: 100].
+        seed: Of the starting factors, the order of the data and dropout [default: 0].
+    """
+
+    epochs: float | None = None
+    max_steps: Whole = None
+    learning_rate: float | None = None
+    schedule: Literal["linear", "cosine", "constant"] | None = None
+    warmup: float | None = None
+    weight_decay: float | None = None
+    clip: float | None = None
+    batch_size: Whole = None
+    micro_tokens: WholeOrAuto = None
+    gradient_checkpointing: bool | None = None
+    share_prefixes: bool | None = None
+    eval_every: Whole = None
+    keep_best: bool | None = None
+    checkpoint_every: Whole = None
+    seed: Whole = None
+
+
+@Parameter(name="*", group=DATA)
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How to read the data.
+
+    Args:
+        prompt: Name of the column with the prompts [default: prompt].
+        completion: Name of the column with the completions [default: completion].
+        max_length: Longest example in tokens [default: the model's context].
+        skip_too_long: Leave out examples whose prompt fills the limit, instead of refusing them.
+        eval_data: Data to evaluate on.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    max_length: Whole = None
+    skip_too_long: bool | None = None
+    eval_data: Annotated[str | None, Parameter(name="--eval")] = None
+
+
+@Parameter(name="*", group=RUN)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where and how the run happens.
+
+    Args:
+        dtype: Of the frozen base; auto is bfloat16 where the machine multiplies it natively [default: auto].
+        device: Where to run [default: auto].
+        allow_different_base: Go on from an adapter although it belongs to another base.
+        config: A YAML file whose keys are these flags; a flag on the line wins.
+        json: Print JSON on stdout.
+    """
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    allow_different_base: bool = False
+    config: Path | None = None
+    json: bool = False
+
+
+def train_config(training: TrainingOptions | None, data: DataOptions | None) -> "TrainConfig":
+    """The training config that the flags ask for.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    from brushstroke.training import TrainConfig
+
+    given = _given(training or TrainingOptions())
+    for name in ("max_length", "skip_too_long"):
+        value = getattr(data, name, None)
+        if value is not None:
+            given[name] = value
+    return TrainConfig(**given)
+
+
+def _given(options: Any) -> dict[str, Any]:
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,49 @@
+"""A plan in words.
+
+It counts nothing: every number is the plan's.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from brushstroke.cli.console import facts, share, size
+
+if TYPE_CHECKING:
+    from brushstroke.training import Plan, TrainConfig
+
+_NAMED = 4  # sites named in one line
+
+
+def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConfig") -> None:
+    """All that a user should know before the first step; the warnings are for the caller."""
+    console.print("plan", style="bold")
+    targets = [f"{pattern}: {count} sites" for pattern, count in plan.matches.items()]
+    rule = "the default rule for this width" if config.learning_rate is None else "asked for"
+    about = "about " if plan.extrapolated else ""
+    saved = plan.shared_tokens / max(1, plan.real_tokens)
+    facts(
+        console,
+        {
+            "base": f"{plan.base or 'a model'}, {plan.dtype} ({dtype_reason}), on {plan.device}",
+            "targets": "; ".join(targets) or f"{plan.sites} sites of the adapter to go on from",
+            "smaller rank": _some([f"{site} (asked for {rank})" for site, rank in plan.capped.items()]),
+            "left out": _some([f"{site}: {why}" for site, why in plan.skipped.items()]),
+            "adapter": f"{plan.sites} sites, {plan.parameters:,} trainable parameters "
+            f"({share(plan.share)} of the base), {size(plan.adapter_bytes)}",
+            "memory": f"about {size(plan.memory_bytes)}",
+            "data": f"{plan.examples:,} examples, {plan.real_tokens:,} tokens an epoch, "
+            f"{plan.trained_tokens:,} of them trained",
+            "run": f"{plan.steps:,} steps of {plan.batch_size} examples, {plan.epochs:.3g} epochs, "
+            f"{plan.real_tokens * plan.epochs:,.0f} tokens",
+            "sharing": f"{about}{plan.shared_tokens:,} of {plan.real_tokens:,} tokens saved by computing shared "
+            f"prefixes once ({share(saved)})",
+            "micro-tokens": f"{plan.micro_tokens:,} ({plan.micro_reason})",
+            "learning rate": f"{plan.learning_rate:g} ({rule}), {config.schedule}",
+            "layout": f"{plan.layout} ({plan.layout_reason})",
+            "stop tokens": " ".join(plan.stop_tokens),
+        },
+    )
+
+
+def _some(entries: list[str]) -> str:
+    more = f", and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
+    return ", ".join(entries[:_NAMED]) + more

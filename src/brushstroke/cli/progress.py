@@ -1,0 +1,148 @@
+"""The progress of a training run: a live line on a terminal, else a plain line now and then.
+
+It listens to the run's events and changes nothing.
+"""
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
+
+from brushstroke.cli.console import people, size
+
+if TYPE_CHECKING:
+    from brushstroke.training.plan import Plan
+    from brushstroke.training.run import EvalEvent, StepEvent
+
+LINE_SECONDS = 10.0  # between two plain lines
+WINDOW_SECONDS = 60.0  # of steps that the speed is taken from
+
+
+class TimeLeft:
+    """Seconds until the end of a run, from the computed tokens of its last steps and its evaluations so far.
+
+    Args:
+        steps: of the whole run.
+        tokens_per_step: computed tokens that a step has on average, from the plan.
+        evaluations: how many the whole run has.
+        done: steps that an earlier part of the run did.
+    """
+
+    def __init__(self, steps: int, tokens_per_step: float, evaluations: int = 0, done: int = 0) -> None:
+        self._steps, self._per_step, self._evaluations = steps, tokens_per_step, evaluations
+        self._done, self._tokens = done, 0
+        self._began_at = done
+        self._recent: deque[tuple[float, int]] = deque()
+        self._eval_seconds: list[float] = []
+
+    def step(self, seconds: float, computed_tokens: int) -> None:
+        """Take in one optimiser step, with everything that belongs to it."""
+        self._done += 1
+        self._tokens += computed_tokens
+        self._recent.append((seconds, computed_tokens))
+        while len(self._recent) > 8 and sum(s for s, _ in self._recent) - self._recent[0][0] > WINDOW_SECONDS:
+            self._recent.popleft()
+
+    def evaluation(self, seconds: float) -> None:
+        """Take in one evaluation."""
+        self._eval_seconds.append(seconds)
+
+    @property
+    def seconds(self) -> float | None:
+        """The estimate; None before the first step."""
+        seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0, 0)
+        if not tokens:
+            return None
+        ahead = self._per_step * (self._steps - self._began_at) - self._tokens
+        left = max(0.0, ahead) if self._done < self._steps else 0.0
+        to_evaluate = max(0, self._evaluations - len(self._eval_seconds))
+        each = sum(self._eval_seconds) / len(self._eval_seconds) if self._eval_seconds else 0.0
+        return seconds / tokens * left + to_evaluate * each
+
+
+def clock(seconds: float | None) -> str:
+    """A duration in words.
+
+    >>> clock(7.6), clock(252), clock(7300), clock(None)
+    ('8 s', '4:12 min', '2:02 h', '?')
+    """
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+class TrainProgress:
+    """A context manager whose methods are the callbacks of a run."""
+
+    def __init__(self) -> None:
+        self.steps_done = 0
+        self._console = people()
+        self._live: Any = None
+        self._left: TimeLeft | None = None
+        self._last_line = self._last_step = 0.0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=16)
+
+    def start(self, plan: "Plan", resumed_from: int, evaluations: int = 0) -> None:
+        """Begin, with the plan of the run."""
+        per_step = plan.computed_tokens * plan.epochs / max(1, plan.steps)
+        self._left = TimeLeft(plan.steps, per_step, evaluations, resumed_from)
+        self._last_step = time.monotonic()
+        if self._console.is_terminal:
+            self._live = _live(self._console)
+            self._task = self._live.add_task("", total=plan.steps, completed=resumed_from, told="")
+            self._live.start()
+
+    def step(self, event: "StepEvent") -> None:
+        """One optimiser step."""
+        now = time.monotonic()
+        seconds, self._last_step = max(event.seconds, now - self._last_step), now
+        self.steps_done += 1
+        self._recent.append((seconds, event.real_tokens))
+        if self._left is not None:
+            self._left.step(seconds, event.computed_tokens)
+        told = self._told(event)
+        if self._live is not None:
+            self._live.update(self._task, completed=event.step, told=told)
+        elif event.step == event.steps or self.steps_done == 1 or now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self._console.print(f"step {event.step}/{event.steps}  {told}", markup=False)
+
+    def evaluation(self, event: "EvalEvent") -> None:
+        """One evaluation."""
+        self._last_step = time.monotonic()
+        if self._left is not None:
+            self._left.evaluation(event.seconds)
+        best = "  (best)" if event.best else ""
+        self._console.print(f"evaluation after step {event.step}: loss {event.loss:.4f}{best}", markup=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _told(self, event: "StepEvent") -> str:
+        seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True))
+        speed = tokens / seconds if seconds else 0.0
+        left = clock(self._left.seconds if self._left is not None else None)
+        return (
+            f"loss {event.loss:.4f}  {speed:,.0f} tokens/s  {left} left  peak {size(event.peak_memory_bytes)}"
+        )
+
+
+def _live(console: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[told]}"),
+        console=console,
+        refresh_per_second=4,
+    )

@@ -1,0 +1,193 @@
+"""`train` and `plan`.
+
+What can be judged without the base is judged before it is loaded.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from brushstroke.cli.console import emit_json, people, results, say, size, warn
+from brushstroke.cli.options import (
+    RUN,
+    AdapterOptions,
+    DataOptions,
+    RunOptions,
+    TrainingOptions,
+    train_config,
+)
+from brushstroke.cli.plan_text import print_plan
+from brushstroke.cli.progress import TrainProgress, clock
+from brushstroke.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from brushstroke.training.folder import RunFolder
+    from brushstroke.training.plan import Plan
+
+
+def train(
+    base: str,
+    data: str,
+    *,
+    out: Annotated[Path, Parameter(group=RUN)],
+    resume: Annotated[bool, Parameter(group=RUN)] = False,
+    overwrite: Annotated[bool, Parameter(group=RUN)] = False,
+    adapter: AdapterOptions | None = None,
+    training: TrainingOptions | None = None,
+    reading: DataOptions | None = None,
+    run: RunOptions | None = None,
+) -> None:
+    """Train an adapter on a frozen base.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        out: Folder for the adapter, its metrics and checkpoints.
+        resume: Go on from the last checkpoint in --out; start over where there is none.
+        overwrite: Replace an earlier run in --out; files of other names stay.
+    """
+    run, reading = run or RunOptions(), reading or DataOptions()
+    request = _Request(data, adapter or AdapterOptions(), training, reading)
+    from brushstroke.training.folder import RunFolder
+
+    folder = RunFolder(out, resume=resume, overwrite=overwrite)
+    complete = folder.resuming and folder.complete
+    if resume and not folder.resuming:
+        say(f"there is no checkpoint in {out}; starting from the beginning")
+    loaded, why = _load(base, run)
+    from brushstroke.training import train as run_training
+
+    with TrainProgress() as progress:
+        try:
+            result = run_training(
+                loaded,
+                **request.arguments,
+                out=out,
+                eval_data=request.eval_rows,
+                resume=resume,
+                overwrite=overwrite,
+                allow_different_base=run.allow_different_base,
+                on_plan=_on_plan(progress, request, why),
+                on_step=progress.step,
+                on_eval=progress.evaluation,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(folder, progress.steps_done)) from None
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{_kept(folder)}") from error
+    if complete:
+        say(f"the run in {out} is complete already: {result.summary['steps']} steps; nothing was done")
+    else:
+        _say_done(result.summary, out)
+    if run.json:
+        emit_json(result.summary)
+
+
+def plan(
+    base: str,
+    data: str,
+    *,
+    adapter: AdapterOptions | None = None,
+    training: TrainingOptions | None = None,
+    reading: DataOptions | None = None,
+    run: RunOptions | None = None,
+    out: Annotated[Path | None, Parameter(show=False)] = None,
+    resume: Annotated[bool, Parameter(show=False)] = False,
+    overwrite: Annotated[bool, Parameter(show=False)] = False,
+) -> None:
+    """Show what train with the same flags would do, and stop.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        out: As for train; nothing is written.
+        resume: As for train.
+        overwrite: As for train.
+    """
+    run, reading = run or RunOptions(), reading or DataOptions()
+    request = _Request(data, adapter or AdapterOptions(), training, reading)
+    loaded, why = _load(base, run)
+    from brushstroke.training import plan as make_plan
+
+    made = make_plan(loaded, **request.arguments, allow_different_base=run.allow_different_base)
+    if run.json:
+        emit_json({**made.as_dict(), "dtype_reason": why})
+    else:
+        print_plan(results(), made, why, request.config)
+    for warning in made.warnings:
+        warn(warning)
+
+
+class _Request:
+    """Everything of a run that is known without its base: read and judged."""
+
+    def __init__(
+        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, reading: DataOptions
+    ) -> None:
+        from brushstroke.data import read_rows
+
+        rows = read_rows(data)
+        self.eval_rows = read_rows(reading.eval_data) if reading.eval_data is not None else None
+        lora = adapter.config()
+        start = None
+        if adapter.start is not None:
+            from brushstroke.formats import load
+
+            start = load(adapter.start)
+        self.config = train_config(training, reading)
+        self.arguments: dict[str, Any] = {
+            "data": rows,
+            "lora": lora,
+            "config": self.config,
+            "start": start,
+            "prompt_column": reading.prompt,
+            "completion_column": reading.completion,
+        }
+
+
+def _load(base: str, run: RunOptions) -> tuple[Any, str]:
+    """The base, and why it has its dtype."""
+    from brushstroke.base import choose_device, choose_dtype, load_base
+
+    _, why = choose_dtype(run.dtype, choose_device(run.device))
+    say(f"loading {base}")
+    return load_base(base, dtype=run.dtype, device=run.device), why
+
+
+def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[[Plan, int], None]":
+    def on_plan(made: "Plan", resumed_from: int) -> None:
+        print_plan(people(), made, why, request.config)
+        for warning in made.warnings:
+            warn(warning)
+        if resumed_from:
+            say(f"going on from the checkpoint of step {resumed_from}")
+        evaluations = 0
+        if request.eval_rows is not None:
+            every = request.config.eval_every or max(1, round(made.steps / max(made.epochs, 1e-9)))
+            evaluations = -(-made.steps // every) - resumed_from // every
+        progress.start(made, resumed_from, evaluations)
+
+    return on_plan
+
+
+def _interrupted(folder: "RunFolder", steps: int) -> str:
+    kept = folder.checkpoints()
+    if not steps or not kept:
+        return "interrupted before the first step; nothing was changed"
+    return f"interrupted; checkpoint saved at {kept[-1]}; go on with --resume"
+
+
+def _kept(folder: "RunFolder") -> str:
+    kept = folder.checkpoints()
+    return f"; the last good state is kept in {kept[-1]}" if kept else ""
+
+
+def _say_done(summary: dict[str, Any], out: Path) -> None:
+    say(
+        f"done: {summary['steps']} steps, {summary['real_tokens']:,} tokens in {clock(summary['seconds'])} "
+        f"({summary['real_tokens_per_second']:,.0f} tokens/s), mean loss {summary['mean_loss']:.4f}, "
+        f"last {summary['final_loss']:.4f}, peak {size(summary['peak_memory_bytes'])}"
+    )
+    say(f"the adapter is in {out}")

@@ -1,0 +1,103 @@
+"""How the words of a command line become values: whole numbers, lists, patterns, named adapters.
+
+The limits of a value are the business of the config that takes it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import Parameter
+
+from brushstroke.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
+
+
+def whole(_: Any, tokens: Sequence[Any]) -> int:
+    """A whole number; cyclopts itself would round 1.5."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
+
+
+def whole_or_auto(_: Any, tokens: Sequence[Any]) -> int | str:
+    """A whole number, or "auto"."""
+    if tokens[0].value == "auto":
+        return "auto"
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"expected 'auto' or a whole number, got {tokens[0].value!r}") from None
+
+
+Whole = Annotated[int | None, Parameter(converter=whole)]
+WholeOrAuto = Annotated[str | None, Parameter(converter=whole_or_auto)]
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The parts between the commas; a comma inside brackets, as regular expressions have them, does not divide.
+
+    >>> split("q_proj, layers.[0,1].*,x{1,2}")
+    ('q_proj', 'layers.[0,1].*', 'x{1,2}')
+    """
+    parts, start, closing, escaped = [], 0, [], False
+    for index, letter in enumerate(text):
+        if escaped:
+            escaped = False
+        elif letter == "\\":
+            escaped = True
+        elif closing and letter == closing[-1]:
+            closing.pop()
+        elif letter in "([{" and "]" not in closing:
+            closing.append({"(": ")", "[": "]", "{": "}"}[letter])
+        elif letter == "," and not closing:
+            parts.append(text[start:index])
+            start = index + 1
+    return tuple(part.strip() for part in (*parts, text[start:]) if part.strip())
+
+
+def patterns(flag: str, text: str, number: Callable[[str], Number]) -> dict[str, Number]:
+    """PATTERN=VALUE pairs.
+
+    >>> patterns("--rank-pattern", "q_proj=16, mlp=4", int)
+    {'q_proj': 16, 'mlp': 4}
+
+    Raises:
+        ConfigError: a pair that is none.
+    """
+    values = {}
+    for pair in split(text):
+        pattern, separator, value = pair.rpartition("=")
+        try:
+            values[pattern.strip()] = number(value)
+        except ValueError:
+            separator = ""
+        if not separator or not pattern.strip():
+            kind = "a whole number" if number is int else "a number"
+            raise ConfigError(f"{flag}: expected PATTERN=VALUE with {kind}, got {pair!r}; such as q_proj=16")
+    return values
+
+
+def named_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Name → folder, from NAME=DIR, or DIR, which is called as its last part.
+
+    >>> named_adapters(["a=out/x", "out/streets"])
+    {'a': 'out/x', 'streets': 'out/streets'}
+
+    Raises:
+        ConfigError: two of one name, or a name that is taken.
+    """
+    named: dict[str, str] = {}
+    for text in given:
+        name, separator, folder = text.partition("=")
+        if not separator or "/" in name:
+            folder, name = text, text.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or "adapter"
+        if not name or not folder:
+            raise ConfigError(f"--adapter: expected NAME=DIR or DIR, got {text!r}")
+        if name == "base":
+            raise ConfigError(f"--adapter {text}: 'base' is the model without an adapter; give another name=DIR")
+        if name in named:
+            raise ConfigError(f"--adapter: two adapters are called {name!r}; give them names: NAME=DIR")
+        named[name] = folder
+    return named
