@@ -90,16 +90,31 @@ def write_folder(
             for name, content in files.items():
                 _write_synced(staging / name, content)
             _sync_folder(staging)
-            *first, last = files
-            for name in [last, *(name for name in owned if name not in files)]:
-                (folder / name).unlink(missing_ok=True)
-            for name in [*first, last]:
-                os.replace(staging / name, folder / name)
-            _sync_folder(folder)
+            _exchange(staging, folder, list(files), owned)
         except BaseException:
             _undo(staging, made)
             raise
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(staging: Path, folder: Path, names: list[str], owned: Collection[str]) -> None:
+    """Move old files out and new ones in, the last name first out and last in; on failure the old return."""
+    replaced, placed = staging / "replaced", []
+    replaced.mkdir()
+    try:
+        for name in dict.fromkeys([names[-1], *owned, *names]):
+            if (folder / name).exists():
+                os.replace(folder / name, replaced / name)
+        for name in names:
+            os.replace(staging / name, folder / name)
+            placed.append(name)
+        _sync_folder(folder)
+    except BaseException:
+        for name in placed:
+            (folder / name).unlink()
+        for old in replaced.iterdir():
+            os.replace(old, folder / old.name)
+        raise
 
 
 def _write_synced(path: Path, content: bytes | str) -> None:
@@ -134,7 +149,7 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def _undo(staging: Path | None, made: list[Path]) -> None:
-    if staging is not None:
+    if staging is not None and not any((staging / "replaced").glob("*")):
         shutil.rmtree(staging, ignore_errors=True)
     with suppress(OSError):
         for level in made:

@@ -87,7 +87,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
     A field that this version doesn't know is ignored where its value says "off" (null, false, 0, empty).
 
     Raises:
-        AdapterFileError: fields that would change what the adapter does, or values of a wrong kind; all at once.
+        AdapterFileError: fields that would change the update, or values of a wrong kind; all are named.
     """
     problems = _refused_fields(stored)
     for field, fits, wanted in _KINDS:

@@ -1,0 +1,285 @@
+"""What loading and saving refuse, and that a refusal names the place and leaves nothing behind."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from brushstroke import errors, load, save
+from brushstroke.adapter import Adapter, Card, Fingerprint
+from brushstroke.lowrank import LowRank, Update
+
+SITE = "model.layers.0.self_attn.q_proj"
+A_KEY = f"base_model.model.{SITE}.lora_A.weight"
+B_KEY = f"base_model.model.{SITE}.lora_B.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole adapter of two sites, rank 2."""
+    generator = torch.Generator().manual_seed(0)
+    sites = (SITE, "model.layers.1.self_attn.q_proj")
+    updates = {
+        site: LowRank(torch.randn(8, 2, generator=generator), torch.randn(2, 6, generator=generator), 2.0)
+        for site in sites
+    }
+    return save(Adapter(updates, Card(target_modules=("q_proj",))), tmp_path / "adapter")
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(errors.AdapterFileError) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias", "lora_only"),
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+        ("loftq_config", {"bits": 4}),
+        ("megatron_config", {"a": 1}),
+        ("ensure_weight_tying", True),
+        ("a_setting_of_tomorrow", 0.5),
+        ("peft_type", "ADALORA"),
+        ("peft_type", None),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("r", 0),
+        ("r", "8"),
+        ("r", True),
+        ("lora_alpha", None),
+        ("lora_alpha", "16"),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"(": 2}),
+        ("alpha_pattern", {"q_proj": "4"}),
+        ("use_rslora", "yes"),
+    ],
+)
+def test_a_field_that_changes_the_update_is_refused_by_name(folder: Path, field: str, value: Any) -> None:
+    edit_config(folder, **{field: value})
+    said = refusal(folder)
+    assert "adapter_config.json" in said
+    assert (next(iter(value)) if value == {"(": 2} else field) in said
+
+
+@pytest.mark.parametrize("off", [None, False, 0, 0.0, "", [], {}])
+def test_an_unknown_field_that_is_off_is_ignored(folder: Path, off: Any) -> None:
+    edit_config(folder, a_setting_of_tomorrow=off, use_dora=off, bias="none")
+    assert len(load(folder)) == 2
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_an_init_that_leaves_the_base_alone_is_taken(folder: Path, init: Any) -> None:
+    edit_config(folder, init_lora_weights=init, peft_version="9.9", runtime_config={"a": 1})
+    assert len(load(folder)) == 2
+
+
+def test_all_refused_fields_are_listed_at_once(folder: Path) -> None:
+    edit_config(folder, use_dora=True, modules_to_save=["head"], novelty=3)
+    said = refusal(folder)
+    assert all(name in said for name in ("use_dora", "modules_to_save", "novelty"))
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+def test_a_config_without_rank_or_alpha_is_refused(folder: Path, name: str) -> None:
+    file = folder / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    del stored[name]
+    file.write_text(json.dumps(stored))
+    assert name in refusal(folder)
+
+
+def test_a_missing_factor_is_named(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(B_KEY))
+    said = refusal(folder)
+    assert SITE in said
+    assert "no (usable) lora_B" in said
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"base_model.model.{SITE}.lora_A.default.weight",
+        f"base_model.model.{SITE}.lora_B.bias",
+        f"base_model.model.{SITE}.lora_magnitude_vector",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.lm_head.weight",
+        f"{SITE}.lora_A.weight",
+    ],
+)
+def test_a_tensor_that_has_no_place_is_named(folder: Path, key: str) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({key: torch.ones(2, 8)}))
+    assert key in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    edit_tensors(folder, lambda tensors: tensors[A_KEY].view(-1)[3:4].fill_(value))
+    assert A_KEY in refusal(folder)
+
+
+def test_a_rank_other_than_the_config_says_is_refused_with_both_shapes(folder: Path) -> None:
+    edit_config(folder, r=4)
+    said = refusal(folder)
+    assert "(2, 8)" in said
+    assert "(6, 2)" in said
+    assert "rank 4" in said
+    assert said.count("lora_A") == 2  # both sites, at once
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, 8, dtype=torch.int8), torch.ones(2, 8, 1)])
+def test_a_factor_that_is_no_float_matrix_is_refused(folder: Path, tensor: torch.Tensor) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({A_KEY: tensor}))
+    assert A_KEY in refusal(folder)
+
+
+def test_factors_of_two_dtypes_are_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({A_KEY: torch.ones(2, 8, dtype=torch.float16)}))
+    assert "float16" in refusal(folder)
+
+
+def test_a_damaged_tensor_file_is_refused(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert "damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "brushstroke.json"])
+def test_broken_json_is_refused(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_bytes(text.encode("latin-1"))
+    assert name in refusal(folder)
+
+
+def test_an_unknown_field_of_our_own_card_is_refused_with_a_hint(folder: Path) -> None:
+    file = folder / "brushstroke.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_nane": "x"}))
+    said = refusal(folder)
+    assert "brushstroke.json" in said
+    assert "did you mean 'base_name'" in said
+
+
+def test_a_card_of_another_adapter_is_refused(folder: Path) -> None:
+    fingerprint = Fingerprint.of({SITE: torch.randn(5, 6)})
+    card = Card(fingerprint=fingerprint)
+    (folder / "brushstroke.json").write_text(json.dumps(card.as_dict()))
+    said = refusal(folder)
+    assert "(5, 6)" in said
+    assert "(8, 6)" in said
+
+
+def test_a_folder_that_is_no_adapter_says_where_one_is(folder: Path, tmp_path: Path) -> None:
+    assert "sub-folder adapter" in refusal(tmp_path)
+    assert "there is no folder" in refusal(tmp_path / "nowhere")
+    assert "is a file" in refusal(folder / "README.md")
+    (folder / "adapter_model.safetensors").unlink()
+    assert "not complete" in refusal(folder)
+    (folder / "adapter_model.bin").write_bytes(b"")
+    assert "pickle" in refusal(folder)
+
+
+def test_a_folder_with_files_is_left_alone(folder: Path) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(errors.OutputError, match="overwrite"):
+        save(2.0 * load(folder), folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_overwriting_replaces_our_files_and_no_others(folder: Path) -> None:
+    adapter = load(folder)
+    save(adapter.with_card(Card(chat_template="x")), folder, overwrite=True)
+    (folder / "notes.txt").write_text("mine")
+    assert (folder / "chat_template.jinja").is_file()
+    save(2.0 * adapter, folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "chat_template.jinja").exists()
+    assert load(folder)[SITE].delta_norm() == pytest.approx(2 * adapter[SITE].delta_norm())
+
+
+def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    adapter = load(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+        with pytest.raises(errors.OutputError, match="cannot write"):
+            save(adapter, tmp_path / "new" / "deep")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failing_rename_leaves_what_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, replace = load(folder), os.replace
+
+    def refuse_tensors(source: Any, target: Any) -> None:
+        if Path(source).parent.name.startswith(".partial-") and str(target).endswith(".safetensors"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_tensors)
+    with pytest.raises(errors.OutputError, match="Permission denied"):
+        save(adapter, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(errors.OutputError, match="Permission denied"):
+        save(2.0 * adapter, folder, overwrite=True)
+    monkeypatch.undo()
+    assert load(folder)[SITE].delta_norm() == adapter[SITE].delta_norm()
+
+
+def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path) -> None:
+    other: Any = type("Dora", (Update,), dict.fromkeys(Update.__abstractmethods__))()
+    fine = LowRank(torch.ones(3, 1), torch.ones(1, 2))
+    updates = {
+        "a": other,
+        "b": LowRank(torch.full((3, 1), torch.nan), torch.ones(1, 2)),
+        "c": LowRank(torch.ones(3, 0), torch.ones(0, 2)),
+        "d": fine,
+    }
+    with pytest.raises(errors.AdapterFileError) as caught:
+        save(Adapter(updates), tmp_path / "out")
+    said = str(caught.value)
+    assert "cannot hold a Dora" in said
+    assert all(f"\n  {site}: " in said for site in "abc")
+    assert "\n  d: " not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_view_of_a_larger_tensor_is_written_whole(tmp_path: Path, llama: nn.Module) -> None:
+    big = torch.randn(64, 64)
+    adapter = Adapter({"fc": LowRank(big[:5, :2], big[:2, 7:13], 1.0)})
+    again = load(save(adapter, tmp_path / "out"))["fc"]
+    assert torch.equal(again.dense(), adapter["fc"].dense())

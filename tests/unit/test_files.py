@@ -1,0 +1,57 @@
+"""Atomic writing of single files and of folders."""
+
+from pathlib import Path
+
+import pytest
+
+from brushstroke.errors import OutputError
+from brushstroke.files import output_errors, refuse_existing, write_file, write_folder
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_file(file, "ä")
+    write_file(file, b"two")
+    assert file.read_bytes() == b"two"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="nowhere"):
+        write_file(tmp_path / "nowhere" / "a.json", "x")
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OutputError, match=r"a\.json"):
+        write_file(tmp_path / "a.json", "x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_gets_its_files_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    write_folder(folder, {"x": "1", "last": b"2"}, owned=("x", "old", "last"))
+    assert sorted(entry.name for entry in folder.iterdir()) == ["last", "x"]
+    (folder / "old").write_text("ours of an earlier time")
+    (folder / "notes").write_text("not ours")
+    write_folder(folder, {"last": b"3"}, owned=("x", "old", "last"), overwrite=True)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["last", "notes"]
+
+
+def test_a_failure_removes_only_the_folders_that_were_made(tmp_path: Path) -> None:
+    with pytest.raises(OutputError):
+        write_folder(tmp_path / "a" / "b", {"no/such/name": "x", "last": "y"}, owned=())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
+    refuse_existing(tmp_path, False)
+    refuse_existing(tmp_path / "new", False)
+    (tmp_path / "file").write_text("x")
+    refuse_existing(tmp_path, True)
+    with pytest.raises(OutputError, match="overwrite"):
+        refuse_existing(tmp_path, False)
+    with pytest.raises(OutputError, match="is a file"):
+        refuse_existing(tmp_path / "file", True)
+
+
+def test_an_oserror_becomes_one_message(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No space left"), output_errors(tmp_path):
+        raise OSError(28, "No space left on device")
