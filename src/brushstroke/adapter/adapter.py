@@ -16,8 +16,8 @@ from brushstroke.lowrank.update import Update
 class Adapter(Mapping[str, Update]):
     """An immutable mapping from site paths to updates.
 
-    `a + b`, `a - b`, `0.5 * a` and `-a` are exact in factor form; a site that only one of two adapters has keeps
-    its update. Editing always returns a new adapter.
+    `a + b`, `a - b`, `0.5 * a` and `-a` are exact in factor form; a site that only one of two adapters has
+    keeps its update. Editing always returns a new adapter.
 
     Args:
         updates: site path → update; at least one.
@@ -52,10 +52,11 @@ class Adapter(Mapping[str, Update]):
         base = f" of {self.card.base_name}" if self.card and self.card.base_name else ""
         return f"Adapter({len(self)} sites, rank {self.rank}, {self.parameters:,} parameters{base})"
 
-    __hash__ = object.__hash__
-
     def __eq__(self, other: object) -> bool:
         return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     @property
     def card(self) -> Card | None:
@@ -93,7 +94,7 @@ class Adapter(Mapping[str, Update]):
 
     def inner(self, other: Self) -> float:
         """Σ⟨ΔW₁, ΔW₂⟩ over the sites that both have, in float64."""
-        return sum(update.inner(other[site]) for site, update in self.items() if site in other)
+        return sum((update.inner(other[site]) for site, update in self.items() if site in other), 0.0)
 
     def truncate(self, rank: int) -> Self:
         """Every site's best approximation of at most this rank."""

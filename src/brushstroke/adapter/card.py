@@ -61,7 +61,8 @@ class Card:
         fields = dict(stored)
         if fields.pop("format", None) != FORMAT:
             raise AdapterFileError(
-                f"the card has format {stored.get('format')!r}, this version reads {FORMAT}; upgrade brushstroke"
+                f"the card has format {stored.get('format')!r}, this version reads {FORMAT}; upgrade "
+                "brushstroke"
             )
         known = [f.name for f in dataclasses.fields(cls)]
         for key in fields:

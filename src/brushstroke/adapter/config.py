@@ -21,8 +21,8 @@ class LoraConfig:
     Args:
         rank: r of every site, unless `rank_pattern` names another.
         alpha: numerator of the scale, unless `alpha_pattern` names another.
-        targets: "all-linear", "attention", "mlp", module names, path suffixes or regular expressions; one, or a
-            sequence of them. Every one must match a site.
+        targets: "all-linear", "attention", "mlp", module names, path suffixes or regular expressions; one,
+            or a sequence of them. Every one must match a site.
         scale_rule: "standard" for alpha/rank, "rslora" for alpha/√rank.
         dropout: probability on the input of the low-rank path.
         rank_pattern: rank for single patterns; the first that matches a site counts.

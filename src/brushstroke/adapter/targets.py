@@ -61,7 +61,7 @@ class TargetPlan:
 def matches_path(pattern: str, path: str) -> bool:
     """Whether a name, a dotted suffix or a regular expression selects this path.
 
-    >>> matches_path("q_proj", "layers.0.q_proj"), matches_path(r"layers\\.[01]\\..*", "model.layers.0.q_proj")
+    >>> matches_path("q_proj", "layers.0.q_proj"), matches_path(r"layers\\.[01]\\..*", "model.layers.0.q")
     (True, True)
     """
     if path == pattern or path.endswith("." + pattern):
@@ -76,8 +76,8 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site]) -> TargetPlan:
     """Match every pattern of the config against the sites of a model.
 
     Raises:
-        TargetError: patterns that match nothing (all of them, with near misses), a rank too large for a site that
-            was named explicitly, or a named site whose forward the model never runs.
+        TargetError: patterns that match nothing (all of them, with near misses), a rank too large for a site
+            that was named explicitly, or a named site whose forward the model never runs.
     """
     matches: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
@@ -113,7 +113,8 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site]) -> TargetPlan:
             continue
         if site.path in named:
             raise TargetError(
-                f"rank {ranks[site.path]} is larger than {site.path} allows: its weight is {site.d}×{site.h}, "
+                f"rank {ranks[site.path]} is larger than {site.path} allows: its weight is "
+                f"{site.d}×{site.h}, "
                 f"so the largest useful rank is {largest}; lower --rank or give it one in rank_pattern"
             )
         capped[site.path], ranks[site.path] = ranks[site.path], largest

@@ -3,8 +3,9 @@
 It knows no files and no training; HF's Conv1D is known by its class name alone.
 """
 
-from brushstroke.layers.attach import Attachment, attach, check_base
+from brushstroke.layers.attach import Attachment, attach
 from brushstroke.layers.bank import Bank, bank
+from brushstroke.layers.check import QuantisedBaseWarning, check_base
 from brushstroke.layers.merge import MergeReport, SiteDrift, merge, merge_weight
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, unwrap
@@ -13,6 +14,7 @@ __all__ = [
     "Attachment",
     "Bank",
     "MergeReport",
+    "QuantisedBaseWarning",
     "Route",
     "SiteDrift",
     "attach",

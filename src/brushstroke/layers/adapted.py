@@ -4,8 +4,9 @@ No hooks, no wrapper modules and no merging here; `attach` and `bank` do the swa
 """
 
 import copy
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,22 @@ from brushstroke.lowrank.apply import gathered_term, lowrank_linear, lowrank_ter
 
 
 class Adapted(nn.Module):
-    """What every adapted module has: the class that it had, and the route that it shares with the other sites."""
+    """What every adapted module has: the class that it had, and the route that all sites share."""
 
+    weight: Tensor
+    bias: Tensor | None
     _route: Route
     _base_class: ClassVar[type[nn.Module]]
+    _added: ClassVar[tuple[str, ...]]  # the attributes that an adapter adds besides the route
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """(d, h) of the factors that are installed."""
+        raise NotImplementedError
+
+    def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and settings with which slot 1 would be U·V, for a probe."""
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
         twin = type(self).__new__(type(self))
@@ -29,7 +42,8 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise AttachError(
-            "a model with an adapter in it cannot be pickled; save the adapter by itself with brushstroke.save(), "
+            "a model with an adapter in it cannot be pickled; save the adapter by itself with "
+            "brushstroke.save(), "
             "or detach it first"
         )
 
@@ -37,22 +51,33 @@ class Adapted(nn.Module):
 class AdaptedLinear(Adapted):
     """y = x·W + scale·(x·U)·V for modules that map the last axis (…, d) → (…, h), with one adapter.
 
-    Parameters `lora_U_rows` (r×d, Uᵀ) and `lora_V` (r×h). Slot 1 of the route is the adapter, slot 0 the base.
+    Parameters `lora_U_rows` (r×d, Uᵀ) and `lora_V` (r×h). Slot 1 of the route is the adapter, slot 0 the
+    base.
     """
 
     lora_U_rows: nn.Parameter
     lora_V: nn.Parameter
     lora_scale: float
     lora_dropout: float
+    _added = ("lora_U_rows", "lora_V", "lora_scale", "lora_dropout")
     _fused: ClassVar[bool] = False
     _weight_is_dxh: ClassVar[bool] = False
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """(d, h) of the factors that are installed."""
+        return self.lora_U_rows.shape[1], self.lora_V.shape[1]
+
+    def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and settings with which slot 1 would be U·V, for a probe."""
+        return {"lora_U_rows": U_rows, "lora_V": V}, {"lora_scale": 1.0}
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output, plus the low-rank term where the route asks for it."""
         route = self._route
         slot = route.uniform
         if slot == 0:
-            return super().forward(x)
+            return route.guard(super().forward(x))
         U_rows, V, scale = self.lora_U_rows, self.lora_V, self.lora_scale
         drop = self.lora_dropout if self.training else 0.0
         if slot is None:
@@ -69,13 +94,24 @@ class AdaptedLinear(Adapted):
 class BankedLinear(Adapted):
     """y = x·W + (x·U_s)·V_s with the slot s chosen for each row; scales are folded into V.
 
-    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h); a slot of smaller rank is padded with zeros, its true rank
-    stands in `bank_ranks`. Slot 0 is all zero.
+    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h); a slot of smaller rank is padded with zeros, its true
+    rank stands in `bank_ranks`. Slot 0 is all zero.
     """
 
     bank_U_rows: Tensor
     bank_V: Tensor
     bank_ranks: list[int]
+    _added = ("bank_U_rows", "bank_V", "bank_ranks")
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """(d, h) of the factors that are installed."""
+        return self.bank_U_rows.shape[2], self.bank_V.shape[2]
+
+    def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and settings with which slot 1 would be U·V, for a probe."""
+        stacks = {"bank_U_rows": U_rows, "bank_V": V}
+        return {name: torch.stack([t * 0, t]) for name, t in stacks.items()}, {"bank_ranks": [0, 1]}
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output, plus each row's own low-rank term."""
@@ -86,7 +122,7 @@ class BankedLinear(Adapted):
             return y + gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots]).to(y.dtype)
         slot = route.uniform
         if slot == 0 or (slot is not None and not self.bank_ranks[slot]):
-            return y
+            return route.guard(y)
         if slot is not None:
             U_rows, V, scale = self._factors(slot)
             return route.guard(y + lowrank_term(x, U_rows, V, scale).to(y.dtype))
@@ -127,40 +163,49 @@ def adapted_class(base: type[nn.Module], mixin: type[Adapted]) -> type[Adapted]:
     )
 
 
-def swap_class(module: nn.Module, path: str, mixin: type[Adapted], route: Route) -> None:
-    """Turn a module into its adapted self, in place.
+MixinT = TypeVar("MixinT", bound=Adapted)
+
+
+def swap_class(module: nn.Module, path: str, mixin: type[MixinT], route: Route) -> MixinT:
+    """Turn a module into its adapted self, in place, and return it.
 
     Raises:
-        AttachError: it is adapted already, or an object's own forward would bypass the new class.
+        AttachError: an object's own forward would bypass the new class.
     """
-    if isinstance(module, Adapted):
-        raise AttachError(
-            f"{path} has an adapter attached already; detach it first, add the two adapters (a + b) and attach the "
-            "sum, or put both into a bank"
-        )
     if "forward" in module.__dict__:
         raise AttachError(
-            f"{path} carries a forward of its own (offload and device-map hooks do this), which would bypass the "
+            f"{path} carries a forward of its own (offload and device-map hooks do this), which would "
+            "bypass the "
             "adapter without a word; load the model without device_map offloading, or remove the hooks first"
         )
     module.__class__ = adapted_class(type(module), mixin)
     module.__dict__["_route"] = route
+    return cast(MixinT, module)
 
 
-def restore_class(module: nn.Module, path: str) -> None:
-    """Give a module the class back that `swap_class` found.
+def restore_classes(modules: Mapping[str, Adapted]) -> None:
+    """Give modules the classes back that `swap_class` found, and take out what an adapter has added.
 
     Raises:
-        AttachError: something else changed the class since.
+        AttachError: something else changed a class since; nothing is changed then.
     """
-    if type(module) is not adapted_class(getattr(module, "_base_class", nn.Module), _mixin_of(module)):
+    changed = [path for path, module in modules.items() if not _is_ours(module)]
+    if changed:
+        found = type(modules[changed[0]]).__name__
         raise AttachError(
-            f"the class of {path} was changed by something else since the adapter was attached "
-            f"(it is {type(module).__name__}); undo that first"
+            f"the class of {', '.join(changed)} was changed by something else since the adapter was attached "
+            f"(it is {found}); undo that first"
         )
-    module.__class__ = module._base_class
-    del module.__dict__["_route"]
+    for module in modules.values():
+        for name in module._added:
+            if hasattr(module, name):
+                delattr(module, name)
+        del module.__dict__["_route"]
+        plain = cast(nn.Module, module)
+        plain.__class__ = module._base_class
 
 
-def _mixin_of(module: nn.Module) -> type[Adapted]:
-    return BankedLinear if isinstance(module, BankedLinear) else AdaptedLinear
+def _is_ours(module: nn.Module) -> bool:
+    if not isinstance(module, Adapted):
+        return False
+    return any(type(module) is adapted_class(module._base_class, m) for m in (AdaptedLinear, BankedLinear))

@@ -12,8 +12,9 @@ from torch import nn
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import RouteError, did_you_mean
-from brushstroke.layers.adapted import BankedLinear, restore_class, swap_class
-from brushstroke.layers.attach import _canonical, _low_rank, check_base, guard_model
+from brushstroke.layers.adapted import BankedLinear, restore_classes, swap_class
+from brushstroke.layers.check import as_low_rank, canonical_path, check_base
+from brushstroke.layers.guard import guard_model, probe, refuse_second
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank
@@ -32,6 +33,7 @@ class Bank:
         self._modules: dict[str, BankedLinear] = {}
         self._slots: dict[str, int] = {}
         self._cards: dict[str, Card | None] = {}
+        self._outer: list[tuple[int, ...]] = []
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -63,21 +65,10 @@ class Bank:
         """
         if not name or not isinstance(name, str):
             raise RouteError(f"an adapter in a bank needs a name; got {name!r}")
+        refuse_second(self.model, self._modules)
         check_base(self.model, adapter, allow_different_base=allow_different_base)
-        updates = {_canonical(path, self._sites): _low_rank(path, update) for path, update in adapter.items()}
-        fresh = [path for path in updates if path not in self._modules]
-        for path in fresh:
-            module = site_module(self.model, path)
-            swap_class(module, path, BankedLinear, self._route)
-            self._modules[path] = module  # type: ignore[assignment]
-            _set_buffers(
-                module, torch.zeros(1, 0, self._sites[path].d), torch.zeros(1, 0, self._sites[path].h)
-            )
-            module.bank_ranks = [0]
-        if fresh:
-            for undo in reversed(self._undo):
-                undo()
-            self._undo = guard_model(self.model, self._modules)
+        updates = {canonical_path(path, self._sites): as_low_rank(path, u) for path, u in adapter.items()}
+        self._swap([path for path in updates if path not in self._modules])
         slot = self._slots.get(name) or self._free_slot()
         for path, module in self._modules.items():
             _write_slot(module, slot, updates.get(path))
@@ -91,7 +82,7 @@ class Bank:
             RouteError: there is none of that name, or a row of the route in force uses it.
         """
         slot = self._slot(name)
-        if slot in self._route.slots:
+        if any(slot in slots for slots in (self._route.slots, *self._outer)):
             raise RouteError(f"adapter {name!r} is in use by the route in force; leave its rows() first")
         del self._slots[name], self._cards[name]
         for module in self._modules.values():
@@ -108,20 +99,19 @@ class Bank:
         One name serves a batch of any size. Beams and repeated samples repeat the route.
         """
         given = [names] if names is None or isinstance(names, str) else list(names)
+        before = self._route.slots
         restore = self._route.set([self._slot(name) for name in given])
+        self._outer.append(before)  # it comes back, so its adapters may not be evicted meanwhile
         try:
             yield self
         finally:
+            self._outer.pop()
             restore()
 
     def detach(self) -> None:
         """Take every adapter out; the model is bit for bit its base again."""
-        for path, module in self._modules.items():
-            restore_class(module, path)
-            del module.bank_U_rows, module.bank_V, module.bank_ranks
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        restore_classes(self._modules)
+        self._open()
         self._modules.clear()
         self._slots.clear()
         self._cards.clear()
@@ -131,6 +121,30 @@ class Bank:
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
+
+    def _swap(self, paths: Sequence[str]) -> None:
+        """Turn further modules into banked ones, all of them or none."""
+        fresh: dict[str, BankedLinear] = {}
+        try:
+            for path in paths:
+                site = self._sites[path]
+                module = swap_class(site_module(self.model, path), path, BankedLinear, self._route)
+                fresh[path] = module
+                _set_buffers(module, torch.zeros(1, 0, site.d), torch.zeros(1, 0, site.h))
+                module.bank_ranks = [0]
+            probe(fresh)
+        except BaseException:
+            restore_classes(fresh)
+            raise
+        if fresh:
+            self._modules.update(fresh)
+            self._open()
+            self._undo = guard_model(self.model, self._modules)
+
+    def _open(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
 
     def _slot(self, name: str | None) -> int:
         if name is None:
@@ -175,7 +189,9 @@ def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None
     """Write one slot of one site, growing the stacks where there are too few slots or too small a rank."""
     U_rows, V = module.bank_U_rows, module.bank_V
     rank = update.rank if update else 0
-    slots, width = max(U_rows.shape[0], slot + 1), max(U_rows.shape[1], rank)
+    slots, width = U_rows.shape[0], max(U_rows.shape[1], rank)
+    while slots <= slot:
+        slots *= 2  # room to load more: a compiled graph lives as long as the shapes do
     if (slots, width) != U_rows.shape[:2]:
         grown = [stack.new_zeros(slots, width, stack.shape[2]) for stack in (U_rows, V)]
         for new, old in zip(grown, (U_rows, V), strict=True):
@@ -192,7 +208,7 @@ def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None
     module.bank_ranks = ranks
 
 
-def _set_buffers(module: nn.Module, U_rows: torch.Tensor, V: torch.Tensor) -> None:
+def _set_buffers(module: BankedLinear, U_rows: torch.Tensor, V: torch.Tensor) -> None:
     weight = module.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     module.register_buffer("bank_U_rows", U_rows.to(weight.device, dtype), persistent=False)

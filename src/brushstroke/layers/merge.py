@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from brushstroke.adapter import Adapter
 from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
-from brushstroke.layers.attach import check_base
+from brushstroke.layers.check import check_base
 from brushstroke.layers.walk import find_sites, site_module, unwrap, weight_dxh
 from brushstroke.lowrank import Update
 
@@ -99,8 +99,8 @@ def merge(
 ) -> ModelT:
     """A new model with W + ΔW in place of W: the base's own classes and no trace of an adapter.
 
-    Merging a Base gives a Base, merging an nn.Module an nn.Module; the one that is given stays as it is. A weight
-    that is tied to another module is untied first, and the report says so.
+    Merging a Base gives a Base, merging an nn.Module an nn.Module; the one that is given stays as it is. A
+    weight that is tied to another module is untied first, and the report says so.
 
     Args:
         model: an nn.Module or a Base, with nothing attached.
@@ -110,7 +110,8 @@ def merge(
 
     Raises:
         BaseMismatchError: another base, or the adapter is merged into it already.
-        MergeError: an adapter is attached, a weight is not stored as a plain matrix, or the update would be lost.
+        MergeError: an adapter is attached, a weight is not stored as a plain matrix, or the update would be
+            lost.
     """
     root = unwrap(model)
     if any(isinstance(module, Adapted) for module in root.modules()):
@@ -124,26 +125,34 @@ def merge(
         for path, update in adapter.items():
             site = sites[path]
             module = site_module(merged, path)
+            weight = module._parameters.get("weight")
             W = weight_dxh(module, site.kind)
-            if W is None:
+            if weight is None or W is None:
                 raise MergeError(
-                    f"{path}: its weight is stored as {module.weight.dtype} {tuple(module.weight.shape)}, not as a "
-                    "plain matrix; load the base unquantised and merge into that"
+                    f"{path}: its weight is not stored as a plain matrix, but {_storage(module)}; load the "
+                    "base unquantised, remove parametrizations, and merge into that"
                 )
             M, drifts[path] = merge_weight(W, update, path)
             stored = (M.mT if site.kind == "linear" else M).contiguous()
             if site.tied_to:
                 untied.append((path, site.tied_to))
-                module.weight = nn.Parameter(stored, requires_grad=module.weight.requires_grad)
+                module.weight = nn.Parameter(stored, requires_grad=weight.requires_grad)
             else:
-                module.weight.copy_(stored)
+                weight.copy_(stored)
     if untied:
         _untie_config(merged)
     if report is not None:
         report.append(MergeReport(drifts, tuple(untied)))
-    return (
-        merged if model is root or isinstance(model, nn.Module) else dataclasses.replace(model, model=merged)
-    )  # type: ignore[type-var,return-value]
+    if isinstance(model, nn.Module):
+        return merged  # type: ignore[return-value]
+    return dataclasses.replace(model, model=merged)  # type: ignore[type-var]
+
+
+def _storage(module: nn.Module) -> str:
+    weight = module.weight
+    if "weight" not in module._parameters:
+        return "computed from other tensors"
+    return f"as {weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
 
 
 def _untie_config(model: Any) -> None:

@@ -26,8 +26,8 @@ class Segment:
 class Route:
     """Which slot each row of a batch uses; slot 0 is always "no adapter".
 
-    A route of one row serves a batch of any size. A batch with k times as many rows as the route (beams, several
-    samples of one prompt, or rows flattened to tokens) repeats every entry k times.
+    A route of one row serves a batch of any size. A batch with k times as many rows as the route (beams,
+    several samples of one prompt, or rows flattened to tokens) repeats every entry k times.
     """
 
     def __init__(self, slots: Sequence[int] = (0,)) -> None:
@@ -93,7 +93,8 @@ class Route:
         """
         if captured != self._slots:
             raise RouteError(
-                f"the forward pass ran under the route {captured}, the backward pass runs under {self._slots}; "
+                f"the forward pass ran under the route {captured}, the backward pass runs under "
+                f"{self._slots}; "
                 "call backward() before the route changes"
             )
 

@@ -3,13 +3,14 @@
 It changes nothing in the module.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from brushstroke.adapter import Site
 from brushstroke.errors import AttachError, did_you_mean
 
+_LAZY_REASON = "its weight gets its shape from the first batch; run one through the model, then attach"
 _MHA_REASON = "nn.MultiheadAttention reads this module's weight directly and never runs its forward"
 
 
@@ -66,10 +67,13 @@ def find_sites(model: Any) -> list[Site]:
         kind = site_kind(module)
         if kind is None:
             continue
-        if kind == "linear":
+        if isinstance(module, nn.Linear):
             d, h = module.in_features, module.out_features
         else:
-            d, h = module.weight.shape
+            d, h = cast(Tensor, module.weight).shape
+        reason = _MHA_REASON if id(module) in bypassed else None
+        if isinstance(module.weight, nn.UninitializedParameter):
+            reason = _LAZY_REASON
         tied = [owner for owner in owners.get(id(module.weight), []) if owner != path]
         sites.append(
             Site(
@@ -80,7 +84,7 @@ def find_sites(model: Any) -> list[Site]:
                 aliases=tuple(aliases),
                 tied_to=tied[0] if tied else None,
                 is_output=module is output,
-                bypassed=_MHA_REASON if id(module) in bypassed else None,
+                bypassed=reason,
             )
         )
     return sites
@@ -102,6 +106,7 @@ def site_module(root: nn.Module, path: str) -> nn.Module:
 def _output_layer(root: nn.Module) -> nn.Module | None:
     getter = getattr(root, "get_output_embeddings", None)
     try:
-        return getter() if callable(getter) else None
+        found = getter() if callable(getter) else None
     except (NotImplementedError, AttributeError):
         return None
+    return found if isinstance(found, nn.Module) else None

@@ -37,7 +37,9 @@ class _LowRankLinear(torch.autograd.Function):
         weight_is_dxh: bool,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = base_product(rows, weight, bias, weight_is_dxh)
+        # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
+        y = base_product(rows if weight_is_dxh else x, weight, bias, weight_is_dxh).contiguous()
+        y = y.view(-1, y.shape[-1])
         xu = F.linear(rows, U_rows.to(x.dtype))
         y.addmm_(xu, V.to(x.dtype), alpha=scale)
         ctx.save_for_backward(rows, weight, U_rows, V, xu)
@@ -46,10 +48,10 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight, U_rows, V, xu = ctx.saved_tensors
         need_x, _, _, need_U, need_V, _, _ = ctx.needs_input_grad
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         dxu = ctx.scale * F.linear(dy, V.to(dy.dtype))
         dx = dU_rows = dV = None
         if need_x:
@@ -87,7 +89,7 @@ def lowrank_term(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Float[Tensor, "*b h"]:
-    """scale·(dropout(x)·U)·V by plain operations: for dropout, autocast, and layers with a forward of their own."""
+    """scale·(dropout(x)·U)·V by plain operations: for dropout, autocast, layers with their own forward."""
     xu = F.linear(F.dropout(x, dropout, training), U_rows.to(x.dtype))
     return scale * (xu @ V.to(x.dtype))
 

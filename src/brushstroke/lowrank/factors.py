@@ -44,7 +44,8 @@ class LowRank(Update):
         U, V = self.U, self.V
         if U.ndim != 2 or V.ndim != 2 or U.shape[1] != V.shape[0]:
             raise ShapeError(
-                f"U must be (d, r) and V (r, h) with the same rank r; got U {tuple(U.shape)} and V {tuple(V.shape)}"
+                f"U must be (d, r) and V (r, h) with the same rank r; got U {tuple(U.shape)} and V "
+                f"{tuple(V.shape)}"
             )
         if U.dtype != V.dtype or not U.is_floating_point():
             raise ShapeError(f"U and V must share one float dtype; got {U.dtype} and {V.dtype}")
@@ -117,8 +118,10 @@ class LowRank(Update):
         """‖ΔW‖_F in float64, from the factors."""
         return algebra.norm(self.factors)
 
-    def inner(self, other: Self) -> float:
+    def inner(self, other: Update) -> float:
         """⟨ΔW₁, ΔW₂⟩ in float64, from the factors."""
+        if not isinstance(other, LowRank):
+            raise ShapeError(f"expected the factors of a second low-rank update; got {type(other).__name__}")
         self._check(other)
         return algebra.inner(self.factors, other.factors)
 
@@ -142,7 +145,9 @@ class LowRank(Update):
         """The same update in another dtype or on another device."""
         return type(self)(self.U.to(device, dtype), self.V.to(device, dtype), self.scale)
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: Update) -> Self:
+        if not isinstance(other, LowRank):
+            return NotImplemented
         self._check(other)
         dtype = torch.promote_types(self.dtype, other.dtype)
         return type(self)(*algebra.add([self.to(dtype).factors, other.to(dtype, self.device).factors]))

@@ -47,7 +47,7 @@ class Update(ABC):
         """The tensors that the update holds, by name."""
 
     @abstractmethod
-    def inner(self, other: Self) -> float:
+    def inner(self, other: "Update") -> float:
         """⟨ΔW₁, ΔW₂⟩, the sum of the products of all entries, in float64."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Update(ABC):
         """The same update in another dtype or on another device."""
 
     @abstractmethod
-    def __add__(self, other: Self) -> Self: ...
+    def __add__(self, other: "Update") -> Self: ...
 
     @abstractmethod
     def __mul__(self, factor: float) -> Self: ...
@@ -70,5 +70,5 @@ class Update(ABC):
     def __neg__(self) -> Self:
         return self * -1.0
 
-    def __sub__(self, other: Self) -> Self:
+    def __sub__(self, other: "Update") -> Self:
         return self + (-other)

@@ -1,0 +1,115 @@
+"""Close the ways by which a model would pass an adapter by, or write it out with the base.
+
+It swaps no class itself; whatever it changes in a model, its undo gives back.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from brushstroke.errors import AttachError
+from brushstroke.layers.adapted import Adapted
+
+PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative; half precision gets the last line
+HALF_PROBE_TOLERANCE = 0.1
+_ABSENT = object()
+
+
+def refuse_second(root: nn.Module, own: Mapping[str, nn.Module] | None = None) -> None:
+    """Refuse a model that holds an adapter other than our own.
+
+    Raises:
+        AttachError: one attachment at a time; the message names the ways to use several adapters.
+    """
+    ours = {id(module) for module in (own or {}).values()}
+    for path, module in root.named_modules():
+        if isinstance(module, Adapted) and id(module) not in ours:
+            raise AttachError(
+                f"the model has an adapter attached already (at {path or 'its root'}); detach it "
+                "first, add the two "
+                "adapters (a + b) and attach the sum, or put both into a bank"
+            )
+
+
+def guard_model(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
+    """Close the bypasses of these adapted modules, and `save_pretrained`; returns what opens them again."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise AttachError(
+            "the model has an adapter in it, and save_pretrained would write its factors into the "
+            "base's files; "
+            "save the adapter with brushstroke.save(), or merge it and save the merged model"
+        )
+
+    undo: list[Callable[[], None]] = []
+    for path, layer in root.named_modules():
+        if not any(p == path or p.startswith(f"{path}.") or not path for p in modules):
+            continue
+        if hasattr(type(layer), "save_pretrained"):
+            undo.append(_override(layer, "save_pretrained", refuse))
+        # The inference fast path of these two reads the weights and runs no forward of the modules below.
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            undo.append(_override(layer, "activation_relu_or_gelu", 0))
+        if isinstance(layer, nn.TransformerEncoder):
+            undo.append(_override(layer, "use_nested_tensor", False))
+    return undo
+
+
+def probe(modules: Mapping[str, Adapted]) -> None:
+    """Run one module of each class on random input and see that the low-rank term arrives.
+
+    Raises:
+        AttachError: the adapted forward is not run.
+    """
+    for path in {type(module): path for path, module in modules.items()}.values():
+        _probe(modules[path], path)
+
+
+def _probe(module: Adapted, path: str) -> None:
+    weight = module.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    d, h = module._widths
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, d, generator=generator).to(weight.device, dtype)
+    U_rows = torch.randn(1, d, generator=generator).to(weight.device, dtype) / d**0.5
+    was_training = module.training
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        module.training = False
+        reopen = module._route.set((0,))
+        try:
+            base = module(x)
+            V = torch.full((1, h), max(1.0, float(base.abs().mean())), dtype=dtype, device=x.device)
+            tensors, settings = module._trial(U_rows, V)
+            before = {name: module.__dict__[name] for name in settings}
+            module.__dict__.update(settings)
+            module._route.set((1,))
+            try:
+                got = torch.func.functional_call(module, tensors, (x,))
+            finally:
+                module.__dict__.update(before)
+        finally:
+            module.training = was_training
+            reopen()
+        expected = (x.double() @ U_rows.double().mT) @ V.double()
+    error = float((got.double() - base.double() - expected).norm() / expected.norm())
+    if not error <= PROBE_TOLERANCE.get(dtype, HALF_PROBE_TOLERANCE):
+        raise AttachError(
+            f"{path} ({module._base_class.__name__}) does not run the adapted forward: its output is off by "
+            f"{error:.1e} of the low-rank term; this kind of module cannot be adapted"
+        )
+
+
+def _override(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of the instance, past every __setattr__; returns what brings the old state back."""
+    before = module.__dict__.get(name, _ABSENT)
+    module.__dict__[name] = value
+
+    def undo() -> None:
+        if before is _ABSENT:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = before
+
+    return undo
