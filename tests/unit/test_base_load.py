@@ -1,0 +1,248 @@
+"""Loading a frozen base: what it is afterwards, what is refused, and that it is silent."""
+
+import contextlib
+import importlib
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import logging as hf_logging
+
+from brushstroke.base import Base, choose_device, choose_dtype, load_base, quiet_transformers
+from brushstroke.errors import BaseLoadError, ConfigError
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, llama: Any) -> Path:
+    with quiet_transformers():
+        llama.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    """A Llama of one layer, with a tied head and a tokenizer of bytes, in fp32."""
+    gguf = pytest.importorskip("gguf")
+    words = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
+    file = tmp_path / "gguf" / "tiny.gguf"
+    file.parent.mkdir()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (len(words), 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+        **{f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")},
+        **{f"blk.0.ffn_{part}": (48, 32) for part in ("gate", "up")},
+        "blk.0.ffn_down": (32, 48),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def assert_frozen(base: Base) -> None:
+    assert not any(module.training for module in base.model.modules())
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_a_folder_gives_the_saved_weights_frozen(folder: Path, llama: nn.Module) -> None:
+    base = load_base(folder, dtype="float32", device="cpu")
+    assert_frozen(base)
+    assert base.tokenizer is None
+    assert base.name == str(folder)
+    assert not base.quantised
+    assert (base.device, base.dtype) == (CPU, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), base.model.parameters(), strict=True))
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path, tied_llama: Any) -> None:
+    with quiet_transformers():
+        tied_llama.save_pretrained(tmp_path)
+    model: Any = load_base(tmp_path, dtype="bfloat16", device="cpu").model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == torch.bfloat16
+
+
+def test_generate_is_the_models_own(folder: Path) -> None:
+    base = load_base(folder, device="cpu")
+    assert base.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape == (1, 5)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    tokenizer = load_base(folder, device="cpu").tokenizer
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<end>", 1)
+
+
+def test_loading_is_silent_and_puts_the_settings_back(
+    folder: Path, gguf_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    load_base(folder, device="cpu")
+    load_base(gguf_file, device="cpu")
+    assert (hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_gguf_file_becomes_a_plain_model_that_can_be_saved(gguf_file: Path, tmp_path: Path) -> None:
+    import gguf
+
+    found = gguf.GGUFReader, vars(gguf).get("get_tensor_name_map")
+    base = load_base(gguf_file.parent, dtype="float32", device="cpu")
+    assert (gguf.GGUFReader, vars(gguf).get("get_tensor_name_map")) == found
+    assert_frozen(base)
+    model: Any = base.model
+    assert base.quantised
+    assert model.brushstroke_quantised
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert base.tokenizer.encode("ab", add_special_tokens=False) == [29]
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "plain")
+    again: Any = load_base(tmp_path / "plain", dtype="float32", device="cpu")
+    assert not again.quantised
+    assert torch.equal(
+        again.model(torch.ones(1, 3, dtype=torch.long)).logits, model(torch.ones(1, 3).long()).logits
+    )
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_gguf_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))
+    file = importlib.import_module("assets").model_path()
+    base = load_base(file, dtype="float32", device="cpu")
+    model: Any = base.model
+    assert base.quantised
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = base.tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in base.tokenizer.decode(base.generate(**ids, max_new_tokens=3, do_sample=False)[0])
+
+
+def refused(name: str | Path) -> str:
+    with pytest.raises(BaseLoadError) as caught:
+        load_base(name, device="cpu")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_not_there_is_refused_without_the_network(tmp_path: Path) -> None:
+    assert "no file or folder" in refused(tmp_path / "nothing")
+    assert "no file or folder" in refused("./nothing")
+    assert "no file or folder" in refused("some/model.gguf")
+    assert "empty" in refused("")
+
+
+def test_an_unreachable_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hub" in refused("nobody/brushstroke-has-no-such-model")
+
+
+def test_what_holds_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "found nothing" in refused(tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("x")
+    assert "unknown kind" in refused(tmp_path / "notes.txt")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refused(tmp_path / "adapter")
+    (tmp_path / "two").mkdir()
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / "two" / name).write_bytes(b"")
+    assert "a.gguf, b.gguf" in refused(tmp_path / "two")
+    assert "not a GGUF file" in refused(tmp_path / "two" / "a.gguf")
+
+
+def test_a_damaged_model_is_refused(folder: Path, gguf_file: Path) -> None:
+    gguf_file.write_bytes(gguf_file.read_bytes()[:300])
+    assert "tiny.gguf" in refused(gguf_file)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    assert str(folder) in refused(folder)
+    weights.write_bytes(whole)
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refused(folder)
+
+
+def test_a_missing_weight_is_never_made_up(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight" in refused(folder)
+
+
+def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight" in refused(folder)
+
+
+def test_the_rule_for_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_features(machine: str, **features: bool) -> torch.dtype:
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+        return choose_dtype("auto", CPU)[0]
+
+    assert with_features("x86_64", avx512_bf16=True) == torch.bfloat16
+    assert with_features("x86_64", amx_bf16=True) == torch.bfloat16
+    assert with_features("x86_64", avx2=True) == torch.float32
+    assert with_features("aarch64", bf16=True) == torch.bfloat16
+    assert with_features("aarch64", neon=True) == torch.float32
+    assert choose_dtype("float16", CPU) == (torch.float16, "asked for")
+    with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
+        choose_dtype("bfloat", CPU)
+
+
+def test_the_rule_for_devices() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device(CPU) == CPU
+    with pytest.raises(ConfigError, match=re.escape("auto, cpu, cuda, mps")):
+        choose_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="not there"):
+            choose_device("cuda")
+
+
+def test_quiet_puts_the_levels_back_after_an_error() -> None:
+    level = hf_logging.get_verbosity()
+    with contextlib.suppress(RuntimeError), quiet_transformers():
+        assert hf_logging.get_verbosity() == logging.ERROR
+        raise RuntimeError
+    assert hf_logging.get_verbosity() == level

@@ -1,0 +1,139 @@
+"""W (d×h) of every site, from a live model and from files in every layout that is about."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import toys
+from brushstroke.base import Base, FolderWeights, ModelWeights, quiet_transformers
+from brushstroke.errors import BaseLoadError
+
+
+def saved(model: Any, folder: Path, **options: Any) -> Path:
+    with quiet_transformers():
+        model.save_pretrained(folder, **options)
+    return folder
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    file = folder / "model.safetensors"
+    tensors = {
+        (new + key.removeprefix(old) if key.startswith(old) else key): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def assert_same(folder: Path, model: nn.Module) -> FolderWeights:
+    files, live = FolderWeights(folder), ModelWeights(model)
+    assert list(files) == list(live)
+    assert files.sites() == live.sites()
+    assert len(files) == len(files.sites())
+    for site in files.sites():
+        W = files[site.path]
+        assert torch.equal(W, live[site.path])
+        assert tuple(W.shape) == site.shape
+    return files
+
+
+def test_live_weights_are_views_in_our_orientation() -> None:
+    model = toys.tiny_gpt2()
+    weights = ModelWeights(Base(model))
+    c_attn: Any = model.get_submodule("transformer.h.0.attn.c_attn")
+    W = weights["transformer.h.0.attn.c_attn"]
+    assert W.shape == (32, 96)
+    assert W.data_ptr() == c_attn.weight.data_ptr()
+    assert weights["lm_head"].shape == (32, toys.VOCABULARY)
+    assert not W.requires_grad
+    assert {site.path: site.tied_to for site in weights.sites()}["lm_head"] == "transformer.wte"
+    assert "lm_head" in weights
+    with pytest.raises(KeyError, match="did you mean"):
+        weights["lm_heat"]
+
+
+def test_a_packed_weight_is_not_read() -> None:
+    net = toys.Mlp()
+    net.fc1.weight = nn.Parameter(torch.ones(10, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(BaseLoadError, match=r"fc1.*packed"):
+        ModelWeights(net)["fc1"]
+
+
+def test_one_file(language_model: nn.Module, tmp_path: Path) -> None:
+    assert_same(saved(language_model, tmp_path), language_model)
+
+
+def test_shards(language_model: nn.Module, tmp_path: Path) -> None:
+    files = assert_same(saved(language_model, tmp_path, max_shard_size="20KB"), language_model)
+    assert len(files.shards()) > 2
+    assert {files.key(site)[0] for site in files} <= set(files.shards())
+    file, key = files.key(next(iter(files)))
+    assert key in load_file(tmp_path / file)
+
+
+def test_a_tied_head_is_its_twin(tied_llama: nn.Module, tmp_path: Path) -> None:
+    files = assert_same(saved(tied_llama, tmp_path), tied_llama)
+    assert files.key("lm_head") == ("model.safetensors", "model.embed_tokens.weight")
+    assert files.sites()[-1].tied_to == "model.embed_tokens"
+
+
+def test_keys_without_the_prefix_of_the_base_model(gpt2: nn.Module, tmp_path: Path) -> None:
+    rename(saved(gpt2, tmp_path), "transformer.", "")
+    files = assert_same(tmp_path, gpt2)
+    assert files.key("transformer.h.0.attn.c_attn")[1] == "h.0.attn.c_attn.weight"
+
+
+def test_keys_with_a_prefix_that_the_model_lacks(llama: Any, tmp_path: Path) -> None:
+    inner = llama.model
+    rename(saved(inner, tmp_path), "", "model.")
+    assert_same(tmp_path, inner)
+
+
+def test_a_site_that_the_files_do_not_hold(llama: nn.Module, tmp_path: Path) -> None:
+    rename(saved(llama, tmp_path), "model.layers.1.mlp.up_proj", "model.layers.1.mlp.other")
+    files = FolderWeights(tmp_path)
+    site = "model.layers.1.mlp.up_proj"
+    assert site in files
+    for ask in (files.key, files.__getitem__):
+        with pytest.raises(BaseLoadError, match=rf"{site}.*whole model"):
+            ask(site)
+
+
+def test_a_tensor_of_another_shape_or_kind(llama: nn.Module, tmp_path: Path) -> None:
+    file = saved(llama, tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = torch.ones(3, 4)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    files = FolderWeights(tmp_path)
+    with pytest.raises(BaseLoadError, match=r"lm_head.*\(64, 32\).*\(3, 4\)"):
+        files["lm_head"]
+    with pytest.raises(BaseLoadError, match="U8"):
+        files["model.layers.0.mlp.up_proj"]
+
+
+def test_a_folder_that_cannot_be_read(llama: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(BaseLoadError, match="safetensors"):
+        FolderWeights(tmp_path)
+    index = saved(llama, tmp_path, max_shard_size="20KB") / "model.safetensors.index.json"
+    shard = next(iter(json.loads(index.read_text())["weight_map"].values()))
+    (tmp_path / shard).unlink()
+    with pytest.raises(BaseLoadError, match=f"lacks {shard}"):
+        FolderWeights(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(BaseLoadError, match="damaged"):
+        FolderWeights(tmp_path)
+    index.unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(BaseLoadError, match="damaged"):
+        FolderWeights(tmp_path)
+
+
+def test_a_folder_without_a_config(llama: nn.Module, tmp_path: Path) -> None:
+    (saved(llama, tmp_path) / "config.json").unlink()
+    with pytest.raises(BaseLoadError, match="config"):
+        FolderWeights(tmp_path)
