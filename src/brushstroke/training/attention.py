@@ -1,7 +1,7 @@
 """Exact attention for a packed row, as a function in transformers' AttentionInterface.
 
-It reads the layout that the packed pass hands through the model as an extra keyword. Tokens see their own example
-alone: its shared prefix and what stands before them in it. Padding exists inside one call only.
+It reads the layout that the packed pass hands through the model as an extra keyword. Tokens see their own
+example alone: its shared prefix and what stands before them in it. Padding exists inside one call only.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class UnsupportedAttention(RuntimeError):
 
 
 class _Gather(torch.autograd.Function):
-    """Select along one axis where every source position is wanted exactly once, up to copies without a gradient.
+    """Select along one axis, where every position is wanted exactly once, up to copies without a gradient.
 
     The backward pass is a selection too, by the inverse index: no scattering, no adding up.
     """
@@ -35,7 +35,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(axis, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         return grad.index_select(ctx.axis, ctx.inverse), None, None, None
 
 
@@ -49,7 +49,7 @@ class _Scatter(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.length, *grad.shape[1:]).index_copy_(0, index, grad), None
 
@@ -115,14 +115,14 @@ def _from_rows(out: Float[Tensor, "rows heads width w"], piece: Piece) -> Float[
 
 
 class AttentionName:
-    """The name of the attention function on a model's configs, set for a packed pass alone and always put back.
+    """The name of the attention function in a model's configs, set for a packed pass alone and put back.
 
-    Under a name that transformers' mask registry does not know it builds no masks at all, so the name must never
-    stay: a padded `generate` would attend to the padding without a word.
+    Under a name that transformers' mask registry does not know it builds no masks at all, so the name must
+    never stay: a padded `generate` would attend to the padding without a word.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+        configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
 
     @contextmanager

@@ -1,6 +1,7 @@
 """Train an attached model under transformers' Trainer, and write its adapter alone.
 
-The Trainer's own checkpoints, and so its resume, are not offered: they would write the factors into the base's files.
+The Trainer's own checkpoints, and so its resume, are not offered: they would write the factors into the
+base's files.
 """
 
 from pathlib import Path
@@ -27,27 +28,24 @@ class AdapterCallback(TrainerCallback):
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         """Save the adapter in place of the model."""
-        return self._save_instead(args, state, control)
+        self._save_instead(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         """Save the adapter in place of the model."""
-        return self._save_instead(args, state, control)
+        self._save_instead(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         """Write the finished adapter."""
         if state.is_world_process_zero:
             save(self._attachment.adapter(), self._target(args), overwrite=True)
-        return control
 
-    def _save_instead(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> TrainerControl:
+    def _save_instead(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         if control.should_save:
             control.should_save = False
             if state.is_world_process_zero and state.global_step < state.max_steps:
@@ -57,7 +55,6 @@ class AdapterCallback(TrainerCallback):
                     target.with_name(f"{target.name}-{state.global_step}"),
                     overwrite=True,
                 )
-        return control
 
     def _target(self, args: TrainingArguments) -> Path:
         return self._folder or Path(args.output_dir or ".") / "adapter"

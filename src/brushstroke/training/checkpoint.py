@@ -1,6 +1,7 @@
 """Checkpoints: factors, optimiser state and counters in safetensors and JSON, written all or nothing.
 
-Random states are not kept, because none is needed: the order of the data and dropout follow from (seed, step).
+No random states are kept, because none are needed: the order of the data and dropout follow from the seed
+and the step.
 """
 
 import json
@@ -27,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save_session(session: "Training", folder: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write the state of a training session into a folder of its own, replacing a checkpoint that stands there.
+    """Write the state of a training session into a folder of its own, in place of a checkpoint there.
 
     Raises:
         OutputError: it cannot be written; nothing half-written is left.

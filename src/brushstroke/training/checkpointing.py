@@ -16,10 +16,10 @@ _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
 
 
 class Checkpointed:
-    """While entered, the model's layers recompute their activations in the backward pass; may be entered again.
+    """While entered, the model's layers recompute their activations in the backward pass; reusable.
 
-    Only the checkpointing layers themselves get the training flag that they ask for; everything inside them stays
-    in evaluation mode. What was set is put back.
+    Only the checkpointing layers themselves get the training flag that they ask for; everything inside them
+    stays in evaluation mode. What was set is put back.
 
     Raises:
         ConfigError: the model has no such layers.

@@ -6,7 +6,7 @@ It decides nothing about the adapter: that is `LoraConfig`.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from brushstroke.errors import ConfigError, did_you_mean
 from brushstroke.training.schedule import SCHEDULES
@@ -80,7 +80,7 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+    def from_dict(cls, settings: Mapping[str, Any]) -> "TrainConfig":
         """The inverse of `as_dict`; an unknown key is an error."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in settings:
@@ -92,8 +92,8 @@ class TrainConfig:
 def default_learning_rate(hidden: int | None) -> float:
     """5e-5·10·(2000 / hidden)^0.781: ten times full fine-tuning's, falling with the width of the model.
 
-    The fit is Thinking Machines' for Llama models ("LoRA Without Regret", 2025, and its cookbook). 5e-4 where the
-    width is unknown. Two significant digits.
+    The fit is Thinking Machines' for Llama models ("LoRA Without Regret", 2025, and its cookbook). 5e-4
+    where the width is unknown. Two significant digits.
 
     >>> default_learning_rate(576), default_learning_rate(4096)
     (0.0013, 0.00029)

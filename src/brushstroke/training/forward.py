@@ -65,7 +65,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a pass gives for its trained positions: hidden states where there is a head to apply, else logits."""
+    """What a pass gives for its trained positions: hidden states where there is a head, else logits."""
 
     values: Tensor
     targets: Tensor
@@ -85,7 +85,7 @@ class Outputs:
 
 
 class PackedForward:
-    """One row of all examples, positions starting anew, shared prefixes once, no padding in any linear layer."""
+    """All examples in one row, each with positions of its own, shared prefixes once, no padding."""
 
     name = "packed"
 
@@ -190,7 +190,7 @@ class PaddedForward:
 
 
 def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
-    """The packed pass where a probe shows that it gives what each example gives alone, padded batches elsewhere.
+    """The packed pass where a probe shows that each example gets what it gets alone, else padded batches.
 
     Returns:
         The forward, and the reason in one line.
@@ -206,16 +206,16 @@ def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
     else:
         if difference <= min(TOLERANCE.get(_dtype(model), HALF_TOLERANCE), MAX_SHARE_OF_LEAK * leak):
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
-        reason = f"a packed pair differs from each example alone by {difference:.1e}, where a leak gives {leak:.1e}"
+        reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing would be wrong for this model: {reason}"
 
 
 def _probe(
     packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool
 ) -> tuple[float, float]:
-    """Relative differences of logits: a packed pair against each example alone, and what a plain leak would give."""
+    """Relative differences of logits from each example alone: of a packed pair, and of a plain leak."""
     first, second = examples = _probe_examples(model)
-    difference = 0.0
+    difference, alone = 0.0, torch.zeros(())
     for probed in examples:
         alone = padded.trained_logits(_unshared([probed])).double()
         silent = [e if e is probed else Example(e.tokens, (0.0,) * len(e)) for e in examples]

@@ -1,6 +1,7 @@
 """A packed pass as tensors: one row of tokens, and the pieces that attention works on.
 
-No model here. The row is laid out group by group: a shared prefix, then its suffixes in blocks of similar length.
+No model here. The row is laid out group by group: a shared prefix, then its suffixes in blocks of similar
+length.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ PADDING = 0.1  # largest share of padding inside one attention call
 class Piece:
     """A stretch of the packed row that one attention call handles: `rows` suffixes, or one prefix.
 
-    Where the suffixes differ in length, `pad` (rows·width entries) says which token of the piece stands at each
-    padded position, and `unpad` (one entry for each token) where each token stands; None where there is no padding.
-    `prefix` is the index of the piece that these suffixes continue, if any.
+    Where the suffixes differ in length, `pad` (rows·width entries) says which token of the piece stands at
+    each padded position, and `unpad` (one entry for each token) where each token stands; None where there
+    is no padding. `prefix` is the index of the piece that these suffixes continue, if any.
     """
 
     tokens: int
@@ -53,7 +54,7 @@ class Layout:
         return [piece.tokens for piece in self.pieces]
 
     def mask(self, queries: int, prefix: int, window: int | None) -> Bool[Tensor, "q k"]:
-        """Which of `prefix + queries` keys each query sees: all before it, within the window if there is one."""
+        """Which of `prefix + queries` keys each query sees: those before it, within the window if any."""
         key = (queries, prefix, window)
         if key not in self.masks:
             device = self.tokens.device

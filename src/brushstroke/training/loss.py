@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits of the trained positions (m×v), targets (m), weights (m)) → scalar, averaged over the positions.
 
-The weights add up to 1 where every trained token counts the same, so that `F.cross_entropy(logits, targets)` and
-`(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right for any size of the passes.
+The weights add up to 1 where every trained token counts the same, so that `F.cross_entropy(logits, targets)`
+and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right.
 """
 
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits that exist at one time; 64 MiB in fp32
@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad, ctx.grad = ctx.grad, None
         return grad.mul_(grad_total.to(grad.dtype)) if grad is not None else None, None, None, None, None
 
@@ -62,7 +62,8 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in fp32, for a frozen head.
 
-    Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is one chunk of logits, whatever m.
+    Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is one chunk of logits,
+    whatever m.
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights)  # type: ignore[return-value]
 
@@ -73,7 +74,7 @@ def summed_loss(
     weights: Float[Tensor, " m"],
     loss: LossFunction | None,
 ) -> Float[Tensor, ""]:
-    """The loss of these positions as a sum: built-in cross-entropy, or m times what the user's function gives."""
+    """The loss of these positions as a sum: cross-entropy, or m times what the user's function gives."""
     if loss is None:
         return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
     m = targets.shape[0]

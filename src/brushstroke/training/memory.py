@@ -22,7 +22,7 @@ PROCESS_BYTES = 450 * 2**20  # interpreter, torch, transformers
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory, or of the machine's where the device is a CPU: the container's limit if lower."""
+    """Bytes of the device's memory; on a CPU the machine's, or the container's limit where it is lower."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min([_physical_memory(), *_container_limits()])

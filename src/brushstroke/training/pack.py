@@ -13,7 +13,7 @@ MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention c
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that begin with the same `prefix` tokens, none of which is trained or predicts a trained one."""
+    """Examples that begin with the same `prefix` tokens, none of which is trained or predicts a target."""
 
     prefix: int
     members: tuple[Example, ...]
@@ -44,8 +44,8 @@ class Pass:
 def plan_passes(examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
     """Arrange the examples of one step over passes of at most `micro_tokens` computed tokens.
 
-    An example longer than that gets a pass of its own. A prefix whose members fall into several passes is computed
-    once in each. The passes are of about equal size.
+    An example longer than that gets a pass of its own. A prefix whose members fall into several passes is
+    computed once in each. The passes are of about equal size.
     """
     groups = share_prefixes(examples) if share else [Group(0, (example,)) for example in examples]
     total = sum(group.computed_tokens for group in groups)
@@ -72,8 +72,8 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
     """Group examples by common beginnings so that the fewest tokens are computed.
 
     In lexicographic order every useful group is a run of neighbours, so the best grouping is found by dynamic
-    programming over the cuts: a group of n with the common prefix P saves (n − 1)·P tokens. A group's members are
-    sorted by length.
+    programming over the cuts: a group of n with the common prefix P saves (n − 1)·P tokens. A group's members
+    are sorted by length.
     """
     order = sorted(examples, key=lambda example: example.tokens)
     n = len(order)
@@ -103,7 +103,7 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
 
 
 def _shareable(example: Example) -> int:
-    """The longest prefix that leaves the example its own last prompt token, which predicts its first target."""
+    """The longest prefix that leaves the example its last prompt token, which predicts its first target."""
     return max(0, example.first_trained - 1)
 
 

@@ -247,7 +247,7 @@ def read_data(
     prompt_column: str | None = None,
     completion_column: str | None = None,
 ) -> EncodedData:
-    """Tokenise data for a run: the adapter's own chat template where it goes on from one, the model's context."""
+    """Tokenise data for a run, with the template of the adapter that it goes on from, if any."""
     return encode(
         data,
         base.tokenizer,
@@ -340,8 +340,8 @@ def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) ->
             differences.append(f"{key}: now {value!r}, then {then.get(key)!r}" if plain else f"another {key}")
     if differences:
         raise ResumeError(
-            f"{where} belongs to a run with other settings ({'; '.join(differences)}); resume with the same command, "
-            "or start over with overwrite (--overwrite)"
+            f"{where} belongs to a run with other settings ({'; '.join(differences)}); resume with "
+            "the same command, or start over with overwrite (--overwrite)"
         )
 
 

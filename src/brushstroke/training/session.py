@@ -3,11 +3,11 @@
 The loop itself is in `run`; files are in `checkpoint`.
 """
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -43,8 +43,8 @@ class StepResult:
 class Training:
     """A base with a trainable adapter in it, on the packed step; a context manager that detaches at its end.
 
-    Several `forward_backward` calls before one `optim_step` equal one call with all the examples: gradients add up,
-    and the step divides them by the trained tokens of all calls.
+    Several `forward_backward` calls before one `optim_step` equal one call with all the examples: gradients
+    add up, and the step divides them by the trained tokens of all calls.
 
     Args:
         base: the frozen model; a Base, or an nn.Module for examples that are tokenised already.
@@ -210,7 +210,7 @@ class Training:
         self._check_open()
         encoded = self.encode(examples)
         total, computed = 0.0, 0
-        with self._evaluating(), self._forward.context():
+        with _asleep(self.attachment), self._forward.context():
             for part in self._forward.passes(encoded, self.micro_tokens, self.share_prefixes):
                 total += self._forward.summed_loss(part, None).item()
                 computed += part.computed_tokens
@@ -222,7 +222,7 @@ class Training:
         from brushstroke.inference import generate
 
         self._check_open()
-        with self._evaluating():
+        with _asleep(self.attachment):
             return [answer.text for answer in generate(self.base, prompts, **options)]
 
     def adapter(self) -> Adapter:
@@ -237,12 +237,12 @@ class Training:
         return self.attachment.adapter(card)
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint (factors, optimiser, counters) from which `Training.load` goes on to the same bits."""
+        """Write factors, optimiser and counters, from which `load` goes on to the same bits."""
         from brushstroke.training.checkpoint import save_session
 
         save_session(self, Path(folder))
 
-    def load(self, folder: str | Path) -> Self:
+    def load(self, folder: str | Path) -> "Training":
         """Take over the state of a checkpoint that `save` wrote for the same base and sites.
 
         Raises:
@@ -273,7 +273,7 @@ class Training:
         )
         return list(encode(examples, self.base.tokenizer, max_length=limit))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Training":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -291,39 +291,27 @@ class Training:
                 "this training was closed; make a new one, from its adapter if you want to go on"
             )
 
-    def _evaluating(self) -> Any:
-        return _Asleep(self.attachment)
-
-    def _dropout_seed(self) -> Any:
-        """Dropout is drawn from (seed, step, call), so that a resumed run draws what the whole run would have."""
-        return _Seeded(self.seed, self.steps, self._calls) if self.drops else nullcontext()
+    def _dropout_seed(self) -> AbstractContextManager[None]:
+        """Dropout follows from (seed, step, call): a resumed run draws what the whole run would have."""
+        return _seeded(self.seed, self.steps, self._calls) if self.drops else nullcontext()
 
 
-class _Asleep:
+@contextmanager
+def _asleep(attachment: Attachment) -> Iterator[None]:
     """Within it the dropout of the low-rank path sleeps."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._modules = list(attachment.modules.values())
-
-    def __enter__(self) -> None:
-        for module in self._modules:
-            module.training = False
-
-    def __exit__(self, *exc: object) -> None:
-        for module in self._modules:
+    modules = list(attachment.modules.values())
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
             module.training = True
 
 
-class _Seeded:
-    """Within it torch's generators start from a seed of this step's own; afterwards they are as before."""
-
-    def __init__(self, *parts: int) -> None:
-        self._seed = hash(parts) % 2**63
-        self._fork = torch.random.fork_rng()
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *exc: object) -> None:
-        self._fork.__exit__(*exc)
+@contextmanager
+def _seeded(*parts: int) -> Iterator[None]:
+    """Within it torch's generators start from these numbers; afterwards they are as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(hash(parts) % 2**63)
+        yield
