@@ -18,8 +18,8 @@ class AdapterCallback(TrainerCallback):
 
     Args:
         attachment: from `attach(model, LoraConfig(...), trainable=True)` on the Trainer's model.
-        folder: where the finished adapter goes; `adapter` in the Trainer's output folder by default. Where the
-            Trainer's save strategy asks for more, those go to `adapter-STEP` beside it.
+        folder: where the finished adapter goes, by default `adapter` in the Trainer's output folder. What the
+            Trainer's save strategy asks for on the way goes to `adapter-STEP` beside it.
     """
 
     def __init__(self, attachment: Attachment, folder: str | Path | None = None) -> None:
