@@ -43,8 +43,8 @@ class Settings:
 
 FULL = Settings(
     name="full",
-    rows={"addresses": 640, "people": 600, "companies": 520},
-    learning_rate=2e-3,
+    rows={"addresses": 640, "people": 420, "companies": 380},
+    learning_rate=3e-3,
     batch_size=8,
     held_out=64,
     max_new_tokens=144,
@@ -54,8 +54,8 @@ FULL = Settings(
 )
 QUICK = Settings(
     name="quick",
-    rows={"addresses": 200, "people": 100, "companies": 100},
-    learning_rate=2e-3,
+    rows={"addresses": 280, "people": 60, "companies": 60},
+    learning_rate=4e-3,
     batch_size=4,
     held_out=40,
     max_new_tokens=144,

@@ -1,5 +1,6 @@
 """What the demo prints: headings, progress, answers, tables. Without a terminal, plain lines."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from settings import Settings
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 LINES = 8  # reports of a training run where there is no terminal to redraw
 
 
@@ -57,7 +58,7 @@ def training() -> Iterator[Callable[[Any], None]]:
                 f"peak memory {megabytes(event.peak_memory_bytes)}"
             )
             progress.update(task, completed=event.step, total=event.steps, state=state)
-            if not console.is_terminal and event.step % max(1, event.steps // LINES) == 0:
+            if not console.is_terminal and event.step % -(-event.steps // LINES) == 0:
                 left = seconds / done * (event.steps - event.step)
                 console.print(f"  step {event.step} of {event.steps} · {state} · {left:.0f} s left")
 
