@@ -84,7 +84,7 @@ def merge_weight(
     )
     if drift.survived < MIN_SURVIVAL:
         raise MergeError(
-            f"{path}: only {drift.survived:.0%} of the update survives the rounding to {W.dtype}; "
+            f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
             "merge into a wider dtype (float32), or serve the adapter unmerged"
         )
     return merged, drift

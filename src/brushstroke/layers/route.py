@@ -75,8 +75,14 @@ class Route:
         """One slot for each row of a batch of this size, as a tensor: compiled graphs index by it.
 
         The tensor is read as data, so that one graph serves every route of the same number of rows.
+
+        Raises:
+            RouteError: the batch is no multiple of the route.
         """
-        return self._index.to(device).repeat_interleave(rows // self._index.shape[0])
+        entries = self._index.shape[0]
+        if rows % entries:  # no divmod: compilers don't know it for sizes that vary
+            raise RouteError(_wrong_rows(entries, rows))
+        return self._index.to(device).repeat_interleave(rows // entries)
 
     def guard(self, y: Tensor) -> Tensor:
         """Make the backward pass through y raise if the route is another one by then."""
@@ -106,11 +112,12 @@ class Route:
     def _repeated(self, rows: int) -> list[int]:
         times, rest = divmod(rows, len(self._slots))
         if rest or not times:
-            raise RouteError(
-                f"the route has {len(self._slots)} rows, the batch {rows}; "
-                "give one adapter name (or None) for each row of the batch"
-            )
+            raise RouteError(_wrong_rows(len(self._slots), rows))
         return [slot for slot in self._slots for _ in range(times)]
+
+
+def _wrong_rows(route: int, batch: int) -> str:
+    return f"the route has {route} rows, the batch {batch}; give one adapter name (or None) for each row of the batch"
 
 
 def _as_rows(rows: list[int]) -> Rows:
