@@ -15,7 +15,7 @@ from brushstroke.cli.configfile import apply_config_file
 from brushstroke.cli.console import fail, say, show_library_warnings
 from brushstroke.errors import BrushstrokeError, ConfigError
 
-OK, REFUSED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+OK, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
 DEBUG = "BRUSHSTROKE_DEBUG"
 
 COMMANDS = {  # name → where it is, and whether it takes a config file
@@ -66,7 +66,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it ends
-        return BROKEN_PIPE
+        return REFUSED
     except Exception as error:
         return _failed(error, REFUSED, _in_words(error))
 
@@ -103,6 +103,6 @@ def _in_words(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     return (
-        f"unexpected {kind}{f': {first}' if first else ''}. This is a bug in brushstroke; set {DEBUG}=1 to see "
-        "where it comes from, and report it"
+        f"unexpected {kind}{f': {first}' if first else ''}. This is a bug in brushstroke; set {DEBUG}=1 to "
+        "see where it comes from, and report it"
     )

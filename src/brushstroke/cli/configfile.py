@@ -23,7 +23,9 @@ def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> No
     if named is None or not named.tokens:
         return
     path = Path(named.tokens[0].value).expanduser()
-    known = [key for key, argument in by_key.items() if argument is not named and not _is_negative(key, argument)]
+    known = [
+        key for key, argument in by_key.items() if argument is not named and not _is_negative(key, argument)
+    ]
     for key, value in _read(path).items():
         flag = str(key).replace("_", "-")
         if flag not in known:

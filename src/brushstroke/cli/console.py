@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+PLAIN_WIDTH = 1000  # of tables that no terminal shows: nothing is cut
+
+
 def people() -> "Console":
     """The console on stderr."""
     from rich.console import Console
@@ -25,7 +28,7 @@ def results() -> "Console":
     """The console on stdout."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def say(text: str) -> None:
@@ -69,15 +72,10 @@ def table(console: "Console", columns: Sequence[str], rows: Iterable[Sequence[st
 
     made = Table(box=SIMPLE)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ignore")
+        made.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         made.add_row(*row)
-    width = None if console.is_terminal else 4 + sum(max(map(len, cells)) + 3 for cells in _columns(made))
-    console.print(made, markup=False, width=width, soft_wrap=False)
-
-
-def _columns(made: Any) -> list[list[str]]:
-    return [[str(column.header), *map(str, column.cells)] for column in made.columns]
+    console.print(made, soft_wrap=False)
 
 
 def size(count: float) -> str:

@@ -36,7 +36,7 @@ class AdapterOptions:
         rank: Rank r of every site [default: 8].
         alpha: Numerator of the scale [default: 16].
         scale_rule: The scale: alpha/rank, or alpha/√rank (rslora) [default: standard].
-        targets: Names, suffixes, regular expressions, all-linear, attention or mlp; several separated by commas
+        targets: Names, suffixes, regular expressions, all-linear, attention or mlp; several with commas
             [default: all-linear].
         rank_pattern: Another rank for single patterns: PATTERN=VALUE, separated by commas.
         alpha_pattern: Another alpha for single patterns: PATTERN=VALUE, separated by commas.
@@ -94,9 +94,10 @@ class TrainingOptions:
         weight_decay: Of AdamW, on the factors [default: 0].
         clip: Largest norm of the whole gradient; 0 does not clip [default: 1].
         batch_size: Examples in an optimiser step; what is learnt depends on it [default: 8].
-        micro_tokens: Computed tokens in one pass, or auto; only memory and speed depend on it [default: auto].
+        micro_tokens: Computed tokens in one pass, or auto; for memory and speed only [default: auto].
         gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
-        share_prefixes: Compute what examples of a step begin with in common once [default: unless dropout is on].
+        share_prefixes: Compute what examples of a step begin with in common once
+            [default: unless dropout is on].
         eval_every: Steps between evaluations [default: once an epoch].
         keep_best: Keep the adapter with the lowest evaluation loss, not the last one.
         checkpoint_every: Optimiser steps between checkpoints; the last two are kept [default: 100].
@@ -146,8 +147,8 @@ class RunOptions:
     """Where and how the run happens.
 
     Args:
-        dtype: Of the frozen base; auto is bfloat16 where the machine multiplies it natively [default: auto].
-        device: Where to run [default: auto].
+        dtype: Of the frozen base; auto is bfloat16 where the machine multiplies it natively.
+        device: Where to run.
         allow_different_base: Go on from an adapter although it belongs to another base.
         config: A YAML file whose keys are these flags; a flag on the line wins.
         json: Print JSON on stdout.

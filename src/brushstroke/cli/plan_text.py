@@ -34,8 +34,8 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
             f"{plan.trained_tokens:,} of them trained",
             "run": f"{plan.steps:,} steps of {plan.batch_size} examples, {plan.epochs:.3g} epochs, "
             f"{plan.real_tokens * plan.epochs:,.0f} tokens",
-            "sharing": f"{about}{plan.shared_tokens:,} of {plan.real_tokens:,} tokens saved by computing shared "
-            f"prefixes once ({share(saved)})",
+            "sharing": f"{about}{plan.shared_tokens:,} of {plan.real_tokens:,} tokens saved by computing "
+            f"shared prefixes once ({share(saved)})",
             "micro-tokens": f"{plan.micro_tokens:,} ({plan.micro_reason})",
             "learning rate": f"{plan.learning_rate:g} ({rule}), {config.schedule}",
             "layout": f"{plan.layout} ({plan.layout_reason})",

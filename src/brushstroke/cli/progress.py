@@ -49,7 +49,9 @@ class TimeLeft:
     @property
     def seconds(self) -> float | None:
         """The estimate; None before the first step."""
-        seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0, 0)
+        seconds, tokens = (
+            (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0, 0)
+        )
         if not tokens:
             return None
         ahead = self._per_step * (self._steps - self._began_at) - self._tokens

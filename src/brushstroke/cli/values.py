@@ -36,7 +36,7 @@ WholeOrAuto = Annotated[str | None, Parameter(converter=whole_or_auto)]
 
 
 def split(text: str) -> tuple[str, ...]:
-    """The parts between the commas; a comma inside brackets, as regular expressions have them, does not divide.
+    """The parts between the commas; a comma inside the brackets of a regular expression divides nothing.
 
     >>> split("q_proj, layers.[0,1].*,x{1,2}")
     ('q_proj', 'layers.[0,1].*', 'x{1,2}')
@@ -96,7 +96,9 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
         if not name or not folder:
             raise ConfigError(f"--adapter: expected NAME=DIR or DIR, got {text!r}")
         if name == "base":
-            raise ConfigError(f"--adapter {text}: 'base' is the model without an adapter; give another name=DIR")
+            raise ConfigError(
+                f"--adapter {text}: 'base' is the model without an adapter; give another name=DIR"
+            )
         if name in named:
             raise ConfigError(f"--adapter: two adapters are called {name!r}; give them names: NAME=DIR")
         named[name] = folder

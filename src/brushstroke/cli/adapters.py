@@ -1,0 +1,41 @@
+"""The base and the adapters that `generate`, `chat` and `evaluate` are given.
+
+Adapters are read first: a mistake in their names is answered before the base is loaded.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from brushstroke.cli.console import say
+from brushstroke.cli.values import named_adapters
+
+if TYPE_CHECKING:
+    from brushstroke.adapter import Adapter
+
+AdapterFlags = Annotated[
+    list[str] | None,
+    Parameter(name="--adapter", negative=(), help="An adapter: DIR, or NAME=DIR; repeatable."),
+]
+
+
+def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":
+    """Name → adapter.
+
+    Raises:
+        ConfigError: names that cannot work.
+        AdapterFileError: a folder that holds no whole adapter.
+    """
+    named = named_adapters(given or ())
+    from brushstroke.formats import load
+
+    return {name: load(folder) for name, folder in named.items()}
+
+
+def load(base: str, dtype: str, device: str) -> Any:
+    """The base."""
+    from brushstroke.base import load_base
+
+    say(f"loading {base}")
+    return load_base(base, dtype=dtype, device=device)

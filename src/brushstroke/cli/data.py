@@ -1,0 +1,152 @@
+"""`data`: what a base would learn from a data set.
+
+It loads the tokenizer alone.
+"""
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from brushstroke.cli.console import emit_json, facts, results
+from brushstroke.cli.values import Whole
+from brushstroke.errors import ConfigError
+
+if TYPE_CHECKING:
+    from brushstroke.data import EncodedData, Example
+
+SHOWN = 3  # examples
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def data(
+    base: str,
+    data: str,
+    *,
+    rows: Whole = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    max_length: Whole = None,
+    skip_too_long: bool = False,
+    json: bool = False,
+) -> None:
+    """Show examples with the trained tokens marked, counts by role, the stop token and lengths.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        rows: Examples to show [default: 3].
+        prompt: Name of the column with the prompts [default: prompt].
+        completion: Name of the column with the completions [default: completion].
+        max_length: Longest example in tokens [default: the model's context].
+        skip_too_long: Leave out examples whose prompt fills the limit, instead of refusing them.
+        json: Print JSON on stdout.
+    """
+    if rows is not None and rows < 0:
+        raise ConfigError(f"--rows must not be negative; got {rows}")
+    from brushstroke.data import encode, read_rows
+
+    read = read_rows(data)
+    from brushstroke.base import load_tokenizer
+
+    tokenizer, context = load_tokenizer(base)
+    encoded = encode(
+        read,
+        tokenizer,
+        prompt_column=prompt,
+        completion_column=completion,
+        max_length=max_length or context,
+        skip_too_long=skip_too_long,
+    )
+    shown = encoded[: SHOWN if rows is None else rows]
+    if json:
+        emit_json({**_numbers(encoded), "examples_shown": [_as_dict(e, tokenizer) for e in shown]})
+        return
+    console = results()
+    for example in shown:
+        console.print(
+            f"row {example.row}: {len(example)} tokens, {example.trained} trained", style="bold", markup=False
+        )
+        console.print(_marked(example, tokenizer, coloured=console.is_terminal))
+        console.print()
+    _print_numbers(console, _numbers(encoded))
+
+
+def _parts(example: "Example", tokenizer: Any) -> list[tuple[str, bool]]:
+    """(text, trained) of each stretch."""
+    from brushstroke.data import segments
+
+    return [
+        (_text(tokenizer, example.tokens[start:stop]), trained) for start, stop, trained in segments(example)
+    ]
+
+
+def _text(tokenizer: Any, tokens: tuple[int, ...]) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _marked(example: "Example", tokenizer: Any, *, coloured: bool) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for part, trained in _parts(example, tokenizer):
+        if not trained:
+            text.append(part, style="dim")
+        elif coloured:
+            text.append(part, style="black on green")
+        else:
+            text.append(f"{OPEN}{part}{CLOSE}")
+    return text
+
+
+def _as_dict(example: "Example", tokenizer: Any) -> dict[str, Any]:
+    return {
+        "row": example.row,
+        "tokens": len(example),
+        "trained_tokens": example.trained,
+        "cut": example.cut,
+        "roles": dict(example.roles),
+        "parts": [{"text": text, "trained": trained} for text, trained in _parts(example, tokenizer)],
+    }
+
+
+def _numbers(encoded: "EncodedData") -> dict[str, Any]:
+    report, lengths = encoded.report, [len(example) for example in encoded]
+    return {
+        "name": encoded.name,
+        "hash": encoded.hash,
+        "kind": report.kind,
+        "rows": report.rows,
+        "examples": report.examples,
+        "real_tokens": report.real_tokens,
+        "trained_tokens": report.trained_tokens,
+        "roles": dict(report.roles),
+        "stop_tokens": list(report.stop_tokens),
+        "lengths": {
+            "min": min(lengths),
+            "median": statistics.median(lengths),
+            "mean": statistics.fmean(lengths),
+            "max": max(lengths),
+        },
+        "skipped_rows": list(report.skipped_rows),
+        "cut_rows": list(report.cut_rows),
+        "cut_tokens": report.cut_tokens,
+    }
+
+
+def _print_numbers(console: Any, numbers: dict[str, Any]) -> None:
+    lengths, skipped, cut = numbers["lengths"], numbers["skipped_rows"], numbers["cut_rows"]
+    console.print(numbers["name"], style="bold", markup=False)
+    facts(
+        console,
+        {
+            "rows": f"{numbers['rows']:,} ({numbers['kind']}), {numbers['examples']:,} examples",
+            "tokens": f"{numbers['real_tokens']:,}, {numbers['trained_tokens']:,} of them trained",
+            "by role": ", ".join(f"{role} {count:,}" for role, count in numbers["roles"].items()),
+            "stop token": " ".join(numbers["stop_tokens"]),
+            "lengths": f"min {lengths['min']}, median {lengths['median']:g}, mean {lengths['mean']:.1f}, "
+            f"max {lengths['max']}",
+            "left out": f"{len(skipped):,} rows whose prompt fills the limit" if skipped else "",
+            "cut": f"{len(cut):,} rows, {numbers['cut_tokens']:,} tokens" if cut else "",
+        },
+    )

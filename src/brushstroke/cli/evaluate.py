@@ -1,0 +1,123 @@
+"""`evaluate`: the loss and the scores of answers on a data file.
+
+The scores are defined in `inference`.
+"""
+
+import json as json_text
+from pathlib import Path
+from typing import Any
+
+from brushstroke.cli.adapters import AdapterFlags, load, load_adapters
+from brushstroke.cli.console import emit_json, people, results, say, table
+from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.values import Whole
+from brushstroke.errors import OutputError
+
+BASE = "base"
+COLUMNS = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
+
+
+def evaluate(
+    base: str,
+    data: str,
+    *,
+    adapter: AdapterFlags = None,
+    max_new_tokens: Whole = None,
+    batch_size: Whole = None,
+    out: Path | None = None,
+    generate: bool = True,
+    prompt: str | None = None,
+    completion: str | None = None,
+    max_length: Whole = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    allow_different_base: bool = False,
+    json: bool = False,
+) -> None:
+    """The loss per trained token, exact match, JSON validity and field F1 on a data file.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        max_new_tokens: Most tokens of an answer [default: 256].
+        batch_size: Rows in one batch [default: 16].
+        out: A file that keeps the answers, as JSONL.
+        generate: Answer the rows; without it only the loss is computed.
+        prompt: Name of the column with the prompts [default: prompt].
+        completion: Name of the column with the completions [default: completion].
+        max_length: Longest example in tokens, for the loss [default: the model's context].
+        dtype: Of the base.
+        device: Where to run.
+        allow_different_base: Use adapters although they belong to another base.
+        json: Print JSON on stdout: the numbers, or an object of name to numbers for several adapters.
+    """
+    from brushstroke.data import read_rows
+
+    rows = read_rows(data)
+    if out is not None and not out.expanduser().parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.parent}; make it, or name another")
+    adapters: dict[str, Any] = dict(load_adapters(adapter)) or {BASE: None}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options = {name: value for name, value in options.items() if value is not None}
+    from brushstroke.inference import Sampling, evaluate_all
+
+    Sampling(**options)
+    loaded = load(base, dtype, device)
+    with _Progress() as progress:
+        found = evaluate_all(
+            loaded,
+            rows,
+            adapters,
+            generate=generate,
+            on_progress=progress.update,
+            prompt_column=prompt,
+            completion_column=completion,
+            max_length=max_length,
+            allow_different_base=allow_different_base,
+            **options,
+        )
+    if out is not None:
+        _keep(found, out.expanduser())
+    if json:
+        numbers = {name: one.as_dict() for name, one in found.items()}
+        emit_json(numbers if len(numbers) > 1 else next(iter(numbers.values())))
+        return
+    cells = [(name, *(_cell(getattr(one, column)) for column in COLUMNS)) for name, one in found.items()]
+    table(results(), ("", *(column.replace("_", " ") for column in COLUMNS)), cells)
+
+
+def _keep(found: Any, out: Path) -> None:
+    from brushstroke.files import write_file
+
+    lines = [json_text.dumps(answer, ensure_ascii=False) for one in found.values() for answer in one.answers]
+    write_file(out, "".join(f"{line}\n" for line in lines))
+    say(f"{len(lines)} answers are kept in {out}")
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+class _Progress:
+    """A live line on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = people()
+        self._status: Any = None
+
+    def __enter__(self) -> "_Progress":
+        if self._console.is_terminal:
+            self._status = self._console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def update(self, name: str, kind: str, done: int, count: int) -> None:
+        """What `evaluate_all` reports."""
+        if self._status is not None:
+            self._status.update(f"{name}: {kind} {done}/{count}")

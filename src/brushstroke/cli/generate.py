@@ -1,0 +1,244 @@
+"""`generate` and `chat`.
+
+Which adapter answers which prompt is said here; how, is the library's business.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from brushstroke.cli.adapters import AdapterFlags, load, load_adapters
+from brushstroke.cli.console import emit, emit_json, say
+from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.values import Whole, split
+from brushstroke.errors import BrushstrokeError, ConfigError, DataError
+
+BASE = "base"  # the name of the model without an adapter
+HELP = "/use NAME, /base, /reset, /quit"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: Most tokens of an answer [default: 256].
+        temperature: 0 takes the likeliest token each time [default: 0].
+        top_p: With a temperature, the share of the probability that is drawn from [default: 1].
+        seed: Of the draws [default: 0].
+        num_beams: Width of a beam search [default: 1].
+    """
+
+    max_new_tokens: Whole = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: Whole = None
+    num_beams: Whole = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that were given, judged.
+
+        Raises:
+            ConfigError: a value that cannot work.
+        """
+        from brushstroke.inference import Sampling
+
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        Sampling(**values)
+        return values
+
+
+def generate(
+    base: str,
+    /,
+    *texts: str,
+    prompt: Annotated[list[str] | None, Parameter(negative=())] = None,
+    prompts: Path | None = None,
+    adapter: AdapterFlags = None,
+    use: str | None = None,
+    sampling: SamplingOptions | None = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    allow_different_base: bool = False,
+    json: bool = False,
+) -> None:
+    """Answer prompts; of several adapters each answers each prompt, unless --use says otherwise.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        texts: Prompts; without any, and without the two flags below, one prompt is read from stdin.
+        prompt: A prompt; repeatable.
+        prompts: A file of prompts: one a line, or a JSONL file with prompt or messages columns.
+        use: The adapter of each prompt by name, separated by commas, "base" for none; one name serves all.
+        dtype: Of the base.
+        device: Where to run.
+        allow_different_base: Use adapters although they belong to another base.
+        json: Print a JSON object for each answer, one a line.
+    """
+    asked = _prompts([*texts, *(prompt or ())], prompts)
+    adapters = load_adapters(adapter)
+    asked, names = _rows(asked, list(adapters), use)
+    options = (sampling or SamplingOptions()).given()
+    loaded = load(base, dtype, device)
+    from brushstroke.inference import generate as answer_all
+
+    answers = answer_all(
+        loaded, asked, adapters=adapters, rows=names, allow_different_base=allow_different_base, **options
+    )
+    for question, answer in zip(asked, answers, strict=True):
+        name = answer.adapter or BASE
+        if json:
+            emit_json(
+                {"adapter": name, "prompt": question, "answer": answer.text, "finish": answer.finish},
+                lines=True,
+            )
+            continue
+        if len(answers) > 1:
+            say(f"{name} < {_short(question)}")
+        emit(answer.text)
+
+
+def chat(
+    base: str,
+    *,
+    adapter: AdapterFlags = None,
+    system: str | None = None,
+    sampling: SamplingOptions | None = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    allow_different_base: bool = False,
+    json: bool = False,
+) -> None:
+    """Talk to a base and its adapters; /use NAME switches, /base takes none, /reset forgets, /quit ends.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        system: A system message.
+        dtype: Of the base.
+        device: Where to run.
+        allow_different_base: Use adapters although they belong to another base.
+        json: Print a JSON object for each turn, one a line.
+    """
+    adapters = load_adapters(adapter)
+    options = (sampling or SamplingOptions()).given()
+    loaded = load(base, dtype, device)
+    from brushstroke.inference import ChatSession, Sampling
+
+    with ChatSession(
+        loaded,
+        adapters,
+        system=system,
+        sampling=Sampling(**options),
+        allow_different_base=allow_different_base,
+    ) as session:
+        say(f"{session.adapter or BASE} speaks; {HELP}")
+        while (line := _ask(session.adapter or BASE)) is not None:
+            text = line.strip()
+            if text in ("/quit", "/exit"):
+                break
+            try:
+                if text.startswith("/"):
+                    _command(session, text)
+                elif text:
+                    _turn(session, text, json)
+            except BrushstrokeError as error:
+                say(f"error: {error}")
+
+
+def _ask(name: str) -> str | None:
+    """The next line, or None at the end of the input."""
+    if sys.stdin.isatty():
+        sys.stderr.write(f"{name}> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line if line else None
+
+
+def _turn(session: Any, text: str, json: bool) -> None:
+    if json:
+        answer = session.say(text)
+        emit_json({"adapter": session.adapter or BASE, "prompt": text, "answer": answer}, lines=True)
+        return
+    try:
+        session.say(text, on_text=lambda piece: emit(piece, end=""))
+    except KeyboardInterrupt:
+        say(" (interrupted; the turn is forgotten)")
+    emit("")
+
+
+def _command(session: Any, text: str) -> None:
+    word, _, name = text.partition(" ")
+    name = name.strip()
+    if word == "/reset":
+        session.reset()
+        say("forgotten")
+    elif word == "/base" or (word == "/use" and name == BASE):
+        session.use(None)
+        say("the base speaks")
+    elif word == "/use" and name:
+        session.use(name)
+        say(f"{name} speaks")
+    else:
+        say(f"unknown command {text!r}; {HELP}")
+
+
+def _prompts(given: list[str], file: Path | None) -> list[Any]:
+    if file is not None:
+        given = [*given, *_read_prompts(file)]
+    elif not given:
+        text = sys.stdin.read().removesuffix("\n")
+        given = [text] if text else []
+    if not given:
+        raise DataError("there is no prompt; give one on the line, with --prompts FILE, or on stdin")
+    return given
+
+
+def _read_prompts(file: Path) -> list[Any]:
+    from brushstroke.data import read_rows
+
+    if file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        read = read_rows(file)
+        found = []
+        for number, row in enumerate(read.rows, start=1):
+            value = row.get("prompt", row.get("messages"))
+            if value is None:
+                raise DataError(f"{read.where(number)}: expected a 'prompt' or 'messages' column")
+            found.append(value)
+        return found
+    try:
+        return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; check the path that --prompts names") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
+
+
+def _rows(prompts: list[Any], names: list[str], use: str | None) -> tuple[list[Any], list[str | None]]:
+    """Each prompt beside the adapter that answers it."""
+    if use is None:
+        voices: list[str | None] = [*names] or [None]
+        return [p for p in prompts for _ in voices], [voice for _ in prompts for voice in voices]
+    chosen = split(use)
+    for name in chosen:
+        if name != BASE and name not in names:
+            raise ConfigError(
+                f"--use {name!r}: there is no such adapter; known are {', '.join([*names, BASE])}"
+            )
+    if len(chosen) == 1:
+        chosen = chosen * len(prompts)
+    if len(chosen) != len(prompts):
+        raise ConfigError(
+            f"--use names {len(chosen)} adapters for {len(prompts)} prompts; name one, or one for each prompt"
+        )
+    return prompts, [None if name == BASE else name for name in chosen]
+
+
+def _short(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,79 @@
+"""`merge`: an adapter and a base become a model folder for plain transformers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from brushstroke.cli.console import emit_json, facts, results, share
+from brushstroke.cli.options import Dtype
+
+if TYPE_CHECKING:
+    from brushstroke.inference import ExportReport
+
+
+def merge(
+    base: str,
+    adapter: Path,
+    *,
+    out: Annotated[Path, Parameter()],
+    overwrite: bool = False,
+    allow_different_base: bool = False,
+    dtype: Dtype = "auto",
+    verify: bool | None = None,
+    json: bool = False,
+) -> None:
+    """Fold an adapter into new weights, and report what the rounding cost.
+
+    Args:
+        base: A model folder, a hub id or a .gguf file.
+        adapter: The adapter's folder.
+        out: The folder to write.
+        overwrite: Replace what an earlier merge wrote there; files of other names stay.
+        allow_different_base: Merge although the adapter belongs to another base.
+        dtype: Of a base that has to be loaded; auto is the one that it is stored in.
+        verify: Compare the merged model with the adapted one [default: where it needs little memory].
+        json: Print JSON on stdout.
+    """
+    from brushstroke.files import refuse_existing
+
+    refuse_existing(out.expanduser(), overwrite)
+    from brushstroke.formats import load
+
+    value = load(adapter)
+    from brushstroke.inference import merge_folder
+
+    report = merge_folder(
+        base,
+        value,
+        out,
+        overwrite=overwrite,
+        allow_different_base=allow_different_base,
+        dtype=dtype,
+        verify=verify,
+    )
+    if json:
+        emit_json(report.as_dict())
+    else:
+        _print(report)
+
+
+def _print(report: "ExportReport") -> None:
+    console = results()
+    console.print(f"merged into {report.out}", style="bold", markup=False)
+    drift = report.logit_drift
+    facts(
+        console,
+        {
+            "sites": f"{len(report.sites):,}",
+            "survived": f"{share(report.survived)} of the update at the worst site",
+            "output drift": f"{report.output:.2g} at the worst site",
+            "logit drift": f"{drift:.2g}"
+            if drift is not None
+            else f"not measured: {report.logit_drift_skipped}",
+            "untied": ", ".join(f"{site} from {other}" for site, other in report.untied),
+            "chat template": "the adapter's" if report.chat_template_saved else "",
+            "left out": ", ".join(report.left_out),
+            "how": f"{'file by file' if report.streamed else 'in memory'}, {report.seconds:.1f} s",
+        },
+    )

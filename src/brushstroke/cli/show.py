@@ -1,0 +1,104 @@
+"""`show`: what is in an adapter; the base is not needed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brushstroke.cli.console import emit_json, facts, results, size, table
+
+if TYPE_CHECKING:
+    from brushstroke.adapter import Adapter
+
+COLUMNS = ("site", "d×h", "rank", "scale", "norm", "sigma 1")
+
+
+def show(adapter: Path, *, json: bool = False) -> None:
+    """Show the sites, ranks, norms and size of an adapter, and its card.
+
+    Args:
+        adapter: The adapter's folder.
+        json: Print JSON on stdout.
+    """
+    from brushstroke.formats import load
+
+    value = load(adapter)
+    sites = [_site(path, value[path]) for path in sorted(value, key=_natural)]
+    described = {
+        "name": adapter.expanduser().resolve().name,
+        "sites": sites,
+        "rank": value.rank,
+        "parameters": value.parameters,
+        "bytes": value.bytes,
+        "norm": value.norm(),
+        "card": _card(value),
+    }
+    if json:
+        emit_json(described)
+        return
+    console = results()
+    table(console, COLUMNS, [_row(site) for site in sites])
+    _print(console, described)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]
+
+
+def _site(path: str, update: Any) -> dict[str, Any]:
+    sigma = getattr(update, "sigma", None)
+    return {
+        "site": path,
+        "shape": list(update.shape),
+        "rank": getattr(update, "rank", None),
+        "scale": getattr(update, "scale", None),
+        "norm": update.delta_norm(),
+        "top_singular_value": float(sigma[0]) if sigma is not None and len(sigma) else None,
+        "dtype": str(update.dtype).removeprefix("torch."),
+        "parameters": update.parameters,
+    }
+
+
+def _row(site: dict[str, Any]) -> tuple[str, ...]:
+    d, h = site["shape"]
+    numbers = (site["scale"], site["norm"], site["top_singular_value"])
+    cells = ("-" if number is None else f"{number:.4g}" for number in numbers)
+    return (site["site"], f"{d}×{h}", str(site["rank"] or "-"), *cells)
+
+
+def _card(value: "Adapter") -> dict[str, Any] | None:
+    if value.card is None:
+        return None
+    card = {**value.card.as_dict(), "chat_template": value.card.chat_template}
+    fingerprint = card.pop("fingerprint")
+    return {**card, "fingerprint": None if fingerprint is None else f"of {len(value)} sites"}
+
+
+def _print(console: Any, described: dict[str, Any]) -> None:
+    card = described["card"] or {}
+    lora, training = card.get("lora") or {}, dict(card.get("training") or {})
+    versions = training.pop("versions", None) or {}
+    console.print(described["name"], style="bold", markup=False)
+    facts(
+        console,
+        {
+            "sites": f"{len(described['sites'])}, rank {described['rank']}",
+            "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
+            "norm": f"{described['norm']:.4g}",
+            "base": card.get("base_name") or "unknown",
+            "asked for": ", ".join(f"{key} {_cell(v)}" for key, v in lora.items() if v not in (None, {}, [])),
+            "targets": ", ".join(card.get("target_modules") or ()),
+            "stop tokens": " ".join(card.get("stop_tokens") or ()),
+            "chat template": f"{len(card['chat_template'])} letters" if card.get("chat_template") else "none",
+            "fingerprint": card.get("fingerprint") or "none",
+            **{key.replace("_", " "): _cell(value) for key, value in training.items()},
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        },
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
