@@ -1,7 +1,7 @@
 """The frozen base model: the lowest place where transformers is known."""
 
 from brushstroke.base.device import choose_device, choose_dtype
-from brushstroke.base.load import Base, load_base, quiet_transformers
+from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers
 from brushstroke.base.weights import FolderWeights, ModelWeights
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "load_base",
+    "load_tokenizer",
     "quiet_transformers",
 ]

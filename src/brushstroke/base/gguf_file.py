@@ -22,14 +22,7 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
         BaseLoadError: the file is no GGUF file.
         MissingPackageError: the gguf extra is not installed.
     """
-    gguf = require("gguf", extra="gguf")
-    require("accelerate", extra="gguf")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BaseLoadError(
-                f"{path} is not a GGUF file (it does not begin with 'GGUF'); fetch it again, or give a model "
-                f"folder"
-            )
+    gguf = _open(path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -39,6 +32,37 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
     model, report = loaded
     _forget_quantisation(model)
     return model, report, tokenizer
+
+
+def load_gguf_tokenizer(path: Path) -> tuple[Any, Any]:
+    """The tokenizer and the config of a GGUF file, without its weights.
+
+    Raises:
+        BaseLoadError: the file is no GGUF file.
+        MissingPackageError: the gguf extra is not installed.
+    """
+    gguf = _open(path)
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _header_read_once(gguf):
+        return (
+            AutoTokenizer.from_pretrained(**where, trust_remote_code=False),
+            AutoConfig.from_pretrained(**where, trust_remote_code=False),
+        )
+
+
+def _open(path: Path) -> ModuleType:
+    """The gguf package, after a look at the file's first bytes."""
+    gguf = require("gguf", extra="gguf")
+    require("accelerate", extra="gguf")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BaseLoadError(
+                f"{path} is not a GGUF file (it does not begin with 'GGUF'); fetch it again, or give a model "
+                f"folder"
+            )
+    return gguf
 
 
 def _unpack_weights() -> dict[str, Any]:

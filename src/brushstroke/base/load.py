@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from brushstroke.base.device import choose_device, choose_dtype
-from brushstroke.base.gguf_file import load_gguf
+from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
 from brushstroke.errors import BaseLoadError, BrushstrokeError
 
 _TOKENIZER_FILES = (
@@ -79,7 +79,12 @@ def load_base(
     target = choose_device(device)
     weights_dtype, _ = choose_dtype(dtype, target)
     source = _locate(str(name))
-    options = {"dtype": weights_dtype, "trust_remote_code": False, "output_loading_info": True}
+    options = {
+        "dtype": weights_dtype,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, by name
+    }
     with quiet_transformers():
         try:
             if source is not None and source.suffix == ".gguf":
@@ -102,6 +107,40 @@ def load_base(
     if quantised:
         model.brushstroke_quantised = True  # type: ignore[assignment]
     return Base(model, tokenizer, str(name), quantised)
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Any, int | None]:
+    """The tokenizer of a base (None where it has none) and its context in tokens, without its weights.
+
+    Args:
+        name: what `load_base` takes.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        BaseLoadError: there is no such base, or it is damaged.
+        MissingPackageError: a GGUF file without the gguf extra.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = _locate(str(name))
+    where = {"pretrained_model_name_or_path": str(source or name), "revision": revision or "main"}
+    with quiet_transformers():
+        try:
+            if source is not None and source.suffix == ".gguf":
+                tokenizer, config = load_gguf_tokenizer(source)
+            else:
+                config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+                tokenizer = (
+                    AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+                    if _has_tokenizer(source)
+                    else None
+                )
+        except (BrushstrokeError, MemoryError):
+            raise
+        except Exception as error:
+            raise _explain(str(name), source, error) from error
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return tokenizer, context if isinstance(context, int) and context > 0 else None
 
 
 @contextmanager
@@ -129,6 +168,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def _locate(name: str) -> Path | None:
     """The folder or GGUF file that a name means, or None for a hub id."""
+    if not name:
+        raise BaseLoadError("the name of the base is empty; give a model folder, a hub id or a .gguf file")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -139,7 +180,7 @@ def _locate(name: str) -> Path | None:
     if path.is_dir():
         return _model_in(path)
     separators = name.count("/") + name.count(os.sep) * (os.sep != "/")
-    if separators > 1 or name.startswith((".", "~", "/")) or name.endswith((".gguf", "/")) or not name:
+    if separators > 1 or name.startswith((".", "~", "/")) or name.endswith((".gguf", "/")):
         raise BaseLoadError(f"there is no file or folder {name!r}; check the path, or give a hub id")
     return None
 
@@ -169,11 +210,16 @@ def _load_pretrained(
 ) -> tuple[nn.Module, dict[str, Any], Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    has_tokenizer = folder is None or any((folder / file).is_file() for file in _TOKENIZER_FILES)
     where = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
-    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False) if has_tokenizer else None
+    tokenizer = (
+        AutoTokenizer.from_pretrained(**where, trust_remote_code=False) if _has_tokenizer(folder) else None
+    )
     loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **options)
     return *loaded, tokenizer
+
+
+def _has_tokenizer(folder: Path | None) -> bool:
+    return folder is None or any((folder / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def _refuse_incomplete(name: str, model: nn.Module, report: dict[str, Any]) -> None:
