@@ -102,7 +102,7 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
         merged=merged,
         seconds=time.perf_counter() - begun,
     )
-    show.closing(results, out, time.perf_counter() - begun)
+    show.closing(results, out, model_file, time.perf_counter() - begun)
     return results
 
 

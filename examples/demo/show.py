@@ -114,7 +114,7 @@ def merged(found: Any) -> None:
     )
 
 
-def closing(results: dict[str, Any], out: Path, seconds: float) -> None:
+def closing(results: dict[str, Any], out: Path, model: Path, seconds: float) -> None:
     """The table of everything, and where to go on."""
     console.print()
     table = Table(
@@ -132,13 +132,14 @@ def closing(results: dict[str, Any], out: Path, seconds: float) -> None:
             megabytes(found["adapter_bytes"]),
         )
     console.print(table)
-    console.print(f"Done in {seconds / 60:.1f} minutes. {out / 'report.html'} shows all of it; go on with:")
-    console.print(
-        "  .venv/bin/brushstroke generate MODEL 'Split this address into JSON:\\n...' "
-        f"--adapter {out / 'adapters' / 'addresses'}",
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"Done in {seconds / 60:.1f} minutes. {out / 'report.html'} shows all of it. Go on with:")
+    adapter, rows = out / "adapters" / "addresses", out / "heldout" / "addresses.jsonl"
+    for command in (
+        f"show {adapter}",
+        f"evaluate {model} {rows} --adapter {adapter}",
+        f"chat {model} --adapter {adapter}",
+    ):
+        console.print(f"  .venv/bin/brushstroke {command}", markup=False, soft_wrap=True)
 
 
 def line(record: dict[str, Any]) -> str:
