@@ -49,7 +49,7 @@ demo: install
 test: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo/assets.py
 	$(BIN)/python -m pytest tests/compile
-	$(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,beartype.beartype
+	$(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,shapes.checked
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ It is attached to nothing: layers put it into a model, formats into files.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Self
 
 import torch
 
@@ -80,11 +79,11 @@ class Adapter(Mapping[str, Update]):
             t.numel() * t.element_size() for update in self.values() for t in update.tensors().values()
         )
 
-    def with_card(self, card: Card | None) -> Self:
+    def with_card(self, card: Card | None) -> "Adapter":
         """The same updates under another card."""
         return type(self)(self._updates, card)
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Adapter":
         """The same adapter in another dtype or on another device."""
         return type(self)({site: update.to(dtype, device) for site, update in self.items()}, self.card)
 
@@ -92,15 +91,15 @@ class Adapter(Mapping[str, Update]):
         """√Σ‖ΔW‖_F² over all sites, in float64."""
         return sum(update.delta_norm() ** 2 for update in self.values()) ** 0.5
 
-    def inner(self, other: Self) -> float:
+    def inner(self, other: "Adapter") -> float:
         """Σ⟨ΔW₁, ΔW₂⟩ over the sites that both have, in float64."""
         return sum((update.inner(other[site]) for site, update in self.items() if site in other), 0.0)
 
-    def truncate(self, rank: int) -> Self:
+    def truncate(self, rank: int) -> "Adapter":
         """Every site's best approximation of at most this rank."""
         return self._derived({site: update.truncate(rank) for site, update in self.items()})
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
         mismatched = [
@@ -117,20 +116,20 @@ class Adapter(Mapping[str, Update]):
             updates[site] = updates[site] + update if site in updates else update
         return self._derived(updates)
 
-    def __sub__(self, other: Self) -> Self:
+    def __sub__(self, other: "Adapter") -> "Adapter":
         return self + (-other)
 
-    def __neg__(self) -> Self:
+    def __neg__(self) -> "Adapter":
         return self * -1.0
 
-    def __mul__(self, factor: float) -> Self:
+    def __mul__(self, factor: float) -> "Adapter":
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             return NotImplemented
         return self._derived({site: update * factor for site, update in self.items()})
 
     __rmul__ = __mul__
 
-    def _derived(self, updates: Mapping[str, Update]) -> Self:
+    def _derived(self, updates: Mapping[str, Update]) -> "Adapter":
         """A new adapter of the same base: how this one was trained is no longer true of it."""
         card = self.card.with_changes(lora=None, target_modules=(), training={}) if self.card else None
         return type(self)(updates, card)

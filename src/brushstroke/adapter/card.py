@@ -6,7 +6,7 @@ It decides nothing: layers judge a base by it, formats write it, people read it.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from brushstroke.adapter.fingerprint import Fingerprint
 from brushstroke.errors import AdapterFileError, did_you_mean
@@ -40,7 +40,7 @@ class Card:
     conv1d: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_changes(self, **changes: Any) -> Self:
+    def with_changes(self, **changes: Any) -> "Card":
         """A copy with other fields."""
         return dataclasses.replace(self, **changes)
 
@@ -52,7 +52,7 @@ class Card:
         return {"format": FORMAT, **{k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Card":
         """The inverse of `as_dict`.
 
         Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from brushstroke.errors import ConfigError, did_you_mean
 from brushstroke.lowrank.init import INITS
@@ -83,7 +83,7 @@ class LoraConfig:
         return {**dataclasses.asdict(self), "targets": list(self.targets)}
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+    def from_dict(cls, settings: Mapping[str, Any]) -> "LoraConfig":
         """The inverse of `as_dict`; an unknown key is an error."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in settings:

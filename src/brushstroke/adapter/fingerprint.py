@@ -7,7 +7,7 @@ import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,7 +62,7 @@ class Fingerprint:
     quantised: bool = False
 
     @classmethod
-    def of(cls, weights: Mapping[str, Float[Tensor, "d h"]], quantised: bool = False) -> Self:
+    def of(cls, weights: Mapping[str, Float[Tensor, "d h"]], quantised: bool = False) -> "Fingerprint":
         """Take the samples of these weights."""
         shapes = {path: (W.shape[0], W.shape[1]) for path, W in weights.items()}
         return cls(shapes, {path: sample(W) for path, W in weights.items()}, quantised)
@@ -119,7 +119,7 @@ class Fingerprint:
         }
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Fingerprint":
         """The inverse of `as_dict`.
 
         Raises:

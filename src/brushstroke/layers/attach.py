@@ -6,7 +6,7 @@ Several adapters at once are the bank's part.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ class Attachment:
         self._undo.clear()
         self._modules.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Attachment":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -5,7 +5,7 @@ It serves; it does not train. Loading and evicting change no route that is in us
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +93,7 @@ class Bank:
         self._route.set([self._slot(name) for name in names])
 
     @contextmanager
-    def rows(self, names: Sequence[str | None] | str | None) -> Iterator[Self]:
+    def rows(self, names: Sequence[str | None] | str | None) -> Iterator["Bank"]:
         """Inside, each row of a batch uses the adapter named for it; None is the base.
 
         One name serves a batch of any size. Beams and repeated samples repeat the route.
@@ -116,7 +116,7 @@ class Bank:
         self._slots.clear()
         self._cards.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bank":
         return self
 
     def __exit__(self, *exc: object) -> None:

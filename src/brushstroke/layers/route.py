@@ -117,7 +117,7 @@ class Route:
 
 
 def _wrong_rows(route: int, batch: int) -> str:
-    return f"the route has {route} rows, the batch {batch}; give one adapter name (or None) for each row of the batch"
+    return f"the route has {route} rows, the batch {batch}; give one name (or None) for each row of the batch"
 
 
 def _as_rows(rows: list[int]) -> Rows:

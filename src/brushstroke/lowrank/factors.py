@@ -4,7 +4,6 @@ It does not know which weight it belongs to, nor any module or file.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -125,7 +124,7 @@ class LowRank(Update):
         self._check(other)
         return algebra.inner(self.factors, other.factors)
 
-    def truncate(self, rank: int) -> Self:
+    def truncate(self, rank: int) -> "LowRank":
         """The nearest update (in Frobenius norm) of at most this rank; itself where its rank is no larger.
 
         Raises:
@@ -141,18 +140,18 @@ class LowRank(Update):
         """‖ΔW − truncate(rank)‖_F, known before truncating (Eckart-Young)."""
         return algebra.tail_norm(self.sigma, rank)
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LowRank":
         """The same update in another dtype or on another device."""
         return type(self)(self.U.to(device, dtype), self.V.to(device, dtype), self.scale)
 
-    def __add__(self, other: Update) -> Self:
+    def __add__(self, other: Update) -> "LowRank":
         if not isinstance(other, LowRank):
             return NotImplemented
         self._check(other)
         dtype = torch.promote_types(self.dtype, other.dtype)
         return type(self)(*algebra.add([self.to(dtype).factors, other.to(dtype, self.device).factors]))
 
-    def __mul__(self, factor: float) -> Self:
+    def __mul__(self, factor: float) -> "LowRank":
         return type(self)(self.U, self.V, float(factor) * self.scale)
 
     def _check(self, other: "LowRank") -> None:

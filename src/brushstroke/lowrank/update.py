@@ -5,7 +5,6 @@ so code outside the family asks an update and never assumes that it has factors.
 """
 
 from abc import ABC, abstractmethod
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -51,24 +50,24 @@ class Update(ABC):
         """⟨ΔW₁, ΔW₂⟩, the sum of the products of all entries, in float64."""
 
     @abstractmethod
-    def truncate(self, rank: int) -> Self:
+    def truncate(self, rank: int) -> "Update":
         """The best approximation of at most this rank."""
 
     @abstractmethod
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Update":
         """The same update in another dtype or on another device."""
 
     @abstractmethod
-    def __add__(self, other: "Update") -> Self: ...
+    def __add__(self, other: "Update") -> "Update": ...
 
     @abstractmethod
-    def __mul__(self, factor: float) -> Self: ...
+    def __mul__(self, factor: float) -> "Update": ...
 
-    def __rmul__(self, factor: float) -> Self:
+    def __rmul__(self, factor: float) -> "Update":
         return self * factor
 
-    def __neg__(self) -> Self:
+    def __neg__(self) -> "Update":
         return self * -1.0
 
-    def __sub__(self, other: "Update") -> Self:
+    def __sub__(self, other: "Update") -> "Update":
         return self + (-other)
