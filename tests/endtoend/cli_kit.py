@@ -1,0 +1,70 @@
+"""A tiny base in a folder, rows to train on, and the command line in this process or in one of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+import inference_kit
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+PLAIN = ("--device", "cpu", "--dtype", "float32")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one message; there must be no second one, and no traceback."""
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.err
+        assert sum(line.startswith("error: ") for line in lines) == 1, self.err
+        assert lines[-1].startswith("error: "), self.err
+        return lines[-1].removeprefix("error: ")
+
+
+def write_base(folder: Path) -> Path:
+    inference_kit.llama().save_pretrained(folder)
+    inference_kit.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(count: int = 12) -> list[dict[str, Any]]:
+    """Short questions with one JSON object as the answer."""
+    return [{"prompt": f"Split {n} Oak St", "completion": json.dumps({"n": str(n)})} for n in range(count)]
+
+
+def write_rows(file: Path, given: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in given), "utf-8")
+    return file
+
+
+def start(*words: object) -> "subprocess.Popen[str]":
+    """The command in a process of its own."""
+    command = [sys.executable, "-c", "import sys; from brushstroke.cli import main; sys.exit(main())"]
+    return subprocess.Popen(
+        [*command, *map(str, words)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
