@@ -63,16 +63,16 @@ class Rule:
     """
 
     rank: int
-    alpha: float
+    alpha: int | float
     rslora: bool
     ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    alphas: Mapping[str, int | float]
 
     def rank_of(self, path: str) -> int:
         """The rank of a site."""
         return self.ranks.get(_pattern_key(self.ranks, path), self.rank)
 
-    def alpha_of(self, path: str) -> float:
+    def alpha_of(self, path: str) -> int | float:
         """The alpha of a site."""
         return self.alphas.get(_pattern_key(self.alphas, path), self.alpha)
 
@@ -194,11 +194,11 @@ def _pattern_key(keys: Collection[str], path: str) -> str:
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), path)
 
 
-def _scale(alpha: float, rank: int, rslora: bool) -> float:
+def _scale(alpha: int | float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def _alpha(rank: int, scale: float, rslora: bool) -> float:
+def _alpha(rank: int, scale: float, rslora: bool) -> int | float:
     near = scale * (math.sqrt(rank) if rslora else rank)
     tries = [float(round(near)), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
     alpha = next((alpha for alpha in tries if _scale(alpha, rank, rslora) == scale), near)
