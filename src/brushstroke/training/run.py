@@ -162,7 +162,8 @@ def train(
     )
 
     with open_session(base, lora, config, start, allow_different_base) as session, Interrupts() as interrupts:
-        identity = _identity(session, config, lora, start, examples, held_out, loss)
+        columns = (prompt_column, completion_column)
+        identity = _identity(session, config, lora, start, examples, held_out, columns, loss)
         if folder and folder.resuming and folder.complete:
             return _finished_already(folder, identity)
         totals = _Totals()
@@ -306,6 +307,7 @@ def _identity(
     start: Adapter | None,
     examples: EncodedData,
     held_out: EncodedData | None,
+    columns: tuple[str | None, str | None],
     loss: LossFunction | None,
 ) -> dict[str, Any]:
     """Everything that a resumed run must share with the one that it goes on from."""
@@ -321,6 +323,7 @@ def _identity(
         "device": session.device.type,
         "data": examples.hash,
         "eval_data": held_out.hash if held_out is not None else None,
+        "columns": list(columns),
         "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else None,
     }
 
@@ -336,7 +339,7 @@ def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) ->
                 if stored.get(name) != then[key].get(name)
             ]
         elif value != then.get(key):
-            plain = key in ("dtype", "device", "dropout", "loss")
+            plain = key in ("dtype", "device", "dropout", "columns", "loss")
             differences.append(f"{key}: now {value!r}, then {then.get(key)!r}" if plain else f"another {key}")
     if differences:
         raise ResumeError(
