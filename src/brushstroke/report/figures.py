@@ -8,13 +8,15 @@ from typing import Any
 
 from brushstroke.errors import require
 
+Number = int | float
+
 PALETTE = ("#0b8a75", "#d9822b", "#5b7fd6", "#b5527f", "#8a8f3c", "#7d8791")
 GRID = "#8895a333"
 WIDTH, HEIGHT = 620, 260
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
+    series: Mapping[str, Sequence[tuple[Number, Number]]],
     *,
     x: str,
     y: str,
@@ -45,10 +47,10 @@ def curves(
 
 
 def bars(
-    groups: Mapping[str, Mapping[str, float]],
+    groups: Mapping[str, Mapping[str, Number]],
     *,
     y: str,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[Number, Number] | None = None,
 ) -> str:
     """Bars in groups: group → (name → value).
 
