@@ -5,6 +5,7 @@ import random
 import zlib
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -34,6 +35,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         seed = f"BRUSHSTROKE_TEST_SEED={SEED} (this test: {_seed_of(item.nodeid)})"
         report.sections.append(("random seed", seed))
     return report
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For tests that hand in wrong shapes on purpose: the library's own errors, not the shape checker's."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -98,6 +98,6 @@ def gathered_term(
     x: Float[Tensor, "b *n d"], U_rows: Float[Tensor, "b r d"], V: Float[Tensor, "b r h"]
 ) -> Float[Tensor, "b *n h"]:
     """The low-rank term where each row of the batch brings its own factors, with the scale folded into V."""
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
     y = torch.bmm(torch.bmm(rows, U_rows.mT), V)
     return y.view(*x.shape[:-1], V.shape[-1])

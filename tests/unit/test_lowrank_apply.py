@@ -1,0 +1,69 @@
+"""The fused step and its plain twins."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from brushstroke.lowrank.apply import gathered_term, lowrank_linear, lowrank_term
+
+
+@pytest.mark.parametrize("dxh", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (5, 6), (2, 3, 6)])
+def test_gradients_agree_with_finite_differences(dxh, bias, shape):
+    double = {"dtype": torch.float64}
+    W = torch.randn(*((6, 4) if dxh else (4, 6)), **double)
+    b = torch.randn(4, **double) if bias else None
+    x, U_rows, V = (torch.randn(s, **double, requires_grad=True) for s in (shape, (2, 6), (2, 4)))
+    assert torch.autograd.gradcheck(
+        lambda *f: lowrank_linear(f[0], W, b, f[1], f[2], 0.7, dxh), (x, U_rows, V)
+    )
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_needed_gets_a_gradient(needs):
+    W = torch.randn(4, 6, requires_grad=True)
+    b = torch.randn(4, requires_grad=True)
+    tensors = [torch.randn(s, requires_grad=n) for s, n in zip([(5, 6), (2, 6), (2, 4)], needs, strict=True)]
+    x, U_rows, V = tensors
+    lowrank_linear(x, W, b, U_rows, V, 1.0).sum().backward()
+    assert [t.grad is not None for t in tensors] == list(needs)
+    assert W.grad is None
+    assert b.grad is None
+
+
+def test_the_fused_step_is_the_plain_one():
+    x, W, b = torch.randn(5, 6).double(), torch.randn(4, 6).double(), torch.randn(4).double()
+    U_rows, V = torch.randn(2, 6).double(), torch.randn(2, 4).double()
+    expected = F.linear(x, W, b) + lowrank_term(x, U_rows, V, 0.3)
+    torch.testing.assert_close(lowrank_linear(x, W, b, U_rows, V, 0.3), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_contiguous():
+    x = torch.randn(2, 3, 6).double()
+    W, U_rows, V = torch.randn(4, 6).double(), torch.randn(2, 6).double(), torch.randn(2, 4).double()
+    V.requires_grad_(True)
+    weights = torch.randn(4, 3, 2).double()
+    (fused,) = torch.autograd.grad(
+        (lowrank_linear(x, W, None, U_rows, V, 0.3).mT.mT.permute(2, 1, 0) * weights).sum(), V
+    )
+    (plain,) = torch.autograd.grad((lowrank_term(x, U_rows, V, 0.3).permute(2, 1, 0) * weights).sum(), V)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("inner", [(), (1,), (3,), (2, 3)])
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_gathered_rows_bring_their_own_factors(inner, rows):
+    x = torch.randn(rows, *inner, 6).double()
+    U_rows, V = torch.randn(rows, 2, 6).double(), torch.randn(rows, 2, 4).double()
+    got = gathered_term(x, U_rows, V)
+    assert got.shape == (rows, *inner, 4)
+    for i in range(rows):
+        torch.testing.assert_close(got[i], lowrank_term(x[i], U_rows[i], V[i], 1.0), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_draws_only_in_training():
+    x, U_rows, V = torch.randn(5, 6), torch.randn(2, 6), torch.randn(2, 4)
+    plain = lowrank_term(x, U_rows, V, 0.3)
+    assert torch.equal(lowrank_term(x, U_rows, V, 0.3, dropout=0.5, training=False), plain)
+    assert not torch.equal(lowrank_term(x, U_rows, V, 0.3, dropout=0.5, training=True), plain)
