@@ -10,8 +10,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import inference_kit
+import torch
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# As many threads as this process, so that both compute the same bits.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
 PLAIN = ("--device", "cpu", "--dtype", "float32")
 
 

@@ -1,0 +1,181 @@
+"""`data`, `generate`, `chat`, `evaluate`, `merge` and `show` on an adapter that `train` made."""
+
+import io
+import json
+
+import pytest
+import torch
+from cli_kit import PLAIN, files_in, lines_of, rows, start, write_rows
+from transformers import AutoModelForCausalLM
+
+import brushstroke as bs
+from brushstroke.cli import main
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, train_rows, tmp_path_factory):
+    """Trained until it knows its dozen rows a little."""
+    out = tmp_path_factory.mktemp("adapters") / "oak"
+    words = ("train", tiny, train_rows, "--out", out, *PLAIN, "--max-steps", "60", "--learning-rate", "2e-2")
+    assert main([str(word) for word in words]) == 0
+    return out
+
+
+def test_data_marks_the_trained_tokens(cli, tiny, train_rows):
+    done = cli("data", tiny, train_rows, "--rows", "2")
+    assert done.status == 0
+    assert done.out.count("⟦") == done.out.count("⟧") == 2
+    assert '⟦{"n": "1"}<|im_end|>⟧' in done.out
+    assert "<|im_start|>user\nSplit 1 Oak St<|im_end|>" in done.out
+    told = json.loads(cli("data", tiny, train_rows, "--rows", "1", "--json").out)
+    assert told["kind"] == "prompt/completion"
+    assert told["rows"] == told["examples"] == 12
+    assert told["stop_tokens"] == ["<|im_end|>"]
+    assert sum(told["roles"].values()) == told["real_tokens"]
+    lengths = told["lengths"]
+    assert lengths["min"] <= lengths["median"] <= lengths["max"]
+    assert lengths["mean"] * 12 == pytest.approx(told["real_tokens"])
+    (example,) = told["examples_shown"]
+    assert [part["trained"] for part in example["parts"]] == [False, True, False]
+    for expected in ("by role", "stop token  <|im_end|>", "lengths", "median"):
+        assert expected in done.out
+
+
+def test_data_counts_what_is_left_out_and_cut(cli, tiny, tmp_path):
+    given = [*rows(2), {"prompt": "x" * 99, "completion": "b"}, {"prompt": "a", "completion": "y" * 99}]
+    data = write_rows(tmp_path / "rows.jsonl", given)
+    flags = ("--max-length", "90", "--skip-too-long")
+    told = json.loads(cli("data", tiny, data, *flags, "--json").out)
+    assert told["skipped_rows"] == [3]
+    assert told["cut_rows"] == [4]
+    assert "1 rows whose prompt fills the limit" in cli("data", tiny, data, *flags).out
+
+
+def test_generate_answers_by_every_adapter_or_by_those_in_use(cli, tiny, adapter):
+    words = (
+        "generate",
+        tiny,
+        "Split 3 Oak St",
+        "--prompt",
+        "Split 4 Oak St",
+        *PLAIN,
+        "--max-new-tokens",
+        "20",
+    )
+    adapters = ("--adapter", adapter, "--adapter", f"again={adapter}")
+    told = [json.loads(line) for line in cli(*words, *adapters, "--json").out.splitlines()]
+    assert [one["adapter"] for one in told] == ["oak", "again", "oak", "again"]
+    assert [one["prompt"] for one in told] == ["Split 3 Oak St"] * 2 + ["Split 4 Oak St"] * 2
+    assert set(told[0]) == {"adapter", "prompt", "answer", "finish"}
+    assert told[0]["answer"] == told[1]["answer"]
+    mixed = cli(*words, *adapters, "--use", "base,again", "--json")
+    chosen = [json.loads(line) for line in mixed.out.splitlines()]
+    assert [one["adapter"] for one in chosen] == ["base", "again"]
+    assert chosen[1]["answer"] == told[3]["answer"]
+    base = bs.load_base(tiny, dtype="float32", device="cpu")
+    (answer,) = bs.generate(base, "Split 3 Oak St", adapters=bs.load(adapter), max_new_tokens=20)
+    assert told[0]["answer"] == answer.text
+    plain = cli(*words[:3], *words[5:], "--adapter", adapter)
+    assert plain.out == answer.text + "\n"
+
+
+def test_generate_reads_files_and_stdin(cli, tiny, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    write_rows(tmp_path / "b.jsonl", [{"prompt": "one"}, {"messages": [{"role": "user", "content": "two"}]}])
+    flags = (*PLAIN, "--max-new-tokens", "4", "--json")
+    answers = []
+    for file in ("a.txt", "b.jsonl"):
+        done = cli("generate", tiny, "--prompts", tmp_path / file, *flags)
+        answers.append([json.loads(line)["answer"] for line in done.out.splitlines()])
+    assert len(answers[0]) == 2
+    assert answers[0] == answers[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert json.loads(cli("generate", tiny, *flags).out)["answer"] == answers[0][0]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "there is no prompt" in cli("generate", tiny, *flags).error
+
+
+def test_chat_reads_lines(cli, tiny, adapter, monkeypatch):
+    script = (
+        "Split 3 Oak St\n/base\nhello\n/use oak\n/reset\nSplit 3 Oak St\n/use none\n/what\n/quit\nnever\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    flags = (*PLAIN, "--adapter", adapter, "--max-new-tokens", "20")
+    done = cli("chat", tiny, *flags, "--json")
+    assert done.status == 0
+    told = [json.loads(line) for line in done.out.splitlines()]
+    assert [one["adapter"] for one in told] == ["oak", "base", "oak"]
+    assert told[0]["answer"] == told[2]["answer"]
+    assert "no adapter 'none'" in done.err
+    assert "unknown command '/what'" in done.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("Split 3 Oak St\n"))
+    assert cli("chat", tiny, *flags).out == told[0]["answer"] + "\n"
+
+
+def test_evaluate_prints_the_numbers_and_keeps_the_answers(cli, tiny, adapter, train_rows, tmp_path):
+    words = ("evaluate", tiny, train_rows, *PLAIN, "--max-new-tokens", "16")
+    kept = tmp_path / "answers.jsonl"
+    one = json.loads(cli(*words, "--adapter", adapter, "--json", "--out", kept).out)
+    assert set(one) == {"rows", "loss", "exact_match", "valid_json", "field_f1", "seconds"}
+    assert [line["row"] for line in lines_of(kept)] == list(range(1, 13))
+    none = json.loads(cli(*words, "--json").out)
+    assert one["loss"] < none["loss"]
+    several = json.loads(cli(*words, "--adapter", f"a={adapter}", "--adapter", f"b={adapter}", "--json").out)
+    assert set(several) == {"a", "b"}
+    assert several["a"]["loss"] == several["b"]["loss"] == one["loss"]
+    lossy = cli(*words, "--no-generate", "--adapter", adapter)
+    assert "oak" in lossy.out
+    assert f"{one['loss']:.4f}" in lossy.out
+
+
+def test_merge_writes_a_plain_model_and_reports_the_drift(cli, tiny, adapter, tmp_path):
+    out = tmp_path / "merged"
+    done = cli("merge", tiny, adapter, "--out", out, "--json")
+    assert done.status == 0, done.err
+    report = json.loads(done.out)
+    assert report["sites"] == 14
+    assert report["survived"] > 0.999
+    assert report["logit_drift"] < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    base = bs.load_base(tiny, dtype="float32", device="cpu")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad(), bs.attach(base, bs.load(adapter)):
+        expected = base.model(input_ids=tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    before = files_in(out)
+    assert cli("merge", tiny, adapter, "--out", out).status == 1
+    assert "merged into" in cli("merge", tiny, adapter, "--out", out, "--overwrite").out
+    assert files_in(out) == before
+    twice = cli("merge", out, adapter, "--out", tmp_path / "twice")
+    assert twice.status == 1
+    assert "already" in twice.error
+    assert not (tmp_path / "twice").exists()
+
+
+def test_show_needs_no_base(cli, adapter):
+    told = json.loads(cli("show", adapter, "--json").out)
+    value = bs.load(adapter)
+    assert told["parameters"] == value.parameters
+    assert told["bytes"] == value.bytes
+    assert {site["site"] for site in told["sites"]} == set(value)
+    for site in told["sites"]:
+        update = value[site["site"]]
+        assert site["norm"] == pytest.approx(update.delta_norm())
+        assert site["shape"] == list(update.shape)
+        assert site["rank"] == 8
+        assert site["scale"] == 2.0
+        assert 0 < site["top_singular_value"] <= site["norm"]
+    assert told["card"]["stop_tokens"] == ["<|im_end|>"]
+    assert told["card"]["training"]["steps"] == 60
+    done = cli("show", adapter)
+    for expected in ("model.layers.1.mlp.down_proj", "48×32", "rank 8", "parameters", "stop tokens", "steps"):
+        assert expected in done.out
+
+
+def test_a_reader_who_leaves_is_no_error(adapter):
+    with start("show", adapter) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
