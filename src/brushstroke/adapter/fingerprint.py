@@ -43,8 +43,7 @@ def sample_positions(d: int, h: int) -> tuple[Tensor, Tensor]:
 
 def sample(W: Float[Tensor, "d h"]) -> Float[Tensor, " n"]:
     """The values of W at the fixed positions, rounded to bf16, on the CPU."""
-    i, j = sample_positions(*W.shape)
-    return W[i.to(W.device), j.to(W.device)].detach().to("cpu", torch.float32).to(torch.bfloat16)
+    return _values(W).to(torch.float32).to(torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +54,20 @@ class Fingerprint:
         shapes: path → (d, h).
         samples: path → the sampled values.
         quantised: whether the base was marked as quantised when the samples were taken.
+        half: the paths whose weight was kept in fp16, which rounds differently from bf16.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     samples: Mapping[str, Float[Tensor, " n"]]
     quantised: bool = False
+    half: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, weights: Mapping[str, Float[Tensor, "d h"]], quantised: bool = False) -> "Fingerprint":
         """Take the samples of these weights."""
         shapes = {path: (W.shape[0], W.shape[1]) for path, W in weights.items()}
-        return cls(shapes, {path: sample(W) for path, W in weights.items()}, quantised)
+        half = frozenset(path for path, W in weights.items() if W.dtype == torch.float16)
+        return cls(shapes, {path: sample(W) for path, W in weights.items()}, quantised, half)
 
     def judge(
         self,
@@ -83,25 +85,43 @@ class Fingerprint:
         Returns:
             The verdict, and the relative difference ‖now − then‖ / ‖then‖ of all samples.
         """
+        nows: list[Tensor] = []
+        thens: list[Tensor] = []
         paths = [path for path in self.samples if path in weights]
-        now = torch.cat([sample(weights[path]) for path in paths]).double()
-        then = torch.cat([self.samples[path] for path in paths]).double()
-        # A base kept in fp16 was rounded twice, which can move a value to the neighbouring bf16 number.
-        twice_rounded = any(weights[path].dtype == torch.float16 for path in paths)
-        slack = _BF16_ULP * then.abs() + 2.0**-14 if twice_rounded else torch.zeros_like(then)
+        same = True
+        for path in paths:
+            W = weights[path]  # read once: weights may come from files
+            if tuple(W.shape) != tuple(self.shapes[path]):
+                return Verdict.FOREIGN, float("inf")
+            same = same and self._same(path, W)
+            nows.append(sample(W).double())
+            thens.append(self.samples[path].double())
+        now, then = torch.cat(nows), torch.cat(thens)
         difference = float((now - then).norm() / then.norm().clamp_min(1e-30))
-        if bool(((now - then).abs() <= slack).all()):
+        if same:
             return Verdict.SAME, difference
-        delta = torch.cat(
-            [delta_at(path, *sample_positions(*self.shapes[path])).cpu().double() for path in paths]
-        )
+        deltas = [delta_at(path, *sample_positions(*self.shapes[path])) for path in paths]
+        delta = torch.cat([values.cpu().double() for values in deltas])
         merged = then + delta
         rounding = _BF16_ULP * (then.abs() + merged.abs()) + 2.0**-14 * float(then.abs().mean())
         if bool(((now - merged).abs() <= rounding).all()) and (now - merged).norm() < (now - then).norm():
             return Verdict.MERGED, difference
         if (quantised or self.quantised) and difference <= QUANTISED_TOLERANCE:
-            return Verdict.QUANTISED, difference
+            return (Verdict.MERGED if _holds(now - then, delta) else Verdict.QUANTISED), difference
         return Verdict.FOREIGN, difference
+
+    def _same(self, path: str, W: Float[Tensor, "d h"]) -> bool:
+        """Whether W and the weight that was sampled can be one weight, each rounded as it is kept."""
+        then, now = self.samples[path], _values(W)
+        if (path in self.half) == (W.dtype == torch.float16):
+            return torch.equal(sample(W), then)
+        if path in self.half and W.dtype != torch.bfloat16:
+            return torch.equal(now.to(torch.float16).to(torch.float32).to(torch.bfloat16), then)
+        # Rounded by fp16 and by bf16: a value may fall to either side of the middle of two bf16 numbers.
+        power = torch.exp2(torch.frexp(then.double()).exponent.double())
+        of_bf16, of_fp16 = 2.0**-9 * power, (2.0**-12 * power).clamp_min(2.0**-25)
+        slack = of_bf16 + of_fp16 + (of_bf16 if W.dtype == torch.bfloat16 else 0)
+        return bool(((now.double() - then.double()).abs() <= slack).all())
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types; the samples are bf16 bit patterns, little endian, in base64."""
@@ -110,6 +130,7 @@ class Fingerprint:
             "sites": {
                 path: {
                     "shape": list(self.shapes[path]),
+                    "half": path in self.half,
                     "bf16": base64.b64encode(
                         values.view(torch.int16).numpy().astype("<i2").tobytes()
                     ).decode(),
@@ -127,6 +148,7 @@ class Fingerprint:
         """
         shapes: dict[str, tuple[int, int]] = {}
         samples: dict[str, Tensor] = {}
+        half: set[str] = set()
         try:
             for path, entry in stored["sites"].items():
                 d, h = entry["shape"]
@@ -135,8 +157,25 @@ class Fingerprint:
                 if values.numel() != min(SAMPLES, d * h):
                     raise ValueError(f"{path} has {values.numel()} samples")
                 shapes[path], samples[path] = (d, h), values
-            return cls(shapes, samples, bool(stored["quantised"]))
+                if entry.get("half", False):
+                    half.add(path)
+            return cls(shapes, samples, bool(stored["quantised"]), frozenset(half))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterFileError(
                 f"the fingerprint of the base is damaged ({error}); delete the field to go without"
             ) from error
+
+
+def _values(W: Float[Tensor, "d h"]) -> Float[Tensor, " n"]:
+    i, j = sample_positions(*W.shape)
+    return W[i.to(W.device), j.to(W.device)].detach().cpu()
+
+
+def _holds(change: Float[Tensor, " n"], delta: Float[Tensor, " n"]) -> bool:
+    """Whether a change is ΔW and noise rather than noise alone, where ΔW's share in it is certain."""
+    size = float(delta.square().sum())
+    if not size:
+        return False
+    share = float((change * delta).sum()) / size
+    noise = float((change - share * delta).square().mean().sqrt()) / size**0.5
+    return share > 0.5 and noise < 0.1
