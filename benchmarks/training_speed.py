@@ -1,7 +1,7 @@
 """Training speed and memory against PEFT with transformers' Trainer, on the address rows.
 
-Each run is a process of its own; brushstroke and its peer take turns. Both see the same rows, batch size, number
-of steps, rank, targets and learning rate. Run it on a quiet machine:
+Each run is a process of its own; brushstroke and its peer take turns. Both see the same rows, batch size,
+number of steps, rank, targets and learning rate. Run it on a quiet machine:
 
     python benchmarks/training_speed.py --steps 24 --rounds 3
 """

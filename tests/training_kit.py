@@ -22,14 +22,12 @@ def examples(count: int = 9, *, shared: int = 12, seed: int = 0) -> list[Example
     for i in range(count):
         prompt = (prefix if i % 3 else draw(10)) + draw(3)
         answer = draw(rng.randrange(3, 20))
-        made.append(
-            Example(tuple(prompt + answer), (0.0,) * len(prompt) + (1.0,) * len(answer), row=i + 1)
-        )
+        made.append(Example(tuple(prompt + answer), (0.0,) * len(prompt) + (1.0,) * len(answer), row=i + 1))
     return made
 
 
 def padded_loss(model: nn.Module, batch: list[Example]) -> torch.Tensor:
-    """What the Hugging Face Trainer computes: right-padded tokens, labels of −100, mean over all trained tokens."""
+    """What the Trainer computes: right-padded tokens, labels of −100, mean over all trained tokens."""
     width = max(len(example) for example in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
     labels = torch.full_like(tokens, -100)
@@ -50,7 +48,9 @@ def randomise(parameters: list[nn.Parameter], seed: int = 1, size: float = 0.1) 
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def peft_twin(model: nn.Module, adapter: Adapter) -> tuple[nn.Module, dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+def peft_twin(
+    model: nn.Module, adapter: Adapter
+) -> tuple[nn.Module, dict[str, tuple[nn.Parameter, nn.Parameter]]]:
     """PEFT on a copy of the model with the same factors; path → (its lora_A, its lora_B)."""
     import copy
     import warnings

@@ -1,7 +1,7 @@
 """brushstroke: low-rank adaptation of any PyTorch network.
 
-A pretrained weight W (d×h) stays frozen; an adapter adds scale·U·V with U (d×r) and V (r×h). The names below are
-loaded when they are first used, so that importing this package costs nothing.
+A pretrained weight W (d×h) stays frozen; an adapter adds scale·U·V with U (d×r) and V (r×h). The names below
+are loaded when they are first used, so that importing this package costs nothing.
 """
 
 from importlib import import_module

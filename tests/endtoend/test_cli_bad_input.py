@@ -2,7 +2,6 @@
 
 import json
 import resource
-from pathlib import Path
 
 import pytest
 from cli_kit import PLAIN, files_in, rows, write_rows

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import tiny_llama
-from training_kit import examples
 
 import brushstroke as bs
+from toys import tiny_llama
+from training_kit import examples
 
 
 @pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
@@ -30,9 +30,17 @@ def test_the_trainer_trains_an_attached_model(tmp_path: Path, strategy: str) -> 
     attachment = bs.attach(model, bs.LoraConfig(rank=4), trainable=True)
     before = attachment.adapter()
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2,
-        save_strategy=strategy, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy=strategy,
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     Trainer(
         model=model, args=arguments, train_dataset=rows, callbacks=[bs.AdapterCallback(attachment)]
     ).train()

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from toys import tiny_gpt2, tiny_llama
-from training_kit import examples, padded_loss, peft_twin, randomise
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.training import Training
+from toys import tiny_gpt2, tiny_llama
+from training_kit import examples, padded_loss, peft_twin, randomise
 
 GRADIENT = 1e-4  # of a gradient tensor's own norm, fp32: the bound; measured 1e-6
 CURVE = 1e-3  # of the loss, over 50 steps of AdamW, whose rounding grows from step to step

@@ -40,5 +40,7 @@ def test_a_loss_of_the_users_own_may_average_or_use_the_weights() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     hidden = torch.full((2, 1), 1e4, requires_grad=True)
-    value = chunked_cross_entropy(hidden, torch.tensor([[1.0], [-1.0]]), None, torch.tensor([0, 1]), torch.ones(2))
+    value = chunked_cross_entropy(
+        hidden, torch.tensor([[1.0], [-1.0]]), None, torch.tensor([0, 1]), torch.ones(2)
+    )
     assert value.item() == pytest.approx(2e4)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_kit import examples
 
 from brushstroke.data import Example
 from brushstroke.training.layout import lay_out
 from brushstroke.training.pack import MIN_PREFIX, Group, Pass, plan_passes, share_prefixes
+from training_kit import examples
 
 
 def made(prompt: list[int], answer: list[int]) -> Example:
@@ -49,7 +49,7 @@ def test_sharing_never_computes_more(rows: list[Example]) -> None:
 
 def test_two_clusters_each_share_their_own_prefix() -> None:
     a, b = list(range(20)), list(range(100, 130))
-    rows = [made(stem + [50 + i], [60 + i]) for i in range(3) for stem in (a, b)]
+    rows = [made([*stem, 50 + i], [60 + i]) for i in range(3) for stem in (a, b)]
     groups = share_prefixes(rows)
     assert sorted((group.prefix, len(group.members)) for group in groups) == [(20, 3), (30, 3)]
     assert sum(group.computed_tokens for group in groups) == 20 + 30 + 6 * 2
@@ -80,7 +80,10 @@ def test_a_layout_puts_every_target_behind_the_token_before_it(rows: list[Exampl
     assert layout.tokens.shape[1] == sum(layout.sizes) == Pass(groups).computed_tokens
     assert len(layout.targets) == sum(row.trained for row in rows)
     expected = sorted(
-        (i - 1, row.tokens[i - 1], row.tokens[i]) for row in rows for i in range(1, len(row)) if row.weights[i]
+        (i - 1, row.tokens[i - 1], row.tokens[i])
+        for row in rows
+        for i in range(1, len(row))
+        if row.weights[i]
     )
     positions, tokens = layout.positions[0, layout.sources], layout.tokens[0, layout.sources]
     found = sorted(zip(positions.tolist(), tokens.tolist(), layout.targets.tolist(), strict=True))

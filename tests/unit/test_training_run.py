@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import tiny_gpt2, tiny_llama
-from training_kit import examples
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, OutputError, ResumeError
+from toys import tiny_gpt2, tiny_llama
+from training_kit import examples
 
 CONFIG = bs.TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
 LORA = bs.LoraConfig(rank=4)
@@ -114,7 +114,9 @@ def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
     )  # fmt: skip
     held_out = examples(6, seed=1)
     whole = bs.train(base(), examples(10), LORA, config, out=tmp_path / "whole", eval_data=held_out)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "eval.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "whole" / "eval.jsonl").read_text().splitlines()
+    ]
     assert losses.index(min(losses)) < 11, "the run must get worse again, or this shows nothing"
     with bs.Training(tiny_llama(), whole.adapter) as run:
         assert run.loss(held_out).loss == pytest.approx(min(losses), rel=1e-6)
@@ -133,7 +135,9 @@ def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
 def test_going_on_from_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:
     first = bs.train(base(), examples(10), LORA, CONFIG)
     seen = []
-    bs.train(base(), examples(10), None, CONFIG, start=first.adapter, on_step=lambda event: seen.append(event.loss))
+    bs.train(
+        base(), examples(10), None, CONFIG, start=first.adapter, on_step=lambda event: seen.append(event.loss)
+    )
     with bs.Training(tiny_llama(), first.adapter) as run:
         assert run.adapter()["lm_head" if False else next(iter(first.adapter))].rank == 4  # type: ignore[attr-defined]
     assert seen[0] < 0.9 * first.summary["mean_loss"] or seen[0] < first.summary["final_loss"] * 1.5
@@ -159,7 +163,13 @@ def test_small_sites_of_a_group_get_the_largest_rank_that_fits() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("learning_rate", -1.0), ("batch_size", 0), ("epochs", 0), ("micro_tokens", "many"), ("schedule", "linaer")],
+    [
+        ("learning_rate", -1.0),
+        ("batch_size", 0),
+        ("epochs", 0),
+        ("micro_tokens", "many"),
+        ("schedule", "linaer"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):

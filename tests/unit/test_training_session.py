@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import snapshot, tiny_gpt2, tiny_llama
-from training_kit import examples, padded_loss, randomise
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base
@@ -15,6 +13,8 @@ from brushstroke.errors import ConfigError, NonFiniteError, TargetError, Trainin
 from brushstroke.layers import merge
 from brushstroke.training import Training
 from brushstroke.training.attention import NAME
+from toys import snapshot, tiny_gpt2, tiny_llama
+from training_kit import examples, padded_loss, randomise
 
 
 class Bare(nn.Module):
@@ -31,21 +31,23 @@ class Bare(nn.Module):
 
 
 class Swallowing(Bare):
-    """The same, taking every keyword and ignoring it: its attention leaks over a packed row without a word."""
+    """The same, ignoring every keyword that it is given: its attention leaks over a packed row."""
 
     def forward(self, input_ids: torch.Tensor, **extra: object) -> torch.Tensor:
         return super().forward(input_ids)
 
 
 class Dropping(nn.Module):
-    """A Llama whose wrapper drops every keyword that it does not know: the plan never reaches the attention."""
+    """A Llama whose wrapper drops keywords that it does not know: the plan never reaches the attention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = tiny_llama()
         self.config = self.inner.config
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **extra: object) -> object:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **extra: object
+    ) -> object:
         return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
@@ -110,7 +112,9 @@ def test_the_base_is_bit_for_bit_what_it_was(make: object) -> None:
     before = snapshot(model)
     modes = [module.training for module in model.modules()]
     name = model.config._attn_implementation
-    with Training(model, LoraConfig(rank=4, dropout=0.1), learning_rate=1e-2, gradient_checkpointing=True) as run:
+    with Training(
+        model, LoraConfig(rank=4, dropout=0.1), learning_rate=1e-2, gradient_checkpointing=True
+    ) as run:
         for _ in range(3):
             run.forward_backward(examples())
             run.optim_step()
