@@ -1,7 +1,7 @@
 """What a user asks for when making a new adapter."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,16 @@ class LoraConfig:
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        named: Any = self.targets
+        targets = (named,) if isinstance(named, str) else tuple(named) if isinstance(named, Iterable) else ()
+        if not targets or not all(isinstance(target, str) and target for target in targets):
+            raise ConfigError(f"targets must name at least one pattern, such as 'all-linear'; got {named!r}")
         object.__setattr__(self, "targets", targets)
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
-        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping):
+                raise ConfigError(f"{name} must map patterns to numbers; got {pattern!r}")
+            object.__setattr__(self, name, dict(pattern))
         for where, rank in [
             ("rank", self.rank),
             *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items()),
@@ -62,10 +68,6 @@ class LoraConfig:
         ]:
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 raise ConfigError(f"{where} must be a positive number; got {alpha!r}")
-        if not targets or not all(isinstance(target, str) and target for target in targets):
-            raise ConfigError(
-                f"targets must name at least one pattern, such as 'all-linear'; got {self.targets!r}"
-            )
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1; got {self.dropout!r}")
         for name, known in (("scale_rule", SCALE_RULES), ("init", INITS)):

@@ -13,10 +13,17 @@ from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.site import Site
 from brushstroke.errors import TargetError
 
-_ATTENTION_PART = re.compile(r"(^|[._])(attn|attention|self_attn|selfattention|crossattention)([._]|$)")
+_ATTENTION_PART = re.compile(
+    r"(^|[._])(attn|attention|self_?attention|cross_?attention|encdecattention)([._]|$)", re.IGNORECASE
+)
 _ATTENTION_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
-_MLP_PART = re.compile(r"(^|[._])(mlp|ffn|feed_forward|feedforward|intermediate|ff)([._]|$)")
-_MLP_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "w1", "w2", "w3"}
+_MLP_PART = re.compile(
+    r"(^|[._])(mlp|ffn|feed_?forward|intermediate|ff|dense(relu|gatedact)dense)([._]|$)", re.IGNORECASE
+)
+_MLP_NAMES = {
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+    *("fc1", "fc2", "c_fc", "w1", "w2", "w3", "linear1", "linear2"),
+}
 
 
 def _is_attention(path: str) -> bool:
