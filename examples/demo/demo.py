@@ -51,7 +51,7 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
 
     show.heading("The untouched base is asked to split addresses into JSON")
     before = measure.judge(base, heldout["addresses"], None, form)
-    show.answers(before, "addresses", limit=3)
+    show.answers(before, limit=3)
 
     adapters, scores = {}, {}
     for name, job in jobs.items():
@@ -61,7 +61,7 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
         adapters[name] = bs.load(folder)
         judged = measure.judge(base, heldout[name], adapters[name], form)
         scores[name] = {"judged": judged, "run": run_record}
-        show.judged(name, judged, run_record)
+        show.judged(judged, run_record)
 
     show.heading("Switching, and one batch with all of them")
     with bs.bank(base, adapters) as bank:
@@ -70,15 +70,14 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
     show.mixed(mixed, switch_ms)
 
     show.heading("Merging the address adapter into the weights")
-    merged = measure.merged(base, adapters["addresses"], heldout["addresses"], form)
+    merged = measure.merged(base, adapters["addresses"], scores["addresses"]["judged"], form)
     show.merged(merged)
 
     results = {
-        "base": measure.scores_of(before),
+        "base": before.as_dict(),
         "adapters": {
             name: {
-                **measure.scores_of(found["judged"]),
-                "rows": found["judged"].rows,
+                **found["judged"].as_dict(),
                 "real_tokens": found["run"].real_tokens,
                 "seconds": found["run"].seconds,
                 "adapter_bytes": (out / "adapters" / name / "adapter_model.safetensors").stat().st_size,

@@ -14,6 +14,7 @@ import torch
 from settings import Settings
 
 import brushstroke as bs
+from brushstroke.inference import Scores, score
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,26 @@ class Run:
     peak_memory_bytes: int
     losses: tuple[tuple[int, float], ...]
     reused: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How held-out rows were answered: the scores; for each row its prompt, the answer, the expected one."""
+
+    scores: Scores
+    prompts: tuple[Any, ...]
+    answers: tuple[bs.Answer, ...]
+    expected: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there were."""
+        return len(self.answers)
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The three scores and the number of rows, as results.json has them."""
+        names = ("valid_json", "field_f1", "exact_match")
+        return {**{name: getattr(self.scores, name) for name in names}, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -72,27 +93,14 @@ def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form:
     )
 
 
-def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None, form: Settings) -> Any:
-    """How the base, or the base with an adapter, answers the held-out rows."""
-    with show.asking(len(rows)) as on_progress:
-        return bs.evaluate(
-            base,
-            list(rows),
-            adapter=adapter,
-            max_new_tokens=form.max_new_tokens,
-            batch_size=len(rows),
-            on_progress=on_progress,
-        )
-
-
-def scores_of(judged: Any) -> dict[str, float]:
-    """The three scores and the number of rows, as results.json has them."""
-    return {
-        "valid_json": judged.valid_json,
-        "field_f1": judged.field_f1,
-        "exact_match": judged.exact_match,
-        "rows": judged.rows,
-    }
+def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None, form: Settings) -> Judged:
+    """How the base, or the base with an adapter, answers held-out rows."""
+    prompts = tuple(tasks.prompt_of(row) for row in rows)
+    expected = tuple(row["messages"][-1]["content"] for row in rows)
+    with show.asking(len(rows)):
+        answers = _answers(base, prompts, form, adapters=adapter)
+    texts = [answer.text for answer in answers]
+    return Judged(score(zip(texts, expected, strict=True)), prompts, answers, expected)
 
 
 def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
@@ -111,35 +119,28 @@ def mixed_batch(
     base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]], form: Settings
 ) -> list[Mixed]:
     """One batch: a held-out row for each adapter, and the first row once more for the untouched base."""
-    asked = [(name, name, rows[0]) for name, rows in heldout.items()]
+    asked: list[tuple[str | None, str, tasks.Row]] = [(name, name, rows[0]) for name, rows in heldout.items()]
     first = next(iter(heldout))
     asked.append((None, first, heldout[first][0]))
-    answers = bs.generate(
-        base,
-        [tasks.prompt_of(row) for _, _, row in asked],
-        adapters=bank,
-        rows=[name for name, _, _ in asked],
-        max_new_tokens=form.max_new_tokens,
-    )
+    prompts = [tasks.prompt_of(row) for _, _, row in asked]
+    answers = _answers(base, prompts, form, adapters=bank, rows=[name for name, _, _ in asked])
     return [
         Mixed(name, tasks.line_of(row, task), answer.text)
         for (name, task, row), answer in zip(asked, answers, strict=True)
     ]
 
 
-def merged(base: bs.Base, adapter: bs.Adapter, rows: Sequence[tasks.Row], form: Settings) -> Merged:
-    """Merge into a copy, and compare it with the adapted model and with the base."""
-    prompts = [tasks.prompt_of(row) for row in rows[: form.compared]]
-    options = {"max_new_tokens": form.max_new_tokens, "batch_size": form.compared}
-    adapted = bs.generate(base, prompts, adapters=adapter, **options)
+def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) -> Merged:
+    """Merge into a copy, and compare it with what the adapted model said and with the base's speed."""
     folded = bs.merge(base, adapter)
-    answers = bs.generate(folded, prompts, **options)
+    told = adapted.answers[: form.compared]
+    answers = _answers(folded, adapted.prompts[: form.compared], form)
     base_ms, merged_ms = _latencies(base.model, folded.model, form.timed)
     classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
     return Merged(
-        same_tokens=[answer.tokens for answer in answers] == [answer.tokens for answer in adapted],
-        compared=len(prompts),
-        tokens=sum(len(answer.tokens) for answer in adapted),
+        same_tokens=[answer.tokens for answer in answers] == [answer.tokens for answer in told],
+        compared=len(told),
+        tokens=sum(len(answer.tokens) for answer in told),
         base_ms=base_ms,
         merged_ms=merged_ms,
         same_classes=classes[0] == classes[1],
@@ -149,6 +150,11 @@ def merged(base: bs.Base, adapter: bs.Adapter, rows: Sequence[tasks.Row], form: 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's weights; a shared one counts once."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _answers(base: bs.Base, prompts: Sequence[Any], form: Settings, **voices: Any) -> tuple[bs.Answer, ...]:
+    voices.update(max_new_tokens=form.max_new_tokens, batch_size=len(prompts))
+    return tuple(bs.generate(base, list(prompts), **voices))
 
 
 def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> tuple[float, float]:
@@ -168,7 +174,8 @@ def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> 
         (lambda: once(second), times[1]),
     ]
     with torch.no_grad():
-        once(first), once(second)
+        for model in (first, second):
+            once(model)
         for turn in range(rounds):
             for run, kept in pair if turn % 2 else reversed(pair):
                 kept.append(run())

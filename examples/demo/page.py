@@ -79,8 +79,8 @@ def _before_and_after(page: Page, results: Mapping[str, Any]) -> None:
 def _untouched(page: Page, before: Any) -> None:
     page.section("How the untouched base fails")
     page.text("Asked to split an address into JSON, the base begins an object and never gets to the address.")
-    for record in before.answers[:3]:
-        page.code(record["answer"], caption=line(record))
+    for prompt, answer in list(zip(before.prompts, before.answers, strict=True))[:3]:
+        page.code(answer.text, caption=line(prompt))
 
 
 def _adapter(page: Page, name: str, found: Any) -> None:
@@ -88,8 +88,10 @@ def _adapter(page: Page, name: str, found: Any) -> None:
     page.table(
         ["line", "answer", "expected"],
         [
-            [line(record), record["answer"], "the same" if _same(record) else record["expected"]]
-            for record in found.answers[:8]
+            [line(prompt), answer.text, "the same" if answer.text.strip() == expected.strip() else expected]
+            for prompt, answer, expected in list(
+                zip(found.prompts, found.answers, found.expected, strict=True)
+            )[:8]
         ],
     )
 
@@ -161,7 +163,3 @@ def _made(page: Page, form: Settings, seconds: float) -> None:
             ["rows from", "usaddress 0.5.16 and probablepeople 0.5.6, hand-labelled, MIT"],
         ],
     )
-
-
-def _same(record: Mapping[str, Any]) -> bool:
-    return record["answer"].strip() == record["expected"].strip()

@@ -66,35 +66,31 @@ def training() -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
-def asking(rows: int) -> Iterator[Callable[[str, int, int], None]]:
-    """Live progress of an evaluation; gives what `evaluate` calls after every batch."""
-    with _progress("") as progress:
-        task = progress.add_task(f"judging on {rows} rows", total=2 * rows, state="")
-        finished = {"loss": 0, "answers": 0}
-
-        def on_progress(part: str, done: int, of: int) -> None:
-            finished[part] = done
-            progress.update(task, completed=sum(finished.values()))
-
-        yield on_progress
+def asking(rows: int) -> Iterator[None]:
+    """While rows are answered, in one batch."""
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"answering {rows} held-out rows"):
+        yield
 
 
-def answers(judged: Any, task: str, limit: int) -> None:
+def answers(judged: Any, limit: int) -> None:
     """Show some lines with the answers to them."""
-    console.print(f"Valid JSON: {percent(judged.valid_json)} of {judged.rows} rows. For example:")
-    for record in judged.answers[:limit]:
-        console.print(f"  {escape(line(record))}")
-        console.print(f"  [dim]{escape(shortened(record['answer']))}[/]")
+    console.print(f"Valid JSON: {percent(judged.scores.valid_json)} of {judged.rows} rows. For example:")
+    for prompt, answer in list(zip(judged.prompts, judged.answers, strict=True))[:limit]:
+        console.print(f"  {escape(line(prompt))}")
+        console.print(f"  [dim]{escape(shortened(answer.text))}[/]")
 
 
-def judged(name: str, found: Any, run: Any) -> None:
+def judged(found: Any, run: Any) -> None:
     """Show what a finished adapter does."""
     trained = f"trained on {run.real_tokens:,} tokens in {run.seconds:.0f} s"
     if run.reused:
         console.print(f"Reused: the same rows and settings made it before, {trained}.")
     else:
         console.print(f"{trained.capitalize()}.")
-    answers(found, name, limit=2)
+    answers(found, limit=2)
 
 
 def mixed(rows: Sequence[Any], switch_ms: float) -> None:
@@ -142,9 +138,9 @@ def closing(results: dict[str, Any], out: Path, model: Path, seconds: float) -> 
         console.print(f"  .venv/bin/brushstroke {command}", markup=False, soft_wrap=True)
 
 
-def line(record: dict[str, Any]) -> str:
-    """The raw line that a record of an evaluation asks about."""
-    return record["prompt"][-1]["content"].partition("\n")[2]
+def line(prompt: Sequence[dict[str, str]]) -> str:
+    """The raw line that a prompt asks about."""
+    return prompt[-1]["content"].partition("\n")[2]
 
 
 def shortened(text: str, limit: int = 160) -> str:
