@@ -47,6 +47,7 @@ BAD_VALUES = {
     "micro-tokens in words": (["--micro-tokens", "many"], "'auto' or a whole number"),
     "a pattern without a value": (["--rank-pattern", "q_proj"], "PATTERN=VALUE"),
     "a limit of one token": (["--max-length", "1"], "max_length"),
+    "the best of no evaluation": (["--keep-best"], "--eval DATA"),
     "an unknown flag": (["--rnk", "4"], "Did you mean --rank?"),
     "a flag without its value": (["--rank"], "--rank"),
     "a word too many": (["more"], "more"),

@@ -5,7 +5,7 @@ It listens to the run's events and changes nothing.
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from brushstroke.cli.console import people, size
 
@@ -65,7 +65,7 @@ def clock(seconds: float | None) -> str:
     """A duration in words.
 
     >>> clock(7.6), clock(252), clock(7300), clock(None)
-    ('8 s', '4:12 min', '2:02 h', '?')
+    ('8 s', '4:12 min', '2:01 h', '?')
     """
     if seconds is None:
         return "?"
@@ -121,7 +121,7 @@ class TrainProgress:
         best = "  (best)" if event.best else ""
         self._console.print(f"evaluation after step {event.step}: loss {event.loss:.4f}{best}", markup=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainProgress":
         return self
 
     def __exit__(self, *exc: object) -> None:

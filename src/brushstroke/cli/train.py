@@ -20,7 +20,7 @@ from brushstroke.cli.options import (
 )
 from brushstroke.cli.plan_text import print_plan
 from brushstroke.cli.progress import TrainProgress, clock
-from brushstroke.errors import NonFiniteError
+from brushstroke.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     from brushstroke.training.folder import RunFolder
@@ -126,6 +126,9 @@ class _Request:
     def __init__(
         self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, reading: DataOptions
     ) -> None:
+        if reading.eval_data is None and training and (training.keep_best or training.eval_every is not None):
+            flag = "--keep-best" if training.keep_best else "--eval-every"
+            raise ConfigError(f"{flag} needs data to evaluate on; give it with --eval DATA")
         from brushstroke.data import read_rows
 
         rows = read_rows(data)
