@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from brushstroke.adapter import Adapter, Card, LoraConfig
-from brushstroke.errors import AdapterFileError, ShapeError
+from brushstroke.errors import AdapterFileError, BaseMismatchError, ShapeError
 from brushstroke.lowrank import LowRank
+from toys import random_adapter, tiny_llama
 
 
 def update(d: int = 5, r: int = 2, h: int = 4) -> LowRank:
@@ -132,3 +133,17 @@ def test_a_strange_card_is_refused():
         Card.from_dict(stored | {"format": 2})
     with pytest.raises(AdapterFileError, match="format None"):
         Card.from_dict({})
+
+
+def test_a_sum_knows_both_bases_and_refuses_two_of_them() -> None:
+    model, other = tiny_llama(seed=0), tiny_llama(seed=1)
+    a = random_adapter(model, LoraConfig(rank=2, targets="q_proj"))
+    b = random_adapter(model, LoraConfig(rank=2, targets="v_proj"))
+    foreign = random_adapter(other, LoraConfig(rank=2, targets="q_proj"))
+    total = a + b
+    assert total.card is not None
+    assert total.card.fingerprint is not None
+    assert set(total.card.fingerprint.samples) == {*a, *b}
+    with pytest.raises(BaseMismatchError, match="different bases"):
+        a + foreign
+    assert (a + foreign.with_card(None)).card is not None

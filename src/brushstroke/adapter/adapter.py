@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from brushstroke.adapter.card import Card
+from brushstroke.adapter.fingerprint import Fingerprint
 from brushstroke.errors import ShapeError, did_you_mean
 from brushstroke.lowrank.update import Update
 
@@ -114,7 +115,7 @@ class Adapter(Mapping[str, Update]):
         updates = dict(self._updates)
         for site, update in other.items():
             updates[site] = updates[site] + update if site in updates else update
-        return self._derived(updates)
+        return self._derived(updates, self._shared_fingerprint(other))
 
     def __sub__(self, other: "Adapter") -> "Adapter":
         return self + (-other)
@@ -129,7 +130,18 @@ class Adapter(Mapping[str, Update]):
 
     __rmul__ = __mul__
 
-    def _derived(self, updates: Mapping[str, Update]) -> "Adapter":
+    def _shared_fingerprint(self, other: "Adapter") -> Fingerprint | None:
+        """The fingerprint of the base that both belong to.
+
+        Raises:
+            BaseMismatchError: they were trained on different bases.
+        """
+        known = [a.card.fingerprint for a in (self, other) if a.card and a.card.fingerprint]
+        return known[0].joined(known[1]) if len(known) == 2 else (known or [None])[0]
+
+    def _derived(self, updates: Mapping[str, Update], fingerprint: Fingerprint | None = None) -> "Adapter":
         """A new adapter of the same base: how this one was trained is no longer true of it."""
-        card = self.card.with_changes(lora=None, target_modules=(), training={}) if self.card else None
-        return type(self)(updates, card)
+        if self.card is None and fingerprint is None:
+            return type(self)(updates)
+        card = (self.card or Card()).with_changes(lora=None, target_modules=(), training={})
+        return type(self)(updates, card.with_changes(fingerprint=fingerprint) if fingerprint else card)

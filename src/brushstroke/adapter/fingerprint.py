@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from brushstroke.errors import AdapterFileError
+from brushstroke.errors import AdapterFileError, BaseMismatchError
 
 SAMPLES = 256
 QUANTISED_TOLERANCE = 0.15  # relative difference of the samples: int8 differs by about 1 %, 4-bit by 8 %
@@ -68,6 +68,27 @@ class Fingerprint:
         shapes = {path: (W.shape[0], W.shape[1]) for path, W in weights.items()}
         half = frozenset(path for path, W in weights.items() if W.dtype == torch.float16)
         return cls(shapes, {path: sample(W) for path, W in weights.items()}, quantised, half)
+
+    def joined(self, other: "Fingerprint") -> "Fingerprint":
+        """The samples of both, which must be of one base.
+
+        Raises:
+            BaseMismatchError: samples of the same site differ by more than quantising explains.
+        """
+        for path in self.samples.keys() & other.samples.keys():
+            ours, theirs = (f.samples[path].double() for f in (self, other))
+            same_shape = self.shapes[path] == other.shapes[path]
+            if not same_shape or (ours - theirs).norm() > QUANTISED_TOLERANCE * ours.norm():
+                raise BaseMismatchError(
+                    f"these adapters were trained on different bases: the weights at {path} differ; combine "
+                    "adapters of one base, or drop a card with adapter.with_card(None) to combine them anyway"
+                )
+        return Fingerprint(
+            {**other.shapes, **self.shapes},
+            {**other.samples, **self.samples},
+            self.quantised or other.quantised,
+            self.half | (other.half - self.samples.keys()),
+        )
 
     def judge(
         self,

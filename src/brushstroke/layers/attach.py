@@ -136,7 +136,7 @@ def attach(
         what: an adapter, or the config of a new one.
         trainable: freeze the base and let the factors have gradients; detaching restores the base's flags.
         seed: for the starting factors of a fresh adapter.
-        dropout: on the low-rank path; the config's own where one is given.
+        dropout: on the low-rank path; a config's own by default.
         allow_different_base: attach although the fingerprint says that the adapter belongs to another base.
 
     Raises:
@@ -154,7 +154,8 @@ def attach(
     if isinstance(what, LoraConfig):
         plan = resolve_targets(what, list(sites.values()))
         card = _new_card(root, sites, what, plan, getattr(model, "name", None))
-        updates, dropout = _fresh_updates(sites, what, plan, seed), what.dropout
+        updates = _fresh_updates(sites, what, plan, seed)
+        dropout = what.dropout if dropout is None else dropout
     elif isinstance(what, Adapter):
         check_base(root, what, allow_different_base=allow_different_base)
         card = what.card

@@ -56,7 +56,7 @@ class Training:
         gradient_checkpointing: recompute activations in the backward pass.
         share_prefixes: compute shared prefixes once; None does unless dropout is on.
         seed: of the starting factors and of dropout.
-        dropout: on the low-rank path; the config's own where one is given.
+        dropout: on the low-rank path; a config's own by default.
         max_length: longest example in tokens, for examples that `forward_backward` has to tokenise.
         allow_different_base: go on from an adapter although it belongs to another base.
 
