@@ -18,7 +18,7 @@ import transformers
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData, encode
-from brushstroke.errors import NonFiniteError, ResumeError
+from brushstroke.errors import ResumeError
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
 from brushstroke.inference import context_length
@@ -95,13 +95,13 @@ class _Totals:
     loss_sum: float = 0.0
     final_loss: float = float("nan")
     best_loss: float = float("inf")
+    evaluated: int = 0
     peak_memory_bytes: int = 0
 
     def add(self, event: StepEvent) -> None:
         self.real_tokens += event.real_tokens
         self.trained_tokens += event.trained_tokens
         self.computed_tokens += event.computed_tokens
-        self.seconds += event.seconds
         self.loss_sum += event.loss
         self.final_loss = event.loss
         self.peak_memory_bytes = max(self.peak_memory_bytes, event.peak_memory_bytes)
@@ -149,7 +149,7 @@ def train(
         ConfigError, TargetError, DataError, BaseMismatchError: the request cannot work; nothing was written.
         OutputError: `out` holds files already, or cannot be written.
         ResumeError: the checkpoint belongs to other settings or other data.
-        NonFiniteError: the loss is not a finite number; the last good state is kept as a checkpoint.
+        NonFiniteError: the loss is not a finite number; checkpoints from before are kept.
         KeyboardInterrupt: after a checkpoint was saved.
     """
     config = config or TrainConfig()
@@ -179,6 +179,9 @@ def train(
         if folder and resumed_from:
             folder.open(resumed_from)
 
+        def due(step: int) -> bool:
+            return step == steps or step % (config.eval_every or order.steps_per_epoch) == 0
+
         def keep_state() -> None:
             if folder and session.steps:
                 extra = {"identity": identity, "totals": asdict(totals)}
@@ -186,35 +189,13 @@ def train(
                 folder.prune()
 
         best: Adapter | None = load(folder.best) if folder and resumed_from and folder.best.is_dir() else None
+        seconds_before, started = totals.seconds, time.perf_counter()
         try:
-            while session.steps < steps:
-                began = time.perf_counter()
-                batch = order.batch(session.steps)
-                result = session.forward_backward(batch, loss)
-                rate = session.learning_rate * factor(config.schedule, session.steps, steps, config.warmup)
-                with interrupts.held():
-                    session.optim_step(rate)
-                    event = StepEvent(
-                        step=session.steps,
-                        steps=steps,
-                        loss=result.loss,
-                        real_tokens=result.real_tokens,
-                        trained_tokens=result.trained_tokens,
-                        computed_tokens=result.computed_tokens,
-                        seconds=time.perf_counter() - began,
-                        learning_rate=rate,
-                        peak_memory_bytes=peak_memory(session.device),
-                    )
-                    totals.add(event)
-                    if folder:
-                        if session.steps == 1:
-                            folder.open(0)
-                        folder.record(METRICS, _without(asdict(event), "steps"))
-                if on_step:
-                    on_step(event)
-                if held_out is not None and _evaluation_due(session.steps, steps, config.eval_every, order):
+            while True:
+                if held_out is not None and totals.evaluated < session.steps and due(session.steps):
                     evaluation = _evaluate(session, held_out, totals.best_loss)
                     with interrupts.held():
+                        totals.evaluated = session.steps
                         if evaluation.best:
                             totals.best_loss = evaluation.loss
                             best = session.adapter() if config.keep_best else None
@@ -224,10 +205,37 @@ def train(
                             folder.record(EVALUATIONS, asdict(evaluation))
                     if on_eval:
                         on_eval(evaluation)
-                if session.steps % config.checkpoint_every == 0 and session.steps < steps:
+                if session.steps and session.steps % config.checkpoint_every == 0 and session.steps < steps:
                     with interrupts.held():
                         keep_state()
-        except (KeyboardInterrupt, NonFiniteError):
+                if session.steps >= steps:
+                    break
+                began = time.perf_counter()
+                result = session.forward_backward(order.batch(session.steps), loss)
+                rate = session.learning_rate * factor(config.schedule, session.steps, steps, config.warmup)
+                with interrupts.held():
+                    session.optim_step(rate)
+                    now = time.perf_counter()
+                    event = StepEvent(
+                        step=session.steps,
+                        steps=steps,
+                        loss=result.loss,
+                        real_tokens=result.real_tokens,
+                        trained_tokens=result.trained_tokens,
+                        computed_tokens=result.computed_tokens,
+                        seconds=now - began,
+                        learning_rate=rate,
+                        peak_memory_bytes=peak_memory(session.device),
+                    )
+                    totals.add(event)
+                    totals.seconds = seconds_before + now - started
+                    if folder:
+                        if session.steps == 1:
+                            folder.open(0)
+                        folder.record(METRICS, _without(asdict(event), "steps"))
+                if on_step:
+                    on_step(event)
+        except KeyboardInterrupt:
             session.discard()
             keep_state()
             raise
@@ -282,10 +290,6 @@ def open_session(
         max_length=config.max_length,
         allow_different_base=allow_different_base,
     )
-
-
-def _evaluation_due(step: int, steps: int, every: int | None, order: DataOrder) -> bool:
-    return step == steps or step % (every or order.steps_per_epoch) == 0
 
 
 def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:
@@ -357,7 +361,7 @@ def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResul
 def _summary(
     session: Training, totals: _Totals, identity: dict[str, Any], examples: EncodedData
 ) -> dict[str, Any]:
-    kept = _without(asdict(totals), "loss_sum", "best_loss")
+    kept = _without(asdict(totals), "loss_sum", "best_loss", "evaluated")
     return {
         **kept,
         "steps": session.steps,
