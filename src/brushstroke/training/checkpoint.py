@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -18,16 +18,24 @@ from safetensors.torch import load_file, save_file
 
 from brushstroke.errors import ResumeError
 from brushstroke.files import output_errors
-
-if TYPE_CHECKING:
-    from brushstroke.training.session import Training
+from brushstroke.layers import Attachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_session(session: "Training", folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+class Resumable(Protocol):
+    """What of a training session a checkpoint holds."""
+
+    attachment: Attachment
+    optimizer: torch.optim.Optimizer
+    steps: int
+    micro_tokens: int
+    learning_rate: float
+
+
+def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
     """Write the state of a training session into a folder of its own, in place of a checkpoint there.
 
     Raises:
@@ -62,7 +70,7 @@ def save_session(session: "Training", folder: Path, extra: Mapping[str, Any] | N
             raise
 
 
-def load_session(session: "Training", folder: Path) -> dict[str, Any]:
+def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
     """Put a checkpoint's state into a session of the same base, sites and ranks; returns its extra fields.
 
     Raises:

@@ -15,6 +15,7 @@ from brushstroke.training.config import TrainConfig
 from brushstroke.training.order import DataOrder
 from brushstroke.training.pack import plan_passes
 from brushstroke.training.session import Training
+from brushstroke.training.setup import open_session, read_data
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
 
@@ -85,8 +86,6 @@ def plan(
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: as `train`.
     """
-    from brushstroke.training.run import open_session, read_data
-
     config = config or TrainConfig()
     encoded = read_data(base, data, config, start, prompt_column, completion_column)
     with open_session(base, lora, config, start, allow_different_base) as session:

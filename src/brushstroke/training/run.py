@@ -17,11 +17,10 @@ import transformers
 
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
-from brushstroke.data import EncodedData, encode
+from brushstroke.data import EncodedData
 from brushstroke.errors import ResumeError
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
-from brushstroke.inference import context_length
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.folder import EVALUATIONS, METRICS, RunFolder
@@ -32,6 +31,7 @@ from brushstroke.training.order import DataOrder
 from brushstroke.training.plan import Plan, make_plan
 from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
+from brushstroke.training.setup import open_session, read_data
 
 
 @dataclass(frozen=True)
@@ -246,50 +246,6 @@ def train(
             with interrupts.held():
                 folder.finish(adapter, summary)
         return TrainResult(adapter, summary, resumed_from)
-
-
-def read_data(
-    base: Base,
-    data: Any,
-    config: TrainConfig,
-    start: Adapter | None = None,
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-) -> EncodedData:
-    """Tokenise data for a run, with the template of the adapter that it goes on from, if any."""
-    return encode(
-        data,
-        base.tokenizer,
-        prompt_column=prompt_column,
-        completion_column=completion_column,
-        max_length=config.max_length or context_length(base.model),
-        skip_too_long=config.skip_too_long,
-        chat_template=start.card.chat_template if start and start.card else None,
-    )
-
-
-def open_session(
-    base: Base,
-    lora: LoraConfig | None,
-    config: TrainConfig,
-    start: Adapter | None,
-    allow_different_base: bool = False,
-) -> Training:
-    """The training session that a config asks for."""
-    return Training(
-        base,
-        start if start is not None else lora or LoraConfig(),
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        micro_tokens=config.micro_tokens,
-        gradient_checkpointing=config.gradient_checkpointing,
-        share_prefixes=config.share_prefixes,
-        seed=config.seed,
-        dropout=lora.dropout if lora else None,
-        max_length=config.max_length,
-        allow_different_base=allow_different_base,
-    )
 
 
 def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:

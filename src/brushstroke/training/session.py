@@ -15,7 +15,9 @@ from brushstroke.adapter import Adapter, LoraConfig, Site
 from brushstroke.base import Base
 from brushstroke.data import ChatFormat, Example, encode
 from brushstroke.errors import ConfigError, NonFiniteError, TrainingError
+from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach, find_sites
+from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.checkpointing import Checkpointed
 from brushstroke.training.config import default_learning_rate
 from brushstroke.training.forward import choose_forward
@@ -219,8 +221,6 @@ class Training:
 
     def sample(self, prompts: Any, **options: Any) -> list[str]:
         """Answers of the model as it is now; options as `generate`."""
-        from brushstroke.inference import generate
-
         self._check_open()
         with _asleep(self.attachment):
             return [answer.text for answer in generate(self.base, prompts, **options)]
@@ -238,8 +238,6 @@ class Training:
 
     def save(self, folder: str | Path) -> None:
         """Write factors, optimiser and counters, from which `load` goes on to the same bits."""
-        from brushstroke.training.checkpoint import save_session
-
         save_session(self, Path(folder))
 
     def load(self, folder: str | Path) -> "Training":
@@ -248,8 +246,6 @@ class Training:
         Raises:
             ResumeError: it belongs to another adapter, or is damaged.
         """
-        from brushstroke.training.checkpoint import load_session
-
         load_session(self, Path(folder))
         return self
 

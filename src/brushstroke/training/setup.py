@@ -1,0 +1,57 @@
+"""What `train` and `plan` have in common: tokenised data, and the session that the settings ask for.
+
+It runs no step.
+"""
+
+from typing import Any
+
+from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.base import Base
+from brushstroke.data import EncodedData, encode
+from brushstroke.inference import context_length
+from brushstroke.training.config import TrainConfig
+from brushstroke.training.session import Training
+
+
+def read_data(
+    base: Base,
+    data: Any,
+    config: TrainConfig,
+    start: Adapter | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> EncodedData:
+    """Tokenise data for a run, with the template of the adapter that it goes on from, if any."""
+    return encode(
+        data,
+        base.tokenizer,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        max_length=config.max_length or context_length(base.model),
+        skip_too_long=config.skip_too_long,
+        chat_template=start.card.chat_template if start and start.card else None,
+    )
+
+
+def open_session(
+    base: Base,
+    lora: LoraConfig | None,
+    config: TrainConfig,
+    start: Adapter | None,
+    allow_different_base: bool = False,
+) -> Training:
+    """The training session that a config asks for."""
+    return Training(
+        base,
+        start if start is not None else lora or LoraConfig(),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        micro_tokens=config.micro_tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        share_prefixes=config.share_prefixes,
+        seed=config.seed,
+        dropout=lora.dropout if lora else None,
+        max_length=config.max_length,
+        allow_different_base=allow_different_base,
+    )
