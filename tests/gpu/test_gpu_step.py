@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import random_adapter, tiny_gpt2, tiny_llama
-from training_kit import examples, randomise
 
 import brushstroke as bs
+from toys import random_adapter, tiny_gpt2, tiny_llama
+from training_kit import examples, randomise
 
 pytestmark = [
     pytest.mark.gpu,

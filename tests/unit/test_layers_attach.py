@@ -648,3 +648,10 @@ def test_the_same_seed_gives_the_same_start():
     assert torch.equal(first["fc1"].U, second["fc1"].U)
     assert not torch.equal(first["fc1"].U, other["fc1"].U)
     assert not first["fc1"].V.any()
+
+
+def test_a_base_that_is_not_frozen_keeps_its_gradients():
+    net = toys.Mlp()
+    with attach(net, toys.random_adapter(net, LoraConfig(rank=2))):
+        net(torch.randn(3, 6)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

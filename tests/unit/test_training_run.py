@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import brushstroke as bs
-from brushstroke.errors import ConfigError, OutputError, ResumeError
+from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
 from toys import tiny_gpt2, tiny_llama
 from training_kit import examples
 
@@ -185,3 +186,62 @@ def test_gpt2_trains_too() -> None:
     result = bs.train(bs.Base(tiny_gpt2(), None, "gpt2"), examples(10), LORA, CONFIG)
     assert result.adapter.card is not None
     assert result.adapter.card.conv1d
+
+
+def test_what_a_killed_write_leaves_does_not_block_resuming(tmp_path: Path) -> None:
+    held_out = examples(6, seed=1)
+    config = bs.TrainConfig(max_steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, keep_best=True)
+    (tmp_path / ".partial-abc").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "checkpoints" / "best-00000002" / ".partial-xyz").mkdir(parents=True)
+    result = bs.train(base(), examples(10), LORA, config, out=tmp_path, eval_data=held_out, resume=True)
+    assert result.resumed_from == 0
+    assert not list(tmp_path.glob(".partial-*"))
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path) -> None:
+    def stop(event: object) -> None:
+        raise KeyboardInterrupt
+
+    held_out = examples(4, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path / "cut", eval_data=held_out, on_step=stop)
+    for name, resume in (("cut", True), ("whole", False)):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path / name, eval_data=held_out, resume=resume)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "eval.jsonl").read_text().splitlines()]
+        for name in ("cut", "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_config_beside_an_adapter_to_go_on_from_is_refused() -> None:
+    first = bs.train(base(), examples(10), LORA, CONFIG)
+    with pytest.raises(ConfigError, match="keeps its own rank"):
+        bs.train(base(), examples(10), bs.LoraConfig(rank=2), CONFIG, start=first.adapter)
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ResumeError, match=r"run.json cannot be read"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "checkpoints" / "step-00000004" / "state.json").write_text("[]")
+    with pytest.raises(ResumeError, match="lacks fields"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+
+
+def test_factors_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
+    config = bs.TrainConfig(max_steps=4, batch_size=4, learning_rate=3e38, clip=0, checkpoint_every=1)
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        bs.train(base(), examples(10), LORA, config, out=tmp_path)
+    for file in tmp_path.rglob("state.safetensors"):
+        assert all(t.isfinite().all() for k, t in load_file(file).items() if k.startswith("factor."))
+
+
+def test_tokens_outside_of_the_vocabulary_are_named() -> None:
+    row = {"input_ids": [1, 2, 99999], "labels": [-100, 2, 99999]}
+    with pytest.raises(DataError, match="row 1 has a token id outside"):
+        bs.train(base(), [row], LORA, CONFIG)

@@ -13,7 +13,7 @@ from brushstroke.errors import ConfigError, NonFiniteError, TargetError, Trainin
 from brushstroke.layers import merge
 from brushstroke.training import Training
 from brushstroke.training.attention import NAME
-from toys import snapshot, tiny_gpt2, tiny_llama
+from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise
 
 
@@ -260,3 +260,34 @@ def test_a_bf16_base_has_fp32_factors() -> None:
         result = run.forward_backward(examples())
         assert result.loss == pytest.approx(padded_loss(model, examples()).item(), rel=2e-2)
         run.optim_step()
+
+
+def test_going_on_with_dropout_stays_packed() -> None:
+    model = tiny_llama()
+    adapter = random_adapter(model)
+    with Training(model, adapter, dropout=0.3) as run:
+        assert run.packed
+        assert run.drops
+
+
+def test_a_loss_that_raises_leaves_no_gradient_behind() -> None:
+    calls = []
+
+    def failing(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("mine")
+        return F.cross_entropy(logits, targets)
+
+    with Training(tiny_llama(), LoraConfig(rank=4), micro_tokens=40) as run:
+        with pytest.raises(RuntimeError, match="mine"):
+            run.forward_backward(examples(), failing)
+        assert all(p.grad is None for p in run.parameters)
+
+
+def test_attention_in_chunks_is_not_packed() -> None:
+    model = tiny_llama()
+    model.config.attention_chunk_size = 16
+    with Training(model, LoraConfig(rank=4)) as run:
+        assert not run.packed
+        assert "chunks of 16 tokens" in run.forward_reason

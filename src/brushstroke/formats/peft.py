@@ -182,6 +182,11 @@ def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
 def _hint(key: str) -> str:
     if "lora_embedding_" in key:
         return " (an adapted embedding, which this version cannot take)"
+    if key.endswith(".base_layer.weight"):
+        return (
+            " (a copy of a weight of the base, which PEFT adds for an adapted head; save it there with "
+            "save_embedding_layers=False)"
+        )
     if "magnitude" in key:
         return " (a DoRA magnitude, which this version cannot take)"
     if "lora_" in key and not key.startswith("base_model.model."):

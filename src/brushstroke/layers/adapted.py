@@ -83,7 +83,8 @@ class AdaptedLinear(Adapted):
         if slot is None:
             y = super().forward(x)
             return route.guard(_add_segments(y, x, route, {1: (U_rows, V, scale)}, drop))
-        if self._fused and not drop and not torch.is_autocast_enabled(x.device.type):
+        frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+        if self._fused and frozen and not drop and not torch.is_autocast_enabled(x.device.type):
             y = lowrank_linear(x, self.weight, self.bias, U_rows, V, scale, self._weight_is_dxh)
         else:
             y = super().forward(x)

@@ -125,6 +125,12 @@ class AttentionName:
         configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
 
+    @property
+    def chunked(self) -> int | None:
+        """The length of the chunks that attention is confined to, which no keyword tells the function."""
+        lengths = [getattr(config, "attention_chunk_size", None) for config in self._configs]
+        return next((length for length in lengths if length), None)
+
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Inside, attention runs packed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from brushstroke.errors import ConfigError
 from brushstroke.formats import save
 from brushstroke.layers import Attachment
 
@@ -25,6 +26,20 @@ class AdapterCallback(TrainerCallback):
     def __init__(self, attachment: Attachment, folder: str | Path | None = None) -> None:
         self._attachment = attachment
         self._folder = Path(folder) if folder else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what would save the model behind this callback's back.
+
+        Raises:
+            ConfigError: the save strategy "best".
+        """
+        if getattr(args.save_strategy, "value", args.save_strategy) == "best":
+            raise ConfigError(
+                'AdapterCallback cannot serve save_strategy="best", which saves the model after evaluating; '
+                'use "steps" or "epoch"'
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

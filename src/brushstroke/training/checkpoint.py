@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
 from brushstroke.files import output_errors
@@ -57,7 +58,7 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
-            save_file(tensors, staging / TENSORS)
+            (staging / TENSORS).write_bytes(to_bytes(tensors))
             (staging / STATE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
             for file in (staging / TENSORS, staging / STATE):
                 with file.open("rb+") as handle:
@@ -115,9 +116,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ResumeError(f"the checkpoint {folder} cannot be read ({error})") from error
-    if state.get("format") != FORMAT:
+        raise ResumeError(f"the checkpoint {folder} cannot be read ({error}); remove it") from error
+    needed = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ResumeError(f"the checkpoint {folder} is damaged: its {STATE} lacks fields; remove it")
+    if state["format"] != FORMAT:
         raise ResumeError(
-            f"the checkpoint {folder} has format {state.get('format')!r}; this version reads {FORMAT}"
+            f"the checkpoint {folder} has format {state['format']!r}; this version reads {FORMAT}"
         )
     return state

@@ -4,6 +4,7 @@ It decides nothing about the adapter: that is `LoraConfig`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,15 @@ class TrainConfig:
         positive = ("epochs", "max_steps", "learning_rate", "batch_size", "eval_every", "checkpoint_every")
         for name in (*positive, "max_length"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be above 0; got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a number above 0; got {value!r}")
         for name in ("warmup", "weight_decay", "clip", "seed"):
             value = getattr(self, name)
-            if not value >= 0:
-                raise ConfigError(f"{name} must not be negative; got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number that is not negative; got {value!r}")
+        for name in ("max_steps", "batch_size", "eval_every", "checkpoint_every", "max_length", "seed"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), int):
+                raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if self.micro_tokens != "auto" and not (isinstance(self.micro_tokens, int) and self.micro_tokens > 0):
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
         if self.schedule not in SCHEDULES:

@@ -17,13 +17,8 @@ from brushstroke.files import output_errors, refuse_existing, write_file
 from brushstroke.formats import save
 from brushstroke.training.checkpoint import read_state
 
-METRICS, EVALUATIONS, RUN, CHECKPOINTS, BEST = (
-    "metrics.jsonl",
-    "eval.jsonl",
-    "run.json",
-    "checkpoints",
-    "best",
-)
+METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
+PARTIAL = ".partial-"  # what an interrupted write leaves behind
 ADAPTER_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -52,7 +47,6 @@ class RunFolder:
         self.resuming = resume and has_run
         if not self.resuming:
             refuse_existing(self.path, overwrite or (resume and self._only_ours()))
-        self._opened = False
 
     @property
     def complete(self) -> bool:
@@ -73,14 +67,15 @@ class RunFolder:
         """Where the checkpoint of a step belongs."""
         return self.path / CHECKPOINTS / f"step-{step:08d}"
 
-    @property
-    def best(self) -> Path:
-        """Where the best adapter so far is kept."""
-        return self.path / CHECKPOINTS / BEST
+    def best(self, step: int) -> Path:
+        """Where the best adapter so far is kept, if it is the one of this step."""
+        return self.path / CHECKPOINTS / f"best-{step:08d}"
 
-    def prune(self) -> None:
-        """Remove all checkpoints but the last two."""
-        for folder in self.checkpoints()[:-KEPT]:
+    def prune(self, best_step: int) -> None:
+        """Remove all checkpoints but the last two, older best adapters, and what interrupted writes left."""
+        inside = self.path / CHECKPOINTS
+        older = [folder for folder in inside.glob("best-*") if folder != self.best(best_step)]
+        for folder in [*self.checkpoints()[:-KEPT], *older, *inside.glob(f"{PARTIAL}*")]:
             shutil.rmtree(folder, ignore_errors=True)
 
     def open(self, step: int) -> None:
@@ -90,7 +85,6 @@ class RunFolder:
             OutputError: it cannot be written.
         """
         with output_errors(self.path):
-            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ADAPTER_FILES:
                 (self.path / name).unlink(missing_ok=True)
@@ -100,9 +94,10 @@ class RunFolder:
             else:
                 for name in (METRICS, EVALUATIONS, RUN):
                     (self.path / name).unlink(missing_ok=True)
-                for folder in [*self.checkpoints(), self.best]:
+                for folder in [*self.checkpoints(), *(self.path / CHECKPOINTS).glob("best-*")]:
                     shutil.rmtree(folder, ignore_errors=True)
-        self._opened = True
+            for left in self.path.glob(f"{PARTIAL}*"):
+                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
         """Append one line of JSON and flush it to the disk at once.
@@ -131,15 +126,17 @@ class RunFolder:
             ResumeError: it cannot be read.
         """
         try:
-            return json.loads((self.path / RUN).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            summary = json.loads((self.path / RUN).read_text("utf-8"))
+            return {**summary, "steps": summary["steps"], "settings": dict(summary["settings"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(
                 f"{self.path / RUN} cannot be read ({error}); start over with overwrite"
             ) from error
 
     def _only_ours(self) -> bool:
         known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES}
-        return self.path.is_dir() and all(entry.name in known for entry in self.path.iterdir())
+        names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        return all(name in known or name.startswith(PARTIAL) for name in names)
 
     def _cut(self, name: str, step: int) -> None:
         """Keep the lines up to a step, byte for byte; an unfinished last line goes too."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brushstroke.data import Example
 from brushstroke.layers.adapted import Adapted
-from brushstroke.training.attention import AttentionName
+from brushstroke.training.attention import AttentionName, UnsupportedAttention
 from brushstroke.training.layout import lay_out
 from brushstroke.training.loss import LossFunction, chunked_cross_entropy, summed_loss
 from brushstroke.training.pack import Group, Pass, plan_passes
@@ -93,6 +93,8 @@ class PackedForward:
         self._model = model
         self._head = head
         self._attention = AttentionName(model)
+        if chunked := self._attention.chunked:
+            raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
         self._device = next(model.parameters()).device
 
     def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:

@@ -40,7 +40,7 @@ class DataOrder:
         """The examples of a step, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % 2**63)
             self._permutation = torch.randperm(len(self._examples), generator=generator).tolist()
             self._epoch = epoch
         chosen = self._permutation[index * self._batch_size : (index + 1) * self._batch_size]

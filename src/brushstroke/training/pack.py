@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from brushstroke.data import Example
 
+MAX_GROUP = 256  # examples; bounds the search for the best grouping
 MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
 
 
@@ -82,7 +83,7 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
     for stop in range(1, n + 1):
         prefix = _shareable(order[stop - 1])
         best[stop] = best[stop - 1]
-        for start in range(stop - 2, -1, -1):
+        for start in range(stop - 2, max(-1, stop - 1 - MAX_GROUP), -1):
             prefix = min(prefix, common[start], _shareable(order[start]))
             if prefix < MIN_PREFIX:
                 break

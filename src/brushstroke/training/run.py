@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import transformers
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
-from brushstroke.errors import ResumeError
+from brushstroke.errors import NonFiniteError, OutputError, ResumeError
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
 from brushstroke.training.checkpoint import load_session, save_session
@@ -95,6 +96,7 @@ class _Totals:
     loss_sum: float = 0.0
     final_loss: float = float("nan")
     best_loss: float = float("inf")
+    best_step: int = 0
     evaluated: int = 0
     peak_memory_bytes: int = 0
 
@@ -183,12 +185,19 @@ def train(
             return step == steps or step % (config.eval_every or order.steps_per_epoch) == 0
 
         def keep_state() -> None:
+            if any(not bool(torch.isfinite(p).all()) for p in session.parameters):
+                raise NonFiniteError(
+                    f"the factors are not finite numbers after step {session.steps}; lower the learning rate "
+                    f"(it is {session.learning_rate:g})"
+                )
             if folder and session.steps:
                 extra = {"identity": identity, "totals": asdict(totals)}
                 save_session(session, folder.checkpoint(session.steps), extra)
-                folder.prune()
+                folder.prune(totals.best_step)
 
-        best: Adapter | None = load(folder.best) if folder and resumed_from and folder.best.is_dir() else None
+        best: Adapter | None = None
+        if folder and resumed_from and totals.best_step and config.keep_best:
+            best = load(folder.best(totals.best_step))
         seconds_before, started = totals.seconds, time.perf_counter()
         try:
             while True:
@@ -199,8 +208,9 @@ def train(
                         if evaluation.best:
                             totals.best_loss = evaluation.loss
                             best = session.adapter() if config.keep_best else None
+                            totals.best_step = session.steps
                             if folder and best:
-                                save_adapter(best, folder.best, overwrite=True)
+                                save_adapter(best, folder.best(totals.best_step), overwrite=True)
                         if folder:
                             folder.record(EVALUATIONS, asdict(evaluation))
                     if on_eval:
@@ -244,7 +254,12 @@ def train(
         adapter = adapter.with_card(_card(adapter, summary))
         if folder:
             with interrupts.held():
-                folder.finish(adapter, summary)
+                try:
+                    folder.finish(adapter, summary)
+                except OutputError:
+                    with suppress(OutputError):
+                        keep_state()
+                    raise
         return TrainResult(adapter, summary, resumed_from)
 
 
@@ -317,7 +332,7 @@ def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResul
 def _summary(
     session: Training, totals: _Totals, identity: dict[str, Any], examples: EncodedData
 ) -> dict[str, Any]:
-    kept = _without(asdict(totals), "loss_sum", "best_loss", "evaluated")
+    kept = _without(asdict(totals), "loss_sum", "best_loss", "best_step", "evaluated")
     return {
         **kept,
         "steps": session.steps,

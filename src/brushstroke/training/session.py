@@ -14,7 +14,7 @@ import torch
 from brushstroke.adapter import Adapter, LoraConfig, Site
 from brushstroke.base import Base
 from brushstroke.data import ChatFormat, Example, encode
-from brushstroke.errors import ConfigError, NonFiniteError, TrainingError
+from brushstroke.errors import ConfigError, DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach, find_sites
 from brushstroke.training.checkpoint import load_session, save_session
@@ -23,6 +23,8 @@ from brushstroke.training.config import default_learning_rate
 from brushstroke.training.forward import choose_forward
 from brushstroke.training.loss import LossFunction
 from brushstroke.training.memory import choose_micro_tokens, estimate
+
+EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Training:
         drops = any(module.lora_dropout for module in self.attachment.modules.values())
         self.share_prefixes = not drops if share_prefixes is None else share_prefixes
         self._checkpointing = Checkpointed(self.model) if gradient_checkpointing else nullcontext()
-        self._forward, self.forward_reason = choose_forward(self.model, self.share_prefixes)
+        with _asleep(self.attachment):
+            self._forward, self.forward_reason = choose_forward(self.model, self.share_prefixes)
         self.drops = drops
         ranks = {path: module.lora_V.shape[0] for path, module in self.attachment.modules.items()}
         self.memory = estimate(self.model, sites, ranks, gradient_checkpointing, self.device)
@@ -136,7 +139,7 @@ class Training:
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
         hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
         self.learning_rate = default_learning_rate(hidden) if learning_rate is None else learning_rate
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.parameters, self.learning_rate, weight_decay=weight_decay, fused=True
         )
 
@@ -151,22 +154,23 @@ class Training:
         Args:
             examples: tokenised examples, or anything that `train` takes as data.
             loss: in place of cross-entropy: (logits of the trained positions (m×v), targets (m), weights (m),
-                which add up to 1) → scalar, averaged over the positions.
+                the examples' own divided by m) → scalar, averaged over the positions.
 
         Raises:
-            NonFiniteError: the loss is not a finite number; no gradient of this call is kept.
+            NonFiniteError: the loss is not a finite number. After any error no gradient waits any more.
             DataError: the examples cannot be trained on.
         """
         self._check_open()
         encoded = self.encode(examples)
+        if not encoded:
+            raise DataError("there is no example to learn from; give at least one")
         total = torch.zeros((), dtype=torch.float64)
         computed = 0
         trained = sum(example.trained for example in encoded)
-        with self._checkpointing, self._forward.context(), self._dropout_seed():
+        with self._all_or_nothing(), self._checkpointing, self._forward.context(), self._dropout_seed():
             for part in self._forward.passes(encoded, self.micro_tokens, self.share_prefixes):
                 value = self._forward.summed_loss(part, loss)
                 if not bool(torch.isfinite(value)):
-                    self.discard()
                     raise NonFiniteError(
                         f"the loss is {value.item()} in step {self.steps + 1}; lower the learning rate "
                         f"(it is {self.learning_rate:g}), use float32, or look for broken rows in the data"
@@ -213,9 +217,11 @@ class Training:
         encoded = self.encode(examples)
         total, computed = 0.0, 0
         with _asleep(self.attachment), self._forward.context():
-            for part in self._forward.passes(encoded, self.micro_tokens, self.share_prefixes):
-                total += self._forward.summed_loss(part, None).item()
-                computed += part.computed_tokens
+            for start in range(0, len(encoded), EVALUATED_AT_ONCE):
+                some = encoded[start : start + EVALUATED_AT_ONCE]
+                for part in self._forward.passes(some, self.micro_tokens, self.share_prefixes):
+                    total += self._forward.summed_loss(part, None).item()
+                    computed += part.computed_tokens
         trained = sum(example.trained for example in encoded)
         return StepResult(total / max(1, trained), trained, sum(len(e) for e in encoded), computed)
 
@@ -263,11 +269,14 @@ class Training:
         if isinstance(examples, Iterable) and not isinstance(examples, str | dict):
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
+                check_vocabulary(examples, self.model)
                 return examples
         limit = self.max_length or getattr(
             getattr(self.model, "config", None), "max_position_embeddings", None
         )
-        return list(encode(examples, self.base.tokenizer, max_length=limit))
+        encoded = list(encode(examples, self.base.tokenizer, max_length=limit))
+        check_vocabulary(encoded, self.model)
+        return encoded
 
     def __enter__(self) -> "Training":
         return self
@@ -281,6 +290,15 @@ class Training:
         self._pending_tokens = 0
         self._calls = 0
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """An error inside leaves no gradient behind that nobody counts."""
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
+
     def _check_open(self) -> None:
         if not self.attachment.attached:
             raise TrainingError(
@@ -290,6 +308,26 @@ class Training:
     def _dropout_seed(self) -> AbstractContextManager[None]:
         """Dropout follows from (seed, step, call): a resumed run draws what the whole run would have."""
         return _seeded(self.seed, self.steps, self._calls) if self.drops else nullcontext()
+
+
+def check_vocabulary(examples: Iterable[Example], model: torch.nn.Module) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        DataError: naming the row.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        size = getattr(getter() if callable(getter) else None, "num_embeddings", None)
+    except NotImplementedError:
+        return
+    for example in examples:
+        if size and example.tokens and not 0 <= min(example.tokens) <= max(example.tokens) < size:
+            place = f"row {example.row}" if example.row else "an example"
+            raise DataError(
+                f"{place} has a token id outside of the model's vocabulary of {size}; "
+                "tokenise it with this base's tokenizer"
+            )
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import Any
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData, encode
+from brushstroke.errors import ConfigError
 from brushstroke.inference import context_length
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.session import Training
+from brushstroke.training.session import Training, check_vocabulary
 
 
 def read_data(
@@ -22,7 +23,7 @@ def read_data(
     completion_column: str | None = None,
 ) -> EncodedData:
     """Tokenise data for a run, with the template of the adapter that it goes on from, if any."""
-    return encode(
+    encoded = encode(
         data,
         base.tokenizer,
         prompt_column=prompt_column,
@@ -31,6 +32,8 @@ def read_data(
         skip_too_long=config.skip_too_long,
         chat_template=start.card.chat_template if start and start.card else None,
     )
+    check_vocabulary(encoded, base.model)
+    return encoded
 
 
 def open_session(
@@ -40,7 +43,16 @@ def open_session(
     start: Adapter | None,
     allow_different_base: bool = False,
 ) -> Training:
-    """The training session that a config asks for."""
+    """The training session that a config asks for.
+
+    Raises:
+        ConfigError: a config that asks for another adapter than the one to go on from.
+    """
+    if start is not None and lora is not None and lora != LoraConfig(dropout=lora.dropout):
+        raise ConfigError(
+            "an adapter to go on from keeps its own rank, scale and targets; give a LoraConfig with no "
+            "more than dropout, or no adapter"
+        )
     return Training(
         base,
         start if start is not None else lora or LoraConfig(),
