@@ -18,11 +18,11 @@ from brushstroke.errors import ConfigError, DataError, NonFiniteError, TrainingE
 from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach, find_sites
 from brushstroke.training.checkpoint import load_session, save_session
-from brushstroke.training.checkpointing import Checkpointed
 from brushstroke.training.config import default_learning_rate
 from brushstroke.training.forward import choose_forward
 from brushstroke.training.loss import LossFunction
 from brushstroke.training.memory import choose_micro_tokens, estimate
+from brushstroke.training.recompute import Checkpointed
 
 EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
