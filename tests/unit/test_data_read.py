@@ -136,6 +136,8 @@ def test_names_that_cannot_be_on_the_hub_are_refused_without_asking_it(name, mon
 def test_a_hub_name_may_carry_a_split(name, split, monkeypatch, tmp_path):
     import datasets
 
+    before = datasets.are_progress_bars_disabled()  # the command line switches them off for good
+
     def load(path, *, split):
         assert datasets.are_progress_bars_disabled()
         return datasets.Dataset.from_list([{"text": f"{path} {split}"}])
@@ -145,7 +147,7 @@ def test_a_hub_name_may_carry_a_split(name, split, monkeypatch, tmp_path):
     rows = read_rows(name)
     assert rows.rows == [{"text": f"{name.split(':')[0]} {split}"}]
     assert rows.where(1) == f"{name.split(':')[0]}:{split}, row 1"
-    assert not datasets.are_progress_bars_disabled()
+    assert datasets.are_progress_bars_disabled() == before
 
 
 def test_a_hub_failure_is_one_message(monkeypatch, tmp_path):
