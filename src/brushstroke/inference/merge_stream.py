@@ -3,8 +3,10 @@
 Which tensors and bytes stand where in a file is the part of `shards`.
 """
 
+import ctypes
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +42,7 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
         MergeError: the update would be lost in the rounding.
         BaseLoadError: the files are damaged.
     """
+    _give_back_freed_memory()
     merging = _Merging(weights, adapter)
     for file in weights.shards():
         source = weights.folder / file
@@ -132,3 +135,9 @@ def _untie_config(path: Path) -> None:
     if "tie_word_embeddings" in config.get("text_config", {}):
         config["text_config"]["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _give_back_freed_memory() -> None:
+    """Have glibc map every large tensor by itself, so that freeing it lowers the process's memory at once."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; others lack it
