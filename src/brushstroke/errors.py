@@ -113,3 +113,15 @@ def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse a key that a config does not have.
+
+    Raises:
+        ConfigError: naming the key, and the one that was probably meant.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r} in {where}{did_you_mean(key, known)}")

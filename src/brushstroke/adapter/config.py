@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.lowrank.init import INITS
 
 SCALE_RULES = {
@@ -87,8 +87,5 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "LoraConfig":
         """The inverse of `as_dict`; an unknown key is an error."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"unknown setting {key!r} in a LoRA config{did_you_mean(key, known)}")
+        refuse_unknown(settings, (field.name for field in dataclasses.fields(cls)), "a LoRA config")
         return cls(**settings)

@@ -1,6 +1,6 @@
 """The frozen base model: the lowest place where transformers is known."""
 
-from brushstroke.base.device import choose_device, choose_dtype
+from brushstroke.base.device import choose_device, choose_dtype, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers
 from brushstroke.base.weights import FolderWeights, ModelWeights
 
@@ -13,4 +13,5 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "quiet_transformers",
+    "total_memory",
 ]

@@ -1,9 +1,13 @@
 """Where a model runs and in which precision: a written rule on the machine's features, never a timing.
 
+Also how much memory the device has in total; free memory is never looked at.
+
 It loads nothing.
 """
 
+import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -81,3 +85,20 @@ def _native_bf16() -> str | None:
     features = torch.cpu.get_capabilities()
     names = ("amx_bf16", "avx512_bf16") if platform.machine().lower() in ("x86_64", "amd64") else ("bf16",)
     return next((name for name in names if features.get(name)), None)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory; on a CPU the machine's, or the container's limit where it is lower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()])
+
+
+def _container_limits() -> list[int]:
+    limits = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return limits

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from brushstroke.cli.console import say
+from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import named_adapters
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":
     return {name: load(folder) for name, folder in named.items()}
 
 
-def load(base: str, dtype: str, device: str) -> Any:
+def load(base: str, options: BaseOptions) -> Any:
     """The base."""
     from brushstroke.base import load_base
 
     say(f"loading {base}")
-    return load_base(base, dtype=dtype, device=device)
+    return load_base(base, dtype=options.dtype, device=options.device)

@@ -3,13 +3,13 @@
 The scores are defined in `inference`.
 """
 
-import json as json_text
+import json
 from pathlib import Path
 from typing import Any
 
 from brushstroke.cli.adapters import AdapterFlags, load, load_adapters
 from brushstroke.cli.console import emit_json, people, results, say, table
-from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
 
@@ -29,12 +29,11 @@ def evaluate(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: Whole = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    allow_different_base: bool = False,
-    json: bool = False,
+    run: BaseOptions | None = None,
 ) -> None:
     """The loss per trained token, exact match, JSON validity and field F1 on a data file.
+
+    JSON is the numbers, or an object of name to numbers for several adapters.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
@@ -46,10 +45,6 @@ def evaluate(
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens, for the loss [default: the model's context].
-        dtype: Of the base.
-        device: Where to run.
-        allow_different_base: Use adapters although they belong to another base.
-        json: Print JSON on stdout: the numbers, or an object of name to numbers for several adapters.
     """
     from brushstroke.data import read_rows
 
@@ -62,7 +57,8 @@ def evaluate(
     from brushstroke.inference import Sampling, evaluate_all
 
     Sampling(**options)
-    loaded = load(base, dtype, device)
+    run = run or BaseOptions()
+    loaded = load(base, run)
     with _Progress() as progress:
         found = evaluate_all(
             loaded,
@@ -73,12 +69,12 @@ def evaluate(
             prompt_column=prompt,
             completion_column=completion,
             max_length=max_length,
-            allow_different_base=allow_different_base,
+            allow_different_base=run.allow_different_base,
             **options,
         )
     if out is not None:
         _keep(found, out.expanduser())
-    if json:
+    if run.json:
         numbers = {name: one.as_dict() for name, one in found.items()}
         emit_json(numbers if len(numbers) > 1 else next(iter(numbers.values())))
         return
@@ -89,7 +85,7 @@ def evaluate(
 def _keep(found: Any, out: Path) -> None:
     from brushstroke.files import write_file
 
-    lines = [json_text.dumps(answer, ensure_ascii=False) for one in found.values() for answer in one.answers]
+    lines = [json.dumps(answer, ensure_ascii=False) for one in found.values() for answer in one.answers]
     write_file(out, "".join(f"{line}\n" for line in lines))
     say(f"{len(lines)} answers are kept in {out}")
 

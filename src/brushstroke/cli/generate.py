@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from brushstroke.cli.adapters import AdapterFlags, load, load_adapters
 from brushstroke.cli.console import emit, emit_json, say
-from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import BrushstrokeError, ConfigError, DataError
 
@@ -62,12 +62,11 @@ def generate(
     adapter: AdapterFlags = None,
     use: str | None = None,
     sampling: SamplingOptions | None = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    allow_different_base: bool = False,
-    json: bool = False,
+    options: BaseOptions | None = None,
 ) -> None:
     """Answer prompts; of several adapters each answers each prompt, unless --use says otherwise.
+
+    JSON is an object for each answer, one a line.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
@@ -75,24 +74,26 @@ def generate(
         prompt: A prompt; repeatable.
         prompts: A file of prompts: one a line, or a JSONL file with prompt or messages columns.
         use: The adapter of each prompt by name, separated by commas, "base" for none; one name serves all.
-        dtype: Of the base.
-        device: Where to run.
-        allow_different_base: Use adapters although they belong to another base.
-        json: Print a JSON object for each answer, one a line.
     """
     asked = _prompts([*texts, *(prompt or ())], prompts)
     adapters = load_adapters(adapter)
     asked, names = _rows(asked, list(adapters), use)
-    options = (sampling or SamplingOptions()).given()
-    loaded = load(base, dtype, device)
+    given = (sampling or SamplingOptions()).given()
+    options = options or BaseOptions()
+    loaded = load(base, options)
     from brushstroke.inference import generate as answer_all
 
     answers = answer_all(
-        loaded, asked, adapters=adapters, rows=names, allow_different_base=allow_different_base, **options
+        loaded,
+        asked,
+        adapters=adapters,
+        rows=names,
+        allow_different_base=options.allow_different_base,
+        **given,
     )
     for question, answer in zip(asked, answers, strict=True):
         name = answer.adapter or BASE
-        if json:
+        if options.json:
             emit_json(
                 {"adapter": name, "prompt": question, "answer": answer.text, "finish": answer.finish},
                 lines=True,
@@ -109,32 +110,28 @@ def chat(
     adapter: AdapterFlags = None,
     system: str | None = None,
     sampling: SamplingOptions | None = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    allow_different_base: bool = False,
-    json: bool = False,
+    options: BaseOptions | None = None,
 ) -> None:
     """Talk to a base and its adapters; /use NAME switches, /base takes none, /reset forgets, /quit ends.
+
+    JSON is an object for each turn, one a line.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
         system: A system message.
-        dtype: Of the base.
-        device: Where to run.
-        allow_different_base: Use adapters although they belong to another base.
-        json: Print a JSON object for each turn, one a line.
     """
     adapters = load_adapters(adapter)
-    options = (sampling or SamplingOptions()).given()
-    loaded = load(base, dtype, device)
+    given = (sampling or SamplingOptions()).given()
+    options = options or BaseOptions()
+    loaded = load(base, options)
     from brushstroke.inference import ChatSession, Sampling
 
     with ChatSession(
         loaded,
         adapters,
         system=system,
-        sampling=Sampling(**options),
-        allow_different_base=allow_different_base,
+        sampling=Sampling(**given),
+        allow_different_base=options.allow_different_base,
     ) as session:
         say(f"{session.adapter or BASE} speaks; {HELP}")
         while (line := _ask(session.adapter or BASE)) is not None:
@@ -145,7 +142,7 @@ def chat(
                 if text.startswith("/"):
                     _command(session, text)
                 elif text:
-                    _turn(session, text, json)
+                    _turn(session, text, options.json)
             except BrushstrokeError as error:
                 say(f"error: {error}")
 

@@ -141,24 +141,34 @@ class DataOptions:
     eval_data: Annotated[str | None, Parameter(name="--eval")] = None
 
 
-@Parameter(name="*", group=RUN)
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where and how the run happens.
+class BaseOptions:
+    """How the base is loaded, and what is printed.
 
     Args:
         dtype: Of the frozen base; auto is bfloat16 where the machine multiplies it natively.
         device: Where to run.
-        allow_different_base: Go on from an adapter although it belongs to another base.
-        config: A YAML file whose keys are these flags; a flag on the line wins.
-        json: Print JSON on stdout.
+        allow_different_base: Use adapters although they belong to another base.
+        json: Print JSON on stdout, for programs.
     """
 
     dtype: Dtype = "auto"
     device: Device = "auto"
     allow_different_base: bool = False
-    config: Path | None = None
     json: bool = False
+
+
+@Parameter(name="*", group=RUN)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(BaseOptions):
+    """Where and how the run happens.
+
+    Args:
+        config: A YAML file whose keys are these flags; a flag on the line wins.
+    """
+
+    config: Path | None = None
 
 
 def train_config(training: TrainingOptions | None, data: DataOptions | None) -> "TrainConfig":

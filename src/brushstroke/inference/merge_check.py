@@ -4,7 +4,6 @@ It writes nothing and judges nothing: it reports a number.
 """
 
 import gc
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base, load_base
+from brushstroke.base import Base, load_base, total_memory
 from brushstroke.layers import attach
 
 TOKENS = 32
@@ -67,7 +66,7 @@ def _too_large(folder: Path) -> str | None:
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
     stored = _itemsize(folder)
     need = sum(files) * 4 // stored
-    limit = min(SHARDS * max(files), int(MEMORY_SHARE * _memory()))
+    limit = min(SHARDS * max(files), int(MEMORY_SHARE * total_memory(torch.device("cpu"))))
     if need <= limit:
         return None
     return (
@@ -84,14 +83,3 @@ def _itemsize(folder: Path) -> int:
     with safe_open(path, framework="pt") as file:
         names = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118
     return min((sizes.get(name, 4) for name in names), default=4)
-
-
-def _memory() -> int:
-    """The machine's memory in bytes, or the container's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.training.schedule import SCHEDULES
 
 
@@ -86,10 +86,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "TrainConfig":
         """The inverse of `as_dict`; an unknown key is an error."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"unknown setting {key!r} in a training config{did_you_mean(key, known)}")
+        refuse_unknown(settings, (field.name for field in dataclasses.fields(cls)), "a training config")
         return cls(**settings)
 
 

@@ -1,31 +1,23 @@
-"""How much memory a machine has, a process used, and a training pass will need.
+"""How much memory a process used, and how much a training pass will need.
 
 Nothing here looks at free memory: one command gives the same passes, and the same bits, every time.
 """
 
-import os
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from brushstroke.adapter import Site
+from brushstroke.base import total_memory
 
 CPU_MICRO_TOKENS = 1024  # products of this many rows run at full speed; more only costs memory
 GPU_MICRO_TOKENS = 16384
 MIN_MICRO_TOKENS = 128
 USABLE = 0.7  # share of the total memory that a run may plan with
 PROCESS_BYTES = 450 * 2**20  # interpreter, torch, transformers
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory; on a CPU the machine's, or the container's limit where it is lower."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return min([_physical_memory(), *_container_limits()])
 
 
 def peak_memory(device: torch.device) -> int:
@@ -98,17 +90,3 @@ def choose_micro_tokens(need: MemoryEstimate, device: torch.device) -> tuple[int
 
 def _unique(model: nn.Module) -> list[torch.Tensor]:
     return list({id(p): p for p in model.parameters()}.values())
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _container_limits() -> list[int]:
-    limits = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return limits
