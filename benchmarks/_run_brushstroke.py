@@ -7,22 +7,30 @@ import tempfile
 import brushstroke as bs
 
 settings = json.loads(sys.argv[1])
-base = bs.load_base(settings["base"], dtype=settings["dtype"])
-with tempfile.TemporaryDirectory(dir=settings["out"]) as out:
+base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
+losses: list[float] = []
+with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
     config = bs.TrainConfig(
         max_steps=settings["steps"],
         batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
     )
-    summary = bs.train(base, settings["data"], bs.LoraConfig(rank=8), config, out=out, overwrite=True).summary
+    result = bs.train(
+        base,
+        settings["data"],
+        bs.LoraConfig(rank=settings["rank"]),
+        config,
+        out=out,
+        on_step=lambda event: losses.append(event.loss),
+    )
+told = ("real_tokens", "trained_tokens", "computed_tokens", "seconds", "dtype")
 print(
     json.dumps(
         {
-            "real_tokens": summary["real_tokens"],
-            "seconds": summary["seconds"],
-            "real_tokens_per_second": summary["real_tokens_per_second"],
-            "mean_loss": summary["mean_loss"],
-            "peak_bytes": summary["peak_memory_bytes"],
+            **{name: result.summary[name] for name in told},
+            "peak_bytes": result.summary["peak_memory_bytes"],
+            "losses": losses,
         }
     )
 )

@@ -21,6 +21,7 @@ FORMS = {
     "micro-1": {"micro_tokens": 1},
     "micro-40": {"micro_tokens": 40},
     "micro-77-unshared": {"micro_tokens": 77, "share_prefixes": False},
+    "low-memory": {"memory": "low"},
     "checkpointed": {"gradient_checkpointing": True, "micro_tokens": 64},
 }
 

@@ -11,8 +11,8 @@ from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base
 from brushstroke.errors import ConfigError, NonFiniteError, TargetError, TrainingError
 from brushstroke.layers import merge
+from brushstroke.step.attention import NAME
 from brushstroke.training import Training
-from brushstroke.training.attention import NAME
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise
 
@@ -63,7 +63,7 @@ def test_a_model_that_drops_the_plan_falls_back_to_padded_batches(make: type[nn.
     for micro_tokens in (1024, 60):
         with Training(model, LoraConfig(rank=2, targets=targets), micro_tokens=micro_tokens) as run:
             assert not run.packed
-            assert "packing would be wrong" in run.forward_reason
+            assert "packing would be wrong" in run.step.forward_reason
             randomise(run.parameters)
             run.forward_backward(batch)
             ours = gradients(run)
@@ -290,4 +290,4 @@ def test_attention_in_chunks_is_not_packed() -> None:
     model.config.attention_chunk_size = 16
     with Training(model, LoraConfig(rank=4)) as run:
         assert not run.packed
-        assert "chunks of 16 tokens" in run.forward_reason
+        assert "chunks of 16 tokens" in run.step.forward_reason

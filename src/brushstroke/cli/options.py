@@ -95,6 +95,7 @@ class TrainingOptions:
         clip: Largest norm of the whole gradient; 0 does not clip [default: 1].
         batch_size: Examples in an optimiser step; what is learnt depends on it [default: 8].
         micro_tokens: Computed tokens in one pass, or auto; for memory and speed only [default: auto].
+        memory: low keeps less of a pass and makes it again; auto is fast where that fits [default: auto].
         gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
         share_prefixes: Compute what examples of a step begin with in common once
             [default: unless dropout is on].
@@ -113,6 +114,7 @@ class TrainingOptions:
     clip: float | None = None
     batch_size: Whole = None
     micro_tokens: WholeOrAuto = None
+    memory: Literal["auto", "low", "fast"] | None = None
     gradient_checkpointing: bool | None = None
     share_prefixes: bool | None = None
     eval_every: Whole = None

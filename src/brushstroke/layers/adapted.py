@@ -4,7 +4,7 @@ No hooks, no wrapper modules and no merging here; `attach` and `bank` do the swa
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from brushstroke.errors import AttachError
 from brushstroke.layers.route import Route
-from brushstroke.lowrank.apply import gathered_term, lowrank_linear, lowrank_term
+from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term
 
 
 class Adapted(nn.Module):
@@ -78,18 +78,26 @@ class AdaptedLinear(Adapted):
         slot = route.uniform
         if slot == 0:
             return route.guard(super().forward(x))
+        if (parts := self.parts(x)) is not None:
+            return route.guard(lowrank_linears(x, [parts])[0])
         U_rows, V, scale = self.lora_U_rows, self.lora_V, self.lora_scale
         drop = self.lora_dropout if self.training else 0.0
+        y = super().forward(x)
         if slot is None:
-            y = super().forward(x)
             return route.guard(_add_segments(y, x, route, {1: (U_rows, V, scale)}, drop))
+        return route.guard(y + lowrank_term(x, U_rows, V, scale, drop, self.training).to(y.dtype))
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """What the fused step needs for this input, or None where it would not be the same computation."""
+        dropped = self.lora_dropout if self.training else 0.0
         frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
-        if self._fused and frozen and not drop and not torch.is_autocast_enabled(x.device.type):
-            y = lowrank_linear(x, self.weight, self.bias, U_rows, V, scale, self._weight_is_dxh)
-        else:
-            y = super().forward(x)
-            y = y + lowrank_term(x, U_rows, V, scale, drop, self.training).to(y.dtype)
-        return route.guard(y)
+        if not self._fused or self._route.uniform != 1 or dropped or not frozen:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        return LinearParts(
+            self.weight, self.bias, self.lora_U_rows, self.lora_V, self.lora_scale, self._weight_is_dxh
+        )
 
 
 class BankedLinear(Adapted):
@@ -133,6 +141,33 @@ class BankedLinear(Adapted):
     def _factors(self, slot: int) -> tuple[Tensor, Tensor, float]:
         rank = self.bank_ranks[slot]
         return self.bank_U_rows[slot, :rank], self.bank_V[slot, :rank], 1.0
+
+
+def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] | None:
+    """The parts of linears that one fused function may run together; None where one of them must run itself.
+
+    A plain linear takes part where it is frozen; hooks are never passed over.
+    """
+    found = []
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return None
+        parts = module.parts(x) if isinstance(module, AdaptedLinear) else _plain_parts(module, x)
+        if parts is None:
+            return None
+        found.append(parts)
+    return found
+
+
+def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
+    conv1d = type(module).__name__ == "Conv1D"
+    if not (conv1d or type(module).forward is nn.Linear.forward) or "forward" in module.__dict__:
+        return None
+    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or torch.is_autocast_enabled(x.device.type):
+        return None
+    return LinearParts(weight, bias, weight_is_dxh=conv1d)
 
 
 def _add_segments(

@@ -6,13 +6,46 @@ Both factors come as contiguous rows, Uᵀ (r×d) and V (r×h): on CPUs the skin
 faster that way than with U as (d×r).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class LinearParts(NamedTuple):
+    """One frozen linear map and its update, x·W + bias + scale·(x·U)·V, as tensors.
+
+    Args:
+        weight: (h×d) as torch stores it, or (d×h) as HF's Conv1D does where `weight_is_dxh`.
+        bias: (h) or None.
+        U_rows, V: Uᵀ (r×d) and V (r×h); both None where nothing is added to W.
+        scale: in front of the low-rank term.
+        weight_is_dxh: the layout of `weight`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    U_rows: Tensor | None = None
+    V: Tensor | None = None
+    scale: float = 1.0
+    weight_is_dxh: bool = False
+
+
+TENSORS = 4  # of one LinearParts: what an autograd function is given of it, one after another
+
+
+def flatten(parts: Sequence[LinearParts]) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """Settings and tensors apart, as `torch.autograd.Function.apply` needs them."""
+    return tuple(part[TENSORS:] for part in parts), [tensor for part in parts for tensor in part[:TENSORS]]
+
+
+def unflatten(forms: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list[LinearParts]:
+    """The inverse of `flatten`."""
+    return [LinearParts(*tensors[TENSORS * i : TENSORS * (i + 1)], *form) for i, form in enumerate(forms)]
 
 
 def base_product(
@@ -22,46 +55,105 @@ def base_product(
     return F.linear(x, weight.mT if weight_is_dxh else weight, bias)
 
 
-class _LowRankLinear(torch.autograd.Function):
+def forward_products(x: Tensor, parts: Sequence[LinearParts]) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs (n×h each) of linears that share an input (…×d of n rows), and their x·U side by side."""
+    rows = x.reshape(-1, x.shape[-1])
+    adapted = [part for part in parts if part.U_rows is not None]
+    xu = F.linear(rows, _stacked([part.U_rows for part in adapted]).to(x.dtype)) if adapted else None
+    ys, start = [], 0
+    for part in parts:
+        # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
+        dxh = part.weight_is_dxh
+        y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
+        y = y.view(-1, y.shape[-1])
+        if part.V is not None and xu is not None:
+            rank = part.V.shape[0]
+            y.addmm_(xu[:, start : start + rank], part.V.to(x.dtype), alpha=part.scale)
+            start += rank
+        ys.append(y)
+    return ys, xu
+
+
+def backward_products(
+    dys: Sequence[Tensor],
+    rows: Tensor,
+    xu: Tensor | None,
+    parts: Sequence[LinearParts],
+    need_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of the rows (n×d), and of each part's four tensors: U_rows' and V's, no others.
+
+    Args:
+        dys: gradients of the outputs (n×h each).
+        rows: the input (n×d).
+        xu: what `forward_products` gave.
+        parts: the linears.
+        need_x: whether the gradient of the rows is wanted.
+        needs: for each tensor of each part, whether its gradient is wanted.
+    """
+    dx = dxu = None
+    adapted = [(dy, part) for dy, part in zip(dys, parts, strict=True) if part.V is not None]
+    if adapted:
+        terms = [part.scale * F.linear(dy, part.V.to(dy.dtype)) for dy, part in adapted]  # type: ignore[union-attr]
+        dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
+    if need_x:
+        for dy, part in zip(dys, parts, strict=True):
+            weight = part.weight.mT if part.weight_is_dxh else part.weight
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        if dx is not None and dxu is not None:
+            dx.addmm_(dxu, _stacked([part.U_rows for _, part in adapted]).to(dx.dtype))
+    need_U = any(needs[TENSORS * i + 2] for i in range(len(parts)))
+    dU = dxu.mT @ rows if dxu is not None and need_U else None
+    gradients: list[Tensor | None] = [None] * (TENSORS * len(parts))
+    start = 0
+    for i, (dy, part) in enumerate(zip(dys, parts, strict=True)):
+        if part.U_rows is None or part.V is None or xu is None:
+            continue
+        span = slice(start, start + part.V.shape[0])
+        start = span.stop
+        if dU is not None and needs[TENSORS * i + 2]:
+            gradients[TENSORS * i + 2] = dU[span].to(part.U_rows.dtype)
+        if needs[TENSORS * i + 3]:
+            gradients[TENSORS * i + 3] = (part.scale * (xu[:, span].mT @ dy)).to(part.V.dtype)
+    return dx, gradients
+
+
+def _stacked(factors: Sequence[Any]) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
+
+
+class _LowRankLinears(torch.autograd.Function):
     """The fused step: keeps x and x·U for the backward pass, never makes a gradient of W."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        U_rows: Tensor,
-        V: Tensor,
-        scale: float,
-        weight_is_dxh: bool,
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
-        y = base_product(rows if weight_is_dxh else x, weight, bias, weight_is_dxh).contiguous()
-        y = y.view(-1, y.shape[-1])
-        xu = F.linear(rows, U_rows.to(x.dtype))
-        y.addmm_(xu, V.to(x.dtype), alpha=scale)
-        ctx.save_for_backward(rows, weight, U_rows, V, xu)
-        ctx.scale, ctx.weight_is_dxh, ctx.x_shape = scale, weight_is_dxh, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def forward(ctx: Any, x: Tensor, forms: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ys, xu = forward_products(x, unflatten(forms, tensors))
+        ctx.save_for_backward(x, xu, *tensors)
+        ctx.forms = forms
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, weight, U_rows, V, xu = ctx.saved_tensors
-        need_x, _, _, need_U, need_V, _, _ = ctx.needs_input_grad
-        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        dxu = ctx.scale * F.linear(dy, V.to(dy.dtype))
-        dx = dU_rows = dV = None
-        if need_x:
-            dx = dy @ (weight.mT if ctx.weight_is_dxh else weight)
-            dx = dx.addmm_(dxu, U_rows.to(dy.dtype)).view(ctx.x_shape)
-        if need_U:
-            dU_rows = (dxu.mT @ rows).to(U_rows.dtype)
-        if need_V:
-            dV = (ctx.scale * (xu.mT @ dy)).to(V.dtype)
-        return dx, None, None, dU_rows, dV, None, None
+        x, xu, *tensors = ctx.saved_tensors
+        dys = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        need_x, _, *needs = ctx.needs_input_grad
+        parts = unflatten(ctx.forms, tensors)
+        dx, gradients = backward_products(dys, x.reshape(-1, x.shape[-1]), xu, parts, need_x, needs)
+        return None if dx is None else dx.view(x.shape), None, *gradients
+
+
+def lowrank_linears(x: Float[Tensor, "*b d"], parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
+    """x·Wᵢ + biasᵢ + scaleᵢ·(x·Uᵢ)·Vᵢ for several linears that share x, in one autograd step.
+
+    x is kept once, all x·Uᵢ are one product, and the gradients of x add up in place. Wᵢ and biasᵢ are frozen.
+
+    Returns:
+        One (…×h) tensor for each part.
+    """
+    forms, tensors = flatten(parts)
+    return _LowRankLinears.apply(x, forms, *tensors)  # type: ignore[return-value]
 
 
 def lowrank_linear(
@@ -78,7 +170,7 @@ def lowrank_linear(
     The low-rank products run in x's dtype; gradients come back in the dtype of the factors. W and bias get no
     gradient, ever. A second derivative raises torch's once-differentiable error.
     """
-    return _LowRankLinear.apply(x, weight, bias, U_rows, V, scale, weight_is_dxh)  # type: ignore[return-value]
+    return lowrank_linears(x, [LinearParts(weight, bias, U_rows, V, scale, weight_is_dxh)])[0]
 
 
 def lowrank_term(

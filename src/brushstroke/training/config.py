@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
+from brushstroke.step.memory import MODES
 from brushstroke.training.schedule import SCHEDULES
 
 
@@ -28,6 +29,8 @@ class TrainConfig:
         batch_size: examples in an optimiser step: what is learnt depends on it.
         micro_tokens: computed tokens in one forward and backward pass: only memory and speed depend on it.
             "auto" derives it from the machine's total memory, the model and this config.
+        memory: "low" keeps less of a pass and makes it again, in smaller passes; "fast" keeps what saves
+            time; "auto" is fast where that fits the machine's total memory.
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
         max_length: longest example in tokens; None is the model's context.
         skip_too_long: leave out examples whose prompt fills the limit, instead of refusing them.
@@ -51,6 +54,7 @@ class TrainConfig:
     clip: float = 1.0
     batch_size: int = 8
     micro_tokens: int | str = "auto"
+    memory: str = "auto"
     gradient_checkpointing: bool = False
     max_length: int | None = None
     skip_too_long: bool = False
@@ -75,6 +79,9 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if self.micro_tokens != "auto" and not (isinstance(self.micro_tokens, int) and self.micro_tokens > 0):
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
+        if self.memory not in MODES:
+            hint = did_you_mean(str(self.memory), MODES)
+            raise ConfigError(f"memory must be one of {', '.join(MODES)}; got {self.memory!r}{hint}")
         if self.schedule not in SCHEDULES:
             hint = did_you_mean(self.schedule, SCHEDULES)
             raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}{hint}")

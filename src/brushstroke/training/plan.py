@@ -11,9 +11,9 @@ from typing import Any
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
+from brushstroke.step.memory import peak_memory, resident_memory
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.order import DataOrder
-from brushstroke.training.pack import plan_passes
 from brushstroke.training.session import Training
 from brushstroke.training.setup import open_session, read_data
 
@@ -30,6 +30,8 @@ class Plan:
         skipped: site → why a group of targets left it out.
         parameters: trainable numbers, and `share` of them in the base's.
         memory_bytes: estimated peak of the process (of the device on a GPU).
+        memory: "fast" or "low", with `memory_reason`.
+        own_functions: the modules of the model that run brushstroke's own functions, in words.
         real_tokens, trained_tokens: of one epoch.
         computed_tokens: of one epoch, after sharing; `shared_tokens` fewer than without sharing.
         extrapolated: whether these two were counted on the first steps alone.
@@ -48,6 +50,9 @@ class Plan:
     share: float
     adapter_bytes: int
     memory_bytes: int
+    memory: str
+    memory_reason: str
+    own_functions: str
     examples: int
     steps: int
     epochs: float
@@ -107,8 +112,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         batch = order.batch(step)
         seen += sum(len(example) for example in batch)
         if session.packed:
-            passes = plan_passes(batch, session.micro_tokens, session.share_prefixes)
-            computed += sum(part.computed_tokens for part in passes)
+            computed += sum(part.computed_tokens for part in session.passes(batch))
     computed = computed if session.packed else seen
     extrapolated = counted < order.steps_per_epoch
     computed_tokens = round(computed / max(1, seen) * report.real_tokens)
@@ -125,7 +129,12 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         parameters=parameters,
         share=parameters / max(1, base_parameters),
         adapter_bytes=sum(p.numel() * p.element_size() for p in session.parameters),
-        memory_bytes=session.memory.total(in_pass),
+        memory_bytes=max(
+            peak_memory(session.device), resident_memory(session.device) + session.step.need.during(in_pass)
+        ),
+        memory=session.step.mode,
+        memory_reason=session.step.mode_reason,
+        own_functions=session.step.fusion.describe(),
         examples=len(data),
         steps=steps,
         epochs=steps / order.steps_per_epoch,
@@ -136,9 +145,9 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         shared_tokens=report.real_tokens - computed_tokens,
         extrapolated=extrapolated,
         micro_tokens=session.micro_tokens,
-        micro_reason=session.micro_reason,
+        micro_reason=session.step.micro_reason,
         layout="packed" if session.packed else "padded",
-        layout_reason=session.forward_reason,
+        layout_reason=session.step.forward_reason,
         learning_rate=session.learning_rate,
         stop_tokens=report.stop_tokens,
         warnings=_warnings(data, session, longest),
@@ -159,7 +168,7 @@ def _warnings(data: EncodedData, session: Training, longest: int) -> tuple[str, 
             f"(rows {_some(report.skipped_rows)})"
         )
     if not session.packed:
-        found.append(session.forward_reason)
+        found.append(session.step.forward_reason)
     if longest > session.micro_tokens:
         found.append(
             f"the longest example has {longest:,} tokens, more than one pass of {session.micro_tokens:,}; "

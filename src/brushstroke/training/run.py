@@ -22,12 +22,12 @@ from brushstroke.data import EncodedData
 from brushstroke.errors import NonFiniteError, OutputError, ResumeError
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
+from brushstroke.step.loss import LossFunction
+from brushstroke.step.memory import peak_memory
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.folder import EVALUATIONS, METRICS, RunFolder
 from brushstroke.training.interrupt import Interrupts
-from brushstroke.training.loss import LossFunction
-from brushstroke.training.memory import peak_memory
 from brushstroke.training.order import DataOrder
 from brushstroke.training.plan import Plan, make_plan
 from brushstroke.training.schedule import factor
@@ -342,7 +342,8 @@ def _summary(
         "dtype": identity["dtype"],
         "learning_rate": session.learning_rate,
         "micro_tokens": session.micro_tokens,
-        "layout": session.forward_reason,
+        "memory": session.step.mode,
+        "layout": session.step.forward_reason,
         "base": session.base.name,
         "examples": len(examples),
         "data_hash": examples.hash,

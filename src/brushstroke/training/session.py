@@ -3,7 +3,7 @@
 The loop itself is in `run`; files are in `checkpoint`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 
-from brushstroke.adapter import Adapter, LoraConfig, Site
+from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import ChatFormat, Example, encode
-from brushstroke.errors import ConfigError, DataError, NonFiniteError, TrainingError
+from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
-from brushstroke.layers import Attachment, attach, find_sites
+from brushstroke.layers import Attachment, attach
+from brushstroke.step import LossFunction, Prepared, prepare
+from brushstroke.step.pack import Pass
+from brushstroke.step.recompute import Checkpointed
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import default_learning_rate
-from brushstroke.training.forward import choose_forward
-from brushstroke.training.loss import LossFunction
-from brushstroke.training.memory import choose_micro_tokens, estimate
-from brushstroke.training.recompute import Checkpointed
 
 EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
@@ -57,6 +56,8 @@ class Training:
         weight_decay: of AdamW.
         clip: largest norm of the gradient; 0 does not clip.
         micro_tokens: computed tokens in one pass, or "auto".
+        memory: "low" keeps less between forward and backward pass and makes it again, "fast" keeps what saves
+            time, "auto" is fast where that fits the machine.
         gradient_checkpointing: recompute activations in the backward pass.
         share_prefixes: compute shared prefixes once; None does unless dropout is on.
         seed: of the starting factors and of dropout.
@@ -78,6 +79,7 @@ class Training:
         weight_decay: float = 0.0,
         clip: float = 1.0,
         micro_tokens: int | str = "auto",
+        memory: str = "auto",
         gradient_checkpointing: bool = False,
         share_prefixes: bool | None = None,
         seed: int = 0,
@@ -87,7 +89,6 @@ class Training:
     ) -> None:
         self.base = base if isinstance(base, Base) else Base(base)
         self.model = self.base.model
-        sites = find_sites(self.model)
         self.attachment: Attachment = attach(
             self.base,
             start or LoraConfig(),
@@ -97,9 +98,13 @@ class Training:
             allow_different_base=allow_different_base,
         )
         self._modes = [(module, module.training) for module in self.model.modules()]
+        self._prepared: Prepared | None = None
         try:
-            self._prepare(
-                sites, learning_rate, weight_decay, micro_tokens, gradient_checkpointing, share_prefixes
+            self._prepare(memory, micro_tokens, gradient_checkpointing, share_prefixes)
+            hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
+            self.learning_rate = default_learning_rate(hidden) if learning_rate is None else learning_rate
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.parameters, self.learning_rate, weight_decay=weight_decay, fused=True
             )
         except BaseException:
             self.close()
@@ -110,43 +115,39 @@ class Training:
         self._pending_tokens = 0
 
     def _prepare(
-        self,
-        sites: list[Site],
-        learning_rate: float | None,
-        weight_decay: float,
-        micro_tokens: int | str,
-        gradient_checkpointing: bool,
-        share_prefixes: bool | None,
+        self, memory: str, micro_tokens: int | str, gradient_checkpointing: bool, share_prefixes: bool | None
     ) -> None:
         self.model.eval()
         for module in self.attachment.modules.values():
             module.training = True  # wakes the dropout of the low-rank path, not the base's
         self.parameters = list(self.attachment.parameters())
         self.device = self.parameters[0].device
-        drops = any(module.lora_dropout for module in self.attachment.modules.values())
-        self.share_prefixes = not drops if share_prefixes is None else share_prefixes
-        self._checkpointing = Checkpointed(self.model) if gradient_checkpointing else nullcontext()
+        self.drops = any(module.lora_dropout for module in self.attachment.modules.values())
+        self.share_prefixes = not self.drops if share_prefixes is None else share_prefixes
+        checkpointed = Checkpointed(self.model) if gradient_checkpointing else None
+        self._checkpointing = checkpointed or nullcontext()
         with _asleep(self.attachment):
-            self._forward, self.forward_reason = choose_forward(self.model, self.share_prefixes)
-        self.drops = drops
-        ranks = {path: module.lora_V.shape[0] for path, module in self.attachment.modules.items()}
-        self.memory = estimate(self.model, sites, ranks, gradient_checkpointing, self.device)
-        if micro_tokens == "auto":
-            self.micro_tokens, self.micro_reason = choose_micro_tokens(self.memory, self.device)
-        elif isinstance(micro_tokens, int) and micro_tokens > 0:
-            self.micro_tokens, self.micro_reason = micro_tokens, "asked for"
-        else:
-            raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
-        hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
-        self.learning_rate = default_learning_rate(hidden) if learning_rate is None else learning_rate
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.parameters, self.learning_rate, weight_decay=weight_decay, fused=True
-        )
+            self._prepared = prepare(
+                self.model,
+                self.parameters,
+                max(module.lora_V.shape[1] for module in self.attachment.modules.values()),
+                share=self.share_prefixes,
+                memory=memory,
+                micro_tokens=micro_tokens,
+                checkpointed=checkpointed,
+            )
+        self.micro_tokens = self._prepared.micro_tokens
+
+    @property
+    def step(self) -> Prepared:
+        """What was decided about the steps, with reasons."""
+        assert self._prepared is not None
+        return self._prepared
 
     @property
     def packed(self) -> bool:
-        """Whether the packed pass is used; padded batches otherwise, and `forward_reason` says why."""
-        return self._forward.name == "packed"
+        """Whether the packed pass is used; padded batches otherwise, and `step.forward_reason` says why."""
+        return self.step.forward.name == "packed"
 
     def forward_backward(self, examples: Any, loss: LossFunction | None = None) -> StepResult:
         """Add the gradients of these examples to those that wait for `optim_step`.
@@ -167,9 +168,9 @@ class Training:
         total = torch.zeros((), dtype=torch.float64)
         computed = 0
         trained = sum(example.trained for example in encoded)
-        with self._all_or_nothing(), self._checkpointing, self._forward.context(), self._dropout_seed():
-            for part in self._forward.passes(encoded, self.micro_tokens, self.share_prefixes):
-                value = self._forward.summed_loss(part, loss)
+        with self._all_or_nothing(), self._checkpointing, self.step.forward.context(), self._dropout_seed():
+            for part in self.passes(encoded):
+                value = self.step.forward.summed_loss(part, loss)
                 if not bool(torch.isfinite(value)):
                     raise NonFiniteError(
                         f"the loss is {value.item()} in step {self.steps + 1}; lower the learning rate "
@@ -182,6 +183,10 @@ class Training:
         self._calls += 1
         real = sum(len(example) for example in encoded)
         return StepResult(float(total) / max(1, trained), trained, real, computed)
+
+    def passes(self, examples: Sequence[Example]) -> list[Pass]:
+        """How the examples of one step are arranged over passes."""
+        return self.step.forward.passes(examples, self.micro_tokens, self.share_prefixes)
 
     def optim_step(self, learning_rate: float | None = None) -> float:
         """One AdamW step on the gradients that wait; returns their norm before clipping.
@@ -216,11 +221,11 @@ class Training:
         self._check_open()
         encoded = self.encode(examples)
         total, computed = 0.0, 0
-        with _asleep(self.attachment), self._forward.context():
+        with _asleep(self.attachment), self.step.forward.context():
             for start in range(0, len(encoded), EVALUATED_AT_ONCE):
                 some = encoded[start : start + EVALUATED_AT_ONCE]
-                for part in self._forward.passes(some, self.micro_tokens, self.share_prefixes):
-                    total += self._forward.summed_loss(part, None).item()
+                for part in self.passes(some):
+                    total += self.step.forward.summed_loss(part, None).item()
                     computed += part.computed_tokens
         trained = sum(example.trained for example in encoded)
         return StepResult(total / max(1, trained), trained, sum(len(e) for e in encoded), computed)
@@ -258,6 +263,8 @@ class Training:
     def close(self) -> None:
         """Take the adapter out; the base is bit for bit what it was."""
         if self.attachment.attached:
+            if self._prepared is not None:
+                self._prepared.fusion.remove()
             for module, mode in self._modes:
                 module.training = mode
             self.attachment.detach()

@@ -60,6 +60,7 @@ def open_session(
         weight_decay=config.weight_decay,
         clip=config.clip,
         micro_tokens=config.micro_tokens,
+        memory=config.memory,
         gradient_checkpointing=config.gradient_checkpointing,
         share_prefixes=config.share_prefixes,
         seed=config.seed,

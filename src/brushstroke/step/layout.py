@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from brushstroke.data import Example
-from brushstroke.training.pack import Group, Pass
+from brushstroke.step.pack import Group, Pass
 
-PADDING = 0.1  # largest share of padding inside one attention call
+PADDING = 0.25  # largest share of padding inside one attention call: fewer calls are worth some padding
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from brushstroke.training.layout import Layout, Piece
+from brushstroke.step.layout import Layout, Piece
 
 NAME = "brushstroke_packed"
 
@@ -64,9 +64,12 @@ def packed_attention(
     dropout: float = 0.0,
     brushstroke_layout: Layout | None = None,
     sliding_window: int | None = None,
+    brushstroke_record: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 n heads w"], None]:
     """Attention for each piece of a packed row.
+
+    `brushstroke_record` is told the settings that the module asks for.
 
     Raises:
         UnsupportedAttention: no layout arrived, or the model asks for something that is not exact here.
@@ -76,6 +79,8 @@ def packed_attention(
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
         raise UnsupportedAttention(f"its attention uses {', '.join(unknown) or 'a mask of its own'}")
+    if brushstroke_record is not None:
+        brushstroke_record.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
     layout = brushstroke_layout
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))
     outputs = []

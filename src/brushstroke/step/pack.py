@@ -41,6 +41,11 @@ class Pass:
         """Tokens that run through the layers."""
         return sum(group.computed_tokens for group in self.groups)
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens whose prediction is in the loss."""
+        return sum(example.trained for example in self.examples)
+
 
 def plan_passes(examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
     """Arrange the examples of one step over passes of at most `micro_tokens` computed tokens.
@@ -118,3 +123,8 @@ def _common(a: Example, b: Example) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if x[:middle] == y[:middle] else (low, middle)
     return low
+
+
+def unshared(examples: Sequence[Example]) -> Pass:
+    """One pass of these examples, each by itself."""
+    return Pass(tuple(Group(0, (example,)) for example in examples))

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brushstroke.data import Example
-from brushstroke.training.layout import lay_out
-from brushstroke.training.pack import MIN_PREFIX, Group, Pass, plan_passes, share_prefixes
+from brushstroke.step.layout import lay_out
+from brushstroke.step.pack import MIN_PREFIX, Group, Pass, plan_passes, share_prefixes
 from training_kit import examples
 
 

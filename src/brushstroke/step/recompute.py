@@ -34,6 +34,10 @@ class Checkpointed:
                 "train without gradient_checkpointing"
             )
 
+    def __len__(self) -> int:
+        """How many layers recompute."""
+        return len(self._layers)
+
     def __enter__(self) -> None:
         settings = (True, partial(checkpoint, use_reentrant=False), True)
         for layer in self._layers:

@@ -6,7 +6,7 @@ It changes no weight and steps no optimiser.
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from brushstroke.data import Example
 from brushstroke.layers.adapted import Adapted
-from brushstroke.training.attention import AttentionName, UnsupportedAttention
-from brushstroke.training.layout import lay_out
-from brushstroke.training.loss import LossFunction, chunked_cross_entropy, summed_loss
-from brushstroke.training.pack import Group, Pass, plan_passes
+from brushstroke.step.attention import AttentionName, UnsupportedAttention
+from brushstroke.step.layout import lay_out
+from brushstroke.step.loss import LogitsBuffer, LossFunction, chunked_cross_entropy, summed_loss
+from brushstroke.step.memory import CPU_MICRO_TOKENS
+from brushstroke.step.pack import Group, Pass, plan_passes, unshared
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative difference of a probe's logits
 HALF_TOLERANCE = 5e-2
@@ -47,6 +48,10 @@ class Forward(Protocol):
         """The logits (m×v) that predict a pass's trained tokens."""
         ...
 
+    def logits_at_once(self, vocabulary: int) -> int:
+        """How many logits exist at one time, at most."""
+        ...
+
 
 @dataclass(frozen=True)
 class Head:
@@ -56,11 +61,18 @@ class Head:
         decoder: the model without its head, or None where only the whole model can be run.
         layer: the head itself.
         chunked: whether the head is a plain frozen matrix, so that the chunked loss may be used.
+        buffer: the chunked loss's memory for logits.
     """
 
     decoder: nn.Module | None = None
     layer: nn.Module | None = None
     chunked: bool = False
+    buffer: LogitsBuffer = field(default_factory=LogitsBuffer)
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """A chunk; without the chunked loss those of a full pass, with softmax and gradient beside them."""
+        whole = vocabulary * CPU_MICRO_TOKENS
+        return min(whole, self.buffer.elements) if self.chunked else 3 * whole
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,9 @@ class Outputs:
         """Σ weight·nll, in chunks where the head is a plain frozen matrix."""
         if loss is None and self.head and self.head.chunked:
             layer: Any = self.head.layer
-            return chunked_cross_entropy(self.values, layer.weight, layer.bias, self.targets, self.weights)
+            return chunked_cross_entropy(
+                self.values, layer.weight, layer.bias, self.targets, self.weights, self.head.buffer
+            )
         return summed_loss(self.logits(), self.targets, self.weights, loss)
 
 
@@ -112,6 +126,10 @@ class PackedForward:
     def trained_logits(self, packed: Pass) -> Tensor:
         """The logits (m×v) of the pass's trained positions."""
         return self._run(packed).logits()
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """How many logits exist at one time, at most."""
+        return self._head.logits_at_once(vocabulary)
 
     def _run(self, packed: Pass) -> Outputs:
         layout = lay_out(packed, self._device)
@@ -150,10 +168,10 @@ class PaddedForward:
         batch: list[Example] = []
         for example in sorted(examples, key=len):
             if batch and (len(batch) + 1) * len(example) > micro_tokens:
-                passes.append(_unshared(batch))
+                passes.append(unshared(batch))
                 batch = []
             batch.append(example)
-        return [*passes, _unshared(batch)]
+        return [*passes, unshared(batch)]
 
     def context(self) -> AbstractContextManager[None]:
         """Nothing."""
@@ -166,6 +184,10 @@ class PaddedForward:
     def trained_logits(self, packed: Pass) -> Tensor:
         """The logits (m×v) of the batch's trained positions, example by example."""
         return self._run(packed).logits()
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """How many logits exist at one time, at most."""
+        return self._head.logits_at_once(vocabulary)
 
     def _run(self, packed: Pass) -> Outputs:
         examples = packed.examples
@@ -219,14 +241,14 @@ def _probe(
     first, second = examples = _probe_examples(model)
     difference, alone = 0.0, torch.zeros(())
     for probed in examples:
-        alone = padded.trained_logits(_unshared([probed])).double()
+        alone = padded.trained_logits(unshared([probed])).double()
         silent = [e if e is probed else Example(e.tokens, (0.0,) * len(e)) for e in examples]
-        for arranged in [_unshared(silent)] + [Pass((Group(PROBE_PREFIX, tuple(silent)),))] * share:
+        for arranged in [unshared(silent)] + [Pass((Group(PROBE_PREFIX, tuple(silent)),))] * share:
             with packed.context():
                 together = packed.trained_logits(arranged).double()
             difference = max(difference, float((together - alone).norm() / alone.norm()))
     joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
-    leaking = padded.trained_logits(_unshared([joined])).double()
+    leaking = padded.trained_logits(unshared([joined])).double()
     return difference, float((leaking - alone).norm() / alone.norm())
 
 
@@ -242,10 +264,6 @@ def _probe_examples(model: nn.Module) -> tuple[Example, Example]:
         for own in PROBE_OWN
     ]
     return rows[0], rows[1]
-
-
-def _unshared(examples: list[Example]) -> Pass:
-    return Pass(tuple(Group(0, (example,)) for example in examples))
 
 
 def _find_head(model: nn.Module) -> Head:

@@ -1,0 +1,165 @@
+"""What the benchmarks share: the data sets, runs in processes of their own, dated results."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+
+import assets  # noqa: E402
+import tasks  # noqa: E402
+
+RESULTS = HERE / "results.jsonl"
+SIDES = {
+    "brushstroke": "brushstroke",
+    "peft": "PEFT + Trainer",
+    "grouped": "the same, by length",
+    "trl": "PEFT + TRL's SFTTrainer",
+    "full": "full fine-tuning, AdamW",
+}
+INSTRUCTION = (
+    "You split postal addresses of the United States into their parts. The address that you are given "
+    "was typed by people in a hurry: words may be misspelt, abbreviated, doubled, in any case, and "
+    "commas may be missing. Answer with one JSON object and nothing else. Its keys are the names of "
+    "the parts, in the order in which the parts occur; its values are the words of the address "
+    "exactly as they were typed, punctuation included. Known parts are: Recipient, "
+    "AddressNumberPrefix, AddressNumber, AddressNumberSuffix, StreetNamePreModifier, "
+    "StreetNamePreDirectional, StreetNamePreType, StreetName, StreetNamePostType, "
+    "StreetNamePostDirectional, SubaddressType, SubaddressIdentifier, BuildingName, OccupancyType, "
+    "OccupancyIdentifier, PlaceName, StateName, ZipCode, USPSBoxType and USPSBoxID. Leave out a part "
+    "that does not occur. Never invent a word, never correct one, and use every word exactly once. "
+    "Address:\n"
+)
+
+
+def rows_of(task: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a task: addresses, the same under a long instruction, or plain texts."""
+    if task == "plain":
+        return list(plain_texts(count))
+    found = tasks.read_task("addresses", assets.labelled_file("addresses")).training[:count]
+    if len(found) < count:
+        raise SystemExit(f"the address set has {len(found)} training rows; {count} are asked for")
+    if task == "addresses":
+        return found
+    return [
+        {
+            "messages": [
+                {**m, "content": INSTRUCTION + m["content"]} if m["role"] == "user" else m
+                for m in row["messages"]
+            ]
+        }
+        for row in found
+    ]
+
+
+def plain_texts(count: int) -> Iterator[dict[str, str]]:
+    """Paragraphs of the help texts that every Python carries: nothing shared, every token trained."""
+    from pydoc_data.topics import topics
+
+    paragraphs = [p.strip() for text in topics.values() for p in text.split("\n\n")]
+    fitting = list(dict.fromkeys(p for p in paragraphs if 300 < len(p) < 900))
+    if len(fitting) < count:
+        raise SystemExit(f"there are {len(fitting)} fitting paragraphs; {count} are asked for")
+    return ({"text": text} for text in fitting[:count])
+
+
+@contextmanager
+def prepared(
+    rows: Sequence[dict[str, Any]], device: str = "cpu", base: str | None = None, **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """A data file of the rows in a scratch folder, within the settings that a run is given."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        yield {
+            "base": base or str(assets.model_path()),
+            "data": str(data),
+            "scratch": scratch,
+            "device": device,
+            "dtype": "float32",
+            "rank": 8,
+            "seed": 0,
+            "steps": len(rows) // settings.get("batch_size", 8),
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            **settings,
+        }
+
+
+def run_side(side: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one side in a process of its own: its figures, and its wall time from outside."""
+    script = "_run_brushstroke.py" if side == "brushstroke" else "_run_trainer.py"
+    began = time.perf_counter()
+    command = [sys.executable, str(HERE / script), json.dumps({**settings, "side": side})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    outside = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    run = json.loads(done.stdout.splitlines()[-1])
+    run["outside_seconds"] = outside
+    run["real_tokens_per_second"] = run["real_tokens"] / run["seconds"]
+    run["mean_loss"] = statistics.fmean(run["losses"])
+    return run
+
+
+def interleaved(
+    sides: Sequence[str], rounds: int, settings: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Let the sides take turns, and say what each run gave."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            runs[side].append(run_side(side, settings))
+            print(f"{SIDES[side]:26} {describe(runs[side][-1])}", file=sys.stderr, flush=True)
+    return runs
+
+
+def medians(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The median of every number of several runs."""
+    return {
+        key: statistics.median(run[key] for run in runs)
+        for key, value in runs[0].items()
+        if isinstance(value, int | float)
+    }
+
+
+def describe(run: dict[str, Any]) -> str:
+    """One line on a run."""
+    return (
+        f"{run['real_tokens_per_second']:7.1f} real tokens/s   {run['peak_bytes'] / 2**30:5.2f} GiB   "
+        f"mean loss {run['mean_loss']:.4f}   loop {run['seconds']:6.1f} s   "
+        f"start and end {run['outside_seconds'] - run['seconds']:5.1f} s"
+    )
+
+
+def keep(benchmark: str, **figures: Any) -> None:
+    """Append a dated line to `results.jsonl`."""
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    record = {
+        "benchmark": benchmark,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "machine": f"{os.cpu_count()} cores, {cpu_features()}",
+        **figures,
+    }
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cpu_features() -> str:
+    """The processor's vector instructions, and torch's version."""
+    import torch
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"

@@ -1,0 +1,130 @@
+"""One run of a peer for a benchmark; prints its figures as one line of JSON.
+
+PEFT under transformers' Trainer ("peft"), the same with batches of similar length ("grouped"), under TRL's
+SFTTrainer ("trl"), and all weights under the Trainer ("full").
+"""
+
+import json
+import logging
+import resource
+import sys
+import tempfile
+import time
+import warnings
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+import brushstroke as bs
+from brushstroke.data import encode
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+settings = json.loads(sys.argv[1])
+peer = settings["side"]
+# Only loads and tokenises: nothing of ours is in the model.
+base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
+examples = [
+    {
+        "input_ids": list(example.tokens),
+        "attention_mask": [1] * len(example),
+        "labels": [t if w else -100 for t, w in zip(example.tokens, example.weights, strict=True)],
+    }
+    for example in encode(settings["data"], base.tokenizer)
+]
+lora = LoraConfig(r=settings["rank"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class Clock(TrainerCallback):
+    """The wall time of the loop, from the first step's beginning to the last one's end, and the losses."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        self.began = time.perf_counter()
+
+    def on_log(
+        self, args: object, state: object, control: object, logs: dict | None = None, **kwargs: object
+    ) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
+        self.seconds = time.perf_counter() - self.began
+
+
+class Counted(DataCollatorForSeq2Seq):
+    """The Trainer's own collator, counting the tokens that are not padding."""
+
+    real = trained = computed = 0
+
+    def __call__(self, features: list, return_tensors: str | None = None) -> dict:
+        batch = super().__call__(features, return_tensors)
+        self.real += int(batch["attention_mask"].sum())
+        self.trained += int((batch["labels"] != -100).sum())
+        self.computed += batch["input_ids"].numel()
+        return batch
+
+
+clock = Clock()
+collator = Counted(base.tokenizer, label_pad_token_id=-100)
+common = {
+    "max_steps": settings["steps"],
+    "per_device_train_batch_size": settings["batch_size"],
+    "learning_rate": settings["learning_rate"],
+    "seed": settings["seed"],
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": settings["device"] == "cpu",
+}
+with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
+    if peer == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        arguments = SFTConfig(
+            output_dir=out,
+            **common,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            bf16=settings["dtype"] == "bfloat16",
+            gradient_checkpointing=False,
+        )
+        trainer = SFTTrainer(
+            model=base.model,
+            args=arguments,
+            train_dataset=Dataset.from_list(examples),
+            data_collator=collator,
+            processing_class=base.tokenizer,
+            peft_config=lora,
+            callbacks=[clock],
+        )
+    else:
+        model = base.model.requires_grad_(True) if peer == "full" else get_peft_model(base.model, lora)
+        grouped = {"train_sampling_strategy": "group_by_length"} if peer == "grouped" else {}
+        arguments = TrainingArguments(output_dir=out, **common, **grouped)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=examples, data_collator=collator, callbacks=[clock]
+        )
+    trainer.train()
+    trainer.save_model(out)
+on_gpu = settings["device"] == "cuda"
+peak = (
+    torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+)
+print(
+    json.dumps(
+        {
+            "real_tokens": collator.real,
+            "trained_tokens": collator.trained,
+            "computed_tokens": collator.computed,
+            "seconds": clock.seconds,
+            "dtype": settings["dtype"],
+            "peak_bytes": peak,
+            "losses": clock.losses,
+        }
+    )
+)

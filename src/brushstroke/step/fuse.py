@@ -1,0 +1,339 @@
+"""Run a model's norms, feed-forward blocks and attention projections through our own functions, and undo it.
+
+A module's class is swapped, for the length of a training session, where a probe shows that output and
+gradients are those of the module's own forward. Other models are not touched, and no weight is.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.data import Example
+from brushstroke.layers.adapted import Adapted, shared_parts
+from brushstroke.lowrank.apply import lowrank_linears
+from brushstroke.step.attention import AttentionName, packed_attention
+from brushstroke.step.layout import Layout, lay_out
+from brushstroke.step.mlp import GELU, GELU_TANH, SILU, Activation, mlp
+from brushstroke.step.norm import rms_norm
+from brushstroke.step.pack import unshared
+from brushstroke.step.rotary import rotate
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's output and of each gradient
+HALF_TOLERANCE = 3e-2
+PROBED = Example(
+    tokens=(0,) * 7, weights=(0.0,) * 6 + (1.0,)
+)  # only its length matters: modules see no tokens
+
+ACTIVATIONS = {
+    "SiLU": SILU,
+    "SiLUActivation": SILU,
+    "GELUActivation": GELU,
+    "GELUTanh": GELU_TANH,
+    "NewGELUActivation": GELU_TANH,
+    "PytorchGELUTanh": GELU_TANH,
+}
+MLP_NAMES = (  # (gate, up, down) of the model families
+    ("gate_proj", "up_proj", "down_proj"),
+    (None, "c_fc", "c_proj"),
+    (None, "fc1", "fc2"),
+    (None, "up_proj", "down_proj"),
+    (None, "dense_h_to_4h", "dense_4h_to_h"),
+)
+ACTIVATION_NAMES = ("act_fn", "act", "activation_fn")
+
+
+class Fused(nn.Module):
+    """What a swapped module has besides its own: the class that it had, and the settings of our function."""
+
+    _base_class: ClassVar[type[nn.Module]]
+    _fusion: Any
+
+    @staticmethod
+    def candidates(module: nn.Module) -> Sequence[Any]:
+        """The settings with which our function may equal the module's forward; none for another kind."""
+        raise NotImplementedError
+
+    @staticmethod
+    def trial(module: nn.Module, settings: Any) -> tuple[Tensor, dict[str, Any]]:
+        """An input for the probe, and what goes with it."""
+        raise NotImplementedError
+
+
+class FusedNorm(Fused):
+    """RMSNorm of Llama's or of Gemma's kind."""
+
+    class Settings(NamedTuple):
+        """What `rms_norm` is given besides the weight."""
+
+        eps: float
+        offset: float
+
+    weight: Tensor
+    _fusion: Settings
+
+    @staticmethod
+    def candidates(module: nn.Module) -> Sequence[Settings]:
+        """Gains of the weight, and of 1 + the weight."""
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight = getattr(module, "weight", None)
+        if (
+            "RMSNorm" not in type(module).__name__
+            or not isinstance(eps, float)
+            or not isinstance(weight, Tensor)
+        ):
+            return ()
+        return [FusedNorm.Settings(eps, offset) for offset in (0.0, 1.0)] if weight.ndim == 1 else ()
+
+    @staticmethod
+    def trial(module: nn.Module, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+        """Rows of the norm's width."""
+        weight = cast(Tensor, module.weight)
+        return _random_rows(weight, weight.shape[0]), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm, where its gain is frozen."""
+        if self.training or self.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return rms_norm(x, self.weight, *self._fusion)
+
+
+class FusedMLP(Fused):
+    """A feed-forward block with or without a gate."""
+
+    class Settings(NamedTuple):
+        """The names of the linears, the activation between them, and whether what enters it is kept."""
+
+        names: tuple[str, ...]
+        act: Activation
+        keep: bool = True
+
+    _fusion: Settings
+
+    @staticmethod
+    def candidates(module: nn.Module) -> Sequence[Settings]:
+        """The one reading of the block whose names are all of its children."""
+        children = dict(module.named_children())
+        act = next((children.pop(name) for name in ACTIVATION_NAMES if name in children), None)
+        known = ACTIVATIONS.get(type(act).__name__)
+        linears = {name for name, child in children.items() if not isinstance(child, nn.Dropout)}
+        if known is None:
+            return ()
+        readings = [tuple(name for name in names if name) for names in MLP_NAMES]
+        return [FusedMLP.Settings(names, known) for names in readings if set(names) == linears]
+
+    @staticmethod
+    def trial(module: nn.Module, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+        """Rows of the block's width."""
+        first = getattr(module, settings.names[0])
+        conv1d = any(base.__name__ == "Conv1D" for base in type(first).__mro__)  # its weight is (d×h)
+        return _random_rows(first.weight, first.weight.shape[0 if conv1d else 1]), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block in one step, where all of its linears are frozen but for low-rank updates."""
+        names, act, keep = self._fusion
+        linears = [getattr(self, name) for name in names]
+        parts = None if self.training else shared_parts(x, linears)
+        if parts is None:
+            return super().forward(x)
+        *gate, up, down = parts
+        return _guarded(mlp(x, act, gate[0] if gate else None, up, down, keep), linears)
+
+
+class FusedAttention(Fused):
+    """What surrounds rotary attention in a packed pass: the projections q, k and v, and the rotation."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    _fusion: dict[str, Any]  # the settings that the module's own forward gives to its attention function
+
+    @staticmethod
+    def candidates(module: nn.Module) -> Sequence[dict[str, Any]]:
+        """One, whose settings the probe reads off."""
+        children = {name for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
+        needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
+        known = needed <= children <= needed | {"q_norm", "k_norm"} and isinstance(
+            getattr(module, "head_dim", None), int
+        )
+        return [{}] if known else ()
+
+    @staticmethod
+    def trial(module: nn.Module, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """One example, laid out; the module's own forward leaves its attention's settings in `settings`."""
+        weight = cast(Any, module).q_proj.weight
+        x = _random_rows(weight, weight.shape[1])
+        angles = torch.linspace(0.1, 3.0, len(PROBED) * (cast(Any, module).head_dim // 2)).view(
+            len(PROBED), -1
+        )
+        angles = torch.cat([angles, angles], dim=-1)[None].to(x.device)
+        return x, {
+            "position_embeddings": (angles.cos().to(x.dtype), angles.sin().to(x.dtype)),
+            "attention_mask": None,
+            "brushstroke_layout": lay_out(unshared([PROBED]), x.device),
+            "brushstroke_record": settings,
+        }
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        brushstroke_layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """Projections, rotation and packed attention; the module's own forward outside of packed passes."""
+        projections = [self.q_proj, self.k_proj, self.v_proj]
+        packed = brushstroke_layout is not None and past_key_values is None and not self.training
+        parts = shared_parts(hidden_states, projections) if packed else None
+        if parts is None:
+            return super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                brushstroke_layout=brushstroke_layout,
+                **kwargs,
+            )
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            _guarded(y, projections).view(heads) for y in lowrank_linears(hidden_states, parts)
+        )
+        if "q_norm" in self._modules:
+            query, key = cast(Any, self).q_norm(query), cast(Any, self).k_norm(key)
+        cos, sin = (angle.unsqueeze(2) for angle in position_embeddings)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out, _ = packed_attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            brushstroke_layout=brushstroke_layout,
+            **self._fusion,
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+KINDS = {"norms": FusedNorm, "feed-forward blocks": FusedMLP, "attentions": FusedAttention}
+
+
+class Fusion:
+    """The swapped modules of a model; `remove` gives every one its own class back."""
+
+    def __init__(self) -> None:
+        self._modules: list[Fused] = []
+        self.counts: Counter[str] = Counter()
+
+    def add(self, kind: str, module: nn.Module, settings: Any) -> None:
+        """Swap the class of a module."""
+        module.__class__ = _fused_class(type(module), KINDS[kind])
+        module.__dict__["_fusion"] = settings
+        self._modules.append(cast(Fused, module))
+        self.counts[kind] += 1
+
+    def keep_less(self) -> None:
+        """From now on the feed-forward blocks keep their input alone, and make the rest again."""
+        for module in self._modules:
+            if isinstance(module, FusedMLP):
+                module.__dict__["_fusion"] = module._fusion._replace(keep=False)
+
+    def drop_last(self) -> None:
+        """Undo the last swap."""
+        self._restore(self._modules.pop())
+
+    def remove(self) -> None:
+        """Undo all swaps: the model runs its own code again."""
+        while self._modules:
+            self.drop_last()
+        self.counts.clear()
+
+    def describe(self) -> str:
+        """One line, such as "61 norms, 30 feed-forward blocks, 30 attentions"."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "none"
+
+    @staticmethod
+    def _restore(module: Fused) -> None:
+        del module.__dict__["_fusion"]
+        cast(nn.Module, module).__class__ = module._base_class
+
+
+def fuse(model: nn.Module) -> Fusion:
+    """Swap what our functions equal, module by module; modules in training mode keep their own code."""
+    fusion = Fusion()
+    attention = AttentionName(model)
+    for module in model.modules():
+        if module.training or "forward" in module.__dict__ or isinstance(module, Adapted | Fused):
+            continue
+        for kind, mixin in KINDS.items():
+            if any(
+                _fits(module, mixin, settings, attention, fusion, kind)
+                for settings in mixin.candidates(module)
+            ):
+                break
+    return fusion
+
+
+def _fits(
+    module: nn.Module, mixin: type[Fused], settings: Any, attention: AttentionName, fusion: Fusion, kind: str
+) -> bool:
+    """Swap the module and keep it so if output and gradients stay what they were."""
+    try:
+        x, inputs = mixin.trial(module, settings)
+        with attention.packed(), torch.enable_grad():
+            expected = list(_outcome(module, x, inputs))
+            fusion.add(kind, module, settings)
+            found = list(_outcome(module, x, {k: v for k, v in inputs.items() if k != "brushstroke_record"}))
+    except Exception:  # the module is not ours: whatever it raises means that it must run its own code
+        fits = False
+    else:
+        limit = TOLERANCE.get(x.dtype, HALF_TOLERANCE)
+        fits = len(expected) == len(found) and all(
+            _difference(a, b) <= limit for a, b in zip(expected, found, strict=True)
+        )
+    if not fits and isinstance(module, Fused):
+        fusion.drop_last()
+        fusion.counts[kind] -= 1
+    return fits
+
+
+def _outcome(module: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Iterator[Tensor]:
+    """The output of a module, and the gradients of its input and of its trained parameters."""
+    x = x.clone().requires_grad_(True)
+    y = module(x, **inputs)
+    y = y[0] if isinstance(y, tuple) else y
+    trained = [p for p in module.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+    yield y.detach()
+    yield from torch.autograd.grad((y * weights).sum(), [x, *trained])
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    a, b = expected.double(), found.double()
+    return float((a - b).norm() / a.norm().clamp_min(1e-12)) if a.shape == b.shape else float("inf")
+
+
+def _guarded(y: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+    """The guard of the route that the linears share, if any is adapted."""
+    adapted = next((module for module in linears if isinstance(module, Adapted)), None)
+    return y if adapted is None else adapted._route.guard(y)
+
+
+def _random_rows(like: Tensor, width: int) -> Tensor:
+    rows = torch.randn(1, len(PROBED), width, generator=torch.Generator().manual_seed(0))
+    return rows.to(like.device, like.dtype)
+
+
+@cache
+def _fused_class(base: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
+    """The subclass `mixin + base`, made once for each pair."""
+    return type(
+        f"{mixin.__name__}{base.__name__}", (mixin, base), {"_base_class": base, "__module__": __name__}
+    )

@@ -1,0 +1,121 @@
+"""The loss of the trained positions alone, so that logits never exist whole.
+
+It knows no packing and no padding: it is given the outputs that predict trained tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits of the trained positions (m×v), targets (m), weights (m)) → scalar, averaged over the positions.
+
+The weights add up to 1 where every trained token counts the same, so that `F.cross_entropy(logits, targets)`
+and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right.
+"""
+
+CHUNK_ELEMENTS = 32 * 1024 * 1024  # logits that exist at one time; 128 MiB in fp32
+
+
+class LogitsBuffer:
+    """Memory for one chunk of logits, used again by every pass: fresh pages would cost more than the softmax.
+
+    Args:
+        elements: the largest chunk.
+    """
+
+    def __init__(self, elements: int = CHUNK_ELEMENTS) -> None:
+        self.elements = elements
+        self._memory: Tensor | None = None
+
+    def rows(self, m: int, weight: Tensor) -> int:
+        """How many of m positions one chunk holds; the chunks are of about equal size."""
+        most = max(16, self.elements // weight.shape[0])
+        return max(1, -(-m // max(1, -(-m // most))))
+
+    def take(self, rows: int, weight: Tensor) -> Tensor:
+        """Room for rows×v numbers of the weight's dtype, not initialised."""
+        needed = rows * weight.shape[0]
+        memory = self._memory
+        if (
+            memory is None
+            or memory.numel() < needed
+            or (memory.dtype, memory.device) != (weight.dtype, weight.device)
+        ):
+            self._memory = memory = weight.new_empty(needed)
+        return memory[:needed].view(rows, weight.shape[0])
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Σ weightᵢ·nllᵢ; the gradient of the hidden states is made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        buffer: LogitsBuffer,
+    ) -> Tensor:
+        m = hidden.shape[0]
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = buffer.rows(m, weight)
+        for start in range(0, m, rows):
+            span = slice(start, min(start + rows, m))
+            logits = torch.mm(hidden[span], weight.mT, out=buffer.take(span.stop - start, weight))
+            if bias is not None:
+                logits += bias
+            logits = logits.float()
+            target, w = targets[span, None], weights[span]
+            log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+            total -= (log_probabilities.gather(1, target).squeeze(1) * w).sum()
+            if grad is not None:
+                probabilities = log_probabilities.exp_()
+                probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                grad[span] = (probabilities.to(weight.dtype) @ weight).mul_(w[:, None])
+        ctx.grad = grad
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        grad, ctx.grad = ctx.grad, None
+        return (grad.mul_(grad_total.to(grad.dtype)) if grad is not None else None, *[None] * 5)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "m d"],
+    weight: Float[Tensor, "v d"],
+    bias: Float[Tensor, " v"] | None,
+    targets: Int[Tensor, " m"],
+    weights: Float[Tensor, " m"],
+    buffer: LogitsBuffer | None = None,
+) -> Float[Tensor, ""]:
+    """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in fp32, for a frozen head.
+
+    Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is one chunk of logits,
+    whatever m. A `buffer` keeps that chunk from call to call.
+    """
+    found = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights, buffer or LogitsBuffer())
+    return found  # type: ignore[return-value]
+
+
+def summed_loss(
+    logits: Float[Tensor, "m v"],
+    targets: Int[Tensor, " m"],
+    weights: Float[Tensor, " m"],
+    loss: LossFunction | None,
+) -> Float[Tensor, ""]:
+    """The loss of these positions as a sum: cross-entropy, or m times what the user's function gives."""
+    if loss is None:
+        return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+    m = targets.shape[0]
+    return loss(logits, targets, weights / m) * m

@@ -1,0 +1,148 @@
+"""How much memory a process used, and how much a training pass will need.
+
+Nothing here looks at free memory: one command gives the same passes, and the same bits, every time.
+"""
+
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.base import total_memory
+
+CPU_MICRO_TOKENS = 1024  # products of this many rows run at full speed; more only costs memory
+LOW_MICRO_TOKENS = 512
+GPU_MICRO_TOKENS = 16384
+MIN_MICRO_TOKENS = 128
+USABLE = 0.7  # share of the total memory that a run may plan with
+PROCESS_BYTES = 600 * 2**20  # interpreter, torch, transformers, and what loading leaves behind
+PROBED_TOKENS = (16, 48)
+MODES = ("auto", "low", "fast")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the process on a CPU, of torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory(device: torch.device) -> int:
+    """Bytes in use now: by the process on a CPU, by torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory(device)
+    return pages * resource.getpagesize()
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that a run needs, by part.
+
+    Args:
+        weights: of the base.
+        adapter: the factors, their gradients and two moments.
+        per_token: of one computed token, from the forward to the backward pass.
+        head: the logits that exist at one time.
+        process: what is there without a model.
+    """
+
+    weights: int
+    adapter: int
+    per_token: int
+    head: int
+    process: int
+
+    def total(self, micro_tokens: int) -> int:
+        """Bytes with passes of this many computed tokens: a rule of the model and the config alone."""
+        return self.process + self.weights + self.during(micro_tokens)
+
+    def during(self, micro_tokens: int) -> int:
+        """Bytes that training adds to a process that holds the model."""
+        return self.adapter + self.head + self.per_token * micro_tokens
+
+
+def kept_per_token(run: Callable[[int], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, for each token of its input.
+
+    Args:
+        run: a forward pass of so many tokens; its result is dropped.
+        parameters: tensors that are there anyway.
+    """
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    found = []
+    for tokens in PROBED_TOKENS:
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            result = run(tokens)
+        found.append(sum(kept.values()))
+        del result
+    return max(0, found[1] - found[0]) // (PROBED_TOKENS[1] - PROBED_TOKENS[0])
+
+
+def need_of(
+    model: nn.Module, factors: Iterable[Tensor], kept: int, widest: int, logits: int, device: torch.device
+) -> MemoryNeed:
+    """What training needs.
+
+    Args:
+        model: with the adapter in it.
+        factors: the trained tensors.
+        kept: see `kept_per_token`.
+        widest: the widest site, whose gradients come on top in the backward pass.
+        logits: numbers of one chunk of logits.
+        device: where it runs.
+    """
+    trained = {id(factor): factor for factor in factors}
+    weights = {id(p): p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained}
+    size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    return MemoryNeed(
+        weights=sum(weights.values()),
+        adapter=sum(4 * factor.numel() * factor.element_size() for factor in trained.values()),
+        per_token=kept + 4 * widest * size,
+        head=logits * max(4, size),
+        process=PROCESS_BYTES if device.type == "cpu" else 0,
+    )
+
+
+def choose_mode(fast: MemoryNeed, asked: str, device: torch.device) -> tuple[str, str]:
+    """ "fast" or "low", and why: low where a pass of full size would not fit the machine's total memory."""
+    if asked != "auto":
+        return asked, "asked for"
+    largest = CPU_MICRO_TOKENS if device.type == "cpu" else GPU_MICRO_TOKENS
+    total = total_memory(device)
+    told = f"{fast.total(largest) / 2**30:.1f} GiB of {total / 2**30:.0f} GiB"
+    return ("fast", told) if fast.total(largest) <= USABLE * total else ("low", told)
+
+
+def choose_micro_tokens(need: MemoryNeed, mode: str, device: torch.device) -> tuple[int, str]:
+    """The computed tokens of one pass that fit the machine's total memory, and why.
+
+    Returns:
+        The number, a multiple of 64, and the reason in one line.
+    """
+    largest = GPU_MICRO_TOKENS
+    if device.type == "cpu":
+        largest = LOW_MICRO_TOKENS if mode == "low" else CPU_MICRO_TOKENS
+    total = total_memory(device)
+    room = USABLE * total - need.total(0)
+    fitting = int(room // need.per_token) // 64 * 64 if room > 0 else 0
+    if fitting >= largest:
+        kind = "memory=low" if mode == "low" else f"the most that speeds a {device.type.upper()} up"
+        return largest, f"{kind}; {total / 2**30:.0f} GiB would hold more"
+    return max(MIN_MICRO_TOKENS, fitting), f"what {USABLE:.0%} of {total / 2**30:.1f} GiB holds"

@@ -1,0 +1,47 @@
+"""Root-mean-square normalisation that keeps its input and one number a row.
+
+Its gain is frozen; a trained one is not handled here.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        y = wide * inverse
+        return y.mul_(_gain(weight, offset)).to(x.dtype) if offset else y.to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        wide = x.float()
+        g = grad_outputs[0].float() * _gain(weight, ctx.offset)
+        along = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return g.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None, None
+
+
+def _gain(weight: Tensor, offset: float) -> Tensor:
+    return weight.float() + offset if offset else weight.float()
+
+
+def rms_norm(
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float, offset: float = 0.0
+) -> Float[Tensor, "*b d"]:
+    """x / √(mean(x²) + eps) · (weight + offset), in fp32 inside (arXiv:1910.07467, equation 4).
+
+    The gradient is (g − x·⟨g, x⟩/(d·m))/√m with g = dy·(weight + offset) and m = mean(x²) + eps. Gemma's gain
+    is 1 + weight: an `offset` of 1.
+    """
+    return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]

@@ -1,0 +1,114 @@
+"""Everything that is decided before the first step: own functions, packed or padded, memory, size of a pass.
+
+Decisions follow from the model, the config and the machine's features; nothing is timed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.data import Example
+from brushstroke.errors import ConfigError
+from brushstroke.step.forward import Forward, choose_forward
+from brushstroke.step.fuse import Fusion, fuse
+from brushstroke.step.memory import (
+    MemoryNeed,
+    choose_micro_tokens,
+    choose_mode,
+    kept_per_token,
+    need_of,
+)
+from brushstroke.step.pack import unshared
+from brushstroke.step.recompute import Checkpointed
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How the steps of a session run, each choice with its reason in one line.
+
+    Args:
+        forward: packed or padded passes.
+        fusion: the modules that run our own functions, to be removed at the end.
+        mode: "fast" or "low" memory.
+        need: bytes, by part.
+        micro_tokens: computed tokens of one pass.
+    """
+
+    forward: Forward
+    forward_reason: str
+    fusion: Fusion
+    mode: str
+    mode_reason: str
+    need: MemoryNeed
+    micro_tokens: int
+    micro_reason: str
+
+
+def prepare(
+    model: nn.Module,
+    factors: Sequence[Tensor],
+    widest: int,
+    *,
+    share: bool,
+    memory: str,
+    micro_tokens: int | str,
+    checkpointed: Checkpointed | None,
+) -> Prepared:
+    """Decide how steps run on a model with an adapter in it, which is in evaluation mode.
+
+    Args:
+        model: the model.
+        factors: the trained tensors.
+        widest: the largest output width of an adapted site.
+        share: whether shared prefixes are computed once.
+        memory: "low", "fast" or "auto".
+        micro_tokens: computed tokens of one pass, or "auto".
+        checkpointed: recomputes the layers' activations, where that is asked for.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    asked = isinstance(micro_tokens, int) and micro_tokens > 0
+    if micro_tokens != "auto" and not asked:
+        raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
+    device = factors[0].device
+    fusion = fuse(model)
+    try:
+        forward, forward_reason = choose_forward(model, share)
+        need = _need(model, forward, factors, widest, checkpointed, device)
+        mode, mode_reason = choose_mode(need, memory, device)
+        if mode == "low":
+            fusion.keep_less()
+            need = _need(model, forward, factors, widest, checkpointed, device)
+        chosen, reason = choose_micro_tokens(need, mode, device)
+    except BaseException:
+        fusion.remove()
+        raise
+    if asked:
+        chosen, reason = int(micro_tokens), "asked for"
+    return Prepared(forward, forward_reason, fusion, mode, mode_reason, need, chosen, reason)
+
+
+def _need(
+    model: nn.Module,
+    forward: Forward,
+    factors: Sequence[Tensor],
+    widest: int,
+    checkpointed: Checkpointed | None,
+    device: torch.device,
+) -> MemoryNeed:
+    def run(tokens: int) -> Tensor:
+        example = Example((0,) * tokens, (0.0,) * (tokens - 1) + (1.0,))
+        with forward.context():
+            return forward.summed_loss(unshared([example]), None)
+
+    kept = kept_per_token(run, model.parameters())
+    config = getattr(model, "config", None)
+    if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
+        hidden = getattr(config, "hidden_size", None) or widest
+        size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+        kept = kept // len(checkpointed) + len(checkpointed) * hidden * size
+    logits = forward.logits_at_once(getattr(config, "vocab_size", None) or 0)
+    return need_of(model, factors, kept, widest, logits, device)

@@ -1,0 +1,138 @@
+"""Which modules our functions take over, and that nothing is left of it afterwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from brushstroke.adapter import LoraConfig
+from brushstroke.layers import attach
+from brushstroke.step.fuse import Fused, fuse
+from brushstroke.training import Training
+from toys import tiny_gpt2, tiny_llama
+from training_kit import examples, padded_loss, randomise
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def made(config: type, model: type, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    known = {key: value for key, value in SMALL.items() if key != "head_dim" or config is not PhiConfig}
+    return model(config(**{**known, "initializer_range": 0.2, "pad_token_id": 0, **more})).eval()
+
+
+FAMILIES = {  # model, and how many norms, blocks and attentions of two layers are ours
+    "llama": (tiny_llama, (5, 2, 2)),
+    "gpt2": (tiny_gpt2, (0, 2, 0)),
+    "mistral-window": (lambda: made(MistralConfig, MistralForCausalLM, sliding_window=12), (5, 2, 2)),
+    "qwen2": (lambda: made(Qwen2Config, Qwen2ForCausalLM), (5, 2, 2)),
+    "qwen3": (lambda: made(Qwen3Config, Qwen3ForCausalLM), (9, 2, 2)),
+    "gemma": (lambda: made(GemmaConfig, GemmaForCausalLM), (5, 2, 2)),
+    "gemma3-window": (lambda: made(Gemma3TextConfig, Gemma3ForCausalLM, sliding_window=12), (13, 2, 2)),
+    "phi": (lambda: made(PhiConfig, PhiForCausalLM), (0, 2, 0)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[int, int, int]]:
+    make, counts = FAMILIES[request.param]
+    return make(), counts
+
+
+def test_the_gradients_are_those_of_the_model_itself(family) -> None:
+    model, counts = family
+    batch, twin = examples(), copy.deepcopy(model)
+    with Training(model, LoraConfig(rank=3)) as run:
+        randomise(run.parameters)
+        assert (
+            tuple(run.step.fusion.counts[kind] for kind in ("norms", "feed-forward blocks", "attentions"))
+            == counts
+        )
+        assert run.packed
+        result = run.forward_backward(batch)
+        with attach(twin, run.adapter(), trainable=True) as plain:
+            reference = padded_loss(twin, batch)
+            reference.backward()
+            assert result.loss == pytest.approx(reference.item(), rel=1e-5)
+            for ours, theirs in zip(run.parameters, plain.parameters(), strict=True):
+                assert (ours.grad / result.trained_tokens - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
+
+
+def test_the_model_runs_its_own_code_again_afterwards(family) -> None:
+    model, _ = family
+    classes = [type(module) for module in model.modules()]
+    attributes = [set(module.__dict__) for module in model.modules()]
+    tokens = torch.arange(12)[None] % 64
+    before = model(tokens).logits
+    with Training(model, LoraConfig(rank=3)) as run:
+        run.forward_backward(examples())
+        assert any(isinstance(module, Fused) for module in model.modules())
+    assert [type(module) for module in model.modules()] == classes
+    assert [set(module.__dict__) for module in model.modules()] == attributes
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_norm_that_looks_like_ours_and_is_not_keeps_its_own_forward() -> None:
+    class CubeRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * x / (x.abs().pow(3).mean(-1, keepdim=True) + self.eps).pow(1 / 3)
+
+    model = nn.Sequential(CubeRMSNorm(), nn.Linear(8, 8)).requires_grad_(False).eval()
+    fusion = fuse(model)
+    assert not fusion.counts.total()
+    assert type(model[0]) is CubeRMSNorm
+
+
+def test_attention_that_soft_caps_is_left_to_itself() -> None:
+    model = made(Gemma2Config, Gemma2ForCausalLM)
+    with Training(model, LoraConfig(rank=3)) as run:
+        assert run.step.fusion.counts["attentions"] == 0
+        assert not run.packed
+
+
+def test_a_hook_on_a_linear_inside_is_not_passed_over() -> None:
+    model = tiny_llama()
+    with Training(model, LoraConfig(rank=3)) as run:
+        seen = []
+        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: seen.append(1))
+        run.forward_backward(examples())
+        handle.remove()
+        assert seen
+
+
+def test_dropout_on_the_low_rank_path_runs_the_modules_own_code() -> None:
+    model = tiny_llama()
+    with Training(model, LoraConfig(rank=3, dropout=0.5)) as run:
+        randomise(run.parameters)
+        first, second = (run.forward_backward(examples()).loss for _ in range(2))
+        assert first != second
