@@ -1,0 +1,142 @@
+"""The singular values of every update of an adapter, and the ranks that they speak of.
+
+It needs no base; with one, the norms are also given relative to ‖W‖. Truncating is the part of `budget`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from brushstroke.adapter import Adapter
+from brushstroke.analysis.table import SiteTable
+from brushstroke.analysis.weights import low_rank_updates, walk
+from brushstroke.errors import ConfigError
+from brushstroke.lowrank.krylov import frobenius
+from brushstroke.lowrank.spectra import effective_rank, energy_rank, numerical_rank, stable_rank
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSpectrum:
+    """The spectrum of one ΔW, scale included.
+
+    Args:
+        shape: (d, h).
+        rank: r of the factors.
+        sigma: singular values, descending, float64, k = min(r, d, h).
+        norm: ‖ΔW‖_F.
+        norm_base: ‖W‖_F, where a base was given.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    sigma: Float[Tensor, " k"]
+    norm: float
+    norm_base: float | None = None
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖ΔW‖_F / ‖W‖_F."""
+        return self.norm / self.norm_base if self.norm_base else None
+
+    @property
+    def numerical_rank(self) -> int:
+        """Singular values above the rounding of float64."""
+        return numerical_rank(self.sigma, max(self.shape))
+
+    @property
+    def stable_rank(self) -> float:
+        """Σσ²/σ₁²."""
+        return stable_rank(self.sigma)
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of σ/Σσ (Roy and Vetterli 2007)."""
+        return effective_rank(self.sigma)
+
+    def energy_rank(self, share: float) -> int:
+        """The smallest rank that keeps this share of ‖ΔW‖².
+
+        Raises:
+            ConfigError: the share is not in (0, 1].
+        """
+        _refuse_share(share)
+        return energy_rank(self.sigma, share)
+
+    def derived(self) -> dict[str, Any]:
+        """What follows from the fields."""
+        return {
+            "relative_norm": self.relative_norm,
+            "numerical_rank": self.numerical_rank,
+            "stable_rank": self.stable_rank,
+            "effective_rank": self.effective_rank,
+            "energy_rank_90": self.energy_rank(0.90),
+            "energy_rank_99": self.energy_rank(0.99),
+        }
+
+
+class Spectrum(SiteTable[SiteSpectrum]):
+    """Site → `SiteSpectrum` of one adapter."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the adapter holds, Σ r·(d + h)."""
+        return sum(row.rank * sum(row.shape) for row in self.values())
+
+    @property
+    def norm(self) -> float:
+        """√Σ‖ΔW‖²."""
+        return sum(row.norm**2 for row in self.values()) ** 0.5
+
+    def advised_rank(self, share: float = 0.99) -> int:
+        """The one rank that would have kept this share of the energy at every site.
+
+        Raises:
+            ConfigError: the share is not in (0, 1].
+        """
+        return max((row.energy_rank(share) for row in self.values()), default=0)
+
+    def totals(self) -> dict[str, Any]:
+        """Size, norm and the advice."""
+        return {"parameters": self.parameters, "norm": self.norm, "advised_rank_99": self.advised_rank()}
+
+
+def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool = False) -> Spectrum:
+    """The singular values of ΔW at every site, from the factors alone, in float64.
+
+    ΔW = scale·U·V is never formed: U = Q_u·R_u, Vᵀ = Q_v·R_v, and the singular values are those of the core
+    scale·R_u·R_vᵀ (r×r).
+
+    Args:
+        adapter: of low-rank updates.
+        base: a Base, an nn.Module or a mapping site → W (d×h); only for the norms relative to ‖W‖.
+        allow_different_base: pass over the verdict of the fingerprint.
+
+    Raises:
+        ShapeError: an update without factors, or a base that lacks a site or has another shape there.
+        BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+
+    >>> import torch
+    >>> from brushstroke.lowrank import LowRank
+    >>> U, V = torch.eye(4, 2), torch.diag(torch.tensor([3.0, 4.0]))
+    >>> spectrum(Adapter({"fc": LowRank(U, V, scale=0.5)}))["fc"].sigma
+    tensor([2.0000, 1.5000], dtype=torch.float64)
+    """
+    updates = low_rank_updates(adapter)
+    norms: Mapping[str, float] = {}
+    if base is not None:
+        found = walk(adapter, base, allow_different_base=allow_different_base)
+        norms = {site: frobenius(W) for site, _, W in found}
+    rows = {}
+    for site, update in updates.items():
+        sigma = update.sigma.cpu()
+        norm = float(sigma.square().sum().sqrt())
+        rows[site] = SiteSpectrum(update.shape, update.rank, sigma, norm, norms.get(site))
+    return Spectrum(rows)
+
+
+def _refuse_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise ConfigError(f"a share of the energy must be above 0 and at most 1; got {share}")

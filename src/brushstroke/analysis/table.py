@@ -1,0 +1,118 @@
+"""What all results of an analysis have in common: a mapping from sites to frozen values, and plain data.
+
+It computes nothing.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from brushstroke.errors import did_you_mean
+
+Row = TypeVar("Row")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+class SiteTable(Mapping[str, Row]):
+    """An immutable mapping from site paths to the results there."""
+
+    def __init__(self, rows: Mapping[str, Row]) -> None:
+        self._rows = dict(rows)
+
+    def __getitem__(self, site: str) -> Row:
+        try:
+            return self._rows[site]
+        except KeyError:
+            raise KeyError(self._absent(site)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} sites)"
+
+    def _absent(self, site: str) -> str:
+        return f"no result for the site {site!r}{did_you_mean(site, self._rows)}"
+
+    def totals(self) -> dict[str, Any]:
+        """What is known of all sites together."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types: the totals, and under "sites" each site with its numbers."""
+        sites = {site: {"site": site, **as_plain(row)} for site, row in self.items()}
+        return {**as_plain(self.totals()), "sites": list(sites.values())}
+
+
+def as_plain(value: Any) -> Any:
+    """JSON types of a result: tensors as lists, numbers that are not finite as None; hidden fields left out.
+
+    A field whose name begins with an underscore, or whose metadata says {"plain": False}, is left out.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        more = getattr(value, "derived", dict)()
+        kept = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.metadata.get("plain", True)
+        }
+        return as_plain({**kept, **more})
+    if isinstance(value, Mapping):
+        return {str(name): as_plain(part) for name, part in value.items()}
+    if isinstance(value, Tensor):
+        return as_plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [as_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def natural(path: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Sites as a map: one row for each layer, one column for each kind of matrix.
+
+    Args:
+        layers: the numbers in the paths, ascending; "" for sites outside of layers.
+        matrices: what is left of the paths, without what all have in common.
+        sites: (layer, matrix) → site.
+    """
+
+    layers: tuple[str, ...]
+    matrices: tuple[str, ...]
+    sites: Mapping[tuple[str, str], str]
+
+
+def arrange(sites: Iterable[str]) -> Grid:
+    """The map of these sites.
+
+    >>> grid = arrange(["model.layers.0.attn.q", "model.layers.0.mlp.up", "model.layers.10.attn.q"])
+    >>> grid.layers, grid.matrices
+    (('0', '10'), ('attn.q', 'mlp.up'))
+    """
+    cells: dict[tuple[str, str], str] = {}
+    for site in sites:
+        match = _NUMBER.search(site)
+        layer = match[0] if match else ""
+        cells[layer, _NUMBER.sub("*", site, count=1)] = site
+    columns = list(dict.fromkeys(column for _, column in cells))
+    heads = {column.partition("*")[0] for column in columns if "*" in column}
+    common = f"{heads.pop()}*." if len(heads) == 1 else ""
+    names = {column: column.removeprefix(common) if common else column for column in columns}
+    if len(set(names.values())) < len(columns):
+        names = {column: column for column in columns}
+    layers = sorted({layer for layer, _ in cells}, key=lambda text: int(text) if text else -1)
+    placed = {(layer, names[column]): site for (layer, column), site in cells.items()}
+    return Grid(tuple(layers), tuple(names[column] for column in columns), placed)

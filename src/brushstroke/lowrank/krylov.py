@@ -1,0 +1,148 @@
+"""The top singular directions of a large matrix that is only multiplied with, by block Krylov iteration.
+
+The matrix may be W + scale·U·V: the sum is never formed. It chooses no matrix and reads no file.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from brushstroke.lowrank.spectra import Svd
+
+PASSES = 10  # of the matrix and its transpose, at most
+TOLERANCE = 1e-4  # of ‖Wᵀ·left − sigma·right‖ against sigma₁, at which the iteration ends early
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """W + scale·U·V as something to multiply with; U and V may be missing.
+
+    Args:
+        W: dense, float32 or float64.
+        U: input factor in W's dtype.
+        V: output factor in W's dtype.
+        scale: of the product.
+    """
+
+    W: Float[Tensor, "d h"]
+    U: Float[Tensor, "d r"] | None = None
+    V: Float[Tensor, "r h"] | None = None
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, h)."""
+        return self.W.shape[0], self.W.shape[1]
+
+    def times(self, X: Float[Tensor, "h k"]) -> Float[Tensor, "d k"]:
+        """(W + scale·U·V)·X."""
+        product = self.W @ X
+        if self.U is None or self.V is None:
+            return product
+        return product.addmm_(self.U, self.V @ X, alpha=self.scale)
+
+    def transposed_times(self, X: Float[Tensor, "d k"]) -> Float[Tensor, "h k"]:
+        """(W + scale·U·V)ᵀ·X."""
+        product = self.W.mT @ X
+        if self.U is None or self.V is None:
+            return product
+        return product.addmm_(self.V.mT, self.U.mT @ X, alpha=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class TopSvd:
+    """The leading singular triples of a matrix, with what is known of their error.
+
+    Args:
+        left: input directions, in columns.
+        sigma: descending.
+        right: output directions, in rows.
+        residual: ‖Wᵀ·left_i − sigma_i·right_i‖ of each triple; some singular value lies within it of sigma_i.
+    """
+
+    left: Float[Tensor, "d k"]
+    sigma: Float[Tensor, " k"]
+    right: Float[Tensor, "k h"]
+    residual: Float[Tensor, " k"]
+
+
+def top_svd(
+    matrix: Shifted, k: int, *, generator: torch.Generator | None = None, passes: int = PASSES
+) -> TopSvd:
+    """The k leading singular triples, from the space of Ω, (WᵀW)Ω, …, (WᵀW)^q·Ω.
+
+    After Musco and Musco (arXiv:1504.05477), with full reorthogonalisation; written for W (d×h), so the space
+    lies on the output side. It ends where every residual is below 1e-4·sigma₁, where the space is the whole
+    one (then the result is exact), or after `passes`. All in W's dtype.
+
+    Args:
+        matrix: W, or W + scale·U·V.
+        k: cut to min(d, h).
+        generator: of the Gaussian start, on the CPU; seed 0 by default.
+        passes: the largest number of blocks.
+
+    >>> top = top_svd(Shifted(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), 2)
+    >>> [round(x, 4) for x in top.sigma.tolist()]
+    [3.0, 2.0]
+    """
+    d, h = matrix.shape
+    k = min(k, d, h)
+    width = min(k + 8, d, h)
+    generator = generator or torch.Generator().manual_seed(0)
+    start = torch.randn(d, width, generator=generator, dtype=torch.float64)
+    block = matrix.transposed_times(start.to(matrix.W))
+    space, images = block.new_empty(h, 0), block.new_empty(d, 0)
+    for number in range(1, passes + 1):
+        block = _orthonormal(block, space)
+        if not block.shape[1]:
+            break
+        image = matrix.times(block)
+        space, images = torch.cat([space, block], dim=1), torch.cat([images, image], dim=1)
+        found = _ritz(matrix, space, images, k)
+        whole = space.shape[1] >= min(d, h)
+        if whole or number == passes or float(found.residual.max()) <= TOLERANCE * float(found.sigma[0]):
+            return found
+        block = matrix.transposed_times(image)
+    return _ritz(matrix, space, images, k) if space.shape[1] else _nothing(matrix, k)
+
+
+def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Float[Tensor, "h n"]:
+    """An orthonormal basis of what the block adds to the space; directions that add nothing are left out."""
+    before = torch.linalg.vector_norm(block, dim=0)
+    room = min(block.shape[0] - space.shape[1], block.shape[1])
+    for _ in range(2):
+        block = block - space @ (space.mT @ block)
+    eps = torch.finfo(block.dtype).eps
+    left, sigma, _ = torch.linalg.svd(block, full_matrices=False)
+    new = left[:, :room][:, (sigma > 50 * eps * before.max())[:room]]
+    new = new - space @ (space.mT @ new)
+    return torch.linalg.qr(new).Q
+
+
+def _ritz(matrix: Shifted, space: Float[Tensor, "h m"], images: Float[Tensor, "d m"], k: int) -> TopSvd:
+    q, core = torch.linalg.qr(images)
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    left, sigma, right = q @ left[:, :k], sigma[:k], (space @ right[:k].mT).mT
+    gap = matrix.transposed_times(left) - right.mT * sigma
+    return TopSvd(left, sigma, right, torch.linalg.vector_norm(gap, dim=0))
+
+
+def _nothing(matrix: Shifted, k: int) -> TopSvd:
+    d, h = matrix.shape
+    zeros = matrix.W.new_zeros(k)
+    eye = [torch.eye(n, k, dtype=matrix.W.dtype, device=matrix.W.device) for n in (d, h)]
+    return TopSvd(eye[0], zeros, eye[1].mT, zeros)
+
+
+def dense_svd(W: Float[Tensor, "d h"]) -> Svd:
+    """The thin SVD of a dense matrix in float64; O(d·h·min(d, h)), so for small ones."""
+    return Svd(*torch.linalg.svd(W.double(), full_matrices=False))
+
+
+def frobenius(W: Float[Tensor, "d h"]) -> float:
+    """‖W‖_F of a dense matrix in any float dtype, summed in float64 over blocks of rows."""
+    rows = W if W.stride(-1) == 1 else W.mT  # blocks of memory as it lies
+    step = max(1, 2**22 // max(1, rows.shape[1]))
+    return sum(float(part.double().square().sum()) for part in rows.split(step)) ** 0.5 if W.numel() else 0.0

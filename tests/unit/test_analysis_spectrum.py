@@ -1,0 +1,162 @@
+"""Spectra, ranks and truncation of adapters."""
+
+import math
+
+import pytest
+import torch
+
+import brushstroke as bs
+from brushstroke.analysis import arrange, fit_budget, keep_energy, spectrum
+from brushstroke.errors import ConfigError, ShapeError
+from brushstroke.lowrank import LowRank
+
+EXACT = 1e-12
+FROM_FLOAT32 = 1e-6  # relative error of sigma for factors stored in float32
+
+
+def with_spectrum(d: int, h: int, sigma: list[float], dtype=torch.float64) -> LowRank:
+    """An update of this spectrum, hidden by a random invertible core."""
+    k = len(sigma)
+    left, right = (torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q for n in (d, h))
+    core = torch.randn(k, k, dtype=torch.float64) + 3 * torch.eye(k, dtype=torch.float64)
+    values = torch.diag(torch.tensor(sigma, dtype=torch.float64))
+    return LowRank((left @ core).to(dtype), (torch.linalg.solve(core, values) @ right.mT / 2).to(dtype), 2.0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, FROM_FLOAT32)])
+def test_the_known_spectrum_and_its_ranks(dtype, tolerance):
+    row = spectrum(bs.Adapter({"a": with_spectrum(30, 20, [4.0, 2.0, 1.0], dtype)}))["a"]
+    torch.testing.assert_close(
+        row.sigma, torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64), rtol=tolerance, atol=0
+    )
+    assert row.shape == (30, 20)
+    assert row.norm == pytest.approx(math.sqrt(21), rel=tolerance)
+    assert row.stable_rank == pytest.approx(21 / 16, rel=10 * tolerance)
+    entropy = -sum(p * math.log(p) for p in (4 / 7, 2 / 7, 1 / 7))
+    assert row.effective_rank == pytest.approx(math.exp(entropy), rel=10 * tolerance)
+    assert [row.energy_rank(share) for share in (0.5, 0.90, 0.97, 1.0)] == [1, 2, 3, 3]
+    assert row.relative_norm is None
+
+
+@pytest.mark.parametrize(("d", "r", "h"), [(5, 1, 7), (4, 9, 3), (1, 2, 1)])
+def test_ranks_of_one_and_above_the_width(d, r, h):
+    update = LowRank(torch.randn(d, r), torch.randn(r, h))
+    row = spectrum(bs.Adapter({"a": update}))["a"]
+    dense = torch.linalg.svdvals(update.U.double() @ update.V.double())[: min(d, r, h)]
+    torch.testing.assert_close(row.sigma, dense, rtol=1e-9, atol=1e-12)
+
+
+def test_a_zero_update_has_no_rank_and_no_nan():
+    row = spectrum(bs.Adapter({"a": LowRank(torch.randn(5, 2), torch.zeros(2, 4))}))["a"]
+    assert row.sigma.tolist() == [0, 0]
+    assert (row.norm, row.stable_rank, row.effective_rank) == (0, 0, 0)
+    assert (row.energy_rank(0.99), row.numerical_rank) == (0, 0)
+
+
+def test_rank_deficient_factors():
+    row = spectrum(bs.Adapter({"a": with_spectrum(9, 8, [3.0, 0.0, 0.0])}))["a"]
+    assert row.numerical_rank == 1
+    assert row.stable_rank == pytest.approx(1)
+
+
+def test_norms_relative_to_the_base():
+    adapter = bs.Adapter({"a": with_spectrum(6, 5, [3.0, 4.0])})
+    W = torch.full((6, 5), 2.0)
+    found = spectrum(adapter, {"a": W})
+    assert found["a"].norm_base == pytest.approx(2 * math.sqrt(30))
+    assert found["a"].relative_norm == pytest.approx(5 / (2 * math.sqrt(30)))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 5)})
+    assert spectrum(adapter, model)["a"].norm_base == pytest.approx(
+        float(model["a"].weight.detach().norm()), rel=1e-6
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_base_that_does_not_fit_is_refused():
+    adapter = bs.Adapter({"layer.q": with_spectrum(6, 5, [1.0])})
+    with pytest.raises(ShapeError, match="transpose"):
+        spectrum(adapter, {"layer.q": torch.ones(5, 6)})
+    with pytest.raises(ShapeError, match=r"lacks 1 of 1.*\n.*did you mean 'layer\.v'"):
+        spectrum(adapter, {"layer.v": torch.ones(6, 5)})
+
+
+def test_the_advised_rank_keeps_the_energy():
+    adapter = bs.Adapter(
+        {"a": with_spectrum(20, 20, [4.0, 2.0, 1.0]), "b": with_spectrum(20, 20, [5.0, 0.1, 0.1])}
+    )
+    found = spectrum(adapter)
+    assert found.advised_rank(0.9) == 2
+    assert found.as_dict()["advised_rank_99"] == 3
+    cut = keep_energy(found, 0.95)
+    assert dict(cut.ranks) == {"a": 2, "b": 1}
+    assert cut.loss == pytest.approx(math.sqrt(1 + 0.02), rel=1e-9)
+    got = cut.apply(adapter)
+    assert (adapter - got).norm() == pytest.approx(cut.loss, rel=1e-6)
+    assert cut.relative_loss == pytest.approx(cut.loss / adapter.norm())
+    assert cut.relative_loss <= math.sqrt(0.05)
+    assert got.parameters == cut.parameters == 3 * 40
+    assert cut.parameters_before == adapter.parameters == 6 * 40
+
+
+def test_the_budget_buys_the_best_ranks_of_all_sites():
+    """Against every other choice of ranks, on sites of one shape."""
+    sigmas = {"a": [4.0, 3.0, 0.5], "b": [2.0, 1.9, 1.8], "c": [0.1, 0.05, 0.01]}
+    adapter = bs.Adapter({site: with_spectrum(9, 7, sigma) for site, sigma in sigmas.items()})
+    found = spectrum(adapter)
+    for ranks in range(1, 10):
+        cut = fit_budget(found, ranks * 16 + 15)
+        assert sum(cut.ranks.values()) == ranks
+        pooled = sorted((s for sigma in sigmas.values() for s in sigma), reverse=True)
+        assert cut.loss == pytest.approx(math.sqrt(sum(s * s for s in pooled[ranks:])), rel=1e-9, abs=1e-9)
+        assert cut.parameters <= ranks * 16 + 15
+    small = fit_budget(found, 4 * 16)
+    assert small.left_out == ("c",)
+    assert set(small.apply(adapter)) == {"a", "b"}
+
+
+def test_the_budget_weighs_the_cost_of_a_site():
+    adapter = bs.Adapter({"wide": with_spectrum(200, 200, [20.0]), "thin": with_spectrum(4, 4, [1.0])})
+    assert dict(fit_budget(spectrum(adapter), 400).ranks) == {"wide": 1, "thin": 0}
+    dear = spectrum(bs.Adapter({"wide": with_spectrum(200, 200, [2.0]), "thin": with_spectrum(4, 4, [1.0])}))
+    assert dict(fit_budget(dear, 400).ranks) == {"wide": 0, "thin": 1}
+    assert dict(fit_budget(spectrum(adapter), 399).ranks) == {"wide": 0, "thin": 1}
+    assert dict(fit_budget(spectrum(adapter), 408).ranks) == {"wide": 1, "thin": 1}
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.01, math.nan])
+def test_shares_that_are_none_are_refused(share):
+    found = spectrum(bs.Adapter({"a": with_spectrum(4, 4, [1.0])}))
+    with pytest.raises(ConfigError, match="share"):
+        keep_energy(found, share)
+
+
+def test_budgets_that_pay_for_nothing_are_refused():
+    found = spectrum(bs.Adapter({"a": with_spectrum(4, 4, [1.0])}))
+    with pytest.raises(ConfigError, match="cheapest costs 8"):
+        fit_budget(found, 7)
+    zero = spectrum(bs.Adapter({"a": LowRank(torch.ones(3, 1), torch.zeros(1, 3))}))
+    with pytest.raises(ConfigError, match="zero at every site"):
+        keep_energy(zero)
+
+
+def test_sites_as_a_map():
+    sites = [f"model.layers.{n}.{m}" for n in (0, 2, 10) for m in ("attn.q", "mlp.0.up")] + ["head"]
+    grid = arrange(sites)
+    assert grid.layers == ("", "0", "2", "10")
+    assert grid.matrices == ("attn.q", "mlp.0.up", "head")
+    assert grid.sites["10", "mlp.0.up"] == "model.layers.10.mlp.0.up"
+    assert sorted(grid.sites.values()) == sorted(sites)
+    two = arrange(["encoder.0.q", "decoder.0.q"])
+    assert len(two.matrices) == 2
+    assert len(two.sites) == 2
+
+
+def test_results_are_plain_data():
+    import json
+
+    told = spectrum(bs.Adapter({"a": with_spectrum(4, 3, [1.0])}), {"a": torch.zeros(4, 3)}).as_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["sites"][0]["site"] == "a"
+    assert told["sites"][0]["relative_norm"] is None
+    with pytest.raises(KeyError, match="did you mean 'abc'"):
+        spectrum(bs.Adapter({"abc": with_spectrum(4, 3, [1.0])}))["abd"]
