@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from brushstroke import errors as errors
     from brushstroke.adapter import Adapter, Card, LoraConfig
+    from brushstroke.analysis import intruders, relate, spectrum, subspace
     from brushstroke.base import Base, load_base
     from brushstroke.data import Example
     from brushstroke.formats import load, save
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "brushstroke.adapter": ("Adapter", "Card", "LoraConfig"),
+    "brushstroke.analysis": ("intruders", "relate", "spectrum", "subspace"),
     "brushstroke.base": ("Base", "load_base"),
     "brushstroke.data": ("Example",),
     "brushstroke.formats": ("load", "save"),
@@ -63,12 +65,16 @@ __all__ = [
     "errors",
     "evaluate",
     "generate",
+    "intruders",
     "load",
     "load_base",
     "merge",
     "merge_folder",
     "plan",
+    "relate",
     "save",
+    "spectrum",
+    "subspace",
     "train",
 ]
 

@@ -4,15 +4,36 @@ It never sees a live model run, and never forms a d×h update. W comes as a mapp
 """
 
 from brushstroke.analysis.budget import Truncation, fit_budget, keep_energy
+from brushstroke.analysis.intruders import Direction, Intruders, SiteIntruders, intruders, repair
+from brushstroke.analysis.relate import Relation, Share, SiteRelation, mean_deciles, relate
 from brushstroke.analysis.spectrum import SiteSpectrum, Spectrum, spectrum
-from brushstroke.analysis.table import arrange
+from brushstroke.analysis.subspace import Overlap, SiteOverlap, Unmatched, random_pair, subspace
+from brushstroke.analysis.table import Grid, arrange, as_plain, natural
 
 __all__ = [
+    "Direction",
+    "Grid",
+    "Intruders",
+    "Overlap",
+    "Relation",
+    "Share",
+    "SiteIntruders",
+    "SiteOverlap",
+    "SiteRelation",
     "SiteSpectrum",
     "Spectrum",
     "Truncation",
+    "Unmatched",
     "arrange",
+    "as_plain",
     "fit_budget",
+    "intruders",
     "keep_energy",
+    "mean_deciles",
+    "natural",
+    "random_pair",
+    "relate",
+    "repair",
     "spectrum",
+    "subspace",
 ]

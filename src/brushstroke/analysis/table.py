@@ -14,6 +14,7 @@ from torch import Tensor
 from brushstroke.errors import did_you_mean
 
 Row = TypeVar("Row")
+HIDDEN = {"plain": False}  # metadata of a field that `as_plain` leaves out
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -52,10 +53,7 @@ class SiteTable(Mapping[str, Row]):
 
 
 def as_plain(value: Any) -> Any:
-    """JSON types of a result: tensors as lists, numbers that are not finite as None; hidden fields left out.
-
-    A field whose name begins with an underscore, or whose metadata says {"plain": False}, is left out.
-    """
+    """JSON types of a result: tensors as lists, numbers that are not finite as None; no hidden fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         more = getattr(value, "derived", dict)()
         kept = {

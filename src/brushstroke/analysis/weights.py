@@ -14,8 +14,6 @@ from brushstroke.adapter import Adapter, Verdict
 from brushstroke.errors import BaseLoadError, BaseMismatchError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank
 
-Weights = Mapping[str, Float[Tensor, "d h"]]
-
 
 def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
     """Site → factors.
@@ -30,7 +28,7 @@ def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
     return found
 
 
-def weights_of(base: Any) -> Weights:
+def weights_of(base: Any) -> Mapping[str, Tensor]:
     """Site → W (d×h) of a mapping, which is taken as it is, a Base, or an nn.Module."""
     if isinstance(base, Mapping):
         return base

@@ -1,0 +1,232 @@
+"""Intruder dimensions: strong directions of W + ΔW that no direction of W resembles, with certificates.
+
+W + ΔW is never formed. What an intruder does to the model's answers is not seen from here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from brushstroke.adapter import Adapter
+from brushstroke.analysis.relate import DENSE_LIMIT
+from brushstroke.analysis.table import HIDDEN, SiteTable
+from brushstroke.analysis.weights import low_rank_updates, walk, working
+from brushstroke.errors import ConfigError
+from brushstroke.lowrank import LowRank
+from brushstroke.lowrank.krylov import TOLERANCE, Shifted, dense_svd, top_svd
+from brushstroke.lowrank.lanczos import largest_cosine_bound
+from brushstroke.lowrank.spectra import numerical_rank
+
+Verdict = Literal["intruder", "known", "undecided"]
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One of the strongest output directions of W + ΔW.
+
+    Args:
+        position: 0 is the strongest.
+        sigma: its singular value in W + ΔW.
+        lower: the largest |cosine| with a singular vector of W is at least this.
+        upper: and at most this; equal to `lower` where W was decomposed whole.
+        outside: √(1 − ‖part of it within W's strongest directions‖²); near 1 it is new even as a mixture.
+        residual: ‖(W + ΔW)ᵀ·left − sigma·right‖/σ₁ of the iteration that found it.
+        verdict: "intruder" where upper < ε, "known" where lower ≥ ε, otherwise "undecided".
+    """
+
+    position: int
+    sigma: float
+    lower: float
+    upper: float
+    outside: float
+    residual: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class SiteIntruders:
+    """The strongest directions of W + ΔW at one site, and which of them are intruders.
+
+    Args:
+        shape: (d, h).
+        directions: the top ones, strongest first.
+        covered_from: the certificates speak of W's singular vectors above this share of its σ₁.
+        found: Σ σ·left·right over the intruders, as an update; what the repair scales down.
+    """
+
+    shape: tuple[int, int]
+    directions: tuple[Direction, ...]
+    covered_from: float
+    found: LowRank | None = field(default=None, metadata=HIDDEN)
+
+    def count(self, verdict: Verdict = "intruder") -> int:
+        """How many directions have this verdict."""
+        return sum(direction.verdict == verdict for direction in self.directions)
+
+    def derived(self) -> dict[str, Any]:
+        """What follows from the fields."""
+        return {"intruders": self.count(), "undecided": self.count("undecided")}
+
+
+class Intruders(SiteTable[SiteIntruders]):
+    """Site → `SiteIntruders`.
+
+    Args:
+        rows: the results.
+        top: how many directions were judged at each site.
+        threshold: ε.
+    """
+
+    def __init__(self, rows: Mapping[str, SiteIntruders], *, top: int, threshold: float) -> None:
+        super().__init__(rows)
+        self.top, self.threshold = top, threshold
+
+    def count(self, verdict: Verdict = "intruder") -> int:
+        """How many directions of all sites have this verdict."""
+        return sum(row.count(verdict) for row in self.values())
+
+    def totals(self) -> dict[str, Any]:
+        """The settings, and how many of each verdict there are."""
+        return {
+            "top": self.top,
+            "threshold": self.threshold,
+            "intruders": self.count(),
+            "undecided": self.count("undecided"),
+            "directions": sum(len(row.directions) for row in self.values()),
+        }
+
+
+def intruders(
+    adapter: Adapter,
+    base: Any,
+    *,
+    top: int = 10,
+    threshold: float = 0.5,
+    seed: int = 0,
+    dense_limit: int = DENSE_LIMIT,
+    allow_different_base: bool = False,
+) -> Intruders:
+    """Which of the strongest output directions of W + ΔW no singular vector of W resembles.
+
+    Source: arXiv:2410.21228, algorithm 1, on the left singular vectors of (out×in) weights: in our (d×h) they
+    are the `right` ones, in R^h. A direction y is an intruder where max_i |⟨y, x_i⟩| < ε over all singular
+    vectors x_i of W. The top ones come from block Krylov with products of W and of the factors; the maximum
+    is exact where W is small, and otherwise lies between a hit among W's strongest directions and a bound by
+    Lanczos. Vectors of W of singular value 0 are arbitrary, and count as none.
+
+    Args:
+        adapter: of low-rank updates.
+        base: a Base, an nn.Module, or a mapping site → W (d×h), which may read lazily.
+        top: how many directions to judge at each site.
+        threshold: ε.
+        seed: of the Krylov starts.
+        dense_limit: a W whose smaller side is at most this is decomposed whole, in float64.
+        allow_different_base: pass over the verdict of the fingerprint.
+
+    Raises:
+        ConfigError: top below 1, or a threshold outside (0, 1].
+        ShapeError: an update without factors, or a base that lacks a site or has another shape there.
+        BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+
+    >>> W = torch.diag(torch.tensor([3.0, 2.0, 0.0]))
+    >>> new = Adapter({"fc": LowRank(torch.eye(3)[:, 2:], 9 * torch.eye(3)[2:])})
+    >>> intruders(new, {"fc": W}, top=2)["fc"].count()
+    1
+    """
+    if top < 1 or not 0 < threshold <= 1:
+        raise ConfigError(
+            f"top must be at least 1 and the threshold above 0 and at most 1; got {top} and {threshold}"
+        )
+    rows = {}
+    for site, update, W in walk(adapter, base, allow_different_base=allow_different_base):
+        generator = torch.Generator().manual_seed(seed)
+        dense = min(update.shape) <= dense_limit
+        rows[site] = _judge(update, working(W, dense), top, threshold, dense, generator)
+    return Intruders(rows, top=top, threshold=threshold)
+
+
+def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
+    """The adapter with its intruders scaled down: ΔW − (1 − scale)·Σ σ·left·right over the intruders.
+
+    Exact in factor form: a site's rank grows by the number of its intruders; `truncate` brings it back.
+    Undecided directions stay as they are. Source: arXiv:2410.21228, section 5, with λ = scale.
+
+    Raises:
+        ConfigError: a scale outside [0, 1], or an adapter that has not the sites of the result.
+    """
+    if not 0 <= scale <= 1:
+        raise ConfigError(f"a scale must be between 0 and 1; got {scale}")
+    if set(adapter) != set(found):
+        raise ConfigError("the intruders were found in another adapter; look for them in this one first")
+    updates = low_rank_updates(adapter)
+    repaired: dict[str, LowRank] = {}
+    for site, update in updates.items():
+        extra = found[site].found
+        change = None if extra is None else (scale - 1) * extra.to(update.dtype, update.device)
+        repaired[site] = update if change is None else update + change
+    card = adapter.card
+    return Adapter(repaired, card.with_changes(lora=None, target_modules=(), training={}) if card else None)
+
+
+def _judge(
+    update: LowRank, W: Tensor, top: int, threshold: float, dense: bool, generator: torch.Generator
+) -> SiteIntruders:
+    changed = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
+    ours = top_svd(changed, top, generator=generator, passes=40 if dense else 10)
+    lower, upper, outside, covered = (_exact if dense else _bounded)(W, ours.right, top, generator)
+    strongest = float(ours.sigma[0]) or 1.0
+    directions = tuple(
+        Direction(
+            position,
+            float(ours.sigma[position]),
+            lower[position],
+            upper[position],
+            outside[position],
+            float(ours.residual[position]) / strongest,
+            _verdict(lower[position], upper[position], threshold),
+        )
+        for position in range(len(ours.sigma))
+        if float(ours.sigma[position]) > 0
+    )
+    picked = [direction.position for direction in directions if direction.verdict == "intruder"]
+    extra = None
+    if picked:
+        rows = ours.right[picked] * ours.sigma[picked][:, None]
+        extra = LowRank(ours.left[:, picked].double(), rows.double())
+    return SiteIntruders(update.shape, directions, covered, extra)
+
+
+def _exact(
+    W: Float[Tensor, "d h"], right: Float[Tensor, "k h"], top: int, _: torch.Generator
+) -> tuple[list[float], list[float], list[float], float]:
+    whole = dense_svd(W)
+    known = whole.right[: numerical_rank(whole.sigma, max(W.shape))]
+    cosines = (right.double() @ known.mT).abs()
+    largest = cosines.max(dim=1).values.tolist() if len(known) else [0.0] * len(right)
+    return largest, largest, _outside(cosines[:, : 4 * top]), 0.0
+
+
+def _bounded(
+    W: Float[Tensor, "d h"], right: Float[Tensor, "k h"], top: int, generator: torch.Generator
+) -> tuple[list[float], list[float], list[float], float]:
+    known = top_svd(Shifted(W), 4 * top, generator=generator)
+    cosines = (right.double() @ known.right.mT.double()).abs()
+    settled = known.residual <= TOLERANCE * known.sigma[0]
+    hits = torch.where(settled, cosines, 0).max(dim=1).values.tolist()
+    bounds, covered = largest_cosine_bound(W, right)
+    uppers = [max(bound, hit) for bound, hit in zip(bounds, hits, strict=True)]
+    return hits, uppers, _outside(cosines), covered
+
+
+def _outside(cosines: Float[Tensor, "k m"]) -> list[float]:
+    return (1 - cosines.square().sum(dim=1)).clamp_min(0).sqrt().tolist()
+
+
+def _verdict(lower: float, upper: float, threshold: float) -> Verdict:
+    if upper < threshold:
+        return "intruder"
+    return "known" if lower >= threshold else "undecided"

@@ -1,0 +1,248 @@
+"""Where an update lies in its base's weight: what it amplifies, and what chance would give.
+
+W is read one tensor at a time. Whether the update helps is not seen from here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brushstroke.adapter import Adapter
+from brushstroke.analysis.overlap import random_directions
+from brushstroke.analysis.table import SiteTable
+from brushstroke.analysis.weights import walk, working
+from brushstroke.errors import ConfigError
+from brushstroke.lowrank import LowRank, Svd
+from brushstroke.lowrank.krylov import Shifted, dense_svd, frobenius, top_svd
+from brushstroke.lowrank.spectra import numerical_rank
+
+DENSE_LIMIT = 1536  # smaller side of a W that is decomposed whole
+PARTS = 10
+_ROUNDING = 64.0  # a projection below this many roundings of ‖W‖ is none
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """How the energy ‖ΔW‖² of an update falls on W's singular directions, strongest first.
+
+    Args:
+        left: of its input directions: ten shares, each of a tenth of W's min(d, h) directions.
+        right: of its output directions.
+        chance_left: what a random update would have in each tenth; less than 0.1 where d > h.
+        chance_right: the same of the output directions; less than 0.1 where h > d.
+    """
+
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    chance_left: tuple[float, ...]
+    chance_right: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRelation:
+    """One ΔW against its W: ‖leftᵀ·W·rightᵀ‖_F for r directions of either side.
+
+    Args:
+        shape: (d, h).
+        rank: r, the directions of ΔW that stand above rounding.
+        norm_base: ‖W‖_F.
+        norm_delta: ‖ΔW‖_F, scale included.
+        projection_delta: with the directions of ΔW.
+        projection_base: with W's own first r, √Σ_{i≤r} σ_i(W)².
+        projection_random: with random ones, in closed form: the root of the mean square, r·‖W‖/√(d·h).
+        projection_sampled: with random ones, drawn once.
+        residual: largest ‖Wᵀ·left − σ·right‖/σ₁ of W's first r; 0 where W was decomposed whole.
+        deciles: energy of ΔW over W's spectrum, where W was decomposed whole.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    norm_base: float
+    norm_delta: float
+    projection_delta: float
+    projection_base: float
+    projection_random: float
+    projection_sampled: float
+    residual: float
+    deciles: Share | None = None
+
+    @property
+    def amplification(self) -> float | None:
+        """‖ΔW‖/projection_delta, the paper's factor; infinite where ΔW avoids W, None where ΔW is 0."""
+        return amplification(self.norm_delta, self.projection_delta)
+
+    @property
+    def amplification_random(self) -> float | None:
+        """What a random update of this norm and rank would have: ‖ΔW‖·√(d·h)/(r·‖W‖)."""
+        return amplification(self.norm_delta, self.projection_random)
+
+    @property
+    def ratio_to_chance(self) -> float | None:
+        """projection_delta/projection_random: above 1 where ΔW uses directions that W uses; free of r."""
+        return self.projection_delta / self.projection_random if self.projection_random else None
+
+    def derived(self) -> dict[str, Any]:
+        """What follows from the fields."""
+        return {
+            "amplification": self.amplification,
+            "amplification_random": self.amplification_random,
+            "ratio_to_chance": self.ratio_to_chance,
+        }
+
+
+class Relation(SiteTable[SiteRelation]):
+    """Site → `SiteRelation` of an adapter in its base."""
+
+    def totals(self) -> dict[str, Any]:
+        """Root sums of squares over all sites, and the quotients of those."""
+        rows = [row for row in self.values() if row.rank]
+        names = (
+            "norm_base",
+            "norm_delta",
+            "projection_delta",
+            "projection_base",
+            "projection_random",
+            "projection_sampled",
+        )
+        sums = {name: sum(getattr(row, name) ** 2 for row in rows) ** 0.5 for name in names}
+        chance = sums["projection_random"]
+        ratios = sorted(row.ratio_to_chance for row in rows if row.ratio_to_chance is not None)
+        return {
+            **sums,
+            "amplification": amplification(sums["norm_delta"], sums["projection_delta"]),
+            "amplification_random": amplification(sums["norm_delta"], chance),
+            "ratio_to_chance": sums["projection_delta"] / chance if chance else None,
+            "median_ratio_to_chance": ratios[len(ratios) // 2] if ratios else None,
+            "zero": [site for site, row in self.items() if not row.rank],
+        }
+
+
+def amplification(norm_delta: float, projection: float) -> float | None:
+    """‖ΔW‖_F / ‖leftᵀ·W·rightᵀ‖_F (arXiv:2106.09685, appendix H.4).
+
+    Infinite where the update lies outside of what W uses; None where there is no update.
+
+    >>> round(amplification(6.91, 0.32), 2), round(amplification(3.57, 1.90), 2)
+    (21.59, 1.88)
+    """
+    if norm_delta == 0:
+        return None
+    return norm_delta / projection if projection else float("inf")
+
+
+def random_projection(norm_base: float, rank: int, shape: tuple[int, int]) -> float:
+    """√E‖leftᵀ·W·rightᵀ‖² = r·‖W‖/√(d·h) for r random directions of either side.
+
+    >>> round(random_projection(61.95, 4, (12288, 12288)), 4)
+    0.0202
+    """
+    return rank * norm_base / (shape[0] * shape[1]) ** 0.5
+
+
+def relate(
+    adapter: Adapter,
+    base: Any,
+    *,
+    seed: int = 0,
+    dense_limit: int = DENSE_LIMIT,
+    allow_different_base: bool = False,
+) -> Relation:
+    """‖UᵀWVᵀ‖_F of the paper's table 7 at every site, with what chance gives beside it.
+
+    Source: arXiv:2106.09685, section 7.3 and appendix H.4, where W is (out×in), U holds left vectors in
+    columns and V right vectors in rows; the norm is the same in our (d×h), where the sides change places.
+    Neither ΔW nor a projector is formed.
+
+    Args:
+        adapter: of low-rank updates.
+        base: a Base, an nn.Module, or a mapping site → W (d×h), which may read lazily.
+        seed: of the sampled random directions and of the Krylov start.
+        dense_limit: a W whose smaller side is at most this is decomposed whole, in float64; a larger one by
+            block Krylov in float32, which gives no deciles.
+        allow_different_base: pass over the verdict of the fingerprint.
+
+    Raises:
+        ShapeError: an update without factors, or a base that lacks a site or has another shape there.
+        BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+        ConfigError: a negative dense_limit.
+
+    >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> row = relate(Adapter({"fc": LowRank(torch.eye(3, 1), 6 * torch.eye(1, 3))}), {"fc": W})["fc"]
+    >>> round(row.projection_delta, 6), round(row.amplification, 6)
+    (3.0, 2.0)
+    """
+    if dense_limit < 0:
+        raise ConfigError(f"dense_limit must not be negative; got {dense_limit}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = {
+        site: _relate(update, W, dense_limit, generator)
+        for site, update, W in walk(adapter, base, allow_different_base=allow_different_base)
+    }
+    return Relation(rows)
+
+
+def _relate(update: LowRank, W: Tensor, dense_limit: int, generator: torch.Generator) -> SiteRelation:
+    d, h = update.shape
+    delta = update.svd()
+    r = numerical_rank(delta.sigma, max(d, h))
+    norm_base, norm_delta = frobenius(W), float(delta.sigma.square().sum().sqrt())
+    if r == 0:
+        return SiteRelation((d, h), 0, norm_base, norm_delta, 0.0, 0.0, 0.0, 0.0, 0.0)
+    delta = Svd(delta.left[:, :r], delta.sigma[:r], delta.right[:r])
+    dense = min(d, h) <= dense_limit
+    work = working(W, dense)
+    lefts = torch.cat([delta.left.to(work), random_directions(d, r, generator).to(work)], dim=1)
+    products = (lefts.mT @ work).double()
+    random_right = random_directions(h, r, generator).to(products)
+    smallest = _ROUNDING * torch.finfo(work.dtype).eps * norm_base
+    projection = float((products[:r] @ delta.right.to(products).mT).norm())
+    whole = dense_svd(work) if dense else None
+    top = None if whole is not None else top_svd(Shifted(work), r, generator=generator)
+    sigma = (
+        whole.sigma[:r] if whole is not None else (top.sigma.double() if top is not None else torch.empty(0))
+    )
+    residual = 0.0 if top is None or not float(top.sigma[0]) else float(top.residual.max() / top.sigma[0])
+    return SiteRelation(
+        (d, h),
+        r,
+        norm_base,
+        norm_delta,
+        projection if projection > smallest else 0.0,
+        float(sigma.square().sum().sqrt()),
+        random_projection(norm_base, r, (d, h)),
+        float((products[r:] @ random_right).norm()),
+        residual,
+        None if whole is None else _deciles(delta, whole),
+    )
+
+
+def _deciles(delta: Svd, base: Svd) -> Share:
+    """Σ_k σ_k²·(base_i·delta_k)² / Σσ², summed over tenths of the base's directions."""
+    d, k = base.left.shape
+    h = base.right.shape[1]
+    energy = delta.sigma.square() / delta.sigma.square().sum()
+    edges = [round(k * part / PARTS) for part in range(PARTS + 1)]
+    sides = []
+    for ours, theirs in ((delta.left, base.left), (delta.right.mT, base.right.mT)):
+        along = (theirs.mT @ ours.to(theirs)).square() @ energy.to(theirs)
+        sides.append(tuple(float(along[a:b].sum()) for a, b in pairwise(edges)))
+    chances = [tuple((b - a) / n for a, b in pairwise(edges)) for n in (d, h)]
+    return Share(sides[0], sides[1], chances[0], chances[1])
+
+
+def mean_deciles(found: Mapping[str, SiteRelation]) -> Share | None:
+    """The deciles averaged over sites, each weighted by its ‖ΔW‖²; None where no site has them."""
+    rows = [(row.norm_delta**2, row.deciles) for row in found.values() if row.deciles is not None]
+    total = sum(weight for weight, _ in rows)
+    if not total:
+        return None
+
+    def mean(name: str) -> tuple[float, ...]:
+        parts = [(weight, getattr(share, name)) for weight, share in rows]
+        return tuple(sum(w * part[n] for w, part in parts) / total for n in range(PARTS))
+
+    return Share(mean("left"), mean("right"), mean("chance_left"), mean("chance_right"))

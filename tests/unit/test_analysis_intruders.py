@@ -1,0 +1,171 @@
+"""Intruders on constructed weights; certificates against dense decompositions; the repair."""
+
+import json
+
+import pytest
+import torch
+
+import brushstroke as bs
+from brushstroke.analysis import intruders, repair
+from brushstroke.errors import ConfigError
+from brushstroke.lowrank import LowRank
+
+EXACT = 1e-8
+FLOAT32 = 2e-3  # of a cosine found by Krylov in float32, whose residual is up to 1e-4·sigma₁
+LARGE = {"dense_limit": 0}
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def spiked(d: int, h: int) -> torch.Tensor:
+    k = min(d, h) // 2
+    left, right = (torch.linalg.qr(randn(n, k)).Q for n in (d, h))
+    return (left * (20 * torch.arange(1, k + 1).double() ** -0.7)) @ right.mT + randn(d, h) / (d + h) ** 0.5
+
+
+def found(update: LowRank, W: torch.Tensor, **flags):
+    return intruders(bs.Adapter({"q": update}), {"q": W}, **flags)
+
+
+def dense_cosines(update: LowRank, W: torch.Tensor, top: int) -> torch.Tensor:
+    """Algorithm 1 as it is written, on the left vectors of the (out×in) weights."""
+    before = torch.linalg.svd(W.double().mT, full_matrices=False).U
+    after = torch.linalg.svd((W.double() + update.dense().double()).mT, full_matrices=False).U
+    return (after[:, :top].mT @ before).abs().max(dim=1).values
+
+
+@pytest.mark.parametrize("flags", [{}, LARGE])
+def test_no_update_no_intruder(flags):
+    W = spiked(60, 50)
+    row = found(LowRank(randn(60, 2), torch.zeros(2, 50).double()), W, **flags)["q"]
+    assert row.count() == 0
+    assert [direction.verdict for direction in row.directions] == ["known"] * 10
+    assert row.found is None
+
+
+def test_one_direction_outside_of_the_weight_is_one_intruder_at_the_top():
+    """u ⟂ the output space of W, and c > σ₁."""
+    left, right = torch.linalg.qr(randn(30, 13)).Q, torch.linalg.qr(randn(25, 13)).Q
+    W = (left[:, :12] * torch.linspace(5, 1, 12).double()) @ right[:, :12].mT
+    row = found(LowRank(left[:, 12:], right[:, 12:].mT, 9.0), W)["q"]
+    assert row.count() == 1
+    assert row.directions[0].verdict == "intruder"
+    assert row.directions[0].upper < EXACT
+    assert row.directions[0].outside == pytest.approx(1)
+    assert all(direction.upper > 0.5 for direction in row.directions[1:])
+
+
+@pytest.mark.parametrize("flags", [{}, LARGE])
+def test_a_stronger_first_direction_is_no_intruder(flags):
+    W = spiked(60, 50)
+    left, _, right = torch.linalg.svd(W, full_matrices=False)
+    row = found(LowRank(left[:, :1], right[:1], 30.0), W, **flags)["q"]
+    assert row.count() == row.count("undecided") == 0
+    assert row.directions[0].lower == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("d", "h"), [(70, 50), (50, 70)])
+def test_the_output_side_is_judged(d, h):
+    """A new input direction that writes to W's own first output is nothing new; the reverse is."""
+    W = spiked(d, h)
+    left, _, right = torch.linalg.svd(W, full_matrices=False)
+    new_input = LowRank(torch.linalg.qr(randn(d, 1)).Q, right[:1], 60.0)
+    new_output = LowRank(left[:, :1], torch.linalg.qr(randn(h, 1)).Q.mT, 60.0)
+    assert found(new_input, W)["q"].count() == 0
+    assert found(new_output, W)["q"].count() >= 1
+
+
+@pytest.mark.parametrize(("d", "h"), [(80, 60), (60, 80), (64, 64)])
+def test_the_count_is_that_of_two_dense_decompositions(d, h):
+    W, update = spiked(d, h), LowRank(randn(d, 6) / d**0.5, randn(6, h) / h**0.5, 14.0)
+    row = found(update, W)["q"]
+    expected = dense_cosines(update, W, 10)
+    got = torch.tensor([direction.upper for direction in row.directions])
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
+    assert row.count() == int((expected < 0.5).sum())
+    assert 0 < row.count() < 10
+    sigma = torch.linalg.svdvals(W + update.dense())[:10]
+    torch.testing.assert_close(
+        torch.tensor([direction.sigma for direction in row.directions]).double(), sigma, rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(("d", "h"), [(400, 300), (300, 400)])
+def test_certificates_of_a_large_weight_are_true(d, h):
+    W = spiked(d, h).float()
+    update = LowRank(torch.randn(d, 4) / d**0.5, torch.randn(4, h) / h**0.5, 25.0)
+    result = found(update, W, **LARGE)
+    row, true = result["q"], dense_cosines(update, W, 10).tolist()
+    assert row.covered_from == (0 if d >= h else 0.05)
+    for direction, cosine in zip(row.directions, true, strict=True):
+        assert direction.lower <= cosine + FLOAT32
+        assert direction.upper >= cosine - FLOAT32
+        if direction.verdict == "intruder":
+            assert cosine < 0.5
+        if direction.verdict == "known":
+            assert cosine >= 0.5 - FLOAT32
+    assert row.count() >= 3
+    assert result.count("undecided") <= 3
+    assert json.loads(json.dumps(result.as_dict())) == result.as_dict()
+
+
+def test_the_repair_scales_intruders_and_nothing_else():
+    W, update = spiked(80, 60), LowRank(randn(80, 3) / 80**0.5, randn(3, 60) / 60**0.5, 30.0)
+    adapter = bs.Adapter({"q": update})
+    result = intruders(adapter, {"q": W})
+    mended = repair(adapter, result, 0.75)["q"]
+    left, sigma, right = torch.linalg.svd(W + update.dense(), full_matrices=False)
+    picked = [direction.position for direction in result["q"].directions if direction.verdict == "intruder"]
+    expected = update.dense() - 0.25 * (left[:, picked] * sigma[picked]) @ right[picked]
+    torch.testing.assert_close(mended.dense(), expected, rtol=0, atol=2e-3)
+    assert mended.rank == update.rank + len(picked)
+    assert len(picked) == 3
+    torch.testing.assert_close(repair(adapter, result, 1.0)["q"].dense(), update.dense())
+
+
+def test_without_intruders_the_repair_gives_the_adapter_back():
+    W, update = spiked(30, 20), LowRank(randn(30, 1) * 1e-4, randn(1, 20))
+    adapter = bs.Adapter({"q": update})
+    assert repair(adapter, intruders(adapter, {"q": W}))["q"] is update
+
+
+def test_settings_that_cannot_work_are_refused():
+    adapter, W = bs.Adapter({"q": LowRank(randn(4, 1), randn(1, 3))}), {"q": randn(4, 3)}
+    for flags in ({"top": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
+        with pytest.raises(ConfigError, match="top must be"):
+            intruders(adapter, W, **flags)
+    result = intruders(adapter, W)
+    with pytest.raises(ConfigError, match="scale"):
+        repair(adapter, result, 1.5)
+    with pytest.raises(ConfigError, match="another adapter"):
+        repair(bs.Adapter({"k": adapter["q"]}), result)
+
+
+def test_as_peft_counts_them():
+    """PEFT 0.21 has the same algorithm on dense weights."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft.tuners.lora.intruders")
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    net = torch.nn.ModuleDict({"q": torch.nn.Linear(40, 32, bias=False)})
+    W = spiked(40, 32).float()
+    net["q"].weight.data = W.mT.contiguous()
+    net.forward = lambda x: net["q"](x)
+    model = peft.get_peft_model(net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q"]))
+    layer = model.base_model.model["q"]
+    layer.lora_B["default"].weight.data.normal_(std=0.9)
+    layer.lora_A["default"].weight.data.normal_(std=0.9)
+    update = LowRank(
+        layer.lora_A["default"].weight.detach().mT, layer.lora_B["default"].weight.detach().mT, 2.0
+    )
+    ours = found(update, W)["q"]
+    before = layer.get_delta_weight("default").detach()
+    torch.testing.assert_close(update.dense().mT, before, rtol=1e-5, atol=1e-5)
+    told: list[str] = []
+    reduce_intruder_dimension(model, logging_sink=told.append)
+    assert ours.count() > 0
+    assert f"{ours.count()}" in " ".join(told) or ours.count() == sum("ntruder" in line for line in told), (
+        told
+    )
