@@ -52,14 +52,16 @@ def workplace(tmp_path_factory):
 
 def local(text: str) -> str:
     """The same code with a folder in place of the hub id."""
-    assert HUB_ID in text or "nn.Sequential" in text or "brushstroke show" in text
+    alone = ("nn.Sequential", "brushstroke show", "brushstroke spectrum", "brushstroke compare")
+    assert HUB_ID in text or any(word in text for word in alone)
     return text.replace(HUB_ID, "base")
 
 
 def test_there_is_code_of_every_kind():
     assert len(PYTHON) >= 2
     shown = {command.split()[1] for command in COMMANDS}
-    assert shown == {"plan", "data", "train", "generate", "chat", "evaluate", "show", "merge"}
+    analysis = {"spectrum", "compare", "relate", "intruders"}
+    assert shown == {"plan", "data", "train", "generate", "chat", "evaluate", "show", "merge"} | analysis
     assert {"demo", "test"} <= set(TARGETS)
 
 

@@ -4,7 +4,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from brushstroke.errors import MissingPackageError
-from brushstroke.report import Page, bars, curves
+from brushstroke.report import Page, bars, curves, heatmaps
+from brushstroke.report.figures import GREY, Panel
 
 
 @pytest.fixture
@@ -47,3 +48,23 @@ def test_without_the_extra_the_message_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(MissingPackageError, match=r"brushstroke\[report\]"):
         curves({"one": [(0, 1)]}, x="x", y="y")
+
+
+@pytest.mark.usefixtures("drawing")
+def test_maps_share_a_scale_and_show_what_is_missing_in_grey():
+    svg = heatmaps(
+        [
+            Panel("one", [[0.0, None], [0.5, 1.0]], ["first", "second"], ["q", "v"]),
+            Panel("two", [[0.25, 0.5], [None, 2.0]]),
+        ],
+        x="matrix",
+        y="layer",
+        limits=(0, 1),
+    )
+    assert {"one", "two", "first", "second", "q", "v", "matrix", "layer", "1", "2"} <= set(texts(svg))
+    assert svg.count(f'fill="{GREY}"') == 2
+    hottest = "rgb(11, 93, 80)"
+    assert svg.count(f'fill="{hottest}"') == 2  # 1.0 and what is above the limit
+    alone = heatmaps([Panel("one", [[5.0, None], [5.5, 6.0]])])
+    assert alone.count(f'fill="{hottest}"') == 1
+    assert alone.count(f'fill="{GREY}"') == 1

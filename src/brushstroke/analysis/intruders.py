@@ -14,7 +14,7 @@ from torch import Tensor
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.relate import DENSE_LIMIT
 from brushstroke.analysis.table import HIDDEN, SiteTable
-from brushstroke.analysis.weights import low_rank_updates, walk, working
+from brushstroke.analysis.weights import OnSite, low_rank_updates, walk, working
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank
 from brushstroke.lowrank.krylov import TOLERANCE, Shifted, dense_svd, top_svd
@@ -109,6 +109,7 @@ def intruders(
     seed: int = 0,
     dense_limit: int = DENSE_LIMIT,
     allow_different_base: bool = False,
+    on_site: OnSite | None = None,
 ) -> Intruders:
     """Which of the strongest output directions of W + ΔW no singular vector of W resembles.
 
@@ -126,6 +127,7 @@ def intruders(
         seed: of the Krylov starts.
         dense_limit: a W whose smaller side is at most this is decomposed whole, in float64.
         allow_different_base: pass over the verdict of the fingerprint.
+        on_site: called with (site, its number, how many) before each is read.
 
     Raises:
         ConfigError: top below 1, or a threshold outside (0, 1].
@@ -142,7 +144,7 @@ def intruders(
             f"top must be at least 1 and the threshold above 0 and at most 1; got {top} and {threshold}"
         )
     rows = {}
-    for site, update, W in walk(adapter, base, allow_different_base=allow_different_base):
+    for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
         generator = torch.Generator().manual_seed(seed)
         dense = min(update.shape) <= dense_limit
         rows[site] = _judge(update, working(W, dense), top, threshold, dense, generator)

@@ -14,7 +14,7 @@ from torch import Tensor
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.overlap import random_directions
 from brushstroke.analysis.table import SiteTable
-from brushstroke.analysis.weights import walk, working
+from brushstroke.analysis.weights import OnSite, walk, working
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.krylov import Shifted, dense_svd, frobenius, top_svd
@@ -150,6 +150,7 @@ def relate(
     seed: int = 0,
     dense_limit: int = DENSE_LIMIT,
     allow_different_base: bool = False,
+    on_site: OnSite | None = None,
 ) -> Relation:
     """‖UᵀWVᵀ‖_F of the paper's table 7 at every site, with what chance gives beside it.
 
@@ -164,6 +165,7 @@ def relate(
         dense_limit: a W whose smaller side is at most this is decomposed whole, in float64; a larger one by
             block Krylov in float32, which gives no deciles.
         allow_different_base: pass over the verdict of the fingerprint.
+        on_site: called with (site, its number, how many) before each is read.
 
     Raises:
         ShapeError: an update without factors, or a base that lacks a site or has another shape there.
@@ -180,7 +182,7 @@ def relate(
     generator = torch.Generator().manual_seed(seed)
     rows = {
         site: _relate(update, W, dense_limit, generator)
-        for site, update, W in walk(adapter, base, allow_different_base=allow_different_base)
+        for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site)
     }
     return Relation(rows)
 

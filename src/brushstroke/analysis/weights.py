@@ -3,7 +3,7 @@
 It keeps no weight and knows no file; a mapping that reads files lazily is as good as a live model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from brushstroke.adapter import Adapter, Verdict
 from brushstroke.errors import BaseLoadError, BaseMismatchError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank
+
+OnSite = Callable[[str, int, int], None]  # the site that comes next, its number, and how many there are
 
 
 def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
@@ -41,7 +43,11 @@ def weights_of(base: Any) -> Mapping[str, Tensor]:
 
 
 def walk(
-    adapter: Adapter, base: Any, *, allow_different_base: bool = False
+    adapter: Adapter,
+    base: Any,
+    *,
+    allow_different_base: bool = False,
+    on_site: OnSite | None = None,
 ) -> Iterator[tuple[str, LowRank, Float[Tensor, "d h"]]]:
     """(site, update, W) for each site, W read when it is its turn.
 
@@ -57,7 +63,9 @@ def walk(
             "that it was trained on:\n  " + "\n  ".join(absent[:10])
         )
     quantised = bool(getattr(getattr(base, "model", base), "brushstroke_quantised", False))
-    for site, update in updates.items():
+    for number, (site, update) in enumerate(updates.items(), start=1):
+        if on_site is not None:
+            on_site(site, number, len(updates))
         W = weights[site].detach()
         if tuple(W.shape) != update.shape:
             raise ShapeError(
@@ -91,7 +99,7 @@ def _check(adapter: Adapter, site: str, update: LowRank, W: Tensor, quantised: b
     if verdict is Verdict.FOREIGN:
         raise BaseMismatchError(
             f"{site}: this adapter was trained on another base, whose weights differ by {difference:.1%}; "
-            "give the right one, or allow a different one (allow_different_base=True)"
+            "give the right one, or allow a different one (--allow-different-base, allow_different_base=True)"
         )
 
 

@@ -2,7 +2,7 @@
 
 from brushstroke.base.device import choose_device, choose_dtype, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers
-from brushstroke.base.weights import FolderWeights, ModelWeights
+from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
 __all__ = [
     "Base",
@@ -12,6 +12,7 @@ __all__ = [
     "choose_dtype",
     "load_base",
     "load_tokenizer",
+    "open_base",
     "quiet_transformers",
     "total_memory",
 ]

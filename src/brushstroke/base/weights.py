@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from brushstroke.adapter import Site
-from brushstroke.base.load import quiet_transformers
+from brushstroke.base.load import Base, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, did_you_mean
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -129,6 +129,39 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
                 f"loading; load the whole model instead (load_base) and work on that"
             )
         return self._shards[key], key
+
+
+def open_base(name: str | Path) -> FolderWeights | Base:
+    """The weights of a base by its name: from its files where they are plain safetensors, else loaded.
+
+    Args:
+        name: a model folder, a hub id (fetched if it is not here), or a `.gguf` file.
+
+    Raises:
+        BaseLoadError: nothing of that name can be read.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = _snapshot(str(name)) or folder
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        config = folder / "config.json"
+        plain = config.is_file() and "quantization_config" not in config.read_text("utf-8")
+        if plain and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
+            weights = FolderWeights(folder)
+            if len(weights._keys) == len(weights):
+                return weights
+    return load_base(str(name), dtype="float32", device="cpu")
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder of a hub id's config and safetensors; None where `load_base` will say it better."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception:
+        return None
 
 
 def _sites(root: nn.Module) -> list[Site]:

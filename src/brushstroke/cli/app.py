@@ -27,6 +27,10 @@ COMMANDS = {  # name → where it is, and whether it takes a config file
     "evaluate": ("brushstroke.cli.evaluate:evaluate", False, "Loss and scores of answers on a data file."),
     "merge": ("brushstroke.cli.merge:merge", False, "Fold an adapter into new weights."),
     "show": ("brushstroke.cli.show:show", False, "Show what is in an adapter."),
+    "spectrum": ("brushstroke.cli.analysis:spectrum", False, "Singular values and ranks; truncate."),
+    "compare": ("brushstroke.cli.analysis:compare", False, "What two adapters share."),
+    "relate": ("brushstroke.cli.analysis:relate", False, "What an adapter amplifies in its base."),
+    "intruders": ("brushstroke.cli.analysis:intruders", False, "Directions that the base does not have."),
 }
 
 _QUIET = {

@@ -1,0 +1,291 @@
+"""`spectrum`, `compare`, `relate` and `intruders`: what the numbers of adapters say.
+
+The maths are those of `brushstroke.analysis`; the model is never run.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from brushstroke.cli.analysis_text import (
+    Measure,
+    print_cut,
+    print_intruders,
+    print_overlap,
+    print_relation,
+    print_spectrum,
+)
+from brushstroke.cli.console import emit_json, say
+from brushstroke.cli.values import Whole, whole
+from brushstroke.errors import ConfigError
+
+if TYPE_CHECKING:
+    from brushstroke.adapter import Adapter
+    from brushstroke.report import Page
+
+Count = Annotated[int, Parameter(converter=whole)]
+PROGRESS_SECONDS = 10.0
+
+
+def spectrum(
+    *adapters: Path,
+    base: str | None = None,
+    map: Measure = "rank99",
+    truncate: Path | None = None,
+    energy: float | None = None,
+    budget: Whole = None,
+    overwrite: bool = False,
+    allow_different_base: bool = False,
+    json: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Show the singular values and ranks of adapters' updates, and cut one to the rank that it needs.
+
+    Args:
+        adapters: The adapters' folders.
+        base: A model folder, a hub id or a .gguf file, for the norms relative to its weights.
+        map: What the map of layers and matrices shows.
+        truncate: Write the (one) adapter here, cut to the ranks of --energy or --budget.
+        energy: Share of the energy to keep at every site when truncating [default: 0.99].
+        budget: Parameters to keep in total when truncating, spread over the sites so that least is lost.
+        overwrite: Replace what --truncate's folder holds.
+        allow_different_base: Measure against the base although it is another one.
+        json: Print JSON on stdout.
+        html: Write a page with figures here.
+    """
+    if not adapters:
+        raise ConfigError("expected at least one adapter's folder: brushstroke spectrum ADAPTER…")
+    if truncate is None and (energy is not None or budget is not None):
+        raise ConfigError("--energy and --budget are for truncating: name a folder with --truncate OUT")
+    if energy is not None and budget is not None:
+        raise ConfigError("give --energy or --budget, not both")
+    if map == "relative" and base is None:
+        raise ConfigError("--map relative is ‖ΔW‖/‖W‖: name the base with --base BASE")
+    if truncate is not None and len(adapters) > 1:
+        raise ConfigError(f"--truncate takes one adapter; got {len(adapters)}")
+    from brushstroke.files import refuse_existing
+
+    if truncate is not None:
+        refuse_existing(truncate.expanduser(), overwrite)
+    loaded = _load(*adapters)
+    from brushstroke.analysis import fit_budget, keep_energy
+    from brushstroke.analysis import spectrum as measure
+
+    weights = _open(base) if base is not None else None
+    found = {
+        name: measure(adapter, weights, allow_different_base=allow_different_base)
+        for name, adapter in loaded.items()
+    }
+    cut = None
+    if truncate is not None:
+        (name,) = loaded
+        cut = (
+            fit_budget(found[name], budget)
+            if budget is not None
+            else keep_energy(found[name], 0.99 if energy is None else energy)
+        )
+        from brushstroke.formats import save
+
+        save(cut.apply(loaded[name]), truncate, overwrite=overwrite)
+    if html is not None:
+        _write(html, lambda: _pages().spectrum_page(found))
+    if json:
+        from brushstroke.analysis import as_plain
+
+        told = [{"name": name, **one.as_dict()} for name, one in found.items()]
+        emit_json({"adapters": told, "truncated": None if cut is None else as_plain(cut)})
+        return
+    for name, one in found.items():
+        print_spectrum(name, one, map)
+    if cut is not None and truncate is not None:
+        print_cut(truncate, cut)
+
+
+def compare(
+    first: Path,
+    second: Path,
+    *,
+    of: Literal["delta", "U", "V"] = "delta",
+    site: list[str] | None = None,
+    json: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Show what two adapters share: subspaces of any size, with chance beside them, and cosines.
+
+    Args:
+        first: The first adapter's folder.
+        second: The second adapter's folder.
+        of: Whose directions: of ΔW, or of the factor U or V alone, as the LoRA paper took them.
+        site: Draw the whole grid of this site in --html; repeatable [default: the middle layer].
+        json: Print JSON on stdout.
+        html: Write a page with figures here.
+    """
+    one, two = _load(first)[_name(first)], _load(second)[_name(second)]
+    from brushstroke.analysis import subspace
+
+    found = subspace(one, two, of=of)
+    for path in site or ():
+        if path not in found:
+            try:
+                found[path]
+            except KeyError as error:
+                raise ConfigError(f"--site: {error.args[0]}") from None
+    names = (_name(first), _name(second))
+    if names[0] == names[1]:
+        names = (str(first), str(second))
+    if html is not None:
+        _write(html, lambda: _pages().overlap_page(found, names, site or ()))
+    if json:
+        emit_json({"first": str(first), "second": str(second), **found.as_dict()}, lines=True)
+    else:
+        print_overlap(names, found)
+
+
+def relate(
+    adapter: Path,
+    base: str,
+    *,
+    seed: Count = 0,
+    dense_limit: Whole = None,
+    allow_different_base: bool = False,
+    json: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Show what an adapter amplifies in its base's weights, and what a random one would.
+
+    Args:
+        adapter: The adapter's folder.
+        base: A model folder, a hub id or a .gguf file.
+        seed: Of the random directions.
+        dense_limit: Decompose weights whole whose smaller side is at most this [default: 1536].
+        allow_different_base: Measure although the adapter belongs to another base.
+        json: Print JSON on stdout.
+        html: Write a page with figures here.
+    """
+    value = _load(adapter)[_name(adapter)]
+    from brushstroke.analysis import relate as measure
+
+    found = measure(
+        value,
+        _open(base),
+        seed=seed,
+        allow_different_base=allow_different_base,
+        on_site=_progress(),
+        **({} if dense_limit is None else {"dense_limit": dense_limit}),
+    )
+    if html is not None:
+        _write(html, lambda: _pages().relation_page(found, _name(adapter)))
+    if json:
+        emit_json({"adapter": str(adapter), "base": base, **found.as_dict()})
+    else:
+        print_relation(_name(adapter), found)
+
+
+def intruders(
+    adapter: Path,
+    base: str,
+    *,
+    top: Count = 10,
+    threshold: float = 0.5,
+    repair: Path | None = None,
+    scale: float | None = None,
+    overwrite: bool = False,
+    seed: Count = 0,
+    dense_limit: Whole = None,
+    allow_different_base: bool = False,
+    json: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Find strong directions of base and adapter together that the base alone does not have.
+
+    Args:
+        adapter: The adapter's folder.
+        base: A model folder, a hub id or a .gguf file.
+        top: How many directions to judge at each site.
+        threshold: The largest |cosine| with a singular vector of the base that an intruder may have.
+        repair: Write the adapter here with its intruders scaled down.
+        scale: What remains of an intruder in the repair [default: 0.75].
+        overwrite: Replace what --repair's folder holds.
+        seed: Of the random starts.
+        dense_limit: Decompose weights whole whose smaller side is at most this [default: 1536].
+        allow_different_base: Measure although the adapter belongs to another base.
+        json: Print JSON on stdout.
+        html: Write a page with figures here.
+    """
+    if scale is not None and repair is None:
+        raise ConfigError("--scale is for the repair: name a folder with --repair OUT")
+    if scale is not None and not 0 <= scale <= 1:
+        raise ConfigError(f"--scale must be between 0 and 1; got {scale}")
+    from brushstroke.files import refuse_existing
+
+    if repair is not None:
+        refuse_existing(repair.expanduser(), overwrite)
+    value = _load(adapter)[_name(adapter)]
+    from brushstroke.analysis import intruders as measure
+    from brushstroke.analysis import repair as mend
+
+    found = measure(
+        value,
+        _open(base),
+        top=top,
+        threshold=threshold,
+        seed=seed,
+        allow_different_base=allow_different_base,
+        on_site=_progress(),
+        **({} if dense_limit is None else {"dense_limit": dense_limit}),
+    )
+    if repair is not None:
+        from brushstroke.formats import save
+
+        save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
+    if html is not None:
+        _write(html, lambda: _pages().intruder_page(found, _name(adapter)))
+    if json:
+        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **found.as_dict()})
+    else:
+        print_intruders(_name(adapter), found, repair)
+
+
+def _load(*folders: Path) -> "dict[str, Adapter]":
+    from brushstroke.formats import load
+
+    named = {_name(folder): folder for folder in folders}
+    if len(named) < len(folders):
+        named = {str(folder): folder for folder in folders}
+    return {name: load(folder) for name, folder in named.items()}
+
+
+def _name(folder: Path) -> str:
+    return folder.expanduser().resolve().name
+
+
+def _open(base: str) -> Any:
+    from brushstroke.base import open_base
+
+    return open_base(base)
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    """A line for people now and then, where it takes long."""
+    told = time.monotonic()
+
+    def on_site(site: str, number: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            say(f"site {number} of {total}: {site}")
+
+    return on_site
+
+
+def _pages() -> Any:
+    from brushstroke.report import analysis
+
+    return analysis
+
+
+def _write(file: Path, make: "Callable[[], Page]") -> None:
+    say(f"wrote {make().write(file.expanduser())}")

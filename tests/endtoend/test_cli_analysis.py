@@ -1,0 +1,247 @@
+"""`spectrum`, `compare`, `relate` and `intruders` on small adapters, ours and PEFT's."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from cli_kit import files_in
+from transformers import AutoModelForCausalLM
+
+import brushstroke as bs
+from brushstroke.adapter import Adapter
+from brushstroke.base import FolderWeights
+from brushstroke.lowrank import LowRank
+
+FLOAT32 = 1e-5  # relative, for factors and weights stored in float32
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """Two random adapters of the tiny base, of rank 4 and 2."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = bs.load_base(tiny, dtype="float32", device="cpu")
+    for name, rank, seed in (("four", 4, 1), ("two", 2, 2)):
+        with bs.attach(base, bs.LoraConfig(rank=rank)) as attachment:
+            fresh = attachment.adapter()
+        generator = torch.Generator().manual_seed(seed)
+        updates = {
+            site: LowRank(
+                torch.randn(update.shape[0], rank, generator=generator),
+                torch.randn(rank, update.shape[1], generator=generator),
+                0.5,
+            )
+            for site, update in fresh.items()
+        }
+        bs.save(Adapter(updates, fresh.card), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["plain", "rslora", "patterns"])
+def by_peft(request, tiny, tmp_path_factory):
+    """(folder, site → ΔW (d×h) by PEFT itself)."""
+    peft = pytest.importorskip("peft")
+    config = {
+        "plain": {"r": 4, "lora_alpha": 8},
+        "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+        "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    }[request.param]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **config)
+    )
+    deltas = {}
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            module.lora_B["default"].weight.data.normal_(std=0.1)
+            site = name.removeprefix("base_model.model.")
+            deltas[site] = module.get_delta_weight("default").detach().mT
+    folder = tmp_path_factory.mktemp("peft") / request.param
+    wrapped.save_pretrained(folder)
+    return folder, deltas
+
+
+def test_spectra_of_adapters_that_peft_wrote(cli, by_peft):
+    folder, deltas = by_peft
+    (told,) = json.loads(cli("spectrum", folder, "--json").out)["adapters"]
+    assert {site["site"] for site in told["sites"]} == set(deltas)
+    for site in told["sites"]:
+        dense = torch.linalg.svdvals(deltas[site["site"]].double())
+        assert site["sigma"] == pytest.approx(dense[: len(site["sigma"])].tolist(), rel=1e-4)
+        assert site["rank"] == (2 if folder.name == "patterns" and "q_proj" in site["site"] else 4)
+    norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in deltas.values()))
+    assert told["norm"] == pytest.approx(norm, rel=FLOAT32)
+
+
+def test_relations_of_adapters_that_peft_wrote(cli, tiny, by_peft):
+    folder, deltas = by_peft
+    told = json.loads(cli("relate", folder, tiny, "--json").out)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    for row in told["sites"]:
+        W = model.get_submodule(row["site"]).weight.detach().double().mT
+        left, _, right = torch.linalg.svd(deltas[row["site"]].double(), full_matrices=False)
+        r = row["rank"]
+        projection = float((left[:, :r].mT @ W @ right[:r].mT).norm())
+        assert row["projection_delta"] == pytest.approx(projection, rel=1e-3)
+        assert row["norm_base"] == pytest.approx(float(W.norm()), rel=FLOAT32)
+        expected = float(torch.linalg.svdvals(W)[:r].norm())
+        assert row["projection_base"] == pytest.approx(expected, rel=FLOAT32)
+
+
+def test_spectrum_prints_sites_a_map_and_advice(cli, tiny, adapters):
+    done = cli("spectrum", adapters / "four", adapters / "two", "--base", tiny, "--map", "relative")
+    assert done.status == 0, done.err
+    for expected in ("model.layers.0.self_attn.q_proj", "layer, relative", "mlp.down_proj", "four", "two"):
+        assert expected in done.out
+    assert "rank 4 keeps 99 %" in done.out
+    told = json.loads(cli("spectrum", adapters / "four", "--base", tiny, "--json").out)["adapters"][0]
+    weights = FolderWeights(tiny)
+    for row in told["sites"]:
+        assert row["relative_norm"] == pytest.approx(
+            row["norm"] / float(weights[row["site"]].norm()), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("flags", [("--energy", "0.5"), ("--budget", "900"), ()])
+def test_truncating_loses_what_it_said(cli, adapters, tmp_path, flags):
+    out = tmp_path / "cut"
+    done = cli("spectrum", adapters / "four", "--truncate", out, *flags, "--json")
+    assert done.status == 0, done.err
+    cut = json.loads(done.out)["truncated"]
+    before, after = bs.load(adapters / "four"), bs.load(out)
+    assert (before - after).norm() == pytest.approx(cut["loss"], rel=1e-4, abs=1e-4)
+    assert after.parameters == cut["parameters"] <= before.parameters
+    assert set(after) == {site for site, rank in cut["ranks"].items() if rank}
+    assert all(after[site].rank == cut["ranks"][site] for site in after)
+    if "--budget" in flags:
+        assert cut["parameters"] <= 900
+    again = cli("spectrum", adapters / "four", "--truncate", out, *flags)
+    assert again.status == 1
+    assert "--overwrite" in again.error
+
+
+def test_compare_gives_grids_with_chance(cli, adapters):
+    done = cli("compare", adapters / "four", adapters / "two")
+    assert done.status == 0, done.err
+    assert "left φ" in done.out
+    assert "right z" in done.out
+    told = json.loads(cli("compare", adapters / "four", adapters / "two", "--json").out)
+    row = next(row for row in told["sites"] if row["site"].endswith("0.mlp.down_proj"))
+    assert (len(row["left"]), len(row["left"][0])) == (4, 2)
+    assert row["chance_left"][3][1] == pytest.approx(4 / 48)
+    assert row["chance_right"][0][1] == pytest.approx(2 / 32)
+    one = cli("compare", adapters / "four", adapters / "two", "--of", "U")
+    assert "right φ" not in one.out
+    assert "no property of ΔW" in one.out
+    same = json.loads(cli("compare", adapters / "four", adapters / "four", "--json").out)
+    assert same["cosine"] == pytest.approx(1)
+
+
+def test_relate_and_intruders_print(cli, tiny, adapters):
+    done = cli("relate", adapters / "four", tiny)
+    assert done.status == 0, done.err
+    for expected in ("ratio to chance", "amplification", "energy by tenth of W"):
+        assert expected in done.out
+    done = cli("intruders", adapters / "four", tiny, "--top", "3")
+    assert done.status == 0, done.err
+    assert "judged" in done.out
+    assert re.search(r"intruders +\d+ at \d+ sites", done.out)
+
+
+def test_the_repair_is_written(cli, tiny, adapters, tmp_path):
+    out = tmp_path / "mended"
+    words = ("intruders", adapters / "four", tiny, "--threshold", "0.6")
+    done = cli(*words, "--repair", out, "--scale", "0", "--json")
+    assert done.status == 0, done.err
+    told = json.loads(done.out)
+    assert told["intruders"] > 0
+    before, after = bs.load(adapters / "four"), bs.load(out)
+    for row in told["sites"]:
+        assert after[row["site"]].rank == before[row["site"]].rank + row["intruders"]
+    assert (before - after).norm() > 0
+    assert json.loads(cli(*words, "--json").out)["intruders"] == told["intruders"]
+
+
+@pytest.mark.parametrize("command", ["spectrum", "compare", "relate", "intruders"])
+def test_pages_work_offline(cli, tiny, adapters, tmp_path, command):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    words = {
+        "spectrum": (adapters / "four", adapters / "two"),
+        "compare": (adapters / "four", adapters / "two", "--site", "model.layers.1.self_attn.v_proj"),
+        "relate": (adapters / "four", tiny),
+        "intruders": (adapters / "four", tiny),
+    }[command]
+    page = tmp_path / "page.html"
+    done = cli(command, *words, "--html", page)
+    assert done.status == 0, done.err
+    text = page.read_text("utf-8")
+    assert text.count("<svg") >= 1
+    assert "<table" in text
+    assert not re.search(r'(?:src|href)="(?!#)', text)
+    assert "http" not in text
+    if command == "compare":
+        for panel in ("v_proj, left", "v_proj, right, corner", "random", "random, corner"):
+            assert f">{panel}<" in text
+
+
+BAD = {
+    "no adapter": (("spectrum",), 2, "at least one"),
+    "a folder that is none": (("spectrum", "{none}"), 1, "there is no folder"),
+    "an energy without a place": (("spectrum", "{four}", "--energy", "0.9"), 2, "--truncate OUT"),
+    "a map of no base": (("spectrum", "{four}", "--map", "relative"), 2, "--base BASE"),
+    "two rules": (
+        ("spectrum", "{four}", "--truncate", "{out}", "--energy", "1", "--budget", "9"),
+        2,
+        "not both",
+    ),
+    "two to truncate": (("spectrum", "{four}", "{two}", "--truncate", "{out}"), 2, "one adapter"),
+    "too much energy": (("spectrum", "{four}", "--truncate", "{out}", "--energy", "2"), 2, "share"),
+    "no energy": (("spectrum", "{four}", "--truncate", "{out}", "--energy", "0"), 2, "share"),
+    "a tiny budget": (("spectrum", "{four}", "--truncate", "{out}", "--budget", "3"), 2, "pays for no rank"),
+    "an unknown site": (("compare", "{four}", "{two}", "--site", "model.q"), 2, "no result for the site"),
+    "an unknown factor": (("compare", "{four}", "{two}", "--of", "A"), 2, "--of"),
+    "a base that is none": (("relate", "{four}", "{none}"), 1, "none"),
+    "an adapter as the base": (("relate", "{four}", "{two}"), 1, "two"),
+    "a scale without a place": (("intruders", "{four}", "{none}", "--scale", "0.5"), 2, "--repair OUT"),
+    "a scale above one": (
+        ("intruders", "{four}", "{none}", "--repair", "{out}", "--scale", "2"),
+        2,
+        "--scale",
+    ),
+    "no directions": (("intruders", "{four}", "{tiny}", "--top", "0"), 2, "top"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_answered_in_one_line(cli, tiny, adapters, tmp_path, case):
+    words, status, expected = BAD[case]
+    places = {
+        "four": adapters / "four",
+        "two": adapters / "two",
+        "tiny": tiny,
+        "none": tmp_path / "none",
+        "out": tmp_path / "out",
+    }
+    done = cli(*(word.format(**places) for word in words))
+    assert done.status == status, done.err
+    assert expected in done.error
+    assert done.out == ""
+    assert files_in(tmp_path) == set()
+
+
+def test_another_base_and_a_merged_one_are_refused(cli, tiny, adapters, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    model.save_pretrained(tmp_path / "other")
+    for command in ("relate", "intruders"):
+        done = cli(command, adapters / "four", tmp_path / "other")
+        assert done.status == 1
+        assert "--allow-different-base" in done.error
+        assert cli(command, adapters / "four", tmp_path / "other", "--allow-different-base").status == 0
+    assert cli("merge", tiny, adapters / "four", "--out", tmp_path / "merged", "--no-verify").status == 0
+    assert "merged into the base already" in cli("relate", adapters / "four", tmp_path / "merged").error
