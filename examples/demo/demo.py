@@ -50,7 +50,7 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
     show.loaded(base, measure.weight_bytes(base.model))
 
     show.heading("The untouched base is asked to split addresses into JSON")
-    before = measure.judge(base, heldout["addresses"], None, form)
+    before = measure.judge(base, heldout["addresses"], None)
     show.answers(before, limit=3)
 
     adapters, scores = {}, {}
@@ -59,14 +59,14 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
         folder = out / "adapters" / name
         run_record = measure.train_or_reuse(base, job.training[: form.rows[name]], folder, form)
         adapters[name] = bs.load(folder)
-        judged = measure.judge(base, heldout[name], adapters[name], form)
+        judged = measure.judge(base, heldout[name], adapters[name])
         scores[name] = {"judged": judged, "run": run_record}
         show.judged(judged, run_record)
 
     show.heading("Switching, and one batch with all of them")
     with bs.bank(base, adapters) as bank:
         switch_ms = measure.switch_ms(bank)
-        mixed = measure.mixed_batch(base, bank, heldout, form)
+        mixed = measure.mixed_batch(base, bank, heldout)
     show.mixed(mixed, switch_ms)
 
     show.heading("Merging the address adapter into the weights")

@@ -16,6 +16,8 @@ from settings import Settings
 import brushstroke as bs
 from brushstroke.inference import Scores, score
 
+SPARE_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,12 +95,12 @@ def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form:
     )
 
 
-def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None, form: Settings) -> Judged:
+def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None) -> Judged:
     """How the base, or the base with an adapter, answers held-out rows."""
     prompts = tuple(tasks.prompt_of(row) for row in rows)
     expected = tuple(row["messages"][-1]["content"] for row in rows)
     with show.asking(len(rows)):
-        answers = _answers(base, prompts, form, adapters=adapter)
+        answers = _answers(base, prompts, expected, adapters=adapter)
     texts = [answer.text for answer in answers]
     return Judged(score(zip(texts, expected, strict=True)), prompts, answers, expected)
 
@@ -115,15 +117,14 @@ def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
     return 1000 * statistics.median(times)
 
 
-def mixed_batch(
-    base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]], form: Settings
-) -> list[Mixed]:
+def mixed_batch(base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]]) -> list[Mixed]:
     """One batch: a held-out row for each adapter, and the first row once more for the untouched base."""
     asked: list[tuple[str | None, str, tasks.Row]] = [(name, name, rows[0]) for name, rows in heldout.items()]
     first = next(iter(heldout))
     asked.append((None, first, heldout[first][0]))
     prompts = [tasks.prompt_of(row) for _, _, row in asked]
-    answers = _answers(base, prompts, form, adapters=bank, rows=[name for name, _, _ in asked])
+    expected = [row["messages"][-1]["content"] for _, _, row in asked]
+    answers = _answers(base, prompts, expected, adapters=bank, rows=[name for name, _, _ in asked])
     return [
         Mixed(name, tasks.line_of(row, task), answer.text)
         for (name, task, row), answer in zip(asked, answers, strict=True)
@@ -134,7 +135,7 @@ def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) 
     """Merge into a copy, and compare it with what the adapted model said and with the base's speed."""
     folded = bs.merge(base, adapter)
     told = adapted.answers[: form.compared]
-    answers = _answers(folded, adapted.prompts[: form.compared], form)
+    answers = _answers(folded, adapted.prompts[: form.compared], adapted.expected)
     base_ms, merged_ms = _latencies(base.model, folded.model, form.timed)
     classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
     return Merged(
@@ -152,8 +153,12 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
-def _answers(base: bs.Base, prompts: Sequence[Any], form: Settings, **voices: Any) -> tuple[bs.Answer, ...]:
-    voices.update(max_new_tokens=form.max_new_tokens, batch_size=len(prompts))
+def _answers(
+    base: bs.Base, prompts: Sequence[Any], expected: Sequence[str], **voices: Any
+) -> tuple[bs.Answer, ...]:
+    """Answers of at most a few tokens more than the longest right one: a longer one cannot be right."""
+    longest = max(len(ids) for ids in base.tokenizer(list(expected), add_special_tokens=False)["input_ids"])
+    voices.update(max_new_tokens=longest + SPARE_TOKENS, batch_size=len(prompts))
     return tuple(bs.generate(base, list(prompts), **voices))
 
 

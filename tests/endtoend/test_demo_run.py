@@ -33,7 +33,6 @@ def form(demo):
         rows=dict.fromkeys(NAMES, 4),
         batch_size=2,
         held_out=2,
-        max_new_tokens=12,
         compared=2,
         timed=3,
     )

@@ -21,6 +21,7 @@ MIN_MICRO_TOKENS = 128
 USABLE = 0.7  # share of the total memory that a run may plan with
 PROCESS_BYTES = 600 * 2**20  # interpreter, torch, transformers, and what loading leaves behind
 PROBED_TOKENS = (16, 48)
+WORKSPACE_BYTES = 160 * 2**20  # what BLAS, autograd and the allocator take besides, measured on a CPU
 MODES = ("auto", "low", "fast")
 
 
@@ -48,11 +49,12 @@ class MemoryNeed:
     """Bytes that a run needs, by part.
 
     Args:
-        weights: of the base.
-        adapter: the factors, their gradients and two moments.
+        weights: of the base and the adapter.
+        adapter: gradients and two moments of the factors.
         per_token: of one computed token, from the forward to the backward pass.
         head: the logits that exist at one time.
         process: what is there without a model.
+        workspace: what the libraries take while they train.
     """
 
     weights: int
@@ -60,6 +62,7 @@ class MemoryNeed:
     per_token: int
     head: int
     process: int
+    workspace: int
 
     def total(self, micro_tokens: int) -> int:
         """Bytes with passes of this many computed tokens: a rule of the model and the config alone."""
@@ -67,7 +70,7 @@ class MemoryNeed:
 
     def during(self, micro_tokens: int) -> int:
         """Bytes that training adds to a process that holds the model."""
-        return self.adapter + self.head + self.per_token * micro_tokens
+        return self.adapter + self.head + self.workspace + self.per_token * micro_tokens
 
 
 def kept_per_token(run: Callable[[int], Tensor], parameters: Iterable[Tensor]) -> int:
@@ -108,15 +111,15 @@ def need_of(
         logits: numbers of one chunk of logits.
         device: where it runs.
     """
-    trained = {id(factor): factor for factor in factors}
-    weights = {id(p): p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained}
+    weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
     return MemoryNeed(
         weights=sum(weights.values()),
-        adapter=sum(4 * factor.numel() * factor.element_size() for factor in trained.values()),
+        adapter=sum(3 * factor.numel() * factor.element_size() for factor in factors),
         per_token=kept + 4 * widest * size,
         head=logits * max(4, size),
         process=PROCESS_BYTES if device.type == "cpu" else 0,
+        workspace=WORKSPACE_BYTES if device.type == "cpu" else 0,
     )
 
 

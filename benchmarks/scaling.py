@@ -1,0 +1,101 @@
+"""Speed over the first steps and start-up time by the number of examples, and memory over a long run.
+
+python benchmarks/scaling.py
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import brushstroke as bs
+from _common import keep, prepared, rows_of
+
+SIZES = (100, 1_000, 10_000, 100_000)
+PERIOD = 100  # rows that are repeated, each time with another number in front
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--long", type=int, default=300, help="steps of the run whose memory is watched")
+    options = parser.parse_args()
+    by_size = {}
+    for size in SIZES:
+        by_size[size] = in_own_process({"examples": size, "steps": options.steps})
+        print(
+            f"{size:7} examples: {by_size[size]['speed']:6.1f} real tokens/s, "
+            f"start {by_size[size]['start']:5.1f} s"
+        )
+    long = in_own_process({"examples": 8 * options.long, "steps": options.long})
+    early, late = (long["peaks"][i] / 2**30 for i in (options.long // 10, -1))
+    print(f"{options.long} steps: peak {early:.2f} GiB after a tenth, {late:.2f} GiB at the end")
+    keep(
+        "scaling",
+        steps=options.steps,
+        by_size=by_size,
+        long_steps=options.long,
+        long_peaks=long["peaks"][:: options.long // 10],
+    )
+
+
+def in_own_process(settings: dict) -> dict:
+    """One run."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(settings: dict) -> None:
+    """Train on so many examples; the first steps count."""
+    rows = rows_of("addresses", min(PERIOD, settings["examples"]))
+    repeated = [
+        {"messages": numbered(rows[i % len(rows)]["messages"], i)} for i in range(settings["examples"])
+    ]
+    steps: list[float] = []
+    peaks: list[int] = []
+    with prepared(repeated) as run:
+        base = bs.load_base(run["base"], dtype="float32", device="cpu")
+        began = time.perf_counter()
+        starts: list[float] = []
+        result = bs.train(
+            base,
+            run["data"],
+            bs.LoraConfig(rank=8),
+            bs.TrainConfig(max_steps=settings["steps"]),
+            on_plan=lambda *_: starts.append(time.perf_counter() - began),
+            on_step=lambda event: (
+                steps.append(event.real_tokens / event.seconds),
+                peaks.append(event.peak_memory_bytes),
+            ),
+        )
+    print(
+        json.dumps(
+            {
+                "start": starts[0],
+                "speed": result.summary["real_tokens_per_second"],
+                "median": statistics.median(steps),
+                "peaks": peaks,
+            }
+        )
+    )
+
+
+def numbered(messages: list[dict], number: int) -> list[dict]:
+    """The same messages with a number at the end of the question, so that no two rows are equal."""
+    return [{**m, "content": f"{m['content']} #{number}"} if m["role"] == "user" else m for m in messages]
+
+
+if __name__ == "__main__":
+    one(json.loads(sys.argv[1])) if len(sys.argv) > 1 and sys.argv[1].startswith("{") else main()
