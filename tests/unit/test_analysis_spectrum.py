@@ -11,6 +11,7 @@ from brushstroke.errors import ConfigError, ShapeError
 from brushstroke.lowrank import LowRank
 
 EXACT = 1e-12
+DENSE_FLOAT32 = 2e-6  # relative error of the dense decomposition itself
 FROM_FLOAT32 = 1e-6  # relative error of sigma for factors stored in float32
 
 
@@ -36,6 +37,14 @@ def test_the_known_spectrum_and_its_ranks(dtype, tolerance):
     assert row.effective_rank == pytest.approx(math.exp(entropy), rel=10 * tolerance)
     assert [row.energy_rank(share) for share in (0.5, 0.90, 0.97, 1.0)] == [1, 2, 3, 3]
     assert row.relative_norm is None
+
+
+@pytest.mark.parametrize("r", [1, 8, 64])
+def test_a_dense_decomposition_in_float32_agrees(r):
+    update = LowRank(torch.randn(320, r), torch.randn(r, 256), 0.25)
+    dense = torch.linalg.svd(update.dense(), full_matrices=False).S[:r].double()
+    sigma = spectrum(bs.Adapter({"a": update}))["a"].sigma
+    assert ((sigma - dense) / sigma).abs().max() < DENSE_FLOAT32
 
 
 @pytest.mark.parametrize(("d", "r", "h"), [(5, 1, 7), (4, 9, 3), (1, 2, 1)])

@@ -20,6 +20,7 @@ from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.spectra import numerical_rank
 
 Of = Literal["delta", "U", "V"]
+SAME_START = 0.5  # of the factors' cosine, which is about 1/√(d·r) for independent starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +125,27 @@ class Overlap(SiteTable[SiteOverlap]):
         of: whose directions: those of ΔW, or of one factor alone.
         unmatched: sites that were left out.
         cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) over all sites that both have.
+        factor_cosine: the mean over sites of the cosine of the two U, column for column. Near 1 both grew
+            from one random start (the same seed), and what their input directions share is that start.
     """
 
     def __init__(
-        self, rows: Mapping[str, SiteOverlap], *, of: Of, unmatched: Unmatched, cosine: float
+        self,
+        rows: Mapping[str, SiteOverlap],
+        *,
+        of: Of,
+        unmatched: Unmatched,
+        cosine: float,
+        factor_cosine: float,
     ) -> None:
         super().__init__(rows)
-        self.of, self.unmatched, self.cosine = of, unmatched, cosine
+        self.of, self.unmatched = of, unmatched
+        self.cosine, self.factor_cosine = cosine, factor_cosine
+
+    @property
+    def same_start(self) -> bool:
+        """Whether both seem to have grown from one random start."""
+        return self.factor_cosine > SAME_START
 
     def _absent(self, site: str) -> str:
         if site in self.unmatched.zero:
@@ -141,7 +156,13 @@ class Overlap(SiteTable[SiteOverlap]):
 
     def totals(self) -> dict[str, Any]:
         """Whose directions, the cosine over all sites, and what was left out."""
-        return {"of": self.of, "cosine": self.cosine, "unmatched": self.unmatched}
+        return {
+            "of": self.of,
+            "cosine": self.cosine,
+            "factor_cosine": self.factor_cosine,
+            "same_start": self.same_start,
+            "unmatched": self.unmatched,
+        }
 
 
 def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
@@ -172,11 +193,12 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
     _refuse_mismatch(ones, twos, shared)
     rows: dict[str, SiteOverlap] = {}
     zero = []
-    inner, squares = 0.0, [0.0, 0.0]
+    inner, squares, factors = 0.0, [0.0, 0.0], 0.0
     for site in shared:
         one, two = ones[site], twos[site]
         decomposed = one.svd(), two.svd()
         product = one.inner(two)
+        factors += _factor_cosine(one, two) / len(shared)
         norms = [float(parts.sigma.square().sum()) for parts in decomposed]
         inner, squares = inner + product, [total + norm for total, norm in zip(squares, norms, strict=True)]
         row = _compare(one, two, decomposed, product, of)
@@ -193,7 +215,8 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
         tuple(site for site in twos if site not in ones),
         tuple(zero),
     )
-    return Overlap(rows, of=of, unmatched=unmatched, cosine=_clipped(inner, squares))
+    whole = _clipped(inner, squares)
+    return Overlap(rows, of=of, unmatched=unmatched, cosine=whole, factor_cosine=factors)
 
 
 def random_pair(row: SiteOverlap, seed: int = 0) -> Float[Tensor, "i j"]:
@@ -244,6 +267,13 @@ def _directions(update: LowRank, parts: Svd, of: Of) -> Svd:
         parts = Svd(*torch.linalg.svd(factor, full_matrices=False))
     k = numerical_rank(parts.sigma, max(update.shape))
     return Svd(parts.left[:, :k].cpu(), parts.sigma[:k].cpu(), parts.right[:k].cpu())
+
+
+def _factor_cosine(one: LowRank, two: LowRank) -> float:
+    r = min(one.rank, two.rank)
+    first, second = one.U[:, :r].double(), two.U[:, :r].double().to(one.device)
+    size = float(first.norm() * second.norm())
+    return float((first * second).sum()) / size if size else 0.0
 
 
 def _clipped(inner: float, squares: list[float]) -> float:

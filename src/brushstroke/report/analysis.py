@@ -88,6 +88,11 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             "ΔW: other factors of the very same ΔW give other numbers."
         )
     page.text(f"Cosine of the two over all sites: {found.cosine:.4f}; by chance it is 0.")
+    if found.same_start:
+        page.text(
+            "Both grew from one random U, as runs of the same seed do. What their input directions (left) "
+            "share is that start: read the output directions and the cosine."
+        )
     for side in sides:
         _map(page, found, lambda row, side=side: row.block()[side], f"φ of all directions, {side}", (0, 1))
         _map(page, found, lambda row, side=side: row.block()[f"z_{side}"], f"its z-score, {side}")
