@@ -164,6 +164,8 @@ def test_a_live_model_and_a_base(gpt2, llama):
         expected = float((left[:, :4].mT @ W @ right[:4].mT).norm())
         assert found[site].projection_delta == pytest.approx(expected, rel=1e-5)
         assert len(found) == len(adapter)
+    wrapped = relate(adapter, bs.Base(llama, None, "tiny"))
+    assert wrapped.as_dict() == found.as_dict()
     merged = bs.merge(llama, adapter)
     with pytest.raises(BaseMismatchError, match="merged into the base already"):
         relate(adapter, merged)

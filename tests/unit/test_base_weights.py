@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import toys
-from brushstroke.base import Base, FolderWeights, ModelWeights, quiet_transformers
+from brushstroke.base import Base, FolderWeights, ModelWeights, open_base, quiet_transformers
 from brushstroke.errors import BaseLoadError
 
 
@@ -137,3 +137,24 @@ def test_a_folder_without_a_config(llama: nn.Module, tmp_path: Path) -> None:
     (saved(llama, tmp_path) / "config.json").unlink()
     with pytest.raises(BaseLoadError, match="config"):
         FolderWeights(tmp_path)
+
+
+def test_a_plain_folder_is_opened_by_its_files(tmp_path, llama):
+    opened = open_base(saved(llama, tmp_path / "plain"))
+    assert isinstance(opened, FolderWeights)
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path, llama):
+    folder = saved(llama, tmp_path / "whole")
+    rename(folder, "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.renamed")
+    with pytest.raises(BaseLoadError):  # and these cannot be loaded either: a weight is missing
+        open_base(folder)
+
+
+def test_what_is_no_base_is_refused(tmp_path):
+    with pytest.raises(BaseLoadError, match="none"):
+        open_base(tmp_path / "none")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", "utf-8")
+    with pytest.raises(BaseLoadError, match="adapter"):
+        open_base(tmp_path / "adapter")

@@ -159,7 +159,7 @@ def _snapshot(name: str) -> Path | None:
 
     try:
         with quiet_transformers():
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+            return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", _INDEX]))
     except Exception:
         return None
 
