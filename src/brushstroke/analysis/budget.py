@@ -82,24 +82,23 @@ def fit_budget(found: Spectrum, parameters: int) -> Truncation:
             f"a budget of {parameters:,} parameters pays for no rank; the cheapest costs {cheapest:,}"
         )
     ranks, left = dict.fromkeys(found, 0), parameters
-    queue = [
-        (-(float(row.sigma[0]) ** 2) / sum(row.shape), site) for site, row in found.items() if len(row.sigma)
-    ]
+    queue = [(-_gain(row, 0), site) for site, row in found.items() if len(row.sigma)]
     heapq.heapify(queue)
     while queue:
-        gain, site = heapq.heappop(queue)
+        negative_gain, site = heapq.heappop(queue)
         row = found[site]
-        if gain == 0 or sum(row.shape) > left:
+        if negative_gain == 0 or sum(row.shape) > left:
             continue  # its later ranks cost the same and save no more
         left -= sum(row.shape)
         ranks[site] += 1
         if ranks[site] < row.numerical_rank:
-            heapq.heappush(queue, (-(float(row.sigma[ranks[site]]) ** 2) / sum(row.shape), site))
+            heapq.heappush(queue, (-_gain(row, ranks[site]), site))
     return _truncation(found, ranks)
 
 
 def _gain(row: SiteSpectrum, number: int) -> float:
-    return -(float(row.sigma[number]) ** 2) / sum(row.shape)
+    """What this rank saves of the squared loss for each number that it costs."""
+    return float(row.sigma[number]) ** 2 / sum(row.shape)
 
 
 def _truncation(found: Spectrum, ranks: Mapping[str, int]) -> Truncation:
