@@ -21,6 +21,7 @@ from brushstroke.step.mlp import GELU, GELU_TANH, SILU, Activation, mlp
 from brushstroke.step.norm import rms_norm
 from brushstroke.step.pack import unshared
 from brushstroke.step.rotary import rotate
+from brushstroke.step.scratch import Scratch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's output and of each gradient
 HALF_TOLERANCE = 3e-2
@@ -51,6 +52,7 @@ class Fused(nn.Module):
 
     _base_class: ClassVar[type[nn.Module]]
     _fusion: Any
+    _scratch: Scratch
 
     @staticmethod
     def candidates(module: nn.Module) -> Sequence[Any]:
@@ -140,7 +142,7 @@ class FusedMLP(Fused):
         if parts is None:
             return super().forward(x)
         *gate, up, down = parts
-        return _guarded(mlp(x, act, gate[0] if gate else None, up, down, keep), linears)
+        return _guarded(mlp(x, act, gate[0] if gate else None, up, down, keep, self._scratch), linears)
 
 
 class FusedAttention(Fused):
@@ -230,12 +232,13 @@ class Fusion:
 
     def __init__(self) -> None:
         self._modules: list[Fused] = []
+        self._scratch = Scratch()
         self.counts: Counter[str] = Counter()
 
     def add(self, kind: str, module: nn.Module, settings: Any) -> None:
         """Swap the class of a module."""
         module.__class__ = _fused_class(type(module), KINDS[kind])
-        module.__dict__["_fusion"] = settings
+        module.__dict__.update(_fusion=settings, _scratch=self._scratch)
         self._modules.append(cast(Fused, module))
         self.counts[kind] += 1
 
@@ -261,7 +264,7 @@ class Fusion:
 
     @staticmethod
     def _restore(module: Fused) -> None:
-        del module.__dict__["_fusion"]
+        del module.__dict__["_fusion"], module.__dict__["_scratch"]
         cast(nn.Module, module).__class__ = module._base_class
 
 

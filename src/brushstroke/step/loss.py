@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brushstroke.step.scratch import Scratch
+
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits of the trained positions (m×v), targets (m), weights (m)) → scalar, averaged over the positions.
 
@@ -23,7 +25,7 @@ CHUNK_ELEMENTS = 32 * 1024 * 1024  # logits that exist at one time; 128 MiB in f
 
 
 class LogitsBuffer:
-    """Memory for one chunk of logits, used again by every pass: fresh pages would cost more than the softmax.
+    """The memory of one chunk of logits, and how positions are cut into chunks.
 
     Args:
         elements: the largest chunk.
@@ -31,7 +33,7 @@ class LogitsBuffer:
 
     def __init__(self, elements: int = CHUNK_ELEMENTS) -> None:
         self.elements = elements
-        self._memory: Tensor | None = None
+        self._scratch = Scratch()
 
     def rows(self, m: int, weight: Tensor) -> int:
         """How many of m positions one chunk holds; the chunks are of about equal size."""
@@ -40,15 +42,7 @@ class LogitsBuffer:
 
     def take(self, rows: int, weight: Tensor) -> Tensor:
         """Room for rows×v numbers of the weight's dtype, not initialised."""
-        needed = rows * weight.shape[0]
-        memory = self._memory
-        if (
-            memory is None
-            or memory.numel() < needed
-            or (memory.dtype, memory.device) != (weight.dtype, weight.device)
-        ):
-            self._memory = memory = weight.new_empty(needed)
-        return memory[:needed].view(rows, weight.shape[0])
+        return self._scratch.take("logits", rows, weight.shape[0], weight)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -5,10 +5,10 @@ Gated: down(act(gate(x)) · up(x)), plain: down(act(up(x))), each of the linears
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,23 +21,39 @@ from brushstroke.lowrank.apply import (
     forward_products,
     unflatten,
 )
+from brushstroke.step.scratch import Scratch
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function, and its gradient from (the gradient of its value, its argument)."""
+    """An elementwise function, and its gradient from the gradient of its value.
+
+    Args:
+        name: of the function.
+        value: (x, out) → out = act(x).
+        gradient: (grad, x) → grad = grad·act′(x).
+    """
 
     name: str
-    value: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor, Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
 
 
-SILU = Activation("silu", F.silu, torch.ops.aten.silu_backward)
-GELU = Activation("gelu", F.gelu, torch.ops.aten.gelu_backward)
+_aten = torch.ops.aten
+SILU = Activation(
+    "silu",
+    lambda x, out: _aten.silu.out(x, out=out),
+    lambda grad, x: _aten.silu_backward.grad_input(grad, x, grad_input=grad),
+)
+GELU = Activation(
+    "gelu",
+    lambda x, out: _aten.gelu.out(x, out=out),
+    lambda grad, x: _aten.gelu_backward.grad_input(grad, x, grad_input=grad),
+)
 GELU_TANH = Activation(
     "gelu_tanh",
-    lambda x: F.gelu(x, approximate="tanh"),
-    lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
+    lambda grad, x: _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),
 )
 
 
@@ -46,16 +62,22 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, act: Activation, keep: bool, forms: tuple[Any, ...], *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        act: Activation,
+        keep: bool,
+        scratch: Scratch,
+        forms: tuple[Any, ...],
+        *tensors: Tensor | None,
     ) -> Tensor:
         *inner, down = unflatten(forms, tensors)
         entering, xu = forward_products(x, inner)
-        middle = act.value(entering[0])
+        middle = act.value(entering[0], scratch.take("middle", *entering[0].shape, x))
         if len(entering) == 2:
             middle.mul_(entering[1])
         (y,), mu = forward_products(middle, [down])
         ctx.save_for_backward(x, xu, mu, *(entering if keep else ()), *tensors)
-        ctx.act, ctx.keep, ctx.forms = act, keep, forms
+        ctx.act, ctx.keep, ctx.scratch, ctx.forms = act, keep, scratch, forms
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -65,25 +87,25 @@ class _MLP(torch.autograd.Function):
         kept = len(ctx.forms) - 1 if ctx.keep else 0
         *inner, down = unflatten(ctx.forms, saved[kept:])
         entering = saved[:kept] if ctx.keep else forward_products(x, inner)[0]
-        need_x, _, _, _, *needs = ctx.needs_input_grad
+        need_x, _, _, _, _, *needs = ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         split = TENSORS * len(inner)
 
-        activated = ctx.act.value(entering[0])
-        middle = activated * entering[1] if len(inner) == 2 else activated
+        room = partial(ctx.scratch.take, rows=dy.shape[0], width=entering[0].shape[1], like=dy)
+        activated = middle = ctx.act.value(entering[0], room("activated"))
+        if len(inner) == 2:
+            middle = torch.mul(activated, entering[1], out=room("middle"))
         dmiddle, down_gradients = backward_products([dy], middle, mu, [down], True, needs[split:])
         assert dmiddle is not None
-        del middle
+        dentering = [dmiddle]
         if len(inner) == 2:
-            dup = activated.mul_(dmiddle)
-            dentering = [ctx.act.gradient(dmiddle.mul_(entering[1]), entering[0]), dup]
-        else:
-            dentering = [ctx.act.gradient(dmiddle, entering[0])]
-        del activated, dmiddle
+            dentering.append(activated.mul_(dmiddle))
+            dmiddle.mul_(entering[1])
+        ctx.act.gradient(dmiddle, entering[0])
         dx, gradients = backward_products(
             dentering, x.reshape(-1, x.shape[-1]), xu, inner, need_x, needs[:split]
         )
-        return None if dx is None else dx.view(x.shape), None, None, None, *gradients, *down_gradients
+        return None if dx is None else dx.view(x.shape), None, None, None, None, *gradients, *down_gradients
 
 
 def mlp(
@@ -93,12 +115,14 @@ def mlp(
     up: LinearParts,
     down: LinearParts,
     keep: bool = True,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "*b d"]:
     """down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate (arXiv:2002.05202, equation 6).
 
     Keeps x, the narrow x·U, and gate(x) and up(x) where `keep` says so: they are made again in the backward
-    pass else, for a quarter more of the block's products. W and biases get no gradient.
+    pass else, for a quarter more of the block's products. W and biases get no gradient. `scratch` is memory
+    that blocks share one after another.
     """
     parts = [part for part in (gate, up, down) if part is not None]
     forms, tensors = flatten(parts)
-    return _MLP.apply(x, act, keep, forms, *tensors)  # type: ignore[return-value]
+    return _MLP.apply(x, act, keep, scratch or Scratch(), forms, *tensors)  # type: ignore[return-value]
