@@ -1,4 +1,4 @@
-"""Three adapters on one frozen model: ask, train, judge, switch, mix, merge.
+"""Three adapters on one frozen model: ask, train, switch, mix, judge, merge.
 
 `make demo` runs it; `BRUSHSTROKE_DEMO=quick` is the short form. It leaves in demo-out/ the adapters, the rows
 that it judged them on, results.json and report.html. What it measures is in `measure`; what it shows, in
@@ -50,40 +50,40 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
     show.loaded(base, measure.weight_bytes(base.model))
 
     show.heading("The untouched base is asked to split addresses into JSON")
-    before = measure.judge(base, heldout["addresses"], None)
-    show.answers(before, limit=3)
+    show.pairs(measure.first_words(base, heldout["addresses"][:2]))
 
-    adapters, scores = {}, {}
+    adapters, runs = {}, {}
     for name, job in jobs.items():
         show.heading(f"An adapter for {name}")
         folder = out / "adapters" / name
-        run_record = measure.train_or_reuse(base, job.training[: form.rows[name]], folder, form)
+        runs[name] = measure.train_or_reuse(base, job.training[: form.rows[name]], folder, form)
         adapters[name] = bs.load(folder)
-        judged = measure.judge(base, heldout[name], adapters[name])
-        scores[name] = {"judged": judged, "run": run_record}
-        show.judged(judged, run_record)
+        show.trained(runs[name])
 
-    show.heading("Switching, and one batch with all of them")
+    show.heading("Switching, and held-out rows of all kinds in one batch, each answered by its own adapter")
     with bs.bank(base, adapters) as bank:
         switch_ms = measure.switch_ms(bank)
-        mixed = measure.mixed_batch(base, bank, heldout)
+        judged = measure.judge(base, bank, heldout)
+    mixed = measure.mixed(judged, heldout)
     show.mixed(mixed, switch_ms)
+    for name, found in judged.items():
+        show.answers(name or "The untouched base, on addresses", found, limit=2)
 
     show.heading("Merging the address adapter into the weights")
-    merged = measure.merged(base, adapters["addresses"], scores["addresses"]["judged"], form)
+    merged = measure.merged(base, adapters["addresses"], judged["addresses"], form)
     show.merged(merged)
 
     results = {
-        "base": before.as_dict(),
+        "base": judged[None].as_dict(),
         "adapters": {
             name: {
-                **found["judged"].as_dict(),
-                "real_tokens": found["run"].real_tokens,
-                "seconds": found["run"].seconds,
+                **judged[name].as_dict(),
+                "real_tokens": run_record.real_tokens,
+                "seconds": run_record.seconds,
                 "adapter_bytes": (out / "adapters" / name / "adapter_model.safetensors").stat().st_size,
-                "peak_memory_bytes": found["run"].peak_memory_bytes,
+                "peak_memory_bytes": run_record.peak_memory_bytes,
             }
-            for name, found in scores.items()
+            for name, run_record in runs.items()
         },
         "merged": {"same_tokens": merged.same_tokens, "latency_ratio": merged.latency_ratio},
         "switch_ms": switch_ms,
@@ -94,9 +94,9 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
         out / "report.html",
         form=form,
         results=results,
-        before=before,
-        judged={name: found["judged"] for name, found in scores.items()},
-        runs={name: found["run"] for name, found in scores.items()},
+        before=judged[None],
+        judged={name: judged[name] for name in runs},
+        runs=runs,
         mixed=mixed,
         merged=merged,
         seconds=time.perf_counter() - begun,

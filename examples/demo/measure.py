@@ -16,7 +16,10 @@ from settings import Settings
 import brushstroke as bs
 from brushstroke.inference import Scores, score
 
+BASE_TASK = "addresses"  # what the untouched base is asked
+BATCH = 160  # rows that are answered together
 SPARE_TOKENS = 8
+FIRST_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,44 @@ def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form:
     )
 
 
-def judge(base: bs.Base, rows: Sequence[tasks.Row], adapter: bs.Adapter | None) -> Judged:
-    """How the base, or the base with an adapter, answers held-out rows."""
-    prompts = tuple(tasks.prompt_of(row) for row in rows)
-    expected = tuple(row["messages"][-1]["content"] for row in rows)
-    with show.asking(len(rows)):
-        answers = _answers(base, prompts, expected, adapters=adapter)
-    texts = [answer.text for answer in answers]
-    return Judged(score(zip(texts, expected, strict=True)), prompts, answers, expected)
+def first_words(base: bs.Base, rows: Sequence[tasks.Row]) -> list[tuple[str, str]]:
+    """How the base begins to answer some rows: (line, answer) pairs."""
+    prompts = [tasks.prompt_of(row) for row in rows]
+    answers = bs.generate(base, prompts, max_new_tokens=FIRST_TOKENS, batch_size=len(prompts))
+    return [(tasks.line_of(row, BASE_TASK), answer.text) for row, answer in zip(rows, answers, strict=True)]
+
+
+def judge(base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]]) -> dict[str | None, Judged]:
+    """How held-out rows are answered, each by its own adapter, and the addresses also by the base (None).
+
+    All of them go through the one frozen base together: batches whose rows use different adapters. An answer
+    may be a few tokens longer than the longest right one: a longer one cannot be right.
+    """
+    asked: list[tuple[str | None, tasks.Row]] = [(None, row) for row in heldout[BASE_TASK]]
+    asked += [(name, row) for name, rows in heldout.items() for row in rows]
+    voices = [voice for voice, _ in asked]
+    prompts = [tasks.prompt_of(row) for _, row in asked]
+    expected = [row["messages"][-1]["content"] for _, row in asked]
+    with show.asking(len(asked)):
+        answers = _answers(base, prompts, expected, adapters=bank, rows=voices)
+    found = {}
+    for name in dict.fromkeys(voices):
+        mine = [i for i, voice in enumerate(voices) if voice == name]
+        found[name] = Judged(
+            score((answers[i].text, expected[i]) for i in mine),
+            tuple(prompts[i] for i in mine),
+            tuple(answers[i] for i in mine),
+            tuple(expected[i] for i in mine),
+        )
+    return found
+
+
+def mixed(judged: dict[str | None, Judged], heldout: dict[str, list[tasks.Row]]) -> list[Mixed]:
+    """A row of each voice in the batches of `judge`."""
+    return [
+        Mixed(name, tasks.line_of(heldout[name or BASE_TASK][0], name or BASE_TASK), found.answers[0].text)
+        for name, found in judged.items()
+    ]
 
 
 def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
@@ -115,20 +148,6 @@ def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
         times.append(time.perf_counter() - begun)
     bank.use(None)
     return 1000 * statistics.median(times)
-
-
-def mixed_batch(base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]]) -> list[Mixed]:
-    """One batch: a held-out row for each adapter, and the first row once more for the untouched base."""
-    asked: list[tuple[str | None, str, tasks.Row]] = [(name, name, rows[0]) for name, rows in heldout.items()]
-    first = next(iter(heldout))
-    asked.append((None, first, heldout[first][0]))
-    prompts = [tasks.prompt_of(row) for _, _, row in asked]
-    expected = [row["messages"][-1]["content"] for _, _, row in asked]
-    answers = _answers(base, prompts, expected, adapters=bank, rows=[name for name, _, _ in asked])
-    return [
-        Mixed(name, tasks.line_of(row, task), answer.text)
-        for (name, task, row), answer in zip(asked, answers, strict=True)
-    ]
 
 
 def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) -> Merged:
@@ -156,9 +175,9 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def _answers(
     base: bs.Base, prompts: Sequence[Any], expected: Sequence[str], **voices: Any
 ) -> tuple[bs.Answer, ...]:
-    """Answers of at most a few tokens more than the longest right one: a longer one cannot be right."""
+    """Answers of at most a few tokens more than the longest right one."""
     longest = max(len(ids) for ids in base.tokenizer(list(expected), add_special_tokens=False)["input_ids"])
-    voices.update(max_new_tokens=longest + SPARE_TOKENS, batch_size=len(prompts))
+    voices.update(max_new_tokens=longest + SPARE_TOKENS, batch_size=BATCH)
     return tuple(bs.generate(base, list(prompts), **voices))
 
 

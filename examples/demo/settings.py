@@ -51,7 +51,7 @@ FULL = Settings(
 )
 QUICK = Settings(
     name="quick",
-    rows={"addresses": 240, "people": 32, "companies": 32},
+    rows={"addresses": 200, "people": 32, "companies": 32},
     learning_rate=4e-3,
     batch_size=4,
     held_out=40,

@@ -75,22 +75,26 @@ def asking(rows: int) -> Iterator[None]:
         yield
 
 
-def answers(judged: Any, limit: int) -> None:
-    """Show some lines with the answers to them."""
-    console.print(f"Valid JSON: {percent(judged.scores.valid_json)} of {judged.rows} rows. For example:")
-    for prompt, answer in list(zip(judged.prompts, judged.answers, strict=True))[:limit]:
-        console.print(f"  {escape(line(prompt))}")
-        console.print(f"  [dim]{escape(shortened(answer.text))}[/]")
+def pairs(found: Sequence[tuple[str, str]]) -> None:
+    """Show lines with the answers to them."""
+    for asked, answer in found:
+        console.print(f"  {escape(asked)}")
+        console.print(f"  [dim]{escape(shortened(answer))}[/]")
 
 
-def judged(found: Any, run: Any) -> None:
-    """Show what a finished adapter does."""
-    trained = f"trained on {run.real_tokens:,} tokens in {run.seconds:.0f} s"
-    if run.reused:
-        console.print(f"Reused: the same rows and settings made it before, {trained}.")
-    else:
-        console.print(f"{trained.capitalize()}.")
-    answers(found, limit=2)
+def answers(who: str, judged: Any, limit: int) -> None:
+    """Say how often the answers were valid, and show some."""
+    valid = percent(judged.scores.valid_json)
+    console.print(f"{who}: valid JSON in {valid} of {judged.rows} rows. For example:")
+    shown = list(zip(judged.prompts, judged.answers, strict=True))[:limit]
+    pairs([(line(prompt), answer.text) for prompt, answer in shown])
+
+
+def trained(run: Any) -> None:
+    """Say what an adapter was trained on."""
+    told = f"trained on {run.real_tokens:,} tokens in {run.seconds:.0f} s"
+    reused = f"Reused: the same rows and settings made it before, {told}."
+    console.print(reused if run.reused else f"{told.capitalize()}.")
 
 
 def mixed(rows: Sequence[Any], switch_ms: float) -> None:

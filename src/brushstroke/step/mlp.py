@@ -72,7 +72,8 @@ class _MLP(torch.autograd.Function):
     ) -> Tensor:
         *inner, down = unflatten(forms, tensors)
         entering, xu = forward_products(x, inner)
-        middle = act.value(entering[0], scratch.take("middle", *entering[0].shape, x))
+        rows, width = entering[0].shape
+        middle = act.value(entering[0], scratch.take("middle", rows, width, x))
         if len(entering) == 2:
             middle.mul_(entering[1])
         (y,), mu = forward_products(middle, [down])
