@@ -44,6 +44,7 @@ MLP_NAMES = (  # (gate, up, down) of the model families
     (None, "up_proj", "down_proj"),
     (None, "dense_h_to_4h", "dense_4h_to_h"),
 )
+CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
 ACTIVATION_NAMES = ("act_fn", "act", "activation_fn")
 
 
@@ -186,21 +187,19 @@ class FusedAttention(Fused):
         hidden_states: Tensor,
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        brushstroke_layout: Layout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """Projections, rotation and packed attention; the module's own forward outside of packed passes."""
         projections = [self.q_proj, self.k_proj, self.v_proj]
-        packed = brushstroke_layout is not None and past_key_values is None and not self.training
+        layout: Layout | None = kwargs.get("brushstroke_layout")
+        cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        packed = layout is not None and not cached and not self.training
         parts = shared_parts(hidden_states, projections) if packed else None
         if parts is None:
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                brushstroke_layout=brushstroke_layout,
                 **kwargs,
             )
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -218,7 +217,7 @@ class FusedAttention(Fused):
             key,
             value,
             attention_mask,
-            brushstroke_layout=brushstroke_layout,
+            brushstroke_layout=layout,
             **self._fusion,
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
@@ -260,7 +259,7 @@ class Fusion:
 
     def describe(self) -> str:
         """One line, such as "61 norms, 30 feed-forward blocks, 30 attentions"."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "none"
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count) or "none"
 
     @staticmethod
     def _restore(module: Fused) -> None:

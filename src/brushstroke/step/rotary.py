@@ -29,7 +29,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(
-    x: Float[Tensor, "*n heads w"], cos: Float[Tensor, "*n 1 w"], sin: Float[Tensor, "*n 1 w"]
+    x: Float[Tensor, "*n heads w"], cos: Float[Tensor, "*m 1 w"], sin: Float[Tensor, "*m 1 w"]
 ) -> Float[Tensor, "*n heads w"]:
     """x·cos + (−x₂, x₁)·sin for x = (x₁, x₂) in halves (arXiv:2104.09864, eq. 34, halved order)."""
     return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
