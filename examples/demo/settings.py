@@ -47,7 +47,7 @@ FULL = Settings(
     held_out=64,
     compared=16,
     timed=31,
-    reference_seconds=740,
+    reference_seconds=700,
 )
 QUICK = Settings(
     name="quick",
@@ -57,7 +57,7 @@ QUICK = Settings(
     held_out=40,
     compared=4,
     timed=5,
-    reference_seconds=225,
+    reference_seconds=300,
 )
 
 
