@@ -96,17 +96,21 @@ def prepared(
         }
 
 
+def in_own_process(script: Path, settings: dict[str, Any]) -> Any:
+    """The JSON value on the last line of what a script prints, given settings in a process of its own."""
+    command = [sys.executable, str(script), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{script.name} failed with {settings}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def run_side(side: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Run one side in a process of its own: its figures, and its wall time from outside."""
     script = "_run_brushstroke.py" if side == "brushstroke" else "_run_trainer.py"
     began = time.perf_counter()
-    command = [sys.executable, str(HERE / script), json.dumps({**settings, "side": side})]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    outside = time.perf_counter() - began
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    run = json.loads(done.stdout.splitlines()[-1])
-    run["outside_seconds"] = outside
+    run = in_own_process(HERE / script, {**settings, "side": side})
+    run["outside_seconds"] = time.perf_counter() - began
     run["real_tokens_per_second"] = run["real_tokens"] / run["seconds"]
     run["mean_loss"] = statistics.fmean(run["losses"])
     return run

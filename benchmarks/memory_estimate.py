@@ -4,12 +4,11 @@ python benchmarks/memory_estimate.py
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import brushstroke as bs
-from _common import keep, prepared, rows_of
+from _common import in_own_process, keep, prepared, rows_of
 
 SETTINGS = (
     {"task": "addresses", "batch_size": 8, "rank": 8, "memory": "fast", "gradient_checkpointing": False},
@@ -24,15 +23,7 @@ STEPS = 3
 def main() -> None:
     found = []
     for setting in SETTINGS:
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), json.dumps(setting)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
-        estimate, peak = json.loads(done.stdout.splitlines()[-1])
+        estimate, peak = in_own_process(Path(__file__).resolve(), setting)
         found.append({**setting, "estimate": estimate, "peak": peak})
         told = ", ".join(f"{name} {value}" for name, value in setting.items())
         print(

@@ -6,14 +6,14 @@ python benchmarks/scaling.py
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import brushstroke as bs
-from _common import keep, prepared, rows_of
+from _common import in_own_process, keep, prepared, rows_of
 
+THIS = Path(__file__).resolve()
 SIZES = (100, 1_000, 10_000, 100_000)
 PERIOD = 100  # rows that are repeated, each time with another number in front
 
@@ -27,12 +27,12 @@ def main() -> None:
     options = parser.parse_args()
     by_size = {}
     for size in SIZES:
-        by_size[size] = in_own_process({"examples": size, "steps": options.steps})
+        by_size[size] = in_own_process(THIS, {"examples": size, "steps": options.steps})
         print(
             f"{size:7} examples: {by_size[size]['speed']:6.1f} real tokens/s, "
             f"start {by_size[size]['start']:5.1f} s"
         )
-    long = in_own_process({"examples": 8 * options.long, "steps": options.long})
+    long = in_own_process(THIS, {"examples": 8 * options.long, "steps": options.long})
     early, late = (long["peaks"][i] / 2**30 for i in (options.long // 10, -1))
     print(f"{options.long} steps: peak {early:.2f} GiB after a tenth, {late:.2f} GiB at the end")
     keep(
@@ -42,19 +42,6 @@ def main() -> None:
         long_steps=options.long,
         long_peaks=long["peaks"][:: options.long // 10],
     )
-
-
-def in_own_process(settings: dict) -> dict:
-    """One run."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def one(settings: dict) -> None:

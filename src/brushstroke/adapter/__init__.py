@@ -7,7 +7,7 @@ from brushstroke.adapter.adapter import Adapter
 from brushstroke.adapter.card import Card
 from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint, Verdict
-from brushstroke.adapter.site import Site
+from brushstroke.adapter.site import Site, is_conv1d
 from brushstroke.adapter.targets import TargetPlan, resolve_targets
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "Site",
     "TargetPlan",
     "Verdict",
+    "is_conv1d",
     "resolve_targets",
 ]

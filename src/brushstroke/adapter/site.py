@@ -41,3 +41,8 @@ class Site:
     def paths(self) -> tuple[str, ...]:
         """The path and its aliases."""
         return (self.path, *self.aliases)
+
+
+def is_conv1d(module: object) -> bool:
+    """Whether a module is HF's Conv1D, whose weight is stored (d×h); told by the name of its class."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")

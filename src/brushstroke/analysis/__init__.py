@@ -8,7 +8,7 @@ from brushstroke.analysis.intruders import Direction, Intruders, SiteIntruders, 
 from brushstroke.analysis.relate import Relation, Share, SiteRelation, mean_deciles, relate
 from brushstroke.analysis.spectrum import SiteSpectrum, Spectrum, spectrum
 from brushstroke.analysis.subspace import Overlap, SiteOverlap, Unmatched, random_pair, subspace
-from brushstroke.analysis.table import Grid, arrange, as_plain, natural
+from brushstroke.analysis.table import Grid, SiteTable, arrange, as_plain, natural
 
 __all__ = [
     "Direction",
@@ -21,6 +21,7 @@ __all__ = [
     "SiteOverlap",
     "SiteRelation",
     "SiteSpectrum",
+    "SiteTable",
     "Spectrum",
     "Truncation",
     "Unmatched",

@@ -42,6 +42,14 @@ class SiteTable(Mapping[str, Row]):
     def _absent(self, site: str) -> str:
         return f"no result for the site {site!r}{did_you_mean(site, self._rows)}"
 
+    def ordered(self) -> list[tuple[str, Row]]:
+        """The rows, layer 2 before layer 10."""
+        return [(site, self[site]) for site in sorted(self, key=natural)]
+
+    def grid(self) -> "Grid":
+        """The map of layers and matrices."""
+        return arrange(sorted(self, key=natural))
+
     def totals(self) -> dict[str, Any]:
         """What is known of all sites together."""
         return {}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from brushstroke.adapter import Adapter, Verdict
+from brushstroke.adapter import Adapter, Verdict, is_conv1d
 from brushstroke.errors import BaseLoadError, BaseMismatchError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank
 
@@ -110,7 +110,7 @@ class _Live(Mapping[str, Tensor]):
         self._modules = {
             path: module
             for path, module in root.named_modules()
-            if isinstance(module, nn.Linear) or _is_conv1d(module)
+            if isinstance(module, nn.Linear) or is_conv1d(module)
         }
 
     def __getitem__(self, site: str) -> Tensor:
@@ -118,14 +118,10 @@ class _Live(Mapping[str, Tensor]):
         weight = module.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
             raise BaseLoadError(f"the weight of {site} is packed (quantised); load the base unquantised")
-        return weight.detach() if _is_conv1d(module) else weight.detach().mT
+        return weight.detach() if is_conv1d(module) else weight.detach().mT
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
 
     def __len__(self) -> int:
         return len(self._modules)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from brushstroke.adapter import Site
+from brushstroke.adapter import Site, is_conv1d
 from brushstroke.base.load import Base, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, did_you_mean
 
@@ -173,7 +173,7 @@ def _sites(root: nn.Module) -> list[Site]:
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
             kind, (d, h) = "linear", (module.in_features, module.out_features)
-        elif any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf"):
+        elif is_conv1d(module):
             kind, (d, h) = "conv1d", weight.shape
         else:
             continue

@@ -3,8 +3,10 @@
 The maths are those of `brushstroke.analysis`; the model is never run.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +30,27 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, Parameter(converter=whole)]
 PROGRESS_SECONDS = 10.0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AgainstBase:
+    """How an adapter is measured against its base.
+
+    Args:
+        seed: Of the random directions and starts.
+        dense_limit: Decompose weights whole whose smaller side is at most this [default: 1536].
+        allow_different_base: Measure although the adapter belongs to another base.
+    """
+
+    seed: Count = 0
+    dense_limit: Whole = None
+    allow_different_base: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What `relate` and `intruders` are given."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def spectrum(
@@ -148,9 +171,7 @@ def relate(
     adapter: Path,
     base: str,
     *,
-    seed: Count = 0,
-    dense_limit: Whole = None,
-    allow_different_base: bool = False,
+    against: AgainstBase | None = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -159,23 +180,13 @@ def relate(
     Args:
         adapter: The adapter's folder.
         base: A model folder, a hub id or a .gguf file.
-        seed: Of the random directions.
-        dense_limit: Decompose weights whole whose smaller side is at most this [default: 1536].
-        allow_different_base: Measure although the adapter belongs to another base.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
     value = _load(adapter)[_name(adapter)]
     from brushstroke.analysis import relate as measure
 
-    found = measure(
-        value,
-        _open(base),
-        seed=seed,
-        allow_different_base=allow_different_base,
-        on_site=_progress(),
-        **({} if dense_limit is None else {"dense_limit": dense_limit}),
-    )
+    found = measure(value, _open(base), on_site=_progress(), **(against or AgainstBase()).arguments())
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, _name(adapter)))
     if json:
@@ -193,9 +204,7 @@ def intruders(
     repair: Path | None = None,
     scale: float | None = None,
     overwrite: bool = False,
-    seed: Count = 0,
-    dense_limit: Whole = None,
-    allow_different_base: bool = False,
+    against: AgainstBase | None = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -209,9 +218,6 @@ def intruders(
         repair: Write the adapter here with its intruders scaled down.
         scale: What remains of an intruder in the repair [default: 0.75].
         overwrite: Replace what --repair's folder holds.
-        seed: Of the random starts.
-        dense_limit: Decompose weights whole whose smaller side is at most this [default: 1536].
-        allow_different_base: Measure although the adapter belongs to another base.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -232,10 +238,8 @@ def intruders(
         _open(base),
         top=top,
         threshold=threshold,
-        seed=seed,
-        allow_different_base=allow_different_base,
         on_site=_progress(),
-        **({} if dense_limit is None else {"dense_limit": dense_limit}),
+        **(against or AgainstBase()).arguments(),
     )
     if repair is not None:
         from brushstroke.formats import save

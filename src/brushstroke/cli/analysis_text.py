@@ -3,7 +3,7 @@
 It computes nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,12 +25,6 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
     "norm": lambda row: row.norm,
     "relative": lambda row: row.relative_norm,
 }
-
-
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    from brushstroke.analysis import natural
-
-    return [(site, found[site]) for site in sorted(found, key=natural)]
 
 
 def _cell(value: float | None, spec: str = ".4g") -> str:
@@ -56,7 +50,7 @@ def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
             str(row.energy_rank(0.90)),
             str(row.energy_rank(0.99)),
         ]
-        for site, row in _rows(found)
+        for site, row in found.ordered()
     ]
     table(console, columns, rows)
     _print_map(found, measure)
@@ -75,10 +69,8 @@ def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
     )
 
 
-def _print_map(found: Mapping[str, Any], measure: str) -> None:
-    from brushstroke.analysis import arrange, natural
-
-    grid = arrange(sorted(found, key=natural))
+def _print_map(found: "Spectrum", measure: str) -> None:
+    grid = found.grid()
     if len(grid.layers) < 2:
         return
     value = MEASURES[measure]
@@ -118,7 +110,7 @@ def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
     columns = ["site", "ranks", "cosine"]
     columns += [f"{side} {what}" for side in sides for what in ("φ", "chance", "z", "weighted")]
     rows = []
-    for site, row in _rows(found):
+    for site, row in found.ordered():
         block = row.block()
         cells = [site, f"{row.ranks[0]},{row.ranks[1]}", f"{row.cosine:.3f}"]
         for side in sides:
@@ -169,7 +161,7 @@ def print_relation(name: str, found: "Relation") -> None:
             ),
             f"{row.residual:.1g}",
         ]
-        for site, row in _rows(found)
+        for site, row in found.ordered()
     ]
     table(console, columns, rows)
     told = found.totals()
@@ -208,7 +200,7 @@ def print_intruders(name: str, found: "Intruders", repaired: Path | None) -> Non
             f"{direction.outside:.3f}",
             direction.verdict,
         ]
-        for site, row in _rows(found)
+        for site, row in found.ordered()
         for direction in row.directions
         if direction.verdict != "known"
     ]

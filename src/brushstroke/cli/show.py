@@ -18,10 +18,11 @@ def show(adapter: Path, *, json: bool = False) -> None:
         adapter: The adapter's folder.
         json: Print JSON on stdout.
     """
+    from brushstroke.analysis import natural
     from brushstroke.formats import load
 
     value = load(adapter)
-    sites = [_site(path, value[path]) for path in sorted(value, key=_natural)]
+    sites = [_site(path, value[path]) for path in sorted(value, key=natural)]
     described = {
         "name": adapter.expanduser().resolve().name,
         "sites": sites,
@@ -37,11 +38,6 @@ def show(adapter: Path, *, json: bool = False) -> None:
     console = results()
     table(console, COLUMNS, [_row(site) for site in sites])
     _print(console, described)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]
 
 
 def _site(path: str, update: Any) -> dict[str, Any]:

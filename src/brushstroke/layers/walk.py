@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from brushstroke.adapter import Site
+from brushstroke.adapter import Site, is_conv1d
 from brushstroke.errors import AttachError, did_you_mean
 
 _LAZY_REASON = "its weight gets its shape from the first batch; run one through the model, then attach"
@@ -30,7 +30,7 @@ def site_kind(module: nn.Module) -> str | None:
     """ "linear", "conv1d" (HF's, told by its class name), or None for what cannot be adapted yet."""
     if isinstance(module, nn.Linear):
         return "linear"
-    if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf"):
+    if is_conv1d(module):
         return "conv1d"
     return None
 

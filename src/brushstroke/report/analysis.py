@@ -10,10 +10,9 @@ from brushstroke.analysis import (
     Intruders,
     Overlap,
     Relation,
+    SiteTable,
     Spectrum,
-    arrange,
     mean_deciles,
-    natural,
     random_pair,
 )
 from brushstroke.report.figures import Panel, bars, curves, heatmaps
@@ -60,7 +59,7 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
                 row.energy_rank(0.99),
                 *([f"{row.relative_norm or 0:.3g}"] if based else []),
             ]
-            for site, row in _ordered(spectrum)
+            for site, row in spectrum.ordered()
         ]
         page.table([*columns, "‖ΔW‖/‖W‖"] if based else columns, rows)
     return page
@@ -112,7 +111,7 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             page.figure(heatmaps(panels, x=f"j, {second}", y=f"i, {first}", limits=(0, 1), width=840), site)
     page.section("All sites")
     table: list[Sequence[object]] = []
-    for site, row in _ordered(found):
+    for site, row in found.ordered():
         block = row.block()
         cells: list[object] = [site, f"{row.ranks[0]}, {row.ranks[1]}", f"{row.cosine:.3f}"]
         for side in sides:
@@ -173,7 +172,7 @@ def relation_page(found: Relation, name: str) -> Page:
             *(_number(v) for v in (row.amplification, row.amplification_random, row.ratio_to_chance)),
             f"{row.residual:.1g}",
         ]
-        for site, row in _ordered(found)
+        for site, row in found.ordered()
     ]
     columns = ["site", "r", "‖·‖ ΔW", "‖·‖ W", "‖·‖ random", "sampled", "‖W‖", "‖ΔW‖"]
     page.table([*columns, "amplification", "at random", "to chance", "residual"], rows)
@@ -199,7 +198,7 @@ def intruder_page(found: Intruders, name: str) -> Page:
             f"{direction.outside:.3f}",
             direction.verdict,
         ]
-        for site, row in _ordered(found)
+        for site, row in found.ordered()
         for direction in row.directions
         if direction.verdict != "known"
     ]
@@ -211,12 +210,12 @@ def intruder_page(found: Intruders, name: str) -> Page:
 
 def _map(
     page: Page,
-    found: Mapping[str, Any],
+    found: SiteTable,
     measure: Callable[[Any], float | None],
     title: str,
     limits: tuple[float, float] | None = None,
 ) -> None:
-    grid = arrange(sorted(found, key=natural))
+    grid = found.grid()
     cells = [
         [
             measure(found[grid.sites[layer, matrix]]) if (layer, matrix) in grid.sites else None
@@ -237,8 +236,8 @@ def _corner(cells: Sequence[Sequence[float]]) -> list[list[float | None]]:
     return [[cells[i][j] if j >= i else None for j in range(size)] for i in range(size)]
 
 
-def _middle(found: Mapping[str, Any]) -> list[str]:
-    grid = arrange(sorted(found, key=natural))
+def _middle(found: SiteTable) -> list[str]:
+    grid = found.grid()
     layer = grid.layers[len(grid.layers) // 2]
     return [grid.sites[layer, matrix] for matrix in grid.matrices if (layer, matrix) in grid.sites][:SHOWN]
 
@@ -248,10 +247,6 @@ def _energy_curve(found: Spectrum) -> list[tuple[int, float]]:
     total = found.norm**2 or 1.0
     kept = [sum(float(row.sigma[:k].square().sum()) for row in found.values()) for k in range(longest + 1)]
     return [(k, energy / total) for k, energy in enumerate(kept)]
-
-
-def _ordered(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(site, found[site]) for site in sorted(found, key=natural)]
 
 
 def _finite(value: float | None) -> float | None:

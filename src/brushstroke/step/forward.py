@@ -98,7 +98,28 @@ class Outputs:
         return summed_loss(self.logits(), self.targets, self.weights, loss)
 
 
-class PackedForward:
+class _Headed:
+    """What packed and padded passes share: the head makes loss and logits of what `_run` gives."""
+
+    _head: Head
+
+    def _run(self, packed: Pass) -> Outputs:
+        raise NotImplementedError
+
+    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll of the pass."""
+        return self._run(packed).summed_loss(loss)
+
+    def trained_logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) of the pass's trained positions, example by example."""
+        return self._run(packed).logits()
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """How many logits exist at one time, at most."""
+        return self._head.logits_at_once(vocabulary)
+
+
+class PackedForward(_Headed):
     """All examples in one row, each with positions of its own, shared prefixes once, no padding."""
 
     name = "packed"
@@ -119,18 +140,6 @@ class PackedForward:
         """The packed attention, also for what gradient checkpointing recomputes in the backward pass."""
         return self._attention.packed()
 
-    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
-        """Σ weight·nll of the pass."""
-        return self._run(packed).summed_loss(loss)
-
-    def trained_logits(self, packed: Pass) -> Tensor:
-        """The logits (m×v) of the pass's trained positions."""
-        return self._run(packed).logits()
-
-    def logits_at_once(self, vocabulary: int) -> int:
-        """How many logits exist at one time, at most."""
-        return self._head.logits_at_once(vocabulary)
-
     def _run(self, packed: Pass) -> Outputs:
         layout = lay_out(packed, self._device)
         inputs: dict[str, Any] = {
@@ -150,7 +159,7 @@ class PackedForward:
         return Outputs(logits, layout.targets, layout.weights, None)
 
 
-class PaddedForward:
+class PaddedForward(_Headed):
     """Right-padded batches for models that packing would be wrong for."""
 
     name = "padded"
@@ -176,18 +185,6 @@ class PaddedForward:
     def context(self) -> AbstractContextManager[None]:
         """Nothing."""
         return nullcontext()
-
-    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
-        """Σ weight·nll of the batch."""
-        return self._run(packed).summed_loss(loss)
-
-    def trained_logits(self, packed: Pass) -> Tensor:
-        """The logits (m×v) of the batch's trained positions, example by example."""
-        return self._run(packed).logits()
-
-    def logits_at_once(self, vocabulary: int) -> int:
-        """How many logits exist at one time, at most."""
-        return self._head.logits_at_once(vocabulary)
 
     def _run(self, packed: Pass) -> Outputs:
         examples = packed.examples

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from brushstroke.adapter import is_conv1d
 from brushstroke.data import Example
 from brushstroke.layers.adapted import Adapted, shared_parts
 from brushstroke.lowrank.apply import lowrank_linears
@@ -132,8 +133,7 @@ class FusedMLP(Fused):
     def trial(module: nn.Module, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         """Rows of the block's width."""
         first = getattr(module, settings.names[0])
-        conv1d = any(base.__name__ == "Conv1D" for base in type(first).__mro__)  # its weight is (d×h)
-        return _random_rows(first.weight, first.weight.shape[0 if conv1d else 1]), {}
+        return _random_rows(first.weight, first.weight.shape[0 if is_conv1d(first) else 1]), {}
 
     def forward(self, x: Tensor) -> Tensor:
         """The block in one step, where all of its linears are frozen but for low-rank updates."""
@@ -232,14 +232,17 @@ class Fusion:
     def __init__(self) -> None:
         self._modules: list[Fused] = []
         self._scratch = Scratch()
-        self.counts: Counter[str] = Counter()
 
-    def add(self, kind: str, module: nn.Module, settings: Any) -> None:
+    @property
+    def counts(self) -> Counter[str]:
+        """How many modules of each kind are swapped."""
+        return Counter(kind for m in self._modules for kind, mixin in KINDS.items() if isinstance(m, mixin))
+
+    def add(self, module: nn.Module, mixin: type[Fused], settings: Any) -> None:
         """Swap the class of a module."""
-        module.__class__ = _fused_class(type(module), KINDS[kind])
+        module.__class__ = _fused_class(type(module), mixin)
         module.__dict__.update(_fusion=settings, _scratch=self._scratch)
         self._modules.append(cast(Fused, module))
-        self.counts[kind] += 1
 
     def keep_less(self) -> None:
         """From now on the feed-forward blocks keep their input alone, and make the rest again."""
@@ -255,11 +258,10 @@ class Fusion:
         """Undo all swaps: the model runs its own code again."""
         while self._modules:
             self.drop_last()
-        self.counts.clear()
 
     def describe(self) -> str:
         """One line, such as "61 norms, 30 feed-forward blocks, 30 attentions"."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count) or "none"
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "none"
 
     @staticmethod
     def _restore(module: Fused) -> None:
@@ -274,24 +276,21 @@ def fuse(model: nn.Module) -> Fusion:
     for module in model.modules():
         if module.training or "forward" in module.__dict__ or isinstance(module, Adapted | Fused):
             continue
-        for kind, mixin in KINDS.items():
-            if any(
-                _fits(module, mixin, settings, attention, fusion, kind)
-                for settings in mixin.candidates(module)
-            ):
+        for mixin in KINDS.values():
+            if any(_fits(module, mixin, s, attention, fusion) for s in mixin.candidates(module)):
                 break
     return fusion
 
 
 def _fits(
-    module: nn.Module, mixin: type[Fused], settings: Any, attention: AttentionName, fusion: Fusion, kind: str
+    module: nn.Module, mixin: type[Fused], settings: Any, attention: AttentionName, fusion: Fusion
 ) -> bool:
     """Swap the module and keep it so if output and gradients stay what they were."""
     try:
         x, inputs = mixin.trial(module, settings)
         with attention.packed(), torch.enable_grad():
             expected = list(_outcome(module, x, inputs))
-            fusion.add(kind, module, settings)
+            fusion.add(module, mixin, settings)
             found = list(_outcome(module, x, {k: v for k, v in inputs.items() if k != "brushstroke_record"}))
     except Exception:  # the module is not ours: whatever it raises means that it must run its own code
         fits = False
@@ -302,7 +301,6 @@ def _fits(
         )
     if not fits and isinstance(module, Fused):
         fusion.drop_last()
-        fusion.counts[kind] -= 1
     return fits
 
 
