@@ -31,15 +31,15 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(RECIPES) | $(VENV)/.created
-	$(PIP_INSTALL) --editable '.[gguf,report]'
+	$(PIP_INSTALL) --editable '.[gguf,study]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(RECIPES) | $(VENV)/.created
-	$(PIP_INSTALL) --editable '.[gguf,report,dev]' 'pyright[nodejs]'
+	$(PIP_INSTALL) --editable '.[gguf,study,dev]' 'pyright[nodejs]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(RECIPES) | $(VENV)/.created
-	$(PIP_INSTALL) --editable '.[gguf,report,bench]'
+	$(PIP_INSTALL) --editable '.[gguf,study,bench]'
 	@touch $@ $(VENV)/.installed
 
 demo: install

@@ -17,8 +17,8 @@ import brushstroke as bs
 from brushstroke.inference import Scores, score
 
 BASE_TASK = "addresses"  # what the untouched base is asked
-BATCH = 160  # rows that are answered together
-SPARE_TOKENS = 8
+BATCH = 54  # rows that are answered together
+SPARE_TOKENS = 16
 FIRST_TOKENS = 40
 
 
@@ -108,8 +108,9 @@ def first_words(base: bs.Base, rows: Sequence[tasks.Row]) -> list[tuple[str, str
 def judge(base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]]) -> dict[str | None, Judged]:
     """How held-out rows are answered, each by its own adapter, and the addresses also by the base (None).
 
-    All of them go through the one frozen base together: batches whose rows use different adapters. An answer
-    may be a few tokens longer than the longest right one: a longer one cannot be right.
+    All of them go through the one frozen base together: batches whose rows use different adapters, arranged
+    by the length of the right answers. An answer may be a few tokens longer than the longest right one of its
+    batch; what is longer is cut, and so no valid object.
     """
     asked: list[tuple[str | None, tasks.Row]] = [(None, row) for row in heldout[BASE_TASK]]
     asked += [(name, row) for name, rows in heldout.items() for row in rows]
@@ -154,11 +155,11 @@ def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) 
     """Merge into a copy, and compare it with what the adapted model said and with the base's speed."""
     folded = bs.merge(base, adapter)
     told = adapted.answers[: form.compared]
-    answers = _answers(folded, adapted.prompts[: form.compared], adapted.expected)
+    answers = _answers(folded, adapted.prompts[: form.compared], adapted.expected[: form.compared])
     base_ms, merged_ms = _latencies(base.model, folded.model, form.timed)
     classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
     return Merged(
-        same_tokens=[answer.tokens for answer in answers] == [answer.tokens for answer in told],
+        same_tokens=all(_agree(one, two) for one, two in zip(answers, told, strict=True)),
         compared=len(told),
         tokens=sum(len(answer.tokens) for answer in told),
         base_ms=base_ms,
@@ -167,18 +168,39 @@ def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) 
     )
 
 
+def _agree(one: bs.Answer, two: bs.Answer) -> bool:
+    """Whether the tokens are the same, as far as both answers were allowed to go."""
+    shorter = min(len(one.tokens), len(two.tokens))
+    whole = {answer.finish for answer in (one, two) if len(answer.tokens) == shorter}
+    same = one.tokens[:shorter] == two.tokens[:shorter]
+    return same and (len(one.tokens) == len(two.tokens) or whole == {"length"})
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's weights; a shared one counts once."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _answers(
-    base: bs.Base, prompts: Sequence[Any], expected: Sequence[str], **voices: Any
+    base: bs.Base,
+    prompts: Sequence[Any],
+    expected: Sequence[str],
+    rows: Sequence[str | None] = (),
+    **voices: Any,
 ) -> tuple[bs.Answer, ...]:
-    """Answers of at most a few tokens more than the longest right one."""
-    longest = max(len(ids) for ids in base.tokenizer(list(expected), add_special_tokens=False)["input_ids"])
-    voices.update(max_new_tokens=longest + SPARE_TOKENS, batch_size=BATCH)
-    return tuple(bs.generate(base, list(prompts), **voices))
+    """Answers in the order of the prompts; each batch has rows whose right answers are about as long."""
+    lengths = [len(ids) for ids in base.tokenizer(list(expected), add_special_tokens=False)["input_ids"]]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    found: dict[int, bs.Answer] = {}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        if rows:
+            voices["rows"] = [rows[i] for i in batch]
+        limit = max(lengths[i] for i in batch) + SPARE_TOKENS
+        asked = [prompts[i] for i in batch]
+        answers = bs.generate(base, asked, max_new_tokens=limit, batch_size=BATCH, **voices)
+        found.update(zip(batch, answers, strict=True))
+    return tuple(found[i] for i in range(len(prompts)))
 
 
 def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> tuple[float, float]:

@@ -61,7 +61,8 @@ def test_there_is_code_of_every_kind():
     assert len(PYTHON) >= 2
     shown = {command.split()[1] for command in COMMANDS}
     analysis = {"spectrum", "compare", "relate", "intruders"}
-    assert shown == {"plan", "data", "train", "generate", "chat", "evaluate", "show", "merge"} | analysis
+    commands = {"plan", "data", "train", "generate", "chat", "evaluate", "show", "merge", "study"}
+    assert shown == commands | analysis
     assert {"demo", "test"} <= set(TARGETS)
 
 
@@ -82,14 +83,30 @@ def test_python_blocks(workplace, monkeypatch, block):
         assert [answer.adapter for answer in names["answers"]] == ["addresses", "people", None]
 
 
+# A study is many runs: here each is a step long.
+SHORT = (
+    "--ranks",
+    "1",
+    "--targets",
+    "q_proj",
+    "--max-steps",
+    "1",
+    "--seeds",
+    "1",
+    "--learning-rates",
+    "1e-3",
+)
+
+
 @pytest.mark.model
 @pytest.mark.slow
 def test_commands_in_their_order(workplace):
     script = Path(sys.executable).with_name("brushstroke")
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     for command in COMMANDS:
+        words = shlex.split(local(command))[1:]
         done = subprocess.run(
-            [script, *shlex.split(local(command))[1:]],
+            [script, *words, *(SHORT if words[0] == "study" else ())],
             cwd=workplace,
             env=environment,
             input="Hello!\n",

@@ -1,9 +1,11 @@
+import json
 import re
 
 import pytest
 
 from brushstroke.errors import OutputError
 from brushstroke.report import Page
+from brushstroke.report.charts import dots
 
 SVG = (
     '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -68,3 +70,20 @@ def test_write_where_a_file_stands_in_the_way(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot write"):
         Page("Title").write(tmp_path / "file" / "page.html")
+
+
+def test_charts_are_in_the_page_with_what_draws_them():
+    page = Page("Charts")
+    record = {"arm": "</script><b>", "loss": 1.0}
+    page.chart(dots([record], name="arm", value="loss", title="loss"), "Below.")
+    html = page.html()
+    assert 'src="http' not in html
+    assert "vegaEmbed" in html
+    assert len(html) < 2_000_000
+    (spec,) = html.split('type="application/json"')[1:]
+    told = json.loads(spec.split(">", 1)[1].split("</script>")[0])
+    assert told["data"]["values"] == [record]
+
+
+def test_a_page_without_charts_carries_no_script():
+    assert "<script" not in Page("Plain").html()

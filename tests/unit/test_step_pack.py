@@ -100,3 +100,10 @@ def test_equal_lengths_need_no_padding(count: int) -> None:
     rows = [made([i] * 5, [1, 2]) for i in range(count)]
     layout = lay_out(Pass((Group(0, tuple(rows)),)), torch.device("cpu"))
     assert [piece.pad for piece in layout.pieces] == [None]
+
+
+def test_examples_of_one_length_that_share_nothing_are_one_call_of_attention() -> None:
+    rows = [made([100 * i + j for j in range(12)], [9, 9, 9]) for i in range(6)]
+    (packed,) = plan_passes(rows, 1024, share=True)
+    layout = lay_out(packed, torch.device("cpu"))
+    assert [(piece.rows, piece.width, piece.pad) for piece in layout.pieces] == [(6, 15, None)]

@@ -31,6 +31,7 @@ COMMANDS = {  # name → where it is, and whether it takes a config file
     "compare": ("brushstroke.cli.analysis:compare", False, "What two adapters share."),
     "relate": ("brushstroke.cli.analysis:relate", False, "What an adapter amplifies in its base."),
     "intruders": ("brushstroke.cli.analysis:intruders", False, "Directions that the base does not have."),
+    "study": ("brushstroke.cli.study:study", False, "Answer a question of the LoRA paper by runs."),
 }
 
 _QUIET = {

@@ -13,7 +13,8 @@ Number = int | float
 
 PALETTE = ("#0b8a75", "#d9822b", "#5b7fd6", "#b5527f", "#8a8f3c", "#7d8791")
 COLD, HOT, GREY = "#e8f1ef", "#0b5d50", "#b9bfc6"
-GRID = "#8895a333"
+LINE = "#8895a3"
+GRID = f"{LINE}33"
 WIDTH, HEIGHT = 620, 260
 
 
@@ -169,6 +170,6 @@ def _svg(chart: Any) -> str:
     chart = (
         chart.configure(background="#00000000", font="sans-serif", padding=8, aria=False)
         .configure_view(stroke=None)
-        .configure_axis(gridColor=GRID, domainColor="#8895a3", tickColor="#8895a3", titleFontWeight="normal")
+        .configure_axis(gridColor=GRID, domainColor=LINE, tickColor=LINE, titleFontWeight="normal")
     )
     return convert.vegalite_to_svg(chart.to_dict())

@@ -4,10 +4,13 @@ It knows no figures' contents: an SVG is put in as it is, everything else is esc
 """
 
 import html
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from brushstroke.errors import require
 from brushstroke.files import output_errors, write_file
 
 _STYLE = """
@@ -45,6 +48,23 @@ pre {
 figure { margin: 1rem 0; }
 figure svg { display: block; max-width: 100%; height: auto; }
 figure svg text { fill: var(--text); }
+.chart svg { max-width: none; }
+.chart .vega-embed { width: 100%; }
+.chart .vega-bindings { margin: 0.4rem 0; }
+.chart .vega-bind { display: inline-block; margin-right: 1.2rem; color: var(--soft); }
+.chart select { font: inherit; color: var(--text); background: var(--panel); border: 1px solid var(--line); }
+"""
+
+_DRAW = """
+const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+for (const place of document.querySelectorAll(".chart [data-spec]")) {
+  const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+  const options = { renderer: "svg", actions: false, tooltip: { theme: dark ? "dark" : "light" } };
+  vegaEmbed(place, spec, options).then(
+    () => { place.dataset.drawn = "yes"; },
+    (error) => { console.error(error); place.textContent = "This figure could not be drawn: " + error; },
+  );
+}
 """
 
 
@@ -63,6 +83,7 @@ class Page:
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title = title
+        self._charts = 0
         self._parts = [f"<h1>{_escaped(title)}</h1>"]
         if lead:
             self._parts.append(f'<p class="lead">{_escaped(lead)}</p>')
@@ -112,14 +133,30 @@ class Page:
         inline = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg[start:])  # HTML needs no namespaces
         self._parts.append(f"<figure>{inline}{below}</figure>")
 
+    def chart(self, spec: Mapping[str, Any], caption: str = "") -> None:
+        """A Vega-Lite figure that is drawn by the page itself, offline, with its description below."""
+        self._charts += 1
+        name = f"spec-{self._charts}"
+        data = json.dumps(spec, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+        below = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
+        self._parts.append(
+            f'<figure class="chart"><div class="scroll"><div data-spec="{name}"></div></div>{below}'
+            f'<script type="application/json" id="{name}">{data}</script></figure>'
+        )
+
     def html(self) -> str:
-        """The whole document."""
+        """The whole document.
+
+        Raises:
+            MissingPackageError: it has charts, and the report extra is not installed.
+        """
+        script = f"<script>{_drawing_code()}\n{_DRAW}</script>\n" if self._charts else ""
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{_escaped(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
             + "\n".join(self._parts)
-            + "\n</body>\n</html>\n"
+            + f"\n{script}</body>\n</html>\n"
         )
 
     def write(self, file: str | Path) -> Path:
@@ -133,6 +170,14 @@ class Page:
             target.parent.mkdir(parents=True, exist_ok=True)
         write_file(target, self.html())
         return target
+
+
+def _drawing_code() -> str:
+    """Vega, Vega-Lite and vega-embed in one script, for the version of altair's specifications."""
+    version = require("altair", extra="report").SCHEMA_VERSION.removeprefix("v")
+    convert = require("vl_convert", extra="report")
+    bundle = convert.javascript_bundle(vl_version=".".join(version.split(".")[:2]))
+    return bundle.replace("</script", "<\\/script")
 
 
 def _escaped(value: object) -> str:

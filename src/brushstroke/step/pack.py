@@ -66,12 +66,19 @@ def plan_passes(examples: Sequence[Example], micro_tokens: int, share: bool) -> 
             if used and (used + cost > micro_tokens or used >= aim):
                 if members:
                     pending.append(Group(group.prefix, tuple(members)))
-                passes.append(Pass(tuple(pending)))
+                passes.append(_pass(pending))
                 pending, members, used, cost = [], [], 0, len(example)
             members.append(example)
             used += cost
         pending.append(Group(group.prefix, tuple(members)))
-    return [*passes, Pass(tuple(pending))] if pending else passes
+    return [*passes, _pass(pending)] if pending else passes
+
+
+def _pass(groups: Sequence[Group]) -> Pass:
+    """A pass of these groups. Examples that share nothing come together: attention takes them at once."""
+    shared = [group for group in groups if group.prefix and len(group.members) > 1]
+    alone = [example for group in groups if group not in shared for example in group.members]
+    return Pass((*shared, Group(0, tuple(sorted(alone, key=len))))) if alone else Pass(tuple(shared))
 
 
 def share_prefixes(examples: Sequence[Example]) -> list[Group]:
@@ -126,5 +133,5 @@ def _common(a: Example, b: Example) -> int:
 
 
 def unshared(examples: Sequence[Example]) -> Pass:
-    """One pass of these examples, each by itself."""
+    """One pass of these examples, each by itself, in this order."""
     return Pass(tuple(Group(0, (example,)) for example in examples))

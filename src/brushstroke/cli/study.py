@@ -1,0 +1,344 @@
+"""`study`: a question about the user's own model and data, from runs to one report.
+
+The studies are those of `brushstroke.studies`; here flags become settings.
+"""
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from brushstroke.cli.console import emit, emit_json, people, say
+from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.progress import LINE_SECONDS, clock
+from brushstroke.cli.values import Whole, split
+from brushstroke.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from brushstroke.studies import Material, Progress, Study
+    from brushstroke.studies.runner import Estimate
+
+Question = Literal["rank", "seeds", "targets", "delta", "intrinsic", "paper"]
+QUESTION, RUNS, DATA = Group("Question", sort_key=1), Group("Runs", sort_key=2), Group("Data", sort_key=3)
+TITLES = {
+    "rank": "What rank is enough?",
+    "seeds": "What do seeds share?",
+    "targets": "Which matrices deserve the parameters?",
+    "delta": "How does the update relate to the weights?",
+    "intrinsic": "How many dimensions does the task need?",
+    "paper": "The questions of the LoRA paper",
+}
+ONLY_FOR = {
+    "ranks": ("rank", "delta"),
+    "rank": ("seeds", "targets", "intrinsic"),
+    "sets": ("targets",),
+    "budget": ("targets",),
+    "dimensions": ("intrinsic",),
+    "targets": ("rank", "seeds", "delta", "intrinsic"),
+    "scale_rule": ("rank",),
+}
+
+
+@Parameter(name="*", group=QUESTION)
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """What exactly is asked.
+
+    Args:
+        targets: The matrices; several with commas [default: all-linear].
+        ranks: Ranks to compare, with commas (rank, delta).
+        rank: One rank (seeds, intrinsic), or one for all sets in place of a budget (targets).
+        alpha: Numerator of the scale, the same for all arms [default: 16].
+        scale_rule: The scale: alpha/rank, or alpha/√rank (rank) [default: standard].
+        sets: Sets of matrices with commas, their members with + (targets):
+            q_proj,v_proj,q_proj+v_proj,all-linear.
+        budget: Trained parameters of every set (targets).
+        dimensions: Of the random subspaces, with commas (intrinsic).
+        tiny: A small model that is trained here, on texts that every Python carries (paper).
+    """
+
+    targets: str | None = None
+    ranks: str | None = None
+    rank: Whole = None
+    alpha: float | None = None
+    scale_rule: Literal["standard", "rslora"] | None = None
+    sets: str | None = None
+    budget: Whole = None
+    dimensions: str | None = None
+    tiny: bool = False
+
+
+@Parameter(name="*", group=RUNS)
+@dataclass(frozen=True, kw_only=True)
+class StudyRunOptions:
+    """How every run trains, and how many there are.
+
+    Args:
+        seeds: Of every arm [default: 3; 5 for paper].
+        learning_rates: To choose from on the validation split, with commas
+            [default: four around the rule of train].
+        epochs: Passes over the data in every run [default: 1].
+        max_steps: Optimiser steps of every run, in place of the epochs.
+        batch_size: Examples in an optimiser step [default: 8].
+        budget_minutes: Plan no more than fits, and say what was left out.
+        workers: Runs at a time, each in a process of one thread; for small models
+            [default: 1; the cores for paper --tiny].
+        overwrite: Start over in --out.
+    """
+
+    seeds: Whole = None
+    learning_rates: str | None = None
+    epochs: float | None = None
+    max_steps: Whole = None
+    batch_size: Whole = None
+    budget_minutes: float | None = None
+    workers: Whole = None
+    overwrite: bool = False
+
+
+@Parameter(name="*", group=DATA)
+@dataclass(frozen=True, kw_only=True)
+class StudyDataOptions:
+    """What runs are measured on.
+
+    Args:
+        validation: Data that learning rates are chosen on [default: a tenth of DATA].
+        test: Data that the report is about [default: another tenth of DATA].
+        other: Data of another task, the control of seeds.
+        general: Text of what the base was made for, to see how far runs stray.
+        prompt: Name of the column with the prompts [default: prompt].
+        completion: Name of the column with the completions [default: completion].
+        max_length: Longest example in tokens [default: the model's context].
+    """
+
+    validation: str | None = None
+    test: str | None = None
+    other: str | None = None
+    general: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    max_length: Whole = None
+
+
+def study(
+    question: Question,
+    base: str | None = None,
+    data: str | None = None,
+    *,
+    out: Path,
+    asked: QuestionOptions | None = None,
+    runs: StudyRunOptions | None = None,
+    measured: StudyDataOptions | None = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    png: bool = False,
+    json: bool = False,
+) -> None:
+    """Answer a question of the LoRA paper on a model and data: planned runs, tables, figures, one report.
+
+    Interrupted, it goes on with the same command; no finished run is repeated.
+
+    Args:
+        question: rank: what rank is enough; seeds: what seeds share; targets: which matrices deserve the
+            parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; paper: the first four.
+        base: A model folder, a hub id or a .gguf file; none for paper --tiny.
+        data: The task, as for train; none for paper --tiny.
+        out: The folder of the study: report.html, results.json, and every run.
+        dtype: Of the frozen base.
+        device: Where to run.
+        png: Write the figures as files too.
+        json: Print results.json on stdout.
+    """
+    given, settings, files = (
+        asked or QuestionOptions(),
+        runs or StudyRunOptions(),
+        measured or StudyDataOptions(),
+    )
+    _refuse_misplaced(question, given)
+    for name in ("altair", "vl_convert"):
+        require(name, extra="report")  # now, and not after hours of runs
+    require("scipy.special", extra="study")
+    from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
+
+    workers = settings.workers or 1
+    if given.tiny:
+        studies, material, workers = _tiny(out, settings, base, data)
+    else:
+        if base is None or data is None:
+            raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
+        asked_for = None if question == "paper" else _study(question, given)
+        material = _material(base, data, settings, files, dtype, device)
+        studies = paper_questions(material) if asked_for is None else [asked_for]
+    if workers > 1 and material.base.device.type != "cpu":
+        raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
+    with _Progress() as progress:
+        report = run_studies(
+            studies,
+            material,
+            out,
+            overwrite=settings.overwrite,
+            budget_minutes=settings.budget_minutes,
+            execute=processes(workers) if workers > 1 else in_process,
+            workers=workers,
+            on_estimate=progress.estimate,
+            on_run=progress.run,
+        )
+    command = shlex.join(["brushstroke", *sys.argv[1:]])
+    page = write_report(report, out, title=TITLES[question], command=command, png=png)
+    if json:
+        emit_json({**report.as_dict(), "command": command})
+        return
+    for finding in report.findings:
+        emit(f"{finding.question}\n  {finding.answer}\n")
+    say(f"{page} shows all of it")
+
+
+def _tiny(
+    out: Path, settings: StudyRunOptions, base: str | None, data: str | None
+) -> "tuple[list[Study], Material, int]":
+    import os
+
+    from brushstroke.studies import tiny_paper
+
+    fixed = ("learning_rates", "epochs", "max_steps", "batch_size")
+    chosen = [f"--{name.replace('_', '-')}" for name in fixed if getattr(settings, name) is not None]
+    if base is not None or data is not None or chosen:
+        surplus = ", ".join(chosen) or "BASE and DATA"
+        raise ConfigError(f"paper --tiny brings its own model, data and settings; leave out {surplus}")
+    seeds = range(5 if settings.seeds is None else settings.seeds)
+    studies, material = tiny_paper(
+        out, seeds=tuple(seeds), on_base=lambda: say("a small model is trained first, if it is not there")
+    )
+    return studies, material, settings.workers or os.cpu_count() or 1
+
+
+def _study(question: str, given: QuestionOptions) -> "Study":
+    from brushstroke import studies
+
+    common: dict[str, Any] = {}
+    if given.targets is not None:
+        common["targets"] = split(given.targets)
+    if given.alpha is not None:
+        common["alpha"] = given.alpha
+    if given.rank is not None:
+        common["rank"] = given.rank
+    if given.ranks is not None:
+        common["ranks"] = _numbers("--ranks", given.ranks, int)
+    if given.scale_rule is not None:
+        common["scale_rule"] = given.scale_rule
+    if given.dimensions is not None:
+        common["dimensions"] = _numbers("--dimensions", given.dimensions, int)
+    if given.budget is not None:
+        common["budget"] = given.budget
+    if given.sets is not None:
+        from brushstroke.studies.arms import matrices_name
+
+        members = [tuple(part.split("+")) for part in split(given.sets)]
+        common["sets"] = {matrices_name(targets): targets for targets in members}
+    kinds: dict[str, Any] = {
+        "rank": studies.RankStudy,
+        "seeds": studies.SeedsStudy,
+        "targets": studies.TargetsStudy,
+        "delta": studies.DeltaStudy,
+        "intrinsic": studies.IntrinsicStudy,
+    }
+    return kinds[question](**common)
+
+
+def _material(
+    base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, dtype: str, device: str
+) -> "Material":
+    from brushstroke.base import load_base
+    from brushstroke.studies import make_material
+    from brushstroke.training import TrainConfig
+
+    training: dict[str, Any] = {"epochs": 1.0}
+    for name in ("epochs", "max_steps", "batch_size"):
+        if getattr(settings, name) is not None:
+            training[name] = getattr(settings, name)
+    if files.max_length is not None:
+        training["max_length"] = files.max_length
+    config = TrainConfig(**training)
+    rates = (
+        ()
+        if settings.learning_rates is None
+        else _numbers("--learning-rates", settings.learning_rates, float)
+    )
+    count = 3 if settings.seeds is None else settings.seeds
+    if count < 1:
+        raise ConfigError(f"--seeds is how many there are, at least 1; got {count}")
+    return make_material(
+        load_base(base, dtype=dtype, device=device),
+        data,
+        validation=files.validation,
+        test=files.test,
+        other=files.other,
+        general=files.general,
+        config=config,
+        learning_rates=rates,
+        seeds=tuple(range(count)),
+        prompt_column=files.prompt,
+        completion_column=files.completion,
+    )
+
+
+def _refuse_misplaced(question: str, given: QuestionOptions) -> None:
+    for name, places in ONLY_FOR.items():
+        if getattr(given, name) is not None and question not in places:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {' and '.join(places)}, not for {question}; leave it out"
+            )
+    if given.tiny and question != "paper":
+        raise ConfigError("--tiny is for paper: brushstroke study paper --tiny --out DIR")
+    if given.rank is not None and given.budget is not None:
+        raise ConfigError("give --rank or --budget, not both")
+
+
+def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in split(text))
+    except ValueError:
+        raise ConfigError(f"{flag} takes numbers with commas between them; got {text!r}") from None
+
+
+class _Progress:
+    """A line on a terminal that is kept up to date, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._console = people()
+        self._live: Any = None
+        self._last_line = time.monotonic()
+
+    def estimate(self, plan: "Estimate") -> None:
+        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none was done before")
+        for line in plan.left_out:
+            say(f"left out by --budget-minutes: {line}")
+        if self._console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=self._console, refresh_per_second=4)
+            self._live.start()
+
+    def run(self, event: "Progress") -> None:
+        outcome = event.outcome
+        loss = "diverged" if outcome.validation is None else f"validation {outcome.validation.loss:.4f}"
+        told = (
+            f"{event.stage} {event.done}/{event.planned}  {outcome.arm}, rate {outcome.learning_rate:g}, "
+            f"seed {outcome.seed}: {loss}  {clock(event.seconds_left)} left"
+        )
+        if self._live is not None:
+            self._live.update(told)
+        elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(told, markup=False)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()

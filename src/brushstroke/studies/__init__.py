@@ -1,0 +1,48 @@
+"""The paper's questions on a model and data of one's own: arms, runs, statistics, one report.
+
+Each question is a module: `targets`, `rank`, `seeds`, `delta`, `intrinsic`. `run_studies` runs them.
+"""
+
+from brushstroke.studies.arms import Arm, Run, rate_grid
+from brushstroke.studies.delta import DeltaStudy
+from brushstroke.studies.executors import Executor, in_process, processes
+from brushstroke.studies.findings import Figure, Finding, Table
+from brushstroke.studies.intrinsic import IntrinsicStudy
+from brushstroke.studies.material import make_material
+from brushstroke.studies.page import write_report
+from brushstroke.studies.presets import paper_questions, tiny_paper
+from brushstroke.studies.rank import RankStudy
+from brushstroke.studies.runner import Estimate, Grid, Progress
+from brushstroke.studies.seeds import SeedsStudy
+from brushstroke.studies.study import Material, Report, Study, run_studies
+from brushstroke.studies.targets import TargetsStudy
+from brushstroke.studies.workshop import Task
+
+__all__ = [
+    "Arm",
+    "DeltaStudy",
+    "Estimate",
+    "Executor",
+    "Figure",
+    "Finding",
+    "Grid",
+    "IntrinsicStudy",
+    "Material",
+    "Progress",
+    "RankStudy",
+    "Report",
+    "Run",
+    "SeedsStudy",
+    "Study",
+    "Table",
+    "TargetsStudy",
+    "Task",
+    "in_process",
+    "make_material",
+    "paper_questions",
+    "processes",
+    "rate_grid",
+    "run_studies",
+    "tiny_paper",
+    "write_report",
+]

@@ -1,0 +1,236 @@
+"""What a study compares: arms. Each says which matrices learn, in what form, and on which task.
+
+It trains nothing.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from brushstroke.adapter import LoraConfig, Site
+from brushstroke.adapter.targets import resolve_targets
+from brushstroke.errors import ConfigError
+
+TASK, OTHER = "task", "other task"
+BUDGET_TOLERANCE = 0.05  # how far an arm may be from the parameter budget, as a share of it
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared.
+
+    Args:
+        name: as tables show it.
+        targets: patterns of the matrices that learn.
+        rank: of the low-rank update; None trains W itself.
+        alpha: numerator of the scale.
+        scale_rule: "standard" (alpha/rank) or "rslora" (alpha/√rank).
+        task: the task that it learns.
+        rates: learning rates to choose from; None takes those of the study.
+        dimension: learn only a random subspace of this many dimensions of the parameters; None learns all.
+
+    Raises:
+        ConfigError: a rank or dimension below 1.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    rank: int | None = 8
+    alpha: float = 16.0
+    scale_rule: str = "standard"
+    task: str = TASK
+    rates: tuple[float, ...] | None = None
+    dimension: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("dimension", self.dimension)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1; got {value}")
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The request for the update; of rank 1 where W itself learns, for the sites."""
+        return LoraConfig(
+            rank=self.rank or 1, alpha=self.alpha, targets=self.targets, scale_rule=self.scale_rule
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON types."""
+        return {
+            **asdict(self),
+            "targets": list(self.targets),
+            "rates": None if self.rates is None else list(self.rates),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm, a learning rate, a seed."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """A name for files: equal for equal runs, and for no others."""
+        settings = self.arm.as_dict()
+        settings.pop("rates")
+        digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
+        words = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")[:40]
+        return f"{words}-{digest}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def start_seed(self) -> int:
+        """The seed of the starting factors, another one for each arm and seed.
+
+        Equal starts would give two ranks or tasks equal directions that no training made.
+        """
+        settings = (self.arm.name, self.arm.targets, self.arm.rank, self.arm.task, self.seed)
+        return int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:4])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Arms with the same number of trained parameters.
+
+    Args:
+        parameters: the budget.
+        arms: those that meet it.
+        left_out: name → why a set of matrices cannot.
+    """
+
+    parameters: int
+    arms: tuple[Arm, ...]
+    left_out: Mapping[str, str]
+
+
+def parameters_per_rank(targets: Iterable[str], sites: Sequence[Site]) -> int:
+    """Σ (d + h) over the sites that the patterns select.
+
+    Raises:
+        TargetError: a pattern that selects nothing.
+    """
+    chosen = resolve_targets(LoraConfig(rank=1, targets=tuple(targets)), sites).ranks
+    return sum(site.d + site.h for site in sites if site.path in chosen)
+
+
+def equal_budget(
+    sets: Mapping[str, tuple[str, ...]], sites: Sequence[Site], budget: int, alpha: float = 16.0
+) -> Budget:
+    """One arm for each set of matrices, its rank solved for by Σ r·(d + h) = budget.
+
+    Args:
+        sets: name → patterns.
+        sites: of the model.
+        budget: trained parameters of every arm.
+        alpha: the same for all.
+
+    Raises:
+        TargetError: a pattern that selects nothing.
+        ConfigError: no set can meet the budget.
+
+    >>> sites = [Site("a.q", 4, 4), Site("a.v", 4, 4)]
+    >>> [arm.name for arm in equal_budget({"q": ("q",), "q,v": ("q", "v")}, sites, 32).arms]
+    ['q r=4', 'q,v r=2']
+    """
+    arms, left_out = [], {}
+    for name, targets in sets.items():
+        each = parameters_per_rank(targets, sites)
+        rank = max(1, round(budget / each))
+        chosen = resolve_targets(LoraConfig(rank=1, targets=targets), sites).ranks
+        largest = min(min(site.shape) for site in sites if site.path in chosen)
+        if abs(rank * each - budget) > BUDGET_TOLERANCE * budget:
+            left_out[name] = f"needs {rank * each:,} parameters at rank {rank}, the budget is {budget:,}"
+        elif rank > largest:
+            left_out[name] = f"would need rank {rank}, its smallest matrix allows {largest}"
+        else:
+            arms.append(low_rank(name, targets, rank, alpha))
+    if not arms:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
+        raise ConfigError(
+            f"no set of matrices meets a budget of {budget:,} parameters: {reasons}; choose another budget"
+        )
+    return Budget(budget, tuple(arms), left_out)
+
+
+def low_rank(
+    matrices: str, targets: tuple[str, ...], rank: int, alpha: float = 16.0, scale_rule: str = "standard"
+) -> Arm:
+    """An arm of one rank, under the name that all studies give it, so that none runs it twice."""
+    return Arm(f"{matrices} r={rank}", targets, rank, alpha, scale_rule)
+
+
+def whole(matrices: str, targets: tuple[str, ...], rates: tuple[float, ...]) -> Arm:
+    """The arm that trains W itself at these sites."""
+    return Arm(f"{matrices} W itself", targets, None, rates=rates)
+
+
+def equal_rank(sets: Mapping[str, tuple[str, ...]], rank: int, alpha: float = 16.0) -> tuple[Arm, ...]:
+    """One arm of this rank for each set of matrices."""
+    return tuple(low_rank(name, targets, rank, alpha) for name, targets in sets.items())
+
+
+def matrix_sets(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
+    """The sets of matrices of the paper's table 5, and the feed-forward block beside them.
+
+    Each attention matrix alone, the first with each of two others, all of attention, the feed-forward
+    block, everything.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    attention = _names("attention", sites)
+    names |= {short(name): (name,) for name in attention}
+    known = {short(name): name for name in attention}
+    for pair in (("q", "k"), ("q", "v")):
+        if all(part in known for part in pair):
+            names[",".join(pair)] = tuple(known[part] for part in pair)
+    if len(attention) > 1:
+        names[",".join(map(short, attention))] = attention
+    feed_forward = _names("mlp", sites)
+    names |= {",".join(map(short, feed_forward)): feed_forward} if feed_forward else {}
+    if "up_proj" in feed_forward and len(feed_forward) > 2:
+        names["up,down"] = ("up_proj", "down_proj")
+    return names | {"all": ("all-linear",)}
+
+
+def matrices_name(targets: Sequence[str]) -> str:
+    """How reports call the matrices that these patterns select.
+
+    >>> matrices_name(("q_proj", "v_proj")), matrices_name(("all-linear",))
+    ('q,v', 'all')
+    """
+    return ",".join("all" if target == "all-linear" else short(target) for target in targets)
+
+
+def short(name: str) -> str:
+    """A matrix's name without what all names have at their end.
+
+    >>> short("q_proj"), short("c_attn")
+    ('q', 'c_attn')
+    """
+    return name.removesuffix("_proj")
+
+
+def rate_grid(center: float, ratio: float = math.sqrt(10), points: int = 4) -> tuple[float, ...]:
+    """A logarithmic grid around a learning rate, two significant digits each.
+
+    >>> rate_grid(1e-3)
+    (0.00032, 0.001, 0.0032, 0.01)
+    """
+    first = -((points - 1) // 2)
+    return tuple(float(f"{center * ratio**k:.1e}") for k in range(first, first + points))
+
+
+def on_other_task(arm: Arm) -> Arm:
+    """The same arm on the other task: the control of what belongs to the task."""
+    return replace(arm, name=f"{arm.name}, other task", task=OTHER)
+
+
+def _names(group: str, sites: Sequence[Site]) -> tuple[str, ...]:
+    try:
+        chosen = resolve_targets(LoraConfig(rank=1, targets=(group,)), sites).ranks
+    except ConfigError:
+        return ()
+    return tuple(dict.fromkeys(site.name for site in sites if site.path in chosen))

@@ -1,0 +1,185 @@
+"""Question 3 of the paper: how does ΔW relate to W, and how far did the model stray?"""
+
+from dataclasses import dataclass
+from statistics import median
+
+from brushstroke.analysis import mean_deciles, relate, spectrum
+from brushstroke.analysis.relate import SiteRelation
+from brushstroke.report.charts import lines, site_map
+from brushstroke.studies.arms import Arm, low_rank, matrices_name
+from brushstroke.studies.findings import Figure, Finding, Table, bounds
+from brushstroke.studies.reading import inconclusive_note, left_out_note, places
+from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import interval
+from brushstroke.studies.study import Material
+from brushstroke.studies.workshop import Workshop
+
+SHOWN = 8  # rows of the table by site, for each rank
+COLUMNS = (
+    *("rank", "site", "‖leftᵀ·W·right‖: ΔW", "W", "random"),
+    *("‖W‖", "‖ΔW‖", "amplification", "over chance"),
+)
+
+
+@dataclass(frozen=True)
+class DeltaStudy:
+    """A small and a large rank of one set of matrices, against W.
+
+    Args:
+        targets: the matrices.
+        ranks: those whose updates are related to W.
+        alpha: the same for all.
+    """
+
+    targets: tuple[str, ...] = ("all-linear",)
+    ranks: tuple[int, ...] = (4, 32)
+    alpha: float = 16.0
+    name: str = "delta"
+
+    def arms(self, material: Material) -> list[Arm]:
+        """One for each rank."""
+        matrices = matrices_name(self.targets)
+        return [low_rank(matrices, self.targets, rank, self.alpha) for rank in sorted(set(self.ranks))]
+
+    def read(self, results: Results, workshop: Workshop) -> Finding:
+        """Projection norms, amplification beside its expectation, and how far each arm strayed."""
+        matrices = matrices_name(self.targets)
+        ranked = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
+        good = results.conclusive(list(ranked.values()))
+        seed = results.estimate.seeds[0]
+        found = {
+            rank: relate(results.adapter(name, seed), workshop.base, allow_different_base=True)
+            for rank, name in ranked.items()
+            if name in good
+        }
+        records, rows, texts = [], [], []
+        for rank, relation in found.items():
+            where = places(list(relation))
+            for site, row in relation.ordered():
+                layer, matrix = where[site]
+                records.append({"rank": f"rank {rank}", "layer": layer, "matrix": matrix, **_numbers(row)})
+            rows += [_row(rank, site, row) for site, row in relation.ordered()[:SHOWN]]
+            values = list(relation.values())
+            ratio = median(row.ratio_to_chance or 0.0 for row in values)
+            strength = median(row.amplification or 0.0 for row in values)
+            chance = median(row.amplification_random or 0.0 for row in values)
+            texts.append(
+                f"At rank {rank} ΔW amplifies what W does in its directions {strength:.3g} times (median of "
+                f"{len(values)} matrices); a random update of the same norm would {chance:.3g} times. W does "
+                f"{ratio:.2f} times as much in the directions of ΔW as in random ones."
+            )
+        figures = []
+        if records:
+            measures = ("ratio_to_chance", "amplification", "amplification_random", "norm_delta", "norm_base")
+            figures.append(
+                Figure(
+                    "relation",
+                    "ΔW against W by layer and matrix; choose the rank and the number.",
+                    site_map(records, measures=measures, choose=("rank",)),
+                )
+            )
+            figures += _decile_figure(found)
+        strayed, told = _strayed(results, list(ranked.values()), workshop)
+        return Finding(
+            "How does ΔW relate to W?",
+            " ".join([*texts, told]) if texts else "No arm is conclusive: the question stays open.",
+            (
+                Table(
+                    f"Frobenius norms, first seed; the first {SHOWN} matrices of each rank.",
+                    COLUMNS,
+                    tuple(rows),
+                ),
+                *strayed,
+            ),
+            tuple(figures),
+            (
+                "Amplification falls like 1/rank almost by construction; the number free of the rank is the "
+                "ratio to chance.",
+                *inconclusive_note(results, list(ranked.values())),
+                *left_out_note(results),
+            ),
+            {str(rank): relation.as_dict() for rank, relation in found.items()},
+        )
+
+
+def _numbers(row: SiteRelation) -> dict[str, float | None]:
+    return {
+        "ratio_to_chance": row.ratio_to_chance,
+        "amplification": _finite(row.amplification),
+        "amplification_random": _finite(row.amplification_random),
+        "norm_delta": row.norm_delta,
+        "norm_base": row.norm_base,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and value != float("inf") else None
+
+
+def _row(rank: int, site: str, row: SiteRelation) -> tuple[object, ...]:
+    numbers = (
+        row.projection_delta,
+        row.projection_base,
+        row.projection_random,
+        row.norm_base,
+        row.norm_delta,
+    )
+    return (
+        rank,
+        site,
+        *(f"{value:.3g}" for value in numbers),
+        f"{row.amplification or 0:.3g}",
+        f"{row.ratio_to_chance or 0:.3g}",
+    )
+
+
+def _decile_figure(found: dict) -> list[Figure]:
+    records = []
+    for rank, relation in found.items():
+        shares = mean_deciles(relation)
+        if shares is None:
+            continue
+        for side, values in (("input side", shares.left), ("output side", shares.right)):
+            records += [
+                {"tenth": index, "share": value, "arm": f"rank {rank}, {side}"}
+                for index, value in enumerate(values, start=1)
+            ]
+    if not records:
+        return []
+    spec = lines(
+        records,
+        x="tenth",
+        y="share",
+        series="arm",
+        x_title="tenth of W's singular directions, strongest first",
+        y_title="share of ‖ΔW‖²",
+    )
+    return [
+        Figure("deciles", "Where the energy of ΔW lies in W's spectrum; chance is 0.1 in a square W.", spec)
+    ]
+
+
+def _strayed(results: Results, names: list[str], workshop: Workshop) -> tuple[list[Table], str]:
+    """Loss on the general text before and after, beside ‖ΔW‖/‖W‖."""
+    before = results.untouched.get("general")
+    if before is None:
+        return [], "How far the model strayed is not known: no general text was given."
+    rows, worst = [], 0.0
+    for name, found in results.conclusive().items():
+        after = [o.general.loss for o in found.outcomes.values() if o.general]
+        if not after or found.arm.task != "task":
+            continue
+        seed = next(iter(found.outcomes))
+        spectra = spectrum(results.adapter(name, seed), workshop.base, allow_different_base=True)
+        change = interval([loss - before.loss for loss in after])
+        if name in names:
+            worst = max(worst, change.mean)
+        relative = median(row.relative_norm or 0.0 for row in spectra.values())
+        rows.append(
+            (name, f"{before.loss:.4f}", bounds(interval(after)), bounds(change, 3), f"{relative:.3f}")
+        )
+    columns = ("arm", "before", "after", "change", "‖ΔW‖/‖W‖")
+    table = Table(
+        "Loss on the general text, which nobody trained on here; median of the norms.", columns, tuple(rows)
+    )
+    return [table], f"On the general text the loss of these arms rose by at most {worst:.3f} nats."

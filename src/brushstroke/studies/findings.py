@@ -1,0 +1,71 @@
+"""What a study says: a question, an answer, tables and figures. Reports and files are made of these."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from brushstroke.studies.statistics import Difference, Interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers for people: a caption, names of the columns, rows of cells."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A Vega-Lite drawing with a name for its file and a caption."""
+
+    name: str
+    caption: str
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and what the runs say of it.
+
+    Args:
+        question: what was asked.
+        answer: in one paragraph, with its uncertainty.
+        tables, figures: what the answer rests on.
+        notes: what limits it.
+        data: every number, as JSON types.
+    """
+
+    question: str
+    answer: str
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    notes: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def bounds(found: Interval, digits: int = 4) -> str:
+    """An interval for a table.
+
+    >>> bounds(Interval(1.25, 1.2, 1.3, 5), 3)
+    '1.25 [1.2, 1.3]'
+    """
+    if found.low is None or found.high is None:
+        return f"{found.mean:.{digits}g}"
+    return f"{found.mean:.{digits}g} [{found.low:.{digits}g}, {found.high:.{digits}g}]"
+
+
+def difference_table(found: Sequence[Difference], caption: str) -> Table:
+    """Paired differences with their intervals and corrected p."""
+    rows = tuple(
+        (
+            one.first,
+            one.second,
+            bounds(one.difference, 3),
+            "–" if one.p_holm is None else f"{one.p_holm:.2g}",
+            "yes" if one.significant() else "no",
+        )
+        for one in found
+    )
+    return Table(caption, ("arm", "against", "difference", "p (Holm)", "apart"), rows)

@@ -1,0 +1,133 @@
+"""The background of the paper: how many dimensions does a task need? d90 by training in random subspaces."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from brushstroke.adapter.targets import resolve_targets
+from brushstroke.report.charts import lines
+from brushstroke.studies.arms import Arm, low_rank, matrices_name, whole
+from brushstroke.studies.findings import Figure, Finding
+from brushstroke.studies.reading import arms_table, as_interval, inconclusive_note, left_out_note, test_loss
+from brushstroke.studies.runner import Results
+from brushstroke.studies.study import Material
+from brushstroke.studies.workshop import Score, Workshop
+
+SMALL = 500_000  # weights at the sites up to which the subspace is one of W itself
+SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class IntrinsicStudy:
+    """Random subspaces of growing dimension, and all of the parameters.
+
+    Args:
+        targets: the matrices.
+        dimensions: of the subspaces.
+        rank: of the update whose factors the subspace lies in, where the matrices are large.
+        alpha: its numerator.
+        of: "W" for subspaces of the weights themselves, "factors" for those of U and V, "auto" by size.
+    """
+
+    targets: tuple[str, ...] = ("all-linear",)
+    dimensions: tuple[int, ...] = (10, 30, 100, 300, 1000)
+    rank: int = 8
+    alpha: float = 16.0
+    of: str = "auto"
+    name: str = "intrinsic"
+
+    def arms(self, material: Material) -> list[Arm]:
+        """All parameters, and one arm for each dimension."""
+        rates = material.grid.rates
+        full = self._full(material)
+        wider = tuple(float(f"{rate * 10:.1e}") for rate in rates)
+        return [
+            full,
+            *(
+                replace(full, name=f"{full.name}, {d} dimensions", dimension=d, rates=wider)
+                for d in sorted(set(self.dimensions))
+            ),
+        ]
+
+    def _full(self, material: Material) -> Arm:
+        matrices = matrices_name(self.targets)
+        chosen = resolve_targets(low_rank(matrices, self.targets, 1).lora, material.sites).ranks
+        size = sum(site.d * site.h for site in material.sites if site.path in chosen)
+        if self.of == "W" or (self.of == "auto" and size <= SMALL):
+            rates = tuple(float(f"{rate / 10:.1e}") for rate in material.grid.rates)
+            return whole(matrices, self.targets, rates)
+        return low_rank(matrices, self.targets, self.rank, self.alpha)
+
+    def read(self, results: Results, workshop: Workshop) -> Finding:
+        """d90 by both definitions, and the curve."""
+        names = list(results.arms)
+        mine = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]
+        full = next((n for n in names if any(m.startswith(f"{n}, ") for m in mine)), None)
+        question = "How many dimensions does the task need?"
+        notes = (
+            "A random subspace of the parameters (Li et al. 2018); d90 is an upper bound at the dimensions "
+            "that were tried, for this training and these matrices.",
+            "The accuracy is the share of test tokens that are predicted first.",
+            *inconclusive_note(results, [*mine, *([full] if full else [])]),
+            *left_out_note(results),
+        )
+        table = arms_table(
+            results, [*([full] if full else []), *mine], "All parameters, and random subspaces."
+        )
+        good = results.conclusive([*mine, *([full] if full else [])])
+        if full is None or full not in good:
+            answer = "Training all of the parameters is not conclusive, so there is nothing to take 90 % of."
+            return Finding(question, answer, (table,), (), notes)
+        before, after = results.untouched["task"], _mean_score(results, full)
+        losses = {results.arms[n].arm.dimension or 0: _mean_score(results, n) for n in mine if n in good}
+        of_metric = _smallest(losses, lambda score: score.accuracy >= SHARE * after.accuracy)
+        gain = before.loss - after.loss
+        of_gain = _smallest(losses, lambda score: score.loss <= before.loss - SHARE * gain)
+        records = [
+            {"dimension": d, "loss": score.loss, "arm": "random subspace"}
+            for d, score in sorted(losses.items())
+        ]
+        records += [
+            {"dimension": d, "loss": score.loss, "arm": label}
+            for d in (min(losses, default=1), max(losses, default=1))
+            for label, score in (("all parameters", after), ("untouched base", before))
+        ]
+        spec = lines(
+            records,
+            x="dimension",
+            y="loss",
+            series="arm",
+            x_title="dimensions",
+            y_title="test loss, nats",
+            log_x=True,
+        )
+        return Finding(
+            question,
+            f"d90 of the gain in loss over the untouched base ({before.loss:.3f} to {after.loss:.3f} nats): "
+            f"{_told(of_gain, losses)}. d90 of the accuracy of full training ({100 * after.accuracy:.1f} %; "
+            f"the untouched base has {100 * before.accuracy:.1f} %): {_told(of_metric, losses)}.",
+            (table,),
+            (Figure("intrinsic", "Test loss by the dimension of the subspace.", spec),),
+            notes,
+            {
+                "d90_gain": of_gain,
+                "d90_metric": of_metric,
+                "test_loss": {n: as_interval(test_loss(good[n])) for n in good},
+            },
+        )
+
+
+def _mean_score(results: Results, name: str) -> Score:
+    scores = [o.test for o in results.arms[name].outcomes.values() if o.test]
+    n = len(scores)
+    return Score(sum(s.loss for s in scores) / n, sum(s.accuracy for s in scores) / n, scores[0].tokens)
+
+
+def _smallest(losses: Mapping[int, Score], reached) -> int | None:
+    return next((d for d in sorted(losses) if reached(losses[d])), None)
+
+
+def _told(found: int | None, tried: Sequence[int] | Mapping[int, Score]) -> str:
+    if found is None:
+        return f"above {max(tried):,}, the largest that was tried" if tried else "not known"
+    smaller = [d for d in tried if d < found]
+    return f"{found:,}" + (f" (more than {max(smaller):,})" if smaller else " or less")

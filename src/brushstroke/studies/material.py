@@ -1,0 +1,100 @@
+"""From the user's model and files to the material of a study: three splits that share no row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from brushstroke.base import Base
+from brushstroke.data import Example
+from brushstroke.errors import DataError
+from brushstroke.studies.arms import OTHER, TASK, rate_grid
+from brushstroke.studies.runner import Grid
+from brushstroke.studies.study import Material
+from brushstroke.studies.workshop import Task
+from brushstroke.training import TrainConfig
+from brushstroke.training.config import default_learning_rate
+from brushstroke.training.setup import read_data
+
+HELD_OUT_SHARE = 0.1  # of the rows, for validation and again for the test, where no file is named
+MOST_HELD_OUT = 256
+
+
+def make_material(
+    base: Base,
+    data: Any,
+    *,
+    validation: Any = None,
+    test: Any = None,
+    other: Any = None,
+    general: Any = None,
+    config: TrainConfig | None = None,
+    learning_rates: Sequence[float] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> Material:
+    """Read the data of a study.
+
+    Args:
+        base: the frozen model.
+        data: what the task is learnt from; anything that `train` takes.
+        validation, test: data of their own; otherwise a tenth of the rows each, always the same.
+        other: data of another task, the control of `SeedsStudy`.
+        general: text of what the base was made for, to see how far runs stray.
+        config: how every run trains; one epoch by default.
+        learning_rates: to choose from; by default four around the rule of `TrainConfig`.
+        seeds: of every arm.
+        prompt_column, completion_column: other names for "prompt" and "completion".
+
+    Raises:
+        DataError: data that cannot be read, or too few rows to split.
+        ConfigError: settings that cannot work.
+    """
+    config = config or TrainConfig(epochs=1)
+
+    def read(source: Any) -> tuple[Example, ...]:
+        return read_data(base, source, config, None, prompt_column, completion_column).examples
+
+    found = {
+        TASK: _task(
+            "the given data", read(data), *(None if x is None else read(x) for x in (validation, test))
+        )
+    }
+    told = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
+    if other is not None:
+        found[OTHER] = _task("the other data", read(other), None, None)
+        told["other task"] = _told(found[OTHER])
+    hidden = getattr(getattr(base.model, "config", None), "hidden_size", None)
+    rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden))
+    texts = read(general)[:MOST_HELD_OUT] if general is not None else ()
+    return Material(base, found, config, Grid(rates, tuple(seeds)), texts, told)
+
+
+def _task(
+    name: str,
+    examples: tuple[Example, ...],
+    validation: tuple[Example, ...] | None,
+    test: tuple[Example, ...] | None,
+) -> Task:
+    rest = list(examples)
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
+    share = min(MOST_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(rest))))
+    missing = (validation is None) + (test is None)
+    if len(rest) < missing * share + 1:
+        raise DataError(
+            f"{name}: {len(rest)} rows are too few for training, validation and test; give more rows, or "
+            "files of their own (--validation, --test)"
+        )
+    parts = {}
+    for split, given in (("validation", validation), ("test", test)):
+        if given is None:
+            chosen, order = order[:share], order[share:]
+            given = tuple(rest[index] for index in sorted(chosen))
+        parts[split] = given
+    return Task(name, tuple(rest[index] for index in sorted(order)), parts["validation"], parts["test"])
+
+
+def _told(task: Task) -> str:
+    parts = (len(task.train), len(task.validation), len(task.test))
+    return "{} rows to learn from, {} for validation, {} for the test".format(*parts)

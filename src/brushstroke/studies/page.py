@@ -1,0 +1,124 @@
+"""A finished study as one self-contained page, one results.json, and its figures as PNG where asked for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from brushstroke.errors import require
+from brushstroke.files import output_errors, write_file
+from brushstroke.report import Page
+from brushstroke.studies.study import Report
+from brushstroke.training.run import versions
+
+REPORT, RESULTS, FIGURES = "report.html", "results.json", "figures"
+PNG_SCALE = 2.0
+
+
+def write_report(
+    report: Report, folder: str | Path, *, title: str, command: str = "", png: bool = False
+) -> Path:
+    """Write results.json, report.html, and with `png` the figures; returns the page's path.
+
+    Args:
+        report: the finished study.
+        folder: that of the study.
+        title: the heading.
+        command: what runs it again.
+        png: draw every figure as a file too.
+
+    Raises:
+        OutputError: a file cannot be written.
+        MissingPackageError: the report extra is not installed.
+    """
+    folder = Path(folder).expanduser()
+    write_file(folder / RESULTS, json.dumps({**report.as_dict(), "command": command}, indent=1) + "\n")
+    file = report_page(report, title=title, command=command).write(folder / REPORT)
+    if png:
+        convert = require("vl_convert", extra="report")
+        with output_errors(folder / FIGURES):
+            (folder / FIGURES).mkdir(exist_ok=True)
+        for finding in report.findings:
+            for figure in finding.figures:
+                spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
+                image = convert.vegalite_to_png(_sized(spec), scale=PNG_SCALE)
+                write_file(folder / FIGURES / f"{figure.name}.png", image)
+    return file
+
+
+def report_page(report: Report, *, title: str, command: str = "") -> Page:
+    """The page: each question with its answer, tables and figures; then what it rests on."""
+    results = report.results
+    page = Page(title, _lead(report))
+    for finding in report.findings:
+        page.section(finding.question)
+        page.text(finding.answer)
+        for table in finding.tables:
+            page.table(table.columns, table.rows, table.caption)
+        for figure in finding.figures:
+            page.chart(figure.spec, figure.caption)
+        page.text(*finding.notes)
+    page.section("Learning rates")
+    page.text(
+        "Each arm's rate was chosen on the validation split with the first seed; everything above is "
+        "measured on the test split, at the end of training."
+    )
+    rates = sorted({rate for found in results.arms.values() for rate in found.tried})
+    page.table(
+        ["arm", *(f"{rate:g}" for rate in rates), "chosen"],
+        [
+            [
+                name,
+                *(_loss(found.tried, rate) for rate in rates),
+                "–" if found.chosen is None else f"{found.chosen:g}{' (edge)' if found.edge else ''}",
+            ]
+            for name, found in results.arms.items()
+        ],
+        "Validation loss by learning rate; × diverged.",
+    )
+    page.section("Settings")
+    page.table(["setting", "value"], [[name, _brief(value)] for name, value in _settings(report).items()])
+    if command:
+        page.code(command, "To run it again:")
+    return page
+
+
+def _lead(report: Report) -> str:
+    model = report.settings["model"]
+    runs = sum(len(found.tried) + max(0, len(found.outcomes) - 1) for found in report.results.arms.values())
+    told = "; ".join(f"{name}: {text}" for name, text in model.items())
+    return f"{runs} runs of {len(report.results.arms)} arms. {told}" + ("." if told else "")
+
+
+def _settings(report: Report) -> dict[str, Any]:
+    settings = dict(report.settings)
+    training = settings.pop("training")
+    settings.pop("arms")
+    settings.pop("model")
+    return {
+        **settings,
+        **{f"training: {key}": value for key, value in training.items() if value is not None},
+        "estimated minutes": f"{report.results.estimate.seconds / 60:.1f}",
+        "left out": "; ".join(report.results.estimate.left_out) or "nothing",
+        "versions": versions(),
+    }
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(str(part) for part in value)
+    return str(value)
+
+
+def _loss(tried: Mapping[float, float | None], rate: float) -> str:
+    if rate not in tried:
+        return ""
+    loss = tried[rate]
+    return "×" if loss is None else f"{loss:.4f}"
+
+
+def _sized(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same figure with a width of its own, as there is no page around it."""
+    return {**spec, "width": 620} if spec.get("width") == "container" else dict(spec)

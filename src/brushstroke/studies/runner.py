@@ -1,0 +1,305 @@
+"""From arms to results: choose each arm's learning rate on the validation split, then run its other seeds.
+
+An arm whose best learning rate lies on the edge of the grid, after the grid was extended once, is
+inconclusive: a better rate may lie beyond. What a run does is in `workshop`, where it runs in `executors`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import ConfigError, TrainingError
+from brushstroke.studies.arms import Arm, Run
+from brushstroke.studies.executors import Executor, in_process
+from brushstroke.studies.store import Store
+from brushstroke.studies.workshop import Outcome, Workshop
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried of each arm.
+
+    Args:
+        rates: learning rates, ascending, for arms that name none of their own.
+        seeds: the first one is what rates are chosen with.
+        extend: whether a grid is extended once where its best rate lies on the edge.
+
+    Raises:
+        ConfigError: no rate or no seed, or a rate that is not above 0.
+    """
+
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    extend: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.rates or not self.seeds:
+            raise ConfigError("a study needs at least one learning rate and one seed")
+        if any(not rate > 0 for rate in self.rates):
+            raise ConfigError(f"learning rates must be above 0; got {', '.join(map(str, self.rates))}")
+        object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
+
+    def of(self, arm: Arm) -> tuple[float, ...]:
+        """The rates that an arm begins with."""
+        return tuple(sorted(arm.rates)) if arm.rates else self.rates
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a study will take, and what a budget of time leaves out.
+
+    Args:
+        seconds: of all runs that are planned, on this machine.
+        runs: how many.
+        arms: those that fit.
+        seeds: those that fit.
+        left_out: in words, one line each.
+    """
+
+    seconds: float
+    runs: int
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    left_out: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Estimate":
+        """The inverse of `dataclasses.asdict`, also after JSON."""
+        names = {name: tuple(told[name]) for name in ("arms", "seeds", "left_out")}
+        return cls(seconds=told["seconds"], runs=told["runs"], **names)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What became of one arm.
+
+    Args:
+        arm: the arm.
+        tried: learning rate → validation loss of the first seed; None where it diverged.
+        chosen: the rate with the lowest; None where all diverged.
+        edge: "lowest" or "highest" where the chosen rate is the grid's last one in that direction.
+        outcomes: seed → outcome at the chosen rate.
+    """
+
+    arm: Arm
+    tried: Mapping[float, float | None]
+    chosen: float | None
+    edge: str | None
+    outcomes: Mapping[int, Outcome]
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the chosen rate has a neighbour on either side."""
+        return self.chosen is not None and self.edge is None
+
+    def losses(self) -> dict[int, float]:
+        """Seed → loss on the test split, of the runs that did not diverge."""
+        return {seed: o.test.loss for seed, o in self.outcomes.items() if o.test is not None}
+
+
+@dataclass
+class Results:
+    """All arms of a study, and where their updates are."""
+
+    store: Store
+    arms: dict[str, ArmResult]
+    untouched: dict[str, Any]
+    estimate: Estimate
+    _loaded: dict[tuple[str, int], Adapter] = field(default_factory=dict)
+
+    def adapter(self, arm: str, seed: int) -> Adapter:
+        """The update that an arm learnt with a seed."""
+        if (arm, seed) not in self._loaded:
+            found = self.arms[arm]
+            assert found.chosen is not None
+            self._loaded[arm, seed] = self.store.adapter(Run(found.arm, found.chosen, seed))
+        return self._loaded[arm, seed]
+
+    def conclusive(self, names: Sequence[str] | None = None) -> dict[str, ArmResult]:
+        """The arms whose learning rate could be chosen."""
+        chosen = (
+            self.arms if names is None else {name: self.arms[name] for name in names if name in self.arms}
+        )
+        return {name: found for name, found in chosen.items() if found.conclusive}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every run.
+
+    Args:
+        done, planned: runs of this stage.
+        stage: in words.
+        outcome: of the run that ended.
+        seconds_left: of the whole study.
+    """
+
+    done: int
+    planned: int
+    stage: str
+    outcome: Outcome
+    seconds_left: float
+
+
+def estimate(
+    workshop: Workshop, arms: Sequence[Arm], grid: Grid, workers: int = 1, budget_minutes: float | None = None
+) -> Estimate:
+    """Time a few steps of the largest arm, and plan what fits into the budget; wider grids are not foreseen.
+
+    Seeds are left out first, the last ones first, down to one; then arms, the last ones first.
+
+    Raises:
+        ConfigError: not even one arm fits.
+    """
+    slowest = max(arms, key=lambda arm: (arm.rank is None, arm.rank or 0, len(arm.targets)))
+    with _threads(1 if workers > 1 else torch.get_num_threads()):
+        each = workshop.seconds_of(slowest)
+
+    def cost(some: Sequence[Arm], seeds: int) -> tuple[int, float]:
+        runs = sum(len(grid.of(arm)) + seeds - 1 for arm in some)
+        return runs, runs * each / workers
+
+    kept, seeds = list(arms), len(grid.seeds)
+    limit = float("inf") if budget_minutes is None else budget_minutes * 60
+    while cost(kept, seeds)[1] > limit and seeds > 1:
+        seeds -= 1
+    while cost(kept, seeds)[1] > limit and len(kept) > 1:
+        kept.pop()
+    runs, seconds = cost(kept, seeds)
+    if seconds > limit:
+        raise ConfigError(
+            f"one arm takes about {seconds / 60:.1f} minutes and the budget is {budget_minutes:g}: give more "
+            "minutes (--budget-minutes), fewer steps (--max-steps) or fewer learning rates"
+        )
+    left_out = []
+    if seeds < len(grid.seeds):
+        left_out.append(f"seeds {', '.join(map(str, grid.seeds[seeds:]))}")
+    if len(kept) < len(arms):
+        left_out.append(f"arms {', '.join(arm.name for arm in arms[len(kept) :])}")
+    return Estimate(seconds, runs, tuple(arm.name for arm in kept), grid.seeds[:seeds], tuple(left_out))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def conduct(
+    workshop: Workshop,
+    store: Store,
+    arms: Sequence[Arm],
+    grid: Grid,
+    plan: Estimate,
+    *,
+    execute: Executor = in_process,
+    on_run: Callable[[Progress], None] | None = None,
+) -> dict[str, ArmResult]:
+    """Do every run that is not finished yet.
+
+    Raises:
+        TrainingError: every run of every arm diverged.
+    """
+    kept = [arm for arm in arms if arm.name in plan.arms]
+    first, *others = plan.seeds
+    rates = {arm.name: list(grid.of(arm)) for arm in kept}
+    conductor = _Conductor(workshop, store, execute, plan.runs, on_run)
+    conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
+    if grid.extend:
+        further = []
+        for arm in kept:
+            if beyond := _beyond(rates[arm.name], _tried(store, arm, rates[arm.name], first)):
+                rates[arm.name].append(beyond)
+                further.append(Run(arm, beyond, first))
+        conductor.do("a wider grid", further)
+    chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in kept}
+    again = []
+    for seed in others:
+        for arm in kept:
+            rate, edge = chosen[arm.name]
+            if rate is not None and edge is None:
+                again.append(Run(arm, rate, seed))
+    conductor.do("seeds", again)
+    results = {}
+    for arm in kept:
+        rate, edge = chosen[arm.name]
+        tried = _tried(store, arm, sorted(rates[arm.name]), first)
+        found = {seed: store.outcome(Run(arm, rate, seed)) for seed in plan.seeds} if rate else {}
+        outcomes = {seed: outcome for seed, outcome in found.items() if outcome is not None}
+        results[arm.name] = ArmResult(arm, tried, rate, edge, outcomes)
+        for other in rates[arm.name]:
+            if other != rate:
+                store.forget_adapter(Run(arm, other, first))
+    if all(found.chosen is None for found in results.values()):
+        raise TrainingError(
+            "every run diverged, at every learning rate; give smaller ones (--learning-rates)"
+        )
+    return results
+
+
+@dataclass
+class _Conductor:
+    workshop: Workshop
+    store: Store
+    execute: Executor
+    planned: int
+    on_run: Callable[[Progress], None] | None
+    finished: int = 0  # of the whole study
+    ran: int = 0  # here
+    began: float = field(default_factory=time.monotonic)
+
+    def do(self, stage: str, runs: Sequence[Run]) -> None:
+        missing = [run for run in runs if self.store.outcome(run) is None]
+        before = len(runs) - len(missing)
+        self.finished += before
+        for count, (run, outcome) in enumerate(self.execute(self.workshop, missing), start=1):
+            self.store.finish(run, outcome)
+            self.finished += 1
+            self.ran += 1
+            if self.on_run:
+                pace = (time.monotonic() - self.began) / self.ran
+                left = max(0, self.planned - self.finished) * pace
+                self.on_run(Progress(before + count, len(runs), stage, outcome, left))
+
+
+def _tried(store: Store, arm: Arm, rates: Sequence[float], seed: int) -> dict[float, float | None]:
+    tried: dict[float, float | None] = {}
+    for rate in rates:
+        outcome = store.outcome(Run(arm, rate, seed))
+        tried[rate] = None if outcome is None or outcome.validation is None else outcome.validation.loss
+    return tried
+
+
+def _choose(tried: Mapping[float, float | None]) -> tuple[float | None, str | None]:
+    """The best rate, and the edge that it lies on, if any. One that only a diverged rate limits is inside."""
+    known = {rate: loss for rate, loss in tried.items() if loss is not None and loss == loss}
+    if not known:
+        return None, None
+    best = min(known, key=lambda rate: known[rate])
+    ordered = sorted(tried)
+    if best == ordered[0]:
+        return best, "lowest"
+    return best, "highest" if best == ordered[-1] else None
+
+
+def _beyond(rates: Sequence[float], tried: Mapping[float, float | None]) -> float | None:
+    """The next rate over the edge that the best one lies on; None where it lies inside."""
+    best, edge = _choose(tried)
+    ordered = sorted(rates)
+    if best is None:
+        return ordered[0] / 10
+    if edge is None:
+        return None
+    ratio = ordered[1] / ordered[0] if len(ordered) > 1 else 10**0.5
+    beyond = ordered[0] / ratio if edge == "lowest" else ordered[-1] * ratio
+    return float(f"{beyond:.1e}")

@@ -1,0 +1,329 @@
+"""Question 2 of the paper, second half: do two seeds learn the same directions, and are they the task's own?
+
+Beside chance stand two controls that the paper lacks: another task, and the layers' own inputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from brushstroke.analysis import SiteOverlap, random_pair
+from brushstroke.analysis.overlap import overlap_grid
+from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.report.charts import dots, grids
+from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
+from brushstroke.studies.controls import principal_inputs
+from brushstroke.studies.findings import Figure, Finding, Table
+from brushstroke.studies.reading import (
+    SIDES,
+    arms_table,
+    as_interval,
+    block,
+    inconclusive_note,
+    left_out_note,
+    over_seeds,
+    own_ranks,
+    pair_overlaps,
+    places,
+)
+from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import exceeds, holm, over_pairs
+from brushstroke.studies.study import Material
+from brushstroke.studies.workshop import Workshop
+
+SIDE_NAMES = {"left": "input side", "right": "output side"}
+Pairs = Mapping[tuple[int, int], Mapping[str, SiteOverlap]]
+
+
+@dataclass(frozen=True)
+class SeedsStudy:
+    """Several seeds of one arm, and of the same arm on another task.
+
+    Args:
+        targets: the matrices.
+        rank: of the update.
+        alpha: its numerator.
+        inner: the smaller size of the blocks φ(inner, rank) that are tested beside φ(rank, rank).
+    """
+
+    targets: tuple[str, ...] = ("all-linear",)
+    rank: int = 8
+    alpha: float = 16.0
+    inner: int = 4
+    name: str = "seeds"
+
+    def arms(self, material: Material) -> list[Arm]:
+        """The arm, and its control where there is another task."""
+        arm = low_rank(matrices_name(self.targets), self.targets, self.rank, self.alpha)
+        return [arm, on_other_task(arm)] if OTHER in material.tasks else [arm]
+
+    def read(self, results: Results, workshop: Workshop) -> Finding:
+        """φ between seeds against chance, the other task, and the principal directions of the inputs."""
+        arm = low_rank(matrices_name(self.targets), self.targets, self.rank, self.alpha)
+        names = [arm.name, on_other_task(arm).name]
+        good = results.conclusive(names)
+        question = "Do two seeds learn the same directions, and are they the task's own?"
+        notes = (
+            "The corner φ(1, 1) is no steady number: where two singular values nearly agree, their "
+            "directions change places between runs. The blocks are steady.",
+            *inconclusive_note(results, names),
+            *left_out_note(results),
+        )
+        seeds = [seed for seed in results.estimate.seeds if arm.name in good]
+        if len(seeds) < 2:
+            answer = "Two seeds of a conclusive arm are needed; the question stays open."
+            return Finding(question, answer, (arms_table(results, names[:1], "Runs."),), (), notes)
+        same = pair_overlaps(results, arm.name, arm.name, seeds)
+        controlled = names[1] in good
+        other = pair_overlaps(results, arm.name, names[1], seeds) if controlled else {}
+        sites = list(next(iter(same.values())))
+        k = min(self.rank, own_ranks(results.adapter(arm.name, seeds[0])))
+        sizes = [(min(self.inner, k), k), (k, k)]
+        inputs = self._inputs(results, workshop, arm.name, seeds, sites, k)
+        tests = _tests(same, other, sites, sizes)
+        tables = [
+            arms_table(results, [name for name in names if name in results.arms], "Runs."),
+            _block_table(tests),
+            _matrix_table(same, other, inputs, sites, k),
+        ]
+        if not controlled:
+            notes = ("There is no control by another task: give one (--other DATA).", *notes)
+        return Finding(
+            question,
+            _answer(tests, controlled, len(seeds), same, other, sites, k),
+            tuple(tables),
+            tuple(_figures(same, other, sites, k)),
+            notes,
+            {
+                "blocks": tests,
+                "matrices": _by_matrix(same, other, sites, k),
+                "inputs": inputs,
+            },
+        )
+
+    def _inputs(
+        self,
+        results: Results,
+        workshop: Workshop,
+        arm: str,
+        seeds: Sequence[int],
+        sites: Sequence[str],
+        k: int,
+    ) -> dict[str, float]:
+        """Site → φ(k, k) of the update's input directions with the inputs' own, mean over seeds."""
+        own = principal_inputs(workshop.base, sites, workshop.tasks["task"].train, k)
+        updates = {seed: low_rank_updates(results.adapter(arm, seed)) for seed in seeds}
+        found = {}
+        for site in sites:
+            values = []
+            for seed in seeds:
+                left = updates[seed][site].svd().left[:, :k]
+                values.append(float(overlap_grid(left.cpu(), own[site])[-1, -1]))
+            found[site] = fmean(values)
+        return found
+
+
+def _tests(
+    same: Pairs, other: Pairs, sites: Sequence[str], sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """For each block and side: φ, chance, control, the excess over both with interval and corrected p."""
+    found: list[dict[str, Any]] = []
+    for i, j in sizes:
+        for side in SIDES:
+            means = {pair: _mean(rows, sites, side, i, j) for pair, rows in same.items()}
+            chance = fmean(
+                max(i, j) / rows[site].shape[side == "right"] for rows in same.values() for site in sites
+            )
+            above_chance = {pair: value - chance for pair, value in means.items()}
+            row: dict[str, Any] = {
+                "block": f"φ({i}, {j})",
+                "side": side,
+                "phi": as_interval(over_seeds(means)),
+                "chance": chance,
+                "above_chance": as_interval(over_seeds(above_chance)),
+                "p_chance": exceeds(over_pairs(above_chance), 0.0),
+            }
+            if other:
+                control = {
+                    (a, b): (_mean(other[a, b], sites, side, i, j) + _mean(other[b, a], sites, side, i, j))
+                    / 2
+                    for a, b in same
+                }
+                excess = {pair: means[pair] - control[pair] for pair in means}
+                row |= {
+                    "other_task": as_interval(over_seeds(control)),
+                    "above_other": as_interval(over_seeds(excess)),
+                    "p_other": exceeds(over_pairs(excess), 0.0),
+                }
+            found.append(row)
+    for key in ("p_chance", "p_other"):
+        rows = [row for row in found if key in row]
+        for row, corrected in zip(rows, holm([row[key] for row in rows]), strict=True):
+            row[f"{key}_holm"] = corrected
+    return found
+
+
+def _mean(rows: Mapping[str, SiteOverlap], sites: Sequence[str], side: str, i: int, j: int) -> float:
+    return fmean(block(rows[site], side, i, j) for site in sites)
+
+
+def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[str, dict[str, Any]]:
+    """Kind of matrix → directions that two seeds share above the control, k·(φ(k, k) − control), by side."""
+    where = places(sites)
+    found: dict[str, dict[str, Any]] = {}
+    for matrix in dict.fromkeys(kind for _, kind in where.values()):
+        chosen = [site for site in sites if where[site][1] == matrix]
+        found[matrix] = {}
+        for side in SIDES:
+            shared = {}
+            for (a, b), rows in same.items():
+                phi = _mean(rows, chosen, side, k, k)
+                if other:
+                    control = (
+                        _mean(other[a, b], chosen, side, k, k) + _mean(other[b, a], chosen, side, k, k)
+                    ) / 2
+                else:
+                    control = fmean(k / rows[site].shape[side == "right"] for site in chosen)
+                shared[a, b] = k * (phi - control)
+            found[matrix][side] = as_interval(over_seeds(shared))
+    return found
+
+
+def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for row in tests:
+        told = [
+            row["block"],
+            SIDE_NAMES[row["side"]],
+            _shown(row["phi"]),
+            f"{row['chance']:.3f}",
+            _p(row, "p_chance"),
+        ]
+        if "other_task" in row:
+            told += [_shown(row["other_task"]), _shown(row["above_other"]), _p(row, "p_other")]
+        rows.append(tuple(told))
+    columns = ["block", "side", "φ, same task", "chance", "p above chance"]
+    if rows and len(rows[0]) > len(columns):
+        columns += ["φ, other task", "difference", "p above other task"]
+    return Table(
+        "Mean over all matrices and pairs of seeds; 95 % intervals by the jackknife over seeds, p one-sided, "
+        "Holm.",
+        tuple(columns),
+        tuple(rows),
+    )
+
+
+def _matrix_table(
+    same: Pairs, other: Pairs, inputs: Mapping[str, float], sites: Sequence[str], k: int
+) -> Table:
+    where = places(sites)
+    first = next(iter(same.values()))
+    rows = []
+    for site in sorted(sites, key=lambda site: list(where).index(site)):
+        layer, matrix = where[site]
+        cells: list[object] = [layer, matrix]
+        for side in SIDES:
+            cells.append(f"{fmean(block(rows_[site], side, k, k) for rows_ in same.values()):.3f}")
+            if other:
+                cells.append(f"{fmean(block(rows_[site], side, k, k) for rows_ in other.values()):.3f}")
+            cells.append(f"{k / first[site].shape[side == 'right']:.3f}")
+        cells.append(f"{inputs[site]:.3f}")
+        rows.append(tuple(cells))
+    sides = [
+        column
+        for side in ("input", "output")
+        for column in (f"{side}: φ", *([f"{side}: other task"] if other else []), f"{side}: chance")
+    ]
+    return Table(
+        f"φ({k}, {k}) by matrix; the last column is with the top {k} principal directions of the layer's "
+        "inputs.",
+        ("layer", "matrix", *sides, "inputs' own"),
+        tuple(rows),
+    )
+
+
+def _answer(
+    tests: Sequence[Mapping[str, Any]],
+    controlled: bool,
+    seeds: int,
+    same: Pairs,
+    other: Pairs,
+    sites: Sequence[str],
+    k: int,
+) -> str:
+    if seeds < 3:
+        return (
+            f"Two seeds share φ({k}, {k}) = {tests[-1]['phi']['mean']:.2f} of their output directions, where "
+            f"chance is {tests[-1]['chance']:.2f}. One pair of seeds has no interval: no more is claimed."
+        )
+
+    def passed(key: str) -> list[Mapping[str, Any]]:
+        return [row for row in tests if (p := row.get(f"{key}_holm")) is not None and p < 0.05]
+
+    def listed(rows: Sequence[Mapping[str, Any]]) -> str:
+        return ", ".join(
+            f"{row['block']} {SIDE_NAMES[row['side']]} {row['phi']['mean']:.2f} (chance {row['chance']:.2f}"
+            + (f", other task {row['other_task']['mean']:.2f})" if "other_task" in row else ")")
+            for row in rows
+        )
+
+    text = f"Over {seeds} seeds, above chance at 5 % (Holm): {listed(passed('p_chance')) or 'no block'}. "
+    if controlled:
+        above = passed("p_other")
+        names = ", ".join(f"{row['block']} {SIDE_NAMES[row['side']]}" for row in above)
+        text += (
+            f"Above the other task as well, so not explained by the model's own inputs alone: {names}. "
+            if above
+            else "No block is above the other task: what the seeds share is not shown to be the task's. "
+        )
+    kinds = _by_matrix(same, other, sites, k)
+    if len(kinds) > 1:
+        told = ", ".join(f"{matrix} {_shown(sides['right'], 2)}" for matrix, sides in kinds.items())
+        level = "the other task" if other else "chance"
+        text += (
+            f"Directions of {k} that two seeds share above {level}, output side, by kind of matrix: {told}."
+        )
+    return text
+
+
+def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Figure]:
+    where = places(sites)
+    (a, b), first = next(iter(same.items()))
+    records = []
+    for site in sites:
+        layer, matrix = where[site]
+        drawn = {f"{SIDE_NAMES[side]}: seeds {a} and {b}": getattr(first[site], side) for side in SIDES}
+        if other:
+            drawn |= {f"{SIDE_NAMES[side]}: other task": getattr(other[a, b][site], side) for side in SIDES}
+        drawn["two random Gaussian matrices"] = random_pair(first[site])
+        for panel, grid in drawn.items():
+            records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
+    spec = grids(records, x_title=f"j, seed {b}", y_title=f"i, seed {a}", choose=("layer", "matrix"))
+    caption = "φ(i, j) of the directions of ΔW between two seeds, with the other task, and of a random pair."
+    figures = [Figure("overlap-between-seeds", caption, spec)]
+    kinds = _by_matrix(same, other, sites, k)
+    dotted = [
+        {
+            "kind": f"{matrix}, {SIDE_NAMES[side]}",
+            "shared": found["mean"],
+            **({} if found["low"] is None else {"low": found["low"], "high": found["high"]}),
+        }
+        for matrix, sides in kinds.items()
+        for side, found in sides.items()
+    ]
+    title = f"directions of {k} shared above {'the other task' if other else 'chance'}"
+    spec = dots(dotted, name="kind", value="shared", title=title)
+    figures.append(Figure("shared-directions", "By kind of matrix, with 95 % intervals over seeds.", spec))
+    return figures
+
+
+def _shown(found: Mapping[str, Any], digits: int = 3) -> str:
+    if found["low"] is None:
+        return f"{found['mean']:.{digits}f}"
+    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+def _p(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(f"{key}_holm")
+    return "–" if value is None else f"{value:.2g}"

@@ -1,0 +1,126 @@
+"""The folder of a study: what it is, and every run that is finished. A kill at any time leaves it whole.
+
+A run is finished when its outcome is there; the outcome is written last, at once.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import OutputError, ResumeError
+from brushstroke.files import output_errors, refuse_existing, write_file
+from brushstroke.formats import load
+from brushstroke.studies.arms import Run
+from brushstroke.studies.workshop import Outcome
+
+STUDY, RUNS, OUTCOME = "study.json", "runs", "outcome.json"
+BASE = "base"  # a model that was trained for the study; made before the study begins
+OWNED = (STUDY, RUNS, "results.json", "report.html", "figures")
+
+
+class Store:
+    """The folder of one study.
+
+    Args:
+        folder: made where it is not there.
+        identity: what a study must share with the one that the folder holds, as JSON types.
+        overwrite: remove what another study left there.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written.
+        ResumeError: it holds a study with another identity; the message names what differs.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder = folder
+        now = json.loads(json.dumps(identity))
+        file = folder / STUDY
+        if overwrite:
+            self._clear()
+        if file.is_file():
+            self._refuse_other(now, self._read()["identity"])
+        else:
+            if not folder.is_dir() or any(entry.name != BASE for entry in folder.iterdir()):
+                refuse_existing(folder, overwrite)
+            with output_errors(folder):
+                (folder / RUNS).mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps({"identity": now, "notes": {}}, indent=2) + "\n")
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs."""
+        return self.folder / RUNS
+
+    def note(self, name: str) -> Any:
+        """Something that was decided once; None where it was not."""
+        return self._read()["notes"].get(name)
+
+    def keep_note(self, name: str, value: Any) -> None:
+        """Decide something once: a study that goes on finds it."""
+        whole = self._read()
+        whole["notes"][name] = value
+        write_file(self.folder / STUDY, json.dumps(whole, indent=2) + "\n")
+
+    def outcome(self, run: Run) -> Outcome | None:
+        """What a run came to; None where it is not finished."""
+        file = self.runs / run.key / OUTCOME
+        if not file.is_file():
+            return None
+        return Outcome.from_dict(json.loads(file.read_text("utf-8")))
+
+    def finish(self, run: Run, outcome: Outcome) -> None:
+        """Keep what a run came to; from now on it is never run again."""
+        folder = self.runs / run.key
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        told = dataclasses.asdict(outcome)
+        write_file(folder / OUTCOME, json.dumps(told, indent=2, allow_nan=True) + "\n")
+
+    def adapter(self, run: Run) -> Adapter:
+        """The update of a finished run."""
+        return load(self.runs / run.key / "adapter")
+
+    def forget_adapter(self, run: Run) -> None:
+        """Remove the update of a run that no report needs; its scores stay."""
+        shutil.rmtree(self.runs / run.key / "adapter", ignore_errors=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / STUDY).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.folder / STUDY} cannot be read ({error}); choose another folder, or --overwrite"
+            ) from error
+
+    def _refuse_other(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+        differences = [
+            f"{name}: now {_brief(now.get(name))}, then {_brief(then.get(name))}"
+            for name in dict.fromkeys([*now, *then])
+            if now.get(name) != then.get(name)
+        ]
+        if differences:
+            raise ResumeError(
+                f"{self.folder} holds another study ({'; '.join(differences)}); give the same settings to go "
+                "on with it, choose another folder, or start over (--overwrite)"
+            )
+
+    def _clear(self) -> None:
+        """Remove a study's files, and nothing else."""
+        if not (self.folder / STUDY).is_file():
+            return
+        with output_errors(self.folder):
+            for name in OWNED:
+                path = self.folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

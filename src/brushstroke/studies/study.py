@@ -1,0 +1,219 @@
+"""What every study has: arms to run, and a reading of their results. `run_studies` does the rest.
+
+Several studies may share one folder and one report: an arm that two of them need is run once.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from brushstroke.adapter import Site
+from brushstroke.base import Base
+from brushstroke.data import Example
+from brushstroke.errors import ConfigError
+from brushstroke.layers.walk import find_sites
+from brushstroke.studies.arms import Arm
+from brushstroke.studies.executors import Executor, in_process
+from brushstroke.studies.findings import Finding
+from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
+from brushstroke.studies.store import Store
+from brushstroke.studies.workshop import Score, Task, Workshop
+from brushstroke.training import TrainConfig
+from brushstroke.training.run import versions
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a study is made of: a model and data.
+
+    Args:
+        base: the frozen model.
+        tasks: "task", and "other task" where there is a control.
+        general: text of what the base was made for; may be empty.
+        config: how every run trains; learning rates and seeds come from the grid.
+        grid: what is tried of each arm.
+        told: what the report says of model and data: name → text.
+    """
+
+    base: Base
+    tasks: Mapping[str, Task]
+    config: TrainConfig
+    grid: Grid
+    general: tuple[Example, ...] = ()
+    told: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every adaptable weight of the model."""
+        return find_sites(self.base.model)
+
+
+class Study(Protocol):
+    """A question that runs can answer."""
+
+    @property
+    def name(self) -> str:
+        """What settings call it."""
+        ...
+
+    def arms(self, material: Material) -> list[Arm]:
+        """What has to be run.
+
+        Raises:
+            ConfigError, TargetError: the question cannot be asked of this model or data.
+        """
+        ...
+
+    def read(self, results: Results, workshop: Workshop) -> Finding:
+        """What the results say."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished study: its findings, and what they rest on."""
+
+    findings: tuple[Finding, ...]
+    results: Results
+    settings: Mapping[str, Any]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {
+            "versions": versions(),
+            "settings": self.settings,
+            "estimate": asdict(self.results.estimate),
+            "untouched": {name: asdict(score) for name, score in self.results.untouched.items()},
+            "arms": {
+                name: {
+                    "arm": found.arm.as_dict(),
+                    "tried": {f"{rate:g}": loss for rate, loss in found.tried.items()},
+                    "chosen": found.chosen,
+                    "edge": found.edge,
+                    "conclusive": found.conclusive,
+                    "outcomes": {str(seed): asdict(o) for seed, o in found.outcomes.items()},
+                }
+                for name, found in self.results.arms.items()
+            },
+            "findings": [
+                {
+                    "question": one.question,
+                    "answer": one.answer,
+                    "notes": list(one.notes),
+                    "data": one.data,
+                }
+                for one in self.findings
+            ],
+        }
+
+
+def run_studies(
+    studies: Sequence[Study],
+    material: Material,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    budget_minutes: float | None = None,
+    execute: Executor = in_process,
+    workers: int = 1,
+    on_estimate: Callable[[Estimate], None] | None = None,
+    on_run: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Run every arm that is not finished in the folder, and read the results.
+
+    Args:
+        studies: the questions.
+        material: model and data.
+        out: the folder; a study that was interrupted there goes on.
+        overwrite: start over.
+        budget_minutes: plan no more than fits, and say what was left out.
+        execute: where runs happen.
+        workers: how many runs `execute` does at a time, for the estimate.
+        on_estimate: told before the first run.
+        on_run: told after every run.
+
+    Raises:
+        ConfigError: a question that cannot be asked of this model or data, or a budget too small.
+        ResumeError: the folder holds another study.
+        TrainingError: every run diverged.
+    """
+    began = time.perf_counter()
+    arms: dict[str, Arm] = {}
+    for study in studies:
+        for arm in study.arms(material):
+            if arms.setdefault(arm.name, arm) != arm:
+                raise ConfigError(f"two studies mean different things by the arm {arm.name!r}")
+    settings = _settings(studies, material, list(arms.values()), budget_minutes, workers)
+    store = Store(Path(out).expanduser(), settings, overwrite=overwrite)
+    workshop = Workshop(material.base, material.tasks, material.general, material.config, store.runs)
+    plan = _once(
+        store,
+        "plan",
+        lambda: asdict(estimate(workshop, list(arms.values()), material.grid, workers, budget_minutes)),
+    )
+    planned = Estimate.from_dict(plan)
+    if on_estimate:
+        on_estimate(planned)
+    untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
+    found = conduct(
+        workshop, store, list(arms.values()), material.grid, planned, execute=execute, on_run=on_run
+    )
+    results = Results(store, found, {name: Score(**told) for name, told in untouched.items()}, planned)
+    findings = tuple(study.read(results, workshop) for study in studies)
+    return Report(findings, results, settings, time.perf_counter() - began)
+
+
+def _settings(
+    studies: Sequence[Study], material: Material, arms: Sequence[Arm], budget: float | None, workers: int
+) -> dict[str, Any]:
+    """What two parts of one study must share; the report prints it."""
+    hashes = {name: _hash([*t.train, *t.validation, *t.test]) for name, t in material.tasks.items()}
+    return {
+        "studies": [study.name for study in studies],
+        "model": dict(material.told),
+        "base": _hash_weights(material.base),
+        "dtype": str(material.base.dtype).removeprefix("torch."),
+        "data": {**hashes, "general": _hash(material.general)},
+        "training": {
+            key: value
+            for key, value in material.config.as_dict().items()
+            if key not in ("learning_rate", "seed")
+        },
+        "learning_rates": list(material.grid.rates),
+        "seeds": list(material.grid.seeds),
+        "budget_minutes": budget,
+        "workers": workers,
+        "arms": [arm.as_dict() for arm in arms],
+    }
+
+
+def _once(store: Store, name: str, make: Callable[[], Any]) -> Any:
+    known = store.note(name)
+    if known is None:
+        known = json.loads(json.dumps(make()))
+        store.keep_note(name, known)
+    return known
+
+
+def _hash(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.tokens, example.weights)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _hash_weights(base: Base) -> str:
+    """A hash of a sample of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in base.model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to(torch.float32).cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

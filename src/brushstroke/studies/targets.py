@@ -1,0 +1,123 @@
+"""Question 1 of the paper: which matrices deserve a limited budget of parameters?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from brushstroke.report.charts import dots
+from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
+from brushstroke.studies.findings import Figure, Finding, difference_table
+from brushstroke.studies.reading import arms_table, as_interval, inconclusive_note, left_out_note, test_loss
+from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import Difference, compare_arms
+from brushstroke.studies.study import Material
+from brushstroke.studies.workshop import Workshop
+
+BUDGET_RANK = 8  # the budget is what the first set needs at this rank, as in the paper's table 5
+
+
+@dataclass
+class TargetsStudy:
+    """Sets of matrices at an equal number of parameters, or at one rank.
+
+    Args:
+        sets: name → patterns; by default those of the paper's table 5 and the feed-forward block.
+        budget: parameters of each arm; by default what the first set needs at rank 8.
+        rank: one rank for all sets instead of a budget; bigger sets then have more parameters.
+        alpha: the same for all.
+    """
+
+    sets: Mapping[str, tuple[str, ...]] | None = None
+    budget: int | None = None
+    rank: int | None = None
+    alpha: float = 16.0
+    name: str = "targets"
+    _found: Budget | None = None
+
+    def arms(self, material: Material) -> list[Arm]:
+        """One for each set."""
+        sites = material.sites
+        sets = dict(self.sets or matrix_sets(sites))
+        if self.rank is not None:
+            arms = equal_rank(sets, self.rank, self.alpha)
+            self._found = Budget(0, arms, {})
+        else:
+            first = next(iter(sets.values()))
+            budget = self.budget or BUDGET_RANK * parameters_per_rank(first, sites)
+            self._found = equal_budget(sets, sites, budget, self.alpha)
+        return list(self._found.arms)
+
+    def read(self, results: Results, workshop: Workshop) -> Finding:
+        """The order of the sets, and which of them the seeds can tell apart."""
+        assert self._found is not None
+        names = [arm.name for arm in self._found.arms]
+        good = results.conclusive(names)
+        losses = {name: found.losses() for name, found in good.items()}
+        ordered = sorted(losses, key=lambda name: sum(losses[name].values()) / len(losses[name]))
+        compared = compare_arms({name: losses[name] for name in ordered})
+        records = []
+        for name in ordered:
+            loss = test_loss(good[name])
+            assert loss is not None
+            band = {} if loss.low is None else {"low": loss.low, "high": loss.high}
+            records.append({"arm": name, "loss": loss.mean, **band})
+        figures = ()
+        if records:
+            spec = dots(records, name="arm", value="loss", title="test loss, nats")
+            figures = (Figure("targets", "Test loss with 95 % intervals over seeds, best first.", spec),)
+        limit = (
+            f"Every arm has rank {self.rank}: bigger sets have more parameters."
+            if self.rank is not None
+            else f"Every arm has {self._found.parameters:,} trained parameters, to 5 %. Equal parameters are "
+            "not equal time."
+        )
+        notes = (
+            limit,
+            *(f"Left out: {name} {reason}." for name, reason in self._found.left_out.items()),
+            *inconclusive_note(results, names),
+            *left_out_note(results),
+        )
+        return Finding(
+            "Which matrices deserve the parameters?",
+            _answer(ordered, compared, len(results.estimate.seeds)),
+            (
+                arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
+                difference_table(compared, "All pairs, paired over seeds, Holm-corrected over all of them."),
+            ),
+            figures,
+            notes,
+            {
+                "order": ordered,
+                "test_loss": {name: as_interval(test_loss(found)) for name, found in good.items()},
+                "differences": [
+                    {
+                        "first": one.first,
+                        "second": one.second,
+                        "difference": as_interval(one.difference),
+                        "p_holm": one.p_holm,
+                    }
+                    for one in compared
+                ],
+            },
+        )
+
+
+def _answer(ordered: list[str], compared: list[Difference], seeds: int) -> str:
+    if not ordered:
+        return "No set has a learning rate that could be chosen: the study is inconclusive."
+    order = " < ".join(ordered)
+    if seeds < 2:
+        return f"By test loss, from one seed and so without any claim: {order}."
+    best, total = ordered[0], len(compared)
+    apart = [one for one in compared if one.significant()]
+    tied = [
+        one.second if one.first == best else one.first
+        for one in compared
+        if best in (one.first, one.second) and not one.significant()
+    ]
+    text = (
+        f"By test loss, lowest first: {order}. Of {total} pairs {len(apart)} are apart at 5 % (paired t over "
+    )
+    text += f"{seeds} seeds, Holm). "
+    if tied:
+        return text + f"{best} cannot be told from {', '.join(tied)}."
+    return text + f"{best} is better than every other."

@@ -1,0 +1,158 @@
+"""A small language model of one's own, trained here in half a minute on text that every Python carries.
+
+Two layers over bytes. It is large enough for the questions of the paper and no model of anything else.
+"""
+
+import ast
+import shutil
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from brushstroke.base import Base, load_base
+from brushstroke.data import Example
+from brushstroke.errors import DataError
+from brushstroke.files import output_errors
+from brushstroke.studies.arms import OTHER, TASK
+from brushstroke.studies.workshop import Task
+from brushstroke.training.schedule import factor
+
+WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 192
+WINDOW = 64  # bytes of an example
+STEPS, BATCH, RATE, WARMUP = 2000, 16, 3e-3, 50
+LEFT_OUT = {  # folders: text of the tasks, and what not every Python carries
+    *("pydoc_data", "encodings", "site-packages", "dist-packages"),
+    *("test", "tests", "idlelib", "__pycache__"),
+}
+HELD_OUT = 20  # every 20th file is text that the model never saw
+SIZES = {"train": 4096, "validation": 96, "test": 256}  # windows of a task
+GENERAL = 128  # windows of Python that nobody trained on
+
+
+def tiny_base(folder: Path, seed: int = 0) -> Base:
+    """The model from the folder, trained there first where it is not; float32, on the CPU.
+
+    Raises:
+        DataError: this Python has no standard library in source form.
+        OutputError: the folder cannot be written.
+    """
+    if not folder.is_dir():
+        model = _pretrained(seed)
+        partial = folder.with_name(f"{folder.name}.partial")
+        with output_errors(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            partial.rename(folder)
+    return Base(load_base(folder, dtype="float32", device="cpu").model, None, "a byte model of two layers")
+
+
+def tasks() -> dict[str, Task]:
+    """English prose (the help texts of pydoc) as the task, and character tables as the other one.
+
+    Raises:
+        DataError: this Python does not carry them.
+    """
+    return {
+        TASK: _task("prose of Python's help", _topics()),
+        OTHER: _task("tables of Python's character encodings", _tables()),
+    }
+
+
+def general() -> tuple[Example, ...]:
+    """Python source that the model was not trained on."""
+    text = b"".join(part for index, part in enumerate(_sources()) if index % HELD_OUT == 0)
+    return tuple(_windows(text, GENERAL))
+
+
+def _pretrained(seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = b"".join(part for index, part in enumerate(_sources()) if index % HELD_OUT)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=256,
+                hidden_size=WIDTH,
+                intermediate_size=INNER,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=HEADS,
+                max_position_embeddings=2 * WINDOW,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), RATE)
+        for step in range(STEPS):
+            starts = torch.randint(0, len(data) - WINDOW, (BATCH,)).tolist()
+            batch = torch.stack([data[start : start + WINDOW] for start in starts])
+            logits = model(input_ids=batch).logits[:, :-1]
+            loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = RATE * factor("linear", step, STEPS, WARMUP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def _sources() -> Iterator[bytes]:
+    """The standard library's files in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        file for file in root.rglob("*.py") if not set(file.relative_to(root).parts[:-1]) & LEFT_OUT
+    )
+    if not files:
+        raise DataError(
+            f"there is no Python source in {root}; this Python carries no standard library as text"
+        )
+    for file in files:
+        yield file.read_bytes()
+
+
+def _topics() -> list[bytes]:
+    """The help texts by name. The file is read, not run."""
+    file = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    if not file.is_file():
+        raise DataError(f"this Python has no {file}; the tiny study needs a full standard library")
+    tree = ast.parse(file.read_text("utf-8"))
+    values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    topics: dict[str, str] = ast.literal_eval(values)
+    return [topics[name].encode() for name in sorted(topics)]
+
+
+def _tables() -> list[bytes]:
+    folder = Path(sysconfig.get_path("stdlib")) / "encodings"
+    files = sorted(folder.glob("cp*.py")) + sorted(folder.glob("iso8859_*.py"))
+    if not files:
+        raise DataError(
+            f"this Python has no encodings in {folder}; the tiny study needs a full standard library"
+        )
+    texts = [file.read_bytes() for file in files]
+    return [text[text.find(b"decoding_table") :] for text in texts if b"decoding_table" in text]
+
+
+def _task(name: str, texts: Sequence[bytes]) -> Task:
+    """Whole texts go to one split: every tenth to validation, every tenth to the test."""
+    parts = {
+        "validation": b"".join(texts[0::10]),
+        "test": b"".join(texts[5::10]),
+        "train": b"".join(text for index, text in enumerate(texts) if index % 10 not in (0, 5)),
+    }
+    split = {key: tuple(_windows(text, SIZES[key])) for key, text in parts.items()}
+    return Task(name, split["train"], split["validation"], split["test"])
+
+
+def _windows(text: bytes, count: int) -> Iterator[Example]:
+    """At most `count` windows, spread over the text, that do not overlap."""
+    whole = len(text) // WINDOW
+    chosen = range(whole) if whole <= count else [index * whole // count for index in range(count)]
+    weights = (0.0, *[1.0] * (WINDOW - 1))
+    for index in chosen:
+        yield Example(tuple(text[index * WINDOW : (index + 1) * WINDOW]), weights)

@@ -1,0 +1,270 @@
+"""One run of a study: train an arm at a learning rate with a seed, score it, keep its update.
+
+Every run of a study happens on one base that is loaded once, and leaves it bit for bit as it was.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brushstroke.adapter import Adapter
+from brushstroke.base import Base
+from brushstroke.data import Example
+from brushstroke.errors import NonFiniteError
+from brushstroke.formats import save
+from brushstroke.lowrank import LowRank
+from brushstroke.studies.arms import Arm, Run
+from brushstroke.studies.random_subspace import SubspaceAdamW
+from brushstroke.studies.whole import WholeWeights
+from brushstroke.training import TrainConfig, Training
+from brushstroke.training.order import DataOrder
+from brushstroke.training.schedule import factor
+from brushstroke.training.session import StepResult
+
+SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of one task; no example is in two of the splits.
+
+    Args:
+        name: as reports call it.
+        train: to learn from.
+        validation: learning rates are chosen on it.
+        test: what is reported.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well examples are predicted.
+
+    Args:
+        loss: per trained token, in nats.
+        accuracy: share of the trained tokens that are the likeliest ones.
+        tokens: trained tokens.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to; without scores where its loss stopped being a number.
+
+    Args:
+        arm, learning_rate, seed: the run.
+        parameters: numbers that learnt.
+        steps, real_tokens, seconds: what it took.
+        train_loss: mean over the last tenth of the steps.
+        validation, test: on the task's splits.
+        general: on the general text; None where there is none.
+        start_change: ‖U − U₀‖/‖U₀‖ over all sites; None where there is no U.
+    """
+
+    arm: str
+    learning_rate: float
+    seed: int
+    parameters: int
+    steps: int
+    real_tokens: int
+    seconds: float
+    train_loss: float | None = None
+    validation: Score | None = None
+    test: Score | None = None
+    general: Score | None = None
+    start_change: float | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being a number, or got so large that it may as well have."""
+        return self.validation is None or not math.isfinite(self.validation.loss)
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
+        """The inverse of `dataclasses.asdict`."""
+        scores = {
+            name: None if told[name] is None else Score(**told[name])
+            for name in ("validation", "test", "general")
+        }
+        return cls(**{**told, **scores})
+
+
+@dataclass
+class Workshop:
+    """A base and the tasks that runs happen on.
+
+    Args:
+        base: the frozen model.
+        tasks: name → task, as arms name them.
+        general: text of what the base was made for, to see how far a run strays; may be empty.
+        config: how to train; learning rate and seed are those of each run.
+        folder: where runs leave their updates.
+    """
+
+    base: Base
+    tasks: Mapping[str, Task]
+    general: tuple[Example, ...]
+    config: TrainConfig
+    folder: Path
+
+    def run(self, run: Run) -> Outcome:
+        """Train, score, and keep the update in the run's folder."""
+        task = self.tasks[run.arm.task]
+        began = time.perf_counter()
+        session = self._open(run)
+        try:
+            parameters = run.arm.dimension or sum(p.numel() for p in session.parameters)
+            outcome = Outcome(run.arm.name, run.learning_rate, run.seed, parameters, self.steps(task), 0, 0.0)
+            start = _inputs(session.adapter()) if run.arm.rank else {}
+            try:
+                losses, tokens = self._train(session, task, run)
+            except NonFiniteError:
+                return replace(outcome, seconds=time.perf_counter() - began)
+            last = losses[-max(1, len(losses) // 10) :]
+            adapter = session.adapter()
+            if run.arm.dimension is None:
+                save(adapter, self.folder / run.key / "adapter", overwrite=True)
+            return replace(
+                outcome,
+                real_tokens=tokens,
+                train_loss=sum(last) / len(last),
+                validation=score(session, task.validation),
+                test=score(session, task.test),
+                general=score(session, self.general) if self.general else None,
+                start_change=_change(start, _inputs(adapter)) if start else None,
+                seconds=time.perf_counter() - began,
+            )
+        finally:
+            session.close()
+
+    def steps(self, task: Task) -> int:
+        """Optimiser steps of a run."""
+        order = DataOrder(task.train, self.config.batch_size, 0)
+        return order.steps(self.config.epochs, self.config.max_steps)
+
+    def untouched(self) -> dict[str, Score]:
+        """The scores of the base itself: on the test split of each task, and "general"."""
+        session = Training(self.base, Arm("none", ("all-linear",), 1).lora)
+        try:
+            scores = {name: score(session, task.test) for name, task in self.tasks.items()}
+            return {**scores, "general": score(session, self.general)} if self.general else scores
+        finally:
+            session.close()
+
+    def seconds_of(self, arm: Arm, steps: int = 4) -> float:
+        """How long a run of this arm will take, from a few of its steps and from its scores."""
+        task = self.tasks[arm.task]
+        run = Run(arm, (arm.rates or (1e-4,))[0], 0)
+        session = self._open(run)  # what is built once in a process is not part of every run
+        session.close()
+        began = time.perf_counter()
+        session = self._open(run)
+        try:
+            order = DataOrder(task.train, self.config.batch_size, 0)
+            session.forward_backward(order.batch(0))
+            session.optim_step(0.0)
+            opened = time.perf_counter()
+            for step in range(1, 1 + steps):
+                session.forward_backward(order.batch(step % order.steps_per_epoch))
+                session.optim_step(0.0)
+            stepped = time.perf_counter()
+            scored = [*task.validation, *task.test, *self.general]
+            some = scored[: max(1, len(scored) // 8)]
+            score(session, some)
+            ended = time.perf_counter()
+        finally:
+            session.close()
+        per_step = (stepped - opened) / steps
+        return (opened - began) + per_step * self.steps(task) + (ended - stepped) * len(scored) / len(some)
+
+    def _open(self, run: Run) -> "Training | WholeWeights":
+        config = replace(self.config, learning_rate=run.learning_rate, seed=run.start_seed)
+        session: Any
+        if run.arm.rank is None:
+            session = WholeWeights(self.base, run.arm, config, run.learning_rate)
+        else:
+            session = Training(
+                self.base,
+                run.arm.lora,
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                clip=config.clip,
+                micro_tokens=config.micro_tokens,
+                memory=config.memory,
+                seed=config.seed,
+            )
+        if run.arm.dimension is not None:
+            session.clip = 0.0  # the norm of the whole gradient says little about its projection
+            session.optimizer = SubspaceAdamW(
+                session.parameters, run.arm.dimension, run.learning_rate, run.start_seed
+            )
+        return session
+
+    def _train(self, session: "Training | WholeWeights", task: Task, run: Run) -> tuple[list[float], int]:
+        order = DataOrder(task.train, self.config.batch_size, run.seed)
+        steps = self.steps(task)
+        losses, tokens = [], 0
+        for step in range(steps):
+            batch = order.batch(step)
+            result = session.forward_backward(batch)
+            losses.append(result.loss if isinstance(result, StepResult) else result)
+            tokens += sum(len(example) for example in batch)
+            session.optim_step(
+                run.learning_rate * factor(self.config.schedule, step, steps, self.config.warmup)
+            )
+        return losses, tokens
+
+
+@torch.no_grad()
+def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Score:
+    """Loss per trained token and share of tokens that are the likeliest ones."""
+    forward, size, share = _forward(session)
+    total, right, tokens = 0.0, 0, 0
+    with forward.context():
+        for start in range(0, len(examples), SCORED_AT_ONCE):
+            for part in forward.passes(examples[start : start + SCORED_AT_ONCE], size, share):
+                logits = forward.trained_logits(part).float()
+                pairs = [
+                    (token, weight)
+                    for example in part.examples
+                    for token, weight in zip(example.tokens, example.weights, strict=True)
+                    if weight != 0
+                ]
+                targets = torch.tensor([token for token, _ in pairs], device=logits.device)
+                weight = torch.tensor([weight for _, weight in pairs], device=logits.device)
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+                total += float((losses * weight).sum())
+                right += int((logits.argmax(-1) == targets).sum())
+                tokens += len(pairs)
+    return Score(total / max(1, tokens), right / max(1, tokens), tokens)
+
+
+def _forward(session: "Training | WholeWeights") -> tuple[Any, int, bool]:
+    if isinstance(session, WholeWeights):
+        return session.forward, 1024, False
+    return session.step.forward, session.micro_tokens, session.share_prefixes
+
+
+def _inputs(adapter: Adapter) -> dict[str, torch.Tensor]:
+    updates = ((site, update) for site, update in adapter.items() if isinstance(update, LowRank))
+    return {site: update.U.detach().clone() for site, update in updates}
+
+
+def _change(start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> float:
+    moved = sum(float((end[site] - U).double().square().sum()) for site, U in start.items())
+    size = sum(float(U.double().square().sum()) for U in start.values())
+    return (moved / size) ** 0.5

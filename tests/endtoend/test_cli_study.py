@@ -1,0 +1,129 @@
+"""`study`: every question on a tiny base through the command line; kills, refusals, files."""
+
+import json
+import signal
+import time
+
+import pytest
+from cli_kit import PLAIN, files_in, rows, start, write_rows
+
+SMALL = ("--max-steps", "4", "--batch-size", "4", *PLAIN)
+GRID = ("--learning-rates", "1e-3,1e-2,1e-1", "--seeds", "3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("study") / "rows.jsonl", rows(40))
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text("utf-8"))
+
+
+def without_clock(told):
+    """The results but for the seconds."""
+    if isinstance(told, dict):
+        skipped = ("seconds", "command", "estimate")
+        return {key: without_clock(value) for key, value in told.items() if key not in skipped}
+    return [without_clock(part) for part in told] if isinstance(told, list) else told
+
+
+QUESTIONS = {
+    "rank": ("--targets", "q_proj,v_proj", "--ranks", "1,2,4"),
+    "seeds": ("--targets", "q_proj,v_proj", "--rank", "2"),
+    "targets": ("--sets", "q_proj,v_proj,q_proj+v_proj", "--rank", "2"),
+    "delta": ("--targets", "q_proj", "--ranks", "1,2"),
+    "intrinsic": ("--targets", "q_proj", "--dimensions", "4,16"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_leaves_an_answer_a_page_and_its_numbers(cli, tiny, data, tmp_path, question):
+    out = tmp_path / "out"
+    extra = ("--other", data) if question == "seeds" else ("--general", data) if question == "delta" else ()
+    done = cli("study", question, tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS[question], *extra)
+    assert done.status == 0, done.err
+    told = results(out)
+    (finding,) = told["findings"]
+    assert finding["answer"] in done.out
+    page = (out / "report.html").read_text("utf-8")
+    assert finding["question"] in page.replace("&#x27;", "'")
+    assert len(page) < 5_000_000
+    for name, found in told["arms"].items():
+        assert found["conclusive"] == (found["chosen"] is not None and found["edge"] is None), name
+        assert len(found["outcomes"]) == (3 if found["conclusive"] else bool(found["chosen"]))
+
+
+@pytest.mark.slow
+def test_a_killed_study_repeats_nothing_and_ends_with_the_same_numbers(tiny, data, tmp_path):
+    words = ("study", "rank", tiny, data, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1,2")
+    whole = start(*words, "--out", tmp_path / "whole")
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    killed = start(*words, "--out", tmp_path / "killed")
+    runs = tmp_path / "killed" / "runs"
+    end = time.monotonic() + 120
+    while len(list(runs.glob("*/outcome.json"))) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    finished = {file: file.stat().st_mtime_ns for file in runs.glob("*/outcome.json")}
+    assert len(finished) >= 3
+    assert not (tmp_path / "killed" / "results.json").exists()
+    again = start(*words, "--out", tmp_path / "killed")
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert without_clock(results(tmp_path / "killed")) == without_clock(results(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_runs_in_processes_give_the_same_numbers_in_any_order(tiny, data, tmp_path):
+    words = ("study", "rank", tiny, data, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1,2")
+    for name in ("one", "two"):
+        process = start(*words, "--workers", "2", "--out", tmp_path / name)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert without_clock(results(tmp_path / "one")) == without_clock(results(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_figures_as_files(cli, tiny, data, tmp_path):
+    out = tmp_path / "out"
+    words = ("study", "rank", tiny, data, "--out", out, *SMALL, "--seeds", "2", "--ranks", "1,2", "--png")
+    done = cli(*words, "--targets", "q_proj", "--learning-rates", "1e-4,1e-2,1")
+    assert done.status == 0, done.err
+    pictures = [name for name in files_in(out) if name.endswith(".png")]
+    assert pictures
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+BAD = [
+    (("rank",), "expected a base and data: brushstroke study rank BASE DATA --out DIR"),
+    (("paper",), "expected a base and data: brushstroke study paper BASE DATA --out DIR"),
+    (("paper", "--tiny", "BASE", "DATA"), "brings its own model, data and settings; leave out BASE and DATA"),
+    (("paper", "--tiny", "--max-steps", "3"), "leave out --max-steps"),
+    (("rank", "BASE", "DATA", "--dimensions", "3"), "--dimensions is for intrinsic, not for rank"),
+    (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks takes numbers with commas between them; got '1,x'"),
+    (("rank", "BASE", "DATA", "--ranks", "0"), "rank must be a whole number of at least 1; got 0"),
+    (("rank", "BASE", "DATA", "--targets", "q_porj"), "matches no site"),
+    (("rank", "BASE", "DATA", "--learning-rates", "-1"), "learning rates must be above 0"),
+    (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds is how many there are"),
+    (("targets", "BASE", "DATA", "--rank", "2", "--budget", "9"), "give --rank or --budget, not both"),
+    (("targets", "BASE", "DATA", "--budget", "3"), "no set of matrices meets a budget of 3 parameters"),
+    (("seeds", "BASE", "DATA", "--tiny"), "--tiny is for paper"),
+    (("rank", "BASE", "FEW"), "are too few for training, validation and test"),
+    (("rank", "BASE", "DATA", "--budget-minutes", "0.00001"), "one arm takes about"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_a_mistake_is_one_message_and_leaves_nothing(cli, tiny, data, tmp_path, words, message):
+    few = write_rows(tmp_path / "few.jsonl", rows(2))
+    named = {"BASE": tiny, "DATA": data, "FEW": few}
+    done = cli("study", *(named.get(word, word) for word in words), "--out", tmp_path / "out")
+    assert done.status in (1, 2)
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out" / "results.json").exists()

@@ -1,0 +1,74 @@
+import pytest
+
+from brushstroke.adapter import Site
+from brushstroke.errors import ConfigError
+from brushstroke.studies.arms import Arm, Run, equal_budget, low_rank, matrix_sets, on_other_task, rate_grid
+
+GPT3 = [
+    Site(f"h.{layer}.attn.{name}_proj", 12288, 12288) for layer in range(96) for name in ("q", "k", "v", "o")
+]
+
+
+def test_the_papers_table_five():
+    sets = {
+        "q": ("q_proj",),
+        "k": ("k_proj",),
+        "v": ("v_proj",),
+        "o": ("o_proj",),
+        "q,k": ("q_proj", "k_proj"),
+        "q,v": ("q_proj", "v_proj"),
+        "all": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    }
+    found = equal_budget(sets, GPT3, 18_874_368)
+    assert [arm.rank for arm in found.arms] == [8, 8, 8, 8, 4, 4, 2]
+    assert not found.left_out
+
+
+def test_a_set_that_cannot_meet_the_budget_is_left_out_and_said():
+    sites = [Site("a.q", 4, 4), Site("b.up", 100, 4)]
+    found = equal_budget({"q": ("q",), "up": ("up",)}, sites, 16)
+    assert [arm.name for arm in found.arms] == ["q r=2"]
+    assert "104 parameters at rank 1" in found.left_out["up"]
+    with pytest.raises(ConfigError, match="no set of matrices meets"):
+        equal_budget({"up": ("up",)}, sites, 16)
+
+
+def test_a_rank_that_no_matrix_allows_is_left_out():
+    found = equal_budget({"q": ("q",), "v": ("v",)}, [Site("a.q", 4, 4), Site("a.v", 2, 6)], 32)
+    assert "would need rank 4, its smallest matrix allows 2" in found.left_out["v"]
+
+
+def test_the_sets_of_a_model():
+    names = [
+        Site(f"l.0.{part}", 8, 8)
+        for part in (
+            "attn.q_proj",
+            "attn.k_proj",
+            "attn.v_proj",
+            "attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    ]
+    found = list(matrix_sets(names))
+    assert found == ["q", "k", "v", "o", "q,k", "q,v", "q,k,v,o", "gate,up,down", "up,down", "all"]
+
+
+def test_runs_have_keys_and_starts_of_their_own():
+    arm = low_rank("q", ("q_proj",), 8)
+    runs = [
+        Run(arm, 1e-3, 0),
+        Run(arm, 1e-3, 1),
+        Run(arm, 3e-3, 0),
+        Run(on_other_task(arm), 1e-3, 0),
+        Run(low_rank("q", ("q_proj",), 16), 1e-3, 0),
+        Run(Arm("q r=8", ("q_proj",), 8, alpha=32.0), 1e-3, 0),
+    ]
+    assert len({run.key for run in runs}) == len(runs)
+    assert runs[0].start_seed == runs[2].start_seed  # rates of one arm are compared from one start
+    assert len({run.start_seed for run in (runs[0], runs[1], runs[3], runs[4])}) == 4
+
+
+def test_the_grid_of_rates_is_logarithmic():
+    assert rate_grid(1e-3, points=3) == (0.00032, 0.001, 0.0032)
