@@ -1,9 +1,15 @@
 """The report of a study in a headless browser: drawn, quiet, offline, with menus that work."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "endtoend"))
+from cli_kit import PLAIN, rows, write_base, write_rows
+
+from brushstroke.cli import main
 from brushstroke.report import Page
 from brushstroke.report.charts import dots, grids, lines, site_map
 
@@ -124,3 +130,38 @@ def test_menus_redraw_the_figures(browser, tmp_path):
     tab.wait_for_timeout(300)
     assert measure.locator("svg").inner_html() != before
     assert said == []
+
+
+@pytest.mark.slow
+def test_the_report_of_a_study(browser, tmp_path):
+    base, data = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", rows(40))
+    words = (
+        "study",
+        "seeds",
+        base,
+        data,
+        "--other",
+        data,
+        "--out",
+        tmp_path / "out",
+        *PLAIN,
+        "--max-steps",
+        "3",
+    )
+    words += ("--rank", "2", "--targets", "q_proj,v_proj", "--learning-rates", "1e-4,1e-2,1", "--seeds", "2")
+    assert main([str(word) for word in words]) == 0
+    file = tmp_path / "out" / "report.html"
+    assert file.stat().st_size < 5_000_000
+    for width in WIDTHS:
+        tab, said, asked = look(browser, file, width)
+        assert said == []
+        assert asked == [file.as_uri()]
+        chart = tab.locator(".chart").first
+        menus = chart.locator("select")
+        assert menus.count() == 2
+        before = chart.locator("svg").inner_html()
+        menus.nth(0).select_option("1")
+        menus.nth(1).select_option("v_proj")
+        tab.wait_for_timeout(300)
+        assert chart.locator("svg").inner_html() != before
+        tab.screenshot(path=tmp_path / f"study-{width}.png", full_page=True)

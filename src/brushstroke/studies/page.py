@@ -53,10 +53,10 @@ def report_page(report: Report, *, title: str, command: str = "") -> Page:
     for finding in report.findings:
         page.section(finding.question)
         page.text(finding.answer)
-        for table in finding.tables:
-            page.table(table.columns, table.rows, table.caption)
         for figure in finding.figures:
             page.chart(figure.spec, figure.caption)
+        for table in finding.tables:
+            page.table(table.columns, table.rows, table.caption)
         page.text(*finding.notes)
     page.section("Learning rates")
     page.text(
