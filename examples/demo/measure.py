@@ -19,7 +19,7 @@ from brushstroke.inference import Scores, score
 BASE_TASK = "addresses"  # what the untouched base is asked
 BATCH = 54  # rows that are answered together
 SPARE_TOKENS = 16
-FIRST_TOKENS = 40
+FIRST_TOKENS = 24
 
 
 @dataclass(frozen=True)

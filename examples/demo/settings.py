@@ -55,9 +55,9 @@ QUICK = Settings(
     learning_rate=4e-3,
     batch_size=4,
     held_out=40,
-    compared=4,
-    timed=5,
-    reference_seconds=300,
+    compared=3,
+    timed=3,
+    reference_seconds=235,
 )
 
 
