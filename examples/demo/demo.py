@@ -63,7 +63,7 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
     show.heading("Switching, and held-out rows of all kinds in one batch, each answered by its own adapter")
     with bs.bank(base, adapters) as bank:
         switch_ms = measure.switch_ms(bank)
-        judged = measure.judge(base, bank, heldout)
+        judged = measure.judge(base, bank, heldout, form.base_rows)
     mixed = measure.mixed(judged, heldout)
     show.mixed(mixed, switch_ms)
     for name, found in judged.items():

@@ -105,14 +105,16 @@ def first_words(base: bs.Base, rows: Sequence[tasks.Row]) -> list[tuple[str, str
     return [(tasks.line_of(row, BASE_TASK), answer.text) for row, answer in zip(rows, answers, strict=True)]
 
 
-def judge(base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]]) -> dict[str | None, Judged]:
-    """How held-out rows are answered, each by its own adapter, and the addresses also by the base (None).
+def judge(
+    base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]], base_rows: int
+) -> dict[str | None, Judged]:
+    """How held-out rows are answered, each by its own adapter, and some addresses also by the base (None).
 
     All of them go through the one frozen base together: batches whose rows use different adapters, arranged
     by the length of the right answers. An answer may be a few tokens longer than the longest right one of its
     batch; what is longer is cut, and so no valid object.
     """
-    asked: list[tuple[str | None, tasks.Row]] = [(None, row) for row in heldout[BASE_TASK]]
+    asked: list[tuple[str | None, tasks.Row]] = [(None, row) for row in heldout[BASE_TASK][:base_rows]]
     asked += [(name, row) for name, rows in heldout.items() for row in rows]
     voices = [voice for voice, _ in asked]
     prompts = [tasks.prompt_of(row) for _, row in asked]
@@ -152,10 +154,11 @@ def switch_ms(bank: bs.Bank, rounds: int = 600) -> float:
 
 
 def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) -> Merged:
-    """Merge into a copy, and compare it with what the adapted model said and with the base's speed."""
+    """Merge into a copy; compare its shortest answers with the adapted model's, its speed with the base's."""
     folded = bs.merge(base, adapter)
-    told = adapted.answers[: form.compared]
-    answers = _answers(folded, adapted.prompts[: form.compared], adapted.expected[: form.compared])
+    short = sorted(range(adapted.rows), key=lambda i: len(adapted.expected[i]))[: form.compared]
+    told = [adapted.answers[i] for i in short]
+    answers = _answers(folded, [adapted.prompts[i] for i in short], [adapted.expected[i] for i in short])
     base_ms, merged_ms = _latencies(base.model, folded.model, form.timed)
     classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
     return Merged(

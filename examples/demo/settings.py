@@ -20,6 +20,7 @@ class Settings:
         learning_rate: of all three.
         batch_size: examples in an optimiser step.
         held_out: rows that each adapter is judged on.
+        base_rows: how many of the addresses the untouched base is judged on.
         compared: prompts on which the merged model is compared with the adapted one.
         timed: pairs of forward passes that the latencies come from.
         reference_seconds: how long all of it takes at the reference speed.
@@ -30,6 +31,7 @@ class Settings:
     learning_rate: float
     batch_size: int
     held_out: int
+    base_rows: int
     compared: int
     timed: int
     reference_seconds: float
@@ -45,16 +47,18 @@ FULL = Settings(
     learning_rate=3e-3,
     batch_size=4,
     held_out=64,
+    base_rows=64,
     compared=16,
     timed=31,
     reference_seconds=700,
 )
 QUICK = Settings(
     name="quick",
-    rows={"addresses": 200, "people": 32, "companies": 32},
+    rows={"addresses": 180, "people": 32, "companies": 32},
     learning_rate=4e-3,
     batch_size=4,
     held_out=40,
+    base_rows=16,
     compared=3,
     timed=3,
     reference_seconds=235,

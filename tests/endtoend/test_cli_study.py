@@ -102,13 +102,20 @@ def test_figures_as_files(cli, tiny, data, tmp_path):
 BAD = [
     (("rank",), "expected a base and data: brushstroke study rank BASE DATA --out DIR"),
     (("paper",), "expected a base and data: brushstroke study paper BASE DATA --out DIR"),
+    (("paper", "--tiny", "--general", "DATA"), "leave out --general"),
+    (("paper", "BASE", "DATA", "--alpha", "8"), "--alpha is for rank and seeds and targets"),
+    (("rank", "BASE", "DATA", "--other", "DATA"), "--other is for seeds and paper, not for rank"),
+    (("rank", "BASE", "DATA", "--learning-rates", "1e-3"), "at least two learning rates"),
+    (("rank", "BASE", "DATA", "--targets", "q_proj", "--ranks", "999"), "give smaller ranks"),
+    (("seeds", "BASE", "DATA", "--targets", "q_proj", "--rank", "999"), "is larger than"),
+    (("intrinsic", "BASE", "DATA", "--dimensions", "10,999999999"), "a subspace of 999,999,999 dimensions"),
     (("paper", "--tiny", "BASE", "DATA"), "brings its own model, data and settings; leave out BASE and DATA"),
     (("paper", "--tiny", "--max-steps", "3"), "leave out --max-steps"),
     (("rank", "BASE", "DATA", "--dimensions", "3"), "--dimensions is for intrinsic, not for rank"),
     (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks takes numbers with commas between them; got '1,x'"),
     (("rank", "BASE", "DATA", "--ranks", "0"), "rank must be a whole number of at least 1; got 0"),
     (("rank", "BASE", "DATA", "--targets", "q_porj"), "matches no site"),
-    (("rank", "BASE", "DATA", "--learning-rates", "-1"), "learning rates must be above 0"),
+    (("rank", "BASE", "DATA", "--learning-rates", "0,1"), "learning rates must be above 0"),
     (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds is how many there are"),
     (("targets", "BASE", "DATA", "--rank", "2", "--budget", "9"), "give --rank or --budget, not both"),
     (("targets", "BASE", "DATA", "--budget", "3"), "no set of matrices meets a budget of 3 parameters"),
@@ -126,4 +133,18 @@ def test_a_mistake_is_one_message_and_leaves_nothing(cli, tiny, data, tmp_path, 
     assert done.status in (1, 2)
     assert message in done.err
     assert "Traceback" not in done.err
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, tmp_path):
+    out = tmp_path / "out"
+    words = ("study", "rank", tiny, data, "--out", out, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1")
+    assert cli(*words, "--no-whole").status == 0
+    before = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")}
+    again = cli(*words, "--no-whole", "--workers", "2", "--budget-minutes", "60")
+    assert again.status == 0, again.err
+    assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")} == before
+    other = cli(*words)  # with the arm that trains W itself
+    assert other.status == 1
+    assert "holds another study (arms:" in other.error

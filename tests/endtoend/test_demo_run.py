@@ -33,6 +33,7 @@ def form(demo):
         rows=dict.fromkeys(NAMES, 4),
         batch_size=2,
         held_out=2,
+        base_rows=1,
         compared=2,
         timed=3,
     )

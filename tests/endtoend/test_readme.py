@@ -94,7 +94,7 @@ SHORT = (
     "--seeds",
     "1",
     "--learning-rates",
-    "1e-3",
+    "1e-4,1e-3",
 )
 
 

@@ -72,3 +72,13 @@ def test_runs_have_keys_and_starts_of_their_own():
 
 def test_the_grid_of_rates_is_logarithmic():
     assert rate_grid(1e-3, points=3) == (0.00032, 0.001, 0.0032)
+
+
+def test_matrices_of_one_name_in_two_places_keep_their_places():
+    gpt2 = [
+        Site(f"transformer.h.0.{part}", 8, 8)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    found = matrix_sets(gpt2)
+    assert found["c_attn,attn.c_proj"] == ("c_attn", "attn.c_proj")
+    assert found["c_fc,mlp.c_proj"] == ("c_fc", "mlp.c_proj")

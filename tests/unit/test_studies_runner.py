@@ -95,6 +95,9 @@ class Timed:
     def seconds_of(self, arm):
         return 10.0
 
+    def numbers(self, arm):
+        return 1
+
 
 def test_a_budget_leaves_out_seeds_then_arms_and_says_so():
     arms = [Arm(name, ("q",), 2) for name in "abc"]
@@ -131,3 +134,23 @@ def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     assert fresh.outcome(Run(ARM, 0.1, 0)) is None
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert json.loads((tmp_path / "study.json").read_text())["identity"] == {"seeds": [1]}
+
+
+def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
+    """What an interrupted --overwrite may have left: never taken for runs of the new study."""
+    Store(tmp_path, {"seeds": [0]}).finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(OutputError, match="without a study"):
+        Store(tmp_path, {"seeds": [0]}, overwrite=True)
+
+
+def test_one_rate_is_no_grid():
+    with pytest.raises(ConfigError, match="at least two learning rates"):
+        Grid((1e-3,), (0,))
+
+
+def test_a_later_seed_that_diverges_is_in_no_number(tmp_path):
+    found = run(tmp_path, Ledger(lambda run: None if run.seed else best_at(1e-2)(run)))["a"]
+    assert found.conclusive
+    assert found.seeds == (0,)
+    assert found.losses() == {0: 0.0}

@@ -40,6 +40,10 @@ ONLY_FOR = {
     "dimensions": ("intrinsic",),
     "targets": ("rank", "seeds", "delta", "intrinsic"),
     "scale_rule": ("rank",),
+    "alpha": ("rank", "seeds", "targets", "delta", "intrinsic"),
+    "no_whole": ("rank",),
+    "other": ("seeds", "paper"),
+    "general": ("delta", "paper"),
 }
 
 
@@ -58,6 +62,7 @@ class QuestionOptions:
             q_proj,v_proj,q_proj+v_proj,all-linear.
         budget: Trained parameters of every set (targets).
         dimensions: Of the random subspaces, with commas (intrinsic).
+        no_whole: Leave out the arm that trains W itself (rank).
         tiny: A small model that is trained here, on texts that every Python carries (paper).
     """
 
@@ -69,6 +74,7 @@ class QuestionOptions:
     sets: str | None = None
     budget: Whole = None
     dimensions: str | None = None
+    no_whole: bool | None = None
     tiny: bool = False
 
 
@@ -158,7 +164,7 @@ def study(
         runs or StudyRunOptions(),
         measured or StudyDataOptions(),
     )
-    _refuse_misplaced(question, given)
+    _refuse_misplaced(question, {**vars(given), **vars(files)})
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")
@@ -166,7 +172,15 @@ def study(
 
     workers = settings.workers or 1
     if given.tiny:
-        studies, material, workers = _tiny(out, settings, base, data)
+        fixed = {
+            **vars(settings),
+            **vars(files),
+            "dtype": dtype,
+            "device": device,
+            "base": base,
+            "data": data,
+        }
+        studies, material, workers = _tiny(out, settings, fixed)
     else:
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
@@ -197,17 +211,15 @@ def study(
     say(f"{page} shows all of it")
 
 
-def _tiny(
-    out: Path, settings: StudyRunOptions, base: str | None, data: str | None
-) -> "tuple[list[Study], Material, int]":
+def _tiny(out: Path, settings: StudyRunOptions, fixed: dict[str, Any]) -> "tuple[list[Study], Material, int]":
     import os
 
     from brushstroke.studies import tiny_paper
 
-    fixed = ("learning_rates", "epochs", "max_steps", "batch_size")
-    chosen = [f"--{name.replace('_', '-')}" for name in fixed if getattr(settings, name) is not None]
-    if base is not None or data is not None or chosen:
-        surplus = ", ".join(chosen) or "BASE and DATA"
+    free = ("seeds", "workers", "budget_minutes", "overwrite")
+    chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
+    if chosen:
+        surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
         raise ConfigError(f"paper --tiny brings its own model, data and settings; leave out {surplus}")
     seeds = range(5 if settings.seeds is None else settings.seeds)
     studies, material = tiny_paper(
@@ -228,6 +240,8 @@ def _study(question: str, given: QuestionOptions) -> "Study":
         common["rank"] = given.rank
     if given.ranks is not None:
         common["ranks"] = _numbers("--ranks", given.ranks, int)
+    if given.no_whole:
+        common["train_whole"] = False
     if given.scale_rule is not None:
         common["scale_rule"] = given.scale_rule
     if given.dimensions is not None:
@@ -286,16 +300,20 @@ def _material(
     )
 
 
-def _refuse_misplaced(question: str, given: QuestionOptions) -> None:
+def _refuse_misplaced(question: str, given: dict[str, Any]) -> None:
     for name, places in ONLY_FOR.items():
-        if getattr(given, name) is not None and question not in places:
+        if given[name] is not None and question not in places:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is for {' and '.join(places)}, not for {question}; leave it out"
+                f"{_flag(name)} is for {' and '.join(places)}, not for {question}; leave it out"
             )
-    if given.tiny and question != "paper":
+    if given["tiny"] and question != "paper":
         raise ConfigError("--tiny is for paper: brushstroke study paper --tiny --out DIR")
-    if given.rank is not None and given.budget is not None:
+    if given["rank"] is not None and given["budget"] is not None:
         raise ConfigError("give --rank or --budget, not both")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:

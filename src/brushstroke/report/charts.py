@@ -37,7 +37,9 @@ def dots(
     points = whole.mark_point(filled=True, size=70, opacity=1).encode(
         y=y, x=x, tooltip=tips, color=altair.value(PALETTE[0])
     )
-    return _finished((bars + points).properties(width="container", height=24 * len(order) + 10))
+    known = any(low in record for record in records)
+    chart = bars + points if known else points
+    return _finished(chart.properties(width="container", height=24 * len(order) + 10))
 
 
 def lines(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from brushstroke.adapter import LoraConfig, Site
-from brushstroke.adapter.targets import resolve_targets
+from brushstroke.adapter.targets import matches_path, resolve_targets
 from brushstroke.errors import ConfigError
 
 TASK, OTHER = "task", "other task"
@@ -205,12 +205,13 @@ def matrices_name(targets: Sequence[str]) -> str:
 
 
 def short(name: str) -> str:
-    """A matrix's name without what all names have at their end.
+    """A matrix's name without the ending that Llama-like models give all of them.
 
-    >>> short("q_proj"), short("c_attn")
-    ('q', 'c_attn')
+    >>> short("q_proj"), short("c_attn"), short("attn.c_proj")
+    ('q', 'c_attn', 'attn.c_proj')
     """
-    return name.removesuffix("_proj")
+    stem = name.removesuffix("_proj")
+    return stem if stem in ("q", "k", "v", "o", "gate", "up", "down") else name
 
 
 def rate_grid(center: float, ratio: float = math.sqrt(10), points: int = 4) -> tuple[float, ...]:
@@ -229,8 +230,16 @@ def on_other_task(arm: Arm) -> Arm:
 
 
 def _names(group: str, sites: Sequence[Site]) -> tuple[str, ...]:
+    """The shortest suffixes that select the matrices of a group and no others, such as "attn.c_proj"."""
     try:
         chosen = resolve_targets(LoraConfig(rank=1, targets=(group,)), sites).ranks
     except ConfigError:
         return ()
-    return tuple(dict.fromkeys(site.name for site in sites if site.path in chosen))
+    others = [site.path for site in sites if site.path not in chosen]
+    found = []
+    for path in chosen:
+        parts = path.split(".")
+        suffixes = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        clear = (s for s in suffixes if not any(matches_path(s, other) for other in others))
+        found.append(next(clear, path))
+    return tuple(dict.fromkeys(found))

@@ -1,16 +1,18 @@
 """Question 3 of the paper: how does ΔW relate to W, and how far did the model stray?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-from brushstroke.analysis import mean_deciles, relate, spectrum
+from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.report.charts import lines, site_map
-from brushstroke.studies.arms import Arm, low_rank, matrices_name
+from brushstroke.studies.arms import TASK, Arm, low_rank, matrices_name
 from brushstroke.studies.findings import Figure, Finding, Table, bounds
-from brushstroke.studies.reading import inconclusive_note, left_out_note, places
+from brushstroke.studies.reading import as_interval, limits, places
 from brushstroke.studies.runner import Results
-from brushstroke.studies.statistics import interval
+from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Workshop
 
@@ -46,27 +48,33 @@ class DeltaStudy:
         matrices = matrices_name(self.targets)
         ranked = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
         good = results.conclusive(list(ranked.values()))
-        seed = results.estimate.seeds[0]
-        found = {
-            rank: relate(results.adapter(name, seed), workshop.base, allow_different_base=True)
+        related = {
+            rank: [
+                relate(results.adapter(name, seed), workshop.base, allow_different_base=True)
+                for seed in good[name].seeds
+            ]
             for rank, name in ranked.items()
             if name in good
         }
-        records, rows, texts = [], [], []
+        found = {rank: relations[0] for rank, relations in related.items()}
+        records, rows, texts, ratios = [], [], [], {}
         for rank, relation in found.items():
             where = places(list(relation))
             for site, row in relation.ordered():
                 layer, matrix = where[site]
                 records.append({"rank": f"rank {rank}", "layer": layer, "matrix": matrix, **_numbers(row)})
             rows += [_row(rank, site, row) for site, row in relation.ordered()[:SHOWN]]
-            values = list(relation.values())
-            ratio = median(row.ratio_to_chance or 0.0 for row in values)
+            values = [row for row in relation.values() if row.rank]
             strength = median(row.amplification or 0.0 for row in values)
             chance = median(row.amplification_random or 0.0 for row in values)
+            ratios[rank] = _ratios(related[rank])
+            own, drawn = ratios[rank]
             texts.append(
                 f"At rank {rank} ΔW amplifies what W does in its directions {strength:.3g} times (median of "
-                f"{len(values)} matrices); a random update of the same norm would {chance:.3g} times. W does "
-                f"{ratio:.2f} times as much in the directions of ΔW as in random ones."
+                f"{len(values)} matrices, first seed); a random update of the same norm would {chance:.3g} "
+                f"times. W does {bounds(own, 3)} times as much in the directions of ΔW as chance gives "
+                f"(median of the matrices, over {own.count} seeds); with directions drawn at random it is "
+                f"{bounds(drawn, 3)}."
             )
         figures = []
         if records:
@@ -79,7 +87,7 @@ class DeltaStudy:
                 )
             )
             figures += _decile_figure(found)
-        strayed, told = _strayed(results, list(ranked.values()), workshop)
+        strayed, told, data = _strayed(results, list(ranked.values()), workshop)
         return Finding(
             "How does ΔW relate to W?",
             " ".join([*texts, told]) if texts else "No arm is conclusive: the question stays open.",
@@ -95,11 +103,28 @@ class DeltaStudy:
             (
                 "Amplification falls like 1/rank almost by construction; the number free of the rank is the "
                 "ratio to chance.",
-                *inconclusive_note(results, list(ranked.values())),
-                *left_out_note(results),
+                *limits(results, list(ranked.values())),
             ),
-            {str(rank): relation.as_dict() for rank, relation in found.items()},
+            {
+                str(rank): {
+                    **relation.as_dict(),
+                    "over_chance": as_interval(ratios[rank][0]),
+                    "random_over_chance": as_interval(ratios[rank][1]),
+                }
+                for rank, relation in found.items()
+            }
+            | {"general": data},
         )
+
+
+def _ratios(relations: Sequence[Relation]) -> tuple[Interval, Interval]:
+    """Projection over its chance level, the median of all matrices, over seeds: of ΔW, and at random."""
+    own, drawn = [], []
+    for relation in relations:
+        values = [row for row in relation.values() if row.rank and row.projection_random]
+        own.append(median(row.projection_delta / row.projection_random for row in values))
+        drawn.append(median(row.projection_sampled / row.projection_random for row in values))
+    return interval(own), interval(drawn)
 
 
 def _numbers(row: SiteRelation) -> dict[str, float | None]:
@@ -159,22 +184,25 @@ def _decile_figure(found: dict) -> list[Figure]:
     ]
 
 
-def _strayed(results: Results, names: list[str], workshop: Workshop) -> tuple[list[Table], str]:
+def _strayed(
+    results: Results, names: list[str], workshop: Workshop
+) -> tuple[list[Table], str, dict[str, Any]]:
     """Loss on the general text before and after, beside ‖ΔW‖/‖W‖."""
     before = results.untouched.get("general")
     if before is None:
-        return [], "How far the model strayed is not known: no general text was given."
-    rows, worst = [], 0.0
+        return [], "How far the model strayed is not known: no general text was given.", {}
+    rows, told, data = [], [], {}
     for name, found in results.conclusive().items():
         after = [o.general.loss for o in found.outcomes.values() if o.general]
-        if not after or found.arm.task != "task":
+        if not after or found.arm.task != TASK or found.arm.dimension is not None:
             continue
-        seed = next(iter(found.outcomes))
+        seed = found.seeds[0]
         spectra = spectrum(results.adapter(name, seed), workshop.base, allow_different_base=True)
         change = interval([loss - before.loss for loss in after])
-        if name in names:
-            worst = max(worst, change.mean)
+        if name in names or found.arm.rank is None:
+            told.append(f"{name} {bounds(change, 3)}")
         relative = median(row.relative_norm or 0.0 for row in spectra.values())
+        data[name] = {"change": as_interval(change), "relative_norm": relative}
         rows.append(
             (name, f"{before.loss:.4f}", bounds(interval(after)), bounds(change, 3), f"{relative:.3f}")
         )
@@ -182,4 +210,4 @@ def _strayed(results: Results, names: list[str], workshop: Workshop) -> tuple[li
     table = Table(
         "Loss on the general text, which nobody trained on here; median of the norms.", columns, tuple(rows)
     )
-    return [table], f"On the general text the loss of these arms rose by at most {worst:.3f} nats."
+    return [table], f"The loss on the general text rose, in nats: {'; '.join(told)}.", data

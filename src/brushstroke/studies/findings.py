@@ -68,4 +68,5 @@ def difference_table(found: Sequence[Difference], caption: str) -> Table:
         )
         for one in found
     )
-    return Table(caption, ("arm", "against", "difference", "p (Holm)", "apart"), rows)
+    told = f"{caption} Intervals are of one difference each, 95 %; p and the last column are corrected."
+    return Table(told, ("arm", "against", "difference", "p (Holm)", "apart"), rows)

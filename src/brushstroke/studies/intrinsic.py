@@ -7,7 +7,7 @@ from brushstroke.adapter.targets import resolve_targets
 from brushstroke.report.charts import lines
 from brushstroke.studies.arms import Arm, low_rank, matrices_name, whole
 from brushstroke.studies.findings import Figure, Finding
-from brushstroke.studies.reading import arms_table, as_interval, inconclusive_note, left_out_note, test_loss
+from brushstroke.studies.reading import arms_table, as_interval, limits, test_loss
 from brushstroke.studies.runner import Results
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Score, Workshop
@@ -61,14 +61,15 @@ class IntrinsicStudy:
         """d90 by both definitions, and the curve."""
         names = list(results.arms)
         mine = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]
-        full = next((n for n in names if any(m.startswith(f"{n}, ") for m in mine)), None)
+        matrices = matrices_name(self.targets)
+        own = (f"{matrices} W itself", f"{matrices} r={self.rank}")
+        full = next((n for n in own if n in results.arms), None)
         question = "How many dimensions does the task need?"
         notes = (
             "A random subspace of the parameters (Li et al. 2018); d90 is an upper bound at the dimensions "
             "that were tried, for this training and these matrices.",
             "The accuracy is the share of test tokens that are predicted first.",
-            *inconclusive_note(results, [*mine, *([full] if full else [])]),
-            *left_out_note(results),
+            *limits(results, [*mine, *([full] if full else [])]),
         )
         table = arms_table(
             results, [*([full] if full else []), *mine], "All parameters, and random subspaces."
@@ -78,6 +79,9 @@ class IntrinsicStudy:
             answer = "Training all of the parameters is not conclusive, so there is nothing to take 90 % of."
             return Finding(question, answer, (table,), (), notes)
         before, after = results.untouched["task"], _mean_score(results, full)
+        if after.loss >= before.loss:
+            answer = "Training all of the parameters is no better than the untouched base: 90 % of nothing."
+            return Finding(question, answer, (table,), (), notes)
         losses = {results.arms[n].arm.dimension or 0: _mean_score(results, n) for n in mine if n in good}
         of_metric = _smallest(losses, lambda score: score.accuracy >= SHARE * after.accuracy)
         gain = before.loss - after.loss
@@ -102,6 +106,7 @@ class IntrinsicStudy:
         )
         return Finding(
             question,
+            f"Means over {len(results.arms[full].seeds)} seed(s), without intervals: "
             f"d90 of the gain in loss over the untouched base ({before.loss:.3f} to {after.loss:.3f} nats): "
             f"{_told(of_gain, losses)}. d90 of the accuracy of full training ({100 * after.accuracy:.1f} %; "
             f"the untouched base has {100 * before.accuracy:.1f} %): {_told(of_metric, losses)}.",
@@ -128,6 +133,6 @@ def _smallest(losses: Mapping[int, Score], reached) -> int | None:
 
 def _told(found: int | None, tried: Sequence[int] | Mapping[int, Score]) -> str:
     if found is None:
-        return f"above {max(tried):,}, the largest that was tried" if tried else "not known"
+        return f"above {max(tried):,}, the largest that is conclusive" if tried else "not known"
     smaller = [d for d in tried if d < found]
     return f"{found:,}" + (f" (more than {max(smaller):,})" if smaller else " or less")

@@ -9,6 +9,7 @@ from brushstroke.studies.delta import DeltaStudy
 from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.seeds import SeedsStudy
+from brushstroke.studies.store import BASE
 from brushstroke.studies.study import Material, Study
 from brushstroke.studies.targets import TargetsStudy
 from brushstroke.training import TrainConfig
@@ -17,7 +18,6 @@ QV = ("q_proj", "v_proj")
 STEPS = 250
 RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended once where need be
 SEEDS = (0, 1, 2, 3, 4)
-BASE = "base"
 
 
 def tiny_paper(

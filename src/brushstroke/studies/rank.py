@@ -1,26 +1,28 @@
 """Question 2 of the paper, first half: what rank is enough, and is the update itself of low rank?"""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from brushstroke.analysis import SiteSpectrum, random_pair, spectrum
+from brushstroke.adapter.targets import resolve_targets
+from brushstroke.analysis import SiteSpectrum, Spectrum, random_pair, spectrum
+from brushstroke.errors import ConfigError
 from brushstroke.report.charts import grids, lines
 from brushstroke.studies.arms import Arm, low_rank, matrices_name, whole
-from brushstroke.studies.findings import Figure, Finding, Table, difference_table
+from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table
 from brushstroke.studies.reading import (
     SIDES,
     arms_table,
     as_interval,
-    inconclusive_note,
-    left_out_note,
+    limits,
     pair_overlaps,
     places,
     smallest_side_of,
     test_loss,
 )
 from brushstroke.studies.runner import Results
-from brushstroke.studies.statistics import compare_arms
+from brushstroke.studies.statistics import Difference, compare_arms, interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Workshop
 
@@ -50,10 +52,17 @@ class RankStudy:
     def arms(self, material: Material) -> list[Arm]:
         """One for each rank, and W itself."""
         matrices = matrices_name(self.targets)
+        chosen = resolve_targets(low_rank(matrices, self.targets, 1).lora, material.sites).ranks
+        largest = min(min(site.shape) for site in material.sites if site.path in chosen)
         arms = [
             low_rank(matrices, self.targets, rank, self.alpha, self.scale_rule)
             for rank in sorted(set(self.ranks))
+            if rank <= largest
         ]
+        if not arms:
+            raise ConfigError(
+                f"the smallest of the matrices allows rank {largest}; give smaller ranks (--ranks)"
+            )
         if self.train_whole:
             rates = tuple(float(f"{rate / WHOLE_RATE:.1e}") for rate in material.grid.rates)
             arms.append(whole(matrices, self.targets, rates))
@@ -62,7 +71,9 @@ class RankStudy:
     def read(self, results: Results, workshop: Workshop) -> Finding:
         """Losses by rank, spectra, and φ between a small and a large rank."""
         matrices = matrices_name(self.targets)
-        ranked = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
+        wanted = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
+        too_large = [rank for rank, name in wanted.items() if name not in results.planned]
+        ranked = {rank: name for rank, name in wanted.items() if rank not in too_large}
         full = f"{matrices} W itself"
         names = [*ranked.values(), *([full] if self.train_whole else [])]
         good = results.conclusive(names)
@@ -70,17 +81,16 @@ class RankStudy:
         tables = [arms_table(results, names, "Loss on the test split by rank, lower is better.")]
         losses = {name: found.losses() for name, found in good.items()}
         figures = _loss_figures(results, kept, full if full in good else None)
-        answer, compared = _answer(kept, losses, full if full in good else None, results)
+        compared = _neighbours(kept, losses, full if full in good else None)
+        answer = _answer(kept, losses, full if full in good else None, compared)
         if compared:
-            tables.append(difference_table(compared, "Paired over seeds, against the best of these arms."))
-        seed = results.estimate.seeds[0]
-        spectra = {
-            name: spectrum(results.adapter(name, seed)) for name in good if seed in good[name].outcomes
-        }
+            tables.append(difference_table(compared, "Each rank against the next one, paired over seeds."))
+        every = {name: [spectrum(results.adapter(name, seed)) for seed in good[name].seeds] for name in good}
+        spectra = {name: found[0] for name, found in every.items()}
         if spectra:
             tables.append(_spectra_table(spectra))
             figures.append(_spectra_figure(spectra))
-            answer += " " + _deficiency(spectra, full)
+            answer += " " + _deficiency(every.get(full, []))
         overlap = _overlap_figure(results, kept)
         if overlap:
             figures.append(overlap)
@@ -88,8 +98,8 @@ class RankStudy:
             "An update of rank r is of rank r by construction: only the spectrum of W's own training says "
             "whether the update of this task is of low rank.",
             f"The scale is {self.scale_rule} with alpha {self.alpha:g} for every rank.",
-            *inconclusive_note(results, names),
-            *left_out_note(results),
+            *([f"No matrix allows rank {', '.join(map(str, too_large))}."] if too_large else []),
+            *limits(results, names),
         )
         return Finding(
             "What rank is enough, and is the update of low rank?",
@@ -99,43 +109,62 @@ class RankStudy:
             notes,
             {
                 "test_loss": {name: as_interval(test_loss(found)) for name, found in good.items()},
+                "neighbours": [
+                    {
+                        "first": one.first,
+                        "second": one.second,
+                        "difference": as_interval(one.difference),
+                        "p_holm": one.p_holm,
+                    }
+                    for one in compared
+                ],
                 "spectra": {name: found.as_dict() for name, found in spectra.items()},
             },
         )
 
 
+def _neighbours(
+    kept: dict[int, str], losses: dict[str, dict[int, float]], full: str | None
+) -> list[Difference]:
+    """Each rank against the next larger one, and the largest against W itself: chosen before any run."""
+    names = [*kept.values(), *([full] if full else [])]
+    return compare_arms(losses, list(pairwise(names)))
+
+
 def _answer(
-    kept: dict[int, str], losses: dict[str, dict[int, float]], full: str | None, results: Results
-) -> tuple[str, list[Any]]:
+    kept: dict[int, str], losses: dict[str, dict[int, float]], full: str | None, compared: list[Difference]
+) -> str:
     if not kept:
-        return "No rank has a learning rate that could be chosen: the study is inconclusive.", []
+        return "No rank has a learning rate that could be chosen: the study is inconclusive."
     means = {rank: sum(losses[name].values()) / len(losses[name]) for rank, name in kept.items()}
-    best = min(means, key=lambda rank: means[rank])
-    others = [(name, kept[best]) for rank, name in kept.items() if rank != best]
-    if full:
-        others.append((full, kept[best]))
-    compared = compare_arms(losses, others)
-    apart = {one.first: one for one in compared}
-    count = len(losses[kept[best]])
+    best, count = min(means, key=lambda rank: means[rank]), min(len(losses[name]) for name in kept.values())
     text = f"The lowest test loss of {len(kept)} ranks is {means[best]:.4f}, at rank {best}"
-    text += f" ({count} seeds)." if count > 1 else " (one seed: no interval, and no claim of a difference)."
-    if count > 1:
-        enough = next((rank for rank in kept if rank == best or not apart[kept[rank]].significant()), best)
-        if enough < best:
-            gap = apart[kept[enough]].difference
-            text += (
-                f" The smallest rank that these seeds cannot tell from it is {enough}: its loss is higher by "
-                f"{gap.mean:.4f} (95 % interval {gap.low:.4f} to {gap.high:.4f}), which proves no equality."
-            )
-        else:
-            text += " Every smaller rank is significantly worse (paired t, Holm)."
-    if full and full in apart:
-        gap = apart[full].difference
+    if count < 2:
+        return f"{text} (one seed: no interval, and no claim of a difference)."
+    text += f" ({count} seeds or more)."
+    if best == max(kept) and len(kept) > 1:
+        text += " It is the largest that was tried: a rank beyond which nothing is gained was not reached."
+    steps = {one.first: one for one in compared}
+    better = [
+        rank
+        for rank, name in kept.items()
+        if name in steps and steps[name].significant() and steps[name].difference.mean > 0
+    ]
+    ranks = list(kept)
+    further = [rank for rank in ranks[:-1] if rank in better]
+    if len(ranks) > 1:
+        told = ", ".join(f"{rank} to {ranks[ranks.index(rank) + 1]}" for rank in further)
+        text += (
+            f" Steps from one rank to the next that lower the loss at 5 % (paired t, Holm): {told or 'none'}."
+        )
+    if full and (last := steps.get(kept[max(kept)])):
         where = "no difference that these seeds can tell"
-        if apart[full].significant():
-            where = "significantly lower" if gap.mean < 0 else "significantly higher"
-        text += f" W itself, trained at the same sites, comes to {gap.mean:+.4f} of it: {where}."
-    return text, compared
+        if last.significant():
+            where = "apart at 5 %"
+        text += (
+            f" Loss at rank {max(kept)} less that of W's own training: {bounds(last.difference, 3)}, {where}."
+        )
+    return text
 
 
 def _loss_figures(results: Results, kept: dict[int, str], full: str | None) -> list[Figure]:
@@ -193,7 +222,9 @@ def _spectra_figure(spectra: dict[str, Any]) -> Figure:
         for site, row in found.ordered():
             layer, matrix = where[site]
             top = float(row.sigma[0]) or 1.0
-            for index, sigma in enumerate(row.sigma.tolist(), start=1):
+            values = row.sigma.tolist()
+            for index in _thinned(len(values)):
+                sigma = values[index - 1]
                 if sigma > 1e-9 * top:
                     records.append(
                         {
@@ -220,22 +251,27 @@ def _spectra_figure(spectra: dict[str, Any]) -> Figure:
     )
 
 
-def _deficiency(spectra: dict[str, Any], full: str) -> str:
-    found = spectra.get(full)
-    if found is None:
+def _thinned(count: int) -> list[int]:
+    """At most about 40 of the numbers 1 to count, all of the small ones, then ever fewer."""
+    found, index = [], 1.0
+    while index <= count:
+        found.append(int(index))
+        index = max(int(index) + 1, index * 1.12)
+    return found if not found or found[-1] == count else [*found, count]
+
+
+def _deficiency(found: list[Spectrum]) -> str:
+    """How far the energy of W's own training is spread, over seeds."""
+    if not found:
         return "Whether the update is rank-deficient is not answered: there is no conclusive run of W itself."
-    sites: list[SiteSpectrum] = list(found.values())
-    needed, most = median(row.energy_rank(0.90) for row in sites), median(min(row.shape) for row in sites)
-    stable = median(row.stable_rank for row in sites)
+    sites: list[SiteSpectrum] = list(found[0].values())
+    most = median(min(row.shape) for row in sites)
+    needed = interval([median(row.energy_rank(0.90) for row in one.values()) for one in found])
+    stable = interval([median(row.stable_rank for row in one.values()) for one in found])
     return (
-        f"Trained without a limit on its rank, ΔW has 90 % of its energy in {needed:g} of {most:g} "
-        f"directions ({100 * needed / most:.0f} %, median of {len(sites)} matrices) and a stable rank of "
-        f"{stable:.1f}: "
-        + (
-            "concentrated, so rank-deficient in the sense of its energy."
-            if needed <= most / 4
-            else "not of low rank in the sense of its energy, whatever a low-rank adapter reaches."
-        )
+        f"Trained without a limit on its rank, ΔW has 90 % of its energy in {bounds(needed, 3)} of {most:g} "
+        f"directions (median of {len(sites)} matrices, over {needed.count} seeds) and a stable rank of "
+        f"{bounds(stable, 3)}."
     )
 
 
@@ -245,7 +281,7 @@ def _overlap_figure(results: Results, kept: dict[int, str]) -> Figure | None:
     large = max((rank for rank in kept if small and small < rank < smallest_side), default=None)
     if small is None or large is None:
         return None
-    seeds = list(results.estimate.seeds)
+    seeds = results.seeds(kept[small], kept[large])
     pairs = pair_overlaps(results, kept[small], kept[large], seeds[:2]) if len(seeds) > 1 else {}
     if not pairs:
         return None

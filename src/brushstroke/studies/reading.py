@@ -17,7 +17,9 @@ SIDES = ("left", "right")
 def places(sites: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Site → (layer, matrix), for tables and menus."""
     grid = arrange(sites)
-    return {site: (layer or "–", matrix.rsplit(".", 1)[-1]) for (layer, matrix), site in grid.sites.items()}
+    last = {matrix: matrix.rsplit(".", 1)[-1] for matrix in grid.matrices}
+    names = last if len(set(last.values())) == len(last) else {matrix: matrix for matrix in last}
+    return {site: (layer or "–", names[matrix]) for (layer, matrix), site in grid.sites.items()}
 
 
 def test_loss(found: ArmResult) -> Interval | None:
@@ -47,7 +49,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
                 rate,
                 bounds(loss) if loss else "–",
                 f"{100 * sum(scores) / len(scores):.1f} %" if scores else "–",
-                len(found.outcomes),
+                len(found.seeds),
             )
         )
     columns = ("arm", "parameters", "learning rate", "test loss [95 %]", "tokens right", "seeds")
@@ -77,9 +79,28 @@ def over_seeds(values: Mapping[tuple[int, int], float]) -> Interval:
     return interval(over_pairs(values))
 
 
+def diverged_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
+    """Which later seeds diverged; no number includes them."""
+    lost = [
+        f"{name} (seed {', '.join(str(seed) for seed in found.outcomes if seed not in found.seeds)})"
+        for name in names
+        if (found := results.arms.get(name)) is not None and len(found.seeds) < len(found.outcomes)
+    ]
+    return (f"Diverged, and in no number: {'; '.join(lost)}.",) if lost else ()
+
+
+def limits(results: Results, names: Sequence[str]) -> tuple[str, ...]:
+    """What limits a finding about these arms: inconclusive ones, diverged seeds, the budget of time."""
+    return (
+        *inconclusive_note(results, names),
+        *diverged_note(results, names),
+        *left_out_note(results),
+    )
+
+
 def smallest_side_of(results: Results, arm: str) -> int:
     """min(d, h) of the smallest matrix that an arm adapts."""
-    adapter = results.adapter(arm, results.estimate.seeds[0])
+    adapter = results.adapter(arm, results.arms[arm].seeds[0])
     return min(min(update.shape) for update in low_rank_updates(adapter).values())
 
 
@@ -95,8 +116,8 @@ def inconclusive_note(results: Results, names: Sequence[str]) -> tuple[str, ...]
         return ()
     return (
         f"Inconclusive, and left out of every comparison: {', '.join(open_ones)}. The best learning rate "
-        "lies on the edge of the grid, also after the grid was extended once; give a wider one "
-        "(--learning-rates).",
+        "lies on the edge of the grid, also after the grid was extended once, or all of them diverged; give "
+        "others (--learning-rates).",
     )
 
 

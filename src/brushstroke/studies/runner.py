@@ -38,8 +38,13 @@ class Grid:
     extend: bool = True
 
     def __post_init__(self) -> None:
-        if not self.rates or not self.seeds:
-            raise ConfigError("a study needs at least one learning rate and one seed")
+        if not self.seeds:
+            raise ConfigError("a study needs at least one seed")
+        if len(set(self.rates)) < 2:
+            raise ConfigError(
+                "a study needs at least two learning rates, better three, so that the best one can lie "
+                "between others; give more (--learning-rates)"
+            )
         if any(not rate > 0 for rate in self.rates):
             raise ConfigError(f"learning rates must be above 0; got {', '.join(map(str, self.rates))}")
         object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
@@ -84,7 +89,7 @@ class ArmResult:
         tried: learning rate → validation loss of the first seed; None where it diverged.
         chosen: the rate with the lowest; None where all diverged.
         edge: "lowest" or "highest" where the chosen rate is the grid's last one in that direction.
-        outcomes: seed → outcome at the chosen rate.
+        outcomes: seed → outcome at the chosen rate; a run that diverged has no scores.
     """
 
     arm: Arm
@@ -97,6 +102,11 @@ class ArmResult:
     def conclusive(self) -> bool:
         """Whether the chosen rate has a neighbour on either side."""
         return self.chosen is not None and self.edge is None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that did not diverge: those with scores and an update."""
+        return tuple(seed for seed, outcome in self.outcomes.items() if not outcome.diverged)
 
     def losses(self) -> dict[int, float]:
         """Seed → loss on the test split, of the runs that did not diverge."""
@@ -111,6 +121,7 @@ class Results:
     arms: dict[str, ArmResult]
     untouched: dict[str, Any]
     estimate: Estimate
+    planned: tuple[str, ...] = ()  # every arm that was asked for, whether the budget left it out or not
     _loaded: dict[tuple[str, int], Adapter] = field(default_factory=dict)
 
     def adapter(self, arm: str, seed: int) -> Adapter:
@@ -120,6 +131,11 @@ class Results:
             assert found.chosen is not None
             self._loaded[arm, seed] = self.store.adapter(Run(found.arm, found.chosen, seed))
         return self._loaded[arm, seed]
+
+    def seeds(self, *names: str) -> tuple[int, ...]:
+        """The seeds with which every one of these arms has an update."""
+        common = [set(self.arms[name].seeds) for name in names]
+        return tuple(seed for seed in self.estimate.seeds if all(seed in found for found in common))
 
     def conclusive(self, names: Sequence[str] | None = None) -> dict[str, ArmResult]:
         """The arms whose learning rate could be chosen."""
@@ -157,7 +173,7 @@ def estimate(
     Raises:
         ConfigError: not even one arm fits.
     """
-    slowest = max(arms, key=lambda arm: (arm.rank is None, arm.rank or 0, len(arm.targets)))
+    slowest = max(arms, key=lambda arm: (workshop.numbers(arm), arm.rank is None))
     with _threads(1 if workers > 1 else torch.get_num_threads()):
         each = workshop.seconds_of(slowest)
 
@@ -276,13 +292,14 @@ def _tried(store: Store, arm: Arm, rates: Sequence[float], seed: int) -> dict[fl
     tried: dict[float, float | None] = {}
     for rate in rates:
         outcome = store.outcome(Run(arm, rate, seed))
-        tried[rate] = None if outcome is None or outcome.validation is None else outcome.validation.loss
+        score = outcome.validation if outcome else None
+        tried[rate] = score.loss if score else None
     return tried
 
 
 def _choose(tried: Mapping[float, float | None]) -> tuple[float | None, str | None]:
     """The best rate, and the edge that it lies on, if any. One that only a diverged rate limits is inside."""
-    known = {rate: loss for rate, loss in tried.items() if loss is not None and loss == loss}
+    known = {rate: loss for rate, loss in tried.items() if loss is not None}
     if not known:
         return None, None
     best = min(known, key=lambda rate: known[rate])

@@ -20,8 +20,7 @@ from brushstroke.studies.reading import (
     arms_table,
     as_interval,
     block,
-    inconclusive_note,
-    left_out_note,
+    limits,
     over_seeds,
     own_ranks,
     pair_overlaps,
@@ -33,6 +32,7 @@ from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Workshop
 
 SIDE_NAMES = {"left": "input side", "right": "output side"}
+DIFFERENCE = "q more than v"
 Pairs = Mapping[tuple[int, int], Mapping[str, SiteOverlap]]
 
 
@@ -67,19 +67,18 @@ class SeedsStudy:
         notes = (
             "The corner φ(1, 1) is no steady number: where two singular values nearly agree, their "
             "directions change places between runs. The blocks are steady.",
-            *inconclusive_note(results, names),
-            *left_out_note(results),
+            *limits(results, names),
         )
-        seeds = [seed for seed in results.estimate.seeds if arm.name in good]
+        controlled = names[1] in good
+        seeds = results.seeds(*good) if arm.name in good else ()
         if len(seeds) < 2:
             answer = "Two seeds of a conclusive arm are needed; the question stays open."
             return Finding(question, answer, (arms_table(results, names[:1], "Runs."),), (), notes)
         same = pair_overlaps(results, arm.name, arm.name, seeds)
-        controlled = names[1] in good
         other = pair_overlaps(results, arm.name, names[1], seeds) if controlled else {}
         sites = list(next(iter(same.values())))
         k = min(self.rank, own_ranks(results.adapter(arm.name, seeds[0])))
-        sizes = [(min(self.inner, k), k), (k, k)]
+        sizes = list(dict.fromkeys([(min(self.inner, k), k), (k, k)]))
         inputs = self._inputs(results, workshop, arm.name, seeds, sites, k)
         tests = _tests(same, other, sites, sizes)
         tables = [
@@ -87,7 +86,7 @@ class SeedsStudy:
             _block_table(tests),
             _matrix_table(same, other, inputs, sites, k),
         ]
-        if not controlled:
+        if not controlled and names[1] not in results.arms:
             notes = ("There is no control by another task: give one (--other DATA).", *notes)
         return Finding(
             question,
@@ -169,25 +168,29 @@ def _mean(rows: Mapping[str, SiteOverlap], sites: Sequence[str], side: str, i: i
 
 
 def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[str, dict[str, Any]]:
-    """Kind of matrix → directions that two seeds share above the control, k·(φ(k, k) − control), by side."""
+    """Kind of matrix → directions that two seeds share above the control, k·(φ(k, k) − control), by side.
+
+    Where there are q and v, their paired difference stands under `DIFFERENCE`.
+    """
     where = places(sites)
-    found: dict[str, dict[str, Any]] = {}
+    shared: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
     for matrix in dict.fromkeys(kind for _, kind in where.values()):
         chosen = [site for site in sites if where[site][1] == matrix]
-        found[matrix] = {}
+        shared[matrix] = {side: {} for side in SIDES}
         for side in SIDES:
-            shared = {}
             for (a, b), rows in same.items():
-                phi = _mean(rows, chosen, side, k, k)
                 if other:
-                    control = (
-                        _mean(other[a, b], chosen, side, k, k) + _mean(other[b, a], chosen, side, k, k)
-                    ) / 2
+                    control = fmean(_mean(other[pair], chosen, side, k, k) for pair in ((a, b), (b, a)))
                 else:
                     control = fmean(k / rows[site].shape[side == "right"] for site in chosen)
-                shared[a, b] = k * (phi - control)
-            found[matrix][side] = as_interval(over_seeds(shared))
-    return found
+                shared[matrix][side][a, b] = k * (_mean(rows, chosen, side, k, k) - control)
+    if "q_proj" in shared and "v_proj" in shared:
+        q, v = shared["q_proj"], shared["v_proj"]
+        shared[DIFFERENCE] = {side: {p: q[side][p] - v[side][p] for p in q[side]} for side in SIDES}
+    return {
+        matrix: {side: as_interval(over_seeds(values)) for side, values in sides.items()}
+        for matrix, sides in shared.items()
+    }
 
 
 def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
@@ -228,7 +231,7 @@ def _matrix_table(
             if other:
                 cells.append(f"{fmean(block(rows_[site], side, k, k) for rows_ in other.values()):.3f}")
             cells.append(f"{k / first[site].shape[side == 'right']:.3f}")
-        cells.append(f"{inputs[site]:.3f}")
+        cells.append(f"{inputs[site]:.3f} (chance {k / first[site].shape[0]:.3f})")
         rows.append(tuple(cells))
     sides = [
         column
@@ -279,11 +282,19 @@ def _answer(
         )
     kinds = _by_matrix(same, other, sites, k)
     if len(kinds) > 1:
-        told = ", ".join(f"{matrix} {_shown(sides['right'], 2)}" for matrix, sides in kinds.items())
+        told = "; ".join(
+            f"{matrix} {_shown(sides['left'], 2)} and {_shown(sides['right'], 2)}"
+            for matrix, sides in kinds.items()
+            if matrix != DIFFERENCE
+        )
         level = "the other task" if other else "chance"
         text += (
-            f"Directions of {k} that two seeds share above {level}, output side, by kind of matrix: {told}."
+            f"Directions of {k} that two seeds share above {level}, input and output side, by kind of "
+            f"matrix: {told}."
         )
+        if DIFFERENCE in kinds:
+            sides = kinds[DIFFERENCE]
+            text += f" Of q more than of v: {_shown(sides['left'], 2)} and {_shown(sides['right'], 2)}."
     return text
 
 
@@ -310,6 +321,7 @@ def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Fi
             **({} if found["low"] is None else {"low": found["low"], "high": found["high"]}),
         }
         for matrix, sides in kinds.items()
+        if matrix != DIFFERENCE
         for side, found in sides.items()
     ]
     title = f"directions of {k} shared above {'the other task' if other else 'chance'}"

@@ -19,7 +19,7 @@ from brushstroke.studies.workshop import Outcome
 
 STUDY, RUNS, OUTCOME = "study.json", "runs", "outcome.json"
 BASE = "base"  # a model that was trained for the study; made before the study begins
-OWNED = (STUDY, RUNS, "results.json", "report.html", "figures")
+OWNED = (RUNS, "results.json", "report.html", "figures", STUDY)  # removed in this order
 
 
 class Store:
@@ -46,6 +46,11 @@ class Store:
         else:
             if not folder.is_dir() or any(entry.name != BASE for entry in folder.iterdir()):
                 refuse_existing(folder, overwrite)
+            if (folder / RUNS).exists():
+                raise OutputError(
+                    f"{folder / RUNS} is there without a {STUDY}, so nobody knows what its runs are; move it "
+                    "away, or choose another folder"
+                )
             with output_errors(folder):
                 (folder / RUNS).mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps({"identity": now, "notes": {}}, indent=2) + "\n")
@@ -119,6 +124,14 @@ class Store:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+
+
+def planned_before(folder: Path) -> dict[str, Any] | None:
+    """The plan of the study that a folder holds; None where there is none."""
+    try:
+        return json.loads((folder / STUDY).read_text("utf-8"))["notes"].get("plan")
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _brief(value: Any) -> str:

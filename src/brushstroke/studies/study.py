@@ -22,10 +22,15 @@ from brushstroke.studies.arms import Arm
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
 from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
-from brushstroke.studies.store import Store
+from brushstroke.studies.store import RUNS, Store, planned_before
 from brushstroke.studies.workshop import Score, Task, Workshop
 from brushstroke.training import TrainConfig
 from brushstroke.training.run import versions
+
+USED = (  # of a training config; rates and seeds come from the grid
+    *("epochs", "max_steps", "schedule", "warmup", "weight_decay", "clip", "batch_size"),
+    *("micro_tokens", "memory", "max_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Report:
         return {
             "versions": versions(),
             "settings": self.settings,
+            "seconds": self.seconds,
             "estimate": asdict(self.results.estimate),
             "untouched": {name: asdict(score) for name, score in self.results.untouched.items()},
             "arms": {
@@ -133,7 +139,8 @@ def run_studies(
         material: model and data.
         out: the folder; a study that was interrupted there goes on.
         overwrite: start over.
-        budget_minutes: plan no more than fits, and say what was left out.
+        budget_minutes: plan no more than fits, and say what was left out. A plan that was made stays: a
+            study that goes on does not plan again.
         execute: where runs happen.
         workers: how many runs `execute` does at a time, for the estimate.
         on_estimate: told before the first run.
@@ -150,29 +157,30 @@ def run_studies(
         for arm in study.arms(material):
             if arms.setdefault(arm.name, arm) != arm:
                 raise ConfigError(f"two studies mean different things by the arm {arm.name!r}")
-    settings = _settings(studies, material, list(arms.values()), budget_minutes, workers)
-    store = Store(Path(out).expanduser(), settings, overwrite=overwrite)
-    workshop = Workshop(material.base, material.tasks, material.general, material.config, store.runs)
-    plan = _once(
-        store,
-        "plan",
-        lambda: asdict(estimate(workshop, list(arms.values()), material.grid, workers, budget_minutes)),
-    )
-    planned = Estimate.from_dict(plan)
+    every = list(arms.values())
+    folder = Path(out).expanduser()
+    workshop = Workshop(material.base, material.tasks, material.general, material.config, folder / RUNS)
+    for arm in every:
+        workshop.numbers(arm)  # refuses now what would be refused after hours
+    settings = _settings(studies, material, every)
+    known = None if overwrite else planned_before(folder)
+    if known is None:
+        planned = estimate(workshop, every, material.grid, workers, budget_minutes)
+    else:
+        planned = Estimate.from_dict(known)
+    store = Store(folder, settings, overwrite=overwrite)
+    store.keep_note("plan", asdict(planned))
     if on_estimate:
         on_estimate(planned)
     untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
-    found = conduct(
-        workshop, store, list(arms.values()), material.grid, planned, execute=execute, on_run=on_run
-    )
-    results = Results(store, found, {name: Score(**told) for name, told in untouched.items()}, planned)
+    found = conduct(workshop, store, every, material.grid, planned, execute=execute, on_run=on_run)
+    scores = {name: Score(**told) for name, told in untouched.items()}
+    results = Results(store, found, scores, planned, tuple(arms))
     findings = tuple(study.read(results, workshop) for study in studies)
     return Report(findings, results, settings, time.perf_counter() - began)
 
 
-def _settings(
-    studies: Sequence[Study], material: Material, arms: Sequence[Arm], budget: float | None, workers: int
-) -> dict[str, Any]:
+def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm]) -> dict[str, Any]:
     """What two parts of one study must share; the report prints it."""
     hashes = {name: _hash([*t.train, *t.validation, *t.test]) for name, t in material.tasks.items()}
     return {
@@ -181,15 +189,9 @@ def _settings(
         "base": _hash_weights(material.base),
         "dtype": str(material.base.dtype).removeprefix("torch."),
         "data": {**hashes, "general": _hash(material.general)},
-        "training": {
-            key: value
-            for key, value in material.config.as_dict().items()
-            if key not in ("learning_rate", "seed")
-        },
+        "training": {key: value for key, value in material.config.as_dict().items() if key in USED},
         "learning_rates": list(material.grid.rates),
         "seeds": list(material.grid.seeds),
-        "budget_minutes": budget,
-        "workers": workers,
         "arms": [arm.as_dict() for arm in arms],
     }
 

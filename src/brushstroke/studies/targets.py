@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from brushstroke.report.charts import dots
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.findings import Figure, Finding, difference_table
-from brushstroke.studies.reading import arms_table, as_interval, inconclusive_note, left_out_note, test_loss
+from brushstroke.studies.reading import arms_table, as_interval, limits, test_loss
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Difference, compare_arms
 from brushstroke.studies.study import Material
@@ -73,12 +73,11 @@ class TargetsStudy:
         notes = (
             limit,
             *(f"Left out: {name} {reason}." for name, reason in self._found.left_out.items()),
-            *inconclusive_note(results, names),
-            *left_out_note(results),
+            *limits(results, names),
         )
         return Finding(
             "Which matrices deserve the parameters?",
-            _answer(ordered, compared, len(results.estimate.seeds)),
+            _answer(ordered, compared, len(results.seeds(*ordered)) if ordered else 0),
             (
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
                 difference_table(compared, "All pairs, paired over seeds, Holm-corrected over all of them."),
@@ -118,6 +117,10 @@ def _answer(ordered: list[str], compared: list[Difference], seeds: int) -> str:
         f"By test loss, lowest first: {order}. Of {total} pairs {len(apart)} are apart at 5 % (paired t over "
     )
     text += f"{seeds} seeds, Holm). "
+    if not compared:
+        return (
+            f"{best} is the only set with a learning rate that could be chosen: there is nothing to compare."
+        )
     if tied:
         return text + f"{best} cannot be told from {', '.join(tied)}."
     return text + f"{best} is better than every other."

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter
+from brushstroke.adapter.targets import resolve_targets
 from brushstroke.base import Base
 from brushstroke.data import Example
-from brushstroke.errors import NonFiniteError
+from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.formats import save
+from brushstroke.layers.walk import find_sites
 from brushstroke.lowrank import LowRank
 from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.random_subspace import SubspaceAdamW
@@ -90,8 +92,8 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss stopped being a number, or got so large that it may as well have."""
-        return self.validation is None or not math.isfinite(self.validation.loss)
+        """Whether the loss, or a factor, stopped being a number; then there are no scores and no update."""
+        return self.test is None
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
@@ -132,21 +134,22 @@ class Workshop:
             start = _inputs(session.adapter()) if run.arm.rank else {}
             try:
                 losses, tokens = self._train(session, task, run)
+                scores = {"validation": score(session, task.validation), "test": score(session, task.test)}
+                if self.general:
+                    scores["general"] = score(session, self.general)
             except NonFiniteError:
                 return replace(outcome, seconds=time.perf_counter() - began)
-            last = losses[-max(1, len(losses) // 10) :]
             adapter = session.adapter()
             if run.arm.dimension is None:
                 save(adapter, self.folder / run.key / "adapter", overwrite=True)
+            last = losses[-max(1, len(losses) // 10) :]
             return replace(
                 outcome,
                 real_tokens=tokens,
                 train_loss=sum(last) / len(last),
-                validation=score(session, task.validation),
-                test=score(session, task.test),
-                general=score(session, self.general) if self.general else None,
                 start_change=_change(start, _inputs(adapter)) if start else None,
                 seconds=time.perf_counter() - began,
+                **scores,
             )
         finally:
             session.close()
@@ -155,6 +158,25 @@ class Workshop:
         """Optimiser steps of a run."""
         order = DataOrder(task.train, self.config.batch_size, 0)
         return order.steps(self.config.epochs, self.config.max_steps)
+
+    def numbers(self, arm: Arm) -> int:
+        """How many weights an arm's sites and its update have: what a step of it costs goes with these.
+
+        Raises:
+            TargetError: a pattern that selects nothing, or a rank that a named site does not allow.
+            ConfigError: a subspace larger than what it lies in.
+        """
+        sites = {site.path: site for site in find_sites(self.base.model)}
+        ranks = resolve_targets(arm.lora, list(sites.values())).ranks
+        whole = sum(sites[path].d * sites[path].h for path in ranks)
+        factors = sum(rank * (sites[path].d + sites[path].h) for path, rank in ranks.items())
+        learnt = whole if arm.rank is None else factors
+        if arm.dimension is not None and arm.dimension > learnt:
+            raise ConfigError(
+                f"a subspace of {arm.dimension:,} dimensions does not fit the {learnt:,} parameters of "
+                f"{arm.name!r}; leave it out of --dimensions"
+            )
+        return whole + (0 if arm.rank is None else factors)
 
     def untouched(self) -> dict[str, Score]:
         """The scores of the base itself: on the test split of each task, and "general"."""
@@ -231,7 +253,11 @@ class Workshop:
 
 @torch.no_grad()
 def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Score:
-    """Loss per trained token and share of tokens that are the likeliest ones."""
+    """Loss per trained token and share of tokens that are the likeliest ones.
+
+    Raises:
+        NonFiniteError: a loss is not a finite number.
+    """
     forward, size, share = _forward(session)
     total, right, tokens = 0.0, 0, 0
     with forward.context():
@@ -250,6 +276,8 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
                 total += float((losses * weight).sum())
                 right += int((logits.argmax(-1) == targets).sum())
                 tokens += len(pairs)
+    if not math.isfinite(total):
+        raise NonFiniteError("the loss after training is not a finite number")
     return Score(total / max(1, tokens), right / max(1, tokens), tokens)
 
 
