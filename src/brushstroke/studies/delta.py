@@ -50,7 +50,7 @@ class DeltaStudy:
         good = results.conclusive(list(ranked.values()))
         related = {
             rank: [
-                relate(results.adapter(name, seed), workshop.base, allow_different_base=True)
+                relate(results.adapter(name, seed), workshop.base, seed=seed, allow_different_base=True)
                 for seed in good[name].seeds
             ]
             for rank, name in ranked.items()

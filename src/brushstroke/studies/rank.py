@@ -141,7 +141,7 @@ def _answer(
     text = f"The lowest test loss of {len(kept)} ranks is {means[best]:.4f}, at rank {best}"
     if count < 2:
         return f"{text} (one seed: no interval, and no claim of a difference)."
-    text += f" ({count} seeds or more)."
+    text += f" ({count} seeds)."
     if best == max(kept) and len(kept) > 1:
         text += " It is the largest that was tried: a rank beyond which nothing is gained was not reached."
     steps = {one.first: one for one in compared}
