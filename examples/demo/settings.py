@@ -61,7 +61,7 @@ QUICK = Settings(
     base_rows=16,
     compared=3,
     timed=3,
-    reference_seconds=235,
+    reference_seconds=200,
 )
 
 
