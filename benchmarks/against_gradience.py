@@ -77,13 +77,12 @@ def by_brushstroke(folder: Path) -> tuple[dict[str, float], float]:
 
 
 def by_gradience(folder: Path) -> tuple[dict[str, float], float]:
-    words = ("--peft-dir", folder, "--json", "--layers", "--top-singular-values", "1", "--no-udr")
+    words = ("--peft-dir", folder, "--json", "--layers", "--no-udr")
     told, seconds = run("gradience", "audit", *words)
-    rows = told.get("layers") or told.get("layer_data")
-    found = {}
-    for row in rows:
-        name = str(row.get("name") or row.get("layer")).removeprefix("base_model.model.")
-        found[name] = float(row.get("top_singular_values", [row.get("sigma_max")])[0])
+    found = {
+        str(row["name"]).removeprefix("base_model.model."): float(row["sigma_max_scaled"])
+        for row in told["layer_data"]["layer_rows"]
+    }
     return found, seconds
 
 
