@@ -17,7 +17,7 @@ CELL = 9  # pixels of a map's cell
 def dots(
     records: Sequence[Record], *, name: str, value: str, title: str, low: str = "low", high: str = "high"
 ) -> dict[str, Any]:
-    """One dot with its interval for each name, in the order given; the values of single runs beside it.
+    """One dot with its interval for each name, in the order given.
 
     Args:
         records: each with `name`, `value`, and where they are known `low` and `high`.

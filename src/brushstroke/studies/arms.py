@@ -14,6 +14,7 @@ from brushstroke.adapter.targets import matches_path, resolve_targets
 from brushstroke.errors import ConfigError
 
 TASK, OTHER = "task", "other task"
+WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)
 BUDGET_TOLERANCE = 0.05  # how far an arm may be from the parameter budget, as a share of it
 
 
@@ -107,14 +108,23 @@ class Budget:
     left_out: Mapping[str, str]
 
 
+def chosen_sites(targets: Iterable[str], sites: Sequence[Site]) -> list[Site]:
+    """The sites that the patterns select.
+
+    Raises:
+        TargetError: a pattern that selects nothing.
+    """
+    chosen = resolve_targets(LoraConfig(rank=1, targets=tuple(targets)), sites).ranks
+    return [site for site in sites if site.path in chosen]
+
+
 def parameters_per_rank(targets: Iterable[str], sites: Sequence[Site]) -> int:
     """Σ (d + h) over the sites that the patterns select.
 
     Raises:
         TargetError: a pattern that selects nothing.
     """
-    chosen = resolve_targets(LoraConfig(rank=1, targets=tuple(targets)), sites).ranks
-    return sum(site.d + site.h for site in sites if site.path in chosen)
+    return sum(site.d + site.h for site in chosen_sites(targets, sites))
 
 
 def equal_budget(
@@ -140,8 +150,7 @@ def equal_budget(
     for name, targets in sets.items():
         each = parameters_per_rank(targets, sites)
         rank = max(1, round(budget / each))
-        chosen = resolve_targets(LoraConfig(rank=1, targets=targets), sites).ranks
-        largest = min(min(site.shape) for site in sites if site.path in chosen)
+        largest = min(min(site.shape) for site in chosen_sites(targets, sites))
         if abs(rank * each - budget) > BUDGET_TOLERANCE * budget:
             left_out[name] = f"needs {rank * each:,} parameters at rank {rank}, the budget is {budget:,}"
         elif rank > largest:
@@ -164,8 +173,9 @@ def low_rank(
 
 
 def whole(matrices: str, targets: tuple[str, ...], rates: tuple[float, ...]) -> Arm:
-    """The arm that trains W itself at these sites."""
-    return Arm(f"{matrices} W itself", targets, None, rates=rates)
+    """The arm that trains W itself at these sites, at a tenth of the rates of low-rank factors."""
+    lower = tuple(float(f"{rate / WHOLE_RATE:.1e}") for rate in rates)
+    return Arm(f"{matrices} W itself", targets, None, rates=lower)
 
 
 def equal_rank(sets: Mapping[str, tuple[str, ...]], rank: int, alpha: float = 16.0) -> tuple[Arm, ...]:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from brushstroke.adapter.targets import resolve_targets
 from brushstroke.report.charts import lines
-from brushstroke.studies.arms import Arm, low_rank, matrices_name, whole
+from brushstroke.studies.arms import Arm, chosen_sites, low_rank, matrices_name, whole
 from brushstroke.studies.findings import Figure, Finding
 from brushstroke.studies.reading import arms_table, as_interval, limits, test_loss
 from brushstroke.studies.runner import Results
@@ -50,11 +49,9 @@ class IntrinsicStudy:
 
     def _full(self, material: Material) -> Arm:
         matrices = matrices_name(self.targets)
-        chosen = resolve_targets(low_rank(matrices, self.targets, 1).lora, material.sites).ranks
-        size = sum(site.d * site.h for site in material.sites if site.path in chosen)
+        size = sum(site.d * site.h for site in chosen_sites(self.targets, material.sites))
         if self.of == "W" or (self.of == "auto" and size <= SMALL):
-            rates = tuple(float(f"{rate / 10:.1e}") for rate in material.grid.rates)
-            return whole(matrices, self.targets, rates)
+            return whole(matrices, self.targets, material.grid.rates)
         return low_rank(matrices, self.targets, self.rank, self.alpha)
 
     def read(self, results: Results, workshop: Workshop) -> Finding:

@@ -5,16 +5,17 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from brushstroke.adapter.targets import resolve_targets
 from brushstroke.analysis import SiteSpectrum, Spectrum, random_pair, spectrum
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import grids, lines
-from brushstroke.studies.arms import Arm, low_rank, matrices_name, whole
+from brushstroke.studies.arms import Arm, chosen_sites, low_rank, matrices_name, whole
 from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table
 from brushstroke.studies.reading import (
     SIDES,
     arms_table,
+    as_differences,
     as_interval,
+    band,
     limits,
     pair_overlaps,
     places,
@@ -26,7 +27,6 @@ from brushstroke.studies.statistics import Difference, compare_arms, interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Workshop
 
-WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)
 COMPARED_RANK = 8  # the smaller rank of the overlap figures, as in the paper
 
 
@@ -52,8 +52,7 @@ class RankStudy:
     def arms(self, material: Material) -> list[Arm]:
         """One for each rank, and W itself."""
         matrices = matrices_name(self.targets)
-        chosen = resolve_targets(low_rank(matrices, self.targets, 1).lora, material.sites).ranks
-        largest = min(min(site.shape) for site in material.sites if site.path in chosen)
+        largest = min(min(site.shape) for site in chosen_sites(self.targets, material.sites))
         arms = [
             low_rank(matrices, self.targets, rank, self.alpha, self.scale_rule)
             for rank in sorted(set(self.ranks))
@@ -64,8 +63,7 @@ class RankStudy:
                 f"the smallest of the matrices allows rank {largest}; give smaller ranks (--ranks)"
             )
         if self.train_whole:
-            rates = tuple(float(f"{rate / WHOLE_RATE:.1e}") for rate in material.grid.rates)
-            arms.append(whole(matrices, self.targets, rates))
+            arms.append(whole(matrices, self.targets, material.grid.rates))
         return arms
 
     def read(self, results: Results, workshop: Workshop) -> Finding:
@@ -109,15 +107,7 @@ class RankStudy:
             notes,
             {
                 "test_loss": {name: as_interval(test_loss(found)) for name, found in good.items()},
-                "neighbours": [
-                    {
-                        "first": one.first,
-                        "second": one.second,
-                        "difference": as_interval(one.difference),
-                        "p_holm": one.p_holm,
-                    }
-                    for one in compared
-                ],
+                "neighbours": as_differences(compared),
                 "spectra": {name: found.as_dict() for name, found in spectra.items()},
             },
         )
@@ -145,15 +135,13 @@ def _answer(
     if best == max(kept) and len(kept) > 1:
         text += " It is the largest that was tried: a rank beyond which nothing is gained was not reached."
     steps = {one.first: one for one in compared}
-    better = [
-        rank
-        for rank, name in kept.items()
-        if name in steps and steps[name].significant() and steps[name].difference.mean > 0
+    further = [
+        f"{rank} to {larger}"
+        for rank, larger in pairwise(kept)
+        if (step := steps.get(kept[rank])) and step.significant() and step.difference.mean > 0
     ]
-    ranks = list(kept)
-    further = [rank for rank in ranks[:-1] if rank in better]
-    if len(ranks) > 1:
-        told = ", ".join(f"{rank} to {ranks[ranks.index(rank) + 1]}" for rank in further)
+    if len(kept) > 1:
+        told = ", ".join(further)
         text += (
             f" Steps from one rank to the next that lower the loss at 5 % (paired t, Holm): {told or 'none'}."
         )
@@ -172,7 +160,7 @@ def _loss_figures(results: Results, kept: dict[int, str], full: str | None) -> l
     for rank, name in kept.items():
         loss = test_loss(results.arms[name])
         if loss:
-            records.append({"rank": rank, "loss": loss.mean, "arm": "low rank", **_band(loss.low, loss.high)})
+            records.append({"rank": rank, "loss": loss.mean, "arm": "low rank", **band(loss)})
     whole_loss = test_loss(results.arms[full]) if full else None
     if whole_loss and records:
         for rank in (min(kept), max(kept)):
@@ -181,7 +169,7 @@ def _loss_figures(results: Results, kept: dict[int, str], full: str | None) -> l
                     "rank": rank,
                     "loss": whole_loss.mean,
                     "arm": "W itself",
-                    **_band(whole_loss.low, whole_loss.high),
+                    **band(whole_loss),
                 }
             )
     if not records:
@@ -190,10 +178,6 @@ def _loss_figures(results: Results, kept: dict[int, str], full: str | None) -> l
         records, x="rank", y="loss", series="arm", x_title="rank", y_title="test loss, nats", log_x=True
     )
     return [Figure("loss-by-rank", "Test loss by rank, with 95 % intervals over seeds.", spec)]
-
-
-def _band(low: float | None, high: float | None) -> dict[str, float]:
-    return {} if low is None or high is None else {"low": low, "high": high}
 
 
 def _spectra_table(spectra: dict[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from brushstroke.analysis import SiteOverlap, arrange, subspace
 from brushstroke.analysis.weights import low_rank_updates
 from brushstroke.studies.findings import Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
-from brushstroke.studies.statistics import Interval, interval, over_pairs
+from brushstroke.studies.statistics import Difference, Interval, interval, over_pairs
 
 SIDES = ("left", "right")
 
@@ -133,3 +133,21 @@ def as_interval(found: Interval | None) -> dict[str, Any] | None:
         if found is None
         else {"mean": found.mean, "low": found.low, "high": found.high, "n": found.count}
     )
+
+
+def as_differences(found: Sequence[Difference]) -> list[dict[str, Any]]:
+    """JSON types of paired differences."""
+    return [
+        {
+            "first": one.first,
+            "second": one.second,
+            "difference": as_interval(one.difference),
+            "p_holm": one.p_holm,
+        }
+        for one in found
+    ]
+
+
+def band(found: Interval) -> dict[str, float]:
+    """The bounds for a figure; nothing where there are none."""
+    return {} if found.low is None or found.high is None else {"low": found.low, "high": found.high}

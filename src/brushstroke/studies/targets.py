@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from brushstroke.report.charts import dots
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.findings import Figure, Finding, difference_table
-from brushstroke.studies.reading import arms_table, as_interval, limits, test_loss
+from brushstroke.studies.reading import arms_table, as_differences, as_interval, band, limits, test_loss
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Difference, compare_arms
 from brushstroke.studies.study import Material
@@ -58,8 +58,7 @@ class TargetsStudy:
         for name in ordered:
             loss = test_loss(good[name])
             assert loss is not None
-            band = {} if loss.low is None else {"low": loss.low, "high": loss.high}
-            records.append({"arm": name, "loss": loss.mean, **band})
+            records.append({"arm": name, "loss": loss.mean, **band(loss)})
         figures = ()
         if records:
             spec = dots(records, name="arm", value="loss", title="test loss, nats")
@@ -87,15 +86,7 @@ class TargetsStudy:
             {
                 "order": ordered,
                 "test_loss": {name: as_interval(test_loss(found)) for name, found in good.items()},
-                "differences": [
-                    {
-                        "first": one.first,
-                        "second": one.second,
-                        "difference": as_interval(one.difference),
-                        "p_holm": one.p_holm,
-                    }
-                    for one in compared
-                ],
+                "differences": as_differences(compared),
             },
         )
 

@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brushstroke.adapter import Adapter
-from brushstroke.adapter.targets import resolve_targets
+from brushstroke.adapter import Adapter, Site
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.layers.walk import find_sites, site_module, weight_dxh
 from brushstroke.lowrank import LowRank
 from brushstroke.step.forward import choose_forward
-from brushstroke.studies.arms import Arm
+from brushstroke.step.pack import Pass
+from brushstroke.studies.arms import Arm, chosen_sites
 from brushstroke.training import TrainConfig
+from brushstroke.training.session import StepResult
 
 MICRO_TOKENS = 1024
 
@@ -40,42 +41,40 @@ class WholeWeights:
                 f"the arm {arm.name!r} trains W itself, which needs float32; load the base so "
                 "(--dtype float32)"
             )
-        sites = find_sites(base.model)
-        chosen = resolve_targets(arm.lora, sites).ranks
-        self._sites = [site for site in sites if site.path in chosen]
-        self._model, self.clip, self.learning_rate = base.model, config.clip, learning_rate
-        self.parameters = [_weight(base.model, site.path) for site in self._sites]
+        self._sites = chosen_sites(arm.targets, find_sites(base.model))
+        self.clip = config.clip
+        self.parameters = [_weight(base.model, site) for site in self._sites]
         self._kept = [weight.detach().clone() for weight in self.parameters]
-        self.model = base.model.eval()
+        model = base.model.eval()
         for weight in self.parameters:
             weight.requires_grad_(True)
-        self._forward, _ = choose_forward(self.model, share=False)
+        self.forward, _ = choose_forward(model, share=False)
         self.optimizer: Any = torch.optim.AdamW(
             self.parameters, learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self._pending_tokens = 0
 
-    @property
-    def forward(self) -> Any:
-        """How passes run."""
-        return self._forward
+    def passes(self, examples: Sequence[Example]) -> list[Pass]:
+        """How examples are arranged over passes."""
+        return self.forward.passes(examples, MICRO_TOKENS, False)
 
-    def forward_backward(self, examples: Sequence[Example]) -> float:
-        """Add the gradients of these examples; returns the loss per trained token.
+    def forward_backward(self, examples: Sequence[Example]) -> StepResult:
+        """Add the gradients of these examples to those that wait for `optim_step`.
 
         Raises:
             NonFiniteError: the loss is not a finite number.
         """
         total, trained = 0.0, sum(example.trained for example in examples)
-        with self._forward.context():
-            for part in self._forward.passes(examples, MICRO_TOKENS, False):
-                value = self._forward.summed_loss(part, None)
+        real = sum(len(example) for example in examples)
+        with self.forward.context():
+            for part in self.passes(examples):
+                value = self.forward.summed_loss(part, None)
                 if not bool(torch.isfinite(value)):
                     raise NonFiniteError(f"the loss is {value.item()}; lower the learning rate")
                 value.backward()
                 total += value.item()
         self._pending_tokens += trained
-        return total / max(1, trained)
+        return StepResult(total / max(1, trained), trained, real, real)
 
     def optim_step(self, learning_rate: float) -> None:
         """One step on the gradients that wait.
@@ -115,10 +114,11 @@ class WholeWeights:
                 weight.copy_(old)
 
 
-def _weight(model: torch.nn.Module, path: str) -> Tensor:
-    module = site_module(model, path)
-    kind = "linear" if isinstance(module, torch.nn.Linear) else "conv1d"
-    if weight_dxh(module, kind) is None:
-        raise ConfigError(f"the weight of {path} is stored in a packed form and cannot be trained itself")
+def _weight(model: torch.nn.Module, site: Site) -> Tensor:
+    module = site_module(model, site.path)
+    if weight_dxh(module, site.kind) is None:
+        raise ConfigError(
+            f"the weight of {site.path} is stored in a packed form and cannot be trained itself"
+        )
     weight: Any = module.weight
     return weight

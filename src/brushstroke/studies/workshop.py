@@ -26,7 +26,6 @@ from brushstroke.studies.whole import WholeWeights
 from brushstroke.training import TrainConfig, Training
 from brushstroke.training.order import DataOrder
 from brushstroke.training.schedule import factor
-from brushstroke.training.session import StepResult
 
 SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
@@ -214,7 +213,7 @@ class Workshop:
         return (opened - began) + per_step * self.steps(task) + (ended - stepped) * len(scored) / len(some)
 
     def _open(self, run: Run) -> "Training | WholeWeights":
-        config = replace(self.config, learning_rate=run.learning_rate, seed=run.start_seed)
+        config = self.config
         session: Any
         if run.arm.rank is None:
             session = WholeWeights(self.base, run.arm, config, run.learning_rate)
@@ -222,12 +221,12 @@ class Workshop:
             session = Training(
                 self.base,
                 run.arm.lora,
-                learning_rate=config.learning_rate,
+                learning_rate=run.learning_rate,
                 weight_decay=config.weight_decay,
                 clip=config.clip,
                 micro_tokens=config.micro_tokens,
                 memory=config.memory,
-                seed=config.seed,
+                seed=run.start_seed,
             )
         if run.arm.dimension is not None:
             session.clip = 0.0  # the norm of the whole gradient says little about its projection
@@ -241,10 +240,9 @@ class Workshop:
         steps = self.steps(task)
         losses, tokens = [], 0
         for step in range(steps):
-            batch = order.batch(step)
-            result = session.forward_backward(batch)
-            losses.append(result.loss if isinstance(result, StepResult) else result)
-            tokens += sum(len(example) for example in batch)
+            result = session.forward_backward(order.batch(step))
+            losses.append(result.loss)
+            tokens += result.real_tokens
             session.optim_step(
                 run.learning_rate * factor(self.config.schedule, step, steps, self.config.warmup)
             )
@@ -258,11 +256,11 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
     Raises:
         NonFiniteError: a loss is not a finite number.
     """
-    forward, size, share = _forward(session)
+    forward = session.forward if isinstance(session, WholeWeights) else session.step.forward
     total, right, tokens = 0.0, 0, 0
     with forward.context():
         for start in range(0, len(examples), SCORED_AT_ONCE):
-            for part in forward.passes(examples[start : start + SCORED_AT_ONCE], size, share):
+            for part in session.passes(examples[start : start + SCORED_AT_ONCE]):
                 logits = forward.trained_logits(part).float()
                 pairs = [
                     (token, weight)
@@ -279,12 +277,6 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
     if not math.isfinite(total):
         raise NonFiniteError("the loss after training is not a finite number")
     return Score(total / max(1, tokens), right / max(1, tokens), tokens)
-
-
-def _forward(session: "Training | WholeWeights") -> tuple[Any, int, bool]:
-    if isinstance(session, WholeWeights):
-        return session.forward, 1024, False
-    return session.step.forward, session.micro_tokens, session.share_prefixes
 
 
 def _inputs(adapter: Adapter) -> dict[str, torch.Tensor]:
