@@ -47,7 +47,7 @@ demo: install
 
 # Compiled graphs first and by themselves: shape-checked functions do not trace.
 test: $(VENV)/.installed-dev
-	$(BIN)/python examples/demo/assets.py
+	$(BIN)/python -m brushstroke.samples.assets
 	$(BIN)/python -m pytest tests/compile
 	$(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,shapes.checked
 
@@ -58,7 +58,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python examples/demo/assets.py
+	$(BIN)/python -m brushstroke.samples.assets
 	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
 
 clean:

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+from brushstroke.samples import labelled_file, model_path, read_task
 
-import assets  # noqa: E402
-import tasks  # noqa: E402
+HERE = Path(__file__).resolve().parent
+
 
 RESULTS = HERE / "results.jsonl"
 SIDES = {
@@ -46,7 +45,7 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
     """The first rows of a task: addresses, the same under a long instruction, or plain texts."""
     if task == "plain":
         return list(plain_texts(count))
-    found = tasks.read_task("addresses", assets.labelled_file("addresses")).training[:count]
+    found = read_task("addresses", labelled_file("addresses")).training[:count]
     if len(found) < count:
         raise SystemExit(f"the address set has {len(found)} training rows; {count} are asked for")
     if task == "addresses":
@@ -82,7 +81,7 @@ def prepared(
         data = Path(scratch) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         yield {
-            "base": base or str(assets.model_path()),
+            "base": base or str(model_path()),
             "data": str(data),
             "scratch": scratch,
             "device": device,

@@ -4,18 +4,12 @@ python benchmarks/switching_and_merging.py
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
-
-import assets  # noqa: E402
-
-import brushstroke as bs  # noqa: E402
+import brushstroke as bs
+from brushstroke.samples import model_path
 
 ROUNDS = 60
 
@@ -33,7 +27,7 @@ def random_adapter(base: bs.Base, seed: int) -> bs.Adapter:
 
 @torch.no_grad()
 def main() -> None:
-    base = bs.load_base(assets.model_path(), dtype="float32")
+    base = bs.load_base(model_path(), dtype="float32")
     adapters = {name: random_adapter(base, seed) for seed, name in enumerate(("a", "b", "c"))}
     with bs.bank(base, adapters) as bank:
         times = []

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import assets
 import measure
 import page
 import settings
 import show
-import tasks
 
 import brushstroke as bs
+from brushstroke import samples
 
 OUT = Path("demo-out")
 
@@ -27,7 +26,7 @@ def main() -> int:
     """Run the demo; returns the exit status."""
     try:
         run(settings.chosen(), OUT)
-    except (bs.errors.BrushstrokeError, assets.AssetError) as error:
+    except bs.errors.BrushstrokeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -40,12 +39,12 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
     """The demo from beginning to end; returns what results.json holds."""
     begun = time.perf_counter()
     show.opening(form)
-    files = {name: assets.labelled_file(name) for name in settings.NAMES}
-    model_file = assets.model_path()
-    jobs = {name: tasks.read_task(name, file) for name, file in files.items()}
+    files = {name: samples.labelled_file(name) for name in settings.NAMES}
+    model_file = samples.model_path()
+    jobs = {name: samples.read_task(name, file) for name, file in files.items()}
     heldout = {name: list(job.heldout[: form.held_out]) for name, job in jobs.items()}
     for name, rows in heldout.items():
-        tasks.write_rows(rows, out / "heldout" / f"{name}.jsonl")
+        samples.write_rows(rows, out / "heldout" / f"{name}.jsonl")
     base = bs.load_base(model_file, dtype="float32")  # where merged and adapted give the same tokens
     show.loaded(base, measure.weight_bytes(base.model))
 

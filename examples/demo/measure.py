@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import show
-import tasks
 import torch
 from settings import Settings
 
 import brushstroke as bs
 from brushstroke.inference import Scores, score
+from brushstroke.samples import labelled
 
 BASE_TASK = "addresses"  # what the untouched base is asked
 BATCH = 54  # rows that are answered together
@@ -79,7 +79,7 @@ class Merged:
         return self.merged_ms / self.base_ms
 
 
-def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form: Settings) -> Run:
+def train_or_reuse(base: bs.Base, rows: Sequence[labelled.Row], folder: Path, form: Settings) -> Run:
     """Train an adapter into a folder, or take the one that the same settings and rows made before."""
     lora = bs.LoraConfig(rank=8, alpha=16, targets="all-linear")
     config = bs.TrainConfig(epochs=1, learning_rate=form.learning_rate, batch_size=form.batch_size)
@@ -98,15 +98,17 @@ def train_or_reuse(base: bs.Base, rows: Sequence[tasks.Row], folder: Path, form:
     )
 
 
-def first_words(base: bs.Base, rows: Sequence[tasks.Row]) -> list[tuple[str, str]]:
+def first_words(base: bs.Base, rows: Sequence[labelled.Row]) -> list[tuple[str, str]]:
     """How the base begins to answer some rows: (line, answer) pairs."""
-    prompts = [tasks.prompt_of(row) for row in rows]
+    prompts = [labelled.prompt_of(row) for row in rows]
     answers = bs.generate(base, prompts, max_new_tokens=FIRST_TOKENS, batch_size=len(prompts))
-    return [(tasks.line_of(row, BASE_TASK), answer.text) for row, answer in zip(rows, answers, strict=True)]
+    return [
+        (labelled.line_of(row, BASE_TASK), answer.text) for row, answer in zip(rows, answers, strict=True)
+    ]
 
 
 def judge(
-    base: bs.Base, bank: bs.Bank, heldout: dict[str, list[tasks.Row]], base_rows: int
+    base: bs.Base, bank: bs.Bank, heldout: dict[str, list[labelled.Row]], base_rows: int
 ) -> dict[str | None, Judged]:
     """How held-out rows are answered, each by its own adapter, and some addresses also by the base (None).
 
@@ -114,10 +116,10 @@ def judge(
     by the length of the right answers. An answer may be a few tokens longer than the longest right one of its
     batch; what is longer is cut, and so no valid object.
     """
-    asked: list[tuple[str | None, tasks.Row]] = [(None, row) for row in heldout[BASE_TASK][:base_rows]]
+    asked: list[tuple[str | None, labelled.Row]] = [(None, row) for row in heldout[BASE_TASK][:base_rows]]
     asked += [(name, row) for name, rows in heldout.items() for row in rows]
     voices = [voice for voice, _ in asked]
-    prompts = [tasks.prompt_of(row) for _, row in asked]
+    prompts = [labelled.prompt_of(row) for _, row in asked]
     expected = [row["messages"][-1]["content"] for _, row in asked]
     with show.asking(len(asked)):
         answers = _answers(base, prompts, expected, adapters=bank, rows=voices)
@@ -133,10 +135,10 @@ def judge(
     return found
 
 
-def mixed(judged: dict[str | None, Judged], heldout: dict[str, list[tasks.Row]]) -> list[Mixed]:
+def mixed(judged: dict[str | None, Judged], heldout: dict[str, list[labelled.Row]]) -> list[Mixed]:
     """A row of each voice in the batches of `judge`."""
     return [
-        Mixed(name, tasks.line_of(heldout[name or BASE_TASK][0], name or BASE_TASK), found.answers[0].text)
+        Mixed(name, labelled.line_of(heldout[name or BASE_TASK][0], name or BASE_TASK), found.answers[0].text)
         for name, found in judged.items()
     ]
 

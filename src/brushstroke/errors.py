@@ -16,6 +16,7 @@ BrushstrokeError
 │   ├── NonFiniteError                the loss or a gradient is not a finite number
 │   └── ResumeError                   a checkpoint does not belong to this run
 ├── MergeError (RuntimeError)         a merge would lose the update
+├── AssetError (RuntimeError)         a sample model or data set cannot be fetched
 ├── OutputError (OSError)             results cannot be written where they were asked for
 └── MissingPackageError (ImportError) an optional package is needed and not installed
 """
@@ -80,6 +81,10 @@ class ResumeError(TrainingError):
 
 class MergeError(BrushstrokeError, RuntimeError):
     """A merge would lose the update."""
+
+
+class AssetError(BrushstrokeError, RuntimeError):
+    """A sample model or data set cannot be fetched, or is not the one that it should be."""
 
 
 class OutputError(BrushstrokeError, OSError):

@@ -111,6 +111,12 @@ BAD = [
     (("intrinsic", "BASE", "DATA", "--dimensions", "10,999999999"), "a subspace of 999,999,999 dimensions"),
     (("paper", "--tiny", "BASE", "DATA"), "brings its own model, data and settings; leave out BASE and DATA"),
     (("paper", "--tiny", "--max-steps", "3"), "leave out --max-steps"),
+    (
+        ("paper", "--smollm2", "BASE"),
+        "--smollm2 brings its own model, data and settings; leave out",
+    ),
+    (("rank", "BASE", "DATA", "--smollm2"), "--smollm2 is for paper"),
+    (("paper", "--smollm2", "--tiny"), "give --tiny or --smollm2, not both"),
     (("rank", "BASE", "DATA", "--dimensions", "3"), "--dimensions is for intrinsic, not for rank"),
     (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks takes numbers with commas between them; got '1,x'"),
     (("rank", "BASE", "DATA", "--ranks", "0"), "rank must be a whole number of at least 1; got 0"),

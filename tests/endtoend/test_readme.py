@@ -1,6 +1,5 @@
 """The README's code runs: Python in this process, `brushstroke` lines as commands, `make` targets exist."""
 
-import importlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import brushstroke as bs
+from brushstroke import samples
 
 ROOT = Path(__file__).parents[2]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -29,17 +29,12 @@ TARGETS = [line.split()[1] for line in LINES if line.startswith("make ")]
 def workplace(tmp_path_factory):
     """A folder with what the README takes for granted: the base, two files of rows, an adapter for people."""
     folder = tmp_path_factory.mktemp("readme")
-    sys.path.insert(0, str(ROOT / "examples" / "demo"))
-    try:
-        assets, tasks = importlib.import_module("assets"), importlib.import_module("tasks")
-    finally:
-        sys.path.pop(0)
-    base = bs.load_base(assets.model_path(), dtype="float32")
+    base = bs.load_base(samples.model_path(), dtype="float32")
     base.model.save_pretrained(folder / "base")
     base.tokenizer.save_pretrained(folder / "base")
-    rows = tasks.read_task("addresses", assets.labelled_file("addresses"))
-    tasks.write_rows(rows.training[:12], folder / "addresses.jsonl")
-    tasks.write_rows(rows.heldout[:3], folder / "heldout.jsonl")
+    rows = samples.read_task("addresses", samples.labelled_file("addresses"))
+    samples.write_rows(rows.training[:12], folder / "addresses.jsonl")
+    samples.write_rows(rows.heldout[:3], folder / "heldout.jsonl")
     fresh = bs.load_base(folder / "base", dtype="float32")
     with bs.attach(fresh, bs.LoraConfig(rank=2), trainable=True) as attachment:
         with torch.no_grad():

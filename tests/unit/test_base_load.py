@@ -1,7 +1,6 @@
 """Loading a frozen base: what it is afterwards, what is refused, and that it is silent."""
 
 import contextlib
-import importlib
 import logging
 import re
 from pathlib import Path
@@ -15,8 +14,8 @@ from transformers.utils import logging as hf_logging
 
 from brushstroke.base import Base, choose_device, choose_dtype, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, ConfigError
+from brushstroke.samples import model_path
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
 CPU = torch.device("cpu")
 
 
@@ -142,10 +141,8 @@ def test_a_gguf_file_becomes_a_plain_model_that_can_be_saved(gguf_file: Path, tm
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_real_gguf_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(DEMO))
-    file = importlib.import_module("assets").model_path()
-    base = load_base(file, dtype="float32", device="cpu")
+def test_the_real_gguf_model() -> None:
+    base = load_base(model_path(), dtype="float32", device="cpu")
     model: Any = base.model
     assert base.quantised
     assert model.lm_head.weight is model.model.embed_tokens.weight

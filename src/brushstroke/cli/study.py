@@ -3,6 +3,7 @@
 The studies are those of `brushstroke.studies`; here flags become settings.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -64,6 +65,7 @@ class QuestionOptions:
         dimensions: Of the random subspaces, with commas (intrinsic).
         no_whole: Leave out the arm that trains W itself (rank).
         tiny: A small model that is trained here, on texts that every Python carries (paper).
+        smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
     """
 
     targets: str | None = None
@@ -76,6 +78,7 @@ class QuestionOptions:
     dimensions: str | None = None
     no_whole: bool | None = None
     tiny: bool = False
+    smollm2: bool = False
 
 
 @Parameter(name="*", group=RUNS)
@@ -84,7 +87,7 @@ class StudyRunOptions:
     """How every run trains, and how many there are.
 
     Args:
-        seeds: Of every arm [default: 3; 5 for paper].
+        seeds: Of every arm [default: 3; 5 for paper --tiny].
         learning_rates: To choose from on the validation split, with commas
             [default: four around the rule of train].
         epochs: Passes over the data in every run [default: 1].
@@ -92,7 +95,7 @@ class StudyRunOptions:
         batch_size: Examples in an optimiser step [default: 8].
         budget_minutes: Plan no more than fits, and say what was left out.
         workers: Runs at a time, each in a process of one thread; for small models
-            [default: 1; the cores for paper --tiny].
+            [default: 1; the cores for the presets of paper].
         overwrite: Start over in --out.
     """
 
@@ -151,8 +154,8 @@ def study(
     Args:
         question: rank: what rank is enough; seeds: what seeds share; targets: which matrices deserve the
             parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; paper: the first four.
-        base: A model folder, a hub id or a .gguf file; none for paper --tiny.
-        data: The task, as for train; none for paper --tiny.
+        base: A model folder, a hub id or a .gguf file; none for paper --tiny and --smollm2.
+        data: The task, as for train; none for paper --tiny and --smollm2.
         out: The folder of the study: report.html, results.json, and every run.
         dtype: Of the frozen base.
         device: Where to run.
@@ -171,7 +174,7 @@ def study(
     from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
 
     workers = settings.workers or 1
-    if given.tiny:
+    if given.tiny or given.smollm2:
         fixed = {
             **vars(settings),
             **vars(files),
@@ -180,7 +183,8 @@ def study(
             "base": base,
             "data": data,
         }
-        studies, material, workers = _tiny(out, settings, fixed)
+        studies, material = _preset("--tiny" if given.tiny else "--smollm2", out, settings, fixed)
+        workers = settings.workers or os.cpu_count() or 1
     else:
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
@@ -211,21 +215,20 @@ def study(
     say(f"{page} shows all of it")
 
 
-def _tiny(out: Path, settings: StudyRunOptions, fixed: dict[str, Any]) -> "tuple[list[Study], Material, int]":
-    import os
-
-    from brushstroke.studies import tiny_paper
+def _preset(
+    flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
+) -> "tuple[list[Study], Material]":
+    from brushstroke.studies import smollm2_paper, tiny_paper
 
     free = ("seeds", "workers", "budget_minutes", "overwrite")
     chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
     if chosen:
         surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
-        raise ConfigError(f"paper --tiny brings its own model, data and settings; leave out {surplus}")
-    seeds = range(5 if settings.seeds is None else settings.seeds)
-    studies, material = tiny_paper(
-        out, seeds=tuple(seeds), on_base=lambda: say("a small model is trained first, if it is not there")
-    )
-    return studies, material, settings.workers or os.cpu_count() or 1
+        raise ConfigError(f"paper {flag} brings its own model, data and settings; leave out {surplus}")
+    seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
+    if flag == "--smollm2":
+        return smollm2_paper(**seeds)
+    return tiny_paper(out, on_base=lambda: say("a small model is trained first, if it is not there"), **seeds)
 
 
 def _study(question: str, given: QuestionOptions) -> "Study":
@@ -306,8 +309,11 @@ def _refuse_misplaced(question: str, given: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{_flag(name)} is for {' and '.join(places)}, not for {question}; leave it out"
             )
-    if given["tiny"] and question != "paper":
-        raise ConfigError("--tiny is for paper: brushstroke study paper --tiny --out DIR")
+    for name in ("tiny", "smollm2"):
+        if given[name] and question != "paper":
+            raise ConfigError(f"--{name} is for paper: brushstroke study paper --{name} --out DIR")
+    if given["tiny"] and given["smollm2"]:
+        raise ConfigError("give --tiny or --smollm2, not both")
     if given["rank"] is not None and given["budget"] is not None:
         raise ConfigError("give --rank or --budget, not both")
 

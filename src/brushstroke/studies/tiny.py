@@ -57,7 +57,7 @@ def tasks() -> dict[str, Task]:
         DataError: this Python does not carry them.
     """
     return {
-        TASK: _task("prose of Python's help", _topics()),
+        TASK: _task("prose of Python's help", [text.encode() for text in help_texts()]),
         OTHER: _task("tables of Python's character encodings", _tables()),
     }
 
@@ -116,15 +116,19 @@ def _sources() -> Iterator[bytes]:
         yield file.read_bytes()
 
 
-def _topics() -> list[bytes]:
-    """The help texts by name. The file is read, not run."""
+def help_texts() -> list[str]:
+    """The prose of pydoc's topics, by name. The file is read, not run.
+
+    Raises:
+        DataError: this Python does not carry it.
+    """
     file = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     if not file.is_file():
-        raise DataError(f"this Python has no {file}; the tiny study needs a full standard library")
+        raise DataError(f"this Python has no {file}; the presets need a full standard library")
     tree = ast.parse(file.read_text("utf-8"))
     values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     topics: dict[str, str] = ast.literal_eval(values)
-    return [topics[name].encode() for name in sorted(topics)]
+    return [topics[name] for name in sorted(topics)]
 
 
 def _tables() -> list[bytes]:

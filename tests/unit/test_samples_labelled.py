@@ -1,17 +1,8 @@
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
-
-
-@pytest.fixture
-def tasks(monkeypatch):
-    monkeypatch.syspath_prepend(str(DEMO))
-    return importlib.import_module("tasks")
-
+from brushstroke.samples import labelled, labelled_file
 
 XML = """<AddressCollection>
   <AddressString><AddressNumber>12</AddressNumber> <StreetName>Main</StreetName>
@@ -23,9 +14,9 @@ XML = """<AddressCollection>
 """
 
 
-def test_words_of_a_label_are_joined_and_commas_at_the_end_left_out(tasks, tmp_path):
+def test_words_of_a_label_are_joined_and_commas_at_the_end_left_out(tmp_path):
     (tmp_path / "labelled.xml").write_text(XML, "utf-8")
-    lines = tasks.labelled_lines(tmp_path / "labelled.xml")
+    lines = labelled.labelled_lines(tmp_path / "labelled.xml")
     assert lines["12 Main St, Spring&field,"] == {
         "AddressNumber": "12",
         "StreetName": "Main St",
@@ -33,23 +24,22 @@ def test_words_of_a_label_are_joined_and_commas_at_the_end_left_out(tasks, tmp_p
     }
 
 
-def test_a_line_counts_once_with_its_first_labels(tasks, tmp_path):
+def test_a_line_counts_once_with_its_first_labels(tmp_path):
     (tmp_path / "labelled.xml").write_text(XML, "utf-8")
-    lines = tasks.labelled_lines(tmp_path / "labelled.xml")
+    lines = labelled.labelled_lines(tmp_path / "labelled.xml")
     assert list(lines) == ["12 Main St, Spring&field,", "7 ,"]
     assert lines["7 ,"] == {"AddressNumber": "7"}
 
 
 @pytest.mark.model
 @pytest.mark.parametrize(("name", "distinct"), [("addresses", 1488), ("people", 2114), ("companies", 766)])
-def test_the_real_rows(tasks, name, distinct):
-    assets = importlib.import_module("assets")
-    file = assets.labelled_file(name)
-    task, shorter = tasks.read_task(name, file), tasks.read_task(name, file, held_out=40)
+def test_the_real_rows(name, distinct):
+    file = labelled_file(name)
+    task, shorter = labelled.read_task(name, file), labelled.read_task(name, file, held_out=40)
     assert len(task.training) + len(task.heldout) == distinct
     assert len(task.heldout) >= 40
     assert task.heldout[:40] == shorter.heldout
-    prompts = [json.dumps(tasks.prompt_of(row)) for row in (*task.training, *task.heldout)]
+    prompts = [json.dumps(labelled.prompt_of(row)) for row in (*task.training, *task.heldout)]
     assert len(set(prompts)) == distinct
     for row in task.training:
         parts = json.loads(row["messages"][-1]["content"])
@@ -57,9 +47,9 @@ def test_the_real_rows(tasks, name, distinct):
         assert all(isinstance(part, str) and part for part in parts.values())
 
 
-def test_rows_are_written_as_messages(tasks, tmp_path):
-    row = tasks.conversation("people", "Ann Lee", {"GivenName": "Ann", "Surname": "Lee"})
-    tasks.write_rows([row, row], tmp_path / "deep" / "rows.jsonl")
+def test_rows_are_written_as_messages(tmp_path):
+    row = labelled.conversation("people", "Ann Lee", {"GivenName": "Ann", "Surname": "Lee"})
+    labelled.write_rows([row, row], tmp_path / "deep" / "rows.jsonl")
     lines = (tmp_path / "deep" / "rows.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [row, row]
-    assert tasks.line_of(row, "people") == "Ann Lee"
+    assert labelled.line_of(row, "people") == "Ann Lee"
