@@ -80,9 +80,12 @@ class IntrinsicStudy:
             answer = "Training all of the parameters is no better than the untouched base: 90 % of nothing."
             return Finding(question, answer, (table,), (), notes)
         losses = {results.arms[n].arm.dimension or 0: _mean_score(results, n) for n in mine if n in good}
-        of_metric = _smallest(losses, lambda score: score.accuracy >= SHARE * after.accuracy)
-        gain = before.loss - after.loss
-        of_gain = _smallest(losses, lambda score: score.loss <= before.loss - SHARE * gain)
+        of_gain, of_metric = _d90(before, after, losses)
+        by_seed = {
+            seed: _d90(before, whole_score, _scores(results, [n for n in mine if n in good], seed))
+            for seed, whole_score in _by_seed(results, full).items()
+            if whole_score.loss < before.loss
+        }
         records = [
             {"dimension": d, "loss": score.loss, "arm": "random subspace"}
             for d, score in sorted(losses.items())
@@ -103,23 +106,53 @@ class IntrinsicStudy:
         )
         return Finding(
             question,
-            f"Means over {len(results.arms[full].seeds)} seed(s), without intervals: "
-            f"d90 of the gain in loss over the untouched base ({before.loss:.3f} to {after.loss:.3f} nats): "
-            f"{_told(of_gain, losses)}. d90 of the accuracy of full training ({100 * after.accuracy:.1f} %; "
-            f"the untouched base has {100 * before.accuracy:.1f} %): {_told(of_metric, losses)}.",
+            f"Over the means of {len(results.arms[full].seeds)} seed(s): d90 of the gain in loss over the "
+            f"untouched base ({before.loss:.3f} to {after.loss:.3f} nats): {_told(of_gain, losses)}"
+            f"{_spread(by_seed, 0)}. d90 of the accuracy of full training ({100 * after.accuracy:.1f} %; the "
+            f"untouched base has {100 * before.accuracy:.1f} %): {_told(of_metric, losses)}"
+            f"{_spread(by_seed, 1)}.",
             (table,),
             (Figure("intrinsic", "Test loss by the dimension of the subspace.", spec),),
             notes,
             {
                 "d90_gain": of_gain,
                 "d90_metric": of_metric,
+                "d90_gain_by_seed": {str(seed): found[0] for seed, found in by_seed.items()},
+                "d90_metric_by_seed": {str(seed): found[1] for seed, found in by_seed.items()},
                 "test_loss": {n: as_interval(test_loss(good[n])) for n in good},
             },
         )
 
 
+def _d90(before: Score, after: Score, losses: Mapping[int, Score]) -> tuple[int | None, int | None]:
+    """The smallest dimension with 90 % of the gain in loss, and with 90 % of the accuracy."""
+    aim = before.loss - SHARE * (before.loss - after.loss)
+    return (
+        _smallest(losses, lambda score: score.loss <= aim),
+        _smallest(losses, lambda score: score.accuracy >= SHARE * after.accuracy),
+    )
+
+
+def _spread(by_seed: Mapping[int, tuple[int | None, int | None]], which: int) -> str:
+    """What single seeds say, where there are several; an interval of a step function would say less."""
+    if len(by_seed) < 2:
+        return ""
+    found = (pair[which] for pair in by_seed.values())
+    return " (by seed " + ", ".join("none" if d is None else f"{d:,}" for d in found) + ")"
+
+
+def _by_seed(results: Results, name: str) -> dict[int, Score]:
+    return {seed: o.test for seed, o in results.arms[name].outcomes.items() if o.test}
+
+
+def _scores(results: Results, names: Sequence[str], seed: int) -> dict[int, Score]:
+    """Dimension → score with this seed."""
+    found = {results.arms[name].arm.dimension or 0: _by_seed(results, name).get(seed) for name in names}
+    return {dimension: score for dimension, score in found.items() if score}
+
+
 def _mean_score(results: Results, name: str) -> Score:
-    scores = [o.test for o in results.arms[name].outcomes.values() if o.test]
+    scores = list(_by_seed(results, name).values())
     n = len(scores)
     return Score(sum(s.loss for s in scores) / n, sum(s.accuracy for s in scores) / n, scores[0].tokens)
 

@@ -1,4 +1,4 @@
-"""From the user's model and files to the material of a study: three splits that share no row."""
+"""From the user's model and files to the material of a study: three splits that share no example."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -77,14 +77,20 @@ def _task(
     validation: tuple[Example, ...] | None,
     test: tuple[Example, ...] | None,
 ) -> Task:
-    rest = list(examples)
+    named = [{example.tokens for example in given or ()} for given in (validation, test)]
+    if shared := named[0] & named[1]:
+        raise DataError(
+            f"{name}: {len(shared)} row(s) of the validation data are in the test data too; take them out of "
+            "one, else the learning rate is chosen on what the report is about"
+        )
+    rest = list({e.tokens: e for e in examples if e.tokens not in named[0] | named[1]}.values())
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
     share = min(MOST_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(rest))))
     missing = (validation is None) + (test is None)
     if len(rest) < missing * share + 1:
         raise DataError(
-            f"{name}: {len(rest)} rows are too few for training, validation and test; give more rows, or "
-            "files of their own (--validation, --test)"
+            f"{name}: {len(rest)} different rows are too few for training, validation and test; give more "
+            "rows, or files of their own (--validation, --test)"
         )
     parts = {}
     for split, given in (("validation", validation), ("test", test)):
@@ -92,9 +98,11 @@ def _task(
             chosen, order = order[:share], order[share:]
             given = tuple(rest[index] for index in sorted(chosen))
         parts[split] = given
-    return Task(name, tuple(rest[index] for index in sorted(order)), parts["validation"], parts["test"])
+    train = tuple(rest[index] for index in sorted(order))
+    return Task(name, train, parts["validation"], parts["test"], len(examples) - len(rest))
 
 
 def _told(task: Task) -> str:
     parts = (len(task.train), len(task.validation), len(task.test))
-    return "{} rows to learn from, {} for validation, {} for the test".format(*parts)
+    text = "{} rows to learn from, {} for validation, {} for the test".format(*parts)
+    return text + (f"; {task.repeated} left out that were there twice" if task.repeated else "")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 from brushstroke.adapter import Adapter
@@ -29,16 +30,17 @@ def test_loss(found: ArmResult) -> Interval | None:
 
 
 def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
-    """Arm, parameters, chosen rate, losses, accuracy, and whether the rate is inside of its grid."""
+    """Arm, parameters, chosen rate and whether it is inside of its grid, losses, accuracy, the way of U."""
     rows = []
     for name in names:
         found = results.arms.get(name)
         if found is None:
-            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–"))
+            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–"))
             continue
         first = next(iter(found.outcomes.values()), None)
         loss = test_loss(found)
         scores = [o.test.accuracy for o in found.outcomes.values() if o.test]
+        moved = [o.start_change for o in found.outcomes.values() if o.start_change is not None]
         rate = "–" if found.chosen is None else f"{found.chosen:g}"
         if not found.conclusive:
             rate += f" (inconclusive: the {found.edge} of the grid)" if found.edge else " (diverged)"
@@ -48,11 +50,20 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
                 f"{first.parameters:,}" if first else "–",
                 rate,
                 bounds(loss) if loss else "–",
-                f"{100 * sum(scores) / len(scores):.1f} %" if scores else "–",
+                f"{100 * fmean(scores):.1f} %" if scores else "–",
+                f"{100 * fmean(moved):.3g} %" if moved else "–",
                 len(found.seeds),
             )
         )
-    columns = ("arm", "parameters", "learning rate", "test loss [95 %]", "tokens right", "seeds")
+    columns = (
+        "arm",
+        "parameters",
+        "learning rate",
+        "test loss [95 %]",
+        "tokens right",
+        "U moved by",
+        "seeds",
+    )
     return Table(caption, columns, tuple(rows))
 
 

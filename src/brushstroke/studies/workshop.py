@@ -39,12 +39,14 @@ class Task:
         train: to learn from.
         validation: learning rates are chosen on it.
         test: what is reported.
+        repeated: rows that were left out, as they were there twice or held out too.
     """
 
     name: str
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+    repeated: int = 0
 
 
 @dataclass(frozen=True)
