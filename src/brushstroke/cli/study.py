@@ -172,8 +172,9 @@ def study(
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")
     from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
+    from brushstroke.studies.presets import SMOL_MINUTES
 
-    workers = settings.workers or 1
+    workers, budget = settings.workers or 1, settings.budget_minutes
     if given.tiny or given.smollm2:
         fixed = {
             **vars(settings),
@@ -185,6 +186,8 @@ def study(
         }
         studies, material = _preset("--tiny" if given.tiny else "--smollm2", out, settings, fixed)
         workers = settings.workers or os.cpu_count() or 1
+        if given.smollm2 and budget is None:
+            budget = SMOL_MINUTES
     else:
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
@@ -199,7 +202,7 @@ def study(
             material,
             out,
             overwrite=settings.overwrite,
-            budget_minutes=settings.budget_minutes,
+            budget_minutes=budget,
             execute=processes(workers) if workers > 1 else in_process,
             workers=workers,
             on_estimate=progress.estimate,

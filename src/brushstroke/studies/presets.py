@@ -26,7 +26,8 @@ STEPS = 250
 RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended once where need be
 SEEDS = (0, 1, 2, 3, 4)
 
-# On SmolLM2-135M: about an hour on two cores.
+# On SmolLM2-135M.
+SMOL_MINUTES = 110  # what is planned at most, where no other budget is named
 SMOL_STEPS, SMOL_BATCH = 32, 4
 SMOL_RATES = (1.5e-3, 5e-3, 1.5e-2)
 SMOL_SEEDS = (0, 1, 2)

@@ -166,20 +166,26 @@ class Progress:
 def estimate(
     workshop: Workshop, arms: Sequence[Arm], grid: Grid, workers: int = 1, budget_minutes: float | None = None
 ) -> Estimate:
-    """Time a few steps of the largest arm, and plan what fits into the budget; wider grids are not foreseen.
+    """Time a few steps, and plan what fits into the budget; wider grids are not foreseen.
+
+    Timed are the largest arm of low rank and the largest that trains W itself; the others count like these.
 
     Seeds are left out first, the last ones first, down to one; then arms, the last ones first.
 
     Raises:
         ConfigError: not even one arm fits.
     """
-    slowest = max(arms, key=lambda arm: (workshop.numbers(arm), arm.rank is None))
+    each: dict[bool, float] = {}
     with _threads(1 if workers > 1 else torch.get_num_threads()):
-        each = workshop.seconds_of(slowest)
+        for arm in sorted(arms, key=workshop.numbers, reverse=True):
+            trains_whole = arm.rank is None
+            if trains_whole not in each:
+                each[trains_whole] = workshop.seconds_of(arm)
 
     def cost(some: Sequence[Arm], seeds: int) -> tuple[int, float]:
-        runs = sum(len(grid.of(arm)) + seeds - 1 for arm in some)
-        return runs, runs * each / workers
+        runs = {arm.name: len(grid.of(arm)) + seeds - 1 for arm in some}
+        seconds = sum(runs[arm.name] * each[arm.rank is None] for arm in some)
+        return sum(runs.values()), seconds / workers
 
     kept, seeds = list(arms), len(grid.seeds)
     limit = float("inf") if budget_minutes is None else budget_minutes * 60
