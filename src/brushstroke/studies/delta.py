@@ -210,4 +210,4 @@ def _strayed(
     table = Table(
         "Loss on the general text, which nobody trained on here; median of the norms.", columns, tuple(rows)
     )
-    return [table], f"The loss on the general text rose, in nats: {'; '.join(told)}.", data
+    return [table], f"Change of the loss on the general text, in nats: {'; '.join(told)}.", data
