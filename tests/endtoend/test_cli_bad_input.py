@@ -20,7 +20,12 @@ BAD_ROWS = {
         "system, user, assistant, tool, developer",
     ),
     "no assistant turn": ([{"messages": [{"role": "user", "content": "a"}]}], "row 1", "assistant"),
-    "no trained token": ([{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}], "train", ""),
+    "no trained token": (
+        [{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}],
+        "row 1",
+        "nothing to train",
+    ),
+    "a text without a token": ([{"text": "a b"}, {"text": ""}, {"text": "c d"}], "2", "nothing to train on"),
     "a prompt that fills the limit": (
         [*rows(1), {"prompt": LONG, "completion": "b"}],
         "2",
@@ -41,6 +46,7 @@ BAD_VALUES = {
     "a learning rate that is no number": (["--learning-rate", "fast"], "--learning-rate"),
     "no batch": (["--batch-size", "0"], "batch_size"),
     "a dropout of 1": (["--dropout", "1"], "dropout"),
+    "a seed beyond what a generator takes": (["--seed", str(2**64)], "seed must be at most"),
     "an unknown schedule": (["--schedule", "liner"], "linear"),
     "an unknown scale rule": (["--scale-rule", "sqrt"], "rslora"),
     "an unknown dtype": (["--dtype", "fp8"], "bfloat16"),
@@ -177,6 +183,16 @@ def test_an_existing_folder_is_refused_and_overwrite_replaces_only_ours(cli, tin
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_page_of_the_users_own_is_not_replaced(cli, tiny, train_rows, tmp_path, flag):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1", flag)
+    assert done.status == 1
+    assert "README.md is not of a run" in done.error
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
 def test_a_file_where_the_folder_should_be(cli, tiny, train_rows, tmp_path):
     (tmp_path / "out").write_text("mine")
     done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--overwrite")
@@ -229,6 +245,12 @@ def test_generate_and_data_say_what_is_wrong(cli, tiny, train_rows, tmp_path):
         (("data", tiny, train_rows, "--rows=-1"), 2, "--rows"),
         (("evaluate", tiny, train_rows, "--out", tmp_path / "no" / "file"), 1, "no folder"),
         (("evaluate", tiny, train_rows, "--batch-size", "0"), 2, "batch_size"),
+        (("evaluate", tiny, train_rows, "--out", tmp_path), 1, "it is a folder"),
+        (("evaluate", tiny, train_rows, "--out", train_rows), 1, "is the data itself"),
+        (("evaluate", tiny, train_rows, "--out", tiny / "config.json"), 1, "--overwrite"),
+        (("generate", tiny, "a", "--temperature", "1e-45"), 2, "temperature"),
+        (("generate", tiny, "a", "--seed", str(2**64)), 2, "seed"),
+        (("data", tiny, train_rows, "--max-length", "0"), 2, "max_length"),
     ]
     for words, status, expected in cases:
         done = cli(*words)

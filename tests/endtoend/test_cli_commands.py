@@ -51,6 +51,27 @@ def test_data_counts_what_is_left_out_and_cut(cli, tiny, tmp_path):
     assert "1 rows whose prompt fills the limit" in cli("data", tiny, data, *flags).out
 
 
+def test_prompts_of_a_file_are_asked_without_their_answers(cli, tiny, tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name in ("rows.ndjson", "ROWS.JSONL"):
+        data = write_rows(tmp_path / name, [{"messages": turns}, {"prompt": "c"}])
+        done = cli("generate", tiny, "--prompts", data, *PLAIN, "--max-new-tokens", "2", "--json")
+        assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == [turns[:1], "c"]
+
+
+def test_a_merge_never_lands_on_an_adapter_and_takes_another_dtype(cli, tiny, adapter, tmp_path):
+    import shutil
+
+    own = shutil.copytree(adapter, tmp_path / "own")
+    done = cli("merge", tiny, own, "--out", own, "--overwrite")
+    assert done.status == 1
+    assert "holds an adapter" in done.error
+    assert "model.safetensors" not in files_in(own)
+    out = tmp_path / "half"
+    assert cli("merge", tiny, adapter, "--out", out, "--dtype", "bfloat16").status == 0
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
+
+
 def test_generate_answers_by_every_adapter_or_by_those_in_use(cli, tiny, adapter):
     words = (
         "generate",

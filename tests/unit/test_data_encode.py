@@ -213,8 +213,8 @@ def test_prompts_that_fill_the_limit_are_refused_with_their_rows(plain):
 
 
 def test_rows_without_a_trained_token_are_refused_when_there_is_nothing_else(plain):
-    refused([{"input_ids": [1, 2], "labels": [-100, -100]}], None, "no token", "trained")
-    refused([{"text": ""}], plain, "no token")
+    refused([{"input_ids": [1, 2], "labels": [-100, -100]}], None, "nothing to train on", "row 1")
+    refused([{"text": ""}], plain, "nothing to train on")
     rows = [{"prompt": "hello " * 40, "completion": "a"}]
     refused(rows, plain, "no token", "raise max_length", max_length=4, skip_too_long=True)
     assert encode(rows, plain, max_length=4, need_trained=False).report.trained_tokens == 0

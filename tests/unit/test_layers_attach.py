@@ -11,7 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import toys
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.errors import AttachError, ConfigError, RouteError, ShapeError, TargetError
+from brushstroke.errors import (
+    AttachError,
+    BaseMismatchError,
+    ConfigError,
+    RouteError,
+    ShapeError,
+    TargetError,
+)
 from brushstroke.layers import attach, find_sites
 from brushstroke.lowrank import LowRank
 
@@ -655,3 +662,34 @@ def test_a_base_that_is_not_frozen_keeps_its_gradients():
     with attach(net, toys.random_adapter(net, LoraConfig(rank=2))):
         net(torch.randn(3, 6)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+def test_going_on_from_an_adapter_makes_one_of_this_base(llama):
+    stranger = Adapter(dict(toys.random_adapter(llama).items()))
+    assert stranger.card is None
+    with attach(llama, stranger, trainable=True) as attachment:
+        card = attachment.adapter().card
+    assert set(card.fingerprint.samples) == set(stranger)
+    assert card.target_modules
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    made = Adapter(dict(stranger.items()), card)
+    with pytest.raises(BaseMismatchError):
+        attach(other, made)
+    with attach(other, made, trainable=True, allow_different_base=True) as attachment:
+        assert attachment.adapter().card.fingerprint != card.fingerprint
+
+
+def test_a_projection_that_mamba_reads_itself_is_left_out_of_groups_and_refused_by_name():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    model = MambaForCausalLM(config).eval()
+    with attach(model, LoraConfig(rank=2)) as attachment:
+        paths = list(attachment.adapter())
+    assert paths
+    assert not [path for path in paths if path.endswith("dt_proj")]
+    with pytest.raises(TargetError, match="reads its weight directly"):
+        attach(model, LoraConfig(rank=2, targets=("dt_proj",)))

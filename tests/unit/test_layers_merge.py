@@ -1,6 +1,7 @@
 """Merging: the sum in wide precision, rounded once; no trace in the result, the base untouched."""
 
 import copy
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -83,6 +84,20 @@ def test_the_share_that_survives_is_what_was_measured(dtype):
     arrived, delta = M.double() - W.double(), update.to(torch.float64).dense()
     assert drift.survived == pytest.approx(((arrived * delta).sum() / delta.square().sum()).item(), abs=1e-4)
     assert drift.error == pytest.approx(relative(arrived, delta), rel=0.02, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_blocks_of_columns_give_what_the_whole_gives(monkeypatch, layout):
+    W = torch.randn(48, 64).mT if layout == "linear" else torch.randn(64, 48)
+    W = W.to(torch.bfloat16)
+    update = LowRank(torch.randn(64, 2), torch.randn(2, 48), 0.3)
+    whole, drift = merge_weight(W, update, "w")
+    monkeypatch.setattr(sys.modules[merge.__module__], "BLOCK_ELEMENTS", 64 * 7)
+    M, blocked = merge_weight(W, update, "w")
+    assert torch.equal(M, whole)
+    assert M.stride() == W.stride()
+    for name in ("survived", "error", "output"):
+        assert getattr(blocked, name) == pytest.approx(getattr(drift, name), rel=1e-4)
 
 
 def test_an_update_that_rounding_would_eat_is_refused():

@@ -9,6 +9,7 @@ from torch import nn
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base
+from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError, TargetError, TrainingError
 from brushstroke.layers import merge
 from brushstroke.step.attention import NAME
@@ -283,6 +284,35 @@ def test_a_loss_that_raises_leaves_no_gradient_behind() -> None:
         with pytest.raises(RuntimeError, match="mine"):
             run.forward_backward(examples(), failing)
         assert all(p.grad is None for p in run.parameters)
+
+
+def test_a_window_that_only_the_masks_know_is_not_packed() -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        shared_expert_intermediate_size=16, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        use_sliding_window=True, sliding_window=100, max_window_layers=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval()
+    with Training(model, LoraConfig(rank=4, targets=("attention",))) as run:
+        assert not run.packed
+        assert "its window of 100 tokens is in its masks alone" in run.step.forward_reason
+
+
+def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:
+    batch = [*examples(), Example((1, 2, 3, 4, 5), (0.0,) * 5)]
+
+    def own(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets)
+
+    with Training(tiny_llama(), LoraConfig(rank=4), micro_tokens=5) as run:
+        randomise(run.parameters)
+        expected = run.forward_backward(batch).loss
+    with Training(tiny_llama(), LoraConfig(rank=4), micro_tokens=5) as run:
+        randomise(run.parameters)
+        assert run.forward_backward(batch, own).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_attention_in_chunks_is_not_packed() -> None:

@@ -1,7 +1,7 @@
 """The frozen base model: the lowest place where transformers is known."""
 
 from brushstroke.base.device import choose_device, choose_dtype, total_memory
-from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers
+from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "load_tokenizer",
     "open_base",
     "quiet_transformers",
+    "require_base",
     "total_memory",
 ]

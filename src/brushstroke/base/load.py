@@ -16,7 +16,7 @@ from torch import nn
 
 from brushstroke.base.device import choose_device, choose_dtype
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
-from brushstroke.errors import BaseLoadError, BrushstrokeError
+from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,6 +58,19 @@ class Base:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`."""
         return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def require_base(base: Any) -> None:
+    """Refuse what is no `Base`.
+
+    Raises:
+        ConfigError: it is a path, a bare model or something else.
+    """
+    if not isinstance(base, Base):
+        raise ConfigError(
+            f"expected a Base; got {type(base).__name__}: load one with load_base(...), or make one of a "
+            "model and its tokenizer, Base(model, tokenizer)"
+        )
 
 
 def load_base(

@@ -53,7 +53,7 @@ def data(
         tokenizer,
         prompt_column=prompt,
         completion_column=completion,
-        max_length=max_length or context,
+        max_length=context if max_length is None else max_length,
         skip_too_long=skip_too_long,
     )
     shown = encoded[: SHOWN if rows is None else rows]

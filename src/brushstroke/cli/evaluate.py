@@ -25,6 +25,7 @@ def evaluate(
     max_new_tokens: Whole = None,
     batch_size: Whole = None,
     out: Path | None = None,
+    overwrite: bool = False,
     generate: bool = True,
     prompt: str | None = None,
     completion: str | None = None,
@@ -41,6 +42,7 @@ def evaluate(
         max_new_tokens: Most tokens of an answer [default: 256].
         batch_size: Rows in one batch [default: 16].
         out: A file that keeps the answers, as JSONL.
+        overwrite: Replace that file.
         generate: Answer the rows; without it only the loss is computed.
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
@@ -49,8 +51,8 @@ def evaluate(
     from brushstroke.data import read_rows
 
     rows = read_rows(data)
-    if out is not None and not out.expanduser().parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {out.parent}; make it, or name another")
+    if out is not None:
+        _refuse_out(out.expanduser(), data, overwrite)
     adapters: dict[str, Any] = dict(load_adapters(adapter)) or {BASE: None}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     options = {name: value for name, value in options.items() if value is not None}
@@ -80,6 +82,17 @@ def evaluate(
         return
     cells = [(name, *(_cell(getattr(one, column)) for column in COLUMNS)) for name, one in found.items()]
     table(results(), ("", *(column.replace("_", " ") for column in COLUMNS)), cells)
+
+
+def _refuse_out(out: Path, data: str, overwrite: bool) -> None:
+    if not out.parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.parent}; make it, or name another")
+    if out.is_dir():
+        raise OutputError(f"cannot write {out}: it is a folder; name a file in it")
+    if out.exists() and out.samefile(data):
+        raise OutputError(f"{out} is the data itself; name another file for the answers")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} is there already; pass --overwrite to replace it, or name another file")
 
 
 def _keep(found: Any, out: Path) -> None:

@@ -72,7 +72,8 @@ def generate(
         base: A model folder, a hub id or a .gguf file.
         texts: Prompts; without any, and without the two flags below, one prompt is read from stdin.
         prompt: A prompt; repeatable.
-        prompts: A file of prompts: one a line, or a JSONL file with prompt or messages columns.
+        prompts: A file of prompts: one a line, or a JSONL, JSON, CSV or Parquet file with a prompt or
+            messages column; an answer at the end of messages is left out.
         use: The adapter of each prompt by name, separated by commas, "base" for none; one name serves all.
     """
     asked = _prompts([*texts, *(prompt or ())], prompts)
@@ -197,15 +198,16 @@ def _prompts(given: list[str], file: Path | None) -> list[Any]:
 
 def _read_prompts(file: Path) -> list[Any]:
     from brushstroke.data import read_rows
+    from brushstroke.data.files import READERS
 
-    if file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    if file.suffix.lower() in READERS:
         read = read_rows(file)
         found = []
         for number, row in enumerate(read.rows, start=1):
             value = row.get("prompt", row.get("messages"))
             if value is None:
                 raise DataError(f"{read.where(number)}: expected a 'prompt' or 'messages' column")
-            found.append(value)
+            found.append(_question(value))
         return found
     try:
         return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
@@ -213,6 +215,13 @@ def _read_prompts(file: Path) -> list[Any]:
         raise DataError(f"{file}: {error.strerror}; check the path that --prompts names") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
+
+
+def _question(value: Any) -> Any:
+    """A prompt as it is; a conversation without the answer at its end, which is what is asked for."""
+    if isinstance(value, list) and len(value) > 1 and isinstance(value[-1], dict):
+        return value[:-1] if value[-1].get("role") == "assistant" else value
+    return value
 
 
 def _rows(prompts: list[Any], names: list[str], use: str | None) -> tuple[list[Any], list[str | None]]:

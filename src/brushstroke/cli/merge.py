@@ -31,7 +31,7 @@ def merge(
         out: The folder to write.
         overwrite: Replace what an earlier merge wrote there; files of other names stay.
         allow_different_base: Merge although the adapter belongs to another base.
-        dtype: Of a base that has to be loaded; auto is the one that it is stored in.
+        dtype: Of the merged weights; auto is the one that the base is stored in. Another loads the base.
         verify: Compare the merged model with the adapted one [default: where it needs little memory].
         json: Print JSON on stdout.
     """

@@ -3,6 +3,7 @@
 It does not look for files, and does not use the datasets package: local files need no network and no cache.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -43,7 +44,8 @@ def _text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        start = error.start + (len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0)
+        line = raw.count(b"\n", 0, start) + 1
         guess = " (it looks like UTF-16)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise DataError(
             f"{path}: line {line} is not UTF-8{guess}; save the file as UTF-8, "

@@ -18,27 +18,37 @@ def keep_within(
     """The examples within the limit, and the rows left out because of it.
 
     Raises:
-        DataError: rows have a prompt that fills the limit, and are not to be left out.
+        DataError: rows hold nothing to train on, or have a prompt that fills the limit and are not to be
+            left out.
     """
+    if need_trained and (empty := sorted({e.row for e in examples if not e.trained})):
+        count = "1 row holds" if len(empty) == 1 else f"{len(empty)} rows hold"
+        raise DataError(
+            f"{count} nothing to train on (an empty text, or labels that are all -100): "
+            f"{_listed(rows, empty)}; take such rows out"
+        )
     kept, filled = [], []
     for example in examples:
         short = example if max_length is None else _shortened(example, max_length)
-        if short.trained or not example.trained or not need_trained:
+        if short.trained or not need_trained:
             kept.append(short)
         else:
             filled.append(example)
     numbers = sorted({example.row for example in filled})
     if filled and not skip:
-        listed = ", ".join(rows.where(number) for number in numbers[:_SHOWN])
-        more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
         count = "1 row has" if len(numbers) == 1 else f"{len(numbers)} rows have"
         needed = max(example.first_trained for example in filled) + 1
         raise DataError(
             f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
-            f"{listed}{more}; raise max_length (--max-length) to {needed} or more, or leave such rows out "
-            "with skip_too_long (--skip-too-long)"
+            f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, or leave such "
+            "rows out with skip_too_long (--skip-too-long)"
         )
     return kept, numbers
+
+
+def _listed(rows: Rows, numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return ", ".join(rows.where(number) for number in numbers[:_SHOWN]) + more
 
 
 def _shortened(example: Example, limit: int) -> Example:

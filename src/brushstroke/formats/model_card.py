@@ -4,6 +4,7 @@ It is for people and for the hub; brushstroke reads nothing back from it.
 """
 
 import json
+from pathlib import Path
 
 from brushstroke.adapter import Adapter, Card
 
@@ -12,6 +13,7 @@ def model_card(adapter: Adapter, card: Card, folder_name: str) -> str:
     """The page, in Markdown with the hub's YAML header."""
     base = card.base_name
     on_hub = base is not None and base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    on_hub = on_hub and not Path(str(base)).exists()
     header = ["---", "library_name: peft", *([f"base_model: {json.dumps(base)}"] if on_hub else [])]
     if card.task == "CAUSAL_LM":
         header.append("pipeline_tag: text-generation")

@@ -18,6 +18,8 @@ from brushstroke.layers import Bank
 
 Finish = Literal["stop", "length"]
 
+MIN_TEMPERATURE = 1e-4  # below it logits overflow when they are divided
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -47,10 +49,12 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ConfigError(
-                f"temperature must be 0 (greedy) or a positive number; got {self.temperature!r}"
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}; got {self.temperature!r}"
             )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number from 0 to {2**63 - 1}; got {self.seed!r}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1; got {self.top_p!r}")
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base
+from brushstroke.base import Base, require_base
 from brushstroke.data import EncodedData, Example, Rows, encode, read_rows
 from brushstroke.errors import ConfigError
 from brushstroke.inference.decode import Sampling, context_length, run_requests
@@ -140,6 +140,7 @@ def evaluate_all(
     """
     if not adapters:
         raise ConfigError("there is nothing to evaluate; give at least one name (with None for the base)")
+    require_base(base)
     sampling = Sampling(max_new_tokens, batch_size=batch_size)
     source = data if isinstance(data, Rows) or _is_tokenised(data) else read_rows(data)
     context = context_length(base.model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
-from brushstroke.errors import BaseLoadError, MergeError
+from brushstroke.errors import BaseLoadError, MergeError, OutputError
 from brushstroke.files import refuse_existing
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import left_out, merge_files
@@ -20,6 +20,7 @@ from brushstroke.inference.staging import refuse_inside, staged_folder
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
 
 TEMPLATE, TOKENIZER_CONFIG, CONFIG = "chat_template.jinja", "tokenizer_config.json", "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -107,7 +108,8 @@ def merge_folder(
         out: the folder to write.
         overwrite: replace what an earlier merge wrote there; files of other names stay.
         allow_different_base: pass over the verdict of the fingerprint.
-        dtype: of a base that has to be loaded; "auto" is the one that it is stored in (float32 for GGUF).
+        dtype: of the merged weights; "auto" is the one that they are stored in (float32 for GGUF). Another
+            one than that means loading the base.
         verify: run the merged model against the adapted one and report the drift of the logits. None does it
             where it needs no more memory than two of the folder's files and a quarter of the machine's.
         max_shard_size: of the files, where the model had to be loaded.
@@ -120,10 +122,17 @@ def merge_folder(
     """
     started, out = time.perf_counter(), Path(out).expanduser()
     refuse_existing(out, overwrite)
+    if (out / ADAPTER_CONFIG).is_file():
+        raise OutputError(
+            f"{out} holds an adapter; transformers would load it on top of the merged weights: choose "
+            "another folder"
+        )
     folder = _folder_of(base)
     if folder is not None:
         refuse_inside(out, folder)
-    weights = _readable(folder, adapter) if folder is not None else None
+    weights = None
+    if folder is not None and dtype in ("auto", _stored_dtype(str(base), folder)):
+        weights = _readable(folder, adapter)
     loaded = base if isinstance(base, Base) else None
     if weights is not None:
         check_base(weights, adapter, allow_different_base=allow_different_base, weights=weights)
@@ -170,7 +179,7 @@ def _folder_of(base: Base | str | Path) -> Path | None:
 def _readable(folder: Path, adapter: Adapter) -> FolderWeights | None:
     """The weights of a folder, where each adapted one is a tensor of its own in safetensors files."""
     files = {entry.name for entry in folder.iterdir()}
-    if CONFIG not in files or "adapter_config.json" in files or not files & {_SINGLE, _INDEX}:
+    if CONFIG not in files or ADAPTER_CONFIG in files or not files & {_SINGLE, _INDEX}:
         return None
     weights = FolderWeights(folder)
     if "quantization_config" in json.loads((folder / CONFIG).read_text("utf-8")):

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.base import Base
+from brushstroke.base import Base, require_base
 from brushstroke.data import ChatFormat
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference.decode import Finish, Request, Sampling, run_requests
@@ -80,6 +80,7 @@ def generate(
         ConfigError, RouteError: settings or names that cannot work.
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
     """
+    require_base(base)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, num_beams, batch_size)
     given = _check_prompts(prompts)
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:

@@ -158,8 +158,11 @@ def attach(
         dropout = what.dropout if dropout is None else dropout
     elif isinstance(what, Adapter):
         check_base(root, what, allow_different_base=allow_different_base)
-        card = what.card
         updates = {canonical_path(path, sites): as_low_rank(path, update) for path, update in what.items()}
+        card = what.card
+        if trainable:  # what it becomes belongs to this base
+            name = getattr(model, "name", None) or (card.base_name if card else None)
+            card = _on_base(card or Card(), root, {path: sites[path] for path in updates}, name)
     else:
         raise AttachError(f"expected an Adapter or a LoraConfig; got {type(what).__name__}")
 
@@ -223,10 +226,14 @@ def _new_card(
     root: nn.Module, sites: Mapping[str, Site], config: LoraConfig, plan: TargetPlan, base_name: str | None
 ) -> Card:
     chosen = {path: sites[path] for path in plan.ranks}
+    return _on_base(Card(lora=config.as_dict()), root, chosen, base_name)
+
+
+def _on_base(card: Card, root: nn.Module, chosen: Mapping[str, Site], base_name: str | None) -> Card:
+    """The card of an adapter for these sites of this base."""
     weights = plain_weights(root, chosen)
-    return Card(
+    return card.with_changes(
         base_name=base_name,
-        lora=config.as_dict(),
         target_modules=short_names(chosen, [path for path, _ in root.named_modules()]),
         fingerprint=Fingerprint.of(weights, is_quantised(root)) if weights else None,
         conv1d=all(site.kind == "conv1d" for site in chosen.values()),

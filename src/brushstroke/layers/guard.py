@@ -80,6 +80,11 @@ def _probe(module: Adapted, path: str) -> None:
         reopen = module._route.set((0,))
         try:
             base = module(x)
+            if not isinstance(base, torch.Tensor):
+                raise AttachError(
+                    f"{path} ({module._base_class.__name__}) gives {type(base).__name__} and no tensor, so "
+                    "x·W cannot be told in it; choose targets without it (--targets attention,mlp)"
+                )
             V = torch.full((1, h), max(1.0, float(base.abs().mean())), dtype=dtype, device=x.device)
             tensors, settings = module._trial(U_rows, V)
             before = {name: module.__dict__[name] for name in settings}

@@ -22,6 +22,7 @@ from brushstroke.lowrank import Update
 
 MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
 PROBE_ROWS = 16
+BLOCK_ELEMENTS = 4 * 1024 * 1024  # of W that are summed at a time; 16 MiB in fp32
 
 ModelT = TypeVar("ModelT")
 
@@ -68,19 +69,27 @@ def merge_weight(
         MergeError: less than half of the update would survive the rounding.
     """
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-    base = W.to(wide)
-    # In W's own memory layout: sums over mixed layouts are several times slower.
-    delta = torch.empty_like(base).copy_(update.to(dtype=wide, device=W.device).dense(base))
-    merged = (base + delta).to(W.dtype)
+    update = update.to(dtype=wide, device=W.device)
     x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
-    adapted = x @ base + x @ delta
-    rest = torch.sub(merged, base).sub_(delta)  # what the rounding took and gave
-    del base
-    size = float(delta.norm())
+    merged = torch.empty_like(W)
+    size = kept = lost = output_error = output = 0.0  # squares of norms, but for `kept`
+    columns = max(1, BLOCK_ELEMENTS // W.shape[0])
+    for start in range(0, W.shape[1], columns):
+        stop = min(start + columns, W.shape[1])
+        base = W[:, start:stop].to(wide)
+        # In W's own memory layout: sums over mixed layouts are several times slower.
+        delta = torch.empty_like(base).copy_(update.columns(start, stop).dense(base))
+        merged[:, start:stop] = base + delta
+        rest = torch.sub(merged[:, start:stop], base).sub_(delta)  # what the rounding took and gave
+        size += float(delta.norm()) ** 2
+        kept += float((rest * delta).sum())
+        lost += float(rest.norm()) ** 2
+        output_error += float((x @ rest).norm()) ** 2
+        output += float((x @ base + x @ delta).norm()) ** 2
     drift = SiteDrift(
-        survived=1.0 + float((rest * delta).sum()) / size**2 if size else 1.0,
-        error=float(rest.norm()) / size if size else 0.0,
-        output=float((x @ rest).norm() / adapted.norm().clamp_min(1e-30)),
+        survived=1.0 + kept / size if size else 1.0,
+        error=(lost / size) ** 0.5 if size else 0.0,
+        output=(output_error / max(output, 1e-60)) ** 0.5,
     )
     if drift.survived < MIN_SURVIVAL:
         raise MergeError(

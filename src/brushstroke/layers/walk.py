@@ -11,6 +11,7 @@ from brushstroke.adapter import Site, is_conv1d
 from brushstroke.errors import AttachError, did_you_mean
 
 _LAZY_REASON = "its weight gets its shape from the first batch; run one through the model, then attach"
+_MAMBA_REASON = "the mixer around it reads its weight directly and does not run its forward"
 _MHA_REASON = "nn.MultiheadAttention reads this module's weight directly and never runs its forward"
 
 
@@ -57,10 +58,15 @@ def find_sites(model: Any) -> list[Site]:
             owners.setdefault(id(parameter), []).append(found[0])
     output = _output_layer(root)
     bypassed = {
-        id(child)
+        id(child): _MHA_REASON
         for module in paths
         if isinstance(module, nn.MultiheadAttention)
         for child in module.children()
+    }
+    bypassed |= {
+        id(module._modules["dt_proj"]): _MAMBA_REASON
+        for module in paths
+        if hasattr(module, "A_log") and "dt_proj" in module._modules
     }
     sites = []
     for module, (path, *aliases) in paths.items():
@@ -71,7 +77,7 @@ def find_sites(model: Any) -> list[Site]:
             d, h = module.in_features, module.out_features
         else:
             d, h = cast(Tensor, module.weight).shape
-        reason = _MHA_REASON if id(module) in bypassed else None
+        reason = bypassed.get(id(module))
         if isinstance(module.weight, nn.UninitializedParameter):
             reason = _LAZY_REASON
         tied = [owner for owner in owners.get(id(module.weight), []) if owner != path]

@@ -20,7 +20,8 @@ from brushstroke.lowrank.update import Update
 class LowRank(Update):
     """ΔW = scale·U·V (arXiv:2106.09685, section 4.1, with U = Aᵀ, V = Bᵀ).
 
-    Operators return new values: sums are exact in factor form, and the rank of a sum is the sum of the ranks.
+    Operators return new values: sums are exact in factor form, up to the rounding of the factors'
+    dtype where scales differ, and the rank of a sum is the sum of the ranks.
 
     Args:
         U: input factor, any float dtype.
@@ -112,6 +113,10 @@ class LowRank(Update):
     def apply(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
         """scale·(x·U)·V."""
         return self.scale * ((x @ self.U) @ self.V)
+
+    def columns(self, start: int, stop: int) -> "LowRank":
+        """The update of the columns start to stop of W (d×(stop − start))."""
+        return LowRank(self.U, self.V[:, start:stop], self.scale)
 
     def delta_norm(self) -> float:
         """‖ΔW‖_F in float64, from the factors."""

@@ -34,6 +34,10 @@ class Update(ABC):
         """ΔW itself; W is needed only by members of the family whose change depends on it."""
 
     @abstractmethod
+    def columns(self, start: int, stop: int) -> "Update":
+        """The update of the columns start to stop of W (d×(stop − start))."""
+
+    @abstractmethod
     def delta_norm(self) -> float:
         """‖ΔW‖_F, in float64."""
 

@@ -82,6 +82,7 @@ def packed_attention(
     if brushstroke_record is not None:
         brushstroke_record.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
     layout = brushstroke_layout
+    layout.windows.add(sliding_window)
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))
     outputs = []
     for i, piece in enumerate(layout.pieces):
@@ -135,6 +136,12 @@ class AttentionName:
         """The length of the chunks that attention is confined to, which no keyword tells the function."""
         lengths = [getattr(config, "attention_chunk_size", None) for config in self._configs]
         return next((length for length in lengths if length), None)
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window that a config declares, whether or not a keyword tells the function."""
+        declared = [getattr(config, "sliding_window", None) for config in self._configs]
+        return next((window for window in declared if window), None)
 
     @contextmanager
     def packed(self) -> Iterator[None]:

@@ -23,8 +23,8 @@ from brushstroke.step.pack import Group, Pass, plan_passes, unshared
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative difference of a probe's logits
 HALF_TOLERANCE = 5e-2
 MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
-PROBE_PREFIX = 9  # tokens that the probe's two examples share
-PROBE_OWN = (5, 3)  # tokens of each one's own
+SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
+LONG = (48, 24, 16)  # a second probe, for what shows at a distance; windows leave no leak to compare with
 
 
 class Forward(Protocol):
@@ -128,6 +128,7 @@ class PackedForward(_Headed):
         self._model = model
         self._head = head
         self._attention = AttentionName(model)
+        self.windows: set[int | None] = set()  # those that attention calls asked for, so far
         if chunked := self._attention.chunked:
             raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
         self._device = next(model.parameters()).device
@@ -135,6 +136,11 @@ class PackedForward(_Headed):
     def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
         """Pack the examples of a step."""
         return plan_passes(examples, micro_tokens, share)
+
+    @property
+    def lost_window(self) -> int | None:
+        """The sliding window that the model's config declares and none of its attentions asks for."""
+        return self._attention.window if self.windows <= {None} else None
 
     def context(self) -> AbstractContextManager[None]:
         """The packed attention, also for what gradient checkpointing recomputes in the backward pass."""
@@ -149,6 +155,7 @@ class PackedForward(_Headed):
             "use_cache": False,
             "brushstroke_layout": layout,
         }
+        self.windows = layout.windows
         if self._head.decoder is not None:
             hidden = self._head.decoder(**inputs)[0][0]
             return Outputs(hidden[layout.sources], layout.targets, layout.weights, self._head)
@@ -222,6 +229,8 @@ def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
         packed = PackedForward(model, head)
         with torch.no_grad():
             difference, leak = _probe(packed, padded, model, share)
+        if window := packed.lost_window:
+            raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
     except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
@@ -234,31 +243,50 @@ def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
 def _probe(
     packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool
 ) -> tuple[float, float]:
-    """Relative differences of logits from each example alone: of a packed pair, and of a plain leak."""
-    first, second = examples = _probe_examples(model)
-    difference, alone = 0.0, torch.zeros(())
-    for probed in examples:
-        alone = padded.trained_logits(unshared([probed])).double()
-        silent = [e if e is probed else Example(e.tokens, (0.0,) * len(e)) for e in examples]
-        for arranged in [unshared(silent)] + [Pass((Group(PROBE_PREFIX, tuple(silent)),))] * share:
-            with packed.context():
-                together = packed.trained_logits(arranged).double()
-            difference = max(difference, float((together - alone).norm() / alone.norm()))
+    """Relative differences of logits from each example alone: of packed pairs, and of a plain leak."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or LONG[0]
+    difference = 0.0
+    for lengths in (SHORT, LONG):
+        if lengths is SHORT or sum(lengths) <= context:
+            difference = max(difference, _packed_difference(packed, padded, model, lengths, share))
+    first, second = _probe_examples(model, SHORT)
+    alone = padded.trained_logits(unshared([second])).double()
     joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
     leaking = padded.trained_logits(unshared([joined])).double()
     return difference, float((leaking - alone).norm() / alone.norm())
 
 
-def _probe_examples(model: nn.Module) -> tuple[Example, Example]:
+def _packed_difference(
+    packed: PackedForward,
+    padded: PaddedForward,
+    model: nn.Module,
+    lengths: tuple[int, int, int],
+    share: bool,
+) -> float:
+    """The largest relative difference of a packed example's logits from those that it has alone."""
+    examples = _probe_examples(model, lengths)
+    difference = 0.0
+    for probed in examples:
+        alone = padded.trained_logits(unshared([probed])).double()
+        silent = tuple(e if e is probed else Example(e.tokens, (0.0,) * len(e)) for e in examples)
+        for arranged in [unshared(silent)] + [Pass((Group(lengths[0], silent),))] * share:
+            with packed.context():
+                together = packed.trained_logits(arranged).double()
+            difference = max(difference, float((together - alone).norm() / alone.norm()))
+    return difference
+
+
+def _probe_examples(model: nn.Module, lengths: tuple[int, int, int] = SHORT) -> tuple[Example, Example]:
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 16
+    prefix, *own = lengths
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randint(0, vocabulary, (PROBE_PREFIX,), generator=generator).tolist()
+    shared = torch.randint(0, vocabulary, (prefix,), generator=generator).tolist()
     rows = [
         Example(
-            (*shared, *torch.randint(0, vocabulary, (own,), generator=generator).tolist()),
-            (0.0,) * (PROBE_PREFIX + 1) + (1.0,) * (own - 1),
+            (*shared, *torch.randint(0, vocabulary, (count,), generator=generator).tolist()),
+            (0.0,) * (prefix + 1) + (1.0,) * (count - 1),
         )
-        for own in PROBE_OWN
+        for count in own
     ]
     return rows[0], rows[1]
 

@@ -38,6 +38,7 @@ class Layout:
     """The tensors of a packed pass of n tokens, m of whose outputs predict a trained token.
 
     `sources` are the positions in the row whose outputs are trained, `targets` the tokens that they predict.
+    `windows` collects the sliding windows that the model's attentions asked for; None is no window.
     """
 
     tokens: Int[Tensor, "1 n"]
@@ -47,6 +48,7 @@ class Layout:
     weights: Float[Tensor, " m"]
     pieces: tuple[Piece, ...]
     masks: dict[tuple[int, int, int | None], Bool[Tensor, "q k"]] = field(default_factory=dict)
+    windows: set[int | None] = field(default_factory=set)
 
     @property
     def sizes(self) -> list[int]:
@@ -112,7 +114,7 @@ class _Row:
 
 
 def _blocks(group: Group) -> list[list[Example]]:
-    """Split a group's members, sorted by length, into blocks with at most 10 % padding."""
+    """Split a group's members, sorted by length, into blocks with at most `PADDING` in each."""
     blocks: list[list[Example]] = []
     block: list[Example] = []
     tokens = 0

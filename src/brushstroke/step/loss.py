@@ -112,4 +112,6 @@ def summed_loss(
     if loss is None:
         return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
     m = targets.shape[0]
+    if not m:
+        return logits.sum()  # of nothing; a mean would be 0/0
     return loss(logits, targets, weights / m) * m

@@ -20,7 +20,8 @@ class AdapterCallback(TrainerCallback):
     Args:
         attachment: from `attach(model, LoraConfig(...), trainable=True)` on the Trainer's model.
         folder: where the finished adapter goes, by default `adapter` in the Trainer's output folder. What the
-            Trainer's save strategy asks for on the way goes to `adapter-STEP` beside it.
+            Trainer's save strategy asks for on the way goes to `adapter-STEP` beside it; all of
+            these stay, whatever save_total_limit says.
     """
 
     def __init__(self, attachment: Attachment, folder: str | Path | None = None) -> None:
@@ -33,8 +34,13 @@ class AdapterCallback(TrainerCallback):
         """Refuse what would save the model behind this callback's back.
 
         Raises:
-            ConfigError: the save strategy "best".
+            ConfigError: the save strategy "best", or the best model is to be loaded at the end.
         """
+        if args.load_best_model_at_end:
+            raise ConfigError(
+                "AdapterCallback cannot serve load_best_model_at_end, as the Trainer saves no model here; "
+                "leave it out, and load the adapter-STEP of your choice"
+            )
         if getattr(args.save_strategy, "value", args.save_strategy) == "best":
             raise ConfigError(
                 'AdapterCallback cannot serve save_strategy="best", which saves the model after evaluating; '

@@ -13,14 +13,16 @@ from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.step.memory import MODES
 from brushstroke.training.schedule import SCHEDULES
 
+MAX_SEED = 2**63 - 1  # of torch's generators, with room for what is added to it
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. Where a value is not named, the run follows the Hugging Face Trainer.
 
     Args:
-        epochs: passes over the data, unless `max_steps` ends the run before.
-        max_steps: optimiser steps, or None for as many as the epochs have.
+        epochs: passes over the data, where `max_steps` names no number of steps.
+        max_steps: optimiser steps in place of the epochs; None for as many as they have.
         learning_rate: of AdamW; None takes 5e-4·(2000 / hidden width)^0.781, the published fit for LoRA.
         schedule: "linear" (to zero over the run), "cosine" or "constant", after the warm-up.
         warmup: steps of linear warm-up, or a share of the run where it is below 1.
@@ -68,22 +70,25 @@ class TrainConfig:
         positive = ("epochs", "max_steps", "learning_rate", "batch_size", "eval_every", "checkpoint_every")
         for name in (*positive, "max_length"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a number above 0; got {value!r}")
         for name in ("warmup", "weight_decay", "clip", "seed"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if not (_is_number(value) and 0 <= value < math.inf):
                 raise ConfigError(f"{name} must be a number that is not negative; got {value!r}")
         for name in ("max_steps", "batch_size", "eval_every", "checkpoint_every", "max_length", "seed"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), int):
+            if getattr(self, name) is not None and not _is_whole(getattr(self, name)):
                 raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
-        if self.micro_tokens != "auto" and not (isinstance(self.micro_tokens, int) and self.micro_tokens > 0):
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
+        asked = self.micro_tokens
+        if asked != "auto" and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
         if self.memory not in MODES:
             hint = did_you_mean(str(self.memory), MODES)
             raise ConfigError(f"memory must be one of {', '.join(MODES)}; got {self.memory!r}{hint}")
         if self.schedule not in SCHEDULES:
-            hint = did_you_mean(self.schedule, SCHEDULES)
+            hint = did_you_mean(str(self.schedule), SCHEDULES)
             raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}{hint}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,6 +100,14 @@ class TrainConfig:
         """The inverse of `as_dict`; an unknown key is an error."""
         refuse_unknown(settings, (field.name for field in dataclasses.fields(cls)), "a training config")
         return cls(**settings)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
 
 
 def default_learning_rate(hidden: int | None) -> float:

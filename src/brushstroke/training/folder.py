@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.errors import ResumeError
+from brushstroke.errors import OutputError, ResumeError
 from brushstroke.files import output_errors, refuse_existing, write_file
 from brushstroke.formats import save
 from brushstroke.training.checkpoint import read_state
@@ -46,6 +46,7 @@ class RunFolder:
         has_run = self.complete or bool(self.checkpoints())
         self.resuming = resume and has_run
         if not self.resuming:
+            self._refuse_strangers_notes()
             refuse_existing(self.path, overwrite or (resume and self._only_ours()))
 
     @property
@@ -132,6 +133,17 @@ class RunFolder:
             raise ResumeError(
                 f"{self.path / RUN} cannot be read ({error}); start over with overwrite"
             ) from error
+
+    def _refuse_strangers_notes(self) -> None:
+        """A README.md or a template that no run of ours left would be replaced by the adapter's."""
+        marks = (METRICS, RUN, CHECKPOINTS, ADAPTER_FILES[0])
+        if self.path.is_dir() and not any((self.path / mark).exists() for mark in marks):
+            for name in ADAPTER_FILES[3:]:
+                if (self.path / name).exists():
+                    raise OutputError(
+                        f"{self.path / name} is not of a run, and the adapter's would replace it; move it, "
+                        "or choose another folder"
+                    )
 
     def _only_ours(self) -> bool:
         known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES}

@@ -19,7 +19,7 @@ import transformers
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
-from brushstroke.errors import NonFiniteError, OutputError, ResumeError
+from brushstroke.errors import ConfigError, NonFiniteError, OutputError, ResumeError
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
 from brushstroke.step.loss import LossFunction
@@ -155,6 +155,9 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     config = config or TrainConfig()
+    if eval_data is None and (config.keep_best or config.eval_every is not None):
+        asked = "keep_best" if config.keep_best else "eval_every"
+        raise ConfigError(f"{asked} needs data to evaluate on; give eval_data")
     folder = RunFolder(out, resume=resume, overwrite=overwrite) if out is not None else None
     examples = read_data(base, data, config, start, prompt_column, completion_column)
     held_out = (

@@ -6,7 +6,7 @@ It runs no step.
 from typing import Any
 
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.base import Base
+from brushstroke.base import Base, require_base
 from brushstroke.data import EncodedData, encode
 from brushstroke.errors import ConfigError
 from brushstroke.inference import context_length
@@ -22,7 +22,13 @@ def read_data(
     prompt_column: str | None = None,
     completion_column: str | None = None,
 ) -> EncodedData:
-    """Tokenise data for a run, with the template of the adapter that it goes on from, if any."""
+    """Tokenise data for a run, with the template of the adapter that it goes on from, if any.
+
+    Raises:
+        ConfigError: `base` is no Base.
+        DataError: the data cannot be read or trained on.
+    """
+    require_base(base)
     encoded = encode(
         data,
         base.tokenizer,
