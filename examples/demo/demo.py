@@ -59,7 +59,9 @@ def run(form: settings.Settings, out: Path) -> dict[str, Any]:
         adapters[name] = bs.load(folder)
         show.trained(runs[name])
 
-    show.heading("Switching, and held-out rows of all kinds in one batch, each answered by its own adapter")
+    show.heading(
+        "Switching, and held-out rows of all kinds in mixed batches, each answered by its own adapter"
+    )
     with bs.bank(base, adapters) as bank:
         switch_ms = measure.switch_ms(bank)
         judged = measure.judge(base, bank, heldout, form.base_rows)

@@ -78,7 +78,9 @@ def _before_and_after(page: Page, results: Mapping[str, Any]) -> None:
 
 def _untouched(page: Page, before: Any) -> None:
     page.section("How the untouched base fails")
-    page.text("Asked to split an address into JSON, the base begins an object and never gets to the address.")
+    page.text(
+        "What the base answers when it is asked to split an address into JSON, up to a right one's length:"
+    )
     for prompt, answer in list(zip(before.prompts, before.answers, strict=True))[:3]:
         page.code(answer.text, caption=line(prompt))
 
@@ -121,11 +123,11 @@ def _training(page: Page, results: Mapping[str, Any], runs: Mapping[str, Any]) -
 
 
 def _switching(page: Page, results: Mapping[str, Any], mixed: Sequence[Any]) -> None:
-    page.section("Switching, and one batch with all of them")
+    page.section("Switching, and mixed batches with all of them")
     page.text(
         f"All three adapters sit in the model at once. Switching the whole model to another one takes "
         f"{1000 * results['switch_ms']:.0f} µs (median), because no weight moves. "
-        "These rows were answered in one batch:"
+        "These rows were answered in mixed batches:"
     )
     page.table(
         ["adapter", "line", "answer"],

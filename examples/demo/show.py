@@ -67,7 +67,7 @@ def training() -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def asking(rows: int) -> Iterator[None]:
-    """While rows are answered, in one batch."""
+    """While rows are answered, in mixed batches."""
     if not console.is_terminal:
         yield
         return

@@ -131,6 +131,8 @@ def test_a_strange_card_is_refused():
         Card.from_dict(stored | {"base_nam": "x"})
     with pytest.raises(AdapterFileError, match=r"format 2.*upgrade"):
         Card.from_dict(stored | {"format": 2})
+    with pytest.raises(AdapterFileError, match="card's 'lora' is int, expected an object"):
+        Card.from_dict({**Card().as_dict(), "lora": 5})
     with pytest.raises(AdapterFileError, match="format None"):
         Card.from_dict({})
 

@@ -120,11 +120,16 @@ def test_attention_that_soft_caps_is_left_to_itself() -> None:
         assert not run.packed
 
 
-def test_a_hook_on_a_linear_inside_is_not_passed_over() -> None:
+@pytest.mark.parametrize("inside", ["up_proj", "act_fn"])
+def test_a_hook_on_a_part_of_a_block_is_not_passed_over(inside) -> None:
     model = tiny_llama()
     with Training(model, LoraConfig(rank=3)) as run:
         seen = []
-        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: seen.append(1))
+        handle = (
+            model.model.layers[0]
+            .mlp.get_submodule(inside)
+            .register_forward_hook(lambda *args: seen.append(1))
+        )
         run.forward_backward(examples())
         handle.remove()
         assert seen

@@ -12,6 +12,7 @@ from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError, TargetError, TrainingError
 from brushstroke.layers import merge
+from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import NAME
 from brushstroke.training import Training
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
@@ -292,13 +293,22 @@ def test_a_window_that_only_the_masks_know_is_not_packed() -> None:
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        shared_expert_intermediate_size=16, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        shared_expert_intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2,
         use_sliding_window=True, sliding_window=100, max_window_layers=2, initializer_range=0.2,
     )  # fmt: skip
     model = Qwen2MoeForCausalLM(config).eval()
     with Training(model, LoraConfig(rank=4, targets=("attention",))) as run:
         assert not run.packed
         assert "its window of 100 tokens is in its masks alone" in run.step.forward_reason
+
+
+@pytest.mark.parametrize("values", [{"clip": -1.0}, {"learning_rate": -1.0}, {"seed": 2**64}, {"clip": None}])
+def test_values_that_cannot_work_are_refused_before_anything_is_attached(values) -> None:
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        Training(model, LoraConfig(rank=4), **values)
+    assert not any(isinstance(module, Adapted) for module in model.modules())
 
 
 def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:

@@ -68,6 +68,13 @@ class Card:
         for key in fields:
             if key not in known:
                 raise AdapterFileError(f"unknown field {key!r} in the card{did_you_mean(key, known)}")
+        for name in ("lora", "training"):
+            if not isinstance(fields.get(name) or {}, Mapping):
+                raise AdapterFileError(
+                    f"the card's {name!r} is {type(fields[name]).__name__}, expected an object; save the "
+                    "adapter again, or remove the card"
+                )
+        fields["training"] = fields.get("training") or {}
         for name in ("target_modules", "stop_tokens"):
             fields[name] = tuple(fields.get(name) or ())
         if fields.get("fingerprint") is not None:

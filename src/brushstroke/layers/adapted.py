@@ -150,13 +150,18 @@ def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] |
     """
     found = []
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if hooked(module):
             return None
         parts = module.parts(x) if isinstance(module, AdaptedLinear) else _plain_parts(module, x)
         if parts is None:
             return None
         found.append(parts)
     return found
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody watches this module, so that it must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brushstroke.adapter import is_conv1d
 from brushstroke.data import Example
-from brushstroke.layers.adapted import Adapted, shared_parts
+from brushstroke.layers.adapted import Adapted, hooked, shared_parts
 from brushstroke.lowrank.apply import lowrank_linears
 from brushstroke.step.attention import AttentionName, packed_attention
 from brushstroke.step.layout import Layout, lay_out
@@ -139,7 +139,8 @@ class FusedMLP(Fused):
         """The block in one step, where all of its linears are frozen but for low-rank updates."""
         names, act, keep = self._fusion
         linears = [getattr(self, name) for name in names]
-        parts = None if self.training else shared_parts(x, linears)
+        watched = any(hooked(child) for child in self.children())
+        parts = None if self.training or watched else shared_parts(x, linears)
         if parts is None:
             return super().forward(x)
         *gate, up, down = parts

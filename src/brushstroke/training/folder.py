@@ -97,8 +97,12 @@ class RunFolder:
                     (self.path / name).unlink(missing_ok=True)
                 for folder in [*self.checkpoints(), *(self.path / CHECKPOINTS).glob("best-*")]:
                     shutil.rmtree(folder, ignore_errors=True)
-            for left in self.path.glob(f"{PARTIAL}*"):
-                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+            self.clean()
+
+    def clean(self) -> None:
+        """Remove what an interrupted write left behind."""
+        for left in self.path.glob(f"{PARTIAL}*"):
+            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
         """Append one line of JSON and flush it to the disk at once.

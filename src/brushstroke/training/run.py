@@ -329,6 +329,7 @@ def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) ->
 def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResult:
     summary = folder.summary()
     _refuse_other_run(identity, summary["settings"], folder.path)
+    folder.clean()
     return TrainResult(load(folder.path), summary, summary["steps"])
 
 

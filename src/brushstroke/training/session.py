@@ -21,7 +21,7 @@ from brushstroke.step import LossFunction, Prepared, prepare
 from brushstroke.step.pack import Pass
 from brushstroke.step.recompute import Checkpointed
 from brushstroke.training.checkpoint import load_session, save_session
-from brushstroke.training.config import default_learning_rate
+from brushstroke.training.config import TrainConfig, default_learning_rate
 
 EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
@@ -87,6 +87,13 @@ class Training:
         max_length: int | None = None,
         allow_different_base: bool = False,
     ) -> None:
+        TrainConfig(  # judges the values
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            clip=clip,
+            seed=seed,
+            max_length=max_length,
+        )
         self.base = base if isinstance(base, Base) else Base(base)
         self.model = self.base.model
         self.attachment: Attachment = attach(
