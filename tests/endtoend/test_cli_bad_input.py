@@ -248,6 +248,7 @@ def test_generate_and_data_say_what_is_wrong(cli, tiny, train_rows, tmp_path):
         (("evaluate", tiny, train_rows, "--out", tmp_path), 1, "it is a folder"),
         (("evaluate", tiny, train_rows, "--out", train_rows), 1, "is the data itself"),
         (("evaluate", tiny, train_rows, "--out", tiny / "config.json"), 1, "--overwrite"),
+        (("evaluate", tiny, train_rows.parent, "--out", train_rows), 1, "--overwrite"),
         (("generate", tiny, "a", "--temperature", "1e-45"), 2, "temperature"),
         (("generate", tiny, "a", "--seed", str(2**64)), 2, "seed"),
         (("data", tiny, train_rows, "--max-length", "0"), 2, "max_length"),

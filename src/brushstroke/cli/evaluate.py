@@ -89,7 +89,8 @@ def _refuse_out(out: Path, data: str, overwrite: bool) -> None:
         raise OutputError(f"cannot write {out}: there is no folder {out.parent}; make it, or name another")
     if out.is_dir():
         raise OutputError(f"cannot write {out}: it is a folder; name a file in it")
-    if out.exists() and out.samefile(data):
+    source = Path(data).expanduser()  # or the name of a data set on the hub
+    if out.exists() and source.exists() and out.samefile(source):
         raise OutputError(f"{out} is the data itself; name another file for the answers")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already; pass --overwrite to replace it, or name another file")

@@ -14,13 +14,13 @@ from brushstroke.adapter import Adapter
 from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, MergeError, OutputError
 from brushstroke.files import refuse_existing
+from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import left_out, merge_files
 from brushstroke.inference.staging import refuse_inside, staged_folder
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
 
 TEMPLATE, TOKENIZER_CONFIG, CONFIG = "chat_template.jinja", "tokenizer_config.json", "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

@@ -79,10 +79,11 @@ class IntrinsicStudy:
         if after.loss >= before.loss:
             answer = "Training all of the parameters is no better than the untouched base: 90 % of nothing."
             return Finding(question, answer, (table,), (), notes)
-        losses = {results.arms[n].arm.dimension or 0: _mean_score(results, n) for n in mine if n in good}
+        kept = [name for name in mine if name in good]
+        losses = {results.arms[name].arm.dimension or 0: _mean_score(results, name) for name in kept}
         of_gain, of_metric = _d90(before, after, losses)
         by_seed = {
-            seed: _d90(before, whole_score, _scores(results, [n for n in mine if n in good], seed))
+            seed: _d90(before, whole_score, _scores(results, kept, seed))
             for seed, whole_score in _by_seed(results, full).items()
             if whole_score.loss < before.loss
         }

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.step.memory import MODES
@@ -81,8 +81,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
-        asked = self.micro_tokens
-        if asked != "auto" and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+        if self.micro_tokens != "auto" and not (_is_whole(self.micro_tokens) and self.micro_tokens > 0):
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
         if self.memory not in MODES:
             hint = did_you_mean(str(self.memory), MODES)
@@ -102,7 +101,7 @@ class TrainConfig:
         return cls(**settings)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
