@@ -21,6 +21,20 @@ DTYPES = {
 }
 
 
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "64"}
+
+
+def limit_kernel_caches() -> None:
+    """Let oneDNN and torch's glue to it remember fewer kernels than the 1,024 that each would keep.
+
+    A kernel is made for each number of rows. Packed passes nearly always have a new one, so that old kernels
+    are of no use and cost up to a megabyte each. Works before the first product of the process that oneDNN
+    computes (bf16 on a CPU); values that the user has set stay.
+    """
+    for name, value in KERNEL_CACHES.items():
+        os.environ.setdefault(name, value)
+
+
 def choose_device(device: str | torch.device = "auto") -> torch.device:
     """The device that a name stands for; "auto" is a CUDA GPU, else Apple's MPS, else the CPU.
 

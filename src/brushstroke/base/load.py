@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base.device import choose_device, choose_dtype
+from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 
@@ -89,6 +89,7 @@ def load_base(
         ConfigError: an unknown dtype or device.
         MissingPackageError: a GGUF file without the gguf extra.
     """
+    limit_kernel_caches()
     target = choose_device(device)
     weights_dtype, _ = choose_dtype(dtype, target)
     source = _locate(str(name))

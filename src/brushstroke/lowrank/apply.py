@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brushstroke.lowrank.products import product, product_onto
+
 
 class LinearParts(NamedTuple):
     """One frozen linear map and its update, x·W + bias + scale·(x·U)·V, as tensors.
@@ -52,14 +54,14 @@ def base_product(
     x: Float[Tensor, "*b d"], weight: Tensor, bias: Float[Tensor, " h"] | None, weight_is_dxh: bool
 ) -> Float[Tensor, "*b h"]:
     """x·W + bias, for a weight stored as (h×d), as torch does, or as (d×h), as HF's Conv1D does."""
-    return F.linear(x, weight.mT if weight_is_dxh else weight, bias)
+    return product(x, weight.mT if weight_is_dxh else weight, bias)
 
 
 def forward_products(x: Tensor, parts: Sequence[LinearParts]) -> tuple[list[Tensor], Tensor | None]:
     """The outputs (n×h each) of linears that share an input (…×d of n rows), and their x·U side by side."""
     rows = x.reshape(-1, x.shape[-1])
     adapted = [part for part in parts if part.U_rows is not None]
-    xu = F.linear(rows, _stacked([part.U_rows for part in adapted]).to(x.dtype)) if adapted else None
+    xu = product(rows, _stacked([part.U_rows for part in adapted]).to(x.dtype)) if adapted else None
     ys, start = [], 0
     for part in parts:
         # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
@@ -95,12 +97,12 @@ def backward_products(
     dx = dxu = None
     adapted = [(dy, part) for dy, part in zip(dys, parts, strict=True) if part.V is not None]
     if adapted:
-        terms = [part.scale * F.linear(dy, part.V.to(dy.dtype)) for dy, part in adapted]  # type: ignore[union-attr]
+        terms = [part.scale * product(dy, part.V.to(dy.dtype)) for dy, part in adapted]  # type: ignore[union-attr]
         dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
     if need_x:
         for dy, part in zip(dys, parts, strict=True):
-            weight = part.weight.mT if part.weight_is_dxh else part.weight
-            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            weight = part.weight if part.weight_is_dxh else part.weight.mT
+            dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
         if dx is not None and dxu is not None:
             dx.addmm_(dxu, _stacked([part.U_rows for _, part in adapted]).to(dx.dtype))
     need_U = any(needs[TENSORS * i + 2] for i in range(len(parts)))

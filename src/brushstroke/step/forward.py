@@ -234,7 +234,7 @@ def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
     except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
-        if difference <= min(TOLERANCE.get(_dtype(model), HALF_TOLERANCE), MAX_SHARE_OF_LEAK * leak):
+        if difference <= min(TOLERANCE.get(model_dtype(model), HALF_TOLERANCE), MAX_SHARE_OF_LEAK * leak):
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing would be wrong for this model: {reason}"
@@ -330,5 +330,6 @@ def _accepted(module: nn.Module) -> set[str]:
     return set(parameters)
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

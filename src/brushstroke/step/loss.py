@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brushstroke.lowrank.products import in_onednn, product
 from brushstroke.step.scratch import Scratch
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -21,7 +22,8 @@ The weights add up to 1 where every trained token counts the same, so that `F.cr
 and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right.
 """
 
-CHUNK_ELEMENTS = 32 * 1024 * 1024  # logits that exist at one time; 128 MiB in fp32
+CHUNK_ELEMENTS = 15 * 1024 * 1024 // 2  # logits at one time: 30 MiB in fp32, which malloc uses again
+LEAST_ROWS = 128  # of a chunk, whatever the vocabulary: fewer would read the head more often than they use it
 
 
 class LogitsBuffer:
@@ -37,12 +39,16 @@ class LogitsBuffer:
 
     def rows(self, m: int, weight: Tensor) -> int:
         """How many of m positions one chunk holds; the chunks are of about equal size."""
-        most = max(16, self.elements // weight.shape[0])
+        most = max(LEAST_ROWS, self.elements // weight.shape[0])
         return max(1, -(-m // max(1, -(-m // most))))
 
-    def take(self, rows: int, weight: Tensor) -> Tensor:
-        """Room for rows×v numbers of the weight's dtype, not initialised."""
-        return self._scratch.take("logits", rows, weight.shape[0], weight)
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The logits (m×v) of one chunk, good until the next one is asked for."""
+        if in_onednn(hidden, weight):
+            return product(hidden, weight, bias)
+        room = self._scratch.take("logits", hidden.shape[0], weight.shape[0], weight)
+        logits = torch.mm(hidden, weight.mT, out=room)
+        return logits if bias is None else logits.add_(bias)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,17 +70,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = buffer.rows(m, weight)
         for start in range(0, m, rows):
             span = slice(start, min(start + rows, m))
-            logits = torch.mm(hidden[span], weight.mT, out=buffer.take(span.stop - start, weight))
-            if bias is not None:
-                logits += bias
-            logits = logits.float()
+            logits = buffer.logits(hidden[span], weight, bias).float()
             target, w = targets[span, None], weights[span]
             log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
             total -= (log_probabilities.gather(1, target).squeeze(1) * w).sum()
             if grad is not None:
                 probabilities = log_probabilities.exp_()
                 probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                grad[span] = (probabilities.to(weight.dtype) @ weight).mul_(w[:, None])
+                grad[span] = product(probabilities.to(weight.dtype), weight.mT).mul_(w[:, None])
         ctx.grad = grad
         return total
 

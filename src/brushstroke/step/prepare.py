@@ -3,7 +3,8 @@
 Decisions follow from the model, the config and the machine's features; nothing is timed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
-from brushstroke.step.forward import Forward, choose_forward
+from brushstroke.lowrank.products import choose_kernels, kernels
+from brushstroke.step.forward import Forward, choose_forward, model_dtype
 from brushstroke.step.fuse import Fusion, fuse
 from brushstroke.step.memory import (
     MemoryNeed,
@@ -34,6 +36,7 @@ class Prepared:
         mode: "fast" or "low" memory.
         need: bytes, by part.
         micro_tokens: computed tokens of one pass.
+        kernels: "onednn" or "torch", for the products.
     """
 
     forward: Forward
@@ -44,6 +47,14 @@ class Prepared:
     need: MemoryNeed
     micro_tokens: int
     micro_reason: str
+    kernels: str
+    kernels_reason: str
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What must surround every pass, forward and backward."""
+        with self.forward.context(), kernels(self.kernels):
+            yield
 
 
 def prepare(
@@ -74,6 +85,7 @@ def prepare(
     if micro_tokens != "auto" and not asked:
         raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
     device = factors[0].device
+    chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
     fusion = fuse(model)
     try:
         forward, forward_reason = choose_forward(model, share)
@@ -88,7 +100,18 @@ def prepare(
         raise
     if asked:
         chosen, reason = int(micro_tokens), "asked for"
-    return Prepared(forward, forward_reason, fusion, mode, mode_reason, need, chosen, reason)
+    return Prepared(
+        forward,
+        forward_reason,
+        fusion,
+        mode,
+        mode_reason,
+        need,
+        chosen,
+        reason,
+        chosen_kernels,
+        kernels_reason,
+    )
 
 
 def _need(

@@ -32,6 +32,7 @@ class Plan:
         memory_bytes: estimated peak of the process (of the device on a GPU).
         memory: "fast" or "low", with `memory_reason`.
         own_functions: the modules of the model that run brushstroke's own functions, in words.
+        kernels: "onednn" or "torch", for the products, with `kernels_reason`.
         real_tokens, trained_tokens: of one epoch.
         computed_tokens: of one epoch, after sharing; `shared_tokens` fewer than without sharing.
         extrapolated: whether these two were counted on the first steps alone.
@@ -53,6 +54,8 @@ class Plan:
     memory: str
     memory_reason: str
     own_functions: str
+    kernels: str
+    kernels_reason: str
     examples: int
     steps: int
     epochs: float
@@ -135,6 +138,8 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         memory=session.step.mode,
         memory_reason=session.step.mode_reason,
         own_functions=session.step.fusion.describe(),
+        kernels=session.step.kernels,
+        kernels_reason=session.step.kernels_reason,
         examples=len(data),
         steps=steps,
         epochs=steps / order.steps_per_epoch,

@@ -175,7 +175,7 @@ class Training:
         total = torch.zeros((), dtype=torch.float64)
         computed = 0
         trained = sum(example.trained for example in encoded)
-        with self._all_or_nothing(), self._checkpointing, self.step.forward.context(), self._dropout_seed():
+        with self._all_or_nothing(), self._checkpointing, self.step.context(), self._dropout_seed():
             for part in self.passes(encoded):
                 value = self.step.forward.summed_loss(part, loss)
                 if not bool(torch.isfinite(value)):
@@ -228,7 +228,7 @@ class Training:
         self._check_open()
         encoded = self.encode(examples)
         total, computed = 0.0, 0
-        with _asleep(self.attachment), self.step.forward.context():
+        with _asleep(self.attachment), self.step.context():
             for start in range(0, len(encoded), EVALUATED_AT_ONCE):
                 some = encoded[start : start + EVALUATED_AT_ONCE]
                 for part in self.passes(some):

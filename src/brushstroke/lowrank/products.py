@@ -1,0 +1,87 @@
+"""x·Wᵀ by torch's own kernels, or by oneDNN's where a processor computes those faster.
+
+Which of them is a choice of whoever runs passes, made once and by the processor's features; outside of
+`kernels("onednn")` every product is torch's own, so that an adapted model rounds as its base does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+_onednn = False
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels for the products of a frozen base on a device, "onednn" or "torch", and why.
+
+    With AVX-512, oneDNN's fp32 products run at the processor's full width; the BLAS library inside torch does
+    so on some processors only. With AVX2, and in other dtypes, torch's choice is as good or better.
+
+    >>> choose_kernels(torch.device("cpu"), torch.float64)
+    ('torch', 'its choice is the best one known for float64')
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        where = str(dtype).removeprefix("torch.") if device.type == "cpu" else device.type
+        return "torch", f"its choice is the best one known for {where}"
+    if not torch.cpu.get_capabilities().get("avx512_f"):
+        return "torch", "the faster one for fp32 without AVX-512"
+    if not _usable():
+        return "torch", "this build of torch offers no oneDNN products"
+    return "onednn", "the faster one for fp32 with AVX-512"
+
+
+@contextmanager
+def kernels(name: str) -> Iterator[None]:
+    """Inside, `product` uses "onednn" or "torch"."""
+    global _onednn
+    before, _onednn = _onednn, name == "onednn"
+    try:
+        yield
+    finally:
+        _onednn = before
+
+
+def in_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` computes this one by oneDNN's kernels."""
+    return bool(_onednn and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel())
+
+
+def product(
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, "h d"], bias: Float[Tensor, " h"] | None = None
+) -> Float[Tensor, "*b h"]:
+    """x·Wᵀ + bias without a gradient; the weight may be a transposed view, which costs no copy.
+
+    oneDNN's kernels are for fp32 on a CPU; any other input takes torch's.
+    """
+    if in_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def product_onto(
+    total: Float[Tensor, "n h"], x: Float[Tensor, "n d"], weight: Float[Tensor, "h d"]
+) -> Float[Tensor, "n h"]:
+    """total + x·Wᵀ; `total` may be used up."""
+    if in_onednn(x, weight) and total.dtype == x.dtype:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+    return total.addmm_(x, weight.mT)
+
+
+def _usable() -> bool:
+    """Whether the private operator is there and does what it is used for."""
+    x, weight = torch.linspace(-1, 1, 24).view(4, 6), torch.linspace(-1, 2, 18).view(3, 6)
+    try:
+        with kernels("onednn"):
+            found = [
+                product(x, weight),
+                product(x, weight.mT.contiguous().mT),
+                product_onto(x, x, weight.mT @ weight),
+            ]
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    expected = [x @ weight.mT, x @ weight.mT, x + x @ weight.mT @ weight]
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
