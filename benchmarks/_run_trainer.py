@@ -6,11 +6,15 @@ SFTTrainer ("trl"), and all weights under the Trainer ("full").
 
 import json
 import logging
+import os
 import resource
 import sys
 import tempfile
 import time
 import warnings
+
+# Our loading of the model would limit these; a peer runs with torch's own values.
+os.environ.update(LRU_CACHE_CAPACITY="1024", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
 
 import torch
 from datasets import Dataset

@@ -2,7 +2,7 @@
 
 The limit: (4·N per computed token + 4·d·vocabulary per trained token) FLOP, N the weights of the adapted
 linears, at the speed of the frozen products alone: the model's own shapes, the packed number of rows, both
-directions, the same threads, measured in turns with the steps.
+directions, the same threads and kernels, measured in turns with the steps.
 
     python benchmarks/gemm_share.py            the share, and a profile by kind of operation
 """
@@ -13,17 +13,18 @@ import time
 from collections import Counter, defaultdict
 
 import torch
-import torch.nn.functional as F
 
 import brushstroke as bs
 from _common import cpu_features, keep, prepared, rows_of
 from brushstroke.data import Example, encode
+from brushstroke.lowrank.products import kernels, product
 
 KINDS = {  # the beginning of an operator's name → its kind
     "aten::addmm": "products",
     "aten::mm": "products",
     "aten::bmm": "products",
     "aten::mkl_linear": "products",
+    "mkldnn::_linear": "products",
     "aten::_scaled_dot_product": "attention",
     "aten::silu": "activation",
     "aten::gelu": "activation",
@@ -68,7 +69,8 @@ def main() -> None:
         shares, speeds = [], []
         for batch in batches[1:]:
             took, computed, passes = step(run, batch)
-            limit, speed = limit_seconds(base, shapes, passes)
+            with kernels(run.step.kernels):
+                limit, speed = limit_seconds(base, shapes, passes)
             shares.append(limit / took)
             speeds.append(speed)
             print(
@@ -120,8 +122,8 @@ def product_seconds(n: int, weight: torch.Tensor, repeats: int = 7) -> float:
     found = []
     for _ in range(repeats):
         began = time.perf_counter()
-        F.linear(x, weight)
-        dy @ weight
+        product(x, weight)
+        product(dy, weight.mT)
         found.append(time.perf_counter() - began)
     return statistics.median(found)
 

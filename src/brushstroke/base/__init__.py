@@ -1,6 +1,6 @@
 """The frozen base model: the lowest place where transformers is known."""
 
-from brushstroke.base.device import choose_device, choose_dtype, total_memory
+from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
@@ -10,6 +10,7 @@ __all__ = [
     "ModelWeights",
     "choose_device",
     "choose_dtype",
+    "limit_kernel_caches",
     "load_base",
     "load_tokenizer",
     "open_base",

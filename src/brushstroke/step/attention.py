@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from brushstroke.step.attend import attend, attend_by_products, by_products
 from brushstroke.step.layout import Layout, Piece
 
 NAME = "brushstroke_packed"
@@ -95,14 +95,12 @@ def packed_attention(
                 for x, own in ((keys, k), (values, v))
             )
         windowed = sliding_window is not None and sliding_window < prefix + piece.width
-        mask = (
-            layout.mask(piece.width, prefix, sliding_window if windowed else None)
-            if prefix or windowed
-            else None
-        )
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
+        window = sliding_window if windowed else None
+        if by_products(q, k, dropout):
+            out = attend_by_products(q, k, v, layout.mask(piece.width, prefix, window), scaling)
+        else:
+            mask = layout.mask(piece.width, prefix, window) if prefix or windowed else None
+            out = attend(q, k, v, mask, scaling, dropout)
         outputs.append(_from_rows(out, piece))
     return torch.cat(outputs)[None], None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from brushstroke.base import limit_kernel_caches
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank.products import choose_kernels, kernels
@@ -85,6 +86,7 @@ def prepare(
     if micro_tokens != "auto" and not asked:
         raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
     device = factors[0].device
+    limit_kernel_caches()
     chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
     fusion = fuse(model)
     try:
