@@ -45,11 +45,13 @@ $(VENV)/.installed-bench: $(RECIPES) | $(VENV)/.created
 demo: install
 	$(BIN)/python examples/demo/demo.py
 
-# Compiled graphs first and by themselves: shape-checked functions do not trace.
+# Compiled graphs first and by themselves: shape-checked functions do not trace. Then a worker for each core, of one
+# thread each: files of tests take turns, the tests of a file stay together.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m brushstroke.samples.assets
 	$(BIN)/python -m pytest tests/compile
-	$(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,shapes.checked
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,shapes.checked \
+	  --numprocesses auto --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

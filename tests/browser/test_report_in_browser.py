@@ -135,13 +135,14 @@ def test_menus_redraw_the_figures(browser, tmp_path):
 @pytest.mark.slow
 def test_the_report_of_a_study(browser, tmp_path):
     base, data = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", rows(40))
+    others = write_rows(tmp_path / "others.jsonl", rows(40, "Elm"))
     words = (
         "study",
         "seeds",
         base,
         data,
         "--other",
-        data,
+        others,
         "--out",
         tmp_path / "out",
         *PLAIN,

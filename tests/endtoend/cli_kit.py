@@ -41,9 +41,11 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def rows(count: int = 12) -> list[dict[str, Any]]:
+def rows(count: int = 12, street: str = "Oak") -> list[dict[str, Any]]:
     """Short questions with one JSON object as the answer."""
-    return [{"prompt": f"Split {n} Oak St", "completion": json.dumps({"n": str(n)})} for n in range(count)]
+    return [
+        {"prompt": f"Split {n} {street} St", "completion": json.dumps({"n": str(n)})} for n in range(count)
+    ]
 
 
 def write_rows(file: Path, given: list[Any]) -> Path:

@@ -16,6 +16,11 @@ def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("study") / "rows.jsonl", rows(40))
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("study") / "others.jsonl", rows(40, "Elm"))
+
+
 def results(folder):
     return json.loads((folder / "results.json").read_text("utf-8"))
 
@@ -39,9 +44,9 @@ QUESTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_leaves_an_answer_a_page_and_its_numbers(cli, tiny, data, tmp_path, question):
+def test_a_question_leaves_an_answer_a_page_and_its_numbers(cli, tiny, data, others, tmp_path, question):
     out = tmp_path / "out"
-    extra = ("--other", data) if question == "seeds" else ("--general", data) if question == "delta" else ()
+    extra = {"seeds": ("--other", others), "delta": ("--general", others)}.get(question, ())
     done = cli("study", question, tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS[question], *extra)
     assert done.status == 0, done.err
     told = results(out)
@@ -121,13 +126,18 @@ BAD = [
     (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks takes numbers with commas between them; got '1,x'"),
     (("rank", "BASE", "DATA", "--ranks", "0"), "rank must be a whole number of at least 1; got 0"),
     (("rank", "BASE", "DATA", "--targets", "q_porj"), "matches no site"),
-    (("rank", "BASE", "DATA", "--learning-rates", "0,1"), "learning rates must be above 0"),
+    (("rank", "BASE", "DATA", "--learning-rates", "0,1"), "must be finite numbers above 0"),
     (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds is how many there are"),
     (("targets", "BASE", "DATA", "--rank", "2", "--budget", "9"), "give --rank or --budget, not both"),
     (("targets", "BASE", "DATA", "--budget", "3"), "no set of matrices meets a budget of 3 parameters"),
     (("seeds", "BASE", "DATA", "--tiny"), "--tiny is for paper"),
     (("rank", "BASE", "FEW"), "are too few for training, validation and test"),
     (("rank", "BASE", "DATA", "--budget-minutes", "0.00001"), "one arm takes about"),
+    (("rank", "BASE", "DATA", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
+    (("rank", "BASE", "DATA", "--workers", "-1"), "--workers is how many runs there are at a time"),
+    (("rank", "BASE", "DATA", "--learning-rates", "inf,1"), "must be finite numbers above 0"),
+    (("seeds", "BASE", "DATA", "--other", "DATA"), "the other data: every row is in the task's data too"),
+    (("delta", "BASE", "DATA", "--general", "DATA"), "the general text: every row is in the task's"),
 ]
 
 
@@ -151,6 +161,31 @@ def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, 
     again = cli(*words, "--no-whole", "--workers", "2", "--budget-minutes", "60")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")} == before
+    assert "goes on with the plan that the study began with" in again.err
     other = cli(*words)  # with the arm that trains W itself
     assert other.status == 1
     assert "holds another study (arms:" in other.error
+
+
+@pytest.mark.parametrize("content", ['{"my": 1}', "[1]", "not json"])
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize("preset", [True, False])
+def test_a_study_json_of_the_users_own_is_left_alone(
+    cli, tiny, data, tmp_path, monkeypatch, content, overwrite, preset
+):
+    (tmp_path / "runs").mkdir()
+    for name, text in (("study.json", content), ("runs/p.txt", "mine"), ("report.html", "mine")):
+        (tmp_path / name).write_text(text)
+    before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
+    words = ("paper", "--tiny") if preset else ("rank", tiny, data)
+    done = cli("study", *words, "--out", tmp_path, *overwrite)
+    assert done.status == 1
+    assert "study.json" in done.error
+    assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
+
+
+def test_a_model_that_the_tiny_preset_did_not_train_is_not_taken_for_its_own(cli, tmp_path):
+    (tmp_path / "base").mkdir()
+    done = cli("study", "paper", "--tiny", "--out", tmp_path)
+    assert done.status == 1
+    assert "holds another model than the one that this study trains" in done.error

@@ -31,3 +31,16 @@ def test_what_is_held_out_by_name_is_not_learnt_from(llama):
 def test_validation_and_test_may_not_overlap(llama):
     with pytest.raises(DataError, match=r"1 row\(s\) of the validation data are in the test data too"):
         make_material(Base(llama), rows(5, 20), validation=rows(30, 3), test=rows(32, 4))
+
+
+def test_controls_lose_the_rows_that_the_task_has(llama):
+    material = make_material(Base(llama), rows(5, 20), other=rows(20, 15), general=rows(24, 12))
+    assert not {e.tokens for e in material.general} & {e.tokens for e in material.tasks["task"].train}
+    assert len(material.general) == 1  # ten are the other task's, one the task's
+    assert {e.tokens[0] for e in material.tasks["other task"].train} <= set(range(25, 35))
+
+
+@pytest.mark.parametrize("control", ["other", "general"])
+def test_a_control_that_is_the_task_itself_is_refused(llama, control):
+    with pytest.raises(DataError, match="every row is in the task's data too"):
+        make_material(Base(llama), rows(5, 20), **{control: rows(5, 20)})

@@ -21,6 +21,17 @@ def test_the_tiny_preset_trains_its_model_and_answers_every_question(monkeypatch
     assert {path.name for path in (tmp_path / "runs").iterdir()} == runs
 
 
+def test_the_tiny_tasks_share_no_32_bytes_between_what_is_learnt_and_what_is_held_out():
+    for task in tiny.tasks().values():
+        pieces = [
+            {bytes(e.tokens)[i : i + 32] for e in part for i in range(len(e) - 31)}
+            for part in (task.train, task.validation, task.test)
+        ]
+        assert len(task.train) > 1000
+        assert not pieces[0] & (pieces[1] | pieces[2])
+        assert not pieces[1] & pieces[2]
+
+
 @pytest.mark.model
 @pytest.mark.slow
 def test_the_real_preset_compares_every_set_at_one_budget():

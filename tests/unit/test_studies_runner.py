@@ -136,6 +136,24 @@ def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "study.json").read_text())["identity"] == {"seeds": [1]}
 
 
+def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
+    store = Store(tmp_path, {"seeds": [0]})
+    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
+    store.keep_note("figures", ["ranks.png"])
+    (tmp_path / "figures").mkdir()
+    for name in ("runs/notes.txt", "figures/mine.png", "figures/ranks.png"):
+        (tmp_path / name).write_text("mine")
+    Store(tmp_path, {"seeds": [1]}, overwrite=True)
+    left = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"study.json", "runs/notes.txt", "figures/mine.png"}
+
+
+def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
+    ledger = Ledger(lambda run: run.learning_rate)
+    run(tmp_path, ledger, grid=Grid((1e-3, 1.001e-3), (0,)), plan=Estimate(1.0, 2, ("a",), (0,)))
+    assert len({rate for _, rate, _ in ledger.asked}) == 3
+
+
 def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
     """What an interrupted --overwrite may have left: never taken for runs of the new study."""
     Store(tmp_path, {"seeds": [0]}).finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))

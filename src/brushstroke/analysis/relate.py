@@ -6,6 +6,7 @@ W is read one tensor at a time. Whether the update helps is not seen from here.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Relation(SiteTable[SiteRelation]):
     """Site → `SiteRelation` of an adapter in its base."""
 
     def totals(self) -> dict[str, Any]:
-        """Root sums of squares over all sites, and the quotients of those."""
+        """Root sums of squares over the sites with an update, and the quotients of those."""
         rows = [row for row in self.values() if row.rank]
         names = (
             "norm_base",
@@ -110,13 +111,13 @@ class Relation(SiteTable[SiteRelation]):
         )
         sums = {name: sum(getattr(row, name) ** 2 for row in rows) ** 0.5 for name in names}
         chance = sums["projection_random"]
-        ratios = sorted(row.ratio_to_chance for row in rows if row.ratio_to_chance is not None)
+        ratios = [row.ratio_to_chance for row in rows if row.ratio_to_chance is not None]
         return {
             **sums,
             "amplification": amplification(sums["norm_delta"], sums["projection_delta"]),
             "amplification_random": amplification(sums["norm_delta"], chance),
             "ratio_to_chance": sums["projection_delta"] / chance if chance else None,
-            "median_ratio_to_chance": ratios[len(ratios) // 2] if ratios else None,
+            "median_ratio_to_chance": median(ratios) if ratios else None,
             "zero": [site for site, row in self.items() if not row.rank],
         }
 

@@ -3,7 +3,6 @@
 The studies are those of `brushstroke.studies`; here flags become settings.
 """
 
-import os
 import shlex
 import sys
 import time
@@ -157,7 +156,7 @@ def study(
         base: A model folder, a hub id or a .gguf file; none for paper --tiny and --smollm2.
         data: The task, as for train; none for paper --tiny and --smollm2.
         out: The folder of the study: report.html, results.json, and every run.
-        dtype: Of the frozen base.
+        dtype: Of the base; auto is float32 here, as bf16 loses the small steps of W's own training.
         device: Where to run.
         png: Write the figures as files too.
         json: Print results.json on stdout.
@@ -172,9 +171,12 @@ def study(
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")
     from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
+    from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
 
-    workers, budget = settings.workers or 1, settings.budget_minutes
+    workers, budget = 1 if settings.workers is None else settings.workers, settings.budget_minutes
+    if workers < 1:
+        raise ConfigError(f"--workers is how many runs there are at a time, at least 1; got {workers}")
     if given.tiny or given.smollm2:
         fixed = {
             **vars(settings),
@@ -185,7 +187,7 @@ def study(
             "data": data,
         }
         studies, material = _preset("--tiny" if given.tiny else "--smollm2", out, settings, fixed)
-        workers = settings.workers or os.cpu_count() or 1
+        workers = settings.workers or usable_cores()
         if given.smollm2 and budget is None:
             budget = SMOL_MINUTES
     else:
@@ -231,7 +233,12 @@ def _preset(
     seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
         return smollm2_paper(**seeds)
-    return tiny_paper(out, on_base=lambda: say("a small model is trained first, if it is not there"), **seeds)
+    return tiny_paper(
+        out,
+        overwrite=settings.overwrite,
+        on_base=lambda: say("a small model is trained first, if it is not there"),
+        **seeds,
+    )
 
 
 def _study(question: str, given: QuestionOptions) -> "Study":
@@ -292,7 +299,7 @@ def _material(
     if count < 1:
         raise ConfigError(f"--seeds is how many there are, at least 1; got {count}")
     return make_material(
-        load_base(base, dtype=dtype, device=device),
+        load_base(base, dtype="float32" if dtype == "auto" else dtype, device=device),
         data,
         validation=files.validation,
         test=files.test,
@@ -342,8 +349,10 @@ class _Progress:
 
     def estimate(self, plan: "Estimate") -> None:
         say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none was done before")
+        if plan.made_before:
+            say("this goes on with the plan that the study began with, whatever --budget-minutes says now")
         for line in plan.left_out:
-            say(f"left out by --budget-minutes: {line}")
+            say(f"left out by --budget-minutes{' then' if plan.made_before else ''}: {line}")
         if self._console.is_terminal:
             from rich.live import Live
 

@@ -253,3 +253,22 @@ def _names(group: str, sites: Sequence[Site]) -> tuple[str, ...]:
         clear = (s for s in suffixes if not any(matches_path(s, other) for other in others))
         found.append(next(clear, path))
     return tuple(dict.fromkeys(found))
+
+
+def allowed_ranks(ranks: Sequence[int], targets: Sequence[str], sites: Sequence[Site]) -> list[int]:
+    """The ranks, in order, that the smallest of the chosen matrices allows.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    largest = min(min(site.shape) for site in chosen_sites(targets, sites))
+    allowed = [rank for rank in sorted(set(ranks)) if rank <= largest]
+    if not allowed:
+        raise ConfigError(f"the smallest of the matrices allows rank {largest}; give smaller ranks (--ranks)")
+    return allowed
+
+
+def too_large_note(ranks: Sequence[int]) -> str:
+    """What a report says of ranks that were left out."""
+    listed = ", ".join(map(str, ranks))
+    return f"Left out: rank {listed}, which the smallest of the matrices does not allow."

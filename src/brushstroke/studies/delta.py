@@ -8,7 +8,7 @@ from typing import Any
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.report.charts import lines, site_map
-from brushstroke.studies.arms import TASK, Arm, low_rank, matrices_name
+from brushstroke.studies.arms import TASK, Arm, allowed_ranks, low_rank, matrices_name, too_large_note
 from brushstroke.studies.findings import Figure, Finding, Table, bounds
 from brushstroke.studies.reading import as_interval, limits, places
 from brushstroke.studies.runner import Results
@@ -41,12 +41,15 @@ class DeltaStudy:
     def arms(self, material: Material) -> list[Arm]:
         """One for each rank."""
         matrices = matrices_name(self.targets)
-        return [low_rank(matrices, self.targets, rank, self.alpha) for rank in sorted(set(self.ranks))]
+        ranks = allowed_ranks(self.ranks, self.targets, material.sites)
+        return [low_rank(matrices, self.targets, rank, self.alpha) for rank in ranks]
 
     def read(self, results: Results, workshop: Workshop) -> Finding:
         """Projection norms, amplification beside its expectation, and how far each arm strayed."""
         matrices = matrices_name(self.targets)
-        ranked = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
+        wanted = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
+        too_large = [rank for rank, name in wanted.items() if name not in results.planned]
+        ranked = {rank: name for rank, name in wanted.items() if rank not in too_large}
         good = results.conclusive(list(ranked.values()))
         related = {
             rank: [
@@ -103,6 +106,7 @@ class DeltaStudy:
             (
                 "Amplification falls like 1/rank almost by construction; the number free of the rank is the "
                 "ratio to chance.",
+                *([too_large_note(too_large)] if too_large else []),
                 *limits(results, list(ranked.values())),
             ),
             {
@@ -207,7 +211,6 @@ def _strayed(
             (name, f"{before.loss:.4f}", bounds(interval(after)), bounds(change, 3), f"{relative:.3f}")
         )
     columns = ("arm", "before", "after", "change", "‖ΔW‖/‖W‖")
-    table = Table(
-        "Loss on the general text, which nobody trained on here; median of the norms.", columns, tuple(rows)
-    )
+    caption = "Loss on the general text, no row of which is in the tasks; median of the norms."
+    table = Table(caption, columns, tuple(rows))
     return [table], f"Change of the loss on the general text, in nats: {'; '.join(told)}.", data

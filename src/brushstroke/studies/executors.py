@@ -27,6 +27,12 @@ def in_process(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, O
         yield run, workshop.run(run)
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def processes(count: int) -> Executor:
     """An executor of some processes of one thread each, for models so small that threads do not help.
 

@@ -40,15 +40,15 @@ def make_material(
         base: the frozen model.
         data: what the task is learnt from; anything that `train` takes.
         validation, test: data of their own; otherwise a tenth of the rows each, always the same.
-        other: data of another task, the control of `SeedsStudy`.
-        general: text of what the base was made for, to see how far runs stray.
+        other: data of another task, the control of `SeedsStudy`; rows that the task has too are left out.
+        general: text of what the base was made for, to see how far runs stray; without rows of the tasks.
         config: how every run trains; one epoch by default.
         learning_rates: to choose from; by default four around the rule of `TrainConfig`.
         seeds: of every arm.
         prompt_column, completion_column: other names for "prompt" and "completion".
 
     Raises:
-        DataError: data that cannot be read, or too few rows to split.
+        DataError: data that cannot be read, too few rows to split, or a control that is the task itself.
         ConfigError: settings that cannot work.
     """
     config = config or TrainConfig(epochs=1)
@@ -62,12 +62,14 @@ def make_material(
         )
     }
     told = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
+    used = _tokens(found[TASK])
     if other is not None:
-        found[OTHER] = _task("the other data", read(other), None, None)
+        found[OTHER] = _task("the other data", _new(read(other), used, "the other data"), None, None)
+        used |= _tokens(found[OTHER])
         told["other task"] = _told(found[OTHER])
     hidden = getattr(getattr(base.model, "config", None), "hidden_size", None)
     rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden))
-    texts = read(general)[:MOST_HELD_OUT] if general is not None else ()
+    texts = () if general is None else _new(read(general), used, "the general text")[:MOST_HELD_OUT]
     return Material(base, found, config, Grid(rates, tuple(seeds)), texts, told)
 
 
@@ -100,6 +102,22 @@ def _task(
         parts[split] = given
     train = tuple(rest[index] for index in sorted(order))
     return Task(name, train, parts["validation"], parts["test"], len(examples) - len(rest))
+
+
+def _tokens(task: Task) -> set[tuple[int, ...]]:
+    return {e.tokens for e in (*task.train, *task.validation, *task.test)}
+
+
+def _new(examples: tuple[Example, ...], used: set[tuple[int, ...]], name: str) -> tuple[Example, ...]:
+    """The examples that no task has.
+
+    Raises:
+        DataError: there is none.
+    """
+    new = tuple(example for example in examples if example.tokens not in used)
+    if not new:
+        raise DataError(f"{name}: every row is in the task's data too, so it is no control; give other rows")
+    return new
 
 
 def _told(task: Task) -> str:

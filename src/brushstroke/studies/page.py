@@ -8,10 +8,10 @@ from typing import Any
 from brushstroke.errors import require
 from brushstroke.files import output_errors, write_file
 from brushstroke.report import Page
+from brushstroke.studies.store import FIGURES, REPORT, RESULTS
 from brushstroke.studies.study import Report
 from brushstroke.training.run import versions
 
-REPORT, RESULTS, FIGURES = "report.html", "results.json", "figures"
 PNG_SCALE = 2.0
 
 
@@ -36,6 +36,8 @@ def write_report(
     file = report_page(report, title=title, command=command).write(folder / REPORT)
     if png:
         convert = require("vl_convert", extra="report")
+        names = [f"{figure.name}.png" for finding in report.findings for figure in finding.figures]
+        report.results.store.keep_note("figures", names)
         with output_errors(folder / FIGURES):
             (folder / FIGURES).mkdir(exist_ok=True)
         for finding in report.findings:

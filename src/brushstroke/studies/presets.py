@@ -14,7 +14,7 @@ from brushstroke.studies.material import make_material
 from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.seeds import SeedsStudy
-from brushstroke.studies.store import BASE
+from brushstroke.studies.store import BASE, check_folder
 from brushstroke.studies.study import Material, Study
 from brushstroke.studies.targets import TargetsStudy
 from brushstroke.training import TrainConfig
@@ -37,13 +37,18 @@ SMOL_BUDGET = 915_840  # trained parameters: three ranks of every matrix, which 
 
 
 def tiny_paper(
-    out: str | Path, *, seeds: Sequence[int] = SEEDS, on_base: Callable[[], None] | None = None
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    overwrite: bool = False,
+    on_base: Callable[[], None] | None = None,
 ) -> tuple[list[Study], Material]:
     """Studies and material of `study paper --tiny`.
 
     Args:
         out: the folder of the study; the model is kept in its `base`.
         seeds: of every arm.
+        overwrite: whether the study is to start over there.
         on_base: told before the model is trained.
 
     Raises:
@@ -51,6 +56,7 @@ def tiny_paper(
         OutputError: the folder cannot be written.
     """
     folder = Path(out).expanduser()
+    check_folder(folder, overwrite=overwrite)
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if on_base:

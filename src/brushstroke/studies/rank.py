@@ -6,9 +6,8 @@ from statistics import median
 from typing import Any
 
 from brushstroke.analysis import SiteSpectrum, Spectrum, random_pair, spectrum
-from brushstroke.errors import ConfigError
 from brushstroke.report.charts import grids, lines
-from brushstroke.studies.arms import Arm, chosen_sites, low_rank, matrices_name, whole
+from brushstroke.studies.arms import Arm, allowed_ranks, low_rank, matrices_name, too_large_note, whole
 from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table
 from brushstroke.studies.reading import (
     SIDES,
@@ -52,16 +51,10 @@ class RankStudy:
     def arms(self, material: Material) -> list[Arm]:
         """One for each rank, and W itself."""
         matrices = matrices_name(self.targets)
-        largest = min(min(site.shape) for site in chosen_sites(self.targets, material.sites))
         arms = [
             low_rank(matrices, self.targets, rank, self.alpha, self.scale_rule)
-            for rank in sorted(set(self.ranks))
-            if rank <= largest
+            for rank in allowed_ranks(self.ranks, self.targets, material.sites)
         ]
-        if not arms:
-            raise ConfigError(
-                f"the smallest of the matrices allows rank {largest}; give smaller ranks (--ranks)"
-            )
         if self.train_whole:
             arms.append(whole(matrices, self.targets, material.grid.rates))
         return arms
@@ -96,7 +89,7 @@ class RankStudy:
             "An update of rank r is of rank r by construction: only the spectrum of W's own training says "
             "whether the update of this task is of low rank.",
             f"The scale is {self.scale_rule} with alpha {self.alpha:g} for every rank.",
-            *([f"No matrix allows rank {', '.join(map(str, too_large))}."] if too_large else []),
+            *([too_large_note(too_large)] if too_large else []),
             *limits(results, names),
         )
         return Finding(

@@ -30,7 +30,7 @@ class Grid:
         extend: whether a grid is extended once where its best rate lies on the edge.
 
     Raises:
-        ConfigError: no rate or no seed, or a rate that is not above 0.
+        ConfigError: no rate or no seed, or a rate that is no finite number above 0.
     """
 
     rates: tuple[float, ...]
@@ -45,8 +45,10 @@ class Grid:
                 "a study needs at least two learning rates, better three, so that the best one can lie "
                 "between others; give more (--learning-rates)"
             )
-        if any(not rate > 0 for rate in self.rates):
-            raise ConfigError(f"learning rates must be above 0; got {', '.join(map(str, self.rates))}")
+        if any(not 0 < rate < float("inf") for rate in self.rates):
+            raise ConfigError(
+                f"learning rates must be finite numbers above 0; got {', '.join(map(str, self.rates))}"
+            )
         object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
@@ -65,6 +67,7 @@ class Estimate:
         arms: those that fit.
         seeds: those that fit.
         left_out: in words, one line each.
+        made_before: whether this is the plan that the study was begun with.
     """
 
     seconds: float
@@ -72,12 +75,13 @@ class Estimate:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     left_out: tuple[str, ...] = ()
+    made_before: bool = False
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Estimate":
         """The inverse of `dataclasses.asdict`, also after JSON."""
-        names = {name: tuple(told[name]) for name in ("arms", "seeds", "left_out")}
-        return cls(seconds=told["seconds"], runs=told["runs"], **names)
+        arms, seeds, left_out = (tuple(told[name]) for name in ("arms", "seeds", "left_out"))
+        return cls(told["seconds"], told["runs"], arms, seeds, left_out)
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,10 @@ def estimate(
     Seeds are left out first, the last ones first, down to one; then arms, the last ones first.
 
     Raises:
-        ConfigError: not even one arm fits.
+        ConfigError: not even one arm fits, or the budget is no number above 0.
     """
+    if budget_minutes is not None and not budget_minutes > 0:
+        raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {budget_minutes}")
     each: dict[bool, float] = {}
     with _threads(1 if workers > 1 else torch.get_num_threads()):
         for arm in sorted(arms, key=workshop.numbers, reverse=True):
@@ -325,4 +331,5 @@ def _beyond(rates: Sequence[float], tried: Mapping[float, float | None]) -> floa
         return None
     ratio = ordered[1] / ordered[0] if len(ordered) > 1 else 10**0.5
     beyond = ordered[0] / ratio if edge == "lowest" else ordered[-1] * ratio
-    return float(f"{beyond:.1e}")
+    rounded = float(f"{beyond:.1e}")
+    return beyond if rounded in rates else rounded

@@ -276,7 +276,7 @@ def _answer(
         above = passed("p_other")
         names = ", ".join(f"{row['block']} {SIDE_NAMES[row['side']]}" for row in above)
         text += (
-            f"Above the other task as well, so not explained by the model's own inputs alone: {names}. "
+            f"Above the other task as well, so not the same for whatever the model learns: {names}. "
             if above
             else "No block is above the other task: what the seeds share is not shown to be the task's. "
         )

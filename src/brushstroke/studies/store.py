@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from brushstroke.formats import load
 from brushstroke.studies.arms import Run
 from brushstroke.studies.workshop import Outcome
 
-STUDY, RUNS, OUTCOME = "study.json", "runs", "outcome.json"
+STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
+RESULTS, REPORT, FIGURES = "results.json", "report.html", "figures"
 BASE = "base"  # a model that was trained for the study; made before the study begins
-OWNED = (RUNS, "results.json", "report.html", "figures", STUDY)  # removed in this order
 
 
 class Store:
@@ -38,22 +39,15 @@ class Store:
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.folder = folder
         now = json.loads(json.dumps(identity))
-        file = folder / STUDY
+        check_folder(folder, overwrite=overwrite)
         if overwrite:
             self._clear()
-        if file.is_file():
+        if (folder / STUDY).is_file():
             self._refuse_other(now, self._read()["identity"])
         else:
-            if not folder.is_dir() or any(entry.name != BASE for entry in folder.iterdir()):
-                refuse_existing(folder, overwrite)
-            if (folder / RUNS).exists():
-                raise OutputError(
-                    f"{folder / RUNS} is there without a {STUDY}, so nobody knows what its runs are; move it "
-                    "away, or choose another folder"
-                )
             with output_errors(folder):
                 (folder / RUNS).mkdir(parents=True, exist_ok=True)
-            write_file(file, json.dumps({"identity": now, "notes": {}}, indent=2) + "\n")
+            write_file(folder / STUDY, json.dumps({"identity": now, "notes": {}}, indent=2) + "\n")
 
     @property
     def runs(self) -> Path:
@@ -87,19 +81,14 @@ class Store:
 
     def adapter(self, run: Run) -> Adapter:
         """The update of a finished run."""
-        return load(self.runs / run.key / "adapter")
+        return load(self.runs / run.key / ADAPTER)
 
     def forget_adapter(self, run: Run) -> None:
         """Remove the update of a run that no report needs; its scores stay."""
-        shutil.rmtree(self.runs / run.key / "adapter", ignore_errors=True)
+        shutil.rmtree(self.runs / run.key / ADAPTER, ignore_errors=True)
 
     def _read(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / STUDY).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{self.folder / STUDY} cannot be read ({error}); choose another folder, or --overwrite"
-            ) from error
+        return _read(self.folder)
 
     def _refuse_other(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
         differences = [
@@ -114,24 +103,63 @@ class Store:
             )
 
     def _clear(self) -> None:
-        """Remove a study's files, and nothing else."""
+        """Remove what a study has written, and nothing else; folders go where nothing is left in them."""
         if not (self.folder / STUDY).is_file():
             return
+        figures = self.note("figures") or []
         with output_errors(self.folder):
-            for name in OWNED:
-                path = self.folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            for run in [*self.runs.glob(f"*/{OUTCOME}"), *self.runs.glob(f"*/{ADAPTER}")]:
+                shutil.rmtree(run) if run.is_dir() else run.unlink()
+                _remove_empty(run.parent)
+            for name in (RESULTS, REPORT, *(f"{FIGURES}/{figure}" for figure in figures)):
+                (self.folder / name).unlink(missing_ok=True)
+            _remove_empty(self.runs)
+            _remove_empty(self.folder / FIGURES)
+            (self.folder / STUDY).unlink()
+
+
+def check_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Check that a study may be begun, or gone on with, in a folder; nothing is written.
+
+    Raises:
+        OutputError: it holds something else, or files of the names that a study writes and that are none's.
+    """
+    if (folder / STUDY).is_file():
+        _read(folder)
+        return
+    if not folder.is_dir() or any(entry.name != BASE for entry in folder.iterdir()):
+        refuse_existing(folder, overwrite)
+    if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES) if (folder / name).exists()]:
+        raise OutputError(
+            f"{folder} holds {', '.join(found)} without a {STUDY}, so that nobody knows whose they are; move "
+            "them away, or choose another folder"
+        )
 
 
 def planned_before(folder: Path) -> dict[str, Any] | None:
-    """The plan of the study that a folder holds; None where there is none."""
+    """The plan of the study that a folder holds; None where there is none.
+
+    Raises:
+        OutputError: what stands there for one cannot be read.
+    """
+    return _read(folder)["notes"].get("plan") if (folder / STUDY).is_file() else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / STUDY
     try:
-        return json.loads((folder / STUDY).read_text("utf-8"))["notes"].get("plan")
-    except (OSError, ValueError, KeyError):
-        return None
+        whole = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} cannot be read ({error}); choose another folder") from error
+    parts = (whole.get("identity"), whole.get("notes")) if isinstance(whole, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise OutputError(f"{file} was not written by a study; move it away, or choose another folder")
+    return whole
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something else is in it, or it is not there
+        folder.rmdir()
 
 
 def _brief(value: Any) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from brushstroke.studies.arms import Arm
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
 from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
-from brushstroke.studies.store import RUNS, Store, planned_before
+from brushstroke.studies.store import RUNS, Store, check_folder, planned_before
 from brushstroke.studies.workshop import Score, Task, Workshop
 from brushstroke.training import TrainConfig
 from brushstroke.training.run import versions
@@ -82,7 +82,7 @@ class Study(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """A finished study: its findings, and what they rest on."""
+    """A finished study: its findings, what they rest on, and the time of all its sessions together."""
 
     findings: tuple[Finding, ...]
     results: Results
@@ -95,7 +95,7 @@ class Report:
             "versions": versions(),
             "settings": self.settings,
             "seconds": self.seconds,
-            "estimate": asdict(self.results.estimate),
+            "estimate": {k: v for k, v in asdict(self.results.estimate).items() if k != "made_before"},
             "untouched": {name: asdict(score) for name, score in self.results.untouched.items()},
             "arms": {
                 name: {
@@ -152,13 +152,14 @@ def run_studies(
         TrainingError: every run diverged.
     """
     began = time.perf_counter()
+    folder = Path(out).expanduser()
+    check_folder(folder, overwrite=overwrite)
     arms: dict[str, Arm] = {}
     for study in studies:
         for arm in study.arms(material):
             if arms.setdefault(arm.name, arm) != arm:
                 raise ConfigError(f"two studies mean different things by the arm {arm.name!r}")
     every = list(arms.values())
-    folder = Path(out).expanduser()
     workshop = Workshop(material.base, material.tasks, material.general, material.config, folder / RUNS)
     for arm in every:
         workshop.numbers(arm)  # refuses now what would be refused after hours
@@ -167,17 +168,26 @@ def run_studies(
     if known is None:
         planned = estimate(workshop, every, material.grid, workers, budget_minutes)
     else:
-        planned = Estimate.from_dict(known)
+        planned = replace(Estimate.from_dict(known), made_before=True)
     store = Store(folder, settings, overwrite=overwrite)
     store.keep_note("plan", asdict(planned))
     if on_estimate:
         on_estimate(planned)
     untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
-    found = conduct(workshop, store, every, material.grid, planned, execute=execute, on_run=on_run)
+    spent = store.note("seconds") or 0.0
+
+    def after_run(progress: Progress) -> None:
+        store.keep_note("seconds", spent + time.perf_counter() - began)
+        if on_run:
+            on_run(progress)
+
+    found = conduct(workshop, store, every, material.grid, planned, execute=execute, on_run=after_run)
     scores = {name: Score(**told) for name, told in untouched.items()}
     results = Results(store, found, scores, planned, tuple(arms))
     findings = tuple(study.read(results, workshop) for study in studies)
-    return Report(findings, results, settings, time.perf_counter() - began)
+    seconds = spent + time.perf_counter() - began
+    store.keep_note("seconds", seconds)
+    return Report(findings, results, settings, seconds)
 
 
 def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Two layers over bytes. It is large enough for the questions of the paper and no 
 """
 
 import ast
+import json
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from brushstroke.base import Base, load_base
 from brushstroke.data import Example
-from brushstroke.errors import DataError
+from brushstroke.errors import DataError, OutputError
 from brushstroke.files import output_errors
 from brushstroke.studies.arms import OTHER, TASK
 from brushstroke.studies.workshop import Task
@@ -29,8 +30,10 @@ LEFT_OUT = {  # folders: text of the tasks, and what not every Python carries
     *("test", "tests", "idlelib", "__pycache__"),
 }
 HELD_OUT = 20  # every 20th file is text that the model never saw
+SHARED = 32  # bytes that no window to learn from shares with a text that is held out
+MADE = "made_by.json"  # in the model's folder: how it was made
 SIZES = {"train": 4096, "validation": 96, "test": 256}  # windows of a task
-GENERAL = 128  # windows of Python that nobody trained on
+GENERAL = 128  # windows of Python source of which the model saw neither half
 
 
 def tiny_base(folder: Path, seed: int = 0) -> Base:
@@ -38,14 +41,23 @@ def tiny_base(folder: Path, seed: int = 0) -> Base:
 
     Raises:
         DataError: this Python has no standard library in source form.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds another model.
     """
-    if not folder.is_dir():
+    how = {"width": WIDTH, "layers": LAYERS, "steps": STEPS, "seed": seed}
+    if folder.is_dir():
+        made = folder / MADE
+        if not made.is_file() or json.loads(made.read_text("utf-8")) != how:
+            raise OutputError(
+                f"{folder} holds another model than the one that this study trains; move it away, or "
+                "choose another folder"
+            )
+    else:
         model = _pretrained(seed)
         partial = folder.with_name(f"{folder.name}.partial")
         with output_errors(folder):
             shutil.rmtree(partial, ignore_errors=True)
             model.save_pretrained(partial)
+            (partial / MADE).write_text(json.dumps(how) + "\n", "utf-8")
             partial.rename(folder)
     return Base(load_base(folder, dtype="float32", device="cpu").model, None, "a byte model of two layers")
 
@@ -56,16 +68,20 @@ def tasks() -> dict[str, Task]:
     Raises:
         DataError: this Python does not carry them.
     """
+    prose = [text.encode() for text in help_texts()]
     return {
-        TASK: _task("prose of Python's help", [text.encode() for text in help_texts()]),
-        OTHER: _task("tables of Python's character encodings", _tables()),
+        TASK: _task("prose of Python's help", without_repeats(prose, b"\n\n")),
+        OTHER: _task("tables of Python's character encodings", without_repeats(_tables(), b"\n")),
     }
 
 
 def general() -> tuple[Example, ...]:
-    """Python source that the model was not trained on."""
-    text = b"".join(part for index, part in enumerate(_sources()) if index % HELD_OUT == 0)
-    return tuple(_windows(text, GENERAL))
+    """Python source that the model was not trained on: neither half of a window stands in what it saw."""
+    parts = list(enumerate(_sources()))
+    seen = b"".join(part for index, part in parts if index % HELD_OUT)
+    candidates = _windows(b"".join(part for index, part in parts if not index % HELD_OUT), 4 * GENERAL)
+    new = [e for e in candidates if not any(half in seen for half in _halves(e))]
+    return tuple(_spread(new, GENERAL))
 
 
 def _pretrained(seed: int) -> Any:
@@ -142,21 +158,63 @@ def _tables() -> list[bytes]:
     return [text[text.find(b"decoding_table") :] for text in texts if b"decoding_table" in text]
 
 
+def without_repeats(texts: Sequence[bytes], separator: bytes) -> list[bytes]:
+    """The texts without those of their parts that stood in an earlier text, or earlier in the same.
+
+    >>> without_repeats([b"a b a", b"b c"], b" ")
+    [b'a b', b'c']
+    """
+    seen: set[bytes] = set()
+    kept = []
+    for text in texts:
+        parts = [(part, b" ".join(part.split())) for part in text.split(separator)]
+        own = []
+        for part, plain in parts:
+            if plain not in seen:
+                seen.add(plain)
+                own.append(part)
+        kept.append(separator.join(own))
+    return kept
+
+
 def _task(name: str, texts: Sequence[bytes]) -> Task:
-    """Whole texts go to one split: every tenth to validation, every tenth to the test."""
-    parts = {
-        "validation": b"".join(texts[0::10]),
-        "test": b"".join(texts[5::10]),
-        "train": b"".join(text for index, text in enumerate(texts) if index % 10 not in (0, 5)),
+    """Whole texts go to one split: every tenth to validation, every tenth to the test.
+
+    Windows to learn from that share 32 bytes with a held-out text are left out, and so are windows of the
+    validation split that share them with the test's.
+    """
+    test = b"".join(texts[5::10])
+    validation = b"".join(texts[0::10])
+    train = b"".join(text for index, text in enumerate(texts) if index % 10 not in (0, 5))
+    of_test, of_both = _pieces(test), _pieces(validation) | _pieces(test)
+    windows = _windows(train)
+    split = {
+        "test": list(_windows(test)),
+        "validation": [e for e in _windows(validation) if of_test.isdisjoint(_pieces(bytes(e.tokens)))],
+        "train": [e for e in windows if of_both.isdisjoint(_pieces(bytes(e.tokens)))],
     }
-    split = {key: tuple(_windows(text, SIZES[key])) for key, text in parts.items()}
-    return Task(name, split["train"], split["validation"], split["test"])
+    chosen = {key: tuple(_spread(found, SIZES[key])) for key, found in split.items()}
+    repeated = len(windows) - len(split["train"])
+    return Task(name, chosen["train"], chosen["validation"], chosen["test"], repeated)
 
 
-def _windows(text: bytes, count: int) -> Iterator[Example]:
-    """At most `count` windows, spread over the text, that do not overlap."""
-    whole = len(text) // WINDOW
-    chosen = range(whole) if whole <= count else [index * whole // count for index in range(count)]
+def _pieces(text: bytes) -> set[bytes]:
+    return {text[start : start + SHARED] for start in range(len(text) - SHARED + 1)}
+
+
+def _halves(example: Example) -> tuple[bytes, bytes]:
+    text = bytes(example.tokens)
+    return text[: WINDOW // 2], text[WINDOW // 2 :]
+
+
+def _windows(text: bytes, count: int | None = None) -> list[Example]:
+    """Windows that do not overlap: all, or `count` of them spread over the text."""
     weights = (0.0, *[1.0] * (WINDOW - 1))
-    for index in chosen:
-        yield Example(tuple(text[index * WINDOW : (index + 1) * WINDOW]), weights)
+    starts = range(0, len(text) - WINDOW + 1, WINDOW)
+    chosen = starts if count is None else _spread(starts, count)
+    return [Example(tuple(text[start : start + WINDOW]), weights) for start in chosen]
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, at even distances."""
+    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
