@@ -115,6 +115,7 @@ def test_the_plan_comes_before_the_first_step(cli, tiny, train_rows, tmp_path):
         "memory",
         "steps of 8 examples",
         "micro-tokens",
+        "products",
         "shared prefixes",
         "default rule",
         "float32 (asked for)",
