@@ -148,6 +148,21 @@ def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
     assert left == {"study.json", "runs/notes.txt", "figures/mine.png"}
 
 
+def test_the_time_that_is_left_counts_the_runs_of_a_wider_grid(tmp_path):
+    left = []
+    store = Store(tmp_path, {"x": 1})
+    conduct(
+        None,
+        store,
+        [ARM],
+        GRID,
+        PLAN,
+        execute=Ledger(best_at(1e-1)),
+        on_run=lambda p: left.append(p.seconds_left),
+    )
+    assert [seconds > 0 for seconds in left] == [True, True, True, True, False]
+
+
 def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
     ledger = Ledger(lambda run: run.learning_rate)
     run(tmp_path, ledger, grid=Grid((1e-3, 1.001e-3), (0,)), plan=Estimate(1.0, 2, ("a",), (0,)))

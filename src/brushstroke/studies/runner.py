@@ -249,6 +249,7 @@ def conduct(
             if beyond := _beyond(rates[arm.name], _tried(store, arm, rates[arm.name], first)):
                 rates[arm.name].append(beyond)
                 further.append(Run(arm, beyond, first))
+        conductor.planned += len(further)
         conductor.do("a wider grid", further)
     chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in kept}
     again = []
@@ -257,6 +258,7 @@ def conduct(
             rate, edge = chosen[arm.name]
             if rate is not None and edge is None:
                 again.append(Run(arm, rate, seed))
+    conductor.planned = conductor.finished + len(again)
     conductor.do("seeds", again)
     results = {}
     for arm in kept:
