@@ -170,9 +170,7 @@ def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, 
 @pytest.mark.parametrize("content", ['{"my": 1}', "[1]", "not json"])
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 @pytest.mark.parametrize("preset", [True, False])
-def test_a_study_json_of_the_users_own_is_left_alone(
-    cli, tiny, data, tmp_path, monkeypatch, content, overwrite, preset
-):
+def test_a_study_json_of_the_users_own_is_left_alone(cli, tiny, data, tmp_path, content, overwrite, preset):
     (tmp_path / "runs").mkdir()
     for name, text in (("study.json", content), ("runs/p.txt", "mine"), ("report.html", "mine")):
         (tmp_path / name).write_text(text)

@@ -268,6 +268,13 @@ def allowed_ranks(ranks: Sequence[int], targets: Sequence[str], sites: Sequence[
     return allowed
 
 
+def by_rank(matrices: str, ranks: Sequence[int], planned: Sequence[str]) -> tuple[dict[int, str], list[int]]:
+    """Rank → the arm's name, of the arms that were planned, and the ranks that were not, both in order."""
+    wanted = {rank: f"{matrices} r={rank}" for rank in sorted(set(ranks))}
+    found = {rank: name for rank, name in wanted.items() if name in planned}
+    return found, [rank for rank in wanted if rank not in found]
+
+
 def too_large_note(ranks: Sequence[int]) -> str:
     """What a report says of ranks that were left out."""
     listed = ", ".join(map(str, ranks))

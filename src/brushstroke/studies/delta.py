@@ -8,7 +8,15 @@ from typing import Any
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.report.charts import lines, site_map
-from brushstroke.studies.arms import TASK, Arm, allowed_ranks, low_rank, matrices_name, too_large_note
+from brushstroke.studies.arms import (
+    TASK,
+    Arm,
+    allowed_ranks,
+    by_rank,
+    low_rank,
+    matrices_name,
+    too_large_note,
+)
 from brushstroke.studies.findings import Figure, Finding, Table, bounds
 from brushstroke.studies.reading import as_interval, limits, places
 from brushstroke.studies.runner import Results
@@ -47,9 +55,7 @@ class DeltaStudy:
     def read(self, results: Results, workshop: Workshop) -> Finding:
         """Projection norms, amplification beside its expectation, and how far each arm strayed."""
         matrices = matrices_name(self.targets)
-        wanted = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
-        too_large = [rank for rank, name in wanted.items() if name not in results.planned]
-        ranked = {rank: name for rank, name in wanted.items() if rank not in too_large}
+        ranked, too_large = by_rank(matrices, self.ranks, results.planned)
         good = results.conclusive(list(ranked.values()))
         related = {
             rank: [

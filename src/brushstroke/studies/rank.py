@@ -7,7 +7,15 @@ from typing import Any
 
 from brushstroke.analysis import SiteSpectrum, Spectrum, random_pair, spectrum
 from brushstroke.report.charts import grids, lines
-from brushstroke.studies.arms import Arm, allowed_ranks, low_rank, matrices_name, too_large_note, whole
+from brushstroke.studies.arms import (
+    Arm,
+    allowed_ranks,
+    by_rank,
+    low_rank,
+    matrices_name,
+    too_large_note,
+    whole,
+)
 from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table
 from brushstroke.studies.reading import (
     SIDES,
@@ -62,9 +70,7 @@ class RankStudy:
     def read(self, results: Results, workshop: Workshop) -> Finding:
         """Losses by rank, spectra, and φ between a small and a large rank."""
         matrices = matrices_name(self.targets)
-        wanted = {rank: f"{matrices} r={rank}" for rank in sorted(set(self.ranks))}
-        too_large = [rank for rank, name in wanted.items() if name not in results.planned]
-        ranked = {rank: name for rank, name in wanted.items() if rank not in too_large}
+        ranked, too_large = by_rank(matrices, self.ranks, results.planned)
         full = f"{matrices} W itself"
         names = [*ranked.values(), *([full] if self.train_whole else [])]
         good = results.conclusive(names)
