@@ -133,6 +133,17 @@ def test_a_folder_that_cannot_be_read(llama: nn.Module, tmp_path: Path) -> None:
         FolderWeights(tmp_path)
 
 
+def test_an_index_that_names_files_elsewhere(llama: nn.Module, tmp_path: Path) -> None:
+    index = saved(llama, tmp_path / "base", max_shard_size="20KB") / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for shard in set(content["weight_map"].values()):
+        (tmp_path / shard).write_bytes((tmp_path / "base" / shard).read_bytes())
+    content["weight_map"] = {key: f"../{shard}" for key, shard in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    with pytest.raises(BaseLoadError, match=r"'\.\./model-.*no file beside it"):
+        FolderWeights(tmp_path / "base")
+
+
 def test_a_folder_without_a_config(llama: nn.Module, tmp_path: Path) -> None:
     (saved(llama, tmp_path) / "config.json").unlink()
     with pytest.raises(BaseLoadError, match="config"):

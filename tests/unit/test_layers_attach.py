@@ -417,6 +417,18 @@ def test_a_failed_attach_leaves_nothing_behind():
         assert toys.snapshot(net) == before
 
 
+def test_a_linear_that_gives_more_than_a_tensor_is_named():
+    class Router(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y
+
+    net = nn.Sequential()
+    net.add_module("router", Router(4, 4))
+    with pytest.raises(AttachError, match=r"router \(Router\) gives tuple and no tensor"):
+        attach(net, LoraConfig(rank=1))
+
+
 def test_the_probe_sees_a_bypass_even_for_a_faint_adapter():
     class Odd(nn.Linear):
         def __call__(self, x):

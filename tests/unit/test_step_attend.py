@@ -7,14 +7,15 @@ from torch import Tensor
 from brushstroke.step.attend import MOST_SCORES, attend, attend_by_products, by_products
 
 
-def tensors(dtype: torch.dtype, heads: int, kv: int, n: int, m: int) -> list[Tensor]:
+def tensors(dtype: torch.dtype, heads: int, kv: int, n: int, m: int, width: int = 8) -> list[Tensor]:
+    """q, k and v; `width` is that of the values."""
     generator = torch.Generator().manual_seed(3)
-    shapes = ((2, heads, n, 8), (2, kv, m, 8), (2, kv, m, 8))
+    shapes = ((2, heads, n, 8), (2, kv, m, 8), (2, kv, m, width))
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "kv", "width"), [(4, 4, 8), (6, 2, 8), (3, 1, 8), (4, 2, 5)])
 @pytest.mark.parametrize(("prefix", "window"), [(0, None), (5, None), (5, 4)])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
 def test_output_and_gradients(
@@ -24,14 +25,15 @@ def test_output_and_gradients(
     window: int | None,
     heads: int,
     kv: int,
+    width: int,
     scale: float | None,
 ) -> None:
     n = 7
     mask = torch.ones(n, prefix + n, dtype=torch.bool).tril(prefix)
     if window:
         mask &= torch.ones_like(mask).triu(prefix - window + 1)
-    inputs = tensors(dtype, heads, kv, n, prefix + n)
-    grad = torch.randn(2, heads, n, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    inputs = tensors(dtype, heads, kv, n, prefix + n, width)
+    grad = torch.randn(2, heads, n, width, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = attend(*exact, mask, scale)
     found = attend_by_products(*inputs, mask, scale)

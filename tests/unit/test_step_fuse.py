@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.layers import attach
@@ -111,6 +112,16 @@ def test_a_norm_that_looks_like_ours_and_is_not_keeps_its_own_forward() -> None:
     fusion = fuse(model)
     assert not fusion.counts.total()
     assert type(model[0]) is CubeRMSNorm
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0, 40.0, 200.0])
+def test_of_two_formulas_that_both_pass_in_bf16_the_nearer_one_is_taken(gain: float) -> None:
+    norm = GemmaRMSNorm(64).to(torch.bfloat16).requires_grad_(False).eval()
+    norm.weight.fill_(gain)
+    fusion = fuse(nn.Sequential(norm))
+    assert fusion.counts["norms"] == 1
+    assert norm._fusion.offset == 1.0  # 1 + w, which w alone comes near where w is large
+    fusion.remove()
 
 
 def test_attention_that_soft_caps_is_left_to_itself() -> None:

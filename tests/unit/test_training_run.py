@@ -108,6 +108,50 @@ def test_a_folder_with_files_is_refused_and_foreign_files_stay(tmp_path: Path) -
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", "my project"),
+        ("metrics.jsonl", '{"step": 1, "accuracy": 0.5}\n'),
+        ("run.json", '{"steps": 3}'),
+        ("eval.jsonl", "[1, 2, 3]\n"),
+        ("adapter_config.json", '{"adapter": "another kind"}'),
+    ],
+)
+@pytest.mark.parametrize("beside", [(), ("checkpoints/step-100/model.pt", "checkpoints/best-model/w.pt")])
+def test_files_of_another_program_are_never_replaced(
+    tmp_path: Path, name: str, content: str, beside: tuple[str, ...]
+) -> None:
+    for path in (name, *beside):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=rf"{name} is not of a run|--overwrite"):
+            bs.train(base(), examples(4), LORA, CONFIG, out=tmp_path, overwrite=True, resume=resume)
+    assert {(tmp_path / path).read_text() for path in (name, *beside)} == {content}
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
+    mine = [tmp_path / "checkpoints" / name / "w.pt" for name in ("step-100", "best-model", "step-00000002x")]
+    for file in mine:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    data = {"eval_data": examples(4, seed=1)}
+    bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True, overwrite=True, **data)  # type: ignore[arg-type]
+    bs.train(base(), examples(10, seed=2), LORA, CONFIG, out=tmp_path, overwrite=True, **data)  # type: ignore[arg-type]
+    assert all(file.read_text() == "mine" for file in mine)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best-model", "step-00000002", "step-00000002x", "step-00000004", "step-100"]
+
+
+def test_a_base_with_broken_weights_is_told_from_a_rate_that_is_too_high(tmp_path: Path) -> None:
+    broken = base()
+    broken.model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match=r"step 1; .*the base's weights may be at fault"):
+        bs.train(broken, examples(4), LORA, CONFIG, out=tmp_path / "run")
+
+
 def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
     config = bs.TrainConfig(
         max_steps=12, batch_size=4, learning_rate=0.3, schedule="constant", eval_every=1, keep_best=True,
@@ -192,7 +236,7 @@ def test_what_a_killed_write_leaves_does_not_block_resuming(tmp_path: Path) -> N
     held_out = examples(6, seed=1)
     config = bs.TrainConfig(max_steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, keep_best=True)
     (tmp_path / ".partial-abc").mkdir()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "real_tokens": 40}\n')
     (tmp_path / "checkpoints" / "best-00000002" / ".partial-xyz").mkdir(parents=True)
     result = bs.train(base(), examples(10), LORA, config, out=tmp_path, eval_data=held_out, resume=True)
     assert result.resumed_from == 0

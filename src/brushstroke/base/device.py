@@ -29,7 +29,7 @@ def limit_kernel_caches() -> None:
 
     A kernel is made for each number of rows. Packed passes nearly always have a new one, so that old kernels
     are of no use and cost up to a megabyte each. Works before the first product of the process that oneDNN
-    computes (bf16 on a CPU); values that the user has set stay.
+    computes (bf16, and fp32 with AVX-512); values that the user has set stay.
     """
     for name, value in KERNEL_CACHES.items():
         os.environ.setdefault(name, value)

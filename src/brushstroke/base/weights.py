@@ -198,6 +198,11 @@ def _shards(folder: Path) -> dict[str, str]:
     try:
         if index.is_file():
             shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            outside = sorted({file for file in shards.values() if Path(file).name != file})
+            if outside:
+                raise BaseLoadError(
+                    f"{index} names {outside[0]!r}, which is no file beside it; fetch the folder again"
+                )
             missing = sorted({file for file in shards.values() if not (folder / file).is_file()})
             if missing:
                 raise BaseLoadError(

@@ -4,6 +4,7 @@ It knows no command's flags: each file beside it declares its own, and is loaded
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -92,10 +93,15 @@ def build() -> App:
 
 
 def _failed(error: Exception, status: int, message: str | None = None) -> int:
-    fail(message or str(error))
+    fail(_one_line(message or str(error)))
     if os.environ.get(DEBUG, "") not in ("", "0"):
         traceback.print_exception(error)
     return status
+
+
+def _one_line(message: str) -> str:
+    """A list of problems becomes a sentence."""
+    return re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", message.strip()))
 
 
 def _in_words(error: Exception) -> str:
@@ -107,6 +113,8 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
+    if "determine home directory" in said:
+        return "a path begins with ~ and a name that no user here has; write it without the ~"
     return (
         f"unexpected {kind}{f': {first}' if first else ''}. This is a bug in brushstroke; set {DEBUG}=1 to "
         "see where it comes from, and report it"

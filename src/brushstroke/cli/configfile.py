@@ -24,7 +24,9 @@ def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> No
         return
     path = Path(named.tokens[0].value).expanduser()
     known = [
-        key for key, argument in by_key.items() if argument is not named and not _is_negative(key, argument)
+        key
+        for key, argument in by_key.items()
+        if key != "*" and argument is not named and not _is_negative(key, argument)
     ]
     for key, value in _read(path).items():
         flag = str(key).replace("_", "-")

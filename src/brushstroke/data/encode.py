@@ -132,6 +132,8 @@ def _detect(rows: Rows, prompt: str | None, completion: str | None) -> tuple[Kin
             wanted = [name for _, names in known for name in names if name not in row]
             hints = {hint for name in missing or wanted if (hint := did_you_mean(name, row, count=1))}
             expected = " and ".join(map(repr, missing)) if missing else _names(known)
+            if len(row) == 1 and (mark := next((m for m in ";\t|" if m in next(iter(row))), None)):
+                hints = {f" (its columns seem to be separated by {mark!r}; separate them by commas)"}
             raise DataError(
                 f"{rows.where(number)}: found the columns {', '.join(map(repr, row)) or 'none'}, expected "
                 f"{expected}{''.join(sorted(hints))}; rename the columns, or name the two of a "

@@ -90,6 +90,8 @@ def hash_rows(rows: Iterable[Any]) -> str:
 
 
 def _read_named(source: str | Path, split: str | None) -> Rows:
+    if not str(source).strip():
+        raise DataError("the name of the data is empty; give a file, a folder or a hub data set")
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path)
@@ -105,7 +107,7 @@ def _read_named(source: str | Path, split: str | None) -> Rows:
 
 def _near_names(path: Path) -> str:
     try:
-        return did_you_mean(path.name, (near.name for near in path.parent.iterdir()))
+        return did_you_mean(path.name, (near.name for near in path.parent.iterdir() if near.exists()))
     except OSError:
         return ""
 

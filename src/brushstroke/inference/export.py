@@ -4,6 +4,7 @@ The sums are made in `layers.merge`; this decides where they come from and go to
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -244,4 +245,4 @@ def _save_template(staging: Path, adapter: Adapter) -> bool:
 
 def _is_ours(name: str) -> bool:
     """Weights of an earlier merge, which must not stay beside the new ones."""
-    return name in (_SINGLE, _INDEX) or (name.startswith("model-") and name.endswith(".safetensors"))
+    return name == _INDEX or bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name))

@@ -86,7 +86,7 @@ class Route:
 
     def guard(self, y: Tensor) -> Tensor:
         """Make the backward pass through y raise if the route is another one by then."""
-        if y.requires_grad and not torch.compiler.is_compiling():
+        if isinstance(y, Tensor) and y.requires_grad and not torch.compiler.is_compiling():
             captured = self._slots
             y.register_hook(lambda grad: self.check(captured))
         return y

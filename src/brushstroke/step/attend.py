@@ -26,11 +26,11 @@ def by_products(q: Float[Tensor, "b heads n w"], k: Float[Tensor, "b kv m w"], d
 def attend(
     q: Float[Tensor, "b heads n w"],
     k: Float[Tensor, "b kv m w"],
-    v: Float[Tensor, "b kv m w"],
+    v: Float[Tensor, "b kv m u"],
     mask: Bool[Tensor, "n m"] | None,
     scale: float | None,
     dropout: float = 0.0,
-) -> Float[Tensor, "b heads n w"]:
+) -> Float[Tensor, "b heads n u"]:
     """softmax(scale·q·kᵀ)·v over the keys that the mask shows, by torch's kernel; causal without a mask.
 
     Several query heads share one head of keys where there are fewer of those. The scale is 1/√w by default.
@@ -45,23 +45,22 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        ctx.shapes, ctx.scale = (q.shape, k.shape), scale
+        ctx.shapes, ctx.scale = (q.shape, k.shape, v.shape), scale
         q, k, v = (x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1]) for x in (q, k, v))
         ctx.save_for_backward(q, k, v, hidden)
-        return torch.bmm(_probabilities(q, k, hidden, scale), v).view(ctx.shapes[0])
+        return torch.bmm(_probabilities(q, k, hidden, scale), v).view(*ctx.shapes[0][:-1], v.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, hidden = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(q.shape)
+        grad = grad_outputs[0].reshape(*q.shape[:-1], v.shape[-1])
         probabilities = _probabilities(q, k, hidden, ctx.scale)
         dv = torch.bmm(probabilities.mT, grad)
         dp = torch.bmm(grad, v.mT)
         ds = torch.ops.aten._softmax_backward_data(dp, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
-        of_queries, of_keys = ctx.shapes
         dq, dk = torch.bmm(ds, k), torch.bmm(ds.mT, q)
-        return dq.view(of_queries), dk.view(of_keys), dv.view(of_keys), None, None
+        return *(x.view(shape) for x, shape in zip((dq, dk, dv), ctx.shapes, strict=True)), None, None
 
 
 def _probabilities(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
@@ -71,10 +70,10 @@ def _probabilities(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor
 def attend_by_products(
     q: Float[Tensor, "b heads n w"],
     k: Float[Tensor, "b kv m w"],
-    v: Float[Tensor, "b kv m w"],
+    v: Float[Tensor, "b kv m u"],
     mask: Bool[Tensor, "n m"],
     scale: float | None,
-) -> Float[Tensor, "b heads n w"]:
+) -> Float[Tensor, "b heads n u"]:
     """What `attend` gives, by batched products. The scores are rounded to the dtype of q."""
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     hidden = hidden.repeat(q.shape[1] // k.shape[1], 1)

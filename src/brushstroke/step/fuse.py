@@ -60,7 +60,7 @@ class Fused(nn.Module):
 
     @staticmethod
     def candidates(module: nn.Module) -> Sequence[Any]:
-        """The settings with which our function may equal the module's forward; none for another kind."""
+        """The settings with which our function may equal the module's forward; the nearest is taken."""
         raise NotImplementedError
 
     @staticmethod
@@ -280,15 +280,18 @@ def fuse(model: nn.Module) -> Fusion:
         if module.training or "forward" in module.__dict__ or isinstance(module, Adapted | Fused):
             continue
         for mixin in KINDS.values():
-            if any(_fits(module, mixin, s, attention, fusion) for s in mixin.candidates(module)):
+            candidates = list(mixin.candidates(module))
+            errors = [_error(module, mixin, settings, attention, fusion) for settings in candidates]
+            if errors and min(errors) <= 1:
+                fusion.add(module, mixin, candidates[errors.index(min(errors))])
                 break
     return fusion
 
 
-def _fits(
+def _error(
     module: nn.Module, mixin: type[Fused], settings: Any, attention: AttentionName, fusion: Fusion
-) -> bool:
-    """Swap the module and keep it so if output and gradients stay what they were."""
+) -> float:
+    """How far output and gradients are from the module's own, as a multiple of what is tolerated."""
     try:
         x, inputs = mixin.trial(module, settings)
         with attention.packed(), torch.enable_grad():
@@ -297,16 +300,18 @@ def _fits(
             fusion.add(module, mixin, settings)
             found = list(_outcome(module, x, {k: v for k, v in inputs.items() if k != "brushstroke_record"}))
     except Exception:  # the module is not ours: whatever it raises means that it must run its own code
-        fits = False
-    else:
-        limit = TOLERANCE.get(x.dtype, HALF_TOLERANCE)
-        fits = len(expected) == len(found) and all(
-            _difference(a, b) <= max(limit, NOISE_FACTOR * n)
-            for a, b, n in zip(expected, found, noise, strict=True)
-        )
-    if not fits and isinstance(module, Fused):
-        fusion.drop_last()
-    return fits
+        return float("inf")
+    finally:
+        if isinstance(module, Fused):
+            fusion.drop_last()
+    if len(expected) != len(found):
+        return float("inf")
+    limit = TOLERANCE.get(x.dtype, HALF_TOLERANCE)
+    errors = [
+        _difference(a, b) / max(limit, NOISE_FACTOR * n)
+        for a, b, n in zip(expected, found, noise, strict=True)
+    ]
+    return max(error if error == error else float("inf") for error in errors)
 
 
 def _outcome(module: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Iterator[Tensor]:

@@ -63,9 +63,15 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
             for file in (staging / TENSORS, staging / STATE):
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(staging, folder)
+            if (
+                folder.exists()
+            ):  # moved out of the way whole: removing it takes time, in which a kill may come
+                before = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+                os.replace(folder, before)
+                os.replace(staging, folder)
+                shutil.rmtree(before, ignore_errors=True)
+            else:
+                os.replace(staging, folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

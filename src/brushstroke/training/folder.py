@@ -15,7 +15,7 @@ from brushstroke.adapter import Adapter
 from brushstroke.errors import OutputError, ResumeError
 from brushstroke.files import output_errors, refuse_existing, write_file
 from brushstroke.formats import save
-from brushstroke.training.checkpoint import read_state
+from brushstroke.training.checkpoint import STATE, read_state
 
 METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
 PARTIAL = ".partial-"  # what an interrupted write leaves behind
@@ -26,6 +26,12 @@ ADAPTER_FILES = (
     "chat_template.jinja",
     "README.md",
 )
+MARKS = {  # keys of JSON files, or of their first lines, that a run or an adapter left
+    METRICS: {"step", "loss", "real_tokens"},
+    EVALUATIONS: {"step", "loss", "trained_tokens"},
+    RUN: {"settings", "versions", "steps"},
+    "adapter_config.json": {"peft_type"},
+}
 KEPT = 2  # checkpoints
 
 
@@ -38,7 +44,7 @@ class RunFolder:
         overwrite: replace an earlier run's files; files of other names stay.
 
     Raises:
-        OutputError: the folder holds files and neither flag is given.
+        OutputError: the folder holds files and neither flag is given, or a stranger's by a run's names.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -46,8 +52,8 @@ class RunFolder:
         has_run = self.complete or bool(self.checkpoints())
         self.resuming = resume and has_run
         if not self.resuming:
-            self._refuse_strangers_notes()
             refuse_existing(self.path, overwrite or (resume and self._only_ours()))
+            self._refuse_strangers()
 
     @property
     def complete(self) -> bool:
@@ -56,8 +62,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints in order of their steps."""
-        found = (self.path / CHECKPOINTS).glob("step-*")
-        return sorted(folder for folder in found if re.fullmatch(r"step-\d+", folder.name))
+        return [folder for folder in self._kept("step") if (folder / STATE).is_file()]
 
     def last_state(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint and its state, or None where there is none."""
@@ -75,7 +80,7 @@ class RunFolder:
     def prune(self, best_step: int) -> None:
         """Remove all checkpoints but the last two, older best adapters, and what interrupted writes left."""
         inside = self.path / CHECKPOINTS
-        older = [folder for folder in inside.glob("best-*") if folder != self.best(best_step)]
+        older = [folder for folder in self._kept("best") if folder != self.best(best_step)]
         for folder in [*self.checkpoints()[:-KEPT], *older, *inside.glob(f"{PARTIAL}*")]:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -95,7 +100,7 @@ class RunFolder:
             else:
                 for name in (METRICS, EVALUATIONS, RUN):
                     (self.path / name).unlink(missing_ok=True)
-                for folder in [*self.checkpoints(), *(self.path / CHECKPOINTS).glob("best-*")]:
+                for folder in [*self.checkpoints(), *self._kept("best")]:
                     shutil.rmtree(folder, ignore_errors=True)
             self.clean()
 
@@ -135,19 +140,24 @@ class RunFolder:
             return {**summary, "steps": summary["steps"], "settings": dict(summary["settings"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(
-                f"{self.path / RUN} cannot be read ({error}); start over with overwrite"
+                f"{self.path / RUN} cannot be read ({error}); remove it and start over with overwrite"
             ) from error
 
-    def _refuse_strangers_notes(self) -> None:
-        """A README.md or a template that no run of ours left would be replaced by the adapter's."""
-        marks = (METRICS, RUN, CHECKPOINTS, ADAPTER_FILES[0])
-        if self.path.is_dir() and not any((self.path / mark).exists() for mark in marks):
-            for name in ADAPTER_FILES[3:]:
-                if (self.path / name).exists():
-                    raise OutputError(
-                        f"{self.path / name} is not of a run, and the adapter's would replace it; move it, "
-                        "or choose another folder"
-                    )
+    def _kept(self, kind: str) -> list[Path]:
+        """The folders of a kind ("step" or "best") with names that a run gives, by their steps."""
+        found = (self.path / CHECKPOINTS).glob(f"{kind}-*")
+        return sorted(folder for folder in found if re.fullmatch(rf"{kind}-\d{{8,}}", folder.name))
+
+    def _refuse_strangers(self) -> None:
+        """Refuse to replace what no run and no adapter left: a README.md, metrics of another program, ..."""
+        ours = {name for name, keys in MARKS.items() if _holds(self.path / name, keys)}
+        for name in dict.fromkeys([*MARKS, *ADAPTER_FILES]):
+            known = name in ours if name in MARKS else ours or self.checkpoints()
+            if (self.path / name).exists() and not known:
+                raise OutputError(
+                    f"{self.path / name} is not of a run, and this one's would replace it; move it, or "
+                    "choose another folder"
+                )
 
     def _only_ours(self) -> bool:
         known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES}
@@ -168,3 +178,15 @@ class RunFolder:
                 break
             kept.append(line)
         write_file(path, "".join(kept))
+
+
+def _holds(path: Path, keys: set[str]) -> bool:
+    """Whether a file is a JSON object with these keys, or lines of them; a damaged one counts as one."""
+    try:
+        text = path.read_text("utf-8")
+        found = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return isinstance(found, dict) and keys <= found.keys()

@@ -179,9 +179,13 @@ class Training:
             for part in self.passes(encoded):
                 value = self.step.forward.summed_loss(part, loss)
                 if not bool(torch.isfinite(value)):
+                    before = (
+                        "" if self.steps else " (nothing is trained yet: the base's weights may be at fault)"
+                    )
                     raise NonFiniteError(
                         f"the loss is {value.item()} in step {self.steps + 1}; lower the learning rate "
-                        f"(it is {self.learning_rate:g}), use float32, or look for broken rows in the data"
+                        f"(it is {self.learning_rate:g}), use float32, or look for broken rows in the "
+                        f"data{before}"
                     )
                 value.backward()
                 total += value.detach().item()
