@@ -237,7 +237,7 @@ def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
         if difference <= min(TOLERANCE.get(model_dtype(model), HALF_TOLERANCE), MAX_SHARE_OF_LEAK * leak):
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
-    return padded, f"packing would be wrong for this model: {reason}"
+    return padded, f"packing is not shown to be right for this model: {reason}"
 
 
 def _probe(
@@ -265,14 +265,13 @@ def _packed_difference(
 ) -> float:
     """The largest relative difference of a packed example's logits from those that it has alone."""
     examples = _probe_examples(model, lengths)
+    alone = [padded.trained_logits(unshared([example])).double() for example in examples]
     difference = 0.0
-    for probed in examples:
-        alone = padded.trained_logits(unshared([probed])).double()
-        silent = tuple(e if e is probed else Example(e.tokens, (0.0,) * len(e)) for e in examples)
-        for arranged in [unshared(silent)] + [Pass((Group(lengths[0], silent),))] * share:
-            with packed.context():
-                together = packed.trained_logits(arranged).double()
-            difference = max(difference, float((together - alone).norm() / alone.norm()))
+    for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
+        with packed.context():
+            together = packed.trained_logits(arranged).double().split([len(logits) for logits in alone])
+        for expected, found in zip(alone, together, strict=True):
+            difference = max(difference, float((found - expected).norm() / expected.norm()))
     return difference
 
 
