@@ -39,6 +39,12 @@ def test_leading_dimensions_stay(onednn: None) -> None:
         assert product(x, weight).shape == (2, 3, 5)
 
 
+def test_a_bias_with_strides(onednn: None) -> None:
+    x, weight, bias = torch.zeros(1, 2), torch.zeros(3, 2), torch.arange(6.0)[::2]
+    with kernels("onednn"):
+        assert torch.equal(product(x, weight, bias), bias[None])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)

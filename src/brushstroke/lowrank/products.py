@@ -58,6 +58,7 @@ def product(
     oneDNN's kernels are for fp32 on a CPU; any other input takes torch's.
     """
     if in_onednn(x, weight):
+        bias = None if bias is None else bias.contiguous()  # its strides would not be read
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
