@@ -96,6 +96,20 @@ def test_a_missing_file_names_its_neighbour(refused, tmp_path):
     assert "did you mean 'train.jsonl'" in refused(tmp_path / "trian.jsonl")
 
 
+def test_names_that_mean_nothing(refused, tmp_path):
+    assert "name of the data is empty" in refused("")
+    assert "begins with ~" in refused("~nobody-of-this-name/train.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "did you mean" not in refused(tmp_path / "link.jsonl")
+
+
+def test_columns_that_are_separated_by_something_else(refused, tmp_path):
+    (tmp_path / "train.csv").write_text("prompt;completion\na;b\n", "utf-8")
+    message = refused(tmp_path / "train.csv")
+    assert "separated by ';'" in message
+    assert "did you mean" not in message
+
+
 def test_bad_evaluation_data(refused, train_rows, tmp_path):
     assert "no such file" in refused(train_rows, "--eval", tmp_path / "none.jsonl")
 
@@ -114,10 +128,10 @@ def test_missing_words_are_usage_errors(cli, words):
 
 
 def test_patterns_that_match_nothing_name_near_ones(cli, tiny, train_rows, tmp_path):
-    done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--targets", "q_porj,v_proj")
+    done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--targets", "q_porj,v_prj")
     assert done.status == 2
-    assert "'q_porj' matches no site" in done.err
-    assert "q_proj" in done.err
+    assert "'q_porj' matches no site; near it: q_proj" in done.error
+    assert "'v_prj' matches no site; near it: v_proj" in done.error  # both in the one line
     assert not (tmp_path / "out").exists()
 
 
