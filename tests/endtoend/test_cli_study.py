@@ -7,6 +7,9 @@ import time
 import pytest
 from cli_kit import PLAIN, files_in, rows, start, write_rows
 
+from brushstroke.cli.analysis import AgainstBase
+from brushstroke.errors import ConfigError
+
 SMALL = ("--max-steps", "4", "--batch-size", "4", *PLAIN)
 GRID = ("--learning-rates", "1e-3,1e-2,1e-1", "--seeds", "3")
 
@@ -138,6 +141,14 @@ BAD = [
     (("rank", "BASE", "DATA", "--learning-rates", "inf,1"), "must be finite numbers above 0"),
     (("seeds", "BASE", "DATA", "--other", "DATA"), "the other data: every row is in the task's data too"),
     (("delta", "BASE", "DATA", "--general", "DATA"), "the general text: every row is in the task's"),
+    (("targets", "BASE", "DATA", "--budget", "0"), "a number of parameters, at least 1 (--budget); got 0"),
+    (("targets", "BASE", "DATA", "--sets", ""), "--sets is empty"),
+    (("rank", "BASE", "DATA", "--ranks", ","), "--ranks is empty"),
+    (("rank", "BASE", "DATA", "--learning-rates", ""), "--learning-rates is empty"),
+    (("intrinsic", "BASE", "DATA", "--dimensions", ""), "--dimensions is empty"),
+    (("intrinsic", "BASE", "DATA", "--rank", "4"), "they have no rank and no alpha; leave these out"),
+    (("paper", "--tiny", "--seeds", "0"), "--seeds is how many there are"),
+    (("paper", "--tiny", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
 ]
 
 
@@ -187,3 +198,9 @@ def test_a_model_that_the_tiny_preset_did_not_train_is_not_taken_for_its_own(cli
     done = cli("study", "paper", "--tiny", "--out", tmp_path)
     assert done.status == 1
     assert "holds another model than the one that this study trains" in done.error
+
+
+def test_directions_against_a_base_take_no_negative_limit():
+    assert AgainstBase(dense_limit=0).arguments()["dense_limit"] == 0
+    with pytest.raises(ConfigError, match="--dense-limit must not be negative; got -1"):
+        AgainstBase(dense_limit=-1).arguments()

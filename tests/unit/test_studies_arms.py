@@ -2,7 +2,18 @@ import pytest
 
 from brushstroke.adapter import Site
 from brushstroke.errors import ConfigError
-from brushstroke.studies.arms import Arm, Run, equal_budget, low_rank, matrix_sets, on_other_task, rate_grid
+from brushstroke.studies.arms import (
+    RUN_KEY,
+    Arm,
+    Run,
+    equal_budget,
+    low_rank,
+    matrix_sets,
+    on_other_task,
+    rate_grid,
+    whole,
+)
+from brushstroke.studies.targets import TargetsStudy
 
 GPT3 = [
     Site(f"h.{layer}.attn.{name}_proj", 12288, 12288) for layer in range(96) for name in ("q", "k", "v", "o")
@@ -82,3 +93,24 @@ def test_matrices_of_one_name_in_two_places_keep_their_places():
     found = matrix_sets(gpt2)
     assert found["c_attn,attn.c_proj"] == ("c_attn", "attn.c_proj")
     assert found["c_fc,mlp.c_proj"] == ("c_fc", "mlp.c_proj")
+
+
+def test_rates_that_nearly_agree_have_keys_of_their_own_and_usual_ones_the_keys_of_old():
+    arm = low_rank("q", ("q_proj",), 8)
+    rates = (1e-3, 1.0000001e-3, 1e-5, 1.0, 30.0, 1 / 3, 1e30)
+    keys = [Run(arm, rate, 0).key for rate in rates]
+    assert len(set(keys)) == len(keys)
+    assert all(RUN_KEY.fullmatch(key) for key in keys)
+    usual = [key.split("-lr")[1] for key in (keys[0], *keys[2:5])]
+    assert usual == ["0.001-seed0", "1e-05-seed0", "1-seed0", "30-seed0"]
+
+
+def test_no_two_rates_of_whole_weights_become_one():
+    assert whole("q", ("q_proj",), (3.2e-3, 1e-2)).rates == (3.2e-4, 1e-3)
+    assert len(set(whole("q", ("q_proj",), (1e-3, 1.001e-3)).rates)) == 2
+
+
+@pytest.mark.parametrize("budget", [0, -8])
+def test_a_budget_of_nothing_is_not_the_default_one(budget):
+    with pytest.raises(ConfigError, match="at least 1"):
+        TargetsStudy(budget=budget)

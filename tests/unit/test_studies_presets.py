@@ -2,7 +2,23 @@
 
 import pytest
 
-from brushstroke.studies import presets, run_studies, smollm2_paper, tiny, tiny_paper
+from brushstroke.base import Base
+from brushstroke.data import Example
+from brushstroke.errors import ConfigError, OutputError
+from brushstroke.studies import (
+    DeltaStudy,
+    Grid,
+    Material,
+    Task,
+    paper_questions,
+    presets,
+    run_studies,
+    smollm2_paper,
+    tiny,
+    tiny_paper,
+)
+from brushstroke.studies.store import check_folder
+from brushstroke.training import TrainConfig
 
 
 @pytest.mark.slow
@@ -44,3 +60,49 @@ def test_the_real_preset_compares_every_set_at_one_budget():
     rows = [example.tokens for part in (task.train, task.validation, task.test) for example in part]
     assert (len(task.train), len(task.validation), len(task.test)) == (800, 32, 48)
     assert len(set(rows)) == len(rows)
+
+
+def test_the_third_question_has_two_ranks_also_where_the_matrices_are_small(llama):
+    row = (Example((1, 2, 3), (0.0, 1.0, 1.0)),)
+    material = Material(
+        Base(llama), {"task": Task("toy", row, row, row)}, TrainConfig(), Grid((1e-3, 1e-2), (0,))
+    )
+    for ranks, expected in (((1, 2, 4, 8, 64), (4, 8)), ((1, 2), (1, 2)), ((1, 4, 16, 64), (4, 16))):
+        (delta,) = [one for one in paper_questions(material, ranks) if isinstance(one, DeltaStudy)]
+        assert delta.ranks == expected
+        assert len(delta.arms(material)) == 2
+
+
+def test_settings_that_cannot_work_are_refused_before_the_model_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny, "tiny_base", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="at least one seed"):
+        tiny_paper(tmp_path / "out", seeds=())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_damaged_note_of_how_the_model_was_made_is_one_clear_error(tmp_path, content):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "made_by.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(OutputError, match=r"made_by\.json"):
+        tiny.tiny_base(tmp_path / "base")
+
+
+def test_a_model_that_was_being_saved_is_trained_again(monkeypatch, tmp_path):
+    """Killed then, only base.partial is there; the same command passes and makes the base."""
+
+    def killed(self, folder, **_):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "STEPS", 1)
+    model = tiny._pretrained(0)
+    monkeypatch.setattr(tiny, "_pretrained", lambda seed: model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.tiny_base(tmp_path / "base")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base.partial"]
+    check_folder(tmp_path)
+    tiny.tiny_base(tmp_path / "base")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]

@@ -1,12 +1,17 @@
 import json
 import math
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from brushstroke.errors import ConfigError, OutputError, ResumeError, TrainingError
+from brushstroke.studies import executors
+from brushstroke.studies import store as store_module
 from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.runner import Estimate, Grid, conduct, estimate
-from brushstroke.studies.store import Store
+from brushstroke.studies.store import Store, check_folder
 from brushstroke.studies.workshop import Outcome, Score
 
 
@@ -31,10 +36,15 @@ def best_at(rate: float):
 ARM = Arm("a", ("q",), 2)
 GRID = Grid((1e-3, 1e-2, 1e-1), (0, 1))
 PLAN = Estimate(1.0, 4, ("a",), (0, 1))
+IDENTITY = {"studies": ["rank"], "seeds": [0], "arms": []}
+
+
+def identity(**others):
+    return {**IDENTITY, **others}
 
 
 def run(folder, ledger, arms=(ARM,), grid=GRID, plan=PLAN):
-    return conduct(None, Store(folder, {"x": 1}), arms, grid, plan, execute=ledger)
+    return conduct(None, Store(folder, IDENTITY), arms, grid, plan, execute=ledger)
 
 
 def test_the_rate_is_chosen_inside_and_the_other_seeds_use_it(tmp_path):
@@ -116,41 +126,41 @@ def test_a_budget_leaves_out_seeds_then_arms_and_says_so():
 
 
 def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
-    Store(tmp_path / "s", {"seeds": [0]})
-    Store(tmp_path / "s", {"seeds": [0]})
+    Store(tmp_path / "s", identity(seeds=[0]))
+    Store(tmp_path / "s", identity(seeds=[0]))
     with pytest.raises(ResumeError, match="seeds: now \\[1\\], then \\[0\\]"):
-        Store(tmp_path / "s", {"seeds": [1]})
+        Store(tmp_path / "s", identity(seeds=[1]))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds files already"):
-        Store(tmp_path / "mine", {})
+        Store(tmp_path / "mine", IDENTITY)
 
 
 def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
-    store = Store(tmp_path, {"seeds": [0]})
+    store = Store(tmp_path, identity(seeds=[0]))
     store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
     (tmp_path / "mine.txt").write_text("mine")
-    fresh = Store(tmp_path, {"seeds": [1]}, overwrite=True)
+    fresh = Store(tmp_path, identity(seeds=[1]), overwrite=True)
     assert fresh.outcome(Run(ARM, 0.1, 0)) is None
     assert (tmp_path / "mine.txt").read_text() == "mine"
-    assert json.loads((tmp_path / "study.json").read_text())["identity"] == {"seeds": [1]}
+    assert json.loads((tmp_path / "study.json").read_text())["identity"] == identity(seeds=[1])
 
 
 def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
-    store = Store(tmp_path, {"seeds": [0]})
+    store = Store(tmp_path, identity(seeds=[0]))
     store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
     store.keep_note("figures", ["ranks.png"])
     (tmp_path / "figures").mkdir()
     for name in ("runs/notes.txt", "figures/mine.png", "figures/ranks.png"):
         (tmp_path / name).write_text("mine")
-    Store(tmp_path, {"seeds": [1]}, overwrite=True)
+    Store(tmp_path, identity(seeds=[1]), overwrite=True)
     left = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
     assert left == {"study.json", "runs/notes.txt", "figures/mine.png"}
 
 
 def test_the_time_that_is_left_counts_the_runs_of_a_wider_grid(tmp_path):
     left = []
-    store = Store(tmp_path, {"x": 1})
+    store = Store(tmp_path, IDENTITY)
     conduct(
         None,
         store,
@@ -171,10 +181,10 @@ def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
 
 def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
     """What an interrupted --overwrite may have left: never taken for runs of the new study."""
-    Store(tmp_path, {"seeds": [0]}).finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
+    Store(tmp_path, identity(seeds=[0])).finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
     (tmp_path / "study.json").unlink()
     with pytest.raises(OutputError, match="without a study"):
-        Store(tmp_path, {"seeds": [0]}, overwrite=True)
+        Store(tmp_path, identity(seeds=[0]), overwrite=True)
 
 
 def test_one_rate_is_no_grid():
@@ -187,3 +197,140 @@ def test_a_later_seed_that_diverges_is_in_no_number(tmp_path):
     assert found.conclusive
     assert found.seeds == (0,)
     assert found.losses() == {0: 0.0}
+
+
+def outcome_of(run: Run) -> Outcome:
+    return Outcome(run.arm.name, run.learning_rate, run.seed, 1, 1, 1, 0.1)
+
+
+def test_overwrite_follows_no_name_out_of_the_figures(tmp_path):
+    folder = tmp_path / "a" / "study"
+    (folder / "figures" / "sub").mkdir(parents=True)
+    kept = [tmp_path / "victim.txt", folder / "mine.txt", folder / "figures" / "sub" / "x.png"]
+    for file in (*kept, folder / "figures" / "ranks.png"):
+        file.write_text("mine")
+    noted = [
+        "../../../victim.txt",
+        "../mine.txt",
+        str(tmp_path / "victim.txt"),
+        "sub/x.png",
+        "..",
+        "",
+        "sub",
+        7,
+    ]
+    notes = {"figures": [*noted, "ranks.png"]}
+    (folder / "study.json").write_text(json.dumps({"identity": IDENTITY, "notes": notes}))
+    Store(folder, IDENTITY, overwrite=True)
+    assert all(file.read_text() == "mine" for file in kept)
+    assert not (folder / "figures" / "ranks.png").exists()
+
+
+def test_overwrite_removes_runs_of_ours_and_no_others(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    finished, killed = Run(ARM, 0.1, 0), Run(Arm("q, v: b", ("q",), 2), 1.0000001e-5, 3)
+    store.finish(finished, outcome_of(finished))
+    for run in ("mymodel", killed.key):
+        (tmp_path / "runs" / run / "adapter").mkdir(parents=True)
+        (tmp_path / "runs" / run / "adapter" / "weights").write_text("x")
+    (tmp_path / "runs" / "mymodel" / "outcome.json").write_text("{}")
+    Store(tmp_path, IDENTITY, overwrite=True)
+    left = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"study.json", "runs/mymodel/outcome.json", "runs/mymodel/adapter/weights"}
+    assert not (tmp_path / "runs" / killed.key).exists()
+
+
+def test_a_study_json_without_what_every_study_says_is_foreign(tmp_path):
+    (tmp_path / "study.json").write_text('{"identity": {}, "notes": {}}')
+    with pytest.raises(OutputError, match="was not written by a study"):
+        Store(tmp_path, IDENTITY, overwrite=True)
+
+
+def test_a_kill_before_the_first_run_leaves_a_folder_that_goes_on(monkeypatch, tmp_path):
+    """Wherever it comes: before study.json nothing of the study is there."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path / "s", IDENTITY)
+    assert Store(tmp_path / "s", IDENTITY).outcome(Run(ARM, 0.1, 0)) is None
+
+
+@pytest.mark.parametrize("left", ["base", "base.partial", ".partial-12-study.json"])
+def test_what_a_kill_leaves_before_the_study_begins_is_no_foreign_file(tmp_path, left):
+    for name in {"base", left}:
+        (tmp_path / name).mkdir()
+    check_folder(tmp_path)
+    (tmp_path / "base.other").mkdir()
+    with pytest.raises(OutputError, match="holds files already"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", "null", '{"validation": 1}'])
+def test_a_damaged_outcome_is_named_with_what_to_do(tmp_path, content):
+    store, one = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
+    store.finish(one, outcome_of(one))
+    file = store.runs / one.key / "outcome.json"
+    file.write_text(content)
+    with pytest.raises(OutputError, match="is damaged; remove this file") as told:
+        store.outcome(one)
+    assert str(file) in str(told.value)
+
+
+def test_a_wider_grid_goes_on_by_the_ratio_next_to_its_edge(tmp_path):
+    for best, beyond in ((1e-6, 1e-4 / 3), (1e3, 0.3 * 30)):
+        ledger = Ledger(best_at(best))
+        run(tmp_path / str(best), ledger, grid=Grid((1e-4, 3e-4, 1e-2, 0.3), (0,)))
+        assert ledger.asked[-1][1] == pytest.approx(beyond, rel=0.05)
+
+
+def test_the_time_that_is_left_is_that_of_the_runs_shared_by_the_workers(tmp_path):
+    """What else passes, such as the start of processes, is not part of a run."""
+    left = []
+    conduct(
+        None,
+        Store(tmp_path, IDENTITY),
+        [ARM],
+        GRID,
+        PLAN,
+        execute=Ledger(best_at(1e-2)),
+        workers=2,
+        on_run=lambda progress: left.append(progress.seconds_left),
+    )
+    assert left == pytest.approx([0.15, 0.1, 0.05, 0.0])  # runs of 0.1 seconds
+
+
+class Pool:
+    """A pool that runs nothing, and knows how often one was made."""
+
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, size, *_, **__):
+        self.made.append(size)
+
+    def submit(self, _, run):
+        done = Future()
+        done.set_exception(run) if isinstance(run, Exception) else done.set_result(run)
+        return done
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_processes_are_started_once_for_all_stages_of_a_study(monkeypatch):
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
+    execute, workshop = executors.processes(3), SimpleNamespace()
+    for stage in (["a", "b", "c", "d"], [], ["e"], ["f", "g", "h"]):
+        assert sorted(outcome for _, outcome in execute(workshop, stage)) == stage
+    assert Pool.made == [3]
+    list(execute(SimpleNamespace(), ["a"]))  # another workshop
+    list(execute(workshop, ["a"]))
+    list(execute(workshop, ["a", "b"]))  # more at a time than were needed so far
+    assert Pool.made == [3, 1, 1, 2]
+    with pytest.raises(KeyError):
+        list(execute(workshop, ["a", KeyError()]))
+    list(execute(workshop, ["a"]))  # after an error
+    assert Pool.made == [3, 1, 1, 2, 1]

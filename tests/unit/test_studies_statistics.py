@@ -58,6 +58,16 @@ def test_the_one_sided_p_is_scipys():
     assert exceeds([0.3, 0.3], 0.1) == 0.0
 
 
+def test_differences_of_rounding_are_no_evidence():
+    """Computed numbers that should be equal differ by some 1e-16, and always to the same side."""
+    assert exceeds([1e-15, 1.1e-15, 1e-15], 0.0) == 1.0
+    assert exceeds([0.3 + 1e-16, 0.1 + 0.2, 0.3], 0.3) == 1.0
+    one, two = {0: 0.1 + 0.2, 1: 0.7 + 0.1, 2: 0.1 + 0.7 + 0.2}, {0: 0.3, 1: 0.8 - 1e-16, 2: 1 - 1e-16}
+    (found,) = compare_arms({"a": one, "b": two})
+    assert found.p == 1.0
+    assert exceeds([1e-6, 1.1e-6, 1e-6], 0.0) < 0.01
+
+
 def test_the_jackknife_over_pairs_keeps_the_mean_and_covers_it():
     """Values of pairs that share a seed are dependent; the interval must cover the truth as promised."""
     generator = torch.Generator().manual_seed(0)

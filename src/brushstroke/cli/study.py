@@ -167,13 +167,17 @@ def study(
         measured or StudyDataOptions(),
     )
     _refuse_misplaced(question, {**vars(given), **vars(files)})
+    if settings.seeds is not None and settings.seeds < 1:
+        raise ConfigError(f"--seeds is how many there are, at least 1; got {settings.seeds}")
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")
     from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
     from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
+    from brushstroke.studies.runner import check_budget
 
+    check_budget(settings.budget_minutes)  # now, and not after a model was loaded or trained
     workers, budget = 1 if settings.workers is None else settings.workers, settings.budget_minutes
     if workers < 1:
         raise ConfigError(f"--workers is how many runs there are at a time, at least 1; got {workers}")
@@ -198,7 +202,7 @@ def study(
         studies = paper_questions(material) if asked_for is None else [asked_for]
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
-    with _Progress() as progress:
+    with _Progress(workers) as progress:
         report = run_studies(
             studies,
             material,
@@ -264,7 +268,7 @@ def _study(question: str, given: QuestionOptions) -> "Study":
     if given.sets is not None:
         from brushstroke.studies.arms import matrices_name
 
-        members = [tuple(part.split("+")) for part in split(given.sets)]
+        members = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
         common["sets"] = {matrices_name(targets): targets for targets in members}
     kinds: dict[str, Any] = {
         "rank": studies.RankStudy,
@@ -295,9 +299,6 @@ def _material(
         if settings.learning_rates is None
         else _numbers("--learning-rates", settings.learning_rates, float)
     )
-    count = 3 if settings.seeds is None else settings.seeds
-    if count < 1:
-        raise ConfigError(f"--seeds is how many there are, at least 1; got {count}")
     return make_material(
         load_base(base, dtype="float32" if dtype == "auto" else dtype, device=device),
         data,
@@ -307,7 +308,7 @@ def _material(
         general=files.general,
         config=config,
         learning_rates=rates,
-        seeds=tuple(range(count)),
+        seeds=tuple(range(3 if settings.seeds is None else settings.seeds)),
         prompt_column=files.prompt,
         completion_column=files.completion,
     )
@@ -332,9 +333,17 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _parts(flag: str, text: str) -> tuple[str, ...]:
+    found = split(text)
+    if not found:
+        raise ConfigError(f"{flag} is empty; name at least one, with commas between several, or leave it out")
+    return found
+
+
 def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
+    parts = _parts(flag, text)
     try:
-        return tuple(kind(part) for part in split(text))
+        return tuple(kind(part) for part in parts)
     except ValueError:
         raise ConfigError(f"{flag} takes numbers with commas between them; got {text!r}") from None
 
@@ -342,13 +351,15 @@ def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
 class _Progress:
     """A line on a terminal that is kept up to date, else a line now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
         self._console = people()
         self._live: Any = None
         self._last_line = time.monotonic()
 
     def estimate(self, plan: "Estimate") -> None:
-        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none was done before")
+        started = ", and the start of the processes" if self._workers > 1 else ""
+        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none was done before{started}")
         if plan.made_before:
             say("this goes on with the plan that the study began with, whatever --budget-minutes says now")
         for line in plan.left_out:

@@ -56,12 +56,19 @@ def lines(
     high: str = "high",
     choose: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Lines with points, a band where intervals are known, and menus for the fields of `choose`."""
+    """Lines with points, a band where intervals are known, and menus for the fields of `choose`.
+
+    Where every x is a whole number, so is every tick.
+    """
     altair = _altair()
     menus, chosen = _menus(altair, records, choose)
     names = list(dict.fromkeys(record[series] for record in records))
+    whole_x = all(float(record[x]).is_integer() for record in records)
     across = altair.X(
-        f"{x}:Q", title=x_title, scale=altair.Scale(type="log" if log_x else "linear", nice=False)
+        f"{x}:Q",
+        title=x_title,
+        scale=altair.Scale(type="log" if log_x else "linear", nice=False),
+        axis=altair.Axis(tickMinStep=1) if whole_x and not log_x else altair.Axis(),
     )
     up = altair.Y(
         f"{y}:Q", title=y_title, scale=altair.Scale(type="log") if log_y else altair.Scale(zero=False)
@@ -149,27 +156,32 @@ def grids(
 
 
 def site_map(
-    records: Sequence[Record], *, measures: Sequence[str], choose: Sequence[str] = ()
+    records: Sequence[Record],
+    *,
+    measures: Sequence[str],
+    words: Mapping[str, str] | None = None,
+    choose: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A map of layers and matrices, with a menu for the measure.
 
     Args:
         records: each with `layer`, `matrix`, the fields of `choose`, and a number for each measure.
         measures: fields to choose from.
+        words: how the menu calls them; by default as they are.
         choose: further fields with a menu each.
     """
     altair = _altair()
     menus, chosen = _menus(altair, records, choose)
-    measure = altair.param(
-        name="measure", value=measures[0], bind=altair.binding_select(options=list(measures), name="shown: ")
-    )
+    called = {name: (words or {}).get(name, name) for name in measures}
+    menu = altair.binding_select(options=list(called), labels=list(called.values()), name="shown: ")
+    measure = altair.param(name="measure", value=measures[0], bind=menu)
     layers = list(dict.fromkeys(record["layer"] for record in records))
     matrices = list(dict.fromkeys(record["matrix"] for record in records))
     whole = altair.Chart(_data(altair, records))
     for condition in chosen:
         whole = whole.transform_filter(condition)
     scale = altair.Scale(range=[COLD, HOT], zero=False)
-    numbers = [altair.Tooltip(f"{name}:Q", format=".4g") for name in measures]
+    numbers = [altair.Tooltip(f"{name}:Q", title=word, format=".4g") for name, word in called.items()]
     chart = (
         whole.transform_calculate(shown="datum[measure]")
         .mark_rect()

@@ -35,6 +35,7 @@ p { margin: 0.6rem 0; max-width: 46rem; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 .scroll { overflow-x: auto; margin: 0.9rem 0; }
 table { border-collapse: collapse; min-width: 50%; font-variant-numeric: tabular-nums; }
+caption { position: sticky; left: 0; max-width: min(46rem, 100vw - 2rem); }
 caption, figcaption { text-align: left; color: var(--soft); font-size: 0.9rem; padding: 0.3rem 0; }
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; }
 th, td { border-bottom: 1px solid var(--line); }

@@ -5,6 +5,7 @@ It trains nothing.
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from brushstroke.errors import ConfigError
 
 TASK, OTHER = "task", "other task"
 WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)
+RUN_KEY = re.compile(r"[\w-]*-[0-9a-f]{8}-lr[0-9.e+-]+-seed-?\d+")  # what `Run.key` gives
 BUDGET_TOLERANCE = 0.05  # how far an arm may be from the parameter budget, as a share of it
 
 
@@ -81,7 +83,7 @@ class Run:
         settings.pop("rates")
         digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
         words = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")[:40]
-        return f"{words}-{digest}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{words}-{digest}-lr{exact(self.learning_rate)}-seed{self.seed}"
 
     @property
     def start_seed(self) -> int:
@@ -174,8 +176,7 @@ def low_rank(
 
 def whole(matrices: str, targets: tuple[str, ...], rates: tuple[float, ...]) -> Arm:
     """The arm that trains W itself at these sites, at a tenth of the rates of low-rank factors."""
-    lower = tuple(float(f"{rate / WHOLE_RATE:.1e}") for rate in rates)
-    return Arm(f"{matrices} W itself", targets, None, rates=lower)
+    return Arm(f"{matrices} W itself", targets, None, rates=two_digits([rate / WHOLE_RATE for rate in rates]))
 
 
 def equal_rank(sets: Mapping[str, tuple[str, ...]], rank: int, alpha: float = 16.0) -> tuple[Arm, ...]:
@@ -225,13 +226,33 @@ def short(name: str) -> str:
 
 
 def rate_grid(center: float, ratio: float = math.sqrt(10), points: int = 4) -> tuple[float, ...]:
-    """A logarithmic grid around a learning rate, two significant digits each.
+    """A logarithmic grid around a learning rate, two significant digits each where that keeps them apart.
 
     >>> rate_grid(1e-3)
     (0.00032, 0.001, 0.0032, 0.01)
     """
     first = -((points - 1) // 2)
-    return tuple(float(f"{center * ratio**k:.1e}") for k in range(first, first + points))
+    return two_digits([center * ratio**k for k in range(first, first + points)])
+
+
+def two_digits(rates: Sequence[float]) -> tuple[float, ...]:
+    """The rates with two significant digits each, where that keeps them apart.
+
+    >>> two_digits((0.00316, 0.01)), two_digits((0.001, 0.001001))
+    ((0.0032, 0.01), (0.001, 0.001001))
+    """
+    rounded = tuple(float(f"{rate:.1e}") for rate in rates)
+    return rounded if len(set(rounded)) == len(set(rates)) else tuple(rates)
+
+
+def exact(rate: float) -> str:
+    """A learning rate in as few digits as tell it from every other.
+
+    >>> exact(1e-3), exact(1.0), exact(1.0000001e-3)
+    ('0.001', '1', '0.0010000001')
+    """
+    short = f"{rate:g}"
+    return short if float(short) == rate else repr(rate)
 
 
 def on_other_task(arm: Arm) -> Arm:

@@ -29,6 +29,13 @@ COLUMNS = (
     *("rank", "site", "‖leftᵀ·W·right‖: ΔW", "W", "random"),
     *("‖W‖", "‖ΔW‖", "amplification", "over chance"),
 )
+MEASURES = {  # of the map, as the table calls them
+    "ratio_to_chance": "over chance",
+    "amplification": "amplification",
+    "amplification_random": "amplification at random",
+    "norm_delta": "‖ΔW‖",
+    "norm_base": "‖W‖",
+}
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,11 @@ class DeltaStudy:
             )
         figures = []
         if records:
-            measures = ("ratio_to_chance", "amplification", "amplification_random", "norm_delta", "norm_base")
             figures.append(
                 Figure(
                     "relation",
                     "ΔW against W by layer and matrix; choose the rank and the number.",
-                    site_map(records, measures=measures, choose=("rank",)),
+                    site_map(records, measures=list(MEASURES), words=MEASURES, choose=("rank",)),
                 )
             )
             figures += _decile_figure(found)

@@ -36,28 +36,44 @@ def usable_cores() -> int:
 def processes(count: int) -> Executor:
     """An executor of some processes of one thread each, for models so small that threads do not help.
 
-    Each gets a copy of the workshop once. They end when this process does, even if it is killed.
+    Each gets a copy of the workshop once, and serves every later call with that workshop: a start takes
+    seconds. They end with the executor, after an error, and when this process does, even if it is killed.
     """
+    pool: ProcessPoolExecutor | None = None
+    served: Workshop | None = None
+    size = 0
+
+    def end() -> None:
+        nonlocal pool
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        pool = None
 
     def execute(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+        nonlocal pool, served, size
         if not runs:
             return
-        # As bytes: multiprocessing itself would share the weights' memory, and runs train in place.
-        copied = pickle.dumps(workshop)
-        pool = ProcessPoolExecutor(
-            min(count, len(runs)), get_context("spawn"), initializer=_enter, initargs=(copied, os.getpid())
-        )
+        if pool is None or workshop is not served or size < min(count, len(runs)):
+            end()
+            # As bytes: multiprocessing itself would share the weights' memory, and runs train in place.
+            copied = pickle.dumps(workshop)
+            served, size = workshop, min(count, len(runs))
+            pool = ProcessPoolExecutor(
+                size, get_context("spawn"), initializer=_enter, initargs=(copied, os.getpid())
+            )
         try:
             waiting = {pool.submit(_run, run): run for run in runs}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
+            end()
             raise TrainingError(
                 "a process of the study ended by itself, most likely for want of memory; start it again with "
                 "fewer processes (--workers 1): it goes on with what is not finished"
             ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # also when nobody asks for the rest
+            end()
+            raise
 
     return execute
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from brushstroke.errors import ConfigError
 from brushstroke.report.charts import lines
 from brushstroke.studies.arms import Arm, chosen_sites, low_rank, matrices_name, whole
 from brushstroke.studies.findings import Figure, Finding
@@ -22,20 +23,24 @@ class IntrinsicStudy:
     Args:
         targets: the matrices.
         dimensions: of the subspaces.
-        rank: of the update whose factors the subspace lies in, where the matrices are large.
-        alpha: its numerator.
+        rank: of the update whose factors the subspace lies in, where the matrices are large; 8 by default.
+        alpha: its numerator; 16 by default.
         of: "W" for subspaces of the weights themselves, "factors" for those of U and V, "auto" by size.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
     dimensions: tuple[int, ...] = (10, 30, 100, 300, 1000)
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int | None = None
+    alpha: float | None = None
     of: str = "auto"
     name: str = "intrinsic"
 
     def arms(self, material: Material) -> list[Arm]:
-        """All parameters, and one arm for each dimension."""
+        """All parameters, and one arm for each dimension.
+
+        Raises:
+            ConfigError: a rank or alpha where the subspaces are those of W itself.
+        """
         rates = material.grid.rates
         full = self._full(material)
         wider = tuple(float(f"{rate * 10:.1e}") for rate in rates)
@@ -51,15 +56,25 @@ class IntrinsicStudy:
         matrices = matrices_name(self.targets)
         size = sum(site.d * site.h for site in chosen_sites(self.targets, material.sites))
         if self.of == "W" or (self.of == "auto" and size <= SMALL):
+            if self.rank is not None or self.alpha is not None:
+                raise ConfigError(
+                    f"the subspaces are those of W itself, {size:,} weights of {matrices}: they have no "
+                    "rank and no alpha; leave these out (--rank, --alpha)"
+                )
             return whole(matrices, self.targets, material.grid.rates)
-        return low_rank(matrices, self.targets, self.rank, self.alpha)
+        return low_rank(matrices, self.targets, *self._factors)
+
+    @property
+    def _factors(self) -> tuple[int, float]:
+        """Rank and alpha of the update whose factors the subspaces lie in."""
+        return 8 if self.rank is None else self.rank, 16.0 if self.alpha is None else self.alpha
 
     def read(self, results: Results, workshop: Workshop) -> Finding:
         """d90 by both definitions, and the curve."""
         names = list(results.arms)
         mine = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]
         matrices = matrices_name(self.targets)
-        own = (f"{matrices} W itself", f"{matrices} r={self.rank}")
+        own = (f"{matrices} W itself", f"{matrices} r={self._factors[0]}")
         full = next((n for n in own if n in results.arms), None)
         question = "How many dimensions does the task need?"
         notes = (

@@ -8,6 +8,7 @@ from typing import Any
 from brushstroke.errors import require
 from brushstroke.files import output_errors, write_file
 from brushstroke.report import Page
+from brushstroke.studies.arms import exact
 from brushstroke.studies.store import FIGURES, REPORT, RESULTS
 from brushstroke.studies.study import Report
 from brushstroke.training.run import versions
@@ -67,12 +68,12 @@ def report_page(report: Report, *, title: str, command: str = "") -> Page:
     )
     rates = sorted({rate for found in results.arms.values() for rate in found.tried})
     page.table(
-        ["arm", *(f"{rate:g}" for rate in rates), "chosen"],
+        ["arm", *(exact(rate) for rate in rates), "chosen"],
         [
             [
                 name,
                 *(_loss(found.tried, rate) for rate in rates),
-                "–" if found.chosen is None else f"{found.chosen:g}{' (edge)' if found.edge else ''}",
+                "–" if found.chosen is None else f"{exact(found.chosen)}{' (edge)' if found.edge else ''}",
             ]
             for name, found in results.arms.items()
         ],

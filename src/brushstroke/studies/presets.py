@@ -8,7 +8,7 @@ from brushstroke.base import load_base
 from brushstroke.files import output_errors
 from brushstroke.samples import labelled_file, model_path, read_task
 from brushstroke.studies import tiny
-from brushstroke.studies.arms import matrix_sets
+from brushstroke.studies.arms import allowed_ranks, matrix_sets
 from brushstroke.studies.delta import DeltaStudy
 from brushstroke.studies.material import make_material
 from brushstroke.studies.rank import RankStudy
@@ -52,9 +52,11 @@ def tiny_paper(
         on_base: told before the model is trained.
 
     Raises:
+        ConfigError: no seed.
         DataError: this Python does not carry the texts.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds something else.
     """
+    grid = Grid(RATES, tuple(seeds))  # refuses before the model is trained
     folder = Path(out).expanduser()
     check_folder(folder, overwrite=overwrite)
     with output_errors(folder):
@@ -66,7 +68,7 @@ def tiny_paper(
         base,
         tiny.tasks(),
         TrainConfig(max_steps=STEPS, batch_size=16, warmup=20, schedule="linear"),
-        Grid(RATES, tuple(seeds)),
+        grid,
         tiny.general(),
         {
             "model": f"Llama's architecture over bytes, {tiny.LAYERS} layers of width {tiny.WIDTH}, trained "
@@ -128,15 +130,20 @@ def paper_questions(
 
     Args:
         material: model and data.
-        ranks: of the second question; the third takes rank 4 and the largest.
+        ranks: of the second question; the third takes a small one and the largest that the matrices allow.
         rank: of the seeds that are compared.
         targets: the first question, where its sets or budget are not the usual ones.
+
+    Raises:
+        ConfigError: the matrices allow none of the ranks, or there are no such matrices.
     """
     names = {site.name for site in material.sites}
     matrices = QV if names >= set(QV) else ("attention",)
+    allowed = allowed_ranks(ranks, matrices, material.sites)
+    small = 4 if allowed[-1] > 4 else allowed[0]
     return [
         targets or TargetsStudy(),
         RankStudy(matrices, tuple(ranks)),
         SeedsStudy(matrices, rank),
-        DeltaStudy(matrices, (4, max(ranks))),
+        DeltaStudy(matrices, (small, allowed[-1])),
     ]

@@ -131,8 +131,6 @@ def _answer(
     if count < 2:
         return f"{text} (one seed: no interval, and no claim of a difference)."
     text += f" ({count} seeds)."
-    if best == max(kept) and len(kept) > 1:
-        text += " It is the largest that was tried: a rank beyond which nothing is gained was not reached."
     steps = {one.first: one for one in compared}
     further = [
         f"{rank} to {larger}"
@@ -144,6 +142,8 @@ def _answer(
         text += (
             f" Steps from one rank to the next that lower the loss at 5 % (paired t, Holm): {told or 'none'}."
         )
+    if best == max(kept) and further and further[-1].endswith(f" to {best}"):
+        text += " The last step still lowers it: a rank beyond which nothing is gained was not reached."
     if full and (last := steps.get(kept[max(kept)])):
         where = "no difference that these seeds can tell"
         if last.significant():

@@ -4,7 +4,6 @@ An arm whose best learning rate lies on the edge of the grid, after the grid was
 inconclusive: a better rate may lie beyond. What a run does is in `workshop`, where it runs in `executors`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,9 +78,15 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Estimate":
-        """The inverse of `dataclasses.asdict`, also after JSON."""
+        """The inverse of `dataclasses.asdict`, also after JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
         arms, seeds, left_out = (tuple(told[name]) for name in ("arms", "seeds", "left_out"))
-        return cls(told["seconds"], told["runs"], arms, seeds, left_out)
+        if not arms or not seeds:
+            raise ValueError("no plan is without arms or seeds")
+        return cls(float(told["seconds"]), int(told["runs"]), arms, seeds, left_out)
 
 
 @dataclass(frozen=True)
@@ -179,8 +184,7 @@ def estimate(
     Raises:
         ConfigError: not even one arm fits, or the budget is no number above 0.
     """
-    if budget_minutes is not None and not budget_minutes > 0:
-        raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {budget_minutes}")
+    check_budget(budget_minutes)
     each: dict[bool, float] = {}
     with _threads(1 if workers > 1 else torch.get_num_threads()):
         for arm in sorted(arms, key=workshop.numbers, reverse=True):
@@ -213,6 +217,16 @@ def estimate(
     return Estimate(seconds, runs, tuple(arm.name for arm in kept), grid.seeds[:seeds], tuple(left_out))
 
 
+def check_budget(minutes: float | None) -> None:
+    """Refuse a budget of time that is none.
+
+    Raises:
+        ConfigError: it is no number above 0.
+    """
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {minutes}")
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -231,9 +245,10 @@ def conduct(
     plan: Estimate,
     *,
     execute: Executor = in_process,
+    workers: int = 1,
     on_run: Callable[[Progress], None] | None = None,
 ) -> dict[str, ArmResult]:
-    """Do every run that is not finished yet.
+    """Do every run that is not finished yet; `workers` is how many `execute` does at a time.
 
     Raises:
         TrainingError: every run of every arm diverged.
@@ -241,7 +256,7 @@ def conduct(
     kept = [arm for arm in arms if arm.name in plan.arms]
     first, *others = plan.seeds
     rates = {arm.name: list(grid.of(arm)) for arm in kept}
-    conductor = _Conductor(workshop, store, execute, plan.runs, on_run)
+    conductor = _Conductor(workshop, store, execute, workers, plan.runs, on_run)
     conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
     if grid.extend:
         further = []
@@ -282,11 +297,12 @@ class _Conductor:
     workshop: Workshop
     store: Store
     execute: Executor
+    workers: int
     planned: int
     on_run: Callable[[Progress], None] | None
     finished: int = 0  # of the whole study
     ran: int = 0  # here
-    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # of those that ran here, each for itself
 
     def do(self, stage: str, runs: Sequence[Run]) -> None:
         missing = [run for run in runs if self.store.outcome(run) is None]
@@ -296,8 +312,9 @@ class _Conductor:
             self.store.finish(run, outcome)
             self.finished += 1
             self.ran += 1
+            self.seconds += outcome.seconds
             if self.on_run:
-                pace = (time.monotonic() - self.began) / self.ran
+                pace = self.seconds / self.ran / self.workers
                 left = max(0, self.planned - self.finished) * pace
                 self.on_run(Progress(before + count, len(runs), stage, outcome, left))
 
@@ -331,7 +348,8 @@ def _beyond(rates: Sequence[float], tried: Mapping[float, float | None]) -> floa
         return ordered[0] / 10
     if edge is None:
         return None
-    ratio = ordered[1] / ordered[0] if len(ordered) > 1 else 10**0.5
+    last = ordered[:2] if edge == "lowest" else ordered[-2:]
+    ratio = last[1] / last[0] if len(last) > 1 else 10**0.5
     beyond = ordered[0] / ratio if edge == "lowest" else ordered[-1] * ratio
     rounded = float(f"{beyond:.1e}")
-    return beyond if rounded in rates else rounded
+    return rounded if rounded < ordered[0] or rounded > ordered[-1] else beyond

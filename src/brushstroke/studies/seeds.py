@@ -81,6 +81,8 @@ class SeedsStudy:
         sizes = list(dict.fromkeys([(min(self.inner, k), k), (k, k)]))
         inputs = self._inputs(results, workshop, arm.name, seeds, sites, k)
         tests = _tests(same, other, sites, sizes)
+        if untested := [_place(row) for row in tests if "p_chance" not in row]:
+            notes = (f"Not tested, as φ is 1 for any two updates there: {', '.join(untested)}.", *notes)
         tables = [
             arms_table(results, [name for name in names if name in results.arms], "Runs."),
             _block_table(tests),
@@ -126,14 +128,17 @@ class SeedsStudy:
 def _tests(
     same: Pairs, other: Pairs, sites: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """For each block and side: φ, chance, control, the excess over both with interval and corrected p."""
+    """For each block and side: φ, chance, control, the excess over both with interval and corrected p.
+
+    Where a block fills its side, φ is 1 for any two updates: there is no test.
+    """
     found: list[dict[str, Any]] = []
     for i, j in sizes:
         for side in SIDES:
             means = {pair: _mean(rows, sites, side, i, j) for pair, rows in same.items()}
-            chance = fmean(
-                max(i, j) / rows[site].shape[side == "right"] for rows in same.values() for site in sites
-            )
+            sizes_here = [rows[site].shape[side == "right"] for rows in same.values() for site in sites]
+            filled = max(i, j) >= max(sizes_here)
+            chance = fmean(max(i, j) / size for size in sizes_here)
             above_chance = {pair: value - chance for pair, value in means.items()}
             row: dict[str, Any] = {
                 "block": f"φ({i}, {j})",
@@ -141,7 +146,7 @@ def _tests(
                 "phi": as_interval(over_seeds(means)),
                 "chance": chance,
                 "above_chance": as_interval(over_seeds(above_chance)),
-                "p_chance": exceeds(over_pairs(above_chance), 0.0),
+                **({} if filled else {"p_chance": exceeds(over_pairs(above_chance), 0.0)}),
             }
             if other:
                 control = {
@@ -153,7 +158,7 @@ def _tests(
                 row |= {
                     "other_task": as_interval(over_seeds(control)),
                     "above_other": as_interval(over_seeds(excess)),
-                    "p_other": exceeds(over_pairs(excess), 0.0),
+                    **({} if filled else {"p_other": exceeds(over_pairs(excess), 0.0)}),
                 }
             found.append(row)
     for key in ("p_chance", "p_other"):
@@ -266,7 +271,7 @@ def _answer(
 
     def listed(rows: Sequence[Mapping[str, Any]]) -> str:
         return ", ".join(
-            f"{row['block']} {SIDE_NAMES[row['side']]} {row['phi']['mean']:.2f} (chance {row['chance']:.2f}"
+            f"{_place(row)} {row['phi']['mean']:.2f} (chance {row['chance']:.2f}"
             + (f", other task {row['other_task']['mean']:.2f})" if "other_task" in row else ")")
             for row in rows
         )
@@ -274,7 +279,7 @@ def _answer(
     text = f"Over {seeds} seeds, above chance at 5 % (Holm): {listed(passed('p_chance')) or 'no block'}. "
     if controlled:
         above = passed("p_other")
-        names = ", ".join(f"{row['block']} {SIDE_NAMES[row['side']]}" for row in above)
+        names = ", ".join(map(_place, above))
         text += (
             f"Above the other task as well, so not the same for whatever the model learns: {names}. "
             if above
@@ -328,6 +333,10 @@ def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Fi
     spec = dots(dotted, name="kind", value="shared", title=title)
     figures.append(Figure("shared-directions", "By kind of matrix, with 95 % intervals over seeds.", spec))
     return figures
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['block']} {SIDE_NAMES[row['side']]}"
 
 
 def _shown(found: Mapping[str, Any], digits: int = 3) -> str:

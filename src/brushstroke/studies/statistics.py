@@ -10,6 +10,8 @@ from itertools import combinations
 
 from brushstroke.errors import require
 
+ROUNDING = 1e-12  # of nats and of shares of one: below it is float64's rounding, and evidence of nothing
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -136,6 +138,8 @@ def over_pairs(values: Mapping[tuple[int, int], float]) -> list[float]:
 def exceeds(values: Sequence[float], level: float) -> float | None:
     """One-sided p that the mean of the values lies above a level (t-test); None with fewer than two values.
 
+    It is 1 where both the spread and the distance from the level are no more than rounding.
+
     >>> exceeds([0.4, 0.5, 0.6], 0.1) < 0.05
     True
     """
@@ -143,6 +147,8 @@ def exceeds(values: Sequence[float], level: float) -> float | None:
         return None
     spread = statistics.stdev(values) / len(values) ** 0.5
     gap = statistics.fmean(values) - level
+    if spread < ROUNDING and abs(gap) < ROUNDING:
+        return 1.0
     if spread == 0:
         return 0.0 if gap > 0 else 1.0
     return 1 - _t_distribution(gap / spread, len(values) - 1)

@@ -5,9 +5,10 @@ A run is finished when its outcome is there; the outcome is written last, at onc
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from brushstroke.adapter import Adapter
 from brushstroke.errors import OutputError, ResumeError
 from brushstroke.files import output_errors, refuse_existing, write_file
 from brushstroke.formats import load
-from brushstroke.studies.arms import Run
+from brushstroke.studies.arms import RUN_KEY, Run
 from brushstroke.studies.workshop import Outcome
 
 STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
 RESULTS, REPORT, FIGURES = "results.json", "report.html", "figures"
 BASE = "base"  # a model that was trained for the study; made before the study begins
+ALWAYS = {"studies", "seeds", "arms"}  # of every study's identity: what tells it from a foreign study.json
+BEFORE_BEGUN = re.compile(rf"{BASE}(\.partial)?|\.partial-\d+-{re.escape(STUDY)}")  # left by a kill till then
+START_OVER = "start over (--overwrite), or choose another folder"
 
 
 class Store:
@@ -28,7 +32,7 @@ class Store:
 
     Args:
         folder: made where it is not there.
-        identity: what a study must share with the one that the folder holds, as JSON types.
+        identity: what a study must share with the one that the folder holds, as JSON types; `ALWAYS` in it.
         overwrite: remove what another study left there.
 
     Raises:
@@ -42,11 +46,11 @@ class Store:
         check_folder(folder, overwrite=overwrite)
         if overwrite:
             self._clear()
-        if (folder / STUDY).is_file():
+        if (folder / STUDY).is_file() and not overwrite:
             self._refuse_other(now, self._read()["identity"])
         else:
             with output_errors(folder):
-                (folder / RUNS).mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / STUDY, json.dumps({"identity": now, "notes": {}}, indent=2) + "\n")
 
     @property
@@ -65,11 +69,16 @@ class Store:
         write_file(self.folder / STUDY, json.dumps(whole, indent=2) + "\n")
 
     def outcome(self, run: Run) -> Outcome | None:
-        """What a run came to; None where it is not finished."""
+        """What a run came to; None where it is not finished.
+
+        Raises:
+            OutputError: what is kept of it is damaged.
+        """
         file = self.runs / run.key / OUTCOME
         if not file.is_file():
             return None
-        return Outcome.from_dict(json.loads(file.read_text("utf-8")))
+        with damaged(file, "remove this file, and the run is done again"):
+            return Outcome.from_dict(json.loads(file.read_text("utf-8")))
 
     def finish(self, run: Run, outcome: Outcome) -> None:
         """Keep what a run came to; from now on it is never run again."""
@@ -103,19 +112,21 @@ class Store:
             )
 
     def _clear(self) -> None:
-        """Remove what a study has written, and nothing else; folders go where nothing is left in them."""
+        """Remove what a study has written but study.json; folders go where nothing is left in them."""
         if not (self.folder / STUDY).is_file():
             return
-        figures = self.note("figures") or []
+        noted = self.note("figures")
+        names = noted if isinstance(noted, list) else []
+        drawn = [file for file in (self.folder / FIGURES).glob("*") if file.is_file() and file.name in names]
         with output_errors(self.folder):
             for run in [*self.runs.glob(f"*/{OUTCOME}"), *self.runs.glob(f"*/{ADAPTER}")]:
-                shutil.rmtree(run) if run.is_dir() else run.unlink()
-                _remove_empty(run.parent)
-            for name in (RESULTS, REPORT, *(f"{FIGURES}/{figure}" for figure in figures)):
-                (self.folder / name).unlink(missing_ok=True)
+                if RUN_KEY.fullmatch(run.parent.name):
+                    shutil.rmtree(run) if run.is_dir() else run.unlink()
+                    _remove_empty(run.parent)
+            for file in (self.folder / RESULTS, self.folder / REPORT, *drawn):
+                file.unlink(missing_ok=True)
             _remove_empty(self.runs)
             _remove_empty(self.folder / FIGURES)
-            (self.folder / STUDY).unlink()
 
 
 def check_folder(folder: Path, *, overwrite: bool = False) -> None:
@@ -127,7 +138,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
     if (folder / STUDY).is_file():
         _read(folder)
         return
-    if not folder.is_dir() or any(entry.name != BASE for entry in folder.iterdir()):
+    if not folder.is_dir() or not all(BEFORE_BEGUN.fullmatch(entry.name) for entry in folder.iterdir()):
         refuse_existing(folder, overwrite)
     if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES) if (folder / name).exists()]:
         raise OutputError(
@@ -145,14 +156,27 @@ def planned_before(folder: Path) -> dict[str, Any] | None:
     return _read(folder)["notes"].get("plan") if (folder / STUDY).is_file() else None
 
 
+@contextmanager
+def damaged(file: Path, remedy: str) -> Iterator[None]:
+    """Inside, what a file holds is taken apart; where it is not what it should be, one message says so.
+
+    Raises:
+        OutputError: naming the file, and the remedy.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{file} is damaged; {remedy}") from error
+
+
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / STUDY
     try:
         whole = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} cannot be read ({error}); choose another folder") from error
-    parts = (whole.get("identity"), whole.get("notes")) if isinstance(whole, dict) else ()
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    identity, notes = (whole.get("identity"), whole.get("notes")) if isinstance(whole, dict) else (None, None)
+    if not isinstance(identity, dict) or not isinstance(notes, dict) or not identity.keys() >= ALWAYS:
         raise OutputError(f"{file} was not written by a study; move it away, or choose another folder")
     return whole
 

@@ -18,11 +18,11 @@ from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.walk import find_sites
-from brushstroke.studies.arms import Arm
+from brushstroke.studies.arms import Arm, exact
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
 from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
-from brushstroke.studies.store import RUNS, Store, check_folder, planned_before
+from brushstroke.studies.store import RUNS, START_OVER, STUDY, Store, check_folder, damaged, planned_before
 from brushstroke.studies.workshop import Score, Task, Workshop
 from brushstroke.training import TrainConfig
 from brushstroke.training.run import versions
@@ -100,7 +100,7 @@ class Report:
             "arms": {
                 name: {
                     "arm": found.arm.as_dict(),
-                    "tried": {f"{rate:g}": loss for rate, loss in found.tried.items()},
+                    "tried": {exact(rate): loss for rate, loss in found.tried.items()},
                     "chosen": found.chosen,
                     "edge": found.edge,
                     "conclusive": found.conclusive,
@@ -142,12 +142,13 @@ def run_studies(
         budget_minutes: plan no more than fits, and say what was left out. A plan that was made stays: a
             study that goes on does not plan again.
         execute: where runs happen.
-        workers: how many runs `execute` does at a time, for the estimate.
+        workers: how many runs `execute` does at a time, for the estimate and the time left.
         on_estimate: told before the first run.
         on_run: told after every run.
 
     Raises:
         ConfigError: a question that cannot be asked of this model or data, or a budget too small.
+        OutputError: the folder holds something else, or a file of the study in it is damaged.
         ResumeError: the folder holds another study.
         TrainingError: every run diverged.
     """
@@ -168,21 +169,25 @@ def run_studies(
     if known is None:
         planned = estimate(workshop, every, material.grid, workers, budget_minutes)
     else:
-        planned = replace(Estimate.from_dict(known), made_before=True)
+        with damaged(folder / STUDY, START_OVER):
+            planned = replace(Estimate.from_dict(known), made_before=True)
     store = Store(folder, settings, overwrite=overwrite)
     store.keep_note("plan", asdict(planned))
     if on_estimate:
         on_estimate(planned)
     untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
-    spent = store.note("seconds") or 0.0
+    with damaged(folder / STUDY, START_OVER):
+        scores = {name: Score(**told) for name, told in untouched.items()}
+        spent = float(store.note("seconds") or 0.0)
 
     def after_run(progress: Progress) -> None:
         store.keep_note("seconds", spent + time.perf_counter() - began)
         if on_run:
             on_run(progress)
 
-    found = conduct(workshop, store, every, material.grid, planned, execute=execute, on_run=after_run)
-    scores = {name: Score(**told) for name, told in untouched.items()}
+    found = conduct(
+        workshop, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
+    )
     results = Results(store, found, scores, planned, tuple(arms))
     findings = tuple(study.read(results, workshop) for study in studies)
     seconds = spent + time.perf_counter() - began

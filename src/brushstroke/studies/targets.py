@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.findings import Figure, Finding, difference_table
@@ -24,6 +25,9 @@ class TargetsStudy:
         budget: parameters of each arm; by default what the first set needs at rank 8.
         rank: one rank for all sets instead of a budget; bigger sets then have more parameters.
         alpha: the same for all.
+
+    Raises:
+        ConfigError: a budget below 1.
     """
 
     sets: Mapping[str, tuple[str, ...]] | None = None
@@ -32,6 +36,12 @@ class TargetsStudy:
     alpha: float = 16.0
     name: str = "targets"
     _found: Budget | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.budget < 1:
+            raise ConfigError(
+                f"the budget is a number of parameters, at least 1 (--budget); got {self.budget}"
+            )
 
     def arms(self, material: Material) -> list[Arm]:
         """One for each set."""
@@ -42,8 +52,8 @@ class TargetsStudy:
             self._found = Budget(0, arms, {})
         else:
             first = next(iter(sets.values()))
-            budget = self.budget or BUDGET_RANK * parameters_per_rank(first, sites)
-            self._found = equal_budget(sets, sites, budget, self.alpha)
+            usual = BUDGET_RANK * parameters_per_rank(first, sites)
+            self._found = equal_budget(sets, sites, self.budget or usual, self.alpha)
         return list(self._found.arms)
 
     def read(self, results: Results, workshop: Workshop) -> Finding:

@@ -46,10 +46,14 @@ def tiny_base(folder: Path, seed: int = 0) -> Base:
     how = {"width": WIDTH, "layers": LAYERS, "steps": STEPS, "seed": seed}
     if folder.is_dir():
         made = folder / MADE
-        if not made.is_file() or json.loads(made.read_text("utf-8")) != how:
+        try:
+            same = json.loads(made.read_text("utf-8")) == how
+        except (OSError, ValueError):
+            same = False
+        if not same:
             raise OutputError(
-                f"{folder} holds another model than the one that this study trains; move it away, or "
-                "choose another folder"
+                f"{folder} holds another model than the one that this study trains, by what {made} says, or "
+                "does not; move it away, or choose another folder"
             )
     else:
         model = _pretrained(seed)

@@ -1,0 +1,72 @@
+"""A study's folder and its results as JSON: what is damaged is told, what is nearly equal kept apart."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import training_kit
+from brushstroke.base import Base
+from brushstroke.errors import ConfigError, OutputError
+from brushstroke.studies import Estimate, Grid, IntrinsicStudy, Material, RankStudy, Report, Task, run_studies
+from brushstroke.studies.arms import Arm
+from brushstroke.studies.runner import ArmResult
+from brushstroke.training import TrainConfig
+
+IDENTITY = {"studies": [], "seeds": [], "arms": []}
+PLAN = {"seconds": 1.0, "runs": 4, "arms": ["q r=1"], "seeds": [0], "left_out": []}
+
+
+@pytest.fixture
+def material(llama) -> Material:
+    rows = tuple(training_kit.examples(6))
+    tasks = {"task": Task("toy", rows[:2], rows[2:4], rows[4:])}
+    return Material(Base(llama), tasks, TrainConfig(max_steps=1), Grid((1e-3, 1e-2), (0,)))
+
+
+@pytest.mark.parametrize(
+    "plan", [{"foo": 1}, [1], 3, {**PLAN, "seconds": "x"}, {**PLAN, "arms": 5}, {**PLAN, "seeds": []}]
+)
+def test_a_damaged_plan_is_one_error_that_names_the_file_and_what_to_do(material, tmp_path, plan):
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps({"identity": IDENTITY, "notes": {"plan": plan}}))
+    with pytest.raises(OutputError, match=r"is damaged; start over \(--overwrite\)") as told:
+        run_studies([RankStudy(("q_proj",), (1,))], material, tmp_path)
+    assert str(file) in str(told.value)
+
+
+@pytest.mark.parametrize("notes", [{"untouched": {"task": 5}}, {"untouched": [1]}, {"seconds": "x"}])
+def test_other_damaged_notes_are_told_before_anything_runs(material, tmp_path, notes):
+    def untold(*_):
+        pytest.fail("ran")
+
+    studies = [RankStudy(("q_proj",), (1,), train_whole=False)]
+    with pytest.raises(KeyboardInterrupt):
+        run_studies(studies, material, tmp_path, on_estimate=interrupted)
+    file = tmp_path / "study.json"
+    told = json.loads(file.read_text())
+    told["notes"] |= notes
+    file.write_text(json.dumps(told))
+    with pytest.raises(OutputError, match="is damaged; start over"):
+        run_studies(studies, material, tmp_path, execute=untold)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_rates_that_nearly_agree_are_two_in_the_results():
+    tried = {1e-3: 1.0, 1.0000001e-3: 2.0, 1.0: None}
+    found = ArmResult(Arm("q", ("q_proj",)), tried, None, None, {})
+    results = SimpleNamespace(estimate=Estimate(1.0, 3, ("q",), (0,)), untouched={}, arms={"q": found})
+    told = Report((), results, {}, 1.0).as_dict()["arms"]["q"]["tried"]
+    assert told == {"0.001": 1.0, "0.0010000001": 2.0, "1": None}
+
+
+@pytest.mark.parametrize("given", [{"rank": 8}, {"alpha": 16.0}])
+def test_a_subspace_of_the_weights_has_no_rank_and_no_alpha(material, given):
+    with pytest.raises(ConfigError, match="leave these out"):
+        IntrinsicStudy(("q_proj",), (4,), **given).arms(material)
+    assert IntrinsicStudy(("q_proj",), (4,)).arms(material)[0].rank is None
+    (full, _) = IntrinsicStudy(("q_proj",), (4,), of="factors", **given).arms(material)
+    assert (full.rank, full.alpha) == (8, 16.0)
