@@ -133,16 +133,16 @@ def _answer(
     text += f" ({count} seeds)."
     steps = {one.first: one for one in compared}
     further = [
-        f"{rank} to {larger}"
+        (rank, larger)
         for rank, larger in pairwise(kept)
         if (step := steps.get(kept[rank])) and step.significant() and step.difference.mean > 0
     ]
     if len(kept) > 1:
-        told = ", ".join(further)
+        told = ", ".join(f"{rank} to {larger}" for rank, larger in further)
         text += (
             f" Steps from one rank to the next that lower the loss at 5 % (paired t, Holm): {told or 'none'}."
         )
-    if best == max(kept) and further and further[-1].endswith(f" to {best}"):
+    if best == max(kept) and any(larger == best for _, larger in further):
         text += " The last step still lowers it: a rank beyond which nothing is gained was not reached."
     if full and (last := steps.get(kept[max(kept)])):
         where = "no difference that these seeds can tell"

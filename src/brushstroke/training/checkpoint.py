@@ -63,15 +63,11 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
             for file in (staging / TENSORS, staging / STATE):
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
-            if (
-                folder.exists()
-            ):  # moved out of the way whole: removing it takes time, in which a kill may come
-                before = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+            before = staging.with_name(f"{staging.name}-before")
+            if folder.exists():  # out of the way whole: removing it takes time, in which a kill may come
                 os.replace(folder, before)
-                os.replace(staging, folder)
-                shutil.rmtree(before, ignore_errors=True)
-            else:
-                os.replace(staging, folder)
+            os.replace(staging, folder)
+            shutil.rmtree(before, ignore_errors=True)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
