@@ -14,15 +14,19 @@ VOCABULARY = 64
 
 
 def examples(count: int = 9, *, shared: int = 12, seed: int = 0) -> list[Example]:
-    """Prompts and answers of random tokens; two thirds of them begin with the same `shared` tokens."""
+    """Prompts and answers of random tokens, some with tokens behind them that nothing is learnt from.
+
+    Two thirds of them begin with the same `shared` tokens.
+    """
     rng = random.Random(seed)
     draw = lambda n: [rng.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
     prefix = draw(shared)
     made = []
     for i in range(count):
         prompt = (prefix if i % 3 else draw(10)) + draw(3)
-        answer = draw(rng.randrange(3, 20))
-        made.append(Example(tuple(prompt + answer), (0.0,) * len(prompt) + (1.0,) * len(answer), row=i + 1))
+        answer, tail = draw(rng.randrange(3, 20)), draw(i % 4)
+        weights = (0.0,) * len(prompt) + (1.0,) * len(answer) + (0.0,) * len(tail)
+        made.append(Example(tuple(prompt + answer + tail), weights, row=i + 1))
     return made
 
 

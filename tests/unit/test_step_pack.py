@@ -11,8 +11,9 @@ from brushstroke.step.pack import MIN_PREFIX, Group, Pass, plan_passes, share_pr
 from training_kit import examples
 
 
-def made(prompt: list[int], answer: list[int]) -> Example:
-    return Example(tuple(prompt + answer), (0.0,) * len(prompt) + (1.0,) * len(answer))
+def made(prompt: list[int], answer: list[int], tail: list[int] | None = None) -> Example:
+    weights = (0.0,) * len(prompt) + (1.0,) * len(answer) + (0.0,) * len(tail or [])
+    return Example(tuple(prompt + answer + (tail or [])), weights)
 
 
 @st.composite
@@ -21,7 +22,8 @@ def batches(draw: st.DrawFn) -> list[Example]:
     rows = []
     for _ in range(draw(st.integers(1, 12))):
         prompt = draw(st.sampled_from(stems)) + draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
-        rows.append(made(prompt, draw(st.lists(st.integers(0, 3), min_size=1, max_size=6))))
+        answer = draw(st.lists(st.integers(0, 3), min_size=1, max_size=6))
+        rows.append(made(prompt, answer, draw(st.lists(st.integers(0, 3), max_size=3))))
     return rows
 
 
@@ -44,7 +46,7 @@ def test_passes_hold_every_example_once_and_share_only_what_is_common(
 @given(batches())
 def test_sharing_never_computes_more(rows: list[Example]) -> None:
     computed = sum(group.computed_tokens for group in share_prefixes(rows))
-    assert computed <= sum(len(example) for example in rows)
+    assert computed <= sum(example.reach for example in rows)
 
 
 def test_two_clusters_each_share_their_own_prefix() -> None:
@@ -52,7 +54,7 @@ def test_two_clusters_each_share_their_own_prefix() -> None:
     rows = [made([*stem, 50 + i], [60 + i]) for i in range(3) for stem in (a, b)]
     groups = share_prefixes(rows)
     assert sorted((group.prefix, len(group.members)) for group in groups) == [(20, 3), (30, 3)]
-    assert sum(group.computed_tokens for group in groups) == 20 + 30 + 6 * 2
+    assert sum(group.computed_tokens for group in groups) == 20 + 30 + 6 * 1
 
 
 def test_the_last_prompt_token_stays_with_each_example() -> None:
@@ -106,4 +108,11 @@ def test_examples_of_one_length_that_share_nothing_are_one_call_of_attention() -
     rows = [made([100 * i + j for j in range(12)], [9, 9, 9]) for i in range(6)]
     (packed,) = plan_passes(rows, 1024, share=True)
     layout = lay_out(packed, torch.device("cpu"))
-    assert [(piece.rows, piece.width, piece.pad) for piece in layout.pieces] == [(6, 15, None)]
+    assert [(piece.rows, piece.width, piece.pad) for piece in layout.pieces] == [(6, 14, None)]
+
+
+def test_what_follows_the_last_target_is_not_computed() -> None:
+    row = made([1, 2, 3], [4, 5], tail=[6, 7, 8])
+    layout = lay_out(Pass((Group(0, (row,)),)), torch.device("cpu"))
+    assert layout.tokens.tolist() == [[1, 2, 3, 4]]
+    assert layout.targets.tolist() == [4, 5]

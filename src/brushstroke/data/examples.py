@@ -62,6 +62,16 @@ class Example:
         """The index of the first trained token; the number of tokens where none is trained."""
         return next((i for i, weight in enumerate(self.weights) if weight != 0), len(self.tokens))
 
+    @property
+    def reach(self) -> int:
+        """How many tokens the loss depends on as inputs: those before the last trained one; at least one.
+
+        >>> Example(tokens=(5, 6, 7, 8), weights=(0.0, 0.0, 1.0, 0.0)).reach
+        2
+        """
+        count = len(self.weights)
+        return max(1, next((i for i in range(count - 1, 0, -1) if self.weights[i] != 0), count))
+
 
 @dataclass(frozen=True, slots=True)
 class EncodingReport:

@@ -182,8 +182,8 @@ class PaddedForward(_Headed):
         """Batches of similar length of at most `micro_tokens`, padding counted."""
         passes: list[Pass] = []
         batch: list[Example] = []
-        for example in sorted(examples, key=len):
-            if batch and (len(batch) + 1) * len(example) > micro_tokens:
+        for example in sorted(examples, key=lambda example: example.reach):
+            if batch and (len(batch) + 1) * example.reach > micro_tokens:
                 passes.append(unshared(batch))
                 batch = []
             batch.append(example)
@@ -195,17 +195,19 @@ class PaddedForward(_Headed):
 
     def _run(self, packed: Pass) -> Outputs:
         examples = packed.examples
-        width = max(len(example) for example in examples)
-        tokens = torch.zeros(len(examples), width, dtype=torch.long)
-        mask = torch.zeros(len(examples), width, dtype=torch.long)
-        weights = torch.zeros(len(examples), width)
+        width = max(example.reach for example in examples)
+        tokens, mask, behind = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(3))
+        weights = torch.zeros(len(examples), width)  # of the tokens `behind` each one
         for i, example in enumerate(examples):
-            tokens[i, : len(example)] = torch.tensor(example.tokens)
-            weights[i, : len(example)] = torch.tensor(example.weights)
-            mask[i, : len(example)] = 1
-        tokens, mask, weights = (x.to(self._device) for x in (tokens, mask, weights))
+            end = example.reach
+            tokens[i, :end] = torch.tensor(example.tokens[:end])
+            mask[i, :end] = 1
+            following = min(end, len(example) - 1)
+            behind[i, :following] = torch.tensor(example.tokens[1 : following + 1])
+            weights[i, :following] = torch.tensor(example.weights[1 : following + 1])
+        tokens, mask, behind, weights = (x.to(self._device) for x in (tokens, mask, behind, weights))
         row, column = weights.nonzero(as_tuple=True)
-        targets, kept = tokens[row, column], weights[row, column]
+        targets, kept = behind[row, column], weights[row, column]
         inputs: dict[str, Any] = {"input_ids": tokens}
         if "attention_mask" in self._accepts:
             inputs["attention_mask"] = mask
@@ -213,8 +215,8 @@ class PaddedForward(_Headed):
             inputs["use_cache"] = False
         if self._head.decoder is not None:
             hidden = self._head.decoder(**inputs)[0]
-            return Outputs(hidden[row, column - 1], targets, kept, self._head)
-        return Outputs(_logits(self._model(**inputs))[row, column - 1], targets, kept, None)
+            return Outputs(hidden[row, column], targets, kept, self._head)
+        return Outputs(_logits(self._model(**inputs))[row, column], targets, kept, None)
 
 
 def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:

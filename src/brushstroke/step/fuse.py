@@ -28,9 +28,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's
 HALF_TOLERANCE = 3e-2
 NOISE_FACTOR = 3.0  # half precision: how often a gradient may differ by what rounding the input changes in it
 MOST_NOISE = 0.3  # above it a probe could not tell one function from another
-PROBED = Example(
-    tokens=(0,) * 7, weights=(0.0,) * 6 + (1.0,)
-)  # only its length matters: modules see no tokens
+PROBED = Example(tokens=(0,) * 7, weights=(0.0,) * 7)  # only its length matters: modules see no tokens
 
 ACTIVATIONS = {
     "SiLU": SILU,

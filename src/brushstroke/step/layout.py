@@ -78,8 +78,8 @@ def lay_out(packed: Pass, device: torch.device) -> Layout:
             row.pieces.append(Piece(group.prefix, 1, group.prefix))
         for block in _blocks(group):
             for example in block:
-                row.add(example, group.prefix, len(example))
-            row.pieces.append(_piece([len(example) - group.prefix for example in block], prefix, device))
+                row.add(example, group.prefix, example.reach)
+            row.pieces.append(_piece([example.reach - group.prefix for example in block], prefix, device))
     integers = {"dtype": torch.long, "device": device}
     return Layout(
         tokens=torch.tensor([row.tokens], **integers),
@@ -106,7 +106,7 @@ class _Row:
         offset = len(self.tokens) - start
         self.tokens.extend(example.tokens[start:stop])
         self.positions.extend(range(start, stop))
-        for i in range(start + 1, stop):
+        for i in range(start + 1, min(stop + 1, len(example))):
             if example.weights[i]:
                 self.sources.append(offset + i - 1)
                 self.targets.append(example.tokens[i])
@@ -119,7 +119,7 @@ def _blocks(group: Group) -> list[list[Example]]:
     block: list[Example] = []
     tokens = 0
     for example in group.members:
-        length = len(example) - group.prefix
+        length = example.reach - group.prefix
         if block and (len(block) + 1) * length > (1 + PADDING) * (tokens + length):
             blocks.append(block)
             block, tokens = [], 0

@@ -1,4 +1,4 @@
-"""The examples of a step become packed passes: no padding, shared prefixes once.
+"""The examples of a step become packed passes: no padding, shared prefixes once, nothing after a last target.
 
 Pure bookkeeping on token lists; tensors and models come later, in `layout` and `forward`.
 """
@@ -21,8 +21,8 @@ class Group:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that run through the layers: the prefix once, then every suffix."""
-        return self.prefix + sum(len(example) - self.prefix for example in self.members)
+        """Tokens that run through the layers: the prefix once, then every suffix as far as it matters."""
+        return self.prefix + sum(example.reach - self.prefix for example in self.members)
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def plan_passes(examples: Sequence[Example], micro_tokens: int, share: bool) -> 
     for group in groups:
         members: list[Example] = []
         for example in group.members:
-            cost = len(example) - (group.prefix if members else 0)
+            cost = example.reach - (group.prefix if members else 0)
             if used and (used + cost > micro_tokens or used >= aim):
                 if members:
                     pending.append(Group(group.prefix, tuple(members)))
                 passes.append(_pass(pending))
-                pending, members, used, cost = [], [], 0, len(example)
+                pending, members, used, cost = [], [], 0, example.reach
             members.append(example)
             used += cost
         pending.append(Group(group.prefix, tuple(members)))
@@ -78,7 +78,7 @@ def _pass(groups: Sequence[Group]) -> Pass:
     """A pass of these groups. Examples that share nothing come together: attention takes them at once."""
     shared = [group for group in groups if group.prefix and len(group.members) > 1]
     alone = [example for group in groups if group not in shared for example in group.members]
-    return Pass((*shared, Group(0, tuple(sorted(alone, key=len))))) if alone else Pass(tuple(shared))
+    return Pass((*shared, Group(0, _by_length(alone)))) if alone else Pass(tuple(shared))
 
 
 def share_prefixes(examples: Sequence[Example]) -> list[Group]:
@@ -110,7 +110,7 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
         prefix = (
             min([*common[start : stop - 1], *(_shareable(e) for e in members)]) if len(members) > 1 else 0
         )
-        groups.append(Group(prefix, tuple(sorted(members, key=len))))
+        groups.append(Group(prefix, _by_length(members)))
         stop = start
     return groups[::-1]
 
@@ -118,6 +118,10 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
 def _shareable(example: Example) -> int:
     """The longest prefix that leaves the example its last prompt token, which predicts its first target."""
     return max(0, example.first_trained - 1)
+
+
+def _by_length(examples: Sequence[Example]) -> tuple[Example, ...]:
+    return tuple(sorted(examples, key=lambda example: example.reach))
 
 
 def _common(a: Example, b: Example) -> int:

@@ -125,7 +125,7 @@ def _need(
     device: torch.device,
 ) -> MemoryNeed:
     def run(tokens: int) -> Tensor:
-        example = Example((0,) * tokens, (0.0,) * (tokens - 1) + (1.0,))
+        example = Example((0,) * (tokens + 1), (0.0,) * tokens + (1.0,))
         with forward.context():
             return forward.summed_loss(unshared([example]), None)
 

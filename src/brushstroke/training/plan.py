@@ -34,7 +34,7 @@ class Plan:
         own_functions: the modules of the model that run brushstroke's own functions, in words.
         kernels: "onednn" or "torch", for the products, with `kernels_reason`.
         real_tokens, trained_tokens: of one epoch.
-        computed_tokens: of one epoch, after sharing; `shared_tokens` fewer than without sharing.
+        computed_tokens: of one epoch; `shared_tokens` fewer than without shared prefixes.
         extrapolated: whether these two were counted on the first steps alone.
         layout: "packed" or "padded", with `layout_reason`.
         warnings: what a user should know, one line each.
@@ -110,15 +110,16 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     factors = {id(p) for p in session.parameters}
     base_parameters = sum(p.numel() for p in session.model.parameters() if id(p) not in factors)
     counted = min(order.steps_per_epoch, COUNTED_STEPS)
-    computed = seen = 0
+    computed = needed = seen = 0
     for step in range(counted):
         batch = order.batch(step)
         seen += sum(len(example) for example in batch)
         if session.packed:
             computed += sum(part.computed_tokens for part in session.passes(batch))
+            needed += sum(example.reach for example in batch)
     computed = computed if session.packed else seen
     extrapolated = counted < order.steps_per_epoch
-    computed_tokens = round(computed / max(1, seen) * report.real_tokens)
+    scale = report.real_tokens / max(1, seen)
     longest = max(len(example) for example in data)
     in_pass = min(max(session.micro_tokens, longest), max(1, computed // counted))
     return Plan(
@@ -146,8 +147,8 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         batch_size=config.batch_size,
         real_tokens=report.real_tokens,
         trained_tokens=report.trained_tokens,
-        computed_tokens=computed_tokens,
-        shared_tokens=report.real_tokens - computed_tokens,
+        computed_tokens=round(computed * scale),
+        shared_tokens=round(max(0, needed - computed) * scale),
         extrapolated=extrapolated,
         micro_tokens=session.micro_tokens,
         micro_reason=session.step.micro_reason,

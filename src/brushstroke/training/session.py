@@ -34,7 +34,7 @@ class StepResult:
         loss: per trained token, in nats.
         trained_tokens: tokens whose prediction is in the loss.
         real_tokens: tokens of the examples, without padding.
-        computed_tokens: tokens that ran through the layers; fewer where prefixes are shared.
+        computed_tokens: tokens that ran through the layers: prefixes once, nothing after a last target.
     """
 
     loss: float
