@@ -143,6 +143,12 @@ class Overlap(SiteTable[SiteOverlap]):
         self.cosine, self.factor_cosine = cosine, factor_cosine
 
     @property
+    def sides(self) -> list[str]:
+        """The sides that were compared: "left" and "right", or one of them."""
+        _, row = next(iter(self.items()))
+        return [side for side in ("left", "right") if getattr(row, side) is not None]
+
+    @property
     def same_start(self) -> bool:
         """Whether both seem to have grown from one random start."""
         return self.factor_cosine > SAME_START

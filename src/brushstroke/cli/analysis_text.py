@@ -27,32 +27,12 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _cell(value: float | None, spec: str = ".4g") -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:{spec}}"
-
-
 def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
     """The spectrum of one adapter: a row for each site, the map, the advice."""
+    from brushstroke.analysis.listing import spectrum_listing
+
     console = results()
-    columns = ["site", "d×h", "rank", "norm", "‖ΔW‖/‖W‖", "sigma 1", "stable", "effective", "90 %", "99 %"]
-    rows = [
-        [
-            site,
-            f"{row.shape[0]}×{row.shape[1]}",
-            str(row.rank),
-            _cell(row.norm),
-            _cell(row.relative_norm, ".3g"),
-            _cell(float(row.sigma[0])),
-            f"{row.stable_rank:.2f}",
-            f"{row.effective_rank:.2f}",
-            str(row.energy_rank(0.90)),
-            str(row.energy_rank(0.99)),
-        ]
-        for site, row in found.ordered()
-    ]
-    table(console, columns, rows)
+    table(console, *spectrum_listing(found))
     _print_map(found, measure)
     console.print(name, style="bold", markup=False)
     used = found.advised_rank()
@@ -70,6 +50,8 @@ def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
 
 
 def _print_map(found: "Spectrum", measure: str) -> None:
+    from brushstroke.analysis.listing import number
+
     grid = found.grid()
     if len(grid.layers) < 2:
         return
@@ -78,7 +60,9 @@ def _print_map(found: "Spectrum", measure: str) -> None:
         [
             layer or "-",
             *(
-                _cell(value(found[grid.sites[layer, matrix]]), ".3g") if (layer, matrix) in grid.sites else ""
+                number(value(found[grid.sites[layer, matrix]]), ".3g")
+                if (layer, matrix) in grid.sites
+                else ""
                 for matrix in grid.matrices
             ),
         ]
@@ -104,20 +88,10 @@ def print_cut(out: Path, cut: "Truncation") -> None:
 
 def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
     """Two adapters, a row for each site."""
+    from brushstroke.analysis.listing import overlap_listing
+
     console = results()
-    _, first = next(iter(found.items()))
-    sides = [side for side in ("left", "right") if getattr(first, side) is not None]
-    columns = ["site", "ranks", "cosine"]
-    columns += [f"{side} {what}" for side in sides for what in ("φ", "chance", "z", "weighted")]
-    rows = []
-    for site, row in found.ordered():
-        block = row.block()
-        cells = [site, f"{row.ranks[0]},{row.ranks[1]}", f"{row.cosine:.3f}"]
-        for side in sides:
-            cells += [f"{block[side]:.3f}", f"{block[f'chance_{side}']:.3f}", f"{block[f'z_{side}']:.1f}"]
-            cells.append(f"{getattr(row, f'weighted_{side}'):.3f}")
-        rows.append(cells)
-    table(console, columns, rows)
+    table(console, *overlap_listing(found))
     console.print(f"{names[0]} and {names[1]}", style="bold", markup=False)
     unmatched = found.unmatched
     facts(
@@ -138,43 +112,20 @@ def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
 
 def print_relation(name: str, found: "Relation") -> None:
     """An adapter in its base, a row for each site."""
+    from brushstroke.analysis import mean_deciles
+    from brushstroke.analysis.listing import number, relation_listing
+
     console = results()
-    columns = ["site", "r", "‖·‖ ΔW", "‖·‖ W", "‖·‖ random", "sampled", "‖W‖", "‖ΔW‖"]
-    columns += ["amplification", "at random", "to chance", "residual"]
-    rows = [
-        [
-            site,
-            str(row.rank),
-            *map(
-                _cell,
-                (
-                    row.projection_delta,
-                    row.projection_base,
-                    row.projection_random,
-                    row.projection_sampled,
-                    row.norm_base,
-                    row.norm_delta,
-                    row.amplification,
-                    row.amplification_random,
-                    row.ratio_to_chance,
-                ),
-            ),
-            f"{row.residual:.1g}",
-        ]
-        for site, row in found.ordered()
-    ]
-    table(console, columns, rows)
+    table(console, *relation_listing(found))
     told = found.totals()
     console.print(name, style="bold", markup=False)
-    from brushstroke.analysis import mean_deciles
-
     deciles = mean_deciles(found)
-    whole, ratio = _cell(told["amplification"]), _cell(told["ratio_to_chance"])
+    whole, ratio = number(told["amplification"]), number(told["ratio_to_chance"])
     facts(
         console,
         {
-            "amplification": f"{whole}; {_cell(told['amplification_random'])} at random",
-            "ratio to chance": f"{ratio}, median {_cell(told['median_ratio_to_chance'])}",
+            "amplification": f"{whole}; {number(told['amplification_random'])} at random",
+            "ratio to chance": f"{ratio}, median {number(told['median_ratio_to_chance'])}",
             "energy by tenth of W": ""
             if deciles is None
             else f"inputs {_shares(deciles.left)}; outputs {_shares(deciles.right)} (strongest first)",
@@ -189,23 +140,12 @@ def _shares(parts: tuple[float, ...]) -> str:
 
 def print_intruders(name: str, found: "Intruders", repaired: Path | None) -> None:
     """The directions that are new or undecided."""
+    from brushstroke.analysis.listing import intruder_listing
+
     console = results()
-    rows = [
-        [
-            site,
-            str(direction.position + 1),
-            _cell(direction.sigma),
-            f"{direction.lower:.3f}",
-            f"{direction.upper:.3f}",
-            f"{direction.outside:.3f}",
-            direction.verdict,
-        ]
-        for site, row in found.ordered()
-        for direction in row.directions
-        if direction.verdict != "known"
-    ]
-    if rows:
-        table(console, ["site", "position", "sigma", "cosine ≥", "cosine ≤", "outside", "verdict"], rows)
+    listing = intruder_listing(found)
+    if listing.rows:
+        table(console, *listing)
     console.print(name, style="bold", markup=False)
     judged = found.totals()["directions"]
     covered = max((row.covered_from for row in found.values()), default=0.0)

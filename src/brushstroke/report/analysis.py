@@ -15,6 +15,12 @@ from brushstroke.analysis import (
     mean_deciles,
     random_pair,
 )
+from brushstroke.analysis.listing import (
+    intruder_listing,
+    overlap_listing,
+    relation_listing,
+    spectrum_listing,
+)
 from brushstroke.report.figures import Panel, bars, curves, heatmaps
 from brushstroke.report.page import Page
 
@@ -45,23 +51,7 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
             ("norm", lambda row: row.norm),
         ):
             _map(page, spectrum, measure, title)
-        based = any(row.relative_norm is not None for row in spectrum.values())
-        columns = ["site", "rank", "norm", "σ₁", "stable", "effective", "90 %", "99 %"]
-        rows: list[Sequence[object]] = [
-            [
-                site,
-                row.rank,
-                f"{row.norm:.4g}",
-                f"{float(row.sigma[0]):.4g}",
-                f"{row.stable_rank:.2f}",
-                f"{row.effective_rank:.2f}",
-                row.energy_rank(0.90),
-                row.energy_rank(0.99),
-                *([f"{row.relative_norm or 0:.3g}"] if based else []),
-            ]
-            for site, row in spectrum.ordered()
-        ]
-        page.table([*columns, "‖ΔW‖/‖W‖"] if based else columns, rows)
+        page.table(*spectrum_listing(spectrum))
     return page
 
 
@@ -79,8 +69,7 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
         "How much the leading directions of two adapters share: 1 where the smaller set lies within the "
         "other, 0 where they are orthogonal. Chance is max(i, j)/d.",
     )
-    _, row = next(iter(found.items()))
-    sides = [side for side in ("left", "right") if getattr(row, side) is not None]
+    sides = found.sides
     if found.of != "delta":
         page.text(
             f"The directions are those of {found.of} alone, as the paper took them. They are no property of "
@@ -110,16 +99,7 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
         for panels in figures:
             page.figure(heatmaps(panels, x=f"j, {second}", y=f"i, {first}", limits=(0, 1), width=840), site)
     page.section("All sites")
-    table: list[Sequence[object]] = []
-    for site, row in found.ordered():
-        block = row.block()
-        cells: list[object] = [site, f"{row.ranks[0]}, {row.ranks[1]}", f"{row.cosine:.3f}"]
-        for side in sides:
-            cells += [f"{block[side]:.3f}", f"{block[f'chance_{side}']:.3f}", f"{block[f'z_{side}']:.1f}"]
-            cells += [f"{getattr(row, f'weighted_{side}'):.3f}"]
-        table.append(cells)
-    heads = [f"{side} {what}" for side in sides for what in ("φ", "chance", "z", "weighted")]
-    page.table(["site", "ranks", "cosine", *heads], table)
+    page.table(*overlap_listing(found))
     return page
 
 
@@ -154,28 +134,7 @@ def relation_page(found: Relation, name: str) -> Page:
             ),
             "Energy of ΔW by tenth of W's singular directions, strongest first, over all sites.",
         )
-    rows: list[Sequence[object]] = [
-        [
-            site,
-            row.rank,
-            *(
-                f"{value:.4g}"
-                for value in (
-                    row.projection_delta,
-                    row.projection_base,
-                    row.projection_random,
-                    row.projection_sampled,
-                    row.norm_base,
-                    row.norm_delta,
-                )
-            ),
-            *(_number(v) for v in (row.amplification, row.amplification_random, row.ratio_to_chance)),
-            f"{row.residual:.1g}",
-        ]
-        for site, row in found.ordered()
-    ]
-    columns = ["site", "r", "‖·‖ ΔW", "‖·‖ W", "‖·‖ random", "sampled", "‖W‖", "‖ΔW‖"]
-    page.table([*columns, "amplification", "at random", "to chance", "residual"], rows)
+    page.table(*relation_listing(found))
     return page
 
 
@@ -188,23 +147,10 @@ def intruder_page(found: Intruders, name: str) -> Page:
     )
     page.text(f"{found.count()} intruders, {found.count('undecided')} undecided.")
     _map(page, found, lambda row: row.count(), "intruders")
-    rows: list[Sequence[object]] = [
-        [
-            site,
-            direction.position + 1,
-            f"{direction.sigma:.4g}",
-            f"{direction.lower:.3f}",
-            f"{direction.upper:.3f}",
-            f"{direction.outside:.3f}",
-            direction.verdict,
-        ]
-        for site, row in found.ordered()
-        for direction in row.directions
-        if direction.verdict != "known"
-    ]
-    if rows:
+    listing = intruder_listing(found)
+    if listing.rows:
         page.section("Directions that are new or undecided")
-        page.table(["site", "position", "σ", "cosine ≥", "cosine ≤", "outside", "verdict"], rows)
+        page.table(*listing)
     return page
 
 
@@ -251,7 +197,3 @@ def _energy_curve(found: Spectrum) -> list[tuple[int, float]]:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or value == float("inf") else value
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,113 @@
+"""The results of an analysis as columns and rows of text, the same on a terminal and on a page.
+
+It computes nothing.
+"""
+
+from typing import NamedTuple
+
+from brushstroke.analysis.intruders import Intruders
+from brushstroke.analysis.relate import Relation
+from brushstroke.analysis.spectrum import Spectrum
+from brushstroke.analysis.subspace import Overlap
+
+
+class Listing(NamedTuple):
+    """A table: the heads of its columns, and its rows; the first column names sites."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def spectrum_listing(found: Spectrum) -> Listing:
+    """A row for each site: size, norms, and the ranks that its singular values speak of."""
+    based = any(row.relative_norm is not None for row in found.values())
+    columns = [
+        "site",
+        "d×h",
+        "rank",
+        "norm",
+        *["‖ΔW‖/‖W‖"] * based,
+        "σ₁",
+        "stable",
+        "effective",
+        "90 %",
+        "99 %",
+    ]
+    return Listing(
+        columns,
+        [
+            [
+                site,
+                f"{row.shape[0]}×{row.shape[1]}",
+                str(row.rank),
+                number(row.norm),
+                *[number(row.relative_norm, ".3g")] * based,
+                number(float(row.sigma[0])),
+                f"{row.stable_rank:.2f}",
+                f"{row.effective_rank:.2f}",
+                str(row.energy_rank(0.90)),
+                str(row.energy_rank(0.99)),
+            ]
+            for site, row in found.ordered()
+        ],
+    )
+
+
+def overlap_listing(found: Overlap) -> Listing:
+    """A row for each site: cosine, and for each side φ of all directions beside chance."""
+    sides = found.sides
+    columns = [f"{side} {what}" for side in sides for what in ("φ", "chance", "z", "weighted")]
+    rows = []
+    for site, row in found.ordered():
+        block = row.block()
+        cells = [site, f"{row.ranks[0]},{row.ranks[1]}", f"{row.cosine:.3f}"]
+        for side in sides:
+            cells += [f"{block[side]:.3f}", f"{block[f'chance_{side}']:.3f}", f"{block[f'z_{side}']:.1f}"]
+            cells.append(f"{getattr(row, f'weighted_{side}'):.3f}")
+        rows.append(cells)
+    return Listing(["site", "ranks", "cosine", *columns], rows)
+
+
+def relation_listing(found: Relation) -> Listing:
+    """A row for each site: the projections of W, the norms, the amplification beside chance."""
+    columns = ["site", "r", "‖·‖ ΔW", "‖·‖ W", "‖·‖ random", "sampled", "‖W‖", "‖ΔW‖"]
+    columns += ["amplification", "at random", "to chance", "residual"]
+    rows = []
+    for site, row in found.ordered():
+        projections = (
+            row.projection_delta,
+            row.projection_base,
+            row.projection_random,
+            row.projection_sampled,
+        )
+        amplified = (row.amplification, row.amplification_random, row.ratio_to_chance)
+        values = (*projections, row.norm_base, row.norm_delta, *amplified)
+        rows.append([site, str(row.rank), *map(number, values), f"{row.residual:.1g}"])
+    return Listing(columns, rows)
+
+
+def intruder_listing(found: Intruders) -> Listing:
+    """A row for each direction that is new or undecided, with its certificate."""
+    columns = ["site", "position", "σ", "cosine ≥", "cosine ≤", "outside", "verdict"]
+    return Listing(
+        columns,
+        [
+            [
+                site,
+                str(direction.position + 1),
+                number(direction.sigma),
+                *(f"{value:.3f}" for value in (direction.lower, direction.upper, direction.outside)),
+                direction.verdict,
+            ]
+            for site, row in found.ordered()
+            for direction in row.directions
+            if direction.verdict != "known"
+        ],
+    )
+
+
+def number(value: float | None, spec: str = ".4g") -> str:
+    """A number in a cell; one that is not there is a dash."""
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:{spec}}"
