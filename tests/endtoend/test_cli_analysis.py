@@ -245,3 +245,10 @@ def test_another_base_and_a_merged_one_are_refused(cli, tiny, adapters, tmp_path
         assert cli(command, adapters / "four", tmp_path / "other", "--allow-different-base").status == 0
     assert cli("merge", tiny, adapters / "four", "--out", tmp_path / "merged", "--no-verify").status == 0
     assert "merged into the base already" in cli("relate", adapters / "four", tmp_path / "merged").error
+
+
+@pytest.mark.parametrize("command", ["relate", "intruders"])
+def test_a_negative_limit_is_refused(cli, tiny, adapters, command):
+    done = cli(command, adapters / "four", tiny, "--dense-limit", "-1")
+    assert done.status == 2
+    assert "dense_limit must not be negative; got -1" in done.error

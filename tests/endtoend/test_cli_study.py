@@ -7,9 +7,6 @@ import time
 import pytest
 from cli_kit import PLAIN, files_in, rows, start, write_rows
 
-from brushstroke.cli.analysis import AgainstBase
-from brushstroke.errors import ConfigError
-
 SMALL = ("--max-steps", "4", "--batch-size", "4", *PLAIN)
 GRID = ("--learning-rates", "1e-3,1e-2,1e-1", "--seeds", "3")
 
@@ -198,9 +195,3 @@ def test_a_model_that_the_tiny_preset_did_not_train_is_not_taken_for_its_own(cli
     done = cli("study", "paper", "--tiny", "--out", tmp_path)
     assert done.status == 1
     assert "holds another model than the one that this study trains" in done.error
-
-
-def test_directions_against_a_base_take_no_negative_limit():
-    assert AgainstBase(dense_limit=0).arguments()["dense_limit"] == 0
-    with pytest.raises(ConfigError, match="--dense-limit must not be negative; got -1"):
-        AgainstBase(dense_limit=-1).arguments()

@@ -136,6 +136,8 @@ def test_settings_that_cannot_work_are_refused():
     for flags in ({"top": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
         with pytest.raises(ConfigError, match="top must be"):
             intruders(adapter, W, **flags)
+    with pytest.raises(ConfigError, match="dense_limit must not be negative; got -1"):
+        intruders(adapter, W, dense_limit=-1)
     result = intruders(adapter, W)
     with pytest.raises(ConfigError, match="scale"):
         repair(adapter, result, 1.5)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
-from brushstroke.analysis.relate import DENSE_LIMIT
+from brushstroke.analysis.relate import DENSE_LIMIT, check_dense_limit
 from brushstroke.analysis.table import HIDDEN, SiteTable
 from brushstroke.analysis.weights import OnSite, low_rank_updates, walk, working
 from brushstroke.errors import ConfigError
@@ -130,7 +130,7 @@ def intruders(
         on_site: called with (site, its number, how many) before each is read.
 
     Raises:
-        ConfigError: top below 1, or a threshold outside (0, 1].
+        ConfigError: top below 1, a threshold outside (0, 1], or a negative dense_limit.
         ShapeError: an update without factors, or a base that lacks a site or has another shape there.
         BaseMismatchError: the adapter belongs to another base, or is merged into this one.
 
@@ -143,6 +143,7 @@ def intruders(
         raise ConfigError(
             f"top must be at least 1 and the threshold above 0 and at most 1; got {top} and {threshold}"
         )
+    check_dense_limit(dense_limit)
     rows = {}
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
         generator = torch.Generator().manual_seed(seed)

@@ -178,14 +178,23 @@ def relate(
     >>> round(row.projection_delta, 6), round(row.amplification, 6)
     (3.0, 2.0)
     """
-    if dense_limit < 0:
-        raise ConfigError(f"dense_limit must not be negative; got {dense_limit}")
+    check_dense_limit(dense_limit)
     generator = torch.Generator().manual_seed(seed)
     rows = {
         site: _relate(update, W, dense_limit, generator)
         for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site)
     }
     return Relation(rows)
+
+
+def check_dense_limit(dense_limit: int) -> None:
+    """Refuse a negative limit.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if dense_limit < 0:
+        raise ConfigError(f"dense_limit must not be negative; got {dense_limit}")
 
 
 def _relate(update: LowRank, W: Tensor, dense_limit: int, generator: torch.Generator) -> SiteRelation:

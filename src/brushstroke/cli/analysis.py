@@ -48,13 +48,7 @@ class AgainstBase:
     allow_different_base: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """What `relate` and `intruders` are given.
-
-        Raises:
-            ConfigError: a negative --dense-limit.
-        """
-        if self.dense_limit is not None and self.dense_limit < 0:
-            raise ConfigError(f"--dense-limit must not be negative; got {self.dense_limit}")
+        """What `relate` and `intruders` are given."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
