@@ -46,6 +46,18 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         )
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what interrupted writes left in a folder."""
+    for left in folder.glob(f"{_PARTIAL}*"):
+        left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder in which nothing is left."""
+    with suppress(OSError):  # something else is in it, or it is not there
+        folder.rmdir()
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write or replace one file, atomically; its folder must exist.
 

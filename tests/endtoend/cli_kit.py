@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def write_rows(file: Path, given: list[Any]) -> Path:
 
 
 def start(*words: object) -> "subprocess.Popen[str]":
-    """The command in a process of its own."""
+    """The command in a process of its own, which leads a group of its own, as from a shell."""
     command = [sys.executable, "-c", "import sys; from brushstroke.cli import main; sys.exit(main())"]
     return subprocess.Popen(
         [*command, *map(str, words)],
@@ -63,6 +64,8 @@ def start(*words: object) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
 
 

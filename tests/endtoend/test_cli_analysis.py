@@ -183,7 +183,7 @@ def test_pages_work_offline(cli, tiny, adapters, tmp_path, command):
     assert not re.search(r'(?:src|href)="(?!#)', text)
     assert "http" not in text
     if command == "compare":
-        for panel in ("v_proj, left", "v_proj, right, corner", "random", "random, corner"):
+        for panel in ("v_proj, left", "v_proj, right, corner", "random, left", "random, right, corner"):
             assert f">{panel}<" in text
 
 

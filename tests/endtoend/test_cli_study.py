@@ -1,6 +1,7 @@
 """`study`: every question on a tiny base through the command line; kills, refusals, files."""
 
 import json
+import os
 import signal
 import time
 
@@ -81,6 +82,36 @@ def test_a_killed_study_repeats_nothing_and_ends_with_the_same_numbers(tiny, dat
     assert again.returncode == 0, err
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert without_clock(results(tmp_path / "killed")) == without_clock(results(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [0, 1], ids=["while-workers-start", "during-runs"])
+def test_ctrl_c_ends_the_workers_too(tiny, data, tmp_path, finished):
+    """A terminal sends it to every process of the group."""
+    out = tmp_path / "out"
+    words = ("study", "rank", tiny, data, *SMALL[2:], *GRID, "--targets", "q_proj", "--ranks", "1,2")
+    study = start(*words, "--max-steps", "200", "--workers", "2", "--out", out)
+    end = time.monotonic() + 120
+    while not _planned(out) or len(list(out.glob("runs/*/outcome.json"))) < finished:
+        assert study.poll() is None, study.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(study.pid, signal.SIGINT)
+    _, err = study.communicate(timeout=60)
+    assert study.returncode == 130
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("interrupted")
+    with pytest.raises(ProcessLookupError):
+        for _ in range(200):  # the helper of multiprocessing ends a moment later
+            os.killpg(study.pid, 0)
+            time.sleep(0.05)
+
+
+def _planned(out):
+    """Whether the untouched model is scored: the runs come next."""
+    file = out / "study.json"
+    return file.is_file() and "untouched" in json.loads(file.read_text("utf-8"))["notes"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import brushstroke as bs
-from brushstroke.analysis import mean_deciles, relate
+from brushstroke.analysis import intruders, mean_deciles, relate
 from brushstroke.analysis.overlap import random_directions
 from brushstroke.analysis.relate import amplification, random_projection
 from brushstroke.errors import BaseLoadError, BaseMismatchError, ConfigError, ShapeError
@@ -183,3 +183,15 @@ def test_what_cannot_be_related_is_refused():
         relate(adapter, 3)
     with pytest.raises(ConfigError, match="dense_limit"):
         relate(adapter, {"q": randn(5, 4)}, dense_limit=-1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_named(value):
+    W = randn(5, 4)
+    adapter = bs.Adapter({"q": LowRank(randn(5, 2), randn(2, 4))})
+    W[1, 2] = value
+    for measure in (relate, intruders):
+        with pytest.raises(BaseLoadError, match="q: the base's weight holds NaN or infinity"):
+            measure(adapter, {"q": W})
+    with pytest.raises(ShapeError, match="q: the factors hold NaN or infinity"):
+        relate(bs.Adapter({"q": LowRank(randn(5, 2) * value, randn(2, 4))}), {"q": randn(5, 4)})

@@ -1,6 +1,7 @@
 """φ(i, j): identities, closed forms against sampling, and what is refused."""
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -172,6 +173,13 @@ def test_the_weighted_chance_is_the_mean_of_random_directions():
     assert abs(float(drawn.mean()) - overlap.weighted_chance(sigma, other, 40)) < OUTLIER * error
 
 
+@pytest.mark.parametrize(("side", "size"), [("left", 400), ("right", 40)])
+def test_a_random_pair_shares_what_chance_gives_on_its_own_side(side, size):
+    row = subspace(adapter(update(400, 40, 16)), adapter(update(400, 40, 16)))["layers.0.q"]
+    drawn = fmean(float(random_pair(row, side, seed)[-1, -1]) for seed in range(20))
+    assert drawn == pytest.approx(16 / size, rel=0.05)
+
+
 def test_cosines_against_dense():
     one, two = adapter(update(), update()), adapter(update(), update())
     found = subspace(one, two)
@@ -231,8 +239,9 @@ def test_what_cannot_be_compared_is_refused():
 def test_a_random_pair_beside_them_and_plain_data():
     found = subspace(adapter(update()), adapter(update(r=3)))
     row = found["layers.0.q"]
-    assert random_pair(row).shape == row.left.shape
-    torch.testing.assert_close(random_pair(row), random_pair(row), rtol=0, atol=0)
+    for side in ("left", "right"):
+        assert random_pair(row, side).shape == getattr(row, side).shape
+        torch.testing.assert_close(random_pair(row, side), random_pair(row, side), rtol=0, atol=0)
     told = json.loads(json.dumps(found.as_dict()))
     assert told["of"] == "delta"
     assert told["sites"][0]["left"][2][1] == float(row.left[2, 1])

@@ -88,6 +88,22 @@ def test_a_rate_that_diverged_is_no_edge_to_stop_at(tmp_path):
     assert found.tried[1e-1] is None
 
 
+@pytest.mark.parametrize(
+    "tied", [(1e-3, 1e-2, 1e-1), (1e-3, 1e-2), (1e-2, 1e-1)], ids=["all", "lowest", "highest"]
+)
+def test_a_tie_with_an_edge_is_at_the_edge(tmp_path, tied):
+    """Rates too small to learn anything give one and the same loss."""
+
+    def loss(run):
+        low = 0.0 if 1e-3 in tied else tied[0]
+        high = math.inf if 1e-1 in tied else tied[-1]
+        return 6.0 if low <= run.learning_rate <= high else 7.0
+
+    found = run(tmp_path, Ledger(loss))["a"]
+    assert not found.conclusive
+    assert found.losses() == {0: 6.0}
+
+
 def test_when_all_diverge_nothing_is_reported(tmp_path):
     with pytest.raises(TrainingError, match="every run diverged"):
         run(tmp_path, Ledger(lambda run: None))
@@ -232,12 +248,42 @@ def test_overwrite_removes_runs_of_ours_and_no_others(tmp_path):
     store.finish(finished, outcome_of(finished))
     for run in ("mymodel", killed.key):
         (tmp_path / "runs" / run / "adapter").mkdir(parents=True)
-        (tmp_path / "runs" / run / "adapter" / "weights").write_text("x")
+        (tmp_path / "runs" / run / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "runs" / finished.key / "adapter").mkdir()
+    (tmp_path / "runs" / finished.key / "adapter" / "my_notes.txt").write_text("mine")
     (tmp_path / "runs" / "mymodel" / "outcome.json").write_text("{}")
     Store(tmp_path, IDENTITY, overwrite=True)
     left = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
-    assert left == {"study.json", "runs/mymodel/outcome.json", "runs/mymodel/adapter/weights"}
+    assert left == {
+        "study.json",
+        "runs/mymodel/outcome.json",
+        "runs/mymodel/adapter/adapter_config.json",
+        f"runs/{finished.key}/adapter/my_notes.txt",
+    }
     assert not (tmp_path / "runs" / killed.key).exists()
+
+
+@pytest.mark.parametrize("place", ["runs", "figures", "run", "adapter"])
+def test_overwrite_follows_no_link(tmp_path, place):
+    """What a link leads to may be anybody's."""
+    folder, elsewhere, run = tmp_path / "study", tmp_path / "elsewhere", Run(ARM, 0.1, 0)
+    other = Store(elsewhere, IDENTITY)
+    other.finish(run, outcome_of(run))
+    (other.runs / run.key / "adapter").mkdir()
+    (elsewhere / "figures").mkdir()
+    Store(folder, IDENTITY)
+    paths = {
+        "runs": "runs",
+        "figures": "figures",
+        "run": f"runs/{run.key}",
+        "adapter": f"runs/{run.key}/adapter",
+    }
+    link = folder / paths[place]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere / paths[place])
+    with pytest.raises(OutputError, match=f"{link.name}: a link"):
+        Store(folder, IDENTITY, overwrite=True)
+    assert other.outcome(run) is not None
 
 
 def test_a_study_json_without_what_every_study_says_is_foreign(tmp_path):
@@ -278,6 +324,30 @@ def test_a_damaged_outcome_is_named_with_what_to_do(tmp_path, content):
     with pytest.raises(OutputError, match="is damaged; remove this file") as told:
         store.outcome(one)
     assert str(file) in str(told.value)
+
+
+def test_scores_of_other_types_are_damage(tmp_path):
+    store, one = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
+    ((_, outcome),) = Ledger(best_at(1e-2))(None, [one])
+    store.finish(one, outcome)
+    file = store.runs / one.key / "outcome.json"
+    told = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**told, "test": {**told["test"], "loss": "low"}}), "utf-8")
+    with pytest.raises(OutputError, match=r"outcome\.json is damaged; remove this file"):
+        store.outcome(one)
+
+
+def test_an_update_that_is_gone_is_named_with_what_to_do(tmp_path):
+    store, one = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
+    store.finish(one, outcome_of(one))
+    with pytest.raises(OutputError, match="and the run is done again"):
+        store.adapter(one)
+
+
+def test_a_plan_that_is_none_is_refused():
+    told = {"arms": ["a"], "seeds": [0, 0.5], "left_out": [], "seconds": 1.0, "runs": 2}
+    with pytest.raises(ValueError, match="whole numbers"):
+        Estimate.from_dict(told)
 
 
 def test_a_wider_grid_goes_on_by_the_ratio_next_to_its_edge(tmp_path):

@@ -143,7 +143,7 @@ def test_principal_inputs_are_those_of_the_inputs_seen(llama):
     handle = site_module(llama, site).register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()[0]))
     with torch.no_grad():
         for row in rows:
-            llama(input_ids=torch.tensor([row.tokens]))
+            llama(input_ids=torch.tensor([row.tokens[: row.reach]]))
     handle.remove()
     x = torch.cat(seen).double()
     _, _, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)

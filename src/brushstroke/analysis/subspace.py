@@ -225,10 +225,10 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
     return Overlap(rows, of=of, unmatched=unmatched, cosine=whole, factor_cosine=factors)
 
 
-def random_pair(row: SiteOverlap, seed: int = 0) -> Float[Tensor, "i j"]:
-    """φ of two random Gaussian matrices with the shape and ranks of a site, drawn once; in R^d."""
+def random_pair(row: SiteOverlap, side: str, seed: int = 0) -> Float[Tensor, "i j"]:
+    """φ of two random Gaussian matrices with a site's shape and ranks, drawn once; of their `side`."""
     generator = torch.Generator().manual_seed(seed)
-    n, (i, j) = row.shape[0], row.ranks
+    n, (i, j) = row.shape[side == "right"], row.ranks
     return overlap.overlap_grid(
         overlap.random_directions(n, i, generator), overlap.random_directions(n, j, generator)
     )

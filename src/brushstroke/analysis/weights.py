@@ -21,12 +21,15 @@ def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
     """Site → factors.
 
     Raises:
-        ShapeError: sites whose update has no factors, all of them listed.
+        ShapeError: sites whose update has no factors, all of them listed; factors that are not finite.
     """
     found = {site: update for site, update in adapter.items() if isinstance(update, LowRank)}
     others = [f"{site}: a {type(adapter[site]).__name__}" for site in adapter if site not in found]
     if others:
         raise ShapeError("only low-rank updates can be analysed; found\n  " + "\n  ".join(others))
+    for site, update in found.items():
+        if not (update.U.isfinite().all() and update.V.isfinite().all()):
+            raise ShapeError(f"{site}: the factors hold NaN or infinity; such an update has no directions")
     return found
 
 
@@ -54,6 +57,7 @@ def walk(
     Raises:
         ShapeError: sites that the base lacks, all listed before anything is read, or a W of another shape.
         BaseMismatchError: by the fingerprint another base, or one that holds this adapter already.
+        BaseLoadError: a W that is not finite.
     """
     updates, weights = low_rank_updates(adapter), weights_of(base)
     absent = [f"{site}{did_you_mean(site, weights, count=1)}" for site in updates if site not in weights]
@@ -71,6 +75,10 @@ def walk(
             raise ShapeError(
                 f"{site}: W must be (d, h) = {update.shape}; the base's is {tuple(W.shape)} (torch's "
                 "Linear.weight is the transpose)"
+            )
+        if not W.isfinite().all():
+            raise BaseLoadError(
+                f"{site}: the base's weight holds NaN or infinity; get the model again from where it came"
             )
         if not allow_different_base:
             _check(adapter, site, update, W, quantised)

@@ -11,24 +11,29 @@ from cyclopts import Parameter
 from brushstroke.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
+LARGEST = 2**63 - 1  # what torch takes as a seed
 
 
 def whole(_: Any, tokens: Sequence[Any]) -> int:
     """A whole number; cyclopts itself would round 1.5."""
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
+    return _whole(tokens[0].value, "a whole number")
 
 
 def whole_or_auto(_: Any, tokens: Sequence[Any]) -> int | str:
     """A whole number, or "auto"."""
     if tokens[0].value == "auto":
         return "auto"
+    return _whole(tokens[0].value, "'auto' or a whole number")
+
+
+def _whole(text: str, expected: str) -> int:
     try:
-        return int(tokens[0].value)
+        found = int(text)
     except ValueError:
-        raise ValueError(f"expected 'auto' or a whole number, got {tokens[0].value!r}") from None
+        raise ValueError(f"expected {expected}, got {text!r}") from None
+    if abs(found) > LARGEST:
+        raise ValueError(f"expected {expected} of at most {LARGEST}, got {text}")
+    return found
 
 
 Whole = Annotated[int | None, Parameter(converter=whole)]

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError
-from brushstroke.files import write_folder
+from brushstroke.files import output_errors, remove_empty, remove_partial, write_folder
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.lowrank import LowRank
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 TEMPLATE, README = "chat_template.jinja", "README.md"
+ADAPTER_FILES = (TENSORS, CONFIG, CARD, TEMPLATE, README)
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,8 +61,21 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     if card.chat_template is not None:
         files[TEMPLATE] = card.chat_template
     files[TENSORS] = to_bytes(tensors, metadata={"format": "pt"})
-    write_folder(folder, files, owned=(CONFIG, CARD, README, TEMPLATE, TENSORS), overwrite=overwrite)
+    write_folder(folder, files, owned=ADAPTER_FILES, overwrite=overwrite)
     return folder
+
+
+def remove(folder: Path) -> None:
+    """Remove an adapter's files, and the folder where nothing else is in it.
+
+    Raises:
+        OutputError: they cannot be removed.
+    """
+    with output_errors(folder):
+        for name in ADAPTER_FILES:
+            (folder / name).unlink(missing_ok=True)
+    remove_partial(folder)
+    remove_empty(folder)
 
 
 def load(folder: str | Path) -> Adapter:

@@ -93,7 +93,7 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
     for site in sites or _middle(found):
         row = found[site]
         grids = {f"{site.rsplit('.', 1)[-1]}, {side}": getattr(row, side).tolist() for side in sides}
-        grids["random"] = random_pair(row).tolist()
+        grids |= {f"random, {side}": random_pair(row, side).tolist() for side in sides}
         figures = [[Panel(title, cells) for title, cells in grids.items()]]
         figures.append([Panel(f"{title}, corner", _corner(cells)) for title, cells in grids.items()])
         for panels in figures:

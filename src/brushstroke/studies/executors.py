@@ -5,12 +5,16 @@ In whatever order the outcomes come, the results of a study are the same.
 
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, resource_tracker
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 
 import torch
 
@@ -38,31 +42,41 @@ def processes(count: int) -> Executor:
 
     Each gets a copy of the workshop once, and serves every later call with that workshop: a start takes
     seconds. They end with the executor, after an error, and when this process does, even if it is killed.
+    A script that uses it keeps its own code under `if __name__ == "__main__":`, as each process imports it.
     """
     pool: ProcessPoolExecutor | None = None
     served: Workshop | None = None
     size = 0
+    workers: set[BaseProcess] = set()
 
     def end() -> None:
+        """Runs that are under way end too: nobody would keep what they come to."""
         nonlocal pool
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.terminate()
         pool = None
 
     def execute(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
-        nonlocal pool, served, size
+        nonlocal pool, served, size, workers
         if not runs:
             return
         if pool is None or workshop is not served or size < min(count, len(runs)):
             end()
+            served, size, spawn = workshop, min(count, len(runs)), get_context("spawn")
+            copies = spawn.Queue()  # filled by a thread: a process takes its copy when it has started
+            copies.cancel_join_thread()
             # As bytes: multiprocessing itself would share the weights' memory, and runs train in place.
             copied = pickle.dumps(workshop)
-            served, size = workshop, min(count, len(runs))
-            pool = ProcessPoolExecutor(
-                size, get_context("spawn"), initializer=_enter, initargs=(copied, os.getpid())
-            )
+            for _ in range(size):
+                copies.put(copied)
+            pool = ProcessPoolExecutor(size, spawn, initializer=_enter, initargs=(copies, os.getpid()))
         try:
-            waiting = {pool.submit(_run, run): run for run in runs}
+            before = set(active_children())
+            with _interrupts_held():
+                waiting = {pool.submit(_run, run): run for run in runs}
+                workers |= set(active_children()) - before
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
@@ -78,14 +92,33 @@ def processes(count: int) -> Executor:
     return execute
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Inside, Ctrl-C waits. Processes that start inside never hear it (a terminal tells all): we end them."""
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    resource_tracker.ensure_running()  # which lets signals through when it starts
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
+
+
 _workshop: Workshop | None = None
 
 
-def _enter(copied: bytes, parent: int) -> None:
+def _enter(copies: "Queue[bytes]", parent: int) -> None:
     global _workshop
-    torch.set_num_threads(1)
-    _workshop = pickle.loads(copied)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    _workshop = pickle.loads(copies.get())
 
 
 def _end_with(parent: int) -> None:

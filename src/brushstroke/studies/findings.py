@@ -1,6 +1,6 @@
 """What a study says: a question, an answer, tables and figures. Reports and files are made of these."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,18 @@ def bounds(found: Interval, digits: int = 4) -> str:
     if found.low is None or found.high is None:
         return f"{found.mean:.{digits}g}"
     return f"{found.mean:.{digits}g} [{found.low:.{digits}g}, {found.high:.{digits}g}]"
+
+
+def seeds_told(counts: Iterable[int]) -> str:
+    """How many seeds stand behind some numbers, in words.
+
+    >>> seeds_told([5, 5]), seeds_told([4, 2]), seeds_told([1])
+    ('5 seeds', '2 to 4 seeds', 'one seed')
+    """
+    least, most = min(found := list(counts)), max(found)
+    if least < most:
+        return f"{least} to {most} seeds"
+    return f"{most} seeds" if most > 1 else "one seed"
 
 
 def difference_table(found: Sequence[Difference], caption: str) -> Table:

@@ -16,7 +16,7 @@ from brushstroke.studies.arms import (
     too_large_note,
     whole,
 )
-from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table
+from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table, seeds_told
 from brushstroke.studies.reading import (
     SIDES,
     arms_table,
@@ -126,22 +126,26 @@ def _answer(
     if not kept:
         return "No rank has a learning rate that could be chosen: the study is inconclusive."
     means = {rank: sum(losses[name].values()) / len(losses[name]) for rank, name in kept.items()}
-    best, count = min(means, key=lambda rank: means[rank]), min(len(losses[name]) for name in kept.values())
-    text = f"The lowest test loss of {len(kept)} ranks is {means[best]:.4f}, at rank {best}"
-    if count < 2:
+    best, counts = min(means, key=lambda rank: means[rank]), [len(losses[name]) for name in kept.values()]
+    text = f"The lowest test loss of {len(kept)} ranks is" if len(kept) > 1 else "The test loss is"
+    text += f" {means[best]:.4f}, at rank {best}"
+    if max(counts) < 2:
         return f"{text} (one seed: no interval, and no claim of a difference)."
-    text += f" ({count} seeds)."
+    text += f" ({seeds_told(counts)})."
     steps = {one.first: one for one in compared}
-    further = [
-        (rank, larger)
+    apart = [
+        (rank, larger, step.difference.mean > 0)
         for rank, larger in pairwise(kept)
-        if (step := steps.get(kept[rank])) and step.significant() and step.difference.mean > 0
+        if (step := steps.get(kept[rank])) and step.significant()
     ]
+    further = [(rank, larger) for rank, larger, lower in apart if lower]
     if len(kept) > 1:
         told = ", ".join(f"{rank} to {larger}" for rank, larger in further)
         text += (
             f" Steps from one rank to the next that lower the loss at 5 % (paired t, Holm): {told or 'none'}."
         )
+    if raising := [f"{rank} to {larger}" for rank, larger, lower in apart if not lower]:
+        text += f" Steps that raise it: {', '.join(raising)}."
     if best == max(kept) and any(larger == best for _, larger in further):
         text += " The last step still lowers it: a rank beyond which nothing is gained was not reached."
     if full and (last := steps.get(kept[max(kept)])):
@@ -278,7 +282,7 @@ def _overlap_figure(results: Results, kept: dict[int, str]) -> Figure | None:
             f"{side}: r={small} (seed {first}), r={large} (seed {second})": getattr(row, side)
             for side in SIDES
         }
-        drawn["two random Gaussian matrices"] = random_pair(row)
+        drawn |= {f"{side}: two random Gaussian matrices": random_pair(row, side) for side in SIDES}
         for panel, grid in drawn.items():
             records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
     across, down = f"j, rank {large}", f"i, rank {small}"

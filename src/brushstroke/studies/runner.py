@@ -84,8 +84,8 @@ class Estimate:
             KeyError, TypeError, ValueError: it is none.
         """
         arms, seeds, left_out = (tuple(told[name]) for name in ("arms", "seeds", "left_out"))
-        if not arms or not seeds:
-            raise ValueError("no plan is without arms or seeds")
+        if not arms or not seeds or {type(seed) for seed in seeds} != {int}:
+            raise ValueError("no plan is without arms, or seeds that are whole numbers")
         return cls(float(told["seconds"]), int(told["runs"]), arms, seeds, left_out)
 
 
@@ -206,7 +206,7 @@ def estimate(
     runs, seconds = cost(kept, seeds)
     if seconds > limit:
         raise ConfigError(
-            f"one arm takes about {seconds / 60:.1f} minutes and the budget is {budget_minutes:g}: give more "
+            f"one arm takes about {seconds / 60:.2g} minutes and the budget is {budget_minutes:g}: give more "
             "minutes (--budget-minutes), fewer steps (--max-steps) or fewer learning rates"
         )
     left_out = []
@@ -329,15 +329,20 @@ def _tried(store: Store, arm: Arm, rates: Sequence[float], seed: int) -> dict[fl
 
 
 def _choose(tried: Mapping[float, float | None]) -> tuple[float | None, str | None]:
-    """The best rate, and the edge that it lies on, if any. One that only a diverged rate limits is inside."""
+    """The best rate, and the edge that it lies on, if any. One that only a diverged rate limits is inside.
+
+    Rates of exactly the same loss are all the best: where one of them is an edge, nothing limits the choice.
+    """
     known = {rate: loss for rate, loss in tried.items() if loss is not None}
     if not known:
         return None, None
-    best = min(known, key=lambda rate: known[rate])
-    ordered = sorted(tried)
-    if best == ordered[0]:
-        return best, "lowest"
-    return best, "highest" if best == ordered[-1] else None
+    least = min(known.values())
+    best = sorted(rate for rate, loss in known.items() if loss == least)
+    if best[0] == min(tried):
+        return best[0], "lowest"
+    if best[-1] == max(tried):
+        return best[-1], "highest"
+    return best[0], None
 
 
 def _beyond(rates: Sequence[float], tried: Mapping[float, float | None]) -> float | None:

@@ -175,14 +175,17 @@ def _mean(rows: Mapping[str, SiteOverlap], sites: Sequence[str], side: str, i: i
 def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[str, dict[str, Any]]:
     """Kind of matrix → directions that two seeds share above the control, k·(φ(k, k) − control), by side.
 
-    Where there are q and v, their paired difference stands under `DIFFERENCE`.
+    Where there are q and v, their paired difference stands under `DIFFERENCE`. Where k directions fill a
+    side, any two updates share them all: that side is left out.
     """
     where = places(sites)
     shared: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
     for matrix in dict.fromkeys(kind for _, kind in where.values()):
         chosen = [site for site in sites if where[site][1] == matrix]
-        shared[matrix] = {side: {} for side in SIDES}
-        for side in SIDES:
+        first = next(iter(same.values()))
+        open_sides = [s for s in SIDES if any(k < first[site].shape[s == "right"] for site in chosen)]
+        shared[matrix] = {side: {} for side in open_sides}
+        for side in open_sides:
             for (a, b), rows in same.items():
                 if other:
                     control = fmean(_mean(other[pair], chosen, side, k, k) for pair in ((a, b), (b, a)))
@@ -191,7 +194,9 @@ def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[
                 shared[matrix][side][a, b] = k * (_mean(rows, chosen, side, k, k) - control)
     if "q_proj" in shared and "v_proj" in shared:
         q, v = shared["q_proj"], shared["v_proj"]
-        shared[DIFFERENCE] = {side: {p: q[side][p] - v[side][p] for p in q[side]} for side in SIDES}
+        shared[DIFFERENCE] = {
+            side: {p: q[side][p] - v[side][p] for p in q[side]} for side in SIDES if side in q and side in v
+        }
     return {
         matrix: {side: as_interval(over_seeds(values)) for side, values in sides.items()}
         for matrix, sides in shared.items()
@@ -262,8 +267,8 @@ def _answer(
 ) -> str:
     if seeds < 3:
         return (
-            f"Two seeds share φ({k}, {k}) = {tests[-1]['phi']['mean']:.2f} of their output directions, where "
-            f"chance is {tests[-1]['chance']:.2f}. One pair of seeds has no interval: no more is claimed."
+            f"Two seeds share φ({k}, {k}) = {tests[-1]['phi']['mean']:.3f} of their output directions, where "
+            f"chance is {tests[-1]['chance']:.3f}. One pair of seeds has no interval: no more is claimed."
         )
 
     def passed(key: str) -> list[Mapping[str, Any]]:
@@ -271,35 +276,32 @@ def _answer(
 
     def listed(rows: Sequence[Mapping[str, Any]]) -> str:
         return ", ".join(
-            f"{_place(row)} {row['phi']['mean']:.2f} (chance {row['chance']:.2f}"
-            + (f", other task {row['other_task']['mean']:.2f})" if "other_task" in row else ")")
+            f"{_place(row)} {row['phi']['mean']:.3f} (chance {row['chance']:.3f}"
+            + (f", other task {row['other_task']['mean']:.3f})" if "other_task" in row else ")")
             for row in rows
         )
 
     text = f"Over {seeds} seeds, above chance at 5 % (Holm): {listed(passed('p_chance')) or 'no block'}. "
     if controlled:
-        above = passed("p_other")
+        above = [row for row in passed("p_other") if row in passed("p_chance")]
         names = ", ".join(map(_place, above))
         text += (
             f"Above the other task as well, so not the same for whatever the model learns: {names}. "
             if above
-            else "No block is above the other task: what the seeds share is not shown to be the task's. "
+            else "No block is above both: what the seeds share is not shown to be the task's. "
         )
     kinds = _by_matrix(same, other, sites, k)
     if len(kinds) > 1:
         told = "; ".join(
-            f"{matrix} {_shown(sides['left'], 2)} and {_shown(sides['right'], 2)}"
+            f"{matrix} {_sides_shown(sides)}"
             for matrix, sides in kinds.items()
-            if matrix != DIFFERENCE
+            if sides and matrix != DIFFERENCE
         )
         level = "the other task" if other else "chance"
-        text += (
-            f"Directions of {k} that two seeds share above {level}, input and output side, by kind of "
-            f"matrix: {told}."
-        )
-        if DIFFERENCE in kinds:
-            sides = kinds[DIFFERENCE]
-            text += f" Of q more than of v: {_shown(sides['left'], 2)} and {_shown(sides['right'], 2)}."
+        if told:
+            text += f"Directions of {k} that two seeds share above {level}, by kind of matrix: {told}."
+        if kinds.get(DIFFERENCE):
+            text += f" Of q more than of v: {_sides_shown(kinds[DIFFERENCE])}."
     return text
 
 
@@ -312,7 +314,10 @@ def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Fi
         drawn = {f"{SIDE_NAMES[side]}: seeds {a} and {b}": getattr(first[site], side) for side in SIDES}
         if other:
             drawn |= {f"{SIDE_NAMES[side]}: other task": getattr(other[a, b][site], side) for side in SIDES}
-        drawn["two random Gaussian matrices"] = random_pair(first[site])
+        drawn |= {
+            f"{SIDE_NAMES[side]}: two random Gaussian matrices": random_pair(first[site], side)
+            for side in SIDES
+        }
         for panel, grid in drawn.items():
             records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
     spec = grids(records, x_title=f"j, seed {b}", y_title=f"i, seed {a}", choose=("layer", "matrix"))
@@ -343,6 +348,10 @@ def _shown(found: Mapping[str, Any], digits: int = 3) -> str:
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
     return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+def _sides_shown(sides: Mapping[str, Mapping[str, Any]]) -> str:
+    return " and ".join(f"{_shown(found, 2)} ({SIDE_NAMES[side]})" for side, found in sides.items())
 
 
 def _p(row: Mapping[str, Any], key: str) -> str:

@@ -6,16 +6,15 @@ A run is finished when its outcome is there; the outcome is written last, at onc
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.errors import OutputError, ResumeError
-from brushstroke.files import output_errors, refuse_existing, write_file
-from brushstroke.formats import load
+from brushstroke.errors import AdapterFileError, OutputError, ResumeError
+from brushstroke.files import output_errors, refuse_existing, remove_empty, write_file
+from brushstroke.formats import load, remove
 from brushstroke.studies.arms import RUN_KEY, Run
 from brushstroke.studies.workshop import Outcome
 
@@ -89,12 +88,22 @@ class Store:
         write_file(folder / OUTCOME, json.dumps(told, indent=2, allow_nan=True) + "\n")
 
     def adapter(self, run: Run) -> Adapter:
-        """The update of a finished run."""
-        return load(self.runs / run.key / ADAPTER)
+        """The update of a finished run.
+
+        Raises:
+            OutputError: it is damaged, or not there.
+        """
+        try:
+            return load(self.runs / run.key / ADAPTER)
+        except AdapterFileError as error:
+            raise OutputError(
+                f"{' '.join(str(error).split())}; remove {self.runs / run.key}, and the run is done again"
+            ) from error
 
     def forget_adapter(self, run: Run) -> None:
         """Remove the update of a run that no report needs; its scores stay."""
-        shutil.rmtree(self.runs / run.key / ADAPTER, ignore_errors=True)
+        with suppress(OutputError):
+            remove(self.runs / run.key / ADAPTER)
 
     def _read(self) -> dict[str, Any]:
         return _read(self.folder)
@@ -118,15 +127,21 @@ class Store:
         noted = self.note("figures")
         names = noted if isinstance(noted, list) else []
         drawn = [file for file in (self.folder / FIGURES).glob("*") if file.is_file() and file.name in names]
+        runs = [run for run in self.runs.glob("*") if RUN_KEY.fullmatch(run.name)]
+        places = (self.runs, self.folder / FIGURES, *runs, *(run / ADAPTER for run in runs))
+        if links := [str(place) for place in places if place.is_symlink()]:
+            raise OutputError(
+                f"{', '.join(links)}: a link, and what it leads to is not removed; move it away"
+            )
         with output_errors(self.folder):
-            for run in [*self.runs.glob(f"*/{OUTCOME}"), *self.runs.glob(f"*/{ADAPTER}")]:
-                if RUN_KEY.fullmatch(run.parent.name):
-                    shutil.rmtree(run) if run.is_dir() else run.unlink()
-                    _remove_empty(run.parent)
+            for run in runs:
+                remove(run / ADAPTER)
+                (run / OUTCOME).unlink(missing_ok=True)
+                remove_empty(run)
             for file in (self.folder / RESULTS, self.folder / REPORT, *drawn):
                 file.unlink(missing_ok=True)
-            _remove_empty(self.runs)
-            _remove_empty(self.folder / FIGURES)
+            remove_empty(self.runs)
+            remove_empty(self.folder / FIGURES)
 
 
 def check_folder(folder: Path, *, overwrite: bool = False) -> None:
@@ -179,11 +194,6 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(identity, dict) or not isinstance(notes, dict) or not identity.keys() >= ALWAYS:
         raise OutputError(f"{file} was not written by a study; move it away, or choose another folder")
     return whole
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # something else is in it, or it is not there
-        folder.rmdir()
 
 
 def _brief(value: Any) -> str:

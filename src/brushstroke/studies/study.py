@@ -171,13 +171,15 @@ def run_studies(
     else:
         with damaged(folder / STUDY, START_OVER):
             planned = replace(Estimate.from_dict(known), made_before=True)
+            if unknown := {*planned.arms} - {*arms}:
+                raise ValueError(f"no arms of this study: {unknown}")
     store = Store(folder, settings, overwrite=overwrite)
     store.keep_note("plan", asdict(planned))
     if on_estimate:
         on_estimate(planned)
     untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
     with damaged(folder / STUDY, START_OVER):
-        scores = {name: Score(**told) for name, told in untouched.items()}
+        scores = {name: Score.from_dict(untouched[name]) for name in (*material.tasks, *untouched)}
         spent = float(store.note("seconds") or 0.0)
 
     def after_run(progress: Progress) -> None:

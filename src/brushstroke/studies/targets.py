@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
-from brushstroke.studies.findings import Figure, Finding, difference_table
+from brushstroke.studies.findings import Figure, Finding, difference_table, seeds_told
 from brushstroke.studies.reading import arms_table, as_differences, as_interval, band, limits, test_loss
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Difference, compare_arms
@@ -86,7 +86,7 @@ class TargetsStudy:
         )
         return Finding(
             "Which matrices deserve the parameters?",
-            _answer(ordered, compared, len(results.seeds(*ordered)) if ordered else 0),
+            _answer(ordered, compared),
             (
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
                 difference_table(compared, "All pairs, paired over seeds, Holm-corrected over all of them."),
@@ -101,13 +101,17 @@ class TargetsStudy:
         )
 
 
-def _answer(ordered: list[str], compared: list[Difference], seeds: int) -> str:
+def _answer(ordered: list[str], compared: list[Difference]) -> str:
     if not ordered:
         return "No set has a learning rate that could be chosen: the study is inconclusive."
-    order = " < ".join(ordered)
-    if seeds < 2:
-        return f"By test loss, from one seed and so without any claim: {order}."
     best, total = ordered[0], len(compared)
+    if len(ordered) == 1:
+        return (
+            f"{best} is the only set with a learning rate that could be chosen: there is nothing to compare."
+        )
+    order, counts = " < ".join(ordered), [one.difference.count for one in compared]
+    if max(counts, default=1) < 2:
+        return f"By test loss, from one seed and so without any claim: {order}."
     apart = [one for one in compared if one.significant()]
     tied = [
         one.second if one.first == best else one.first
@@ -116,12 +120,8 @@ def _answer(ordered: list[str], compared: list[Difference], seeds: int) -> str:
     ]
     text = (
         f"By test loss, lowest first: {order}. Of {total} pairs {len(apart)} are apart at 5 % (paired t over "
+        f"{seeds_told(counts)}, Holm). "
     )
-    text += f"{seeds} seeds, Holm). "
-    if not compared:
-        return (
-            f"{best} is the only set with a learning rate that could be chosen: there is nothing to compare."
-        )
     if tied:
         return text + f"{best} cannot be told from {', '.join(tied)}."
     return text + f"{best} is better than every other."

@@ -63,6 +63,11 @@ class Score:
     accuracy: float
     tokens: int
 
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Score":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(float(told["loss"]), float(told["accuracy"]), int(told["tokens"]))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -100,7 +105,7 @@ class Outcome:
     def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
         """The inverse of `dataclasses.asdict`."""
         scores = {
-            name: None if told[name] is None else Score(**told[name])
+            name: None if told[name] is None else Score.from_dict(told[name])
             for name in ("validation", "test", "general")
         }
         return cls(**{**told, **scores})

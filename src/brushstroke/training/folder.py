@@ -13,19 +13,12 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import OutputError, ResumeError
-from brushstroke.files import output_errors, refuse_existing, write_file
-from brushstroke.formats import save
+from brushstroke.files import output_errors, refuse_existing, remove_partial, write_file
+from brushstroke.formats import ADAPTER_FILES, save
 from brushstroke.training.checkpoint import STATE, read_state
 
 METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
 PARTIAL = ".partial-"  # what an interrupted write leaves behind
-ADAPTER_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "brushstroke.json",
-    "chat_template.jinja",
-    "README.md",
-)
 MARKS = {  # keys of JSON files, or of their first lines, that a run or an adapter left
     METRICS: {"step", "loss", "real_tokens"},
     EVALUATIONS: {"step", "loss", "trained_tokens"},
@@ -102,12 +95,7 @@ class RunFolder:
                     (self.path / name).unlink(missing_ok=True)
                 for folder in [*self.checkpoints(), *self._kept("best")]:
                     shutil.rmtree(folder, ignore_errors=True)
-            self.clean()
-
-    def clean(self) -> None:
-        """Remove what an interrupted write left behind."""
-        for left in self.path.glob(f"{PARTIAL}*"):
-            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+            remove_partial(self.path)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
         """Append one line of JSON and flush it to the disk at once.

@@ -20,6 +20,7 @@ from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
 from brushstroke.errors import ConfigError, NonFiniteError, OutputError, ResumeError
+from brushstroke.files import remove_partial
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
 from brushstroke.step.loss import LossFunction
@@ -329,7 +330,7 @@ def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) ->
 def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResult:
     summary = folder.summary()
     _refuse_other_run(identity, summary["settings"], folder.path)
-    folder.clean()
+    remove_partial(folder.path)
     return TrainResult(load(folder.path), summary, summary["steps"])
 
 
