@@ -12,6 +12,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PhiConfig,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.layers import attach
@@ -152,3 +155,41 @@ def test_dropout_on_the_low_rank_path_runs_the_modules_own_code() -> None:
         randomise(run.parameters)
         first, second = (run.forward_backward(examples()).loss for _ in range(2))
         assert first != second
+
+
+@pytest.mark.parametrize("kind", ["norm", "block"])
+def test_a_call_that_the_probe_did_not_make_runs_the_modules_own_code(kind: str) -> None:
+    def gated(base: type[nn.Module]) -> type[nn.Module]:
+        return type(base)(
+            base.__name__, (base,), {"forward": lambda self, x, gate=1.0: base.forward(self, x) * gate}
+        )
+
+    module = gated(LlamaRMSNorm)(32) if kind == "norm" else gated(LlamaMLP)(tiny_llama().config)
+    module.requires_grad_(False).eval()
+    x, gate = torch.randn(2, 5, 32), torch.rand(2, 5, 32)
+    expected = module(x, gate)
+    fusion = fuse(nn.Sequential(module))
+    assert fusion.counts.total() == 1
+    assert torch.equal(module(x, gate), expected)
+    assert torch.equal(module(x, gate=gate), expected)
+    fusion.remove()
+
+
+def test_a_model_with_gated_norms_trains() -> None:
+    model = made(
+        Mamba2Config,
+        Mamba2ForCausalLM,
+        num_heads=8,
+        state_size=8,
+        n_groups=1,
+        chunk_size=16,
+        eos_token_id=None,
+    )
+    twin, batch = copy.deepcopy(model), examples(3)
+    with Training(model, LoraConfig(rank=3, targets=("in_proj",))) as run:
+        randomise(run.parameters)
+        result = run.forward_backward(batch)
+        with attach(twin, run.adapter(), trainable=True) as plain:
+            padded_loss(twin, batch).backward()
+            for ours, theirs in zip(run.parameters, plain.parameters(), strict=True):
+                assert (ours.grad / result.trained_tokens - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()

@@ -98,10 +98,16 @@ class FusedNorm(Fused):
         weight = cast(Tensor, module.weight)
         return _random_rows(weight, weight.shape[0]), {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm, where its gain is frozen."""
-        if self.training or self.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The norm, where its gain is frozen and x is all that it is given: gated norms take a gate too."""
+        x = _only_input(args, kwargs)
+        if (
+            x is None
+            or self.training
+            or self.weight.requires_grad
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return super().forward(*args, **kwargs)
         return rms_norm(x, self.weight, *self._fusion)
 
 
@@ -135,14 +141,15 @@ class FusedMLP(Fused):
         first = getattr(module, settings.names[0])
         return _random_rows(first.weight, first.weight.shape[0 if is_conv1d(first) else 1]), {}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The block in one step, where all of its linears are frozen but for low-rank updates."""
+        x = _only_input(args, kwargs)
         names, act, keep = self._fusion
         linears = [getattr(self, name) for name in names]
         watched = any(hooked(child) for child in self.children())
-        parts = None if self.training or watched else shared_parts(x, linears)
-        if parts is None:
-            return super().forward(x)
+        parts = None if x is None or self.training or watched else shared_parts(x, linears)
+        if x is None or parts is None:
+            return super().forward(*args, **kwargs)
         *gate, up, down = parts
         return _guarded(mlp(x, act, gate[0] if gate else None, up, down, keep, self._scratch), linears)
 
@@ -341,6 +348,11 @@ def _rounding_noise(
 def _difference(expected: Tensor, found: Tensor) -> float:
     a, b = expected.double(), found.double()
     return float((a - b).norm() / a.norm().clamp_min(1e-12)) if a.shape == b.shape else float("inf")
+
+
+def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The one tensor that a module was called with, as in the probe; None for any other call."""
+    return args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
 
 
 def _guarded(y: Tensor, linears: Sequence[nn.Module]) -> Tensor:
