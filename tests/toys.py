@@ -82,6 +82,29 @@ def tiny_gpt2(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module
     return model
 
 
+def tiny_olmo(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, clip_qkv: float | None = None
+) -> nn.Module:
+    """A random OLMo of 2 layers: angles in fp32, projections clipped in place where that is asked for."""
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    torch.manual_seed(seed)
+    config = OlmoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        clip_qkv=clip_qkv,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    return OlmoForCausalLM(config).to(dtype).eval()
+
+
 def random_adapter(
     model: object, config: LoraConfig | None = None, *, seed: int = 0, size: float = 0.3
 ) -> Adapter:

@@ -8,7 +8,7 @@ from torch import nn
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.training import Training
-from toys import tiny_gpt2, tiny_llama
+from toys import tiny_gpt2, tiny_llama, tiny_olmo
 from training_kit import examples, padded_loss, peft_twin, randomise
 
 GRADIENT = 1e-4  # of a gradient tensor's own norm, fp32: the bound; measured 1e-6
@@ -50,6 +50,22 @@ def test_one_step_has_the_gradients_of_peft(model: nn.Module, form: str, rule: s
             a, b = factors[path]
             for ours, theirs in ((module.lora_U_rows.grad, a.grad), (module.lora_V.grad, b.grad.mT)):
                 assert (scale * ours - theirs).norm() <= GRADIENT * theirs.norm(), path
+
+
+def test_a_model_that_clips_its_projections_in_place_has_the_gradients_of_peft() -> None:
+    model, batch = tiny_olmo(clip_qkv=0.5), examples()
+    untouched = copy.deepcopy(model)
+    with Training(model, LoraConfig(rank=4)) as run:
+        randomise(run.parameters)
+        twin, factors = peft_twin(untouched, run.adapter())
+        padded_loss(twin, batch).backward()
+        result = run.forward_backward(batch)
+        assert run.packed
+        assert not run.step.fusion.counts["attentions"]
+        for path, module in run.attachment.modules.items():
+            a, b = factors[path]
+            for ours, theirs in ((module.lora_U_rows.grad, a.grad), (module.lora_V.grad, b.grad.mT)):
+                assert (ours / result.trained_tokens - theirs).norm() <= GRADIENT * theirs.norm(), path
 
 
 @pytest.mark.slow

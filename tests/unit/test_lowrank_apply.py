@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from brushstroke.lowrank.apply import gathered_term, lowrank_linear, lowrank_term
+from brushstroke.lowrank.apply import (
+    LinearParts,
+    gathered_term,
+    lowrank_linear,
+    lowrank_linears,
+    lowrank_term,
+)
 
 
 @pytest.mark.parametrize("dxh", [True, False])
@@ -49,6 +55,30 @@ def test_a_gradient_that_is_not_contiguous():
     )
     (plain,) = torch.autograd.grad((lowrank_term(x, U_rows, V, 0.3).permute(2, 1, 0) * weights).sum(), V)
     torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_the_outputs_may_be_changed_in_place(shape, bias):
+    x = torch.randn(shape).double().requires_grad_(True)
+    parts = [
+        LinearParts(
+            torch.randn(4, 6).double(),
+            torch.randn(4).double() if bias else None,
+            *(torch.randn(2, n).double().requires_grad_(True) for n in (6, 4)),
+        )
+        for _ in range(2)
+    ]
+    leaves = [x, *(f for part in parts for f in (part.U_rows, part.V))]
+    found, expected = (
+        torch.autograd.grad(sum((y.clamp_(-1, 1) * 2).sum() for y in ys), leaves)
+        for ys in (
+            lowrank_linears(x, parts),
+            [F.linear(x, p.weight, p.bias) + lowrank_term(x, p.U_rows, p.V, 1.0) for p in parts],
+        )
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("inner", [(), (1,), (3,), (2, 3)])

@@ -76,6 +76,14 @@ def forward_products(x: Tensor, parts: Sequence[LinearParts]) -> tuple[list[Tens
     return ys, xu
 
 
+def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
+    """An output (n×h) as (*leading, h), for the end of an autograd function: y must not be used any more.
+
+    Unlike `y.view` it is no view to autograd, which lets nobody change a function's views in place.
+    """
+    return torch.ops.aten._unsafe_view(y, [*leading, y.shape[-1]])
+
+
 def backward_products(
     dys: Sequence[Tensor],
     rows: Tensor,
@@ -133,7 +141,7 @@ class _LowRankLinears(torch.autograd.Function):
         ys, xu = forward_products(x, unflatten(forms, tensors))
         ctx.save_for_backward(x, xu, *tensors)
         ctx.forms = forms
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(reshaped(y, x.shape[:-1]) for y in ys)
 
     @staticmethod
     @once_differentiable

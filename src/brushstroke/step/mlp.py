@@ -19,6 +19,7 @@ from brushstroke.lowrank.apply import (
     backward_products,
     flatten,
     forward_products,
+    reshaped,
     unflatten,
 )
 from brushstroke.step.scratch import Scratch
@@ -79,7 +80,7 @@ class _MLP(torch.autograd.Function):
         (y,), mu = forward_products(middle, [down])
         ctx.save_for_backward(x, xu, mu, *(entering if keep else ()), *tensors)
         ctx.act, ctx.keep, ctx.scratch, ctx.forms = act, keep, scratch, forms
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return reshaped(y, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
