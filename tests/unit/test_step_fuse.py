@@ -30,7 +30,7 @@ from brushstroke.adapter import LoraConfig
 from brushstroke.layers import attach
 from brushstroke.step.fuse import Fused, fuse
 from brushstroke.training import Training
-from toys import tiny_gpt2, tiny_llama
+from toys import tiny_gpt2, tiny_llama, tiny_olmo
 from training_kit import examples, padded_loss, randomise
 
 SMALL = {
@@ -193,3 +193,59 @@ def test_a_model_with_gated_norms_trains() -> None:
             padded_loss(twin, batch).backward()
             for ours, theirs in zip(run.parameters, plain.parameters(), strict=True):
                 assert (ours.grad / result.trained_tokens - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
+
+
+class ClampedMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=7), self.up_proj(x).clamp(-7, 7)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class TupleMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(x), None
+
+
+class ClampedRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-20, 20))
+
+
+class OutsideRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class OtherEpsRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, 10 * self.variance_epsilon)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [ClampedMLP, TupleMLP, ClampedRMSNorm, OutsideRMSNorm, OtherEpsRMSNorm])
+def test_what_shows_in_small_or_large_inputs_or_in_the_form_of_the_output_is_seen(kind, dtype) -> None:
+    module = kind(32 if issubclass(kind, LlamaRMSNorm) else tiny_llama().config)
+    module = module.to(dtype).requires_grad_(False).eval()
+    assert not fuse(nn.Sequential(module)).counts.total()
+
+
+def test_attention_that_clips_values_which_are_seldom_met_is_left_to_itself() -> None:
+    model = tiny_olmo(clip_qkv=8.0).requires_grad_(False)
+    assert fuse(model).counts == {"feed-forward blocks": 2}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bf16_the_same_modules_are_ours(name: str) -> None:
+    make, counts = FAMILIES[name]
+    with Training(make().to(torch.bfloat16), LoraConfig(rank=3)) as run:
+        found = run.step.fusion.counts
+        assert tuple(found[kind] for kind in ("norms", "feed-forward blocks", "attentions")) == counts
+        assert run.packed
+
+
+def test_angles_of_another_precision_run_packed_by_the_attentions_own_code() -> None:
+    batch = examples()
+    with Training(tiny_olmo(dtype=torch.bfloat16), LoraConfig(rank=3)) as run:
+        assert run.packed, run.step.forward_reason
+        loss = run.forward_backward(batch).loss
+    assert loss == pytest.approx(padded_loss(tiny_olmo(dtype=torch.bfloat16), batch).item(), rel=1e-2)

@@ -5,7 +5,7 @@ gradients are those of the module's own forward. Other models are not touched, a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -28,7 +28,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's
 HALF_TOLERANCE = 3e-2
 NOISE_FACTOR = 3.0  # half precision: how often a gradient may differ by what rounding the input changes in it
 MOST_NOISE = 0.3  # above it a probe could not tell one function from another
-PROBED = Example(tokens=(0,) * 7, weights=(0.0,) * 7)  # only its length matters: modules see no tokens
+MAGNITUDES = (1e-3, 30.0, *[1.0] * 6)  # of a probe's rows: an eps shows in small ones, a clamp in large ones
+PROBED = [  # examples of the small row, the large one and the rest: beside others they would settle a softmax
+    Example(tokens=(0,) * count, weights=(0.0,) * count) for count in (1, 1, 6)
+]  # only their lengths matter: modules see no tokens
 
 ACTIVATIONS = {
     "SiLU": SILU,
@@ -176,17 +179,16 @@ class FusedAttention(Fused):
 
     @staticmethod
     def trial(module: nn.Module, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """One example, laid out; the module's own forward leaves its attention's settings in `settings`."""
+        """Examples, laid out; the module's own forward leaves its attention's settings in `settings`."""
         weight = cast(Any, module).q_proj.weight
         x = _random_rows(weight, weight.shape[1])
-        angles = torch.linspace(0.1, 3.0, len(PROBED) * (cast(Any, module).head_dim // 2)).view(
-            len(PROBED), -1
-        )
+        rows = len(MAGNITUDES)
+        angles = torch.linspace(0.1, 3.0, rows * (cast(Any, module).head_dim // 2)).view(rows, -1)
         angles = torch.cat([angles, angles], dim=-1)[None].to(x.device)
         return x, {
             "position_embeddings": (angles.cos().to(x.dtype), angles.sin().to(x.dtype)),
             "attention_mask": None,
-            "brushstroke_layout": lay_out(unshared([PROBED]), x.device),
+            "brushstroke_layout": lay_out(unshared(PROBED), x.device),
             "brushstroke_record": settings,
         }
 
@@ -201,7 +203,9 @@ class FusedAttention(Fused):
         projections = [self.q_proj, self.k_proj, self.v_proj]
         layout: Layout | None = kwargs.get("brushstroke_layout")
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
-        packed = layout is not None and not cached and not self.training
+        angles = position_embeddings or ()
+        probed = all(angle.dtype == hidden_states.dtype for angle in angles)  # OLMo's are fp32 in any model
+        packed = layout is not None and not cached and not self.training and probed
         parts = shared_parts(hidden_states, projections) if packed else None
         if parts is None:
             return super().forward(
@@ -300,16 +304,17 @@ def _error(
     try:
         x, inputs = mixin.trial(module, settings)
         with attention.packed(), torch.enable_grad():
-            expected = list(_outcome(module, x, inputs))
+            form, expected = _outcome(module, x, inputs)
             noise = _rounding_noise(module, x, inputs, expected)
             fusion.add(module, mixin, settings)
-            found = list(_outcome(module, x, {k: v for k, v in inputs.items() if k != "brushstroke_record"}))
+            inputs.pop("brushstroke_record", None)
+            our_form, found = _outcome(module, x, inputs)
     except Exception:  # the module is not ours: whatever it raises means that it must run its own code
         return float("inf")
     finally:
         if isinstance(module, Fused):
             fusion.drop_last()
-    if len(expected) != len(found):
+    if form != our_form or len(expected) != len(found):
         return float("inf")
     limit = TOLERANCE.get(x.dtype, HALF_TOLERANCE)
     errors = [
@@ -319,15 +324,22 @@ def _error(
     return max(error if error == error else float("inf") for error in errors)
 
 
-def _outcome(module: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Iterator[Tensor]:
-    """The output of a module, and the gradients of its input and of its trained parameters."""
+def _outcome(module: nn.Module, x: Tensor, inputs: dict[str, Any]) -> tuple[list[type], list[Tensor]]:
+    """The types that a module returns; the rows of its output, and the gradients of its input and factors.
+
+    The gradients are those of the rows of ordinary size, which others would outweigh. They are judged whole:
+    in attention a single row's may nearly cancel.
+    """
     x = x.clone().requires_grad_(True)
-    y = module(x, **inputs)
-    y = y[0] if isinstance(y, tuple) else y
+    outputs = module(x, **inputs)
+    parts = outputs if isinstance(outputs, tuple) else [outputs]
+    form = [type(outputs), *(type(part) for part in parts)]
+    y = parts[0]
     trained = [p for p in module.parameters() if p.requires_grad]
-    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
-    yield y.detach()
-    yield from torch.autograd.grad((y * weights).sum(), [x, *trained])
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+    weights *= (torch.tensor(MAGNITUDES, device=y.device) == 1)[:, None]
+    dx, *gradients = torch.autograd.grad((y * weights.to(y.dtype)).sum(), [x, *trained])
+    return form, [*y.detach().flatten(0, -2), dx, *gradients]
 
 
 def _rounding_noise(
@@ -341,7 +353,7 @@ def _rounding_noise(
         return [0.0] * len(expected)
     signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(1)).to(x.device) * 2 - 1
     nudged = (x.float() * (1 + signs * torch.finfo(x.dtype).eps / 2)).to(x.dtype)
-    moved = _outcome(module, nudged, inputs)
+    _, moved = _outcome(module, nudged, inputs)
     return [min(_difference(a, b), MOST_NOISE / NOISE_FACTOR) for a, b in zip(expected, moved, strict=True)]
 
 
@@ -362,8 +374,9 @@ def _guarded(y: Tensor, linears: Sequence[nn.Module]) -> Tensor:
 
 
 def _random_rows(like: Tensor, width: int) -> Tensor:
-    rows = torch.randn(1, len(PROBED), width, generator=torch.Generator().manual_seed(0))
-    return rows.to(like.device, like.dtype)
+    """Rows of several magnitudes, each of which is judged by itself."""
+    rows = torch.randn(1, len(MAGNITUDES), width, generator=torch.Generator().manual_seed(0))
+    return (rows * torch.tensor(MAGNITUDES)[:, None]).to(like.device, like.dtype)
 
 
 @cache
