@@ -10,7 +10,7 @@ from torch import nn
 from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import Example
-from brushstroke.errors import ConfigError, NonFiniteError, TargetError, TrainingError
+from brushstroke.errors import ConfigError, DataError, NonFiniteError, TargetError, TrainingError
 from brushstroke.layers import merge
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import NAME
@@ -331,3 +331,13 @@ def test_attention_in_chunks_is_not_packed() -> None:
     with Training(model, LoraConfig(rank=4)) as run:
         assert not run.packed
         assert "chunks of 16 tokens" in run.step.forward_reason
+
+
+@pytest.mark.parametrize("form", [lambda empty: empty, lambda empty: [*examples(2), empty]])
+def test_an_example_without_tokens_is_refused_in_one_line(form) -> None:
+    with Training(tiny_llama(), LoraConfig(rank=2)) as run:
+        for verb in (run.forward_backward, run.loss):
+            with pytest.raises(DataError, match="row 3 has no tokens"):
+                verb(form(Example(tokens=(), weights=(), row=3)))
+        with pytest.raises(DataError, match="an example has no tokens"):
+            run.forward_backward(Example(tokens=(), weights=()))

@@ -283,7 +283,7 @@ class Training:
     def encode(self, examples: Any) -> list[Example]:
         """Tokenised examples from anything that can be trained on."""
         if isinstance(examples, Example):
-            return [examples]
+            examples = [examples]
         if isinstance(examples, Iterable) and not isinstance(examples, str | dict):
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
@@ -329,7 +329,7 @@ class Training:
 
 
 def check_vocabulary(examples: Iterable[Example], model: torch.nn.Module) -> None:
-    """Refuse tokens that the model has no embedding for.
+    """Refuse examples without tokens, and tokens that the model has no embedding for.
 
     Raises:
         DataError: naming the row.
@@ -338,10 +338,12 @@ def check_vocabulary(examples: Iterable[Example], model: torch.nn.Module) -> Non
     try:
         size = getattr(getter() if callable(getter) else None, "num_embeddings", None)
     except NotImplementedError:
-        return
+        size = None
     for example in examples:
-        if size and example.tokens and not 0 <= min(example.tokens) <= max(example.tokens) < size:
-            place = f"row {example.row}" if example.row else "an example"
+        place = f"row {example.row}" if example.row else "an example"
+        if not example.tokens:
+            raise DataError(f"{place} has no tokens; leave it out, or give it at least one trained token")
+        if size and not 0 <= min(example.tokens) <= max(example.tokens) < size:
             raise DataError(
                 f"{place} has a token id outside of the model's vocabulary of {size}; "
                 "tokenise it with this base's tokenizer"
