@@ -46,6 +46,10 @@ BAD_VALUES = {
     "a learning rate that is no number": (["--learning-rate", "fast"], "--learning-rate"),
     "no batch": (["--batch-size", "0"], "batch_size"),
     "a dropout of 1": (["--dropout", "1"], "dropout"),
+    "an alpha beyond what float32 holds": (["--alpha", "1e300"], "alpha must be"),
+    "more epochs than can be counted": (["--epochs", "1e308"], "epochs asks for more than"),
+    "steps that a float cannot count": (["--max-steps", str(10**400)], "max_steps asks for more than"),
+    "going on and starting over": (["--resume", "--overwrite"], "give one of them"),
     "a seed beyond what a generator takes": (["--seed", str(2**64)], "seed must be at most"),
     "an unknown schedule": (["--schedule", "liner"], "linear"),
     "an unknown scale rule": (["--scale-rule", "sqrt"], "rslora"),
@@ -186,12 +190,12 @@ def test_config_files(refused, train_rows, tmp_path):
 def test_an_existing_folder_is_refused_and_overwrite_replaces_only_ours(cli, tiny, train_rows, tmp_path):
     words = ("train", tiny, train_rows, "--out", tmp_path, *PLAIN, "--max-steps", "1")
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "metrics.jsonl").write_text("old")
+    (tmp_path / "metrics.jsonl").write_text(line := '{"step": 9, "loss": 1.5, "real_tokens": 40}\n')
     done = cli(*words)
     assert done.status == 1
     assert "--overwrite" in done.error
     assert files_in(tmp_path) == {"notes.txt", "metrics.jsonl"}
-    assert (tmp_path / "metrics.jsonl").read_text() == "old"
+    assert (tmp_path / "metrics.jsonl").read_text() == line
     assert cli(*words, "--overwrite").status == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
@@ -205,6 +209,12 @@ def test_a_page_of_the_users_own_is_not_replaced(cli, tiny, train_rows, tmp_path
     assert done.status == 1
     assert "README.md is not of a run" in done.error
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_a_folder_with_a_name_that_no_file_system_takes(cli, tiny, train_rows):
+    done = cli("train", tiny, train_rows, "--out", "a\0b", *PLAIN)
+    assert done.status == 2
+    assert "NUL" in done.error
 
 
 def test_a_file_where_the_folder_should_be(cli, tiny, train_rows, tmp_path):
@@ -234,6 +244,24 @@ def test_a_loss_that_is_no_number_stops_with_advice(cli, tiny, train_rows, tmp_p
     assert kept
     assert str(kept[-1]) in done.error
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "advice"),
+    [
+        ("--learning-rate", "1e39", "lower the learning rate (it is 1e+39)"),
+        ("--weight-decay", "1e308", "or the weight decay (it is 1e+308)"),
+    ],
+)
+def test_factors_that_are_no_numbers_at_the_end_come_with_advice(
+    cli, tiny, train_rows, tmp_path, flag, value, advice
+):
+    words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1")
+    done = cli(*words, flag, value)
+    assert done.status == 1
+    assert advice in done.error
+    assert files_in(tmp_path / "out") == {"metrics.jsonl"}
+    assert cli(*words, "--resume").status == 0
 
 
 def test_a_full_disk_stops_with_one_message(cli, tiny, train_rows, tmp_path):

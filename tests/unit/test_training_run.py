@@ -1,6 +1,7 @@
 """`train` and `plan` through Python: files, resuming, evaluations, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,9 +126,9 @@ def test_files_of_another_program_are_never_replaced(
     for path in (name, *beside):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
-    for resume in (False, True):
+    for flag in ("overwrite", "resume"):
         with pytest.raises(OutputError, match=rf"{name} is not of a run|--overwrite"):
-            bs.train(base(), examples(4), LORA, CONFIG, out=tmp_path, overwrite=True, resume=resume)
+            bs.train(base(), examples(4), LORA, CONFIG, out=tmp_path, **{flag: True})  # type: ignore[arg-type]
     assert {(tmp_path / path).read_text() for path in (name, *beside)} == {content}
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
@@ -138,7 +139,7 @@ def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True)
         file.write_text("mine")
     data = {"eval_data": examples(4, seed=1)}
-    bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True, overwrite=True, **data)  # type: ignore[arg-type]
+    bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True, **data)  # type: ignore[arg-type]
     bs.train(base(), examples(10, seed=2), LORA, CONFIG, out=tmp_path, overwrite=True, **data)  # type: ignore[arg-type]
     assert all(file.read_text() == "mine" for file in mine)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -175,6 +176,56 @@ def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
     bs.train(base(), examples(10), LORA, config, out=tmp_path / "cut", eval_data=held_out, resume=True)
     same = "adapter_model.safetensors"
     assert (tmp_path / "cut" / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
+
+
+def test_a_run_with_a_best_adapter_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    config = bs.TrainConfig(
+        max_steps=9, batch_size=4, learning_rate=1e-2, eval_every=1, keep_best=True, checkpoint_every=3
+    )
+    held_out, same = examples(6, seed=1), "adapter_model.safetensors"
+    bs.train(base(), examples(10), LORA, config, out=tmp_path / "whole", eval_data=held_out)
+
+    def crash(event: object) -> None:
+        if event.step == 8:  # type: ignore[attr-defined]
+            raise Stop
+
+    cut = tmp_path / "cut"
+    with pytest.raises(Stop):
+        bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, on_step=crash)
+    (cut / "checkpoints" / "step-00000006" / "state.json").write_text("{")
+    with pytest.raises(ResumeError, match="remove it"):
+        bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, resume=True)
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    shutil.copytree(cut, tmp_path / "bare")
+    again = bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, resume=True)
+    assert again.resumed_from == 3
+    assert (cut / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
+    shutil.rmtree(tmp_path / "bare" / "checkpoints" / "best-00000003")
+    with pytest.raises(ResumeError, match=r"step-00000003 needs the best adapter.*start over"):
+        bs.train(base(), examples(10), LORA, config, out=tmp_path / "bare", eval_data=held_out, resume=True)
+
+
+def test_an_evaluation_that_is_made_up_for_twice_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def crash(event: object) -> None:
+        if event.step == 5:  # type: ignore[attr-defined]
+            raise Stop
+
+    config = bs.TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2)
+    data = {"out": tmp_path, "eval_data": examples(4, seed=1)}
+    with monkeypatch.context() as patched:
+        patched.setattr("brushstroke.training.run._evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            bs.train(base(), examples(10), LORA, config, **data)  # type: ignore[arg-type]
+    with pytest.raises(Stop):
+        bs.train(base(), examples(10), LORA, config, resume=True, on_step=crash, **data)  # type: ignore[arg-type]
+    assert bs.train(base(), examples(10), LORA, config, resume=True, **data).resumed_from == 3  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
 
 
 def test_going_on_from_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:
@@ -235,9 +286,9 @@ def test_gpt2_trains_too() -> None:
 def test_what_a_killed_write_leaves_does_not_block_resuming(tmp_path: Path) -> None:
     held_out = examples(6, seed=1)
     config = bs.TrainConfig(max_steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, keep_best=True)
-    (tmp_path / ".partial-abc").mkdir()
+    (tmp_path / ".partial-abc1_xyz").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "real_tokens": 40}\n')
-    (tmp_path / "checkpoints" / "best-00000002" / ".partial-xyz").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "best-00000002" / ".partial-xyz12345").mkdir(parents=True)
     result = bs.train(base(), examples(10), LORA, config, out=tmp_path, eval_data=held_out, resume=True)
     assert result.resumed_from == 0
     assert not list(tmp_path.glob(".partial-*"))

@@ -6,6 +6,7 @@ and the step.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from brushstroke.files import output_errors
 from brushstroke.layers import Attachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
+STATE_KEYS = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -63,14 +65,44 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
             for file in (staging / TENSORS, staging / STATE):
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
-            before = staging.with_name(f"{staging.name}-before")
+            restore(folder)
             if folder.exists():  # out of the way whole: removing it takes time, in which a kill may come
-                os.replace(folder, before)
+                os.replace(folder, _before(folder))
             os.replace(staging, folder)
-            shutil.rmtree(before, ignore_errors=True)
+            restore(folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
+            restore(folder)
             raise
+
+
+def restore(folder: Path) -> None:
+    """Undo or end a replacement that was cut in two: the earlier checkpoint goes back, or away.
+
+    What a user put beside its files goes over to the one that took its place.
+    """
+    before = _before(folder)
+    if not before.is_dir():
+        return
+    if not folder.exists():
+        os.replace(before, folder)
+        return
+    for file in before.iterdir():
+        if file.name in (STATE, TENSORS):
+            file.unlink()
+        else:
+            os.replace(file, folder / file.name)
+    before.rmdir()
+
+
+def moved_away(parent: Path) -> list[Path]:
+    """The checkpoints in a folder that a replacement cut in two left under another name."""
+    found = [re.fullmatch(r"\.partial-(step-\d{8,})-before", path.name) for path in parent.glob(".partial-*")]
+    return [parent / match[1] for match in found if match]
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(f".partial-{folder.name}-before")
 
 
 def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
@@ -78,7 +110,10 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
 
     Raises:
         ResumeError: the checkpoint is damaged or belongs to another adapter.
+        OutputError: a replacement of it that was cut in two cannot be undone.
     """
+    with output_errors(folder):
+        restore(folder)
     state = read_state(folder)
     try:
         tensors = load_file(folder / TENSORS)
@@ -119,8 +154,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ResumeError(f"the checkpoint {folder} cannot be read ({error}); remove it") from error
-    needed = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
-    if not isinstance(state, dict) or not needed <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
         raise ResumeError(f"the checkpoint {folder} is damaged: its {STATE} lacks fields; remove it")
     if state["format"] != FORMAT:
         raise ResumeError(

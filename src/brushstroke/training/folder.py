@@ -5,26 +5,32 @@ It trains nothing. The adapter's files appear when the run is complete, not befo
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.errors import OutputError, ResumeError
-from brushstroke.files import output_errors, refuse_existing, remove_partial, write_file
-from brushstroke.formats import ADAPTER_FILES, save
-from brushstroke.training.checkpoint import STATE, read_state
+from brushstroke.errors import ConfigError, ResumeError
+from brushstroke.files import output_errors, refuse_existing, write_file
+from brushstroke.formats import save
+from brushstroke.training.checkpoint import STATE, moved_away, read_state, restore
+from brushstroke.training.ours import (
+    ADAPTER_FILES,
+    CHECKPOINTS,
+    EVALUATIONS,
+    METRICS,
+    RUN,
+    WEIGHTS,
+    folders_of,
+    is_damaged,
+    is_ours,
+    refuse_strangers,
+    remove_checkpoint,
+    remove_leftovers,
+)
 
-METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
 PARTIAL = ".partial-"  # what an interrupted write leaves behind
-MARKS = {  # keys of JSON files, or of their first lines, that a run or an adapter left
-    METRICS: {"step", "loss", "real_tokens"},
-    EVALUATIONS: {"step", "loss", "trained_tokens"},
-    RUN: {"settings", "versions", "steps"},
-    "adapter_config.json": {"peft_type"},
-}
 KEPT = 2  # checkpoints
 
 
@@ -37,25 +43,38 @@ class RunFolder:
         overwrite: replace an earlier run's files; files of other names stay.
 
     Raises:
+        ConfigError: both flags are given, or a path that no file system takes.
         OutputError: the folder holds files and neither flag is given, or a stranger's by a run's names.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        if resume and overwrite:
+            raise ConfigError(
+                "resume (--resume) goes on from the last checkpoint and overwrite (--overwrite) starts over "
+                "in its place; give one of them"
+            )
+        if "\0" in str(path):
+            raise ConfigError(f"the output folder {str(path)!r} has a NUL character in its name")
         self.path = Path(path).expanduser()
-        has_run = self.complete or bool(self.checkpoints())
-        self.resuming = resume and has_run
+        finished = resume and self.complete
+        if not (resume or overwrite):
+            refuse_existing(self.path, overwrite=False)
+        if not finished:
+            refuse_strangers(self.path)
+            self._restore()
+        self.resuming = finished or (resume and bool(self.checkpoints()))
         if not self.resuming:
-            refuse_existing(self.path, overwrite or (resume and self._only_ours()))
-            self._refuse_strangers()
+            refuse_existing(self.path, overwrite or (resume and self._only_of_a_run()))
 
     @property
     def complete(self) -> bool:
         """Whether a finished adapter stands in the folder."""
-        return (self.path / ADAPTER_FILES[0]).is_file() and (self.path / RUN).is_file()
+        run = self.path / RUN
+        return (self.path / WEIGHTS).is_file() and run.is_file() and (is_ours(run) or is_damaged(run))
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints in order of their steps."""
-        return [folder for folder in self._kept("step") if (folder / STATE).is_file()]
+        return [folder for folder in folders_of(self.path, "step") if (folder / STATE).is_file()]
 
     def last_state(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint and its state, or None where there is none."""
@@ -71,38 +90,54 @@ class RunFolder:
         return self.path / CHECKPOINTS / f"best-{step:08d}"
 
     def prune(self, best_step: int) -> None:
-        """Remove all checkpoints but the last two, older best adapters, and what interrupted writes left."""
-        inside = self.path / CHECKPOINTS
-        older = [folder for folder in self._kept("best") if folder != self.best(best_step)]
-        for folder in [*self.checkpoints()[:-KEPT], *older, *inside.glob(f"{PARTIAL}*")]:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove all checkpoints but the last two, and what interrupted writes left.
 
-    def open(self, step: int) -> None:
+        Of the best adapters those of this step and of the checkpoints that are kept stay: a run may go on
+        from each of them.
+        """
+        kept = self.checkpoints()[-KEPT:]
+        named = {self.best(step) for step in (best_step, *map(_best_step, kept))}
+        with suppress(OSError):
+            for folder in [*folders_of(self.path, "step"), *folders_of(self.path, "best")]:
+                if folder not in kept and folder not in named:
+                    remove_checkpoint(folder)
+            remove_leftovers(self.path / CHECKPOINTS)
+
+    def open(self, step: int, evaluated: int = 0) -> None:
         """Make the folder ready for the steps after this one: later lines of an interrupted run are cut off.
+
+        Args:
+            step: the last one whose line in the metrics stays.
+            evaluated: the last one whose evaluation stays.
 
         Raises:
             OutputError: it cannot be written.
         """
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ADAPTER_FILES:
+            if not step:  # the last checkpoint first: as long as one stands, the metrics belong to it
+                for folder in [*reversed(folders_of(self.path, "step")), *folders_of(self.path, "best")]:
+                    remove_checkpoint(folder)
+            for name in (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))):
                 (self.path / name).unlink(missing_ok=True)
             if step:
                 self._cut(METRICS, step)
-                self._cut(EVALUATIONS, step)
-            else:
-                for name in (METRICS, EVALUATIONS, RUN):
-                    (self.path / name).unlink(missing_ok=True)
-                for folder in [*self.checkpoints(), *self._kept("best")]:
-                    shutil.rmtree(folder, ignore_errors=True)
-            remove_partial(self.path)
+                self._cut(EVALUATIONS, evaluated)
+            self.clean()
+
+    def clean(self) -> None:
+        """Remove what an interrupted write left behind."""
+        remove_leftovers(self.path)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
-        """Append one line of JSON and flush it to the disk at once.
+        """Append one line of JSON and flush it to the disk at once; a new file appears with its line.
 
         Raises:
             OutputError: it cannot be written.
         """
+        if not (self.path / name).exists():
+            write_file(self.path / name, json.dumps(line) + "\n")
+            return
         with output_errors(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -131,24 +166,15 @@ class RunFolder:
                 f"{self.path / RUN} cannot be read ({error}); remove it and start over with overwrite"
             ) from error
 
-    def _kept(self, kind: str) -> list[Path]:
-        """The folders of a kind ("step" or "best") with names that a run gives, by their steps."""
-        found = (self.path / CHECKPOINTS).glob(f"{kind}-*")
-        return sorted(folder for folder in found if re.fullmatch(rf"{kind}-\d{{8,}}", folder.name))
+    def _restore(self) -> None:
+        """Put back what a kill left under the name that a checkpoint has while another takes its place."""
+        for folder in moved_away(self.path / CHECKPOINTS):
+            with output_errors(folder):
+                restore(folder)
 
-    def _refuse_strangers(self) -> None:
-        """Refuse to replace what no run and no adapter left: a README.md, metrics of another program, ..."""
-        ours = {name for name, keys in MARKS.items() if _holds(self.path / name, keys)}
-        for name in dict.fromkeys([*MARKS, *ADAPTER_FILES]):
-            known = name in ours if name in MARKS else ours or self.checkpoints()
-            if (self.path / name).exists() and not known:
-                raise OutputError(
-                    f"{self.path / name} is not of a run, and this one's would replace it; move it, or "
-                    "choose another folder"
-                )
-
-    def _only_ours(self) -> bool:
-        known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES}
+    def _only_of_a_run(self) -> bool:
+        """Whether nothing but what a run leaves before it is complete is here; an adapter needs overwrite."""
+        known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {WEIGHTS}
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
         return all(name in known or name.startswith(PARTIAL) for name in names)
 
@@ -168,13 +194,8 @@ class RunFolder:
         write_file(path, "".join(kept))
 
 
-def _holds(path: Path, keys: set[str]) -> bool:
-    """Whether a file is a JSON object with these keys, or lines of them; a damaged one counts as one."""
-    try:
-        text = path.read_text("utf-8")
-        found = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
-    except OSError:
-        return False
-    except ValueError:
-        return True
-    return isinstance(found, dict) and keys <= found.keys()
+def _best_step(checkpoint: Path) -> int:
+    """The step of the best adapter that a checkpoint names; 0 where it names none."""
+    with suppress(ResumeError, KeyError, TypeError):
+        return int(read_state(checkpoint)["extra"]["totals"]["best_step"])
+    return 0

@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,21 +19,23 @@ import transformers
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
-from brushstroke.errors import ConfigError, NonFiniteError, OutputError, ResumeError
-from brushstroke.files import remove_partial
+from brushstroke.errors import AdapterFileError, ConfigError, NonFiniteError, OutputError, ResumeError
 from brushstroke.formats import load
 from brushstroke.formats import save as save_adapter
 from brushstroke.step.loss import LossFunction
 from brushstroke.step.memory import peak_memory
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.folder import EVALUATIONS, METRICS, RunFolder
+from brushstroke.training.folder import RunFolder
 from brushstroke.training.interrupt import Interrupts
 from brushstroke.training.order import DataOrder
+from brushstroke.training.ours import EVALUATIONS, METRICS
 from brushstroke.training.plan import Plan, make_plan
 from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
 from brushstroke.training.setup import open_session, read_data
+
+MAX_STEPS = 2**53  # that a float counts one by one
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,15 @@ def train(
         OutputError: `out` holds files already, or cannot be written.
         ResumeError: the checkpoint belongs to other settings or other data.
         NonFiniteError: the loss is not a finite number; checkpoints from before are kept.
-        KeyboardInterrupt: after a checkpoint was saved.
+        KeyboardInterrupt: after a checkpoint was saved, which it names; without words where no step was done.
     """
     config = config or TrainConfig()
     if eval_data is None and (config.keep_best or config.eval_every is not None):
         asked = "keep_best" if config.keep_best else "eval_every"
         raise ConfigError(f"{asked} needs data to evaluate on; give eval_data")
+    alphas = (lora.alpha, *lora.alpha_pattern.values()) if lora else ()
+    if any(alpha > torch.finfo(torch.float32).max for alpha in alphas):
+        raise ConfigError(f"alpha must be a number that float32 holds; got {max(alphas):g}")
     folder = RunFolder(out, resume=resume, overwrite=overwrite) if out is not None else None
     examples = read_data(base, data, config, start, prompt_column, completion_column)
     held_out = (
@@ -167,7 +172,7 @@ def train(
         else None
     )
 
-    with open_session(base, lora, config, start, allow_different_base) as session, Interrupts() as interrupts:
+    with Interrupts() as interrupts, open_session(base, lora, config, start, allow_different_base) as session:
         columns = (prompt_column, completion_column)
         identity = _identity(session, config, lora, start, examples, held_out, columns, loss)
         if folder and folder.resuming and folder.complete:
@@ -179,29 +184,25 @@ def train(
             totals = _Totals(**load_session(session, checkpoint)["totals"])
         resumed_from = session.steps
         order = DataOrder(examples, config.batch_size, config.seed)
-        steps = order.steps(config.epochs, config.max_steps)
+        steps = _steps(order, config)
+        best: Adapter | None = None
+        if folder and resumed_from and totals.best_step and config.keep_best:
+            best = _load_best(folder, totals.best_step)
         if on_plan:
             on_plan(make_plan(session, examples, config), resumed_from)
         if folder and resumed_from:
-            folder.open(resumed_from)
+            folder.open(resumed_from, totals.evaluated)
 
         def due(step: int) -> bool:
             return step == steps or step % (config.eval_every or order.steps_per_epoch) == 0
 
         def keep_state() -> None:
-            if any(not bool(torch.isfinite(p).all()) for p in session.parameters):
-                raise NonFiniteError(
-                    f"the factors are not finite numbers after step {session.steps}; lower the learning rate "
-                    f"(it is {session.learning_rate:g})"
-                )
+            _refuse_broken(session.parameters, session, config)
             if folder and session.steps:
                 extra = {"identity": identity, "totals": asdict(totals)}
                 save_session(session, folder.checkpoint(session.steps), extra)
                 folder.prune(totals.best_step)
 
-        best: Adapter | None = None
-        if folder and resumed_from and totals.best_step and config.keep_best:
-            best = load(folder.best(totals.best_step))
         seconds_before, started = totals.seconds, time.perf_counter()
         try:
             while True:
@@ -249,22 +250,57 @@ def train(
                         folder.record(METRICS, _without(asdict(event), "steps"))
                 if on_step:
                     on_step(event)
+            adapter = best if config.keep_best and best is not None else session.adapter()
+            _refuse_broken(
+                (t for update in adapter.values() for t in update.tensors().values()), session, config
+            )
+            summary = _summary(session, totals, identity, examples)
+            adapter = adapter.with_card(_card(adapter, summary))
+            if folder:
+                with interrupts.held():
+                    try:
+                        folder.finish(adapter, summary)
+                    except OutputError:
+                        with suppress(OutputError):
+                            keep_state()
+                        raise
         except KeyboardInterrupt:
             session.discard()
             keep_state()
+            if folder and session.steps:
+                kept = folder.checkpoint(session.steps)
+                raise KeyboardInterrupt(f"interrupted; checkpoint saved at {kept}") from None
             raise
-        adapter = best if config.keep_best and best is not None else session.adapter()
-        summary = _summary(session, totals, identity, examples)
-        adapter = adapter.with_card(_card(adapter, summary))
-        if folder:
-            with interrupts.held():
-                try:
-                    folder.finish(adapter, summary)
-                except OutputError:
-                    with suppress(OutputError):
-                        keep_state()
-                    raise
         return TrainResult(adapter, summary, resumed_from)
+
+
+def _steps(order: DataOrder, config: TrainConfig) -> int:
+    with suppress(OverflowError):
+        steps = order.steps(config.epochs, config.max_steps)
+        if steps <= MAX_STEPS:
+            return steps
+    name = "epochs" if config.max_steps is None else "max_steps"
+    raise ConfigError(f"{name} asks for more than {MAX_STEPS:.0e} optimiser steps; give fewer")
+
+
+def _refuse_broken(factors: Iterable[torch.Tensor], session: Training, config: TrainConfig) -> None:
+    if all(bool(torch.isfinite(factor).all()) for factor in factors):
+        return
+    decay = f" or the weight decay (it is {config.weight_decay:g})" if config.weight_decay else ""
+    raise NonFiniteError(
+        f"the factors are not finite numbers after step {session.steps}; lower the learning rate "
+        f"(it is {session.learning_rate:g}){decay}, and start over with overwrite (--overwrite)"
+    )
+
+
+def _load_best(folder: RunFolder, step: int) -> Adapter:
+    try:
+        return load(folder.best(step))
+    except AdapterFileError as error:
+        raise ResumeError(
+            f"{folder.checkpoints()[-1]} needs the best adapter until then, but {error}; remove that "
+            "checkpoint to go on from an earlier one, or start over with overwrite (--overwrite)"
+        ) from error
 
 
 def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:
@@ -330,7 +366,7 @@ def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) ->
 def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResult:
     summary = folder.summary()
     _refuse_other_run(identity, summary["settings"], folder.path)
-    remove_partial(folder.path)
+    folder.clean()
     return TrainResult(load(folder.path), summary, summary["steps"])
 
 

@@ -1,0 +1,211 @@
+"""The output folder of a run: what is ours is replaced, all else stays, and a kill leaves a way on."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import brushstroke as bs
+from brushstroke.errors import ConfigError, OutputError
+from brushstroke.training.checkpoint import load_session, save_session
+from brushstroke.training.folder import RunFolder
+from toys import tiny_llama
+
+METRIC = '{"step": 1, "loss": 2.5, "real_tokens": 40}\n'
+EVALUATION = '{"step": 1, "loss": 2.5, "trained_tokens": 4}\n'
+SUMMARY = '{"settings": {}, "versions": {}, "steps": 4}\n'
+CARD = '{"format": 1, "base_name": "tiny", "lora": {}}\n'
+PEFT = '{"peft_type": "LORA"}\n'
+
+
+def state(step: int, best_step: int = 0) -> str:
+    extra = {"totals": {"best_step": best_step}}
+    fields = {"format": 1, "steps": step, "micro_tokens": 64, "learning_rate": 0.1, "extra": extra}
+    return json.dumps(fields)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+STEP = "checkpoints/step-00000002"
+BEST = "checkpoints/best-00000002"
+RUN_OF_OURS = {
+    "metrics.jsonl": METRIC,
+    "eval.jsonl": EVALUATION,
+    "run.json": SUMMARY,
+    "brushstroke.json": CARD,
+    "adapter_config.json": PEFT,
+    "adapter_model.safetensors": "weights",
+    "chat_template.jinja": "template",
+    "README.md": "card",
+    f"{STEP}/state.json": state(2),
+    f"{STEP}/state.safetensors": "tensors",
+    f"{BEST}/adapter_model.safetensors": "weights",
+    f"{BEST}/brushstroke.json": CARD,
+    f"{BEST}/README.md": "card",
+}
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"metrics.jsonl": "a,b\n", "README.md": "mine"},
+        {"metrics.jsonl": "", "README.md": "mine"},
+        {"eval.jsonl": "not JSON"},
+        {"run.json": ""},
+        {"README.md": "mine", "metrics.jsonl": METRIC},
+        {"README.md": "mine", f"{STEP}/state.json": state(2)},
+        {"adapter_config.json": PEFT, "adapter_model.safetensors": "theirs", "README.md": "theirs"},
+        {"adapter_config.json": PEFT, "adapter_model.safetensors": "theirs"},
+        {"adapter_model.safetensors": "theirs", "run.json": '{"name": "theirs"}'},
+        {f"{STEP}/state.json": '{"epoch": 3}'},
+        {f"{STEP}/state.json": ""},
+        {f"{STEP}/state.json": '{"epoch": 3}', "metrics.jsonl": METRIC},
+        {f"{STEP}/state.safetensors": "theirs"},
+        {f"{BEST}/README.md": "theirs"},
+        {"README.md/page.txt": "mine", **{k: v for k, v in RUN_OF_OURS.items() if k != "README.md"}},
+        {"checkpoints": "a file", "brushstroke.json": CARD, "adapter_model.safetensors": "weights"},
+    ],
+)
+def test_what_no_run_of_ours_left_is_refused_with_either_flag(
+    tmp_path: Path, files: dict[str, str], flag: str
+) -> None:
+    write(tmp_path, files)
+    if flag == "resume" and "run.json" in files and "settings" in files["run.json"]:
+        (tmp_path / "adapter_model.safetensors").unlink()  # a finished run is not begun again
+        files = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"is not of a run|--overwrite"):
+        RunFolder(tmp_path, **{flag: True}).open(0)  # type: ignore[arg-type]
+    assert contents(tmp_path) == files
+
+
+def test_a_run_of_ours_is_replaced_also_where_it_is_damaged(tmp_path: Path) -> None:
+    for damage in ({}, {"metrics.jsonl": '{"st'}, {"eval.jsonl": ""}, {"run.json": '{"set'}):
+        write(tmp_path, {**RUN_OF_OURS, **damage, "notes.txt": "mine"})
+        RunFolder(tmp_path, overwrite=True).open(0)
+        assert contents(tmp_path) == {"notes.txt": "mine"}
+
+
+def test_an_adapter_without_a_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    files = {
+        k: v for k, v in RUN_OF_OURS.items() if "/" not in k and not k.endswith("jsonl") and k != "run.json"
+    }
+    write(tmp_path, files)
+    with pytest.raises(OutputError, match="--overwrite"):
+        RunFolder(tmp_path, resume=True)
+    assert contents(tmp_path) == files
+    RunFolder(tmp_path, overwrite=True).open(0)
+    assert contents(tmp_path) == {}
+
+
+def test_what_a_user_put_among_the_checkpoints_stays(tmp_path: Path) -> None:
+    mine = {
+        f"{STEP}/notes.txt": "mine",
+        f"{BEST}/notes.txt": "mine",
+        "checkpoints/best-00000001/notes.txt": "mine",
+        "checkpoints/step-00000001/notes.txt": "mine",
+        ".partial-download": "mine",
+        ".partial-x/half.bin": "mine",
+        ".partial-abcdefgh/half.bin": "mine",
+        "checkpoints/.partial-abcdefgh/half.bin": "mine",
+    }
+    ours = {
+        ".partial-12-metrics.jsonl": METRIC,
+        ".partial-abcdefg1/adapter_config.json": PEFT,
+        ".partial-abcdefg1/replaced/README.md": "card",
+        "checkpoints/.partial-abcdefg1/state.json": state(2),
+    }
+    write(tmp_path, {**mine, **ours, **RUN_OF_OURS})
+    folder = RunFolder(tmp_path, overwrite=True)
+    folder.open(0)
+    folder.prune(0)
+    assert contents(tmp_path) == mine
+    assert not (tmp_path / ".partial-abcdefg1").exists()
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+@pytest.mark.parametrize("linked", ["checkpoints", STEP, BEST, "checkpoints/step-00000003"])
+def test_linked_checkpoints_are_refused_before_anything_is_done(
+    tmp_path: Path, linked: str, flag: str
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    write(other, RUN_OF_OURS)
+    write(out, {"metrics.jsonl": METRIC, **({} if linked == "checkpoints" else {f"{STEP}x/a": "mine"})})
+    target = STEP if linked.endswith("3") else linked
+    (out / linked).symlink_to(other / target)
+    with pytest.raises(OutputError, match="is a link"):
+        RunFolder(out, **{flag: True})  # type: ignore[arg-type]
+    assert contents(other) == RUN_OF_OURS
+    assert (out / "metrics.jsonl").read_text() == METRIC
+
+
+def test_the_metrics_go_after_the_checkpoints_the_last_one_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {**RUN_OF_OURS, "checkpoints/step-00000004/state.json": state(4)})
+    gone, unlink = [], Path.unlink
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        gone.extend([path.relative_to(tmp_path).as_posix()] if path.exists() else [])
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    RunFolder(tmp_path, overwrite=True).open(0)
+    assert gone[:2] == ["checkpoints/step-00000004/state.json", f"{STEP}/state.json"]
+    assert gone[-3:] == ["eval.jsonl", "metrics.jsonl", "run.json"]
+    assert gone.index("README.md") < gone.index("brushstroke.json")
+
+
+def test_the_best_adapters_of_kept_checkpoints_stay(tmp_path: Path) -> None:
+    best = {f"checkpoints/best-{step:08d}/brushstroke.json": CARD for step in (1, 2, 4, 5)}
+    steps = {f"checkpoints/step-{n:08d}/state.json": state(n, b) for n, b in ((1, 1), (3, 2), (4, 4))}
+    write(tmp_path, {"metrics.jsonl": METRIC, **best, **steps})
+    RunFolder(tmp_path, resume=True).prune(5)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"best-{n:08d}" for n in (2, 4, 5)] + [f"step-{n:08d}" for n in (3, 4)]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_checkpoint_that_is_saved_again_is_never_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, killed: bool
+) -> None:
+    write(tmp_path, {"metrics.jsonl": METRIC})
+    folder, replace, calls = RunFolder(tmp_path, resume=True), os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == at or (killed and len(calls) > at):  # nothing is tidied up after a kill
+            raise OSError(5, "no more")
+        replace(source, target)
+
+    with bs.Training(tiny_llama(), bs.LoraConfig(rank=2)) as session:
+        session.steps = 2
+        save_session(session, folder.checkpoint(2))
+        write(tmp_path, {f"{STEP}/notes.txt": "mine"})
+        with monkeypatch.context() as patched:
+            patched.setattr("brushstroke.training.checkpoint.os.replace", failing)
+            with pytest.raises(OSError, match="no more"):
+                save_session(session, folder.checkpoint(2))
+        again = RunFolder(tmp_path, resume=True)
+        assert [path.name for path in again.checkpoints()] == ["step-00000002"]
+        load_session(session, again.checkpoint(2))
+        save_session(session, again.checkpoint(2))
+    inside = sorted(path.name for path in (tmp_path / "checkpoints").rglob("*"))
+    assert inside == ["notes.txt", "state.json", "state.safetensors", "step-00000002"]
+
+
+def test_flags_that_contradict_each_other_and_impossible_names(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        RunFolder(tmp_path, resume=True, overwrite=True)
+    with pytest.raises(ConfigError, match="NUL"):
+        RunFolder(f"{tmp_path}/a\0b")
