@@ -184,6 +184,21 @@ def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(cli, tiny, train_rows
     assert_same_run(out, whole_run)
 
 
+def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):
+    out = tmp_path / "out"
+    process = start("train", tiny, train_rows, "--out", out, *LONG_RUN)
+    catch(process, out, 9)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    kept = out / "checkpoints" / f"step-{len(lines_of(out / 'metrics.jsonl')):08d}"
+    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; go on with --resume"
+    assert (kept / "state.json").is_file()
+
+
 def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
     words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "2", "--resume")
     first = cli(*words)

@@ -1,7 +1,9 @@
 """`train` and `plan` through Python: files, resuming, evaluations, refusals."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,40 @@ def test_an_evaluation_that_is_made_up_for_twice_is_written_once(
     assert bs.train(base(), examples(10), LORA, config, resume=True, **data).resumed_from == 3  # type: ignore[arg-type]
     lines = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
+
+
+def test_a_second_interrupt_waits_for_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from brushstroke.training import run
+
+    save_session = run.save_session
+
+    def interrupted_again(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save_session(*arguments)  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def stop(event: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run, "save_session", interrupted_again)
+    with pytest.raises(KeyboardInterrupt, match=r"checkpoint saved at .*step-00000001"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, on_step=stop)
+    assert (tmp_path / "checkpoints" / "step-00000001" / "state.json").is_file()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_in_the_first_step_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = bs.Training.optim_step
+
+    def interrupted(session: bs.Training, *arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(session, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bs.Training, "optim_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"checkpoint saved at .*step-00000001"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path)
 
 
 def test_going_on_from_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:

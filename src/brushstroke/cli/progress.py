@@ -3,6 +3,7 @@
 It listens to the run's events and changes nothing.
 """
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def clock(seconds: float | None) -> str:
     >>> clock(7.6), clock(252), clock(7300), clock(None)
     ('8 s', '4:12 min', '2:01 h', '?')
     """
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "?"
     whole = round(seconds)
     if whole < 60:
@@ -90,7 +91,7 @@ class TrainProgress:
 
     def start(self, plan: "Plan", resumed_from: int, evaluations: int = 0) -> None:
         """Begin, with the plan of the run."""
-        per_step = plan.computed_tokens * plan.epochs / max(1, plan.steps)
+        per_step = plan.computed_tokens * (plan.epochs / max(1, plan.steps))
         self._left = TimeLeft(plan.steps, per_step, evaluations, resumed_from)
         self._last_step = time.monotonic()
         if self._console.is_terminal:

@@ -58,6 +58,7 @@ def train(
         say(f"there is no checkpoint in {out}; starting from the beginning")
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
+    from brushstroke.training.interrupt import ignore_interrupts
 
     with TrainProgress() as progress:
         try:
@@ -73,8 +74,9 @@ def train(
                 on_step=progress.step,
                 on_eval=progress.evaluation,
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_interrupted(folder, progress.steps_done)) from None
+        except KeyboardInterrupt as error:
+            ignore_interrupts()
+            raise KeyboardInterrupt(_interrupted(str(error), folder)) from None
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{_kept(folder)}") from error
     if complete:
@@ -175,11 +177,11 @@ def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[
     return on_plan
 
 
-def _interrupted(folder: "RunFolder", steps: int) -> str:
-    kept = folder.checkpoints()
-    if not steps or not kept:
+def _interrupted(said: str, folder: "RunFolder") -> str:
+    """What is kept, in the words of the run where it had begun."""
+    if not said and not folder.resuming:
         return "interrupted before the first step; nothing was changed"
-    return f"interrupted; checkpoint saved at {kept[-1]}; go on with --resume"
+    return f"{said or 'interrupted before a further step'}; go on with --resume"
 
 
 def _kept(folder: "RunFolder") -> str:

@@ -11,11 +11,15 @@ from typing import Any
 
 
 class Interrupts:
-    """While open, SIGINT raises KeyboardInterrupt, but waits for the end of a `held` block."""
+    """While open, the first SIGINT raises KeyboardInterrupt, but waits for the end of a `held` block.
+
+    Later ones do nothing: what is to be kept is being written then.
+    """
 
     def __init__(self) -> None:
         self._held = False
         self._pending = False
+        self._raised = False
         self._before: Any = None
 
     def __enter__(self) -> "Interrupts":
@@ -36,11 +40,22 @@ class Interrupts:
         finally:
             self._held = False
             if self._pending:
-                self._pending = False
-                raise KeyboardInterrupt
+                self._raise()
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._held:
             self._pending = True
         else:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._pending = False
+        if not self._raised:
+            self._raised = True
             raise KeyboardInterrupt
+
+
+def ignore_interrupts() -> None:
+    """From now on Ctrl-C does nothing: for a process that ends with what an interrupted run kept."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
