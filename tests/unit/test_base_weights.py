@@ -169,3 +169,31 @@ def test_what_is_no_base_is_refused(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}", "utf-8")
     with pytest.raises(BaseLoadError, match="adapter"):
         open_base(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "moved"])
+def test_a_shard_is_whole_and_holds_what_the_index_says(
+    llama: nn.Module, tmp_path: Path, damage: str
+) -> None:
+    """Also one that no adapted weight is in: a merge copies it."""
+    folder = saved(llama, tmp_path, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = content["weight_map"]["model.embed_tokens.weight"]
+    if damage == "moved":
+        other = next(file for file in content["weight_map"].values() if file != shard)
+        content["weight_map"]["model.embed_tokens.weight"] = shard = other
+        index.write_text(json.dumps(content))
+    else:
+        data = (folder / shard).read_bytes()
+        (folder / shard).write_bytes(data[:-1] if damage == "cut" else b"")
+    with pytest.raises(BaseLoadError, match=f"{shard} (is damaged|lacks 'model.embed_tokens.weight')"):
+        FolderWeights(folder)
+
+
+@pytest.mark.parametrize("weight_map", [[], None, "model.safetensors"])
+def test_an_index_that_is_none(llama: nn.Module, tmp_path: Path, weight_map: object) -> None:
+    folder = saved(llama, tmp_path, max_shard_size="20KB")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(BaseLoadError, match="are damaged"):
+        FolderWeights(folder)

@@ -203,21 +203,39 @@ def _shards(folder: Path) -> dict[str, str]:
                 raise BaseLoadError(
                     f"{index} names {outside[0]!r}, which is no file beside it; fetch the folder again"
                 )
-            missing = sorted({file for file in shards.values() if not (folder / file).is_file()})
+            files = sorted(set(shards.values()))
+            missing = [file for file in files if not (folder / file).is_file()]
             if missing:
                 raise BaseLoadError(
                     f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; fetch the folder again"
                 )
+            for file in files:
+                _check_shard(folder / file, {key for key, name in shards.items() if name == file})
             return shards
         if single.is_file():
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseLoadError(f"the weights in {folder} are damaged ({error}); fetch them again") from error
     raise BaseLoadError(
         f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors are read tensor by tensor: "
         f"load the whole model with load_base instead"
     )
+
+
+def _check_shard(file: Path, expected: set[str]) -> None:
+    """Check that a file is whole and has the tensors that the index places there; only its header is read.
+
+    Raises:
+        BaseLoadError: it is not.
+    """
+    try:
+        with safe_open(file, framework="pt") as shard:
+            lost = sorted(expected - set(shard.keys()))
+    except (SafetensorError, OSError) as error:
+        raise BaseLoadError(f"{file} is damaged ({error}); fetch the file again") from error
+    if lost:
+        raise BaseLoadError(f"{file} lacks {lost[0]!r}, which {_INDEX} places there; fetch the folder again")
 
 
 def _skeleton(folder: Path) -> nn.Module:

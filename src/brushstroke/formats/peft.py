@@ -25,7 +25,7 @@ from brushstroke.lowrank import LowRank
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 TEMPLATE, README = "chat_template.jinja", "README.md"
-ADAPTER_FILES = (TENSORS, CONFIG, CARD, TEMPLATE, README)
+ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

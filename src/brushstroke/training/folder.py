@@ -13,15 +13,14 @@ from typing import Any
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, ResumeError
 from brushstroke.files import output_errors, refuse_existing, write_file
-from brushstroke.formats import save
+from brushstroke.formats import ADAPTER_FILES, save
+from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.training.checkpoint import STATE, moved_away, read_state, restore
 from brushstroke.training.ours import (
-    ADAPTER_FILES,
     CHECKPOINTS,
     EVALUATIONS,
     METRICS,
     RUN,
-    WEIGHTS,
     folders_of,
     is_damaged,
     is_ours,

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.formats.peft import CARD, CONFIG, README, TEMPLATE
-from brushstroke.formats.peft import TENSORS as WEIGHTS
+from brushstroke.formats import ADAPTER_FILES
+from brushstroke.formats.peft import CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
 
 METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
-ADAPTER_FILES = (WEIGHTS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 KEYS = {  # of JSON files, or of their first lines
     METRICS: {"step", "loss", "real_tokens"},
     EVALUATIONS: {"step", "loss", "trained_tokens"},
