@@ -17,7 +17,7 @@ from brushstroke.inference import Scores, score
 from brushstroke.samples import labelled
 
 BASE_TASK = "addresses"  # what the untouched base is asked
-BATCH = 54  # rows that are answered together
+BATCH = 44  # rows that are answered together
 SPARE_TOKENS = 16
 FIRST_TOKENS = 24
 
@@ -71,12 +71,8 @@ class Merged:
     tokens: int
     base_ms: float
     merged_ms: float
+    latency_ratio: float  # merged over base, the median of the pairs
     same_classes: bool
-
-    @property
-    def latency_ratio(self) -> float:
-        """Merged over base."""
-        return self.merged_ms / self.base_ms
 
 
 def train_or_reuse(base: bs.Base, rows: Sequence[labelled.Row], folder: Path, form: Settings) -> Run:
@@ -161,14 +157,15 @@ def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) 
     short = sorted(range(adapted.rows), key=lambda i: len(adapted.expected[i]))[: form.compared]
     told = [adapted.answers[i] for i in short]
     answers = _answers(folded, [adapted.prompts[i] for i in short], [adapted.expected[i] for i in short])
-    base_ms, merged_ms = _latencies(base.model, folded.model, form.timed)
+    base_times, merged_times = _latencies(base.model, folded.model, form.timed)
     classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
     return Merged(
         same_tokens=all(_agree(one, two) for one, two in zip(answers, told, strict=True)),
         compared=len(told),
         tokens=sum(len(answer.tokens) for answer in told),
-        base_ms=base_ms,
-        merged_ms=merged_ms,
+        base_ms=statistics.median(base_times),
+        merged_ms=statistics.median(merged_times),
+        latency_ratio=statistics.median(b / a for a, b in zip(base_times, merged_times, strict=True)),
         same_classes=classes[0] == classes[1],
     )
 
@@ -208,8 +205,10 @@ def _answers(
     return tuple(found[i] for i in range(len(prompts)))
 
 
-def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> tuple[float, float]:
-    """Median times in milliseconds of one forward pass of each, taken in turns."""
+def _latencies(
+    first: torch.nn.Module, second: torch.nn.Module, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Times in milliseconds of one forward pass of each, taken in pairs and in turns."""
     ids = torch.arange(3, 3 + 256).reshape(2, 128).to(next(first.parameters()).device)
 
     def once(model: torch.nn.Module) -> float:
@@ -230,4 +229,4 @@ def _latencies(first: torch.nn.Module, second: torch.nn.Module, rounds: int) -> 
         for turn in range(rounds):
             for run, kept in pair if turn % 2 else reversed(pair):
                 kept.append(run())
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
