@@ -46,12 +46,13 @@ demo: install
 	$(BIN)/python examples/demo/demo.py
 
 # Compiled graphs first and by themselves: shape-checked functions do not trace. Then a worker for each core, of one
-# thread each: files of tests take turns, the tests of a file stay together.
+# thread each: files of tests take turns, the tests of a file stay together. In the order of their names, as the long
+# ones on the real model (endtoend) must not come last: by default files of few tests do.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m brushstroke.samples.assets
 	$(BIN)/python -m pytest tests/compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,shapes.checked \
-	  --numprocesses auto --dist loadfile
+	  --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
