@@ -6,7 +6,7 @@ It knows nothing of what is in the files.
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,6 +50,13 @@ def remove_partial(folder: Path) -> None:
     """Remove what interrupted writes left in a folder."""
     for left in folder.glob(f"{_PARTIAL}*"):
         left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove some files of a folder, one after the other, and then the folder if nothing is left in it."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    remove_empty(folder)
 
 
 def remove_empty(folder: Path) -> None:

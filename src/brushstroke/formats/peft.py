@@ -18,7 +18,7 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError
-from brushstroke.files import output_errors, remove_empty, remove_partial, write_folder
+from brushstroke.files import output_errors, remove_files, remove_partial, write_folder
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.lowrank import LowRank
@@ -71,11 +71,9 @@ def remove(folder: Path) -> None:
     Raises:
         OutputError: they cannot be removed.
     """
-    with output_errors(folder):
-        for name in ADAPTER_FILES:
-            (folder / name).unlink(missing_ok=True)
     remove_partial(folder)
-    remove_empty(folder)
+    with output_errors(folder):
+        remove_files(folder, ADAPTER_FILES)
 
 
 def load(folder: str | Path) -> Adapter:

@@ -57,9 +57,10 @@ def processes(count: int) -> Executor:
             for worker in workers:
                 worker.terminate()
         pool = None
+        workers.clear()
 
     def execute(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
-        nonlocal pool, served, size, workers
+        nonlocal pool, served, size
         if not runs:
             return
         if pool is None or workshop is not served or size < min(count, len(runs)):
@@ -76,7 +77,7 @@ def processes(count: int) -> Executor:
             before = set(active_children())
             with _interrupts_held():
                 waiting = {pool.submit(_run, run): run for run in runs}
-                workers |= set(active_children()) - before
+                workers.update(set(active_children()) - before)
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:

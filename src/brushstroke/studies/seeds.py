@@ -137,7 +137,7 @@ def _tests(
         for side in SIDES:
             means = {pair: _mean(rows, sites, side, i, j) for pair, rows in same.items()}
             sizes_here = [rows[site].shape[side == "right"] for rows in same.values() for site in sites]
-            filled = max(i, j) >= max(sizes_here)
+            filled = _filled(same, sites, side, max(i, j))
             chance = fmean(max(i, j) / size for size in sizes_here)
             above_chance = {pair: value - chance for pair, value in means.items()}
             row: dict[str, Any] = {
@@ -168,6 +168,12 @@ def _tests(
     return found
 
 
+def _filled(pairs: Pairs, sites: Sequence[str], side: str, count: int) -> bool:
+    """Whether so many directions are all that a side has, at every site: any two updates share them."""
+    first = next(iter(pairs.values()))
+    return all(count >= first[site].shape[side == "right"] for site in sites)
+
+
 def _mean(rows: Mapping[str, SiteOverlap], sites: Sequence[str], side: str, i: int, j: int) -> float:
     return fmean(block(rows[site], side, i, j) for site in sites)
 
@@ -182,8 +188,7 @@ def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[
     shared: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
     for matrix in dict.fromkeys(kind for _, kind in where.values()):
         chosen = [site for site in sites if where[site][1] == matrix]
-        first = next(iter(same.values()))
-        open_sides = [s for s in SIDES if any(k < first[site].shape[s == "right"] for site in chosen)]
+        open_sides = [side for side in SIDES if not _filled(same, chosen, side, k)]
         shared[matrix] = {side: {} for side in open_sides}
         for side in open_sides:
             for (a, b), rows in same.items():

@@ -5,12 +5,11 @@ It reads and removes; it writes nothing.
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
+from brushstroke.files import remove_files
 from brushstroke.formats import ADAPTER_FILES
 from brushstroke.formats.peft import CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
@@ -75,26 +74,18 @@ def refuse_strangers(folder: Path) -> None:
                 raise _refusal(file)
 
 
-def remove(folder: Path, names: Iterable[str]) -> None:
-    """Remove our files of a folder, one after the other, and then the folder if nothing is left in it."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
-
-
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint or a best adapter; what a user put beside its files stays."""
     remove_leftovers(folder)
-    remove(folder, INSIDE[folder.name.partition("-")[0]])
+    remove_files(folder, INSIDE[folder.name.partition("-")[0]])
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted writes of ours left in a folder, by exactly the names that they use."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         if STAGING.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            remove(entry / "replaced", ADAPTER_FILES)
-            remove(entry, (STATE, TENSORS, *ADAPTER_FILES))
+            remove_files(entry / "replaced", ADAPTER_FILES)
+            remove_files(entry, (STATE, TENSORS, *ADAPTER_FILES))
         elif PARTIAL.fullmatch(entry.name) and entry.is_file():
             entry.unlink()
 
