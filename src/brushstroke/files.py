@@ -12,7 +12,7 @@ from pathlib import Path
 
 from brushstroke.errors import OutputError
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"  # what a name begins with while its file or folder is being written
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} is a file; name a folder")
     if overwrite or not folder.is_dir():
         return
-    if any(not entry.name.startswith(_PARTIAL) for entry in folder.iterdir()):
+    if any(not entry.name.startswith(PARTIAL) for entry in folder.iterdir()):
         raise OutputError(
             f"{folder} holds files already; choose another folder, or pass overwrite=True (--overwrite), "
             f"which replaces only the files that brushstroke writes"
@@ -48,7 +48,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Remove what interrupted writes left in a folder."""
-    for left in folder.glob(f"{_PARTIAL}*"):
+    for left in folder.glob(f"{PARTIAL}*"):
         left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
 
@@ -75,7 +75,7 @@ def write_file(path: Path, content: bytes | str) -> None:
     >>> write_file(folder / "a.txt", "one"); (folder / "a.txt").read_text()
     'one'
     """
-    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     with output_errors(path):
         try:
             _write_synced(partial, content)
@@ -105,7 +105,7 @@ def write_folder(
         made = _make_folder(folder)
         staging = None
         try:
-            staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+            staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
             for name, content in files.items():
                 _write_synced(staging / name, content)
             _sync_folder(staging)

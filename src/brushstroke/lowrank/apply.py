@@ -193,7 +193,7 @@ def lowrank_term(
 ) -> Float[Tensor, "*b h"]:
     """scale·(dropout(x)·U)·V by plain operations: for dropout, autocast, layers with their own forward."""
     xu = F.linear(F.dropout(x, dropout, training), U_rows.to(x.dtype))
-    return scale * (xu @ V.to(x.dtype))
+    return (scale * xu) @ V.to(x.dtype)
 
 
 def gathered_term(

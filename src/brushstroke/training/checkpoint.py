@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
-from brushstroke.files import output_errors
+from brushstroke.files import PARTIAL, output_errors
 from brushstroke.layers import Attachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -58,7 +58,7 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
     }
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
         try:
             (staging / TENSORS).write_bytes(to_bytes(tensors))
             (staging / STATE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
@@ -97,12 +97,13 @@ def restore(folder: Path) -> None:
 
 def moved_away(parent: Path) -> list[Path]:
     """The checkpoints in a folder that a replacement cut in two left under another name."""
-    found = [re.fullmatch(r"\.partial-(step-\d{8,})-before", path.name) for path in parent.glob(".partial-*")]
+    named = re.compile(rf"{re.escape(PARTIAL)}(step-\d{{8,}})-before")
+    found = [named.fullmatch(path.name) for path in parent.glob(f"{PARTIAL}*")]
     return [parent / match[1] for match in found if match]
 
 
 def _before(folder: Path) -> Path:
-    return folder.with_name(f".partial-{folder.name}-before")
+    return folder.with_name(f"{PARTIAL}{folder.name}-before")
 
 
 def load_session(session: Resumable, folder: Path) -> dict[str, Any]:

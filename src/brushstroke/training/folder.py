@@ -12,7 +12,7 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, ResumeError
-from brushstroke.files import output_errors, refuse_existing, write_file
+from brushstroke.files import PARTIAL, output_errors, refuse_existing, write_file
 from brushstroke.formats import ADAPTER_FILES, save
 from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.training.checkpoint import STATE, moved_away, read_state, restore
@@ -29,7 +29,6 @@ from brushstroke.training.ours import (
     remove_leftovers,
 )
 
-PARTIAL = ".partial-"  # what an interrupted write leaves behind
 KEPT = 2  # checkpoints
 
 

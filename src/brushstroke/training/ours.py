@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.files import remove_files
+from brushstroke.files import PARTIAL, remove_files
 from brushstroke.formats import ADAPTER_FILES
 from brushstroke.formats.peft import CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
@@ -25,8 +25,9 @@ KEYS = {  # of JSON files, or of their first lines
 }
 MARKS = (METRICS, EVALUATIONS, RUN, CARD)  # any of them says that a run or an adapter of ours is here
 INSIDE = {"step": (STATE, TENSORS), "best": ADAPTER_FILES}  # what a folder of checkpoints holds
-STAGING = re.compile(r"\.partial-[a-z0-9_]{8}")  # a folder that an interrupted write left, and a file:
-PARTIAL = re.compile(rf"\.partial-\d+-({'|'.join(map(re.escape, (METRICS, EVALUATIONS, RUN)))})")
+STAGING = re.compile(rf"{re.escape(PARTIAL)}[a-z0-9_]{{8}}")  # a folder that an interrupted write left
+_WRITTEN = "|".join(map(re.escape, (METRICS, EVALUATIONS, RUN)))
+PARTIAL_FILE = re.compile(rf"{re.escape(PARTIAL)}\d+-({_WRITTEN})")  # and a file
 
 
 def is_ours(path: Path) -> bool:
@@ -86,7 +87,7 @@ def remove_leftovers(folder: Path) -> None:
         if STAGING.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
             remove_files(entry / "replaced", ADAPTER_FILES)
             remove_files(entry, (STATE, TENSORS, *ADAPTER_FILES))
-        elif PARTIAL.fullmatch(entry.name) and entry.is_file():
+        elif PARTIAL_FILE.fullmatch(entry.name) and entry.is_file():
             entry.unlink()
 
 
