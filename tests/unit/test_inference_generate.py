@@ -182,5 +182,7 @@ def test_names_that_do_not_decide_are_refused():
         generate(b, ["a"], adapters=adapters, rows="poem")
     with pytest.raises(Exception, match=r"single message|type-check"):
         generate(b, [{"role": "user", "content": "hi"}])  # type: ignore[list-item]
+    with pytest.raises(Exception, match=r"single message|type-check"):
+        generate(b, {"role": "user", "content": "hi"})  # type: ignore[arg-type]
     with bank(base(), {}) as held, pytest.raises(RouteError, match="another model"):
         generate(b, ["a"], adapters=held)

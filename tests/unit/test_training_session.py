@@ -1,6 +1,10 @@
 """The verbs of a training run on models that can and cannot run packed."""
 
+import copy
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, TargetError, TrainingError
-from brushstroke.layers import merge
+from brushstroke.layers import attach, merge
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import NAME
 from brushstroke.training import Training
@@ -79,6 +83,76 @@ def test_a_model_that_drops_the_plan_falls_back_to_padded_batches(make: type[nn.
             total.backward()
             for mine, theirs in zip(ours, gradients(run), strict=True):
                 assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+class Shifting(nn.Module):
+    """A Llama in which each token sees a thousandth of its neighbour: packing leaks a little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+        self.config = self.inner.config
+        self.inner.model.layers[0].mlp.register_forward_pre_hook(
+            lambda _, args: (args[0] + 0.001 * F.pad(args[0], (0, 0, 1, 0))[:, :-1],)
+        )
+
+    def forward(self, input_ids: torch.Tensor, **extra: object) -> object:
+        return self.inner(input_ids=input_ids, **extra)
+
+
+class Looking(Bare):
+    """Every token sees all others, also those behind it."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(input_ids)
+        q, k, v = self.q(x).chunk(3, dim=-1)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None]
+        return self.out(x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_between_packed_examples_is_seen_however_small(dtype: torch.dtype) -> None:
+    with Training(Shifting().to(dtype), LoraConfig(rank=2)) as run:
+        assert not run.packed
+        assert "depends on another one's tokens" in run.step.forward_reason
+
+
+def test_a_short_convolution_is_not_packed_whatever_the_size_of_its_weights() -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, **layers)).eval()  # initial weights of size 0.02
+    twin = copy.deepcopy(model)
+    with Training(model, LoraConfig(rank=2), seed=0) as run:
+        assert not run.packed
+        run.forward_backward(examples())
+        ours = [gradient / sum(example.trained for example in examples()) for gradient in gradients(run)]
+    with attach(twin, LoraConfig(rank=2), trainable=True, seed=0) as attached:
+        padded_loss(twin, examples()).backward()
+        for mine, parameter in zip(ours, attached.parameters(), strict=True):
+            assert (mine - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+def test_a_model_that_looks_ahead_keeps_the_tokens_behind_the_last_target() -> None:
+    torch.manual_seed(0)
+    model = Looking()
+    assert any(example.reach < len(example) - 1 for example in examples())
+    with Training(model, LoraConfig(rank=2, targets="q"), micro_tokens=60) as run:
+        assert not run.packed
+        assert "tokens behind a prediction change it" in run.step.forward_reason
+        randomise(run.parameters)
+        run.forward_backward(examples())
+        ours = gradients(run)
+        run.discard()
+        for example in examples():
+            logits = model(torch.tensor([example.tokens]))
+            loss = F.cross_entropy(logits[0, :-1], torch.tensor(example.tokens[1:]), reduction="none")
+            (loss * torch.tensor(example.weights[1:])).sum().backward()
+        for mine, theirs in zip(ours, gradients(run), strict=True):
+            assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_two_calls_and_one_step_equal_one_call() -> None:
@@ -303,12 +377,104 @@ def test_a_window_that_only_the_masks_know_is_not_packed() -> None:
         assert "its window of 100 tokens is in its masks alone" in run.step.forward_reason
 
 
-@pytest.mark.parametrize("values", [{"clip": -1.0}, {"learning_rate": -1.0}, {"seed": 2**64}, {"clip": None}])
+@pytest.mark.parametrize(
+    "values",
+    [{"clip": -1.0}, {"learning_rate": -1.0}, {"seed": 2**64}, {"clip": None}, {"memory": "x"}],
+)
 def test_values_that_cannot_work_are_refused_before_anything_is_attached(values) -> None:
     model = tiny_llama()
     with pytest.raises(ConfigError, match=next(iter(values))):
         Training(model, LoraConfig(rank=4), **values)
     assert not any(isinstance(module, Adapted) for module in model.modules())
+
+
+def test_cross_entropy_as_the_users_loss_equals_the_built_in_in_bf16() -> None:
+    with Training(tiny_llama(dtype=torch.bfloat16), LoraConfig(rank=4)) as run:
+        randomise(run.parameters)
+        built_in = run.forward_backward(examples()).loss
+        expected = gradients(run)
+        run.discard()
+        own = run.forward_backward(
+            examples(), lambda logits, targets, _: F.cross_entropy(logits, targets)
+        ).loss
+        assert own == pytest.approx(built_in, rel=1e-5)
+        for mine, theirs in zip(gradients(run), expected, strict=True):
+            assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda logits, targets, weights: 1.0,
+        lambda logits, targets, weights: torch.tensor(1.0),
+        lambda logits, targets, weights: logits.sum(1),
+    ],
+)
+def test_a_loss_that_gives_no_scalar_is_refused(own) -> None:
+    with (
+        Training(tiny_llama(), LoraConfig(rank=4)) as run,
+        pytest.raises(ConfigError, match="loss= must give"),
+    ):
+        run.forward_backward(examples(), own)
+
+
+def test_a_waiting_gradient_is_neither_saved_nor_kept(tmp_path: Path) -> None:
+    with Training(tiny_llama(), LoraConfig(rank=4)) as run:
+        run.save(tmp_path / "state")
+        run.forward_backward(examples())
+        with pytest.raises(TrainingError, match="a gradient waits"):
+            run.save(tmp_path / "other")
+        run.load(tmp_path / "state")
+        with pytest.raises(TrainingError, match="no gradient"):
+            run.optim_step()
+
+
+def test_closing_restores_a_model_whose_adapter_was_detached_before() -> None:
+    model = tiny_llama().train()
+    classes = [type(module) for module in model.modules()]
+    with Training(model, LoraConfig(rank=2)) as run:
+        run.attachment.detach()
+    assert [type(module) for module in model.modules()] == classes
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_does_not_depend_on_the_callers_mode(mode: Callable[[], AbstractContextManager]) -> None:
+    with Training(tiny_llama(), LoraConfig(rank=2)) as run:
+        run.forward_backward(examples())
+        expected = run.optim_step()
+    model = tiny_llama()
+    with mode(), Training(model, LoraConfig(rank=2)) as run:
+        run.loss(examples())
+        run.forward_backward(examples())
+        assert run.optim_step() == expected
+    with Training(tiny_llama(), LoraConfig(rank=2)) as run:
+        with mode():
+            run.loss(examples())
+        run.forward_backward(examples())
+        assert run.optim_step() == expected
+
+
+def test_what_is_longer_than_the_context_is_named() -> None:
+    context = tiny_gpt2().config.max_position_embeddings
+    long = Example((5,) * (context + 2), (0.0,) * (context + 1) + (1.0,), row=7)
+    with Training(tiny_gpt2(), LoraConfig(rank=2)) as run, pytest.raises(DataError, match="row 7 needs"):
+        run.forward_backward([long])
+
+
+def test_a_model_that_does_not_predict_the_next_token_is_refused() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ConfigError, match="encoder with a decoder"):
+        Training(T5ForConditionalGeneration(config), LoraConfig(rank=2))
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = tiny_llama()
+    with pytest.raises(ConfigError, match="inference_mode"):
+        Training(model, LoraConfig(rank=2))
 
 
 def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:

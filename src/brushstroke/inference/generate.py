@@ -194,6 +194,8 @@ class Voices:
 
 
 def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
+    if isinstance(prompts, Mapping):
+        raise ConfigError("prompts is a single message; a conversation is a list of messages: [[{...}]]")
     given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
     for number, prompt in enumerate(given, start=1):
         if isinstance(prompt, Mapping):

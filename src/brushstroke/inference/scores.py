@@ -19,7 +19,8 @@ class Scores:
         valid_json: answers that are one JSON object and nothing else, among the rows whose gold text is one.
             None where no gold text is.
         field_f1: micro-averaged over the (key, value) pairs of those rows' objects,
-            2·common / (answered + gold). Values are compared as canonical JSON; an invalid answer has none.
+            2·common / (answered + gold). Values are compared as canonical JSON, where 1.0 is 1; an invalid
+            answer has none.
     """
 
     exact_match: float | None
@@ -68,9 +69,18 @@ def _pairs(parsed: dict[str, Any] | None) -> set[tuple[str, str]] | None:
     if parsed is None:
         return None
     return {
-        (key, json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
+        (key, json.dumps(_numbers(value), sort_keys=True, ensure_ascii=False, separators=(",", ":")))
         for key, value in parsed.items()
     }
+
+
+def _numbers(value: Any) -> Any:
+    """The value with whole floats as whole numbers, at any depth."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse(constant: str) -> NoReturn:

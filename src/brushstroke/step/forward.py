@@ -1,12 +1,13 @@
-"""Run a pass through the model: packed where a probe shows that it is exact, in padded batches elsewhere.
+"""Run a pass through the model, packed or in padded batches, up to the loss of its trained tokens.
 
-It changes no weight and steps no optimiser.
+It changes no weight and steps no optimiser; which of the two a model gets is decided in `choose`.
 """
 
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +19,8 @@ from brushstroke.step.attention import AttentionName, UnsupportedAttention
 from brushstroke.step.layout import lay_out
 from brushstroke.step.loss import LogitsBuffer, LossFunction, chunked_cross_entropy, summed_loss
 from brushstroke.step.memory import CPU_MICRO_TOKENS
-from brushstroke.step.pack import Group, Pass, plan_passes, unshared
-
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative difference of a probe's logits
-HALF_TOLERANCE = 5e-2
-MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
-SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
-LONG = (48, 24, 16)  # a second probe, for what shows at a distance; windows leave no leak to compare with
+from brushstroke.step.pack import Pass, plan_passes, unshared
+from brushstroke.step.probes import probe_examples
 
 
 class Forward(Protocol):
@@ -167,12 +163,19 @@ class PackedForward(_Headed):
 
 
 class PaddedForward(_Headed):
-    """Right-padded batches for models that packing would be wrong for."""
+    """Right-padded batches for models that packing would be wrong for.
+
+    Args:
+        model: the model.
+        head: of the model.
+        whole: run what stands behind an example's last target too, as models that look ahead need it.
+    """
 
     name = "padded"
 
-    def __init__(self, model: nn.Module, head: Head) -> None:
+    def __init__(self, model: nn.Module, head: Head, whole: bool) -> None:
         self._model = model
+        self._ends = len if whole else attrgetter("reach")
         self._head = head
         self._device = next(model.parameters()).device
         runner = head.decoder or model
@@ -182,8 +185,8 @@ class PaddedForward(_Headed):
         """Batches of similar length of at most `micro_tokens`, padding counted."""
         passes: list[Pass] = []
         batch: list[Example] = []
-        for example in sorted(examples, key=lambda example: example.reach):
-            if batch and (len(batch) + 1) * example.reach > micro_tokens:
+        for example in sorted(examples, key=self._ends):
+            if batch and (len(batch) + 1) * self._ends(example) > micro_tokens:
                 passes.append(unshared(batch))
                 batch = []
             batch.append(example)
@@ -195,11 +198,11 @@ class PaddedForward(_Headed):
 
     def _run(self, packed: Pass) -> Outputs:
         examples = packed.examples
-        width = max(example.reach for example in examples)
+        width = max(map(self._ends, examples))
         tokens, mask, behind = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(3))
         weights = torch.zeros(len(examples), width)  # of the tokens `behind` each one
         for i, example in enumerate(examples):
-            end = example.reach
+            end = self._ends(example)
             tokens[i, :end] = torch.tensor(example.tokens[:end])
             mask[i, :end] = 1
             following = min(end, len(example) - 1)
@@ -219,80 +222,7 @@ class PaddedForward(_Headed):
         return Outputs(_logits(self._model(**inputs))[row, column], targets, kept, None)
 
 
-def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
-    """The packed pass where a probe shows that each example gets what it gets alone, else padded batches.
-
-    Returns:
-        The forward, and the reason in one line.
-    """
-    head = _find_head(model)
-    padded = PaddedForward(model, head)
-    try:
-        packed = PackedForward(model, head)
-        with torch.no_grad():
-            difference, leak = _probe(packed, padded, model, share)
-        if window := packed.lost_window:
-            raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
-    except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    else:
-        if difference <= min(TOLERANCE.get(model_dtype(model), HALF_TOLERANCE), MAX_SHARE_OF_LEAK * leak):
-            return packed, f"a packed pair equals each example alone to {difference:.0e}"
-        reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
-    return padded, f"packing is not shown to be right for this model: {reason}"
-
-
-def _probe(
-    packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool
-) -> tuple[float, float]:
-    """Relative differences of logits from each example alone: of packed pairs, and of a plain leak."""
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    difference = 0.0
-    for lengths in (SHORT, LONG):
-        if lengths is SHORT or (context and sum(lengths) <= context):
-            difference = max(difference, _packed_difference(packed, padded, model, lengths, share))
-    first, second = _probe_examples(model, SHORT)
-    alone = padded.trained_logits(unshared([second])).double()
-    joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
-    leaking = padded.trained_logits(unshared([joined])).double()
-    return difference, float((leaking - alone).norm() / alone.norm())
-
-
-def _packed_difference(
-    packed: PackedForward,
-    padded: PaddedForward,
-    model: nn.Module,
-    lengths: tuple[int, int, int],
-    share: bool,
-) -> float:
-    """The largest relative difference of a packed example's logits from those that it has alone."""
-    examples = _probe_examples(model, lengths)
-    alone = [padded.trained_logits(unshared([example])).double() for example in examples]
-    difference = 0.0
-    for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
-        with packed.context():
-            together = packed.trained_logits(arranged).double().split([len(logits) for logits in alone])
-        for expected, found in zip(alone, together, strict=True):
-            difference = max(difference, float((found - expected).norm() / expected.norm()))
-    return difference
-
-
-def _probe_examples(model: nn.Module, lengths: tuple[int, int, int] = SHORT) -> tuple[Example, Example]:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 16
-    prefix, *own = lengths
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.randint(0, vocabulary, (prefix,), generator=generator).tolist()
-    rows = [
-        Example(
-            (*shared, *torch.randint(0, vocabulary, (count,), generator=generator).tolist()),
-            (0.0,) * (prefix + 1) + (1.0,) * (count - 1),
-        )
-        for count in own
-    ]
-    return rows[0], rows[1]
-
-
-def _find_head(model: nn.Module) -> Head:
+def find_head(model: nn.Module) -> Head:
     """Decoder and head where running them by hand equals the model's own logits; else an empty `Head`."""
     prefix = getattr(model, "base_model_prefix", "")
     decoder = getattr(model, prefix, None) if prefix else None
@@ -301,7 +231,7 @@ def _find_head(model: nn.Module) -> Head:
         layer = getter() if callable(getter) else None
         if not isinstance(decoder, nn.Module) or not isinstance(layer, nn.Linear) or decoder is model:
             return Head()
-        tokens = torch.tensor([_probe_examples(model)[0].tokens], device=next(model.parameters()).device)
+        tokens = torch.tensor([probe_examples(model)[0].tokens], device=next(model.parameters()).device)
         with torch.no_grad():
             whole = _logits(model(input_ids=tokens, use_cache=False)).double()
             by_hand = layer(decoder(input_ids=tokens, use_cache=False)[0]).double()

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brushstroke.errors import ConfigError
 from brushstroke.lowrank.products import in_onednn, product
 from brushstroke.step.scratch import Scratch
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits of the trained positions (m×v), targets (m), weights (m)) → scalar, averaged over the positions.
+"""(logits of the trained positions (m×v, fp32 at least), targets (m), weights (m)) → scalar, their average.
 
 The weights add up to 1 where every trained token counts the same, so that `F.cross_entropy(logits, targets)`
 and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right.
@@ -111,10 +112,23 @@ def summed_loss(
     weights: Float[Tensor, " m"],
     loss: LossFunction | None,
 ) -> Float[Tensor, ""]:
-    """The loss of these positions as a sum: cross-entropy, or m times what the user's function gives."""
+    """The loss of these positions as a sum: cross-entropy, or m times what the user's function gives.
+
+    Raises:
+        ConfigError: the user's function gives no scalar that depends on the logits.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     if loss is None:
-        return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
     m = targets.shape[0]
     if not m:
         return logits.sum()  # of nothing; a mean would be 0/0
-    return loss(logits, targets, weights / m) * m
+    found = loss(logits, targets, weights / m)
+    if not isinstance(found, Tensor) or found.ndim or (logits.requires_grad and not found.requires_grad):
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise ConfigError(
+            "loss= must give a tensor of no dimension that depends on the logits; it gave a "
+            f"{type(found).__name__}{shape}"
+        )
+    return found * m

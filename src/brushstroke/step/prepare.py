@@ -14,7 +14,8 @@ from brushstroke.base import limit_kernel_caches
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank.products import choose_kernels, kernels
-from brushstroke.step.forward import Forward, choose_forward, model_dtype
+from brushstroke.step.choose import choose_forward
+from brushstroke.step.forward import Forward, model_dtype
 from brushstroke.step.fuse import Fusion, fuse
 from brushstroke.step.memory import (
     MemoryNeed,

@@ -12,7 +12,7 @@ from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.layers.walk import find_sites, site_module, weight_dxh
 from brushstroke.lowrank import LowRank
-from brushstroke.step.forward import choose_forward
+from brushstroke.step.choose import choose_forward
 from brushstroke.step.pack import Pass
 from brushstroke.studies.arms import Arm, chosen_sites
 from brushstroke.training import TrainConfig

@@ -16,10 +16,12 @@ from brushstroke.base import Base
 from brushstroke.data import ChatFormat, Example, encode
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
+from brushstroke.inference.decode import context_length
 from brushstroke.layers import Attachment, attach
 from brushstroke.step import LossFunction, Prepared, prepare
 from brushstroke.step.pack import Pass
 from brushstroke.step.recompute import Checkpointed
+from brushstroke.training.check import check_lengths, check_model, check_vocabulary
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig, default_learning_rate
 
@@ -65,11 +67,14 @@ class Training:
         max_length: longest example in tokens, for examples that `forward_backward` has to tokenise.
         allow_different_base: go on from an adapter although it belongs to another base.
 
+    Gradients are on inside, whatever the caller's mode.
+
     Raises:
         TargetError, AttachError, BaseMismatchError: as `attach`.
-        ConfigError: a value that cannot work.
+        ConfigError: a value that cannot work, or a model that does not predict the next token.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         base: Any,
@@ -91,11 +96,14 @@ class Training:
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             clip=clip,
+            micro_tokens=micro_tokens,
+            memory=memory,
             seed=seed,
             max_length=max_length,
         )
         self.base = base if isinstance(base, Base) else Base(base)
         self.model = self.base.model
+        check_model(self.model)
         self.attachment: Attachment = attach(
             self.base,
             start or LoraConfig(),
@@ -106,6 +114,7 @@ class Training:
         )
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._prepared: Prepared | None = None
+        self._closed = False
         try:
             self._prepare(memory, micro_tokens, gradient_checkpointing, share_prefixes)
             hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
@@ -156,17 +165,19 @@ class Training:
         """Whether the packed pass is used; padded batches otherwise, and `step.forward_reason` says why."""
         return self.step.forward.name == "packed"
 
+    @torch.inference_mode(False)
     def forward_backward(self, examples: Any, loss: LossFunction | None = None) -> StepResult:
         """Add the gradients of these examples to those that wait for `optim_step`.
 
         Args:
             examples: tokenised examples, or anything that `train` takes as data.
-            loss: in place of cross-entropy: (logits of the trained positions (m×v), targets (m), weights (m),
-                the examples' own divided by m) → scalar, averaged over the positions.
+            loss: in place of cross-entropy: (logits of the trained positions (m×v, fp32 or wider), targets
+                (m), weights (m), the examples' own divided by m) → scalar, averaged over the positions.
 
         Raises:
             NonFiniteError: the loss is not a finite number. After any error no gradient waits any more.
             DataError: the examples cannot be trained on.
+            ConfigError: `loss` gives no scalar that depends on the logits.
         """
         self._check_open()
         encoded = self.encode(examples)
@@ -226,6 +237,7 @@ class Training:
         self.steps += 1
         return float(norm)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def loss(self, examples: Any) -> StepResult:
         """The loss per trained token of these examples, without gradients and without dropout."""
@@ -259,25 +271,41 @@ class Training:
         return self.attachment.adapter(card)
 
     def save(self, folder: str | Path) -> None:
-        """Write factors, optimiser and counters, from which `load` goes on to the same bits."""
+        """Write factors, optimiser and counters, from which `load` goes on to the same bits.
+
+        Raises:
+            TrainingError: a gradient waits for `optim_step`, which a checkpoint does not hold.
+        """
+        self._check_open()
+        if self._pending_tokens:
+            raise TrainingError(
+                "a gradient waits for optim_step(), and a checkpoint holds none; step first, or discard()"
+            )
         save_session(self, Path(folder))
 
     def load(self, folder: str | Path) -> "Training":
         """Take over the state of a checkpoint that `save` wrote for the same base and sites.
 
+        A gradient that waits for `optim_step` is dropped: it belongs to the state before.
+
         Raises:
             ResumeError: it belongs to another adapter, or is damaged.
         """
+        self._check_open()
         load_session(self, Path(folder))
+        self.discard()
         return self
 
     def close(self) -> None:
-        """Take the adapter out; the base is bit for bit what it was."""
+        """Take the adapter out, if nobody did; the base is bit for bit what it was."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._prepared is not None:
+            self._prepared.fusion.remove()
+        for module, mode in self._modes:
+            module.training = mode
         if self.attachment.attached:
-            if self._prepared is not None:
-                self._prepared.fusion.remove()
-            for module, mode in self._modes:
-                module.training = mode
             self.attachment.detach()
 
     def encode(self, examples: Any) -> list[Example]:
@@ -288,10 +316,9 @@ class Training:
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
                 check_vocabulary(examples, self.model)
+                check_lengths(examples, self.model, self.max_length)
                 return examples
-        limit = self.max_length or getattr(
-            getattr(self.model, "config", None), "max_position_embeddings", None
-        )
+        limit = self.max_length or context_length(self.model)
         encoded = list(encode(examples, self.base.tokenizer, max_length=limit))
         check_vocabulary(encoded, self.model)
         return encoded
@@ -318,7 +345,7 @@ class Training:
             raise
 
     def _check_open(self) -> None:
-        if not self.attachment.attached:
+        if self._closed or not self.attachment.attached:
             raise TrainingError(
                 "this training was closed; make a new one, from its adapter if you want to go on"
             )
@@ -326,28 +353,6 @@ class Training:
     def _dropout_seed(self) -> AbstractContextManager[None]:
         """Dropout follows from (seed, step, call): a resumed run draws what the whole run would have."""
         return _seeded(self.seed, self.steps, self._calls) if self.drops else nullcontext()
-
-
-def check_vocabulary(examples: Iterable[Example], model: torch.nn.Module) -> None:
-    """Refuse examples without tokens, and tokens that the model has no embedding for.
-
-    Raises:
-        DataError: naming the row.
-    """
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        size = getattr(getter() if callable(getter) else None, "num_embeddings", None)
-    except NotImplementedError:
-        size = None
-    for example in examples:
-        place = f"row {example.row}" if example.row else "an example"
-        if not example.tokens:
-            raise DataError(f"{place} has no tokens; leave it out, or give it at least one trained token")
-        if size and not 0 <= min(example.tokens) <= max(example.tokens) < size:
-            raise DataError(
-                f"{place} has a token id outside of the model's vocabulary of {size}; "
-                "tokenise it with this base's tokenizer"
-            )
 
 
 @contextmanager

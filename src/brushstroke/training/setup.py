@@ -10,8 +10,9 @@ from brushstroke.base import Base, require_base
 from brushstroke.data import EncodedData, encode
 from brushstroke.errors import ConfigError
 from brushstroke.inference import context_length
+from brushstroke.training.check import check_vocabulary
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.session import Training, check_vocabulary
+from brushstroke.training.session import Training
 
 
 def read_data(
@@ -52,8 +53,10 @@ def open_session(
     """The training session that a config asks for.
 
     Raises:
-        ConfigError: a config that asks for another adapter than the one to go on from.
+        ConfigError: a config that asks for another adapter than the one to go on from, or is none.
     """
+    if isinstance(lora, Adapter):
+        raise ConfigError("got an adapter in place of a LoraConfig; to go on from it, pass it as start=")
     if start is not None and lora is not None and lora != LoraConfig(dropout=lora.dropout):
         raise ConfigError(
             "an adapter to go on from keeps its own rank, scale and targets; give a LoraConfig with no "

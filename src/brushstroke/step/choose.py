@@ -1,0 +1,110 @@
+"""Which way a model's passes run: packed where probes show that each example gets what it gets alone.
+
+Two kinds of probe. Logits are compared: packed against alone. And gradients are looked at: what an example
+gives may depend on no embedding of another one, nor on one behind it, and where it does not, a gradient is
+exactly 0, in any dtype and however small the model's numbers are.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.data import Example
+from brushstroke.step.attention import UnsupportedAttention
+from brushstroke.step.forward import Forward, PackedForward, PaddedForward, find_head, model_dtype
+from brushstroke.step.pack import Group, Pass, unshared
+from brushstroke.step.probes import LONG, SHORT, depends, probe_examples, watched_embeddings
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative difference of a probe's logits
+ROUNDED_TOLERANCE = 1e-3  # in float32, where products may be rounded to fewer bits (TF32)
+HALF_TOLERANCE = 5e-2
+MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
+
+
+def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
+    """The packed pass where it is exact, else padded batches.
+
+    Args:
+        model: in evaluation mode; an adapter may be in it.
+        share: whether shared prefixes are to be computed once.
+
+    Returns:
+        The forward, and the reason in one line.
+    """
+    head = find_head(model)
+    padded = PaddedForward(model, head, whole=True)
+    try:
+        causal = _is_causal(padded, model)
+        if not causal:
+            raise UnsupportedAttention("tokens behind a prediction change it")
+        padded = PaddedForward(model, head, whole=False)
+        packed = PackedForward(model, head)
+        difference, leak = _packed_difference(packed, padded, model, share), _plain_leak(padded, model)
+        if window := packed.lost_window:
+            raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
+    except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    else:
+        if difference <= min(_tolerance(model_dtype(model)), MAX_SHARE_OF_LEAK * leak):
+            return packed, f"a packed pair equals each example alone to {difference:.0e}"
+        reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
+    return padded, f"packing is not shown to be right for this model: {reason}"
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return ROUNDED_TOLERANCE
+    return TOLERANCE.get(dtype, HALF_TOLERANCE)
+
+
+def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:
+    """Whether a prediction in the middle of an example depends on no token behind it."""
+    tokens = probe_examples(model, SHORT)[0].tokens
+    middle = len(tokens) // 2
+    weights = [0.0] * len(tokens)
+    weights[middle] = weights[-1] = 1.0  # the last one, so that no way of running it may cut the example
+    with watched_embeddings(model, len(tokens)) as seen:
+        logits = whole.trained_logits(unshared([Example(tokens, tuple(weights))]))
+    return not depends(logits[:1], seen, slice(middle, None))
+
+
+def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool) -> float:
+    """The largest relative difference of a packed example's logits from those that it has alone.
+
+    Raises:
+        UnsupportedAttention: a packed example depends on another one's tokens.
+    """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    difference = 0.0
+    for lengths in (SHORT, LONG):
+        if lengths is LONG and not (context and sum(lengths) <= context):
+            continue
+        examples = probe_examples(model, lengths)
+        with torch.no_grad():
+            alone = [padded.trained_logits(unshared([example])).double() for example in examples]
+        for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
+            found = _run_packed(packed, model, arranged, [len(logits) for logits in alone])
+            for one, other in zip(alone, found, strict=True):
+                difference = max(difference, float((other.double() - one).norm() / one.norm()))
+    return difference
+
+
+def _run_packed(packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]) -> list[Tensor]:
+    """The logits of both examples of a packed pair."""
+    first, _ = arranged.examples
+    prefix = arranged.groups[0].prefix
+    with packed.context(), watched_embeddings(model, arranged.computed_tokens) as seen:
+        both = packed.trained_logits(arranged)
+        found = both.split(counts)
+        for logits, others in zip(found, (slice(first.reach, None), slice(prefix, first.reach)), strict=True):
+            if depends(logits, seen, others):
+                raise UnsupportedAttention("a packed example depends on another one's tokens")
+    return [logits.detach() for logits in found]
+
+
+def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:
+    """How far an example's logits move where it simply goes on from another one: relative to them."""
+    first, second = probe_examples(model, SHORT)
+    joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
+    with torch.no_grad():
+        alone, leaking = (padded.trained_logits(unshared([e])).double() for e in (second, joined))
+    return float((leaking - alone).norm() / alone.norm())

@@ -1,0 +1,76 @@
+"""What a model is tried on before it is trained: made-up examples, and what its predictions depend on.
+
+No judgement here: `choose` draws the conclusions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from brushstroke.data import Example
+
+SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
+LONG = (48, 24, 16)  # for what shows at a distance
+
+
+class NoEmbeddings(Exception):
+    """Nothing in the model looks tokens up, so that nothing can be told about what depends on them."""
+
+
+def probe_examples(model: nn.Module, lengths: tuple[int, int, int] = SHORT) -> tuple[Example, Example]:
+    """Two examples with a shared beginning; all tokens of their own but the first are trained."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 16
+    prefix, *own = lengths
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(0, vocabulary, (prefix,), generator=generator).tolist()
+    rows = [
+        Example(
+            (*shared, *torch.randint(0, vocabulary, (count,), generator=generator).tolist()),
+            (0.0,) * (prefix + 1) + (1.0,) * (count - 1),
+        )
+        for count in own
+    ]
+    return rows[0], rows[1]
+
+
+@contextmanager
+def watched_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
+    """Inside, a forward pass has a graph that begins at the embeddings of a row of so many tokens.
+
+    The list fills with them, each (…, tokens, d): those of tokens, and of positions where they are learnt.
+    """
+    seen: list[Tensor] = []
+
+    def begin_here(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        if output.ndim < 2 or output.shape[-2] != tokens or not output.is_floating_point():
+            return output
+        seen.append(output.detach().requires_grad_())
+        return seen[-1].clone()  # models may change it in place
+
+    hooks = [m.register_forward_hook(begin_here) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        with torch.enable_grad():
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def depends(logits: Float[Tensor, "m v"], embeddings: Sequence[Tensor], tokens: slice) -> bool:
+    """Whether any of these logits depends on any of these tokens; gradients are exactly 0 where none does.
+
+    A gradient that is no number says nothing: norms have such a one at embeddings of nothing but zeros.
+
+    Raises:
+        NoEmbeddings: there are none to look at.
+    """
+    if not embeddings:
+        raise NoEmbeddings("no embedding was seen; whether examples keep apart cannot be told")
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
+    with torch.enable_grad():
+        projected = (logits.float() * noise).sum()
+    gradients = torch.autograd.grad(projected, embeddings, retain_graph=True, allow_unused=True)
+    return any(bool(g[..., tokens, :].nan_to_num(0.0).any()) for g in gradients if g is not None)

@@ -1,0 +1,73 @@
+"""Whether a model can be trained, and on these tokenised examples; what is wrong is told with its row.
+
+It changes neither.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from brushstroke.data import Example
+from brushstroke.errors import ConfigError, DataError
+from brushstroke.inference import context_length
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that does not predict the next token, or that torch allows no gradients in.
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder with a decoder, and Training is for models that predict "
+            "the next token: use attach(model, config, trainable=True) and a loop of your own"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConfigError(
+            "the model was made inside torch.inference_mode(), which allows no gradients; make it outside"
+        )
+
+
+def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
+    """Refuse examples without tokens, and tokens that the model has no embedding for.
+
+    Raises:
+        DataError: naming the row.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        size = getattr(getter() if callable(getter) else None, "num_embeddings", None)
+    except NotImplementedError:
+        size = None
+    for example in examples:
+        if not example.tokens:
+            raise DataError(
+                f"{_place(example)} has no tokens; leave it out, or give it at least one trained token"
+            )
+        if size and not 0 <= min(example.tokens) <= max(example.tokens) < size:
+            raise DataError(
+                f"{_place(example)} has a token id outside of the model's vocabulary of {size}; "
+                "tokenise it with this base's tokenizer"
+            )
+
+
+def check_lengths(examples: Iterable[Example], model: nn.Module, max_length: int | None = None) -> None:
+    """Refuse examples that need more positions than the model's config knows, or than `max_length` grants.
+
+    Raises:
+        DataError: naming the row.
+    """
+    context = context_length(model)
+    if context is None:
+        return
+    for example in examples:
+        if example.reach > max(context, max_length or 0):
+            raise DataError(
+                f"{_place(example)} needs {example.reach} positions, and the model's context has {context}; "
+                "cut it, or grant more with max_length= where the model works beyond that"
+            )
+
+
+def _place(example: Example) -> str:
+    return f"row {example.row}" if example.row else "an example"
