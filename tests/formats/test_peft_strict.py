@@ -268,12 +268,14 @@ def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path) -
         "b": LowRank(torch.full((3, 1), torch.nan), torch.ones(1, 2)),
         "c": LowRank(torch.ones(3, 0), torch.ones(0, 2)),
         "d": fine,
+        "e": fine * float("nan"),
+        "f": fine * 1e308 * 10.0,
     }
     with pytest.raises(errors.AdapterFileError) as caught:
         save(Adapter(updates), tmp_path / "out")
     said = str(caught.value)
     assert "cannot hold a Dora" in said
-    assert all(f"\n  {site}: " in said for site in "abc")
+    assert all(f"\n  {site}: " in said for site in "abcef")
     assert "\n  d: " not in said
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,7 @@ A folder holds `adapter_config.json`, `adapter_model.safetensors`, and of ours `
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,13 +107,19 @@ def _writable(adapter: Adapter) -> dict[str, LowRank]:
             problems.append(f"{site}: an update of rank 0; leave the site out")
         elif update.dtype not in _DTYPES:
             problems.append(f"{site}: dtype {update.dtype}; convert it with adapter.to(torch.float32)")
-        elif not all(torch.isfinite(t).all() for t in update.tensors().values()):
+        elif not (
+            math.isfinite(update.scale * update.rank) and all(map(_is_finite, update.tensors().values()))
+        ):
             problems.append(f"{site}: numbers that are not finite; do not keep this adapter")
         else:
             updates[site] = update
     if problems:
         raise AdapterFileError("this adapter cannot be saved:\n  " + "\n  ".join(problems))
     return updates
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _stored(factor: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ def _updates(tensors: Mapping[str, Tensor], rule: Rule, where: str) -> dict[str,
             problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
         elif tensor.dtype not in _DTYPES or tensor.ndim != 2:
             problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
-        elif not torch.isfinite(tensor).all():
+        elif not _is_finite(tensor):
             problems.append(f"{key}: holds numbers that are not finite")
         else:
             pairs.setdefault(match["site"], {})[match["factor"]] = tensor
