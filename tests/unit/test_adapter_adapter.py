@@ -131,10 +131,29 @@ def test_a_strange_card_is_refused():
         Card.from_dict(stored | {"base_nam": "x"})
     with pytest.raises(AdapterFileError, match=r"format 2.*upgrade"):
         Card.from_dict(stored | {"format": 2})
-    with pytest.raises(AdapterFileError, match="card's 'lora' is int, expected an object"):
-        Card.from_dict({**Card().as_dict(), "lora": 5})
     with pytest.raises(AdapterFileError, match="format None"):
         Card.from_dict({})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("lora", 5, "an object"),
+        ("training", [], "an object"),
+        ("fingerprint", "x", "an object"),
+        ("stop_tokens", 5, "a list of texts"),
+        ("stop_tokens", "</s>", "a list of texts"),
+        ("stop_tokens", [1], "a list of texts"),
+        ("target_modules", {"q": 1}, "a list of texts"),
+        ("base_name", 5, "a text"),
+        ("task", ["CAUSAL_LM"], "a text"),
+        ("conv1d", "false", "true or false"),
+    ],
+)
+def test_a_field_of_a_wrong_kind_is_refused(field, value, wanted):
+    with pytest.raises(AdapterFileError, match=rf"the card's '{field}' is .*, expected {wanted}; save"):
+        Card.from_dict({**Card().as_dict(), field: value})
+    assert Card.from_dict({**Card().as_dict(), field: None}) == Card()
 
 
 def test_a_sum_knows_both_bases_and_refuses_two_of_them() -> None:

@@ -4,7 +4,7 @@ It decides nothing: layers judge a base by it, formats write it, people read it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,30 @@ from brushstroke.adapter.fingerprint import Fingerprint
 from brushstroke.errors import AdapterFileError, did_you_mean
 
 FORMAT = 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("base_name", "chat_template", "task"), (_is_text, "a text")),
+    **dict.fromkeys(("target_modules", "stop_tokens"), (_are_texts, "a list of texts")),
+    **dict.fromkeys(("lora", "fingerprint", "training"), (_is_object, "an object")),
+    "conv1d": (_is_flag, "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,30 +77,28 @@ class Card:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Card":
-        """The inverse of `as_dict`.
+        """The inverse of `as_dict`; a field that is null is as one that is not there.
 
         Raises:
-            AdapterFileError: an unknown field, or a card of a later format.
+            AdapterFileError: an unknown field, one of a wrong kind, or a card of a later format.
         """
-        fields = dict(stored)
+        fields = {name: value for name, value in stored.items() if value is not None}
         if fields.pop("format", None) != FORMAT:
             raise AdapterFileError(
                 f"the card has format {stored.get('format')!r}, this version reads {FORMAT}; upgrade "
                 "brushstroke"
             )
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in fields:
-            if key not in known:
-                raise AdapterFileError(f"unknown field {key!r} in the card{did_you_mean(key, known)}")
-        for name in ("lora", "training"):
-            if not isinstance(fields.get(name) or {}, Mapping):
+        for name, value in fields.items():
+            if name not in _KINDS:
+                raise AdapterFileError(f"unknown field {name!r} in the card{did_you_mean(name, _KINDS)}")
+            fits, wanted = _KINDS[name]
+            if not fits(value):
                 raise AdapterFileError(
-                    f"the card's {name!r} is {type(fields[name]).__name__}, expected an object; save the "
-                    "adapter again, or remove the card"
+                    f"the card's {name!r} is {value!r:.60}, expected {wanted}; save the adapter again, or "
+                    "remove the card"
                 )
-        fields["training"] = fields.get("training") or {}
-        for name in ("target_modules", "stop_tokens"):
-            fields[name] = tuple(fields.get(name) or ())
-        if fields.get("fingerprint") is not None:
+            if isinstance(value, list):
+                fields[name] = tuple(value)
+        if "fingerprint" in fields:
             fields["fingerprint"] = Fingerprint.from_dict(fields["fingerprint"])
         return cls(**fields)
