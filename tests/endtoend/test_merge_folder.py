@@ -201,6 +201,21 @@ def test_an_update_that_rounding_would_lose_is_refused_and_nothing_stays(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_sum_that_the_dtype_cannot_hold_is_refused_and_nothing_stays(tmp_path):
+    model = llama().to(torch.float16)
+    site = "model.layers.0.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(site).weight[0, 0] = 60000.0
+    model.save_pretrained(tmp_path / "base")
+    large = Adapter({site: LowRank(torch.full((48, 1), 100.0), torch.full((1, 32), 80.0))})
+    with pytest.raises(MergeError, match=rf"{site}: .* too large for torch.float16.*--dtype"):
+        merge_folder(tmp_path / "base", large, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    merge_folder(tmp_path / "base", large, tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged[f"{site}.weight"][0, 0].item() == 68000.0
+
+
 def test_existing_folders_are_refused_and_overwriting_keeps_what_is_not_ours(folder, tmp_path):
     adapter, out = adapter_for(llama()), tmp_path / "out"
     merge_folder(folder, adapter, out)

@@ -110,6 +110,25 @@ def test_an_update_that_rounding_would_eat_is_refused():
     assert merge(net.float(), faint)[0].weight[0, 0].item() == pytest.approx(1.0001)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weight", "factor", "said"),
+    [
+        (torch.float16, 60000.0, 100.0, "too large for torch.float16; merge into float32 or bfloat16"),
+        (torch.bfloat16, 1.0, 1e10, "the update is so large"),
+        (torch.bfloat16, 1.0, 1e20, "the update is so large"),
+        (torch.float32, float("nan"), 1.0, "the base's weight holds numbers that are not finite"),
+        (torch.float32, float("-inf"), 0.0, "the base's weight holds numbers that are not finite"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(dtype, weight, factor, said):
+    net = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    with torch.no_grad():
+        net[0].weight[2, 3] = weight
+    adapter = Adapter({"0": LowRank(factor * torch.ones(6, 1), factor * torch.ones(1, 5))})
+    with pytest.raises(MergeError, match=f"^0: .*{said}"):
+        merge(net, adapter)
+
+
 def test_a_zero_update_merges_to_the_base():
     net = toys.Mlp()
     with attach(net, LoraConfig(rank=2)) as attachment:

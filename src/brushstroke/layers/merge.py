@@ -5,6 +5,7 @@ The base is never changed; files are the part of `inference.export`.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -66,7 +67,7 @@ def merge_weight(
     """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once to W's dtype.
 
     Raises:
-        MergeError: less than half of the update would survive the rounding.
+        MergeError: less than half of the update would survive the rounding, or numbers are not finite.
     """
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     update = update.to(dtype=wide, device=W.device)
@@ -86,6 +87,8 @@ def merge_weight(
         lost += float(rest.norm()) ** 2
         output_error += float((x @ rest).norm()) ** 2
         output += float((x @ base + x @ delta).norm()) ** 2
+    if not all(map(math.isfinite, (size, kept, lost, output_error, output))):
+        raise MergeError(f"{path}: {_why_not_finite(W, merged)}")
     drift = SiteDrift(
         survived=1.0 + kept / size if size else 1.0,
         error=(lost / size) ** 0.5 if size else 0.0,
@@ -97,6 +100,21 @@ def merge_weight(
             "merge into a wider dtype (float32), or serve the adapter unmerged"
         )
     return merged, drift
+
+
+def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> str:
+    """What made a sum go out of bounds, and what to do."""
+    if not torch.isfinite(W).all():
+        return (
+            f"the base's weight holds numbers that are not finite in {W.dtype}; load the base in a wider "
+            "dtype (--dtype float32), or fetch it again"
+        )
+    if W.dtype == torch.float16 and not torch.isfinite(merged).all():
+        return (
+            f"the sum of weight and update holds numbers too large for {W.dtype}; merge into float32 or "
+            "bfloat16 (--dtype), or serve the adapter unmerged"
+        )
+    return "the update is so large that its norm is no finite number; do not use this adapter"
 
 
 def merge(
