@@ -14,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from brushstroke.adapter import Adapter, Card, Fingerprint, LoraConfig
 from brushstroke.adapter.fingerprint import sample
@@ -214,6 +217,23 @@ def test_a_sum_that_the_dtype_cannot_hold_is_refused_and_nothing_stays(tmp_path)
     merge_folder(tmp_path / "base", large, tmp_path / "out", dtype="float32")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged[f"{site}.weight"][0, 0].item() == 68000.0
+
+
+def test_a_forward_of_its_own_is_tried_out_without_loading_the_model(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = FalconForCausalLM(FalconConfig(**sizes))  # its linear layers are of a class of its own
+    model.save_pretrained(tmp_path / "base")
+    adapter = adapter_for(model)
+    report = merge_folder(tmp_path / "base", adapter, tmp_path / "out", verify=True)
+    assert report.streamed
+    assert report.logit_drift is not None
+    assert report.logit_drift < EXACT
+    plain = FalconLinear.forward
+    monkeypatch.setattr(FalconLinear, "forward", lambda self, x: 2.0 * plain(self, x))
+    with pytest.raises(MergeError, match=r"\(FalconLinear\) has a forward of its own, which does not add"):
+        merge_folder(tmp_path / "base", adapter, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_existing_folders_are_refused_and_overwriting_keeps_what_is_not_ours(folder, tmp_path):

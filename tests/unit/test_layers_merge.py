@@ -180,6 +180,54 @@ def test_a_packed_weight_is_refused():
         merge(net, adapter)
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+class Ternary(nn.Linear):
+    def forward(self, x):
+        size = self.weight.abs().mean()
+        return nn.functional.linear(x, (self.weight / size).round().clamp(-1, 1) * size, self.bias)
+
+
+class Told(nn.Linear):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) + 1.0
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_forward_of_its_own_is_tried_out(dtype):
+    factors = LowRank(torch.randn(24, 2), torch.randn(2, 16), 0.2).to(dtype)
+    x = torch.randn(3, 24, dtype=dtype)
+    for kind in (Scaled, Ternary):
+        net = nn.Sequential(kind(24, 16)).to(dtype)
+        with pytest.raises(MergeError, match=rf"0 \({kind.__name__}\) has a forward .* serve the adapter"):
+            merge(net, Adapter({"0": factors}))
+    with pytest.raises(MergeError, match=r"0 \(Pair\).* fails in a trial \(AttributeError: 'tuple'"):
+        merge(nn.Sequential(Pair(24, 16)).to(dtype), Adapter({"0": factors}))
+    net = nn.Sequential(Told(24, 16)).to(dtype)
+    with torch.no_grad():
+        with attach(net, Adapter({"0": factors})):
+            adapted = net(x)
+        merged = merge(net, Adapter({"0": factors}))
+    assert merged.training
+    assert relative(merged(x).double(), adapted.double()) < (FLOAT32 if dtype != torch.bfloat16 else 0.02)
+
+
+def test_a_plain_module_is_not_run(monkeypatch):
+    nets = [nn.Sequential(nn.Linear(6, 4)), nn.Sequential(toys.Conv1D(4, 6))]
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("it was run"))
+    for net in nets:
+        merge(net, Adapter({"0": LowRank(torch.randn(6, 2), torch.randn(2, 4))}))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_tied_head_is_untied_openly_and_stays_so_on_disk(kind, tmp_path, tied_llama, gpt2):
     model = tied_llama if kind == "llama" else gpt2

@@ -15,7 +15,7 @@ from torch import Tensor
 from brushstroke.adapter import Adapter, Site
 from brushstroke.base import FolderWeights
 from brushstroke.inference.shards import DTYPE_NAMES, Edit, update_index, write_shard
-from brushstroke.layers import MergeReport, SiteDrift, find_sites, merge_weight
+from brushstroke.layers import MergeReport, SiteDrift, check_forward, find_sites, merge_weight
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (
@@ -104,7 +104,9 @@ class _Merging:
 
     def _merged(self, path: str, site: Site) -> Tensor:
         with torch.no_grad():
-            M, self.drifts[path] = merge_weight(self._weights[site.path], self._adapter[path], path)
+            W = self._weights[site.path]
+            check_forward(self._weights.model.get_submodule(site.path), W, path)
+            M, self.drifts[path] = merge_weight(W, self._adapter[path], path)
         return M.mT if site.kind == "linear" else M
 
 

@@ -6,7 +6,7 @@ It knows no files and no training; HF's Conv1D is known by its class name alone.
 from brushstroke.layers.attach import Attachment, attach
 from brushstroke.layers.bank import Bank, bank
 from brushstroke.layers.check import QuantisedBaseWarning, check_base
-from brushstroke.layers.merge import MergeReport, SiteDrift, merge, merge_weight
+from brushstroke.layers.merge import MergeReport, SiteDrift, check_forward, merge, merge_weight
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, unwrap
 
@@ -20,6 +20,7 @@ __all__ = [
     "attach",
     "bank",
     "check_base",
+    "check_forward",
     "find_sites",
     "merge",
     "merge_weight",

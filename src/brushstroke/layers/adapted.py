@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from brushstroke.errors import AttachError
 from brushstroke.layers.route import Route
+from brushstroke.layers.walk import has_plain_forward
 from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term
 
 
@@ -165,14 +166,13 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
-    conv1d = type(module).__name__ == "Conv1D"
-    if not (conv1d or type(module).forward is nn.Linear.forward) or "forward" in module.__dict__:
+    if not has_plain_forward(module):
         return None
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained or torch.is_autocast_enabled(x.device.type):
         return None
-    return LinearParts(weight, bias, weight_is_dxh=conv1d)
+    return LinearParts(weight, bias, weight_is_dxh=not isinstance(module, nn.Linear))
 
 
 def _add_segments(

@@ -18,7 +18,8 @@ from brushstroke.adapter import Adapter
 from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.layers.check import check_base
-from brushstroke.layers.walk import find_sites, site_module, unwrap, weight_dxh
+from brushstroke.layers.guard import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
+from brushstroke.layers.walk import find_sites, has_plain_forward, site_module, unwrap, weight_dxh
 from brushstroke.lowrank import Update
 
 MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
@@ -117,6 +118,46 @@ def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> st
     return "the update is so large that its norm is no finite number; do not use this adapter"
 
 
+def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None:
+    """Check that a module gives x·ΔW more where W becomes W + ΔW; its class's forward may scale or quantise.
+
+    A plain module is believed; another is run on random x and ΔW, with 0 for its tensors on the meta device.
+
+    Raises:
+        MergeError: it does not, so that the merged model would be another than the adapted one.
+    """
+    if has_plain_forward(module):
+        return
+    generator = torch.Generator().manual_seed(0)
+    d, h = W.shape
+    sizes = ((PROBE_ROWS, d), (d, 1), (1, h))
+    x, u, v = (torch.randn(*size, generator=generator).to(W.device, W.dtype) for size in sizes)
+    u /= d**0.5
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {name: torch.zeros_like(t, device=W.device) if t.is_meta else t for name, t in tensors.items()}
+    was_training, module.training = module.training, False
+
+    def run(weight: Tensor) -> Tensor:
+        stored = weight.mT if isinstance(module, nn.Linear) else weight
+        return torch.func.functional_call(module, {**tensors, "weight": stored}, (x,))
+
+    try:
+        base = run(W)
+        v *= base.abs().mean().clamp_min(1e-3)  # as large as the base's output: no rounding hides it
+        expected = (x.double() @ u.double()) @ v.double()
+        error = float((run(W + u @ v).double() - base.double() - expected).norm() / expected.norm())
+        reason = f"does not add x·ΔW where its weight gets ΔW (off by {error:.1e} of it)"
+    except Exception as failure:  # whatever a stranger's forward raises; also where it gives no tensor
+        error, reason = math.inf, f"fails in a trial ({type(failure).__name__}: {failure})"
+    finally:
+        module.training = was_training
+    if not error <= PROBE_TOLERANCE.get(W.dtype, HALF_PROBE_TOLERANCE):
+        raise MergeError(
+            f"{path} ({type(module).__name__}) has a forward of its own, which {reason}: merged, it would be "
+            "another model; serve the adapter unmerged, or leave the site out"
+        )
+
+
 def merge(
     model: ModelT,
     adapter: Adapter,
@@ -137,8 +178,8 @@ def merge(
 
     Raises:
         BaseMismatchError: another base, or the adapter is merged into it already.
-        MergeError: an adapter is attached, a weight is not stored as a plain matrix, or the update would be
-            lost.
+        MergeError: an adapter is attached, a weight is not stored as a plain matrix, a module's own forward
+            computes something else than x·W, or the update would be lost.
     """
     root = unwrap(model)
     if any(isinstance(module, Adapted) for module in root.modules()):
@@ -159,6 +200,7 @@ def merge(
                     f"{path}: its weight is not stored as a plain matrix, but {_storage(module)}; load the "
                     "base unquantised, remove parametrizations, and merge into that"
                 )
+            check_forward(module, W, path)
             M, drifts[path] = merge_weight(W, update, path)
             stored = (M.mT if site.kind == "linear" else M).contiguous()
             if site.tied_to:

@@ -36,6 +36,12 @@ def site_kind(module: nn.Module) -> str | None:
     return None
 
 
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether a module runs nn.Linear's forward or HF Conv1D's, and no other of its class or its own."""
+    plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+    return plain and "forward" not in module.__dict__
+
+
 def weight_dxh(module: nn.Module, kind: str) -> Tensor | None:
     """W (d×h) of a site as a view, or None where it is stored in another form (packed, quantised)."""
     weight = module.weight
