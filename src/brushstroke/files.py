@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from brushstroke.errors import OutputError
+from brushstroke.errors import BrushstrokeError, OutputError
 
 PARTIAL = ".partial-"  # what a name begins with while its file or folder is being written
 
@@ -20,7 +20,7 @@ def output_errors(where: Path) -> Iterator[None]:
     """Turn an OSError inside (no space, no permission, ...) into an OutputError that names the place."""
     try:
         yield
-    except OutputError:
+    except BrushstrokeError:
         raise
     except OSError as error:
         said = error.strerror or str(error) or type(error).__name__

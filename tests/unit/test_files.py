@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from brushstroke.errors import OutputError
+from brushstroke.errors import BaseLoadError, OutputError
 from brushstroke.files import output_errors, refuse_existing, write_file, write_folder
 
 
@@ -53,5 +53,7 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
 
 
 def test_an_oserror_becomes_one_message(tmp_path: Path) -> None:
+    with pytest.raises(BaseLoadError, match=r"^the base$"), output_errors(tmp_path):  # an OSError too
+        raise BaseLoadError("the base")
     with pytest.raises(OutputError, match="No space left"), output_errors(tmp_path):
         raise OSError(28, "No space left on device")
