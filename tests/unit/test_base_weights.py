@@ -103,6 +103,28 @@ def test_a_site_that_the_files_do_not_hold(llama: nn.Module, tmp_path: Path) -> 
             ask(site)
 
 
+def test_what_the_files_lack_is_told_where_every_tensor_is_known(
+    language_model: nn.Module, tmp_path: Path
+) -> None:
+    FolderWeights(saved(language_model, tmp_path)).check_complete()
+    tensors = load_file(tmp_path / "model.safetensors")
+    norm = next(key for key in tensors if "norm" in key or "ln_f" in key)
+    moved = tensors.pop(norm)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseLoadError, match=f"lack 1 of the model's weights, such as .*{norm}; fetch"):
+        FolderWeights(tmp_path).check_complete()
+    save_file({**tensors, "renamed": moved}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    FolderWeights(tmp_path).check_complete()  # it may be renamed on loading
+
+
+def test_a_tied_head_and_other_prefixes_are_complete(tied_llama, gpt2, tmp_path):
+    FolderWeights(saved(tied_llama, tmp_path / "tied")).check_complete()
+    folder = saved(gpt2, tmp_path / "gpt2")
+    FolderWeights(folder).check_complete()
+    rename(folder, "transformer.", "")
+    FolderWeights(folder).check_complete()
+
+
 def test_a_tensor_of_another_shape_or_kind(llama: nn.Module, tmp_path: Path) -> None:
     file = saved(llama, tmp_path) / "model.safetensors"
     tensors = load_file(file)

@@ -115,6 +115,28 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
             files.setdefault(file, []).append(key)
         return {file: tuple(keys) for file, keys in sorted(files.items())}
 
+    def check_complete(self) -> None:
+        """Check that the files hold every parameter of the model, where that can be told without loading it.
+
+        A tensor of the files that is none of the model's may be a parameter by another name; then it cannot.
+
+        Raises:
+            BaseLoadError: parameters are not there; loaded, they would be random.
+        """
+        parameters = [name for name, _ in self.model.named_parameters()]
+        prefix = getattr(self.model, "base_model_prefix", "")
+        own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        own |= {name for name, _ in self.model.named_buffers()}
+        if not self._shards.keys() <= {form for name in own for form in _forms(name, prefix)}:
+            return
+        located = _locate_keys(self.model, parameters, self._shards)
+        lost = [name for name in parameters if name not in located]
+        if lost:
+            raise BaseLoadError(
+                f"the files in {self.folder} lack {len(lost)} of the model's weights, such as {lost[0]}; "
+                "fetch the folder again"
+            )
+
     def key(self, site: str) -> tuple[str, str]:
         """The file and the tensor key that hold a site's weight; that of its twin where it is tied.
 
@@ -267,12 +289,13 @@ def _locate_keys(model: nn.Module, names: list[str], shards: Mapping[str, str]) 
     located = {}
     for name in names:
         tied = [twin for twin in twins[id(parameters[name])] if twin != name] if name in parameters else []
-        candidates = [
-            form
-            for twin in (name, *tied)
-            for form in (twin, twin.removeprefix(f"{prefix}."), f"{prefix}.{twin}")
-        ]
+        candidates = [form for twin in (name, *tied) for form in _forms(twin, prefix)]
         key = next((form for form in candidates if form in shards), None)
         if key is not None:
             located[name] = key
     return located
+
+
+def _forms(name: str, prefix: str) -> tuple[str, str, str]:
+    """A parameter's name in files: as it is, or without or with the base model's prefix."""
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
