@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -26,8 +28,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from brushstroke.adapter import Adapter, Card, Fingerprint, LoraConfig
 from brushstroke.adapter.fingerprint import sample
 from brushstroke.base import Base, FolderWeights, load_base
-from brushstroke.errors import BaseMismatchError, MergeError, OutputError, ShapeError
-from brushstroke.inference import export, merge_folder, merge_stream
+from brushstroke.errors import BaseLoadError, BaseMismatchError, MergeError, OutputError, ShapeError
+from brushstroke.inference import export, merge_check, merge_folder, merge_stream
 from brushstroke.inference.shards import Header
 from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
@@ -121,13 +123,18 @@ def test_names_headers_and_other_files_stay_and_nothing_tells_of_brushstroke(fol
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("kept")
     (folder / "pytorch_model.bin").write_bytes(b"unmerged weights")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "HEAD").write_text("hidden")
+    for name in (".git", ".cache", ".hidden"):
+        (folder / name).mkdir()
+        (folder / name / "HEAD").write_text("hidden")
+    (folder / ".env").write_text("hidden")
+    (folder / ".gitattributes").write_text("of the hub")
+    (folder / "code").symlink_to(folder / "notes")
     before = everything(folder)
     report = merge_folder(folder, adapter_for(llama(), ["layers.0.self_attn.q_proj"]), tmp_path / "out")
     after = everything(tmp_path / "out")
-    assert set(before) - set(after) == {"pytorch_model.bin", ".git/HEAD"}
-    assert report.left_out == ("pytorch_model.bin",)
+    hidden = {".env", ".gitattributes", ".git/HEAD", ".cache/HEAD", ".hidden/HEAD"}
+    assert set(before) - set(after) == {"pytorch_model.bin", *hidden}
+    assert report.left_out == (".env", ".hidden", "code", "pytorch_model.bin")
     changed = {name for name in after if after[name] != before[name]}
     assert len(changed) == 1
     (shard,) = changed
@@ -292,6 +299,96 @@ def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path)
     assert merge_folder(folder, other, tmp_path / "other").chat_template_saved
     assert (tmp_path / "other" / "chat_template.jinja").read_text() == "new"
     assert json.loads((tmp_path / "other" / "tokenizer_config.json").read_text()) == {"eos_token": "<e>"}
+
+
+@pytest.mark.parametrize("form", ["list", "list and file", "files"])
+def test_the_bases_other_templates_stay(folder, tmp_path, form):
+    both = {"default": "old {{ messages }}", "tool_use": "tools {{ messages }}"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
+    if "list" in form:
+        settings["chat_template"] = [{"name": n, "template": t} for n, t in both.items()]
+    if "file" in form:
+        (folder / "chat_template.jinja").write_text(both["default"])
+    if form == "files":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(both["tool_use"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = {"type": "WordLevel", "vocab": {"<e>": 0}, "unk_token": "<e>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
+    adapter = adapter_for(llama())
+    same, other = (
+        adapter.with_card(dataclasses.replace(adapter.card, chat_template=text))
+        for text in (both["default"], "new {{ messages }}")
+    )
+    assert not merge_folder(folder, same, tmp_path / "same", verify=False).chat_template_saved
+    assert merge_folder(folder, other, tmp_path / "other", verify=False).chat_template_saved
+    found = AutoTokenizer.from_pretrained(tmp_path / "other").chat_template
+    assert found == {"default": "new {{ messages }}", "tool_use": both["tool_use"]}
+
+
+def test_a_base_that_lacks_a_weight_is_refused_without_loading_it(folder, tmp_path):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"].pop("model.norm.weight")
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BaseLoadError, match=r"lack 1 of the model's weights, such as model\.norm\.weight"):
+        merge_folder(folder, adapter_for(llama()), tmp_path / "out", verify=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_problem_of_the_base_is_none_of_the_output(folder, tmp_path, monkeypatch):
+    def unreadable(*args, **kwargs):
+        raise BaseLoadError("cannot load the model")
+
+    monkeypatch.setattr(merge_check, "load_base", unreadable)
+    with pytest.raises(BaseLoadError, match=r"^cannot load the model$"):
+        merge_folder(folder, adapter_for(llama()), tmp_path / "out", verify=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+def test_a_folder_that_is_loaded_keeps_its_other_files(tmp_path, form):
+    model = llama()
+    model.save_pretrained(tmp_path / "base", **({"max_shard_size": "20KB"} if form == "shards" else {}))
+    base = tmp_path / "base"
+    if form == "bin":
+        torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    (base / "code").mkdir()
+    others = {
+        "LICENSE": "free",
+        "README.md": "a model",
+        "code/modeling.py": "#",
+        "preprocessor_config.json": "{}",
+    }
+    for name, text in others.items():
+        (base / name).write_text(text)
+    (base / "tf_model.h5").write_bytes(b"unmerged")
+    (base / ".env").write_text("hidden")
+    dtype = "auto" if form == "bin" else "bfloat16"
+    report = merge_folder(base, adapter_for(model), tmp_path / "out", dtype=dtype)
+    assert not report.streamed
+    assert report.left_out == (".env", "tf_model.h5")
+    weights = {"model.safetensors"}
+    out = everything(tmp_path / "out")
+    assert set(out) == {*others, *weights, "config.json", "generation_config.json"}
+    assert {name: out[name].decode() for name in others} == others
+    stored = json.loads(out["config.json"])["dtype"]
+    assert stored == ("float32" if form == "bin" else "bfloat16")
+
+
+def test_no_space_for_a_model_that_is_loaded(folder, tmp_path):
+    adapter = adapter_for(llama())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        with pytest.raises(OutputError, match=r"cannot write .*out: .*; make room there"):
+            merge_folder(folder, adapter, tmp_path / "out", dtype="bfloat16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_loaded_base_is_merged_in_memory(folder, tmp_path):

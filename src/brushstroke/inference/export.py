@@ -6,22 +6,27 @@ The sums are made in `layers.merge`; this decides where they come from and go to
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from brushstroke.adapter import Adapter
 from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, MergeError, OutputError
 from brushstroke.files import refuse_existing
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
+from brushstroke.inference.beside import copy_beside, loaded_files
 from brushstroke.inference.merge_check import CheckResult, check_merged
-from brushstroke.inference.merge_stream import left_out, merge_files
+from brushstroke.inference.merge_stream import merge_files
 from brushstroke.inference.staging import refuse_inside, staged_folder
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
 
-TEMPLATE, TOKENIZER_CONFIG, CONFIG = "chat_template.jinja", "tokenizer_config.json", "config.json"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_CONFIG, CONFIG = "tokenizer_config.json", "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -35,7 +40,8 @@ class ExportReport:
         logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, if measured.
         logit_drift_skipped: why it was not measured.
         chat_template_saved: whether the adapter's chat template replaced another one, or none.
-        left_out: files of the base that were not copied, because they hold unmerged weights.
+        left_out: what of the base's folder was not copied: weights in a form that was not merged, hidden
+            files, links to folders.
         streamed: whether the files were merged one tensor at a time, without loading the model.
         seconds: wall time.
     """
@@ -136,21 +142,22 @@ def merge_folder(
         weights = _readable(folder, adapter)
     loaded = base if isinstance(base, Base) else None
     if weights is not None:
+        weights.check_complete()
         check_base(weights, adapter, allow_different_base=allow_different_base, weights=weights)
     elif loaded is None:
         loaded = load_base(
             str(base), dtype=_stored_dtype(str(base), folder) if dtype == "auto" else dtype, device="cpu"
         )
     with staged_folder(out, overwrite=overwrite, is_ours=_is_ours) as staging:
+        skipped: tuple[str, ...] = ()
+        if folder is not None:
+            files = loaded_files(folder) if weights is None else {*weights.shards(), _INDEX}
+            skipped = copy_beside(folder, staging, files)
         if weights is not None:
             merged = merge_files(weights, adapter, staging)
-            skipped = left_out(weights)
         else:
             assert loaded is not None
-            merged, skipped = (
-                _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size),
-                (),
-            )
+            merged = _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size)
         template = _save_template(staging, adapter)
         source = loaded if loaded is not None else str(folder)
         check = check_merged(source, adapter, staging, verify) if verify is not False else _not_asked()
@@ -160,7 +167,7 @@ def merge_folder(
         logit_drift=check.drift,
         logit_drift_skipped=check.skipped,
         chat_template_saved=template,
-        left_out=tuple(skipped),
+        left_out=skipped,
         streamed=weights is not None,
         seconds=time.perf_counter() - started,
     )
@@ -220,11 +227,22 @@ def _merge_loaded(
     reports: list[MergeReport] = []
     merged: Any = merge(base, adapter, allow_different_base=allow_different_base, report=reports).model
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    with quiet_transformers():
+    with quiet_transformers(), _as_oserrors():
         merged.save_pretrained(staging, **options)
-        if base.tokenizer is not None:
+        if base.tokenizer is not None and not (staging / TOKENIZER_CONFIG).is_file():  # else it was copied
             base.tokenizer.save_pretrained(staging)
     return reports[0]
+
+
+@contextmanager
+def _as_oserrors() -> Iterator[None]:
+    """The writers of safetensors and tokenizers raise no OSError where the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception or isinstance(error, SafetensorError):
+            raise OSError(str(error)) from error
+        raise
 
 
 def _save_template(staging: Path, adapter: Adapter) -> bool:
@@ -234,10 +252,16 @@ def _save_template(staging: Path, adapter: Adapter) -> bool:
     if not template or not settings.is_file():
         return False
     config = json.loads(settings.read_text("utf-8"))
-    own = staging / TEMPLATE
-    if template == (own.read_text("utf-8") if own.is_file() else config.get("chat_template")):
+    own, stored = staging / TEMPLATE, config.get("chat_template")
+    named = {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else {}
+    if template == (own.read_text("utf-8") if own.is_file() else named.get("default", stored)):
         return False
     own.write_text(template, "utf-8")
+    for name, text in named.items():  # beside a file, those in the settings do not count
+        other = staging / TEMPLATES / f"{name}.jinja"
+        if name != "default" and not other.exists():
+            other.parent.mkdir(exist_ok=True)
+            other.write_text(text, "utf-8")
     if config.pop("chat_template", None) is not None:
         settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return True

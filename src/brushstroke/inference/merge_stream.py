@@ -18,23 +18,12 @@ from brushstroke.inference.shards import DTYPE_NAMES, Edit, update_index, write_
 from brushstroke.layers import MergeReport, SiteDrift, check_forward, find_sites, merge_weight
 
 _INDEX = "model.safetensors.index.json"
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".tflite",
-)
 
 
 def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> MergeReport:
-    """Write every file of a base's folder into another, merged; the base was checked already.
+    """Write the files of a base's weights into another folder, merged; the base was checked already.
+
+    What stands beside them was copied already (`beside`).
 
     A weight that is tied to another module gets a tensor of its own, and the config says so.
 
@@ -50,23 +39,11 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
             write_shard(source, target / file, merging.edits[file])
         else:
             shutil.copyfile(source, target / file)
-    for path in _others(weights):
-        copy = target / path.relative_to(weights.folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
     if (weights.folder / _INDEX).is_file():
         update_index(weights.folder / _INDEX, target / _INDEX, merging.added)
     if merging.untied:
         _untie_config(target / "config.json")
     return MergeReport({path: merging.drifts[path] for path in adapter}, tuple(merging.untied))
-
-
-def left_out(weights: FolderWeights) -> tuple[str, ...]:
-    """The files that are not copied, because they hold the base's weights in another form."""
-    kept = {*_others(weights), *(weights.folder / file for file in weights.shards()), weights.folder / _INDEX}
-    return tuple(
-        str(path.relative_to(weights.folder)) for path in _visible(weights.folder) if path not in kept
-    )
 
 
 class _Merging:
@@ -108,26 +85,6 @@ class _Merging:
             check_forward(self._weights.model.get_submodule(site.path), W, path)
             M, self.drifts[path] = merge_weight(W, self._adapter[path], path)
         return M.mT if site.kind == "linear" else M
-
-
-def _others(weights: FolderWeights) -> list[Path]:
-    shards = set(weights.shards())
-    return [
-        path
-        for path in _visible(weights.folder)
-        if path.name != _INDEX
-        and str(path.relative_to(weights.folder)) not in shards
-        and not path.name.endswith((*_WEIGHTS, ".index.json"))
-    ]
-
-
-def _visible(folder: Path) -> list[Path]:
-    """The files of a folder, without those of hidden folders such as .git."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
 
 
 def _untie_config(path: Path) -> None:

@@ -1,0 +1,68 @@
+"""What stands beside the weights in a base's folder: copied with the merged ones, or named as left out.
+
+The weights themselves are the part of `merge_stream` and of transformers.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".tflite",
+)
+_OF_DOWNLOADS = (".git", ".gitattributes", ".cache")  # no part of a model: neither copied nor named
+
+
+def copy_beside(folder: Path, target: Path, merged: Collection[str]) -> tuple[str, ...]:
+    """Copy what is no weight; returns the names of what is left out.
+
+    These are weights in a form that was not merged, hidden files and folders, and links to folders.
+
+    Args:
+        folder: the base's.
+        target: the folder of the merged model.
+        merged: the files whose weights are merged, and their index.
+    """
+    left = []
+    for path in _entries(folder):
+        name = str(path.relative_to(folder))
+        if name in merged or path.name in _OF_DOWNLOADS:
+            continue
+        if path.name.startswith(".") or path.name.endswith((*WEIGHTS, ".index.json")) or not path.is_file():
+            left.append(name)
+        else:
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    return tuple(left)
+
+
+def loaded_files(folder: Path) -> set[str]:
+    """The files of a folder from which transformers loads the weights, and their index."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return {single}
+        if index.is_file():
+            return {index.name, *json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    return set()
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Every file, and as one whole each link to a folder and each hidden folder."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+            yield from _entries(path)
+        else:
+            yield path
