@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -287,6 +288,85 @@ def test_nothing_half_written_stays(folder, tmp_path, monkeypatch, error):
         merge_folder(folder, adapter, tmp_path / "new")
     assert everything(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+@pytest.fixture(scope="module")
+def over() -> int:
+    """The number of a process that is over."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def earlier(folder, tmp_path) -> Path:
+    """The folder of an earlier merge, with a file of the user's."""
+    merge_folder(folder, adapter_for(llama()), tmp_path / "out", verify=False)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    return tmp_path / "out"
+
+
+def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earlier, over):
+    before, adapter = everything(earlier), adapter_for(llama())
+    earlier.rename(earlier.with_name(f".out.old-{over}"))
+    shutil.copytree(folder, earlier.with_name(f".out.partial-{over}"))
+    with pytest.raises(OutputError, match="holds files already"):
+        merge_folder(folder, adapter, earlier, verify=False)
+    assert everything(earlier) == before
+    assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
+    earlier.rename(earlier.with_name(f".out.old-{over}"))
+    merge_folder(folder, adapter, earlier, overwrite=True, verify=False)
+    assert everything(earlier) == before
+    assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
+
+
+def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earlier, over):
+    before = everything(earlier)
+    old = earlier.with_name(f".out.old-{over}")
+    shutil.copytree(earlier, old)
+    (earlier / "notes.txt").unlink()  # as if another tool had made the folder anew
+    (old / "model-00099-of-00099.safetensors").write_bytes(b"of an earlier merge")
+    merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
+    assert everything(earlier) == before
+    assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
+
+
+def test_what_a_living_process_writes_is_left_alone(folder, earlier):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        names = [f".out.partial-{process.pid}", f".out.old-{process.pid}"]
+        for name in names:
+            (earlier.parent / name).mkdir()
+        merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
+        assert sorted(p.name for p in earlier.parent.iterdir()) == sorted([*names, "base", "out"])
+        shutil.rmtree(earlier)
+        with pytest.raises(
+            OutputError, match=rf"another process is replacing .*{names[1]} now; if it is gone"
+        ):
+            merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
+        process.communicate(b"\n")
+
+
+@pytest.mark.parametrize("call", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_interrupt_at_a_rename_leaves_a_whole_folder(folder, earlier, monkeypatch, call, number):
+    smaller = Adapter({site: 0.5 * update for site, update in adapter_for(llama()).items()})
+    merge_folder(folder, smaller, earlier.parent / "new", verify=False)
+    before, after = everything(earlier), everything(earlier.parent / "new") | {"notes.txt": b"mine"}
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == number and call == "before":
+            raise KeyboardInterrupt
+        rename(source, target)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_folder(folder, smaller, earlier, overwrite=True, verify=False)
+    assert everything(earlier) == (after if (call, number) == ("after", 2) else before)
+    assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "new", "out"]
 
 
 def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path):

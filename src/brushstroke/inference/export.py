@@ -22,7 +22,7 @@ from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
 from brushstroke.inference.beside import copy_beside, loaded_files
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import merge_files
-from brushstroke.inference.staging import refuse_inside, staged_folder
+from brushstroke.inference.staging import recover, refuse_inside, staged_folder
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
 
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -128,6 +128,7 @@ def merge_folder(
         OutputError: the folder cannot be written, or holds files already.
     """
     started, out = time.perf_counter(), Path(out).expanduser()
+    recover(out, _is_ours)
     refuse_existing(out, overwrite)
     if (out / ADAPTER_CONFIG).is_file():
         raise OutputError(

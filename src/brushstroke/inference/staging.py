@@ -4,6 +4,7 @@ Small files that belong into an existing folder are the part of `brushstroke.fil
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,9 +29,10 @@ def staged_folder(
         OutputError: `out` holds files and may not be overwritten, or something cannot be written.
     """
     out = out.expanduser().resolve()
+    recover(out, is_ours)
     refuse_existing(out, overwrite)
     made: list[Path] = []
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    staging = _beside(out, "partial", os.getpid())
     with output_errors(out):
         try:
             made = _make_parents(out)
@@ -40,11 +42,38 @@ def staged_folder(
             _sync(staging)
             _swap(staging, out)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):
+                recover(out, is_ours)
             with suppress(OSError):
                 for folder in made:
                     folder.rmdir()
             raise
+
+
+def recover(out: Path, is_ours: Callable[[str], bool]) -> None:
+    """Undo or end what an interrupted `staged_folder` left beside `out`, but not what a living process does.
+
+    The old folder goes back where no new one took its place. Else it goes away, and what it holds of others
+    over to the new one.
+
+    Raises:
+        OutputError: it cannot be done, or another process seems to be at it.
+    """
+    out = out.expanduser().resolve()
+    with output_errors(out):
+        for old in _left(out, "old"):
+            if out.exists():
+                _keep_foreign(old, out, is_ours)
+                shutil.rmtree(old)
+            else:
+                os.rename(old, out)
+        for partial in _left(out, "partial"):
+            shutil.rmtree(partial)
+    if not out.exists() and (busy := _left(out, "old", alive=True)):
+        raise OutputError(
+            f"another process is replacing {out}, whose files are in {busy[0]} now; if it is gone, rename "
+            "that back"
+        )
 
 
 def refuse_inside(out: Path, base: Path) -> None:
@@ -88,14 +117,37 @@ def _sync(folder: Path) -> None:
 
 
 def _swap(staging: Path, out: Path) -> None:
-    if not out.is_dir():
-        os.rename(staging, out)
-        return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    os.rename(out, old)
+    """Put the new folder in the place of the old; cut in two, `recover` goes on from any line of this."""
+    old = _beside(out, "old", os.getpid())
+    if out.is_dir():
+        os.rename(out, old)
+    os.rename(staging, out)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(out: Path, what: str, process: int) -> Path:
+    return out.with_name(f".{out.name}.{what}-{process}")
+
+
+def _left(out: Path, what: str, alive: bool = False) -> list[Path]:
+    """The folders beside `out` by such a name whose process is over (this one's count as such), or is not."""
+    named = re.compile(rf"{re.escape(f'.{out.name}.{what}-')}(\d+)")
+    entries = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
+    found = [(path, match) for path in entries if path.is_dir() and (match := named.fullmatch(path.name))]
+    return [path for path, match in found if _is_alive(int(match[1])) == alive]
+
+
+def _is_alive(process: int) -> bool:
+    """Whether another process of that number lives, as far as can be told."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":
+        return True
     try:
-        os.rename(staging, out)
-    except BaseException:
-        os.rename(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
