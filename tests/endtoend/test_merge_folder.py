@@ -369,6 +369,23 @@ def test_an_interrupt_at_a_rename_leaves_a_whole_folder(folder, earlier, monkeyp
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "new", "out"]
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "LICENSE"]
+)
+def test_overwriting_a_folder_that_is_no_models_is_refused(folder, tmp_path, name):
+    (folder / "LICENSE").write_text("free")
+    out, adapter = tmp_path / "out", adapter_for(llama())
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"out/{name} would be replaced, but the folder's config\.json"):
+        merge_folder(folder, adapter, out, overwrite=True, verify=False)
+    assert everything(out) == dict.fromkeys(("notes.txt", name), b"mine")
+    (out / name).unlink()
+    merge_folder(folder, adapter, out, overwrite=True, verify=False)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old", "eos_token": "<e>"}))
     adapter = adapter_for(llama())

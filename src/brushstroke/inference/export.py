@@ -4,10 +4,11 @@ The sums are made in `layers.merge`; this decides where they come from and go to
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def merge_folder(
     folder = _folder_of(base)
     if folder is not None:
         refuse_inside(out, folder)
+    _refuse_strangers(out, folder)
     weights = None
     if folder is not None and dtype in ("auto", _stored_dtype(str(base), folder)):
         weights = _readable(folder, adapter)
@@ -172,6 +174,29 @@ def merge_folder(
         streamed=weights is not None,
         seconds=time.perf_counter() - started,
     )
+
+
+def _refuse_strangers(out: Path, folder: Path | None) -> None:
+    """Check that what a merge would replace in a folder is a model's: its config tells, never names alone.
+
+    Raises:
+        OutputError: naming a file that may be the user's.
+    """
+    if not out.is_dir():
+        return
+    with suppress(OSError, ValueError):
+        if isinstance(json.loads((out / CONFIG).read_text("utf-8")), dict):
+            return
+    written = {CONFIG, "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE}
+    written |= {path.name for path in out.iterdir() if _is_ours(path.name)}
+    if folder is not None:
+        written |= {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(written):
+        if os.path.lexists(out / name):
+            raise OutputError(
+                f"{out / name} would be replaced, but the folder's {CONFIG} does not say that it holds a "
+                "model; move the file, or choose another folder"
+            )
 
 
 def _not_asked() -> CheckResult:
