@@ -117,6 +117,14 @@ def test_what_the_files_lack_is_told_where_every_tensor_is_known(
     FolderWeights(tmp_path).check_complete()  # it may be renamed on loading
 
 
+def test_a_weight_that_only_the_index_lacks_is_there(llama: nn.Module, tmp_path: Path) -> None:
+    index = saved(llama, tmp_path, max_shard_size="20KB") / "model.safetensors.index.json"
+    stored = json.loads(index.read_text())
+    del stored["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(stored))
+    FolderWeights(tmp_path).check_complete()
+
+
 def test_a_tied_head_and_other_prefixes_are_complete(tied_llama, gpt2, tmp_path):
     FolderWeights(saved(tied_llama, tmp_path / "tied")).check_complete()
     folder = saved(gpt2, tmp_path / "gpt2")

@@ -127,9 +127,13 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         prefix = getattr(self.model, "base_model_prefix", "")
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         own |= {name for name, _ in self.model.named_buffers()}
-        if not self._shards.keys() <= {form for name in own for form in _forms(name, prefix)}:
+        held: dict[str, str] = {}  # an index may leave one out that is in its file
+        for file in self.shards():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                held |= dict.fromkeys(shard.keys(), file)
+        if not held.keys() <= {form for name in own for form in _forms(name, prefix)}:
             return
-        located = _locate_keys(self.model, parameters, self._shards)
+        located = _locate_keys(self.model, parameters, held)
         lost = [name for name in parameters if name not in located]
         if lost:
             raise BaseLoadError(
