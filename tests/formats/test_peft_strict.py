@@ -228,6 +228,40 @@ def test_overwriting_replaces_our_files_and_no_others(folder: Path) -> None:
     assert load(folder)[SITE].delta_norm() == pytest.approx(2 * adapter[SITE].delta_norm())
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", "mine"),
+        ("adapter_config.json", "mine"),
+        ("adapter_config.json", '{"name": "mine"}'),
+        ("adapter_config.json", '["peft_type"]'),
+        ("brushstroke.json", '{"format": 1}'),
+        ("adapter_model.safetensors", "mine"),
+        ("chat_template.jinja", "mine"),
+    ],
+)
+def test_overwriting_a_strangers_file_is_refused(
+    folder: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    (other / name).write_text(content)
+    with pytest.raises(errors.OutputError, match=rf"other/{name} is not of an adapter.*; move it"):
+        save(load(folder), other, overwrite=True)
+    assert {file.name: file.read_text() for file in other.iterdir()} == {"notes.txt": "mine", name: content}
+    (other / name).unlink()
+    save(load(folder), other, overwrite=True)
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_an_adapter_that_peft_wrote_is_overwritten(folder: Path) -> None:
+    (folder / "brushstroke.json").unlink()
+    (folder / "README.md").write_text("---\nbase_model: x\nlibrary_name: peft\n---\n")
+    save(load(folder), folder, overwrite=True)
+    assert "brushstroke" in (folder / "README.md").read_text()
+
+
 def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
     adapter = load(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -6,6 +6,7 @@ A folder holds `adapter_config.json`, `adapter_model.safetensors`, and of ours `
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.errors import AdapterFileError
+from brushstroke.errors import AdapterFileError, OutputError
 from brushstroke.files import output_errors, remove_files, remove_partial, write_folder
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
@@ -27,6 +28,7 @@ from brushstroke.lowrank import LowRank
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 TEMPLATE, README = "chat_template.jinja", "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
+_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,9 +46,11 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
-        OutputError: the folder holds files already, or cannot be written.
+        OutputError: the folder holds files already, or a stranger's by our names, or cannot be written.
     """
     folder = Path(folder).expanduser()
+    if overwrite:
+        _refuse_strangers(folder)
     card = adapter.card or Card()
     updates = _writable(adapter)
     tensors = {}
@@ -95,6 +99,37 @@ def load(folder: str | Path) -> Adapter:
         ) from error
     updates = _updates(tensors, rule, str(tensor_file))
     return Adapter(updates, _read_card(folder, stored, rule, updates))
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Check that every file by a name that `save` uses is an adapter's: what is in them tells, no name alone.
+
+    Raises:
+        OutputError: it may be the user's, or another program's.
+    """
+    told = {name for name, keys in _KEYS.items() if keys <= _keys_in(folder / name)}
+    for name in ADAPTER_FILES:
+        path = folder / name
+        if name in _KEYS:
+            known = name in told
+        elif name == README:  # PEFT writes one too
+            known = CARD in told or (path.is_file() and b"library_name: peft" in path.read_bytes())
+        else:
+            known = bool(told)
+        if os.path.lexists(path) and not known:
+            raise OutputError(
+                f"{path} is not of an adapter, and this one's would replace it; move it, or choose another "
+                "folder"
+            )
+
+
+def _keys_in(file: Path) -> set[str]:
+    """The keys of a JSON object in a file; none where there is no such thing."""
+    try:
+        stored = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return set()
+    return set(stored) if isinstance(stored, dict) else set()
 
 
 def _writable(adapter: Adapter) -> dict[str, LowRank]:
