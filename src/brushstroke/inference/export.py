@@ -114,7 +114,7 @@ def merge_folder(
         base: a model folder, a `.gguf` file, a hub id, or a loaded Base.
         adapter: the adapter.
         out: the folder to write.
-        overwrite: replace what an earlier merge wrote there; files of other names stay.
+        overwrite: replace what an earlier merge wrote there, in a model's folder; files of other names stay.
         allow_different_base: pass over the verdict of the fingerprint.
         dtype: of the merged weights; "auto" is the one that they are stored in (float32 for GGUF). Another
             one than that means loading the base.
@@ -124,9 +124,9 @@ def merge_folder(
 
     Raises:
         BaseMismatchError: another base, or one that holds this adapter already.
-        BaseLoadError, ShapeError: the base cannot be read, or the adapter does not fit it.
-        MergeError: the update would be lost, or a weight is not stored as a plain matrix.
-        OutputError: the folder cannot be written, or holds files already.
+        BaseLoadError, ShapeError: the base cannot be read or lacks weights, or the adapter does not fit it.
+        MergeError: see `brushstroke.merge`.
+        OutputError: the folder cannot be written, or holds files that may not be replaced.
     """
     started, out = time.perf_counter(), Path(out).expanduser()
     recover(out, _is_ours)

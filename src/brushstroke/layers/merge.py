@@ -179,7 +179,7 @@ def merge(
     Raises:
         BaseMismatchError: another base, or the adapter is merged into it already.
         MergeError: an adapter is attached, a weight is not stored as a plain matrix, a module's own forward
-            computes something else than x·W, or the update would be lost.
+            computes something else than x·W, numbers are not finite, or the update would be lost.
     """
     root = unwrap(model)
     if any(isinstance(module, Adapted) for module in root.modules()):
