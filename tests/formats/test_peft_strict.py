@@ -85,9 +85,15 @@ def refusal(folder: Path) -> str:
         ("rank_pattern", {"(": 2}),
         ("alpha_pattern", {"q_proj": "4"}),
         ("use_rslora", "yes"),
+        ("target_modules", 5),
+        ("target_modules", [5]),
+        ("base_model_name_or_path", ["x"]),
+        ("task_type", 5),
     ],
 )
-def test_a_field_that_changes_the_update_is_refused_by_name(folder: Path, field: str, value: Any) -> None:
+def test_a_field_of_a_wrong_kind_or_that_changes_the_update_is_refused_by_name(
+    folder: Path, field: str, value: Any
+) -> None:
     edit_config(folder, **{field: value})
     said = refusal(folder)
     assert "adapter_config.json" in said

@@ -91,7 +91,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
     """
     problems = _refused_fields(stored)
     for field, fits, wanted in _KINDS:
-        if not fits(stored.get(field, _DEFAULTS[field])):
+        if not fits(stored.get(field, _DEFAULTS.get(field))):
             problems.append(f"{field} is {stored.get(field)!r}; expected {wanted}")
     for field in ("r", "lora_alpha"):
         if stored.get("peft_type") == "LORA" and field not in stored:
@@ -250,6 +250,14 @@ def _map_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(fits(v) for v in value.values()))
 
 
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
+
+
 _DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("r", _is_rank, "a whole number of at least 1"),
@@ -257,4 +265,7 @@ _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("use_rslora", lambda value: value is None or isinstance(value, bool), "true or false"),
     ("rank_pattern", _map_of(_is_rank), "an object of whole numbers of at least 1"),
     ("alpha_pattern", _map_of(_is_number), "an object of numbers"),
+    ("target_modules", _are_texts, "a text or a list of texts"),
+    ("base_model_name_or_path", _is_text, "a text"),
+    ("task_type", _is_text, "a text"),
 ]
