@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -57,6 +59,30 @@ def loaded_files(folder: Path) -> set[str]:
         if index.is_file():
             return {index.name, *json.loads(index.read_text("utf-8"))["weight_map"].values()}
     return set()
+
+
+def save_template(folder: Path, template: str) -> bool:
+    """Put an adapter's chat template in the place of the base's default one; returns whether they differed.
+
+    The base's templates of other names stay.
+    """
+    settings = folder / TOKENIZER_CONFIG
+    if not settings.is_file():
+        return False
+    config = json.loads(settings.read_text("utf-8"))
+    own, stored = folder / TEMPLATE, config.get("chat_template")
+    named = {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else {}
+    if template == (own.read_text("utf-8") if own.is_file() else named.get("default", stored)):
+        return False
+    own.write_text(template, "utf-8")
+    for name, text in named.items():  # beside a file, those in the settings do not count
+        other = folder / TEMPLATES / f"{name}.jinja"
+        if name != "default" and Path(name).name == name and not other.exists():
+            other.parent.mkdir(exist_ok=True)
+            other.write_text(text, "utf-8")
+    if config.pop("chat_template", None) is not None:
+        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return True
 
 
 def _entries(folder: Path) -> Iterator[Path]:

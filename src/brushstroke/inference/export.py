@@ -20,14 +20,13 @@ from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, MergeError, OutputError
 from brushstroke.files import refuse_existing
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
-from brushstroke.inference.beside import copy_beside, loaded_files
+from brushstroke.inference.beside import TEMPLATE, TOKENIZER_CONFIG, copy_beside, loaded_files, save_template
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import merge_files
 from brushstroke.inference.staging import recover, refuse_inside, staged_folder
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
 
-TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-TOKENIZER_CONFIG, CONFIG = "tokenizer_config.json", "config.json"
+CONFIG = "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -161,7 +160,8 @@ def merge_folder(
         else:
             assert loaded is not None
             merged = _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size)
-        template = _save_template(staging, adapter)
+        template = adapter.card.chat_template if adapter.card else None
+        replaced = bool(template) and save_template(staging, template)
         source = loaded if loaded is not None else str(folder)
         check = check_merged(source, adapter, staging, verify) if verify is not False else _not_asked()
     return ExportReport(
@@ -169,7 +169,7 @@ def merge_folder(
         merged=merged,
         logit_drift=check.drift,
         logit_drift_skipped=check.skipped,
-        chat_template_saved=template,
+        chat_template_saved=replaced,
         left_out=skipped,
         streamed=weights is not None,
         seconds=time.perf_counter() - started,
@@ -269,28 +269,6 @@ def _as_oserrors() -> Iterator[None]:
         if type(error) is Exception or isinstance(error, SafetensorError):
             raise OSError(str(error)) from error
         raise
-
-
-def _save_template(staging: Path, adapter: Adapter) -> bool:
-    """Put the adapter's chat template in the place of the base's; returns whether they differed."""
-    template = adapter.card.chat_template if adapter.card else None
-    settings = staging / TOKENIZER_CONFIG
-    if not template or not settings.is_file():
-        return False
-    config = json.loads(settings.read_text("utf-8"))
-    own, stored = staging / TEMPLATE, config.get("chat_template")
-    named = {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else {}
-    if template == (own.read_text("utf-8") if own.is_file() else named.get("default", stored)):
-        return False
-    own.write_text(template, "utf-8")
-    for name, text in named.items():  # beside a file, those in the settings do not count
-        other = staging / TEMPLATES / f"{name}.jinja"
-        if name != "default" and not other.exists():
-            other.parent.mkdir(exist_ok=True)
-            other.write_text(text, "utf-8")
-    if config.pop("chat_template", None) is not None:
-        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return True
 
 
 def _is_ours(name: str) -> bool:
