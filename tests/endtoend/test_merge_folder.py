@@ -315,6 +315,7 @@ def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earli
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
     earlier.rename(earlier.with_name(f".out.old-{over}"))
+    earlier.mkdir()  # an empty folder is as none
     merge_folder(folder, adapter, earlier, overwrite=True, verify=False)
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import OutputError
-from brushstroke.files import output_errors, refuse_existing
+from brushstroke.files import output_errors, refuse_existing, remove_empty
 
 
 @contextmanager
@@ -62,6 +62,7 @@ def recover(out: Path, is_ours: Callable[[str], bool]) -> None:
     out = out.expanduser().resolve()
     with output_errors(out):
         for old in _left(out, "old"):
+            remove_empty(out)
             if out.exists():
                 _keep_foreign(old, out, is_ours)
                 shutil.rmtree(old)
@@ -148,6 +149,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # another user's
+        pass
     return True
