@@ -309,13 +309,13 @@ def earlier(folder, tmp_path) -> Path:
 def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earlier, over):
     before, adapter = everything(earlier), adapter_for(llama())
     earlier.rename(earlier.with_name(f".out.old-{over}"))
+    earlier.mkdir()  # an empty folder is as none
     shutil.copytree(folder, earlier.with_name(f".out.partial-{over}"))
     with pytest.raises(OutputError, match="holds files already"):
         merge_folder(folder, adapter, earlier, verify=False)
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
     earlier.rename(earlier.with_name(f".out.old-{over}"))
-    earlier.mkdir()  # an empty folder is as none
     merge_folder(folder, adapter, earlier, overwrite=True, verify=False)
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
