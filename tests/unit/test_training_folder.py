@@ -10,6 +10,7 @@ import brushstroke as bs
 from brushstroke.errors import ConfigError, OutputError
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.folder import RunFolder
+from brushstroke.training.lock import LOCK
 from toys import tiny_llama
 
 METRIC = '{"step": 1, "loss": 2.5, "real_tokens": 40}\n'
@@ -209,3 +210,44 @@ def test_flags_that_contradict_each_other_and_impossible_names(tmp_path: Path) -
         RunFolder(tmp_path, resume=True, overwrite=True)
     with pytest.raises(ConfigError, match="NUL"):
         RunFolder(f"{tmp_path}/a\0b")
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    early, late = RunFolder(out), RunFolder(out)
+    with early:
+        early.claim()
+        early.claim()  # a second time changes nothing
+        assert [path.name for path in out.iterdir()] == [LOCK]
+        told = rf"another run is writing .*out \(process {os.getpid()}\); wait for it"
+        for flags in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(OutputError, match=told):
+                RunFolder(out, **flags)
+        with pytest.raises(OutputError, match=told), late:
+            late.claim()
+        assert (early.claimed, late.claimed) == (True, False)
+        assert (out / LOCK).is_file()
+        early.record("metrics.jsonl", json.loads(METRIC))
+    assert contents(out) == {"metrics.jsonl": METRIC}
+    with pytest.raises(OutputError, match="--overwrite"), late:  # judged again, although nobody writes now
+        late.claim()
+    assert contents(out) == {"metrics.jsonl": METRIC}
+
+
+def test_a_killed_runs_lock_is_taken_over_and_an_empty_folder_goes_with_its_lock(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("99999999")
+    with RunFolder(tmp_path) as folder:
+        folder.claim()
+        assert (tmp_path / LOCK).read_text() == str(os.getpid())
+    assert list(tmp_path.iterdir()) == []
+    with RunFolder(tmp_path / "new") as folder:
+        folder.claim()
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_another_run_left_since_the_beginning_is_not_started_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, resume=True)
+    write(tmp_path, {"metrics.jsonl": METRIC, f"{STEP}/state.json": state(2)})
+    with pytest.raises(OutputError, match="another run has written"), folder:
+        folder.claim()
+    assert set(contents(tmp_path)) == {"metrics.jsonl", f"{STEP}/state.json"}

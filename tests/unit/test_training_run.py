@@ -135,6 +135,43 @@ def test_files_of_another_program_are_never_replaced(
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+def test_files_that_appear_while_a_run_begins_stay(tmp_path: Path, flags: dict[str, bool]) -> None:
+    out, mine = tmp_path / "out", {"README.md": "my notes", "metrics.jsonl": "my,own,csv\n"}
+
+    def appear(*_: object) -> None:
+        out.mkdir()
+        for name, text in mine.items():
+            (out / name).write_text(text)
+
+    with pytest.raises(OutputError, match=r"--overwrite|is not of a run"):
+        bs.train(base(), examples(4), LORA, CONFIG, out=out, on_plan=appear, **flags)  # type: ignore[arg-type]
+    assert {path.name: path.read_text() for path in out.iterdir()} == mine
+
+
+def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> None:
+    whole = bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path / "whole")
+
+    def second(event: object) -> None:
+        step = event.step  # type: ignore[attr-defined]
+        if step in (1, 3):
+            with pytest.raises(OutputError, match="another run is writing"):
+                bs.train(base(), examples(4), LORA, CONFIG, out=out, overwrite=step == 1, resume=step == 3)
+
+    def during_plan(*_: object) -> None:
+        bs.train(base(), examples(10), LORA, CONFIG, out=out, on_step=second)
+
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="holds files already"):  # it began before the other one wrote
+        bs.train(base(), examples(4), LORA, CONFIG, out=out, on_plan=during_plan)
+    same = "adapter_model.safetensors"
+    assert (out / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    assert whole.summary["steps"] == 6
+
+
 def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
     mine = [tmp_path / "checkpoints" / name / "w.pt" for name in ("step-100", "best-model", "step-00000002x")]
     for file in mine:

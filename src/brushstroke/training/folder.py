@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.errors import ConfigError, ResumeError
+from brushstroke.errors import ConfigError, OutputError, ResumeError
 from brushstroke.files import PARTIAL, output_errors, refuse_existing, write_file
 from brushstroke.formats import ADAPTER_FILES, save
 from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.training.checkpoint import STATE, moved_away, read_state, restore
+from brushstroke.training.lock import FolderLock
 from brushstroke.training.ours import (
     CHECKPOINTS,
     EVALUATIONS,
@@ -35,6 +36,8 @@ KEPT = 2  # checkpoints
 class RunFolder:
     """The files of one run; nothing is made on disk before the first optimiser step is recorded.
 
+    A context manager: what `claim` claimed is free again at its end.
+
     Args:
         path: the folder.
         resume: go on from the last checkpoint, if there is one.
@@ -42,7 +45,8 @@ class RunFolder:
 
     Raises:
         ConfigError: both flags are given, or a path that no file system takes.
-        OutputError: the folder holds files and neither flag is given, or a stranger's by a run's names.
+        OutputError: the folder holds files and neither flag is given, or a stranger's by a run's names, or
+            another run is writing it.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -54,15 +58,34 @@ class RunFolder:
         if "\0" in str(path):
             raise ConfigError(f"the output folder {str(path)!r} has a NUL character in its name")
         self.path = Path(path).expanduser()
-        finished = resume and self.complete
-        if not (resume or overwrite):
-            refuse_existing(self.path, overwrite=False)
-        if not finished:
-            refuse_strangers(self.path)
-            self._restore()
-        self.resuming = finished or (resume and bool(self.checkpoints()))
-        if not self.resuming:
-            refuse_existing(self.path, overwrite or (resume and self._only_of_a_run()))
+        self._resume, self._overwrite = resume, overwrite
+        self._lock = FolderLock(self.path)
+        self._lock.refuse_other()
+        self.resuming = self._judge()
+
+    def claim(self) -> None:
+        """Keep other runs out until the end of the `with` block, and judge the folder again: time has passed.
+
+        Raises:
+            OutputError: another run is writing, or the folder is not what it was.
+        """
+        self._lock.take()
+        if self._judge() != self.resuming:
+            raise OutputError(
+                f"another run has written {self.path} since this one began; give the command again to go on "
+                "from there, or choose another folder"
+            )
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this run may write."""
+        return self._lock.held
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
 
     @property
     def complete(self) -> bool:
@@ -163,6 +186,19 @@ class RunFolder:
             raise ResumeError(
                 f"{self.path / RUN} cannot be read ({error}); remove it and start over with overwrite"
             ) from error
+
+    def _judge(self) -> bool:
+        """Whether there is something to go on from; refuses what must not be replaced."""
+        finished = self._resume and self.complete
+        if not (self._resume or self._overwrite):
+            refuse_existing(self.path, overwrite=False)
+        if not finished:
+            refuse_strangers(self.path)
+            self._restore()
+        resuming = finished or (self._resume and bool(self.checkpoints()))
+        if not resuming:
+            refuse_existing(self.path, self._overwrite or (self._resume and self._only_of_a_run()))
+        return resuming
 
     def _restore(self) -> None:
         """Put back what a kill left under the name that a checkpoint has while another takes its place."""

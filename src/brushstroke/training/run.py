@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def train(
 
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: the request cannot work; nothing was written.
-        OutputError: `out` holds files already, or cannot be written.
+        OutputError: `out` holds files already, cannot be written, or another run is writing it.
         ResumeError: the checkpoint belongs to other settings or other data.
         NonFiniteError: the loss is not a finite number; checkpoints from before are kept.
         KeyboardInterrupt: after a checkpoint was saved, which it names; without words where no step was done.
@@ -172,9 +172,15 @@ def train(
         else None
     )
 
-    with Interrupts() as interrupts, open_session(base, lora, config, start, allow_different_base) as session:
+    with (
+        Interrupts() as interrupts,
+        folder or nullcontext(),
+        open_session(base, lora, config, start, allow_different_base) as session,
+    ):
         columns = (prompt_column, completion_column)
         identity = _identity(session, config, lora, start, examples, held_out, columns, loss)
+        if folder and folder.resuming and not folder.complete:
+            folder.claim()
         if folder and folder.resuming and folder.complete:
             return _finished_already(folder, identity)
         totals = _Totals()
@@ -198,7 +204,7 @@ def train(
 
         def keep_state() -> None:
             _refuse_broken(session.parameters, session, config)
-            if folder and session.steps:
+            if folder and folder.claimed and session.steps:
                 extra = {"identity": identity, "totals": asdict(totals)}
                 save_session(session, folder.checkpoint(session.steps), extra)
                 folder.prune(totals.best_step)
@@ -246,6 +252,7 @@ def train(
                     totals.seconds = seconds_before + now - started
                     if folder:
                         if session.steps == 1:
+                            folder.claim()
                             folder.open(0)
                         folder.record(METRICS, _without(asdict(event), "steps"))
                 if on_step:
@@ -267,7 +274,7 @@ def train(
         except KeyboardInterrupt:
             session.discard()
             keep_state()
-            if folder and session.steps:
+            if folder and folder.claimed and session.steps:
                 kept = folder.checkpoint(session.steps)
                 raise KeyboardInterrupt(f"interrupted; checkpoint saved at {kept}") from None
             raise
