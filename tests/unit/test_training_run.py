@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import inference_kit
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,7 +90,39 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path: Path) -> None
         bs.train(base(), examples(10, seed=5), LORA, CONFIG, out=tmp_path, resume=True)
     with pytest.raises(ResumeError, match="rank: now 2, then 4"):
         bs.train(base(), examples(10), bs.LoraConfig(rank=2), CONFIG, out=tmp_path, resume=True)
+    other_base = base()
+    other_base.model.get_submodule("model.embed_tokens").weight.data.mul_(1.1)  # type: ignore[operator, union-attr]
+    with pytest.raises(ResumeError, match=r"\(the base model changed\)"):
+        bs.train(other_base, examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+    half = bs.Base(tiny_llama(dtype=torch.bfloat16), None, "tiny")
+    with pytest.raises(ResumeError, match=r"\(dtype: now 'bfloat16', then 'float32'\)"):
+        bs.train(half, examples(10), LORA, CONFIG, out=tmp_path, resume=True)
     assert bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True).resumed_from == 2
+
+
+def test_resuming_with_the_same_rows_in_other_tokens_is_refused(tmp_path: Path) -> None:
+    def crash(event: object) -> None:
+        if event.step == 3:  # type: ignore[attr-defined]
+            raise Stop
+
+    rows = [{"prompt": f"Split {n} Oak", "completion": f"{n}"} for n in range(10)]
+    first, other = inference_kit.base(), inference_kit.base(template=inference_kit.OTHER_TEMPLATE)
+    with pytest.raises(Stop):
+        bs.train(first, rows, LORA, CONFIG, out=tmp_path, eval_data=rows[:2], on_step=crash)
+    told = r"\(the tokenised data changed; the tokenised evaluation data changed\)"
+    with pytest.raises(ResumeError, match=told):
+        bs.train(other, rows, LORA, CONFIG, out=tmp_path, eval_data=rows[:2], resume=True)
+    again = bs.train(first, rows, LORA, CONFIG, out=tmp_path, eval_data=rows[:2], resume=True)
+    assert again.resumed_from == 2
+
+
+def test_a_finished_run_of_an_earlier_version_is_named_as_one(tmp_path: Path) -> None:
+    bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path)
+    summary = json.loads((tmp_path / "run.json").read_text())
+    del summary["settings"]["tokens"]
+    (tmp_path / "run.json").write_text(json.dumps(summary))
+    with pytest.raises(ResumeError, match=r"another version of brushstroke.*the tokenised data by"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 What a step computes is in `session` and `forward`, what is written in `folder`.
 """
 
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +25,7 @@ from brushstroke.step.memory import peak_memory
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.folder import RunFolder
+from brushstroke.training.identity import identify, refuse_other_run
 from brushstroke.training.interrupt import Interrupts
 from brushstroke.training.order import DataOrder
 from brushstroke.training.ours import EVALUATIONS, METRICS
@@ -178,7 +177,7 @@ def train(
         open_session(base, lora, config, start, allow_different_base) as session,
     ):
         columns = (prompt_column, completion_column)
-        identity = _identity(session, config, lora, start, examples, held_out, columns, loss)
+        identity = identify(session, config, lora, start, examples, held_out, columns, loss)
         if folder and folder.resuming and not folder.complete:
             folder.claim()
         if folder and folder.resuming and folder.complete:
@@ -186,7 +185,7 @@ def train(
         totals = _Totals()
         if folder and (last := folder.last_state()):
             checkpoint, state = last
-            _refuse_other_run(identity, state["extra"]["identity"], checkpoint)
+            refuse_other_run(identity, state["extra"]["identity"], checkpoint)
             totals = _Totals(**load_session(session, checkpoint)["totals"])
         resumed_from = session.steps
         order = DataOrder(examples, config.batch_size, config.seed)
@@ -322,57 +321,9 @@ def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> Eva
     )
 
 
-def _identity(
-    session: Training,
-    config: TrainConfig,
-    lora: LoraConfig | None,
-    start: Adapter | None,
-    examples: EncodedData,
-    held_out: EncodedData | None,
-    columns: tuple[str | None, str | None],
-    loss: LossFunction | None,
-) -> dict[str, Any]:
-    """Everything that a resumed run must share with the one that it goes on from."""
-    card = session.attachment.adapter().card
-    base = card.fingerprint.as_dict() if card and card.fingerprint else None
-    return {
-        "lora": (lora or LoraConfig()).as_dict() if start is None else None,
-        "start": _hash_adapter(start) if start is not None else None,
-        "dropout": lora.dropout if lora else 0.0,
-        "config": config.as_dict(),
-        "base": hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest(),
-        "dtype": str(session.base.dtype).removeprefix("torch."),
-        "device": session.device.type,
-        "data": examples.hash,
-        "eval_data": held_out.hash if held_out is not None else None,
-        "columns": list(columns),
-        "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else None,
-    }
-
-
-def _refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
-    differences = []
-    for key, value in now.items():
-        if isinstance(value, dict) and isinstance(then.get(key), dict):
-            stored = json.loads(json.dumps(value))
-            differences += [
-                f"{name}: now {stored.get(name)!r}, then {then[key].get(name)!r}"
-                for name in stored
-                if stored.get(name) != then[key].get(name)
-            ]
-        elif value != then.get(key):
-            plain = key in ("dtype", "device", "dropout", "columns", "loss")
-            differences.append(f"{key}: now {value!r}, then {then.get(key)!r}" if plain else f"another {key}")
-    if differences:
-        raise ResumeError(
-            f"{where} belongs to a run with other settings ({'; '.join(differences)}); resume with "
-            "the same command, or start over with overwrite (--overwrite)"
-        )
-
-
 def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResult:
     summary = folder.summary()
-    _refuse_other_run(identity, summary["settings"], folder.path)
+    refuse_other_run(identity, summary["settings"], folder.path)
     folder.clean()
     return TrainResult(load(folder.path), summary, summary["steps"])
 
@@ -429,15 +380,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _hash_adapter(adapter: Adapter) -> str:
-    digest = hashlib.sha256()
-    for site, update in sorted(adapter.items()):
-        digest.update(f"{site} {getattr(update, 'scale', None)}".encode())
-        for tensor in update.tensors().values():
-            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _without(record: dict[str, Any], *names: str) -> dict[str, Any]:

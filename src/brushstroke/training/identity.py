@@ -1,0 +1,121 @@
+"""What a resumed run must share with the one that it goes on from, and the refusal where it does not.
+
+Hashes stand for what is large; files are read and written elsewhere.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.adapter.fingerprint import sample_positions
+from brushstroke.data import EncodedData, Example
+from brushstroke.errors import ResumeError
+from brushstroke.step.loss import LossFunction
+from brushstroke.training.config import TrainConfig
+from brushstroke.training.session import Training
+
+PLAIN = ("dtype", "device", "dropout", "columns", "loss")  # said with their values
+NAMES = {
+    "base": "the base model",
+    "tokens": "the tokenised data",
+    "eval_tokens": "the tokenised evaluation data",
+}
+
+
+def identify(
+    session: Training,
+    config: TrainConfig,
+    lora: LoraConfig | None,
+    start: Adapter | None,
+    examples: EncodedData,
+    held_out: EncodedData | None,
+    columns: tuple[str | None, str | None],
+    loss: LossFunction | None,
+) -> dict[str, Any]:
+    """The identity of a run, in JSON types."""
+    return {
+        "lora": (lora or LoraConfig()).as_dict() if start is None else None,
+        "start": _hash_adapter(start) if start is not None else None,
+        "dropout": lora.dropout if lora else 0.0,
+        "config": config.as_dict(),
+        "base": hash_base(session.model, session.parameters),
+        "dtype": str(session.base.dtype).removeprefix("torch."),
+        "device": session.device.type,
+        "data": examples.hash,
+        "tokens": hash_examples(examples),
+        "eval_data": held_out.hash if held_out is not None else None,
+        "eval_tokens": hash_examples(held_out) if held_out is not None else None,
+        "columns": list(columns),
+        "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else None,
+    }
+
+
+def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
+    """Check that two identities are of one run.
+
+    Raises:
+        ResumeError: it names all that differs.
+    """
+    if missing := [NAMES.get(key, key) for key in now if key not in then]:
+        raise ResumeError(
+            f"{where} is of another version of brushstroke, which kept nothing to know {', '.join(missing)} "
+            "by; go on with that version, or start over with overwrite (--overwrite)"
+        )
+    differences = []
+    for key, value in now.items():
+        if isinstance(value, dict) and isinstance(then[key], dict):
+            stored = json.loads(json.dumps(value))
+            differences += [
+                f"{name}: now {stored.get(name)!r}, then {then[key].get(name)!r}"
+                for name in stored
+                if stored.get(name) != then[key].get(name)
+            ]
+        elif value == then[key] or (key == "base" and now["dtype"] != then["dtype"]):
+            continue  # the dtype that the base is loaded in changes its numbers, and is named itself
+        elif key in PLAIN:
+            differences.append(f"{key}: now {value!r}, then {then[key]!r}")
+        else:
+            differences.append(f"{NAMES[key]} changed" if key in NAMES else f"another {key}")
+    if differences:
+        raise ResumeError(
+            f"{where} belongs to a run with other settings ({'; '.join(differences)}); resume with "
+            "the same command, or start over with overwrite (--overwrite)"
+        )
+
+
+def hash_examples(examples: Iterable[Example]) -> str:
+    """A hash of all tokens and weights: the same rows in another template are other examples."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "little"))
+        digest.update(array("q", example.tokens).tobytes())
+        digest.update(array("d", example.weights).tobytes())
+    return digest.hexdigest()
+
+
+def hash_base(model: torch.nn.Module, factors: Iterable[torch.Tensor]) -> str:
+    """A hash of the name, shape, dtype and up to 256 values of every parameter but the adapter's own."""
+    digest, own = hashlib.sha256(), {id(factor) for factor in factors}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in own:
+            continue
+        _, positions = sample_positions(1, parameter.numel())
+        values = parameter.detach().reshape(-1)[positions.to(parameter.device)].cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_adapter(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    for site, update in sorted(adapter.items()):
+        digest.update(f"{site} {getattr(update, 'scale', None)}".encode())
+        for tensor in update.tensors().values():
+            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
