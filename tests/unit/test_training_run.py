@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import inference_kit
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
+from brushstroke.training.checkpoint import sealed
 from toys import tiny_gpt2, tiny_llama
 from training_kit import examples
 
@@ -432,6 +434,115 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "checkpoints" / "step-00000004" / "state.json").write_text("[]")
     with pytest.raises(ResumeError, match="lacks fields"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that died after its fifth step: checkpoints of steps 2 and 4, an evaluation of step 3."""
+
+    def crash(event: object) -> None:
+        if event.step == 5:  # type: ignore[attr-defined]
+            raise Stop
+
+    out = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.raises(Stop):
+        bs.train(base(), examples(10), LORA, CONFIG, out=out, eval_data=examples(4, seed=1), on_step=crash)
+    return out
+
+
+LAST = "checkpoints/step-00000004"
+
+
+def edit_state(**changes: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        file = folder / LAST / "state.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        file = folder / LAST / "state.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return edit
+
+
+def edit_lines(name: str, change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes(b"".join(change((folder / name).read_bytes().splitlines(keepends=True))))
+
+    return edit
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "empty extra": (LAST, edit_state(extra={})),
+    "no extra": (LAST, edit_state(extra=None)),
+    "steps that are text": (LAST, edit_state(steps="4")),
+    "steps of another checkpoint": (LAST, edit_state(steps=999)),
+    "tokens that are text": (LAST, edit_state(micro_tokens="x")),
+    "no rate": (LAST, edit_state(learning_rate=None)),
+    "another checkpoint's state": (
+        LAST,
+        lambda k: shutil.copytree(k / "checkpoints/step-00000002", k / LAST, dirs_exist_ok=True),
+    ),
+    "a state of no run": (
+        LAST,
+        lambda k: (k / LAST / "state.json").write_text(
+            json.dumps(sealed({**json.loads((k / LAST / "state.json").read_text()), "extra": {}}))
+        ),
+    ),
+    "no moments": (LAST, edit_tensors(lambda t: [t.pop(n) for n in list(t) if n.startswith("exp_avg.")])),
+    "a wide factor": (LAST, edit_tensors(lambda t: t.update({n: v.double() for n, v in t.items()}))),
+    "short moments": (
+        LAST,
+        edit_tensors(lambda t: t.update({n: v[:1].clone() for n, v in t.items() if "exp_" in n})),
+    ),
+    "cut tensors": (LAST, lambda k: os.truncate(k / LAST / "state.safetensors", 5000)),
+    "no tensors": (LAST, lambda k: (k / LAST / "state.safetensors").unlink()),
+    "no metrics": ("metrics.jsonl", lambda k: (k / "metrics.jsonl").unlink()),
+    "short metrics": ("metrics.jsonl", edit_lines("metrics.jsonl", lambda lines: lines[:3])),
+    "metrics with a gap": ("metrics.jsonl", edit_lines("metrics.jsonl", lambda lines: lines[1:])),
+    "metrics that are no text": (
+        "metrics.jsonl",
+        edit_lines("metrics.jsonl", lambda lines: [*lines[:2], b"\xff\xfe\n", *lines[3:]]),
+    ),
+    "metrics of lists": ("metrics.jsonl", edit_lines("metrics.jsonl", lambda lines: [lines[0], b"[1]\n"])),
+    "no evaluations": ("eval.jsonl", lambda k: (k / "eval.jsonl").unlink()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_found_before_anything_is_changed(tmp_path: Path, killed: Path, case: str) -> None:
+    where, damage = DAMAGE[case]
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    damage(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ResumeError, match=rf"{where} is damaged.* an earlier one, or start over"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=out, eval_data=examples(4, seed=1), resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_lines_after_the_last_checkpoint_may_be_anything(tmp_path: Path, killed: Path) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[:4]).removesuffix(b"\n") + b"\n\xff\n[1]")
+    again = bs.train(
+        base(), examples(10), LORA, CONFIG, out=tmp_path, eval_data=examples(4, seed=1), resume=True
+    )
+    assert again.resumed_from == 4
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:4] == lines[:4]
+
+
+def test_a_checkpoint_of_another_version_is_named_as_one(tmp_path: Path, killed: Path) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    edit_state(format=1)(tmp_path)
+    with pytest.raises(ResumeError, match="has format 1; this version reads 2: go on with the version that"):
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
 
 

@@ -4,6 +4,7 @@ No random states are kept, because none are needed: the order of the data and dr
 and the step.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from brushstroke.layers import Attachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
 STATE_KEYS = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
-FORMAT = 1
+FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -49,19 +50,21 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
         tensors[f"factor.{name}"] = parameter.detach().cpu()
         for moment, value in session.optimizer.state.get(parameter, {}).items():
             tensors[f"{moment}.{name}"] = value.detach().cpu()
+    content = to_bytes(tensors)
     state = {
         "format": FORMAT,
         "steps": session.steps,
         "micro_tokens": session.micro_tokens,
         "learning_rate": session.learning_rate,
         "extra": dict(extra or {}),
+        "tensors": hashlib.sha256(content).hexdigest(),
     }
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
         try:
-            (staging / TENSORS).write_bytes(to_bytes(tensors))
-            (staging / STATE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+            (staging / TENSORS).write_bytes(content)
+            (staging / STATE).write_text(json.dumps(sealed(state), indent=2) + "\n", "utf-8")
             for file in (staging / TENSORS, staging / STATE):
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
@@ -117,11 +120,12 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
         restore(folder)
     state = read_state(folder)
     try:
+        with (folder / TENSORS).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != state["tensors"]:
+                raise damaged(folder, f"{TENSORS} is not as it was written")
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
-        raise ResumeError(
-            f"the checkpoint {folder} is damaged ({error}); remove it to use an earlier one"
-        ) from error
+        raise damaged(folder, str(error)) from error
     named = dict(session.attachment.named_parameters())
     expected = {f"factor.{name}": tuple(p.shape) for name, p in named.items()}
     found = {key: tuple(t.shape) for key, t in tensors.items() if key.startswith("factor.")}
@@ -154,11 +158,28 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ResumeError(f"the checkpoint {folder} cannot be read ({error}); remove it") from error
+        raise damaged(folder, str(error)) from error
     if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
-        raise ResumeError(f"the checkpoint {folder} is damaged: its {STATE} lacks fields; remove it")
+        raise damaged(folder, f"its {STATE} lacks fields")
     if state["format"] != FORMAT:
         raise ResumeError(
-            f"the checkpoint {folder} has format {state['format']!r}; this version reads {FORMAT}"
+            f"the checkpoint {folder} has format {state['format']!r}; this version reads {FORMAT}: go on "
+            "with the version that wrote it, or start over with overwrite (--overwrite)"
         )
+    if state != sealed(state):
+        raise damaged(folder, f"{STATE} is not as it was written")
     return state
+
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with the check sum of its other fields, by which damage of any of them is found."""
+    fields = {name: value for name, value in state.items() if name != "sum"}
+    return {**fields, "sum": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
+
+
+def damaged(folder: Path, why: str) -> ResumeError:
+    """The error for a checkpoint that nothing can go on from."""
+    return ResumeError(
+        f"the checkpoint {folder} is damaged ({why}); remove it to use an earlier one, or start over with "
+        "overwrite (--overwrite)"
+    )

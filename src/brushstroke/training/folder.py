@@ -4,7 +4,6 @@ It trains nothing. The adapter's files appear when the run is complete, not befo
 """
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from brushstroke.errors import ConfigError, OutputError, ResumeError
 from brushstroke.files import PARTIAL, output_errors, refuse_existing, write_file
 from brushstroke.formats import ADAPTER_FILES, save
 from brushstroke.formats.peft import TENSORS as WEIGHTS
-from brushstroke.training.checkpoint import STATE, moved_away, read_state, restore
+from brushstroke.training.checkpoint import STATE, damaged, moved_away, read_state, restore
 from brushstroke.training.lock import FolderLock
 from brushstroke.training.ours import (
     CHECKPOINTS,
@@ -29,8 +28,10 @@ from brushstroke.training.ours import (
     remove_checkpoint,
     remove_leftovers,
 )
+from brushstroke.training.records import append, lines_until
 
 KEPT = 2  # checkpoints
+EXTRA = {"identity", "totals"}  # what a run keeps in its checkpoints beside the session
 
 
 class RunFolder:
@@ -98,9 +99,18 @@ class RunFolder:
         return [folder for folder in folders_of(self.path, "step") if (folder / STATE).is_file()]
 
     def last_state(self) -> tuple[Path, dict[str, Any]] | None:
-        """The last checkpoint and its state, or None where there is none."""
+        """The last checkpoint and its state, or None where there is none.
+
+        Raises:
+            ResumeError: it is damaged, or not of a run and a step as its name says.
+        """
         found = self.checkpoints()
-        return (found[-1], read_state(found[-1])) if self.resuming and found else None
+        if not (self.resuming and found):
+            return None
+        state = read_state(found[-1])
+        if self.checkpoint(state["steps"]) != found[-1] or not state["extra"].keys() >= EXTRA:
+            raise damaged(found[-1], f"its {STATE} is of another step, or of no run")
+        return found[-1], state
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step belongs."""
@@ -132,8 +142,11 @@ class RunFolder:
             evaluated: the last one whose evaluation stays.
 
         Raises:
+            ResumeError: lines that should stay are missing or damaged; nothing is changed.
             OutputError: it cannot be written.
         """
+        metrics = lines_until(self.path / METRICS, step, every=True) if step else b""
+        evaluations = lines_until(self.path / EVALUATIONS, evaluated) if step else b""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not step:  # the last checkpoint first: as long as one stands, the metrics belong to it
@@ -142,8 +155,9 @@ class RunFolder:
             for name in (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))):
                 (self.path / name).unlink(missing_ok=True)
             if step:
-                self._cut(METRICS, step)
-                self._cut(EVALUATIONS, evaluated)
+                write_file(self.path / METRICS, metrics)
+                if (self.path / EVALUATIONS).exists():
+                    write_file(self.path / EVALUATIONS, evaluations)
             self.clean()
 
     def clean(self) -> None:
@@ -156,13 +170,7 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        if not (self.path / name).exists():
-            write_file(self.path / name, json.dumps(line) + "\n")
-            return
-        with output_errors(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path / name, line)
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
         """Write the summary, then the adapter; from now on the run is complete.
@@ -211,21 +219,6 @@ class RunFolder:
         known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {WEIGHTS}
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
         return all(name in known or name.startswith(PARTIAL) for name in names)
-
-    def _cut(self, name: str, step: int) -> None:
-        """Keep the lines up to a step, byte for byte; an unfinished last line goes too."""
-        path = self.path / name
-        if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError):
-                break
-            kept.append(line)
-        write_file(path, "".join(kept))
 
 
 def _best_step(checkpoint: Path) -> int:
