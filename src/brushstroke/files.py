@@ -33,10 +33,12 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Check that results may go into a folder: it is new or empty, or its files may be overwritten.
 
     Raises:
-        OutputError: it holds files and `overwrite` is false, or it is no folder.
+        OutputError: it holds files and `overwrite` is false, or it, or what it should be in, is no folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; name a folder")
+    there = next((level for level in (folder, *folder.parents) if os.path.lexists(level)), folder)
+    if os.path.lexists(there) and not there.is_dir():
+        what = "a file" if there.exists() else "a link to something that is not there"
+        raise OutputError(f"{there} is {what}; name a folder")
     if overwrite or not folder.is_dir():
         return
     if any(not entry.name.startswith(PARTIAL) for entry in folder.iterdir()):

@@ -50,6 +50,19 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
         refuse_existing(tmp_path, False)
     with pytest.raises(OutputError, match="is a file"):
         refuse_existing(tmp_path / "file", True)
+    with pytest.raises(OutputError, match=r"file is a file; name a folder"):
+        refuse_existing(tmp_path / "file" / "new", True)
+
+
+@pytest.mark.parametrize("target", ["gone", "link"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    for folder in (tmp_path / "link", tmp_path / "link" / "new"):
+        with pytest.raises(
+            OutputError, match=r"link is a link to something that is not there; name a folder"
+        ):
+            refuse_existing(folder, overwrite)
 
 
 def test_an_oserror_becomes_one_message(tmp_path: Path) -> None:

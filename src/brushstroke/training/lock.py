@@ -34,8 +34,9 @@ class FolderLock:
         Raises:
             OutputError: another run holds it.
         """
-        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            os.close(self._lock())
+        if self._folder.is_dir():
+            with suppress(PermissionError):
+                os.close(self._lock())
 
     def take(self) -> None:
         """Hold the lock from now on; the folder is made if it is not there.
