@@ -211,6 +211,19 @@ def test_a_page_of_the_users_own_is_not_replaced(cli, tiny, train_rows, tmp_path
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
+def test_an_adapter_is_not_gone_on_from_into_its_own_folder(cli, tiny, train_rows, tmp_path, monkeypatch):
+    words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1")
+    assert cli(*words).status == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--overwrite", "--resume"):
+        done = cli(*words, "--from", "out", flag)
+        assert done.status == 2
+        assert "the start adapter out is in the output folder" in done.error
+        assert "loading" not in done.err
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
+
+
 def test_a_folder_with_a_name_that_no_file_system_takes(cli, tiny, train_rows):
     done = cli("train", tiny, train_rows, "--out", "a\0b", *PLAIN)
     assert done.status == 2

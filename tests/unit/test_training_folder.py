@@ -256,3 +256,27 @@ def test_what_another_run_left_since_the_beginning_is_not_started_over(tmp_path:
     with pytest.raises(OutputError, match="another run has written"), folder:
         folder.claim()
     assert set(contents(tmp_path)) == {"metrics.jsonl", f"{STEP}/state.json"}
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_link_that_leads_nowhere_is_refused_at_the_start(tmp_path: Path, flags: dict[str, bool]) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(OutputError, match="is a link to something that is not there"):
+        RunFolder(tmp_path / "out", **flags)
+
+
+def test_the_adapter_to_go_on_from_is_not_in_the_folder_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write(out, {**RUN_OF_OURS, "mine/adapter_config.json": PEFT})
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.chdir(out)
+    folder = RunFolder(out, overwrite=True)
+    for start in (out, tmp_path / "link", Path("."), Path("../out"), out / BEST, Path(BEST)):
+        with pytest.raises(ConfigError, match=r"the start adapter .* is in the output folder.*\(--out\)"):
+            folder.refuse_start(start)
+    with pytest.raises(ConfigError, match="is in the output folder"):
+        RunFolder(tmp_path / "link", overwrite=True).refuse_start(out)
+    for start in (tmp_path / "other", out / "mine", tmp_path):
+        folder.refuse_start(start)

@@ -48,11 +48,13 @@ def train(
         resume: Go on from the last checkpoint in --out; start over where there is none.
         overwrite: Replace an earlier run in --out; files of other names stay.
     """
-    run, reading = run or RunOptions(), reading or DataOptions()
-    request = _Request(data, adapter or AdapterOptions(), training, reading)
+    run, reading, adapter = run or RunOptions(), reading or DataOptions(), adapter or AdapterOptions()
+    request = _Request(data, adapter, training, reading)
     from brushstroke.training.folder import RunFolder
 
     folder = RunFolder(out, resume=resume, overwrite=overwrite)
+    if adapter.start is not None:
+        folder.refuse_start(adapter.start)
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")

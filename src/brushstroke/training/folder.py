@@ -4,6 +4,7 @@ It trains nothing. The adapter's files appear when the run is complete, not befo
 """
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,19 @@ class RunFolder:
         self._lock = FolderLock(self.path)
         self._lock.refuse_other()
         self.resuming = self._judge()
+
+    def refuse_start(self, start: Path) -> None:
+        """Check that an adapter to go on from is not one that this run removes before it is done.
+
+        Raises:
+            ConfigError: it is the folder's own adapter, or among its checkpoints.
+        """
+        own, adapter = (Path(os.path.realpath(path.expanduser())) for path in (self.path, start))
+        if adapter == own or own / CHECKPOINTS in adapter.parents:
+            raise ConfigError(
+                f"the start adapter {start} is in the output folder, where the run would replace it; choose "
+                "another output folder (--out)"
+            )
 
     def claim(self) -> None:
         """Keep other runs out until the end of the `with` block, and judge the folder again: time has passed.
