@@ -180,6 +180,9 @@ def test_config_files(refused, train_rows, tmp_path):
         "rank: true": "found true",
         "rank: {a: {b: 1}}": "found a mapping",
         "rank: -2": "rank",
+        "rank: 4\nseed: 1\nrank: 8": "'rank' stands there twice",
+        "rank_pattern: {q_proj: 2, q_proj: 4}": "'q_proj' stands there twice",
+        "max_steps: 3\nmax-steps: 4": "'max_steps' and 'max-steps' are one flag",
     }
     for text, expected in cases.items():
         file.write_text(text, "utf-8")

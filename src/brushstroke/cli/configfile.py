@@ -28,8 +28,12 @@ def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> No
         for key, argument in by_key.items()
         if key != "*" and argument is not named and not _is_negative(key, argument)
     ]
+    taken: dict[str, Any] = {}
     for key, value in _read(path).items():
         flag = str(key).replace("_", "-")
+        if flag in taken:
+            raise ConfigError(f"{path}: {taken[flag]!r} and {key!r} are one flag; give it once")
+        taken[flag] = key
         if flag not in known:
             hint = did_you_mean(flag, known) or f"; known are {', '.join(sorted(known))}"
             raise ConfigError(f"{path}: unknown key {key!r}{hint}")
@@ -47,7 +51,8 @@ def _read(path: Path) -> Mapping[Any, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        twice, loaded = _given_twice(yaml.compose(text, yaml.SafeLoader)), yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; check the path that {FLAG} names") from error
     except UnicodeDecodeError as error:
@@ -60,11 +65,25 @@ def _read(path: Path) -> Mapping[Any, Any]:
         raise ConfigError(
             f"{path}{line}: broken YAML ({getattr(error, 'problem', None) or 'it cannot be read'})"
         ) from error
+    if twice:
+        raise ConfigError(f"{path}: {twice!r} stands there twice; give it once")
     if loaded is None:
         return {}
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"{path} should hold keys and values, such as 'rank: 8'; it holds {_kind(loaded)}")
     return loaded
+
+
+def _given_twice(root: Any) -> str | None:
+    """A key that the file's mapping, or one in it, holds twice; YAML itself takes the last without a word."""
+    if getattr(root, "id", None) != "mapping":
+        return None
+    for mapping in (root, *(value for _, value in root.value if value.id == "mapping")):
+        keys = [key.value for key, _ in mapping.value if key.id == "scalar"]
+        for key in keys:
+            if keys.count(key) > 1:
+                return key
+    return None
 
 
 def _token(flag: str, value: Any, argument: Any, path: Path) -> Any:

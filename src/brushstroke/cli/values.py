@@ -69,11 +69,13 @@ def patterns(flag: str, text: str, number: Callable[[str], Number]) -> dict[str,
     {'q_proj': 16, 'mlp': 4}
 
     Raises:
-        ConfigError: a pair that is none.
+        ConfigError: a pair that is none, or a pattern that is given twice.
     """
     values = {}
     for pair in split(text):
         pattern, separator, value = pair.rpartition("=")
+        if pattern.strip() in values:
+            raise ConfigError(f"{flag}: {pattern.strip()!r} stands there twice; give it once")
         try:
             values[pattern.strip()] = number(value)
         except ValueError:
