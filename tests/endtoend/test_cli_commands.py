@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from cli_kit import PLAIN, files_in, lines_of, rows, start, write_rows
+from cli_kit import ENVIRONMENT, PLAIN, files_in, lines_of, rows, start, write_rows
 from transformers import AutoModelForCausalLM
 
 import brushstroke as bs
@@ -200,3 +203,10 @@ def test_a_reader_who_leaves_is_no_error(adapter):
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("flag", [(), ("--json",)])
+def test_an_output_that_the_caller_closed_is_no_bug(adapter, flag):
+    words = (sys.executable, "-m", "brushstroke", "show", str(adapter), *flag)
+    done = subprocess.run(words, env=ENVIRONMENT, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")

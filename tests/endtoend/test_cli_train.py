@@ -199,6 +199,18 @@ def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):
     assert (kept / "state.json").is_file()
 
 
+def test_a_burst_of_interrupts_while_the_base_loads_ends_in_one_line(tiny, train_rows, tmp_path):
+    process = start("train", tiny, train_rows, "--out", tmp_path / "out", *LONG_RUN)
+    assert process.stderr.readline().startswith("loading")
+    for _ in range(40):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines() == ["interrupted"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
     words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "2", "--resume")
     first = cli(*words)

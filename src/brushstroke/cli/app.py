@@ -13,10 +13,11 @@ from cyclopts import App, CycloptsError
 
 import brushstroke
 from brushstroke.cli.configfile import apply_config_file
-from brushstroke.cli.console import fail, say, show_library_warnings
+from brushstroke.cli.console import fail, replace_closed_streams, say, show_library_warnings
+from brushstroke.cli.interrupt import INTERRUPTED, Interrupts
 from brushstroke.errors import BrushstrokeError, ConfigError
 
-OK, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, REFUSED, USAGE = 0, 1, 2
 DEBUG = "BRUSHSTROKE_DEBUG"
 
 COMMANDS = {  # name → where it is, and whether it takes a config file
@@ -47,8 +48,12 @@ _QUIET = {
 
 def main(tokens: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status (0 ok, 1 refused or failed, 2 usage, 130 interrupted)."""
+    interrupts = Interrupts()
+    if tokens is None:  # the process is ours
+        interrupts.install()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,6 +74,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
         return _failed(error, REFUSED)
     except KeyboardInterrupt as error:
         say(str(error) or "interrupted")
+        if tokens is None:
+            interrupts.end()
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it ends

@@ -4,6 +4,7 @@ It decides nothing about what is said.
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 
 PLAIN_WIDTH = 1000  # of tables that no terminal shows: nothing is cut
+
+
+def replace_closed_streams() -> None:
+    """In place of a stream that the caller closed (`>&-`) stands one that holds and keeps nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def people() -> "Console":

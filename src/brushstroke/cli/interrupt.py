@@ -1,0 +1,46 @@
+"""Ctrl-C on the command line: the first one ends the command, and further ones do not disturb its end.
+
+Training has rules of its own while it runs: see `training/interrupt.py`.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+INTERRUPTED = 130  # the exit status
+PATIENCE = 5.0  # seconds that the end may take; later a further Ctrl-C ends the process at once
+
+
+class Interrupts:
+    """A handler of SIGINT that raises KeyboardInterrupt, but not while an earlier one is on its way out."""
+
+    def __init__(self) -> None:
+        self._raised = 0.0
+
+    def install(self) -> None:
+        """Take over from Python's own handler; a process that ignores SIGINT goes on to do so."""
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def end(self) -> None:
+        """From now on Ctrl-C does nothing: the process ends."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if not _on_its_way(sys.exc_info()[1]):
+            self._raised = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._raised > PATIENCE:
+            os._exit(INTERRUPTED)
+
+
+def _on_its_way(error: BaseException | None) -> bool:
+    """Whether an interrupt is being handled, or what is being handled came up while it was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
