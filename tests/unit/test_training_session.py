@@ -18,7 +18,7 @@ from brushstroke.errors import ConfigError, DataError, NonFiniteError, TargetErr
 from brushstroke.layers import attach, merge
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import NAME
-from brushstroke.training import Training
+from brushstroke.training import Training, train
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise
 
@@ -475,6 +475,12 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
         model = tiny_llama()
     with pytest.raises(ConfigError, match="inference_mode"):
         Training(model, LoraConfig(rank=2))
+
+
+def test_an_adapter_in_place_of_a_config_is_refused() -> None:
+    model = tiny_llama()
+    with pytest.raises(Exception, match=r"pass it as start=|type-check"):
+        train(Base(model), examples(), random_adapter(model))  # type: ignore[arg-type]
 
 
 def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:

@@ -15,7 +15,7 @@ from brushstroke.step.memory import peak_memory, resident_memory
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.order import DataOrder
 from brushstroke.training.session import Training
-from brushstroke.training.setup import open_session, read_data
+from brushstroke.training.setup import check_lora, open_session, read_data
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
 
@@ -95,6 +95,7 @@ def plan(
         ConfigError, TargetError, DataError, BaseMismatchError: as `train`.
     """
     config = config or TrainConfig()
+    check_lora(lora)
     encoded = read_data(base, data, config, start, prompt_column, completion_column)
     with open_session(base, lora, config, start, allow_different_base) as session:
         return make_plan(session, encoded, config)

@@ -32,7 +32,7 @@ from brushstroke.training.ours import EVALUATIONS, METRICS
 from brushstroke.training.plan import Plan, make_plan
 from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
-from brushstroke.training.setup import open_session, read_data
+from brushstroke.training.setup import check_lora, open_session, read_data
 
 MAX_STEPS = 2**53  # that a float counts one by one
 
@@ -160,9 +160,7 @@ def train(
     if eval_data is None and (config.keep_best or config.eval_every is not None):
         asked = "keep_best" if config.keep_best else "eval_every"
         raise ConfigError(f"{asked} needs data to evaluate on; give eval_data")
-    alphas = (lora.alpha, *lora.alpha_pattern.values()) if lora else ()
-    if any(alpha > torch.finfo(torch.float32).max for alpha in alphas):
-        raise ConfigError(f"alpha must be a number that float32 holds; got {max(alphas):g}")
+    check_lora(lora)
     folder = RunFolder(out, resume=resume, overwrite=overwrite) if out is not None else None
     examples = read_data(base, data, config, start, prompt_column, completion_column)
     held_out = (

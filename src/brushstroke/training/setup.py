@@ -5,6 +5,8 @@ It runs no step.
 
 from typing import Any
 
+import torch
+
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
 from brushstroke.data import EncodedData, encode
@@ -43,6 +45,19 @@ def read_data(
     return encoded
 
 
+def check_lora(lora: LoraConfig | None) -> None:
+    """Check what a run is asked to make, before anything is read.
+
+    Raises:
+        ConfigError: an adapter in place of a config, or a scale that no float32 holds.
+    """
+    if isinstance(lora, Adapter):
+        raise ConfigError("got an adapter in place of a LoraConfig; to go on from it, pass it as start=")
+    alphas = (lora.alpha, *lora.alpha_pattern.values()) if lora else ()
+    if any(alpha > torch.finfo(torch.float32).max for alpha in alphas):
+        raise ConfigError(f"alpha must be a number that float32 holds; got {max(alphas):g}")
+
+
 def open_session(
     base: Base,
     lora: LoraConfig | None,
@@ -53,10 +68,8 @@ def open_session(
     """The training session that a config asks for.
 
     Raises:
-        ConfigError: a config that asks for another adapter than the one to go on from, or is none.
+        ConfigError: a config that asks for another adapter than the one to go on from.
     """
-    if isinstance(lora, Adapter):
-        raise ConfigError("got an adapter in place of a LoraConfig; to go on from it, pass it as start=")
     if start is not None and lora is not None and lora != LoraConfig(dropout=lora.dropout):
         raise ConfigError(
             "an adapter to go on from keeps its own rank, scale and targets; give a LoraConfig with no "
