@@ -55,3 +55,14 @@ def test_the_trainer_trains_an_attached_model(tmp_path: Path, strategy: str) -> 
     steps = {"no": set(), "steps": {"adapter-1", "adapter-2", "adapter-3"}, "epoch": {"adapter-2"}}[strategy]
     found = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} - {"adapter"}
     assert found == steps
+
+
+def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginning(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    (tmp_path / "README.md").write_text("mine", "utf-8")
+    with bs.attach(tiny_llama(), bs.LoraConfig(rank=4), trainable=True) as attachment:
+        callback = bs.AdapterCallback(attachment, tmp_path)
+        arguments = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
+        with pytest.raises(bs.errors.OutputError, match=r"README\.md is not of an adapter"):
+            callback.on_train_begin(arguments, TrainerState(), TrainerControl())

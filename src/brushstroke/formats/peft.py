@@ -50,7 +50,7 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     """
     folder = Path(folder).expanduser()
     if overwrite:
-        _refuse_strangers(folder)
+        check_overwrite(folder)
     card = adapter.card or Card()
     updates = _writable(adapter)
     tensors = {}
@@ -101,7 +101,7 @@ def load(folder: str | Path) -> Adapter:
     return Adapter(updates, _read_card(folder, stored, rule, updates))
 
 
-def _refuse_strangers(folder: Path) -> None:
+def check_overwrite(folder: Path) -> None:
     """Check that every file by a name that `save` uses is an adapter's: what is in them tells, no name alone.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from brushstroke.errors import ConfigError
-from brushstroke.formats import save
+from brushstroke.formats import check_overwrite, save
 from brushstroke.layers import Attachment
 
 
@@ -31,11 +31,14 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what would save the model behind this callback's back.
+        """Refuse what would save the model behind this callback's back, or could not be saved at the end.
 
         Raises:
             ConfigError: the save strategy "best", or the best model is to be loaded at the end.
+            OutputError: the adapter's folder holds files by its names that are no adapter's.
         """
+        if state.is_world_process_zero:
+            check_overwrite(self._target(args))
         if args.load_best_model_at_end:
             raise ConfigError(
                 "AdapterCallback cannot serve load_best_model_at_end, as the Trainer saves no model here; "
