@@ -17,8 +17,8 @@ from brushstroke.inference import Scores, score
 from brushstroke.samples import labelled
 
 BASE_TASK = "addresses"  # what the untouched base is asked
-BATCH = 44  # rows that are answered together
-SPARE_TOKENS = 16
+BATCH = 31  # rows that are answered together
+SPARE_TOKENS = 12
 FIRST_TOKENS = 24
 
 

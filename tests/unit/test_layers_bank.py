@@ -311,3 +311,20 @@ def test_generating_with_mixed_rows_is_generating_with_merged_models(language_mo
         assert torch.equal(answers(model, prompts[1:2], **settings), expected[1])
     assert torch.equal(mixed, torch.cat(expected))
     assert not torch.equal(expected[0][:, 5:], answers(model, prompts[:1], **settings)[:, 5:])
+
+
+def test_few_rows_and_many_rows_get_the_same(net, adapters, monkeypatch) -> None:
+    x = torch.randn(4, 5, 6).double()
+    with bank(net, adapters) as held, held.rows(["both", None, "second", "first"]), torch.no_grad():
+        few = net(x)
+        monkeypatch.setattr("brushstroke.layers.adapted.STACKED_ROWS", 0)
+        assert relative(net(x), few) < EXACT
+
+
+def test_numbers_that_are_not_finite_in_the_dtype_of_the_base_are_refused(net, adapters) -> None:
+    broken = Adapter({"fc1": LowRank(torch.ones(6, 1), torch.full((1, 10), 1e6), 1.0)})
+    net.half()
+    with bank(net) as held:
+        with pytest.raises(AttachError, match=r"numbers at fc1 that are not finite in torch\.float16"):
+            held.load("broken", broken)
+        assert held.names == ()

@@ -10,6 +10,7 @@ from brushstroke.lowrank.apply import (
     lowrank_linear,
     lowrank_linears,
     lowrank_term,
+    stacked_term,
 )
 
 
@@ -90,6 +91,18 @@ def test_gathered_rows_bring_their_own_factors(inner, rows):
     assert got.shape == (rows, *inner, 4)
     for i in range(rows):
         torch.testing.assert_close(got[i], lowrank_term(x[i], U_rows[i], V[i], 1.0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("inner", [(), (1,), (2, 3)])
+def test_stacked_factors_are_used_by_their_own_rows_alone(inner):
+    x, slots = torch.randn(4, *inner, 6).double(), torch.tensor([2, 0, 1, 2])
+    U_rows, V = torch.randn(3, 2, 6).double(), torch.randn(3, 2, 4).double()
+    uses = torch.arange(3).repeat_interleave(2) == slots[:, None]
+    expected = gathered_term(x, U_rows[slots], V[slots])
+    torch.testing.assert_close(stacked_term(x, U_rows, V, uses), expected, rtol=1e-12, atol=1e-12)
+    U_rows[1] = float("inf")  # a product that overflows stays with the rows of its own factors
+    found = stacked_term(x, U_rows, V, uses)
+    torch.testing.assert_close(found[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_draws_only_in_training():

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from brushstroke.errors import AttachError
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import has_plain_forward
-from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term
+from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term, stacked_term
+
+STACKED_ROWS, STACKED_RANKS = 256, 256  # up to here all factors meet all rows: fewer operations count more
 
 
 class Adapted(nn.Module):
@@ -136,6 +138,10 @@ class BankedLinear(Adapted):
         if slot is not None:
             U_rows, V, scale = self._factors(slot)
             return route.guard(y + lowrank_term(x, U_rows, V, scale).to(y.dtype))
+        slots, rank, _ = self.bank_V.shape
+        if x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS and x.ndim > 1:
+            uses = route.ranks_used(x.shape[0], slots, rank, x.device)
+            return route.guard(y + stacked_term(x, self.bank_U_rows, self.bank_V, uses).to(y.dtype))
         used = {segment.slot for segment in route.segments(x.shape[0]) if self.bank_ranks[segment.slot]}
         return route.guard(_add_segments(y, x, route, {slot: self._factors(slot) for slot in used}))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.errors import RouteError, did_you_mean
+from brushstroke.errors import AttachError, RouteError, did_you_mean
 from brushstroke.layers.adapted import BankedLinear, restore_classes, swap_class
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base
 from brushstroke.layers.guard import guard_model, probe, refuse_second
@@ -61,13 +61,15 @@ class Bank:
 
         Raises:
             ShapeError, BaseMismatchError: it does not fit the base.
-            AttachError: a site is adapted already by something else.
+            AttachError: a site is adapted already by something else, or numbers are not finite there.
         """
         if not name or not isinstance(name, str):
             raise RouteError(f"an adapter in a bank needs a name; got {name!r}")
         refuse_second(self.model, self._modules)
         check_base(self.model, adapter, allow_different_base=allow_different_base)
         updates = {canonical_path(path, self._sites): as_low_rank(path, u) for path, u in adapter.items()}
+        for path, update in updates.items():
+            _refuse_infinite(name, path, update, site_module(self.model, path))
         self._swap([path for path in updates if path not in self._modules])
         slot = self._slots.get(name) or self._free_slot()
         for path, module in self._modules.items():
@@ -202,14 +204,32 @@ def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None
     V[slot].zero_()
     if update:
         U_rows[slot, :rank] = update.U.mT
-        V[slot, :rank] = (update.V.double() * update.scale).to(V.dtype)
+        V[slot, :rank] = _scaled_V(update).to(V.dtype)
     ranks = list(module.bank_ranks) + [0] * (slots - len(module.bank_ranks))
     ranks[slot] = rank
     module.bank_ranks = ranks
 
 
+def _refuse_infinite(name: str, path: str, update: LowRank, module: nn.Module) -> None:
+    """Rows of several adapters share products, so that one that is not finite would spoil the others."""
+    dtype = _factor_dtype(module)
+    if not all(bool(torch.isfinite(factor.to(dtype)).all()) for factor in (update.U, _scaled_V(update))):
+        raise AttachError(
+            f"adapter {name!r} has numbers at {path} that are not finite in {dtype}, in which this base "
+            "would use it; do not serve it, or load the base in float32"
+        )
+
+
+def _scaled_V(update: LowRank) -> torch.Tensor:
+    return update.V.double() * update.scale
+
+
+def _factor_dtype(module: nn.Module) -> torch.dtype:
+    weight: Any = module.weight
+    return weight.dtype if weight.is_floating_point() else torch.float32
+
+
 def _set_buffers(module: BankedLinear, U_rows: torch.Tensor, V: torch.Tensor) -> None:
-    weight = module.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    module.register_buffer("bank_U_rows", U_rows.to(weight.device, dtype), persistent=False)
-    module.register_buffer("bank_V", V.to(weight.device, dtype), persistent=False)
+    place = {"device": module.weight.device, "dtype": _factor_dtype(module)}
+    module.register_buffer("bank_U_rows", U_rows.to(**place), persistent=False)
+    module.register_buffer("bank_V", V.to(**place), persistent=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from brushstroke.errors import RouteError
@@ -32,6 +32,7 @@ class Route:
 
     def __init__(self, slots: Sequence[int] = (0,)) -> None:
         self._segments: dict[int, tuple[Segment, ...]] = {}
+        self._ranks_used: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._switch(tuple(slots))
 
     @property
@@ -84,6 +85,18 @@ class Route:
             raise RouteError(_wrong_rows(entries, rows))
         return self._index.to(device).repeat_interleave(rows // entries)
 
+    def ranks_used(self, rows: int, slots: int, rank: int, device: torch.device) -> Bool[Tensor, "b k"]:
+        """For each row of a batch of this size, which of the ranks of so many slots are its own.
+
+        Raises:
+            RouteError: the batch is no multiple of the route.
+        """
+        key = (rows, slots, rank, device)
+        if key not in self._ranks_used:
+            owners = torch.arange(slots, device=device).repeat_interleave(rank)
+            self._ranks_used[key] = self.slot_index(rows, device)[:, None] == owners
+        return self._ranks_used[key]
+
     def guard(self, y: Tensor) -> Tensor:
         """Make the backward pass through y raise if the route is another one by then."""
         if isinstance(y, Tensor) and y.requires_grad and not torch.compiler.is_compiling():
@@ -108,6 +121,7 @@ class Route:
         self._slots = slots
         self._index = torch.tensor(slots)
         self._segments.clear()
+        self._ranks_used.clear()
 
     def _repeated(self, rows: int) -> list[int]:
         times, rest = divmod(rows, len(self._slots))
