@@ -75,30 +75,37 @@ def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.M
     """
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     difference = 0.0
-    for lengths in (SHORT, LONG):
-        if lengths is LONG and not (context and sum(lengths) <= context):
-            continue
+    tried = (SHORT, LONG) if context and sum(LONG) <= context else (SHORT,)
+    for lengths in tried:
         examples = probe_examples(model, lengths)
         with torch.no_grad():
             alone = [padded.trained_logits(unshared([example])).double() for example in examples]
         for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
-            found = _run_packed(packed, model, arranged, [len(logits) for logits in alone])
+            counts = [len(logits) for logits in alone]
+            if lengths is tried[-1]:
+                found = _kept_apart(packed, model, arranged, counts)
+            else:
+                with torch.no_grad(), packed.context():
+                    found = packed.trained_logits(arranged).split(counts)
             for one, other in zip(alone, found, strict=True):
                 difference = max(difference, float((other.double() - one).norm() / one.norm()))
     return difference
 
 
-def _run_packed(packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]) -> list[Tensor]:
-    """The logits of both examples of a packed pair."""
-    first, _ = arranged.examples
-    prefix = arranged.groups[0].prefix
+def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]) -> list[Tensor]:
+    """The logits of both examples of a packed pair, of which the second may not depend on the first.
+
+    That the first does not depend on the second is known: nothing depends on later tokens.
+
+    Raises:
+        UnsupportedAttention: it does.
+    """
+    own = slice(arranged.groups[0].prefix, arranged.examples[0].reach)
     with packed.context(), watched_embeddings(model, arranged.computed_tokens) as seen:
-        both = packed.trained_logits(arranged)
-        found = both.split(counts)
-        for logits, others in zip(found, (slice(first.reach, None), slice(prefix, first.reach)), strict=True):
-            if depends(logits, seen, others):
-                raise UnsupportedAttention("a packed example depends on another one's tokens")
-    return [logits.detach() for logits in found]
+        first, second = packed.trained_logits(arranged).split(counts)
+        if depends(second, seen, own):
+            raise UnsupportedAttention("a packed example depends on another one's tokens")
+    return [first.detach(), second.detach()]
 
 
 def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:

@@ -72,5 +72,5 @@ def depends(logits: Float[Tensor, "m v"], embeddings: Sequence[Tensor], tokens: 
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
     with torch.enable_grad():
         projected = (logits.float() * noise).sum()
-    gradients = torch.autograd.grad(projected, embeddings, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(projected, embeddings, allow_unused=True)
     return any(bool(g[..., tokens, :].nan_to_num(0.0).any()) for g in gradients if g is not None)
