@@ -28,7 +28,7 @@ from brushstroke.lowrank import LowRank
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 TEMPLATE, README = "chat_template.jinja", "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
-_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
+ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -107,10 +107,10 @@ def check_overwrite(folder: Path) -> None:
     Raises:
         OutputError: it may be the user's, or another program's.
     """
-    told = {name for name, keys in _KEYS.items() if keys <= _keys_in(folder / name)}
+    told = {name for name, keys in ADAPTER_KEYS.items() if keys <= _keys_in(folder / name)}
     for name in ADAPTER_FILES:
         path = folder / name
-        if name in _KEYS:
+        if name in ADAPTER_KEYS:
             known = name in told
         elif name == README:  # PEFT writes one too
             known = CARD in told or (path.is_file() and b"library_name: peft" in path.read_bytes())

@@ -11,7 +11,7 @@ from typing import Any
 from brushstroke.errors import OutputError
 from brushstroke.files import PARTIAL, remove_files
 from brushstroke.formats import ADAPTER_FILES
-from brushstroke.formats.peft import CARD, CONFIG, README
+from brushstroke.formats.peft import ADAPTER_KEYS, CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
 
 METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
@@ -19,9 +19,8 @@ KEYS = {  # of JSON files, or of their first lines
     METRICS: {"step", "loss", "real_tokens"},
     EVALUATIONS: {"step", "loss", "trained_tokens"},
     RUN: {"settings", "versions", "steps"},
-    CARD: {"format", "base_name", "lora"},
-    CONFIG: {"peft_type"},
     STATE: STATE_KEYS,
+    **ADAPTER_KEYS,
 }
 MARKS = (METRICS, EVALUATIONS, RUN, CARD)  # any of them says that a run or an adapter of ours is here
 INSIDE = {"step": (STATE, TENSORS), "best": ADAPTER_FILES}  # what a folder of checkpoints holds

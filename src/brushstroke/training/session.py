@@ -15,8 +15,7 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import ChatFormat, Example, encode
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
-from brushstroke.inference import generate
-from brushstroke.inference.decode import context_length
+from brushstroke.inference import context_length, generate
 from brushstroke.layers import Attachment, attach
 from brushstroke.step import LossFunction, Prepared, prepare
 from brushstroke.step.pack import Pass
