@@ -58,7 +58,7 @@ def tiny_llama(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def tiny_gpt2(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_gpt2(*, seed: int = 0, dtype: torch.dtype = torch.float32, context: int = 128) -> nn.Module:
     """A random GPT-2 of 2 layers: HF's Conv1D, a fused c_attn and a tied head; its own dropout is off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -68,7 +68,7 @@ def tiny_gpt2(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module
         n_embd=32,
         n_layer=2,
         n_head=4,
-        n_positions=128,
+        n_positions=context,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -68,6 +68,19 @@ def test_a_bank_that_is_given_stays_and_its_route_in_force_is_used():
         assert held.names == ("a",)
 
 
+def test_a_route_in_force_follows_the_prompts_though_the_bank_is_not_given():
+    b = base()
+    prompts = ["hi", "what else is there", "no"]  # answered by length, the longest first
+    with bank(b, {"a": adapter(b, 1), "other": adapter(b, 2)}) as held:
+        rows = ["a", "other", None]
+        expected = generate(b, prompts, adapters=held, rows=rows, max_new_tokens=6)
+        with held.rows(rows):
+            assert generate(b, prompts, max_new_tokens=6) == expected
+        held.use("other")
+        assert generate(b, "hi", max_new_tokens=2)[0].adapter == "other"
+    assert generate(b, "hi", max_new_tokens=2)[0].adapter is None
+
+
 def test_each_row_is_written_with_the_template_that_its_adapter_was_trained_with():
     b = base()
     a = adapter(b, 1)
@@ -164,6 +177,7 @@ def test_a_prompt_that_leaves_no_room_is_named():
         ({"temperature": float("nan")}, ConfigError, "temperature must be"),
         ({"top_p": 0.0}, ConfigError, "top_p must be"),
         ({"batch_size": True}, ConfigError, "batch_size must be"),
+        ({"temperature": True}, ConfigError, "temperature must be"),
         ({"rows": "nobody"}, RouteError, "none were given"),
         ({"rows": [None]}, RouteError, "2 prompts and 1 rows"),
     ],

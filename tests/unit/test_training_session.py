@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base
@@ -117,23 +119,73 @@ def test_a_leak_between_packed_examples_is_seen_however_small(dtype: torch.dtype
         assert "depends on another one's tokens" in run.step.forward_reason
 
 
-def test_a_short_convolution_is_not_packed_whatever_the_size_of_its_weights() -> None:
+@pytest.mark.parametrize("size", [1.0, 0.0])  # of its last matrix: blocks that are put in later begin at 0
+def test_a_short_convolution_is_not_packed_whatever_the_size_of_its_weights(size: float) -> None:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     layers = {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}
-    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, **layers)).eval()  # initial weights of size 0.02
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, **layers)).double().eval()  # weights of size 0.02
+    with torch.no_grad():
+        model.model.layers[0].conv.out_proj.weight.mul_(size)
     twin = copy.deepcopy(model)
     with Training(model, LoraConfig(rank=2), seed=0) as run:
         assert not run.packed
+        assert not any(module.lora_V.any() for module in run.attachment.modules.values())
+        randomise(run.parameters)
         run.forward_backward(examples())
         ours = [gradient / sum(example.trained for example in examples()) for gradient in gradients(run)]
     with attach(twin, LoraConfig(rank=2), trainable=True, seed=0) as attached:
+        randomise(attached.parameters())
         padded_loss(twin, examples()).backward()
         for mine, parameter in zip(ours, attached.parameters(), strict=True):
             assert (mine - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+class Grown(LlamaForCausalLM):
+    """A Llama with a block of its own between decoder and head, which begins at 0."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.grown = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        nn.init.zeros_(self.grown.weight)
+
+    def forward(self, input_ids: torch.Tensor, **extra: object) -> CausalLMOutput:
+        x = self.model(input_ids=input_ids, **extra)[0]
+        return CausalLMOutput(logits=self.lm_head(x + self.grown(x.tanh())))
+
+
+def test_a_block_behind_the_decoder_is_run_though_it_is_0_at_first() -> None:
+    model = Grown(tiny_llama().config).eval()
+    with Training(model, LoraConfig(rank=2, targets="grown")) as run:
+        randomise(run.parameters)
+        run.forward_backward(examples())
+        ours = [gradient / sum(example.trained for example in examples()) for gradient in gradients(run)]
+        run.discard()
+        padded_loss(model, examples()).backward()
+        for mine, theirs in zip(ours, gradients(run), strict=True):
+            assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("context", [8, 16, 47])
+def test_a_short_context_is_no_obstacle(context: int) -> None:
+    model = tiny_gpt2(context=context)
+    short = [Example(tuple(range(3, 9)), (0.0, 0.0, 1.0, 1.0, 1.0, 1.0))]
+    with Training(model, LoraConfig(rank=2)) as run:
+        assert math.isfinite(run.forward_backward(short).loss)
+
+
+def test_a_model_without_a_language_head_is_refused() -> None:
+    config = tiny_llama().config
+    for made in (LlamaModel(config), LlamaForSequenceClassification(config)):
+        with pytest.raises(ConfigError, match="gives no logits for each token"):
+            Training(made, LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match="cannot be run on tokens"):
+        Training(nn.Sequential(nn.Linear(8, 8)), LoraConfig(rank=2, targets="0"))
+    with pytest.raises(ConfigError, match=r"expected a Base or an nn\.Module; got NoneType"):
+        Training(None)
 
 
 def test_a_model_that_looks_ahead_keeps_the_tokens_behind_the_last_target() -> None:
@@ -481,6 +533,15 @@ def test_an_adapter_in_place_of_a_config_is_refused() -> None:
     model = tiny_llama()
     with pytest.raises(Exception, match=r"pass it as start=|type-check"):
         train(Base(model), examples(), random_adapter(model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", lambda logits, targets: logits.sum()])
+def test_a_loss_that_cannot_be_called_is_refused(loss: object) -> None:
+    with (
+        Training(tiny_llama(), LoraConfig(rank=2)) as run,
+        pytest.raises(Exception, match=r"loss must be a function of|type-check"),
+    ):
+        run.forward_backward(examples(), loss)  # type: ignore[arg-type]
 
 
 def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:

@@ -49,6 +49,10 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number; got {value!r}")
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ConfigError(
                 f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}; got {self.temperature!r}"

@@ -3,7 +3,7 @@
 It holds no conversation: `chat` does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from brushstroke.base import Base, require_base
 from brushstroke.data import ChatFormat
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference.decode import Finish, Request, Sampling, run_requests
-from brushstroke.layers import Bank, bank, unwrap
+from brushstroke.layers import Bank, bank, bank_in, unwrap
 
 ONLY = "adapter"  # the name of an adapter that is given alone
 
@@ -29,7 +29,7 @@ class Answer:
     Args:
         text: the answer, without special tokens.
         tokens: its tokens, without the one that ended it.
-        adapter: the adapter that answered; None is the base.
+        adapter: the adapter that answered, by its name in the bank; None is the model as it stands.
         finish: "stop" where a stop token ended it, "length" where `max_new_tokens` did.
     """
 
@@ -64,8 +64,9 @@ def generate(
         base: the model and its tokenizer.
         prompts: texts, or conversations as lists of messages.
         adapters: one adapter (named "adapter"), several by name, or a bank that is in the base already.
-        rows: the adapter of each prompt by name, None for the base; one name serves all. Without it: the only
-            adapter, or the bank's route in force.
+            Without it the model answers as it stands, with the bank or the adapter that is in it.
+        rows: the adapter of each prompt by name; None in the list is the base; one name serves all. Without
+            it: the only adapter, or the bank's route in force.
         max_new_tokens: most tokens of an answer, its stop token included.
         temperature: 0 takes the likeliest token each time.
         top_p: with a temperature, the share of the probability that is drawn from.
@@ -83,6 +84,10 @@ def generate(
     require_base(base)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, num_beams, batch_size)
     given = _check_prompts(prompts)
+    if adapters is None:
+        adapters = bank_in(
+            base
+        )  # its route must follow the prompts into the order in which they are answered
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
         names = assign_rows(len(given), held, adapters, rows)
         voices = Voices(base, held, chat_template)
@@ -102,13 +107,21 @@ def open_bank(base: Base, adapters: Adapters, *, allow_different_base: bool = Fa
     """Inside, the adapters sit in the base; a bank that is given is used as it is and stays.
 
     Raises:
+        ConfigError: something else than adapters.
         RouteError: a bank of another model.
     """
     if isinstance(adapters, Bank):
         if adapters.model is not unwrap(base):
             raise RouteError("this bank is in another model; make one with bank(base, ...) for this base")
         yield adapters
-    elif adapters is None or (not isinstance(adapters, Adapter) and not adapters):
+    elif adapters is None:
+        yield None
+    elif not isinstance(adapters, Mapping):
+        raise ConfigError(
+            f"adapters must be an Adapter, several by name, or a Bank; got {type(adapters).__name__}: load a "
+            "folder with load(folder), and name several in a dict"
+        )
+    elif not isinstance(adapters, Adapter) and not adapters:
         yield None
     else:
         # An Adapter is a mapping itself, from sites to updates.
@@ -194,6 +207,8 @@ class Voices:
 
 
 def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
+    if not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts must be texts or conversations; got {prompts!r}")
     if isinstance(prompts, Mapping):
         raise ConfigError("prompts is a single message; a conversation is a list of messages: [[{...}]]")
     given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -6,6 +6,7 @@ It serves; it does not train. Loading and evicting change no route that is in us
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from brushstroke.layers.guard import guard_model, probe, refuse_second
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank
+
+_IN_MODELS: WeakKeyDictionary[nn.Module, "Bank"] = WeakKeyDictionary()
 
 
 class Bank:
@@ -114,6 +117,8 @@ class Bank:
         """Take every adapter out; the model is bit for bit its base again."""
         restore_classes(self._modules)
         self._open()
+        if self._modules:
+            _IN_MODELS.pop(self.model, None)
         self._modules.clear()
         self._slots.clear()
         self._cards.clear()
@@ -142,6 +147,7 @@ class Bank:
             self._modules.update(fresh)
             self._open()
             self._undo = guard_model(self.model, self._modules)
+            _IN_MODELS[self.model] = self
 
     def _open(self) -> None:
         for undo in reversed(self._undo):
@@ -185,6 +191,11 @@ def bank(
         made.detach()
         raise
     return made
+
+
+def bank_in(model: Any) -> Bank | None:
+    """The bank whose adapters are in a model now, if there is one."""
+    return _IN_MODELS.get(unwrap(model))
 
 
 def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None:

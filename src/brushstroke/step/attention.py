@@ -138,7 +138,7 @@ class AttentionName:
     @property
     def window(self) -> int | None:
         """The sliding window that a config declares, whether or not a keyword tells the function."""
-        declared = [getattr(config, "sliding_window", None) for config in self._configs]
+        declared = [getattr(config, "sliding_window", None) for config in self._configs if _may_slide(config)]
         return next((window for window in declared if window), None)
 
     @contextmanager
@@ -152,6 +152,11 @@ class AttentionName:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
+
+
+def _may_slide(config: Any) -> bool:
+    """False where a config lists the kinds of its layers, and all of them see everything."""
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or (None,))
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -5,6 +5,8 @@ gives may depend on no embedding of another one, nor on one behind it, and where
 exactly 0, in any dtype and however small the model's numbers are.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from brushstroke.data import Example
 from brushstroke.step.attention import UnsupportedAttention
 from brushstroke.step.forward import Forward, PackedForward, PaddedForward, find_head, model_dtype
 from brushstroke.step.pack import Group, Pass, unshared
-from brushstroke.step.probes import LONG, SHORT, depends, probe_examples, watched_embeddings
+from brushstroke.step.probes import LONG, SHORT, depends, probe_examples, stirred, watched_embeddings
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative difference of a probe's logits
 ROUNDED_TOLERANCE = 1e-3  # in float32, where products may be rounded to fewer bits (TF32)
@@ -20,16 +22,22 @@ HALF_TOLERANCE = 5e-2
 MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
 
 
-def choose_forward(model: nn.Module, share: bool) -> tuple[Forward, str]:
+def choose_forward(model: nn.Module, share: bool, trained: Sequence[Tensor] = ()) -> tuple[Forward, str]:
     """The packed pass where it is exact, else padded batches.
 
     Args:
         model: in evaluation mode; an adapter may be in it.
         share: whether shared prefixes are to be computed once.
+        trained: the tensors that training will change; those that are 0 are tried with other numbers.
 
     Returns:
         The forward, and the reason in one line.
     """
+    with stirred(trained):
+        return _choose(model, share)
+
+
+def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
     head = find_head(model)
     padded = PaddedForward(model, head, whole=True)
     try:

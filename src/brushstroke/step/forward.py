@@ -4,16 +4,18 @@ It changes no weight and steps no optimiser; which of the two a model gets is de
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from brushstroke.data import Example
+from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import AttentionName, UnsupportedAttention
 from brushstroke.step.layout import lay_out
@@ -248,10 +250,24 @@ def find_head(model: nn.Module) -> Head:
     return Head(decoder, layer, plain)
 
 
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output.logits if hasattr(output, "logits") else output[0]
+def _logits(output: Any) -> Float[Tensor, "b n v"]:
+    """The logits in what a model returns.
+
+    Raises:
+        ConfigError: there are none for each token.
+    """
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list):
+        logits = output[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+        raise ConfigError(
+            f"the model gives no logits for each token (it gives {found}); load one with a language-model "
+            "head, as load_base and AutoModelForCausalLM do"
+        )
+    return logits
 
 
 def _accepted(module: nn.Module) -> set[str]:

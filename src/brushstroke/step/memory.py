@@ -20,7 +20,7 @@ GPU_MICRO_TOKENS = 16384
 MIN_MICRO_TOKENS = 128
 USABLE = 0.7  # share of the total memory that a run may plan with
 PROCESS_BYTES = 600 * 2**20  # interpreter, torch, transformers, and what loading leaves behind
-PROBED_TOKENS = (16, 48)
+PROBED_TOKENS = 48  # of the longer pass that the memory of a token is measured on
 WORKSPACE_BYTES = 160 * 2**20  # what BLAS, autograd and the allocator take besides, measured on a CPU
 MODES = ("auto", "low", "fast")
 
@@ -73,16 +73,21 @@ class MemoryNeed:
         return self.adapter + self.head + self.workspace + self.per_token * micro_tokens
 
 
-def kept_per_token(run: Callable[[int], Tensor], parameters: Iterable[Tensor]) -> int:
+def kept_per_token(
+    run: Callable[[int], Tensor], parameters: Iterable[Tensor], context: int | None = None
+) -> int:
     """Bytes that a forward pass keeps for its backward pass, for each token of its input.
 
     Args:
         run: a forward pass of so many tokens; its result is dropped.
         parameters: tensors that are there anyway.
+        context: the most tokens that the model can run.
     """
+    longer = min(PROBED_TOKENS, (context or PROBED_TOKENS + 1) - 1)  # its example has one token more
+    probed = (longer // 3, longer)
     known = {p.untyped_storage().data_ptr() for p in parameters}
     found = []
-    for tokens in PROBED_TOKENS:
+    for tokens in probed:
         kept: dict[int, int] = {}
 
         def count(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
@@ -95,7 +100,7 @@ def kept_per_token(run: Callable[[int], Tensor], parameters: Iterable[Tensor]) -
             result = run(tokens)
         found.append(sum(kept.values()))
         del result
-    return max(0, found[1] - found[0]) // (PROBED_TOKENS[1] - PROBED_TOKENS[0])
+    return max(0, found[1] - found[0]) // max(1, probed[1] - probed[0])
 
 
 def need_of(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from brushstroke.base import limit_kernel_caches
 from brushstroke.data import Example
-from brushstroke.errors import ConfigError
+from brushstroke.errors import BrushstrokeError, ConfigError
 from brushstroke.lowrank.products import choose_kernels, kernels
 from brushstroke.step.choose import choose_forward
 from brushstroke.step.forward import Forward, model_dtype
@@ -91,7 +91,7 @@ def prepare(
     chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
     fusion = fuse(model)
     try:
-        forward, forward_reason = choose_forward(model, share)
+        forward, forward_reason = choose_forward(model, share, factors)
         need = _need(model, forward, factors, widest, checkpointed, device)
         mode, mode_reason = choose_mode(need, memory, device)
         if mode == "low":
@@ -130,8 +130,17 @@ def _need(
         with forward.context():
             return forward.summed_loss(unshared([example]), None)
 
-    kept = kept_per_token(run, model.parameters())
     config = getattr(model, "config", None)
+    try:
+        kept = kept_per_token(run, model.parameters(), getattr(config, "max_position_embeddings", None))
+    except (BrushstrokeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model is not ours, and this is the first pass that must succeed
+        raise ConfigError(
+            f"{type(model).__name__} cannot be run on tokens ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]}); Training is for models that predict the next token: for "
+            "others use attach(model, config, trainable=True) and a loop of your own"
+        ) from error
     if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
         hidden = getattr(config, "hidden_size", None) or widest
         size = next(p.element_size() for p in model.parameters() if p.is_floating_point())

@@ -3,7 +3,7 @@
 No judgement here: `choose` draws the conclusions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from brushstroke.data import Example
 
 SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
 LONG = (48, 24, 16)  # for what shows at a distance
+STIRRED = 0.02  # standard deviation of what stands in for zeros: that of many models before training
 
 
 class NoEmbeddings(Exception):
@@ -34,6 +35,26 @@ def probe_examples(model: nn.Module, lengths: tuple[int, int, int] = SHORT) -> t
         for count in own
     ]
     return rows[0], rows[1]
+
+
+@contextmanager
+def stirred(trained: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, trained tensors that are all 0 hold random numbers; afterwards they hold their own bits again.
+
+    A factor V that is 0, or a block that begins with weights of 0, hides everything that training will let
+    through it.
+    """
+    generator = torch.Generator().manual_seed(2)
+    kept = [(tensor, tensor.detach().clone()) for tensor in trained if not bool(tensor.any())]
+    try:
+        with torch.no_grad():
+            for tensor, _ in kept:
+                tensor.copy_(STIRRED * torch.randn(tensor.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, own in kept:
+                tensor.copy_(own)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class WholeWeights:
         model = base.model.eval()
         for weight in self.parameters:
             weight.requires_grad_(True)
-        self.forward, _ = choose_forward(model, share=False)
+        self.forward, _ = choose_forward(model, False, self.parameters)
         self.optimizer: Any = torch.optim.AdamW(
             self.parameters, learning_rate, weight_decay=config.weight_decay, fused=True
         )

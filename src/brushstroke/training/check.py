@@ -3,6 +3,7 @@
 It changes neither.
 """
 
+import inspect
 from collections.abc import Iterable
 
 from torch import nn
@@ -13,11 +14,15 @@ from brushstroke.inference import context_length
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that does not predict the next token, or that torch allows no gradients in.
+    """Refuse what is no model, a model that does not predict the next token, one without gradients.
 
     Raises:
         ConfigError: saying what to do.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"expected a Base or an nn.Module; got {type(model).__name__}: load one with load_base(...)"
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} is an encoder with a decoder, and Training is for models that predict "
@@ -26,6 +31,25 @@ def check_model(model: nn.Module) -> None:
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError(
             "the model was made inside torch.inference_mode(), which allows no gradients; make it outside"
+        )
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what cannot be called as a loss.
+
+    Raises:
+        ConfigError: saying how it is called.
+    """
+    try:
+        fits = callable(loss) and bool(inspect.signature(loss).bind(None, None, None))
+    except TypeError:
+        fits = False
+    except ValueError:  # a function of another language tells no signature
+        fits = True
+    if not fits:
+        raise ConfigError(
+            f"loss must be a function of (logits, targets, weights) that gives a scalar; {loss!r} cannot be "
+            "called so"
         )
 
 

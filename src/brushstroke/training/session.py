@@ -20,7 +20,7 @@ from brushstroke.layers import Attachment, attach
 from brushstroke.step import LossFunction, Prepared, prepare
 from brushstroke.step.pack import Pass
 from brushstroke.step.recompute import Checkpointed
-from brushstroke.training.check import check_lengths, check_model, check_vocabulary
+from brushstroke.training.check import check_lengths, check_loss, check_model, check_vocabulary
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig, default_learning_rate
 
@@ -66,7 +66,8 @@ class Training:
         max_length: longest example in tokens, for examples that `forward_backward` has to tokenise.
         allow_different_base: go on from an adapter although it belongs to another base.
 
-    Gradients are on inside, whatever the caller's mode.
+    Gradients are on inside, whatever the caller's mode. Norms, rotary embeddings and MLPs run through own
+    functions until `close`: their outputs are the base's up to rounding, where `attach` keeps every bit.
 
     Raises:
         TargetError, AttachError, BaseMismatchError: as `attach`.
@@ -105,7 +106,7 @@ class Training:
         check_model(self.model)
         self.attachment: Attachment = attach(
             self.base,
-            start or LoraConfig(),
+            LoraConfig() if start is None else start,
             trainable=True,
             seed=seed,
             dropout=dropout,
@@ -176,9 +177,11 @@ class Training:
         Raises:
             NonFiniteError: the loss is not a finite number. After any error no gradient waits any more.
             DataError: the examples cannot be trained on.
-            ConfigError: `loss` gives no scalar that depends on the logits.
+            ConfigError: `loss` cannot be called so, or gives no scalar that depends on the logits.
         """
         self._check_open()
+        if loss is not None:
+            check_loss(loss)
         encoded = self.encode(examples)
         if not encoded:
             raise DataError("there is no example to learn from; give at least one")
@@ -189,9 +192,8 @@ class Training:
             for part in self.passes(encoded):
                 value = self.step.forward.summed_loss(part, loss)
                 if not bool(torch.isfinite(value)):
-                    before = (
-                        "" if self.steps else " (nothing is trained yet: the base's weights may be at fault)"
-                    )
+                    suspect = "the base's weights" if loss is None else "`loss` or the base's weights"
+                    before = "" if self.steps else f" (nothing is trained yet: {suspect} may be at fault)"
                     raise NonFiniteError(
                         f"the loss is {value.item()} in step {self.steps + 1}; lower the learning rate "
                         f"(it is {self.learning_rate:g}), use float32, or look for broken rows in the "
@@ -218,7 +220,10 @@ class Training:
         """
         self._check_open()
         if not self._pending_tokens:
-            raise TrainingError("there is no gradient to step on; call forward_backward() first")
+            raise TrainingError(
+                "there is no gradient to step on; call forward_backward() first, with examples that have a "
+                "trained token"
+            )
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self._pending_tokens)
