@@ -347,6 +347,89 @@ def test_what_a_living_process_writes_is_left_alone(folder, earlier):
         process.communicate(b"\n")
 
 
+def test_a_link_that_leads_nowhere_is_kept_and_blocks_no_recovery(folder, earlier, over):
+    for number in range(2):
+        (earlier / f"link{number}").symlink_to("/not/there")
+    shutil.copytree(earlier, earlier.with_name(f".out.old-{over}"), symlinks=True)
+    (earlier / "link1").unlink()
+    for _ in range(2):
+        merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
+        assert [os.readlink(earlier / f"link{number}") for number in range(2)] == ["/not/there"] * 2
+    assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
+
+
+def made_meanwhile(monkeypatch, make) -> None:
+    """Something happens while the weights are merged."""
+    merge_files = merge_stream.merge_files
+
+    def slow(*args):
+        report = merge_files(*args)
+        make()
+        return report
+
+    monkeypatch.setattr(export, "merge_files", slow)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_is_filled_while_a_merge_runs_is_left_alone(folder, tmp_path, monkeypatch, there):
+    out, adapter = tmp_path / "out", adapter_for(llama())
+    if there:
+        out.mkdir()
+
+    def fill():
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("mine")
+
+    made_meanwhile(monkeypatch, fill)
+    with pytest.raises(OutputError, match="holds files already"):
+        merge_folder(folder, adapter, out, verify=False)
+    shutil.rmtree(out)
+    if there:
+        out.mkdir()
+    with pytest.raises(OutputError, match=r"config\.json would be replaced"):
+        merge_folder(folder, adapter, out, verify=False, overwrite=True)
+    assert everything(out) == {"config.json": b"mine"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_merges_into_one_folder_the_second_to_end_is_refused(folder, tmp_path, monkeypatch, overwrite):
+    out, adapter = tmp_path / "out", adapter_for(llama())
+    smaller = Adapter({site: 0.5 * update for site, update in adapter.items()})
+    merge_folder(folder, smaller, tmp_path / "new", verify=False)
+    if overwrite:
+        merge_folder(folder, adapter, out, verify=False)
+
+    def other_ends():
+        shutil.copytree(tmp_path / "new", tmp_path / "other")
+        if overwrite:
+            out.rename(tmp_path / "before")
+        (tmp_path / "other").rename(out)
+
+    made_meanwhile(monkeypatch, other_ends)
+    with pytest.raises(OutputError, match="made it anew" if overwrite else "holds files already"):
+        merge_folder(folder, adapter, out, overwrite=overwrite, verify=False)
+    assert everything(out) == everything(tmp_path / "new")
+
+
+def test_a_users_file_where_the_model_has_a_folder_is_refused_by_name(folder, earlier):
+    (earlier / "file").write_text("mine")
+    (earlier / "folder").mkdir()
+    (earlier / "folder" / "file").write_text("mine")
+    before = everything(earlier)
+    for name, kinds in (("file", "a file, and a folder"), ("folder", "a folder, and a file")):
+        ours = folder / name
+        if name == "file":
+            ours.mkdir()
+            (ours / "inner").write_text("of the base")
+        else:
+            ours.write_text("of the base")
+        with pytest.raises(OutputError, match=rf"out/{name} is {kinds} of that name would replace it"):
+            merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
+        assert everything(earlier) == before
+        shutil.rmtree(ours) if ours.is_dir() else ours.unlink()
+
+
 @pytest.mark.parametrize("call", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_interrupt_at_a_rename_leaves_a_whole_folder(folder, earlier, monkeypatch, call, number):

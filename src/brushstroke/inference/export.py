@@ -128,17 +128,9 @@ def merge_folder(
         OutputError: the folder cannot be written, or holds files that may not be replaced.
     """
     started, out = time.perf_counter(), Path(out).expanduser()
-    recover(out, _is_ours)
-    refuse_existing(out, overwrite)
-    if (out / ADAPTER_CONFIG).is_file():
-        raise OutputError(
-            f"{out} holds an adapter; transformers would load it on top of the merged weights: choose "
-            "another folder"
-        )
     folder = _folder_of(base)
-    if folder is not None:
-        refuse_inside(out, folder)
-    _refuse_strangers(out, folder)
+    recover(out, _is_ours)
+    _judge(out, folder, overwrite)
     weights = None
     if folder is not None and dtype in ("auto", _stored_dtype(str(base), folder)):
         weights = _readable(folder, adapter)
@@ -150,7 +142,7 @@ def merge_folder(
         loaded = load_base(
             str(base), dtype=_stored_dtype(str(base), folder) if dtype == "auto" else dtype, device="cpu"
         )
-    with staged_folder(out, overwrite=overwrite, is_ours=_is_ours) as staging:
+    with staged_folder(out, lambda: _judge(out, folder, overwrite), is_ours=_is_ours) as staging:
         skipped: tuple[str, ...] = ()
         if folder is not None:
             files = loaded_files(folder) if weights is None else {*weights.shards(), _INDEX}
@@ -174,6 +166,23 @@ def merge_folder(
         streamed=weights is not None,
         seconds=time.perf_counter() - started,
     )
+
+
+def _judge(out: Path, folder: Path | None, overwrite: bool) -> None:
+    """Check that a merge may write a folder.
+
+    Raises:
+        OutputError: it holds what must not be replaced, or an adapter, or is the base's.
+    """
+    refuse_existing(out, overwrite)
+    if (out / ADAPTER_CONFIG).is_file():
+        raise OutputError(
+            f"{out} holds an adapter; transformers would load it on top of the merged weights: choose "
+            "another folder"
+        )
+    if folder is not None:
+        refuse_inside(out, folder)
+    _refuse_strangers(out, folder)
 
 
 def _refuse_strangers(out: Path, folder: Path | None) -> None:

@@ -11,26 +11,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import OutputError
-from brushstroke.files import output_errors, refuse_existing, remove_empty
+from brushstroke.files import output_errors, remove_empty
 
 
 @contextmanager
 def staged_folder(
-    out: Path, *, overwrite: bool = False, is_ours: Callable[[str], bool] = lambda name: False
+    out: Path, judge: Callable[[], None], *, is_ours: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
     """Gives an empty folder beside `out` that takes the place of `out` if all goes well, and vanishes if not.
 
+    Files of the new folder replace those of the old one; others stay.
+
     Args:
         out: the folder to make.
-        overwrite: whether it may hold files already. Those of the new folder replace them; others stay.
+        judge: refuses what `out` must not hold, now and right before the new folder takes its place.
         is_ours: whether a file of the old folder, by its name, goes although no new one replaces it.
 
     Raises:
-        OutputError: `out` holds files and may not be overwritten, or something cannot be written.
+        OutputError: of `judge`, or another process has made `out` anew meanwhile, or a file stands where the
+            new folder has a folder, or something cannot be written.
     """
     out = out.expanduser().resolve()
     recover(out, is_ours)
-    refuse_existing(out, overwrite)
+    judge()
+    before = _identity(out)
     made: list[Path] = []
     staging = _beside(out, "partial", os.getpid())
     with output_errors(out):
@@ -40,7 +44,14 @@ def staged_folder(
             yield staging
             _keep_foreign(out, staging, is_ours)
             _sync(staging)
+            judge()
+            if _identity(out) != before:
+                raise OutputError(
+                    f"{out} is another folder than when this began, as another process has made it anew; "
+                    "look at it, then give the command again or choose another folder"
+                )
             _swap(staging, out)
+            recover(out, is_ours)
         except BaseException:
             with suppress(OSError):
                 recover(out, is_ours)
@@ -65,7 +76,7 @@ def recover(out: Path, is_ours: Callable[[str], bool]) -> None:
             remove_empty(out)
             if out.exists():
                 _keep_foreign(old, out, is_ours)
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
             else:
                 os.rename(old, out)
         for partial in _left(out, "partial"):
@@ -95,19 +106,42 @@ def _make_parents(out: Path) -> list[Path]:
 
 
 def _keep_foreign(out: Path, staging: Path, is_ours: Callable[[str], bool]) -> None:
-    """Bring over what stands in the old folder and is nobody's business here; links, where links work."""
+    """Bring over what stands in the old folder and is nobody's business here; links, where links work.
+
+    Raises:
+        OutputError: a file, or a link, where the new folder has a folder, or the reverse.
+    """
     if not out.is_dir():
         return
     for source in sorted(out.rglob("*")):
         relative = source.relative_to(out)
         target = staging / relative
-        if source.is_dir() and not source.is_symlink():
+        there = os.path.lexists(target)
+        if there and _is_folder(source) != _is_folder(target):
+            what = ("a folder", "a file") if _is_folder(source) else ("a file", "a folder")
+            raise OutputError(
+                f"{source} is {what[0]}, and {what[1]} of that name would replace it; move it, or choose "
+                "another folder"
+            )
+        if _is_folder(source):
             target.mkdir(exist_ok=True)
-        elif not target.exists() and not is_ours(str(relative)):
+        elif not there and not is_ours(str(relative)):
             try:
                 os.link(source, target, follow_symlinks=False)
             except OSError:
                 shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """By what a folder is told from another one in its place; None where there is none."""
+    with suppress(OSError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _sync(folder: Path) -> None:
@@ -118,13 +152,10 @@ def _sync(folder: Path) -> None:
 
 
 def _swap(staging: Path, out: Path) -> None:
-    """Put the new folder in the place of the old; cut in two, `recover` goes on from any line of this."""
-    old = _beside(out, "old", os.getpid())
+    """Put the new folder in the place of the old; cut in two, or at its end, `recover` goes on from there."""
     if out.is_dir():
-        os.rename(out, old)
+        os.rename(out, _beside(out, "old", os.getpid()))
     os.rename(staging, out)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(out: Path, what: str, process: int) -> Path:
