@@ -1,14 +1,16 @@
 """Writing files so that a reader sees all of them or none: temporary name, fsync, rename, read back.
 
-It knows nothing of what is in the files.
+It knows nothing of what is in the files; only that JSON which cannot be taken is one kind of error.
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from brushstroke.errors import BrushstrokeError, OutputError
 
@@ -27,6 +29,19 @@ def output_errors(where: Path) -> Iterator[None]:
         raise OutputError(
             f"cannot write {where}: {said}; make room there, or choose another place"
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, whoever wrote it.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, or is nested too deeply to be read.
+        OSError: there is no such file, or it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -175,6 +176,17 @@ def test_merge_writes_a_plain_model_and_reports_the_drift(cli, tiny, adapter, tm
     assert twice.status == 1
     assert "already" in twice.error
     assert not (tmp_path / "twice").exists()
+
+
+def test_show_takes_a_card_that_others_filled(cli, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    card = json.loads((copy / "brushstroke.json").read_text())
+    for versions in ("0.1", ["0.1"], 3, None):
+        card["training"] = {"versions": versions}
+        (copy / "brushstroke.json").write_text(json.dumps(card))
+        done = cli("show", copy)
+        assert done.status == 0, done.err
+        assert versions is None or "versions" in done.out
 
 
 def test_show_needs_no_base(cli, adapter):

@@ -182,7 +182,16 @@ def test_a_damaged_tensor_file_is_refused(folder: Path) -> None:
     assert "damaged" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+@pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_that_no_float_holds_is_refused_in_short(folder: Path, field: str) -> None:
+    edit_config(folder, **{field: 10**400 if field == "lora_alpha" else {"q_proj": 10**400}})
+    said = refusal(folder)
+    assert field in said
+    assert "a float holds" in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 100_000, '{"base_name": "\\ud800"}'])
 @pytest.mark.parametrize("name", ["adapter_config.json", "brushstroke.json"])
 def test_broken_json_is_refused(folder: Path, name: str, text: str) -> None:
     (folder / name).write_bytes(text.encode("latin-1"))

@@ -72,7 +72,9 @@ def _card(value: "Adapter") -> dict[str, Any] | None:
 def _print(console: Any, described: dict[str, Any]) -> None:
     card = described["card"] or {}
     lora, training = card.get("lora") or {}, dict(card.get("training") or {})
-    versions = training.pop("versions", None) or {}
+    versions = training.get("versions")
+    if isinstance(versions, dict):
+        training["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     console.print(described["name"], style="bold", markup=False)
     facts(
         console,
@@ -87,7 +89,6 @@ def _print(console: Any, described: dict[str, Any]) -> None:
             "chat template": f"{len(card['chat_template'])} letters" if card.get("chat_template") else "none",
             "fingerprint": card.get("fingerprint") or "none",
             **{key.replace("_", " "): _cell(value) for key, value in training.items()},
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         },
     )
 

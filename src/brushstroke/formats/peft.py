@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError, OutputError
-from brushstroke.files import output_errors, remove_files, remove_partial, write_folder
+from brushstroke.files import output_errors, read_json, remove_files, remove_partial, write_folder
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.lowrank import LowRank
@@ -126,7 +126,7 @@ def check_overwrite(folder: Path) -> None:
 def _keys_in(file: Path) -> set[str]:
     """The keys of a JSON object in a file; none where there is no such thing."""
     try:
-        stored = json.loads(file.read_bytes())
+        stored = read_json(file)
     except (OSError, ValueError):
         return set()
     return set(stored) if isinstance(stored, dict) else set()
@@ -185,7 +185,8 @@ def _find(folder: Path) -> tuple[Path, Path]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(file.read_text("utf-8"))
+        stored = read_json(file)
+        json.dumps(stored, ensure_ascii=False).encode("utf-8")  # half a letter could not be saved again
     except (ValueError, OSError) as error:
         raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(stored, dict):

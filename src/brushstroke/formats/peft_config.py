@@ -92,7 +92,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
     problems = _refused_fields(stored)
     for field, fits, wanted in _KINDS:
         if not fits(stored.get(field, _DEFAULTS.get(field))):
-            problems.append(f"{field} is {stored.get(field)!r}; expected {wanted}")
+            problems.append(f"{field} is {stored.get(field)!r:.60}; expected {wanted}")
     for field in ("r", "lora_alpha"):
         if stored.get("peft_type") == "LORA" and field not in stored:
             problems.append(f"{field} is not there; without it the update is not known")
@@ -239,7 +239,10 @@ def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _is_rank(value: Any) -> bool:
@@ -261,10 +264,10 @@ def _are_texts(value: Any) -> bool:
 _DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("r", _is_rank, "a whole number of at least 1"),
-    ("lora_alpha", _is_number, "a number"),
+    ("lora_alpha", _is_number, "a number that a float holds"),
     ("use_rslora", lambda value: value is None or isinstance(value, bool), "true or false"),
     ("rank_pattern", _map_of(_is_rank), "an object of whole numbers of at least 1"),
-    ("alpha_pattern", _map_of(_is_number), "an object of numbers"),
+    ("alpha_pattern", _map_of(_is_number), "an object of numbers that a float holds"),
     ("target_modules", _are_texts, "a text or a list of texts"),
     ("base_model_name_or_path", _is_text, "a text"),
     ("task_type", _is_text, "a text"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
-from brushstroke.files import PARTIAL, output_errors
+from brushstroke.files import PARTIAL, output_errors, read_json
 from brushstroke.layers import Attachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -156,7 +156,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         ResumeError: it is not there, damaged, or of another version.
     """
     try:
-        state = json.loads((folder / STATE).read_text("utf-8"))
+        state = read_json(folder / STATE)
     except (OSError, ValueError) as error:
         raise damaged(folder, str(error)) from error
     if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, OutputError, ResumeError
-from brushstroke.files import PARTIAL, output_errors, refuse_existing, write_file
+from brushstroke.files import PARTIAL, output_errors, read_json, refuse_existing, write_file
 from brushstroke.formats import ADAPTER_FILES, save
 from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.training.checkpoint import STATE, damaged, moved_away, read_state, restore
@@ -202,7 +202,7 @@ class RunFolder:
             ResumeError: it cannot be read.
         """
         try:
-            summary = json.loads((self.path / RUN).read_text("utf-8"))
+            summary = read_json(self.path / RUN)
             return {**summary, "steps": summary["steps"], "settings": dict(summary["settings"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(

@@ -104,7 +104,7 @@ def _content(path: Path) -> Any:
     try:
         text = path.read_text("utf-8")
         return json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
