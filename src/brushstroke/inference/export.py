@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from brushstroke.adapter import Adapter
 from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, MergeError, OutputError
-from brushstroke.files import refuse_existing
+from brushstroke.files import read_json, refuse_existing
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
 from brushstroke.inference.beside import TEMPLATE, TOKENIZER_CONFIG, copy_beside, loaded_files, save_template
 from brushstroke.inference.merge_check import CheckResult, check_merged
@@ -27,6 +27,7 @@ from brushstroke.inference.staging import recover, refuse_inside, staged_folder
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
 
 CONFIG = "config.json"
+MODEL_KEYS = {"model_type", "architectures"}  # by which a model's config is told
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -194,7 +195,8 @@ def _refuse_strangers(out: Path, folder: Path | None) -> None:
     if not out.is_dir():
         return
     with suppress(OSError, ValueError):
-        if isinstance(json.loads((out / CONFIG).read_text("utf-8")), dict):
+        config = read_json(out / CONFIG)
+        if isinstance(config, dict) and config.keys() & MODEL_KEYS:
             return
     written = {CONFIG, "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE}
     written |= {path.name for path in out.iterdir() if _is_ours(path.name)}
