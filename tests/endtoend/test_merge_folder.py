@@ -461,10 +461,13 @@ def test_overwriting_a_folder_that_is_no_models_is_refused(folder, tmp_path, nam
     out, adapter = tmp_path / "out", adapter_for(llama())
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    (out / name).write_text("mine")
-    with pytest.raises(OutputError, match=rf"out/{name} would be replaced, but the folder's config\.json"):
-        merge_folder(folder, adapter, out, overwrite=True, verify=False)
-    assert everything(out) == dict.fromkeys(("notes.txt", name), b"mine")
+    for mine in ("mine", '{"my app": 1}', "[" * 100_000):  # JSON too may be anybody's
+        (out / name).write_text(mine)
+        with pytest.raises(
+            OutputError, match=rf"out/{name} would be replaced, but the folder's config\.json"
+        ):
+            merge_folder(folder, adapter, out, overwrite=True, verify=False)
+        assert everything(out) == {"notes.txt": b"mine", name: mine.encode()}
     (out / name).unlink()
     merge_folder(folder, adapter, out, overwrite=True, verify=False)
     assert (out / "notes.txt").read_text() == "mine"
@@ -480,6 +483,22 @@ def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path)
     assert merge_folder(folder, other, tmp_path / "other").chat_template_saved
     assert (tmp_path / "other" / "chat_template.jinja").read_text() == "new"
     assert json.loads((tmp_path / "other" / "tokenizer_config.json").read_text()) == {"eos_token": "<e>"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "index"])
+def test_a_damaged_file_beside_the_weights_is_a_problem_of_the_base(folder, tmp_path, name, content):
+    (folder / "tokenizer_config.json").write_text("{}")
+    name = "model.safetensors.index.json" if name == "index" else name
+    (folder / name).write_bytes(content)
+    adapter = adapter_for(llama())
+    adapter = adapter.with_card(dataclasses.replace(adapter.card, chat_template="new"))
+    if name == "chat_template.jinja" and content != b"\xff":  # any text may be a template
+        assert merge_folder(folder, adapter, tmp_path / "out", verify=False).chat_template_saved
+        return
+    with pytest.raises(BaseLoadError, match=r"(damaged|the weights in) .*again"):
+        merge_folder(folder, adapter, tmp_path / "out", verify=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
 @pytest.mark.parametrize("form", ["list", "list and file", "files"])

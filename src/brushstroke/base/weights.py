@@ -3,7 +3,6 @@
 It changes no weight and holds none: each access reads one.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from brushstroke.adapter import Site, is_conv1d
 from brushstroke.base.load import Base, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, did_you_mean
+from brushstroke.files import read_json
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -223,7 +223,7 @@ def _shards(folder: Path) -> dict[str, str]:
     index, single = folder / _INDEX, folder / _SINGLE
     try:
         if index.is_file():
-            shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            shards: dict[str, str] = read_json(index)["weight_map"]
             outside = sorted({file for file in shards.values() if Path(file).name != file})
             if outside:
                 raise BaseLoadError(

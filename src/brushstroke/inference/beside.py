@@ -6,7 +6,11 @@ The weights themselves are the part of `merge_stream` and of transformers.
 import json
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from brushstroke.errors import BaseLoadError
+from brushstroke.files import read_json
 
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -51,13 +55,18 @@ def copy_beside(folder: Path, target: Path, merged: Collection[str]) -> tuple[st
 
 
 def loaded_files(folder: Path) -> set[str]:
-    """The files of a folder from which transformers loads the weights, and their index."""
+    """The files of a folder from which transformers loads the weights, and their index.
+
+    Raises:
+        BaseLoadError: the index is damaged.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return {single}
         if index.is_file():
-            return {index.name, *json.loads(index.read_text("utf-8"))["weight_map"].values()}
+            with _base_errors(index.name):
+                return {index.name, *read_json(index)["weight_map"].values()}
     return set()
 
 
@@ -65,14 +74,21 @@ def save_template(folder: Path, template: str) -> bool:
     """Put an adapter's chat template in the place of the base's default one; returns whether they differed.
 
     The base's templates of other names stay.
+
+    Raises:
+        BaseLoadError: the base's are damaged.
     """
     settings = folder / TOKENIZER_CONFIG
     if not settings.is_file():
         return False
-    config = json.loads(settings.read_text("utf-8"))
-    own, stored = folder / TEMPLATE, config.get("chat_template")
-    named = {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else {}
-    if template == (own.read_text("utf-8") if own.is_file() else named.get("default", stored)):
+    own = folder / TEMPLATE
+    with _base_errors(TOKENIZER_CONFIG):
+        config = read_json(settings)
+        stored = config.get("chat_template")
+        named = {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else {}
+    with _base_errors(TEMPLATE):
+        before = own.read_text("utf-8") if own.is_file() else named.get("default", stored)
+    if template == before:
         return False
     own.write_text(template, "utf-8")
     for name, text in named.items():  # beside a file, those in the settings do not count
@@ -83,6 +99,15 @@ def save_template(folder: Path, template: str) -> bool:
     if config.pop("chat_template", None) is not None:
         settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return True
+
+
+@contextmanager
+def _base_errors(name: str) -> Iterator[None]:
+    """What a file of the base does not hold as it should becomes an error that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseLoadError(f"{name} of the base is damaged ({error}); fetch the base again") from error
 
 
 def _entries(folder: Path) -> Iterator[Path]:
