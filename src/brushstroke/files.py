@@ -14,7 +14,14 @@ from typing import Any
 
 from brushstroke.errors import BrushstrokeError, OutputError
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
 PARTIAL = ".partial-"  # what a name begins with while its file or folder is being written
+# In the folder of a write: old files while they are moved out of its target, and once all of them are
+LEAVING, REPLACED = "leaving", "replaced"
 
 
 @contextmanager
@@ -120,37 +127,96 @@ def write_folder(
     refuse_existing(folder, overwrite)
     with output_errors(folder):
         made = _make_folder(folder)
-        staging = None
+        staging, lock = None, None
         try:
             staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+            lock = lock_folder(staging)
             for name, content in files.items():
                 _write_synced(staging / name, content)
             _sync_folder(staging)
             _exchange(staging, folder, list(files), owned)
         except BaseException:
-            _undo(staging, made)
+            with suppress(OSError):
+                if staging is not None:
+                    _put_back(staging, folder, {*owned, *files})
+                for level in made:
+                    level.rmdir()
             raise
+        finally:
+            if lock is not None:
+                os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _exchange(staging: Path, folder: Path, names: list[str], owned: Collection[str]) -> None:
-    """Move old files out and new ones in, the last name first out and last in; on failure the old return."""
-    replaced, placed = staging / "replaced", []
-    replaced.mkdir()
+def put_back(folder: Path, last: str, owned: Collection[str]) -> None:
+    """Undo a `write_folder` that was killed before its last file appeared: the old files return.
+
+    Nothing is done where that file is there, or while the process that writes lives.
+
+    Raises:
+        OutputError: files cannot be moved.
+    """
+    if os.path.lexists(folder / last) or not folder.is_dir():
+        return
+    with output_errors(folder):
+        for staging in folder.glob(f"{PARTIAL}*"):
+            if not any((staging / name).is_dir() for name in (LEAVING, REPLACED)):
+                continue
+            try:
+                lock = lock_folder(staging)
+            except BlockingIOError:
+                continue
+            try:
+                _put_back(staging, folder, owned)
+            finally:
+                os.close(lock)
+
+
+def lock_folder(folder: Path) -> int:
+    """An open handle with the lock of a folder, which the system takes back when the process ends, however.
+
+    It keeps nobody out where the system (Windows) or the file system (some network drives) has no such locks.
+
+    Raises:
+        BlockingIOError: another handle has it.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for name in dict.fromkeys([names[-1], *owned, *names]):
-            if (folder / name).exists():
-                os.replace(folder / name, replaced / name)
-        for name in names:
-            os.replace(staging / name, folder / name)
-            placed.append(name)
-        _sync_folder(folder)
-    except BaseException:
-        for name in placed:
-            (folder / name).unlink()
-        for old in replaced.iterdir():
-            os.replace(old, folder / old.name)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
         raise
+    except OSError:
+        pass  # this file system has no locks
+    return handle
+
+
+def _exchange(staging: Path, folder: Path, names: list[str], owned: Collection[str]) -> None:
+    """Move old files out and new ones in, the last name first out and last in; `_put_back` undoes it."""
+    leaving, replaced = staging / LEAVING, staging / REPLACED
+    leaving.mkdir()
+    for name in dict.fromkeys([names[-1], *owned, *names]):
+        if os.path.lexists(folder / name):
+            os.replace(folder / name, leaving / name)
+    os.rename(leaving, replaced)
+    for name in names:
+        os.replace(staging / name, folder / name)
+    _sync_folder(folder)
+
+
+def _put_back(staging: Path, folder: Path, owned: Collection[str]) -> None:
+    """Undo an exchange from wherever it stopped, unless it was done; cut in two itself, it can go on."""
+    leaving, replaced = staging / LEAVING, staging / REPLACED
+    waiting = any(entry.is_file() for entry in staging.iterdir())
+    if waiting and replaced.is_dir():  # all that was there is in it: what is there now is new
+        for name in owned:
+            (folder / name).unlink(missing_ok=True)
+        os.rename(replaced, leaving)
+    for old in leaving.iterdir() if leaving.is_dir() else ():
+        os.replace(old, folder / old.name)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_synced(path: Path, content: bytes | str) -> None:
@@ -182,12 +248,3 @@ def _make_folder(folder: Path) -> list[Path]:
         made.append(level)
     folder.mkdir(parents=True, exist_ok=True)
     return made
-
-
-def _undo(staging: Path | None, made: list[Path]) -> None:
-    if staging is not None and not any((staging / "replaced").glob("*")):
-        shutil.rmtree(staging, ignore_errors=True)
-    with suppress(OSError):
-        for level in made:
-            if level.is_dir():
-                level.rmdir()

@@ -14,6 +14,7 @@ from torch import nn
 
 from brushstroke import errors, load, save
 from brushstroke.adapter import Adapter, Card, Fingerprint
+from brushstroke.files import lock_folder
 from brushstroke.lowrank import LowRank, Update
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -307,6 +308,68 @@ def test_a_failing_rename_leaves_what_was_there(
         save(2.0 * adapter, folder, overwrite=True)
     monkeypatch.undo()
     assert load(folder)[SITE].delta_norm() == adapter[SITE].delta_norm()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def killed_save(adapter: Adapter, folder: Path, renames: int) -> bool:
+    """Save in a process of its own that dies after so many renames; whether it died."""
+    child = os.fork()
+    if not child:
+        replace, rename, done = os.replace, os.rename, []
+
+        def counted(move: Callable[[Any, Any], None], source: Any, target: Any) -> None:
+            move(source, target)
+            done.append(target)
+            if len(done) == renames:
+                os._exit(9)
+
+        os.replace, os.rename = (lambda *a: counted(replace, *a)), (lambda *a: counted(rename, *a))
+        try:
+            save(adapter, folder, overwrite=True)
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+@pytest.mark.parametrize("template", ["old", "new"])
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
+    folder: Path, tmp_path: Path, template: str
+) -> None:
+    adapter = load(folder)
+    named = adapter.with_card(Card(chat_template="x"))
+    old, new = (named, 2.0 * adapter) if template == "old" else (adapter, 2.0 * named)
+    wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
+    renames = 1
+    while True:
+        save(old, folder, overwrite=True)
+        (folder / "notes.txt").write_text("mine")
+        if not killed_save(new, folder, renames):
+            break
+        if renames % 2:
+            load(folder)
+        else:
+            with pytest.raises(errors.OutputError, match="holds files already"):
+                save(new, folder)
+        assert contents(folder) in [{**whole, "notes.txt": b"mine"} for whole in wholes]
+        renames += 1
+    assert renames > 9
+
+
+def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
+    before, staging = contents(folder), folder / ".partial-abcdefgh"
+    (staging / "replaced").mkdir(parents=True)
+    for name in before:
+        (folder / name).rename(staging / "replaced" / name)
+    (staging / "adapter_model.safetensors").write_bytes(b"new")
+    lock = lock_folder(staging)
+    assert "no adapter_config.json" in refusal(folder)
+    assert contents(staging / "replaced") == before
+    os.close(lock)
+    load(folder)
+    assert contents(folder) == before
 
 
 def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path) -> None:

@@ -280,3 +280,11 @@ def test_the_adapter_to_go_on_from_is_not_in_the_folder_that_is_written(
         RunFolder(tmp_path / "link", overwrite=True).refuse_start(out)
     for start in (tmp_path / "other", out / "mine", tmp_path):
         folder.refuse_start(start)
+
+
+def test_an_adapter_whose_replacement_was_killed_is_put_back_and_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / ".partial-abcdefgh" / "leaving").mkdir(parents=True)
+    (tmp_path / ".partial-abcdefgh" / "leaving" / "adapter_model.safetensors").write_text("whole")
+    with pytest.raises(OutputError, match="holds files already"):
+        RunFolder(tmp_path)
+    assert contents(tmp_path) == {"adapter_model.safetensors": "whole"}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError, OutputError
-from brushstroke.files import output_errors, read_json, remove_files, remove_partial, write_folder
+from brushstroke.files import output_errors, put_back, read_json, remove_files, remove_partial, write_folder
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.lowrank import LowRank
@@ -49,6 +49,7 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
         OutputError: the folder holds files already, or a stranger's by our names, or cannot be written.
     """
     folder = Path(folder).expanduser()
+    restore(folder)
     if overwrite:
         check_overwrite(folder)
     card = adapter.card or Card()
@@ -86,8 +87,10 @@ def load(folder: str | Path) -> Adapter:
 
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
+        OutputError: see `restore`.
     """
     folder = Path(folder).expanduser()
+    restore(folder)
     config_file, tensor_file = _find(folder)
     stored = _read_json(config_file)
     rule = read_rule(stored, str(config_file))
@@ -99,6 +102,15 @@ def load(folder: str | Path) -> Adapter:
         ) from error
     updates = _updates(tensors, rule, str(tensor_file))
     return Adapter(updates, _read_card(folder, stored, rule, updates))
+
+
+def restore(folder: Path) -> None:
+    """Put back the adapter that a `save` was replacing when it was killed.
+
+    Raises:
+        OutputError: its files cannot be moved.
+    """
+    put_back(folder, TENSORS, ADAPTER_FILES)
 
 
 def check_overwrite(folder: Path) -> None:

@@ -14,6 +14,7 @@ from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, OutputError, ResumeError
 from brushstroke.files import PARTIAL, output_errors, read_json, refuse_existing, write_file
 from brushstroke.formats import ADAPTER_FILES, save
+from brushstroke.formats import restore as restore_adapter
 from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.training.checkpoint import STATE, damaged, moved_away, read_state, restore
 from brushstroke.training.lock import FolderLock
@@ -211,6 +212,7 @@ class RunFolder:
 
     def _judge(self) -> bool:
         """Whether there is something to go on from; refuses what must not be replaced."""
+        restore_adapter(self.path)
         finished = self._resume and self.complete
         if not (self._resume or self._overwrite):
             refuse_existing(self.path, overwrite=False)

@@ -9,12 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from brushstroke.errors import OutputError
-from brushstroke.files import output_errors, remove_empty
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+from brushstroke.files import lock_folder, output_errors, remove_empty
 
 LOCKS = Path("/proc/locks")  # Linux tells here who holds what
 
@@ -62,28 +57,21 @@ class FolderLock:
 
     def _lock(self) -> int:
         """An open handle of the folder that holds the lock."""
-        if fcntl is None:
-            return os.open(os.devnull, os.O_RDONLY)
-        handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_folder(self._folder)
         except BlockingIOError:
-            holder = _holder(handle)
-            os.close(handle)
+            holder = _holder(self._folder)
             raise OutputError(
                 f"another run is writing {self._folder}{f' (process {holder})' if holder else ''}; wait for "
                 "it, or choose another folder"
             ) from None
-        except OSError:
-            pass  # this file system has no locks
-        return handle
 
 
-def _holder(handle: int) -> str:
-    """The number of the process that has locked what a handle is of; empty where the system does not tell."""
-    found = os.fstat(handle)
-    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+def _holder(folder: Path) -> str:
+    """The number of the process that has locked a folder; empty where the system does not tell."""
     with suppress(OSError):
+        found = folder.stat()
+        place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
         for line in LOCKS.read_text().splitlines():
             words = line.split()  # 1: FLOCK ADVISORY WRITE process place 0 EOF
             if words[1] == "FLOCK" and words[5] == place:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.files import PARTIAL, remove_files
+from brushstroke.files import LEAVING, PARTIAL, REPLACED, remove_files
 from brushstroke.formats import ADAPTER_FILES
 from brushstroke.formats.peft import ADAPTER_KEYS, CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
@@ -84,7 +84,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted writes of ours left in a folder, by exactly the names that they use."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         if STAGING.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            remove_files(entry / "replaced", ADAPTER_FILES)
+            for inner in (LEAVING, REPLACED):
+                remove_files(entry / inner, ADAPTER_FILES)
             remove_files(entry, (STATE, TENSORS, *ADAPTER_FILES))
         elif PARTIAL_FILE.fullmatch(entry.name) and entry.is_file():
             entry.unlink()
