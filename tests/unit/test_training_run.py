@@ -271,6 +271,16 @@ def test_a_run_with_a_best_adapter_goes_on_from_the_checkpoint_before_a_damaged_
         bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, resume=True)
     shutil.rmtree(cut / "checkpoints" / "step-00000006")
     shutil.copytree(cut, tmp_path / "bare")
+    for name in (same, "adapter_config.json"):
+        file = cut / "checkpoints" / "best-00000003" / name
+        whole = file.read_bytes()
+        changed = whole[:-1] + bytes([whole[-1] ^ 1]) if name == same else whole.replace(b"16", b"17", 1)
+        file.write_bytes(changed)
+        with pytest.raises(
+            ResumeError, match="best-00000003 is not as it was written; remove that checkpoint"
+        ):
+            bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, resume=True)
+        file.write_bytes(whole)
     again = bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, resume=True)
     assert again.resumed_from == 3
     assert (cut / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()

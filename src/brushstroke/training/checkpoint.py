@@ -120,9 +120,8 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
         restore(folder)
     state = read_state(folder)
     try:
-        with (folder / TENSORS).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != state["tensors"]:
-                raise damaged(folder, f"{TENSORS} is not as it was written")
+        if file_sum(folder / TENSORS) != state["tensors"]:
+            raise damaged(folder, f"{TENSORS} is not as it was written")
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise damaged(folder, str(error)) from error
@@ -175,6 +174,12 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state with the check sum of its other fields, by which damage of any of them is found."""
     fields = {name: value for name, value in state.items() if name != "sum"}
     return {**fields, "sum": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
+
+
+def file_sum(path: Path) -> str:
+    """The check sum of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damaged(folder: Path, why: str) -> ResumeError:

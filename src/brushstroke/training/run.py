@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
 from brushstroke.errors import AdapterFileError, ConfigError, NonFiniteError, OutputError, ResumeError
-from brushstroke.formats import load
+from brushstroke.formats import ADAPTER_FILES, load
 from brushstroke.formats import save as save_adapter
 from brushstroke.step.loss import LossFunction
 from brushstroke.step.memory import peak_memory
-from brushstroke.training.checkpoint import load_session, save_session
+from brushstroke.training.checkpoint import file_sum, load_session, save_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.folder import RunFolder
 from brushstroke.training.identity import identify, refuse_other_run
@@ -99,6 +99,7 @@ class _Totals:
     final_loss: float = float("nan")
     best_loss: float = float("inf")
     best_step: int = 0
+    best_sums: dict[str, str] = field(default_factory=dict)  # of the files of that step's adapter
     evaluated: int = 0
     peak_memory_bytes: int = 0
 
@@ -190,7 +191,7 @@ def train(
         steps = _steps(order, config)
         best: Adapter | None = None
         if folder and resumed_from and totals.best_step and config.keep_best:
-            best = _load_best(folder, totals.best_step)
+            best = _load_best(folder, totals)
         if on_plan:
             on_plan(make_plan(session, examples, config), resumed_from)
         if folder and resumed_from:
@@ -218,7 +219,8 @@ def train(
                             best = session.adapter() if config.keep_best else None
                             totals.best_step = session.steps
                             if folder and best:
-                                save_adapter(best, folder.best(totals.best_step), overwrite=True)
+                                saved = save_adapter(best, folder.best(totals.best_step), overwrite=True)
+                                totals.best_sums = _sums(saved)
                         if folder:
                             folder.record(EVALUATIONS, asdict(evaluation))
                     if on_eval:
@@ -297,14 +299,22 @@ def _refuse_broken(factors: Iterable[torch.Tensor], session: Training, config: T
     )
 
 
-def _load_best(folder: RunFolder, step: int) -> Adapter:
+def _load_best(folder: RunFolder, totals: _Totals) -> Adapter:
+    where = folder.best(totals.best_step)
     try:
-        return load(folder.best(step))
+        best = load(where)
+        if _sums(where) != totals.best_sums:
+            raise AdapterFileError(f"{where} is not as it was written")
+        return best
     except AdapterFileError as error:
         raise ResumeError(
             f"{folder.checkpoints()[-1]} needs the best adapter until then, but {error}; remove that "
             "checkpoint to go on from an earlier one, or start over with overwrite (--overwrite)"
         ) from error
+
+
+def _sums(adapter: Path) -> dict[str, str]:
+    return {name: file_sum(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()}
 
 
 def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:
@@ -329,7 +339,7 @@ def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResul
 def _summary(
     session: Training, totals: _Totals, identity: dict[str, Any], examples: EncodedData
 ) -> dict[str, Any]:
-    kept = _without(asdict(totals), "loss_sum", "best_loss", "best_step", "evaluated")
+    kept = _without(asdict(totals), "loss_sum", "best_loss", "best_step", "best_sums", "evaluated")
     return {
         **kept,
         "steps": session.steps,
