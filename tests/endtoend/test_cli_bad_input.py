@@ -6,6 +6,8 @@ import resource
 import pytest
 from cli_kit import PLAIN, files_in, rows, write_rows
 
+import brushstroke as bs
+
 LONG = "x" * 300  # more tokens than the tiny base has positions for
 
 BAD_ROWS = {
@@ -225,6 +227,20 @@ def test_an_adapter_is_not_gone_on_from_into_its_own_folder(cli, tiny, train_row
         assert "the start adapter out is in the output folder" in done.error
         assert "loading" not in done.err
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
+
+
+def test_an_adapter_is_not_written_into_the_folder_of_its_base(cli, tiny, train_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny)
+    before = files_in(tiny)
+    for out in (tiny, "."):
+        done = cli("train", tiny, train_rows, "--out", out, *PLAIN, "--overwrite")
+        assert done.status == 1
+        assert "is the base's own folder" in done.error
+        assert "loading" not in done.err
+    base = bs.load_base(tiny, dtype="float32", device="cpu")
+    with pytest.raises(bs.errors.OutputError, match="the base's own folder"):
+        bs.train(base, rows(4), bs.LoraConfig(), bs.TrainConfig(max_steps=1), out=tiny, overwrite=True)
+    assert files_in(tiny) == before
 
 
 def test_a_folder_with_a_name_that_no_file_system_takes(cli, tiny, train_rows):

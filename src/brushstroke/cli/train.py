@@ -50,8 +50,9 @@ def train(
     """
     run, reading, adapter = run or RunOptions(), reading or DataOptions(), adapter or AdapterOptions()
     request = _Request(data, adapter, training, reading)
-    from brushstroke.training.folder import RunFolder
+    from brushstroke.training.folder import RunFolder, refuse_base
 
+    refuse_base(out, base)
     folder = RunFolder(out, resume=resume, overwrite=overwrite)
     if adapter.start is not None:
         folder.refuse_start(adapter.start)

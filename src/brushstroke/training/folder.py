@@ -237,6 +237,17 @@ class RunFolder:
         return all(name in known or name.startswith(PARTIAL) for name in names)
 
 
+def refuse_base(out: str | Path, base: str | Path | None) -> None:
+    """Check that an output folder is not the folder of the base.
+
+    Raises:
+        OutputError: it is; with an adapter in it, transformers would load the two together.
+    """
+    out = Path(out).expanduser()
+    if base and out.is_dir() and os.path.realpath(out) == os.path.realpath(os.path.expanduser(base)):
+        raise OutputError(f"{out} is the base's own folder; choose another folder (--out)")
+
+
 def _best_step(checkpoint: Path) -> int:
     """The step of the best adapter that a checkpoint names; 0 where it names none."""
     with suppress(ResumeError, KeyError, TypeError):

@@ -24,7 +24,7 @@ from brushstroke.step.loss import LossFunction
 from brushstroke.step.memory import peak_memory
 from brushstroke.training.checkpoint import file_sum, load_session, save_session
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.folder import RunFolder
+from brushstroke.training.folder import RunFolder, refuse_base
 from brushstroke.training.identity import identify, refuse_other_run
 from brushstroke.training.interrupt import Interrupts
 from brushstroke.training.order import DataOrder
@@ -162,6 +162,8 @@ def train(
         asked = "keep_best" if config.keep_best else "eval_every"
         raise ConfigError(f"{asked} needs data to evaluate on; give eval_data")
     check_lora(lora)
+    if out is not None:
+        refuse_base(out, base.name)
     folder = RunFolder(out, resume=resume, overwrite=overwrite) if out is not None else None
     examples = read_data(base, data, config, start, prompt_column, completion_column)
     held_out = (
