@@ -57,12 +57,29 @@ def test_the_trainer_trains_an_attached_model(tmp_path: Path, strategy: str) -> 
     assert found == steps
 
 
-def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginning(tmp_path: Path) -> None:
+def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    (tmp_path / "README.md").write_text("mine", "utf-8")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "README.md").write_text("mine", "utf-8")
     with bs.attach(tiny_llama(), bs.LoraConfig(rank=4), trainable=True) as attachment:
-        callback = bs.AdapterCallback(attachment, tmp_path)
         arguments = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
-        with pytest.raises(bs.errors.OutputError, match=r"README\.md is not of an adapter"):
+
+        def begin(folder: str, overwrite: bool = False) -> None:
+            callback = bs.AdapterCallback(attachment, folder, overwrite=overwrite)
             callback.on_train_begin(arguments, TrainerState(), TrainerControl())
+
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(bs.errors.OutputError, match=r"README\.md is not of an adapter"):
+            begin("~/first", overwrite=True)
+        for written, folder in (("second", "~/second"), ("third-12", "~/third")):
+            bs.save(attachment.adapter(), tmp_path / written)
+            with pytest.raises(bs.errors.OutputError, match=rf"{written} holds files already"):
+                begin(folder)
+            begin(folder, overwrite=True)
+        (tmp_path / "third-12" / "README.md").write_text("mine", "utf-8")
+        (tmp_path / "third-12" / "brushstroke.json").unlink()
+        with pytest.raises(bs.errors.OutputError, match=r"third-12/README\.md is not of an adapter"):
+            begin("~/third", overwrite=True)

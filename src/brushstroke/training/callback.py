@@ -4,13 +4,15 @@ The Trainer's own checkpoints, and so its resume, are not offered: they would wr
 base's files.
 """
 
+import glob
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from brushstroke.errors import ConfigError
-from brushstroke.formats import check_overwrite, save
+from brushstroke.files import refuse_existing
+from brushstroke.formats import check_overwrite, restore, save
 from brushstroke.layers import Attachment
 
 
@@ -22,11 +24,15 @@ class AdapterCallback(TrainerCallback):
         folder: where the finished adapter goes, by default `adapter` in the Trainer's output folder. What the
             Trainer's save strategy asks for on the way goes to `adapter-STEP` beside it; all of
             these stay, whatever save_total_limit says.
+        overwrite: replace the adapters of an earlier training in these folders; files of other names stay.
     """
 
-    def __init__(self, attachment: Attachment, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, attachment: Attachment, folder: str | Path | None = None, *, overwrite: bool = False
+    ) -> None:
         self._attachment = attachment
-        self._folder = Path(folder) if folder else None
+        self._folder = Path(folder).expanduser() if folder else None
+        self._overwrite = overwrite
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,10 +41,16 @@ class AdapterCallback(TrainerCallback):
 
         Raises:
             ConfigError: the save strategy "best", or the best model is to be loaded at the end.
-            OutputError: the adapter's folder holds files by its names that are no adapter's.
+            OutputError: one of the folders holds files and may not be overwritten, or holds files
+                by an adapter's names that are none's.
         """
         if state.is_world_process_zero:
-            check_overwrite(self._target(args))
+            target = self._target(args)
+            for folder in (target, *target.parent.glob(f"{glob.escape(target.name)}-*")):
+                if folder == target or folder.name.removeprefix(f"{target.name}-").isdecimal():
+                    restore(folder)
+                    refuse_existing(folder, self._overwrite)
+                    check_overwrite(folder)
         if args.load_best_model_at_end:
             raise ConfigError(
                 "AdapterCallback cannot serve load_best_model_at_end, as the Trainer saves no model here; "
