@@ -184,6 +184,8 @@ def test_config_files(refused, train_rows, tmp_path):
         "rank: -2": "rank",
         "rank: 4\nseed: 1\nrank: 8": "'rank' stands there twice",
         "rank_pattern: {q_proj: 2, q_proj: 4}": "'q_proj' stands there twice",
+        "rank: " + "[" * 3000: "nested too deeply",
+        "prompt: ''": "the value of --prompt is empty",
         "max_steps: 3\nmax-steps: 4": "'max_steps' and 'max-steps' are one flag",
     }
     for text, expected in cases.items():
@@ -241,6 +243,29 @@ def test_an_adapter_is_not_written_into_the_folder_of_its_base(cli, tiny, train_
     with pytest.raises(bs.errors.OutputError, match="the base's own folder"):
         bs.train(base, rows(4), bs.LoraConfig(), bs.TrainConfig(max_steps=1), out=tiny, overwrite=True)
     assert files_in(tiny) == before
+
+
+@pytest.mark.parametrize("flag", ["--out", "--from", "--config", "--prompt", "--eval"])
+def test_empty_values_are_refused_by_name(cli, tiny, train_rows, flag):
+    done = cli("train", tiny, train_rows, *([] if flag == "--out" else ["--out", "out"]), f"{flag}=")
+    assert done.status == 2
+    assert f"the value of {flag} is empty; give one, or leave it out" in done.error
+
+
+def test_empty_and_impossible_paths_are_refused_by_every_command(cli, tiny, tmp_path):
+    for words in (
+        ["show", ""],
+        ["spectrum", ""],
+        ["merge", tiny, "", "--out", "out"],
+        ["compare", tmp_path, ""],
+    ):
+        done = cli(*words)
+        assert done.status == 2
+        assert "is empty" in done.error
+    for words in (["merge", tiny, tmp_path, "--out", "a\0b"], ["show", "a\0b"]):
+        done = cli(*words)
+        assert done.status == 2
+        assert "NUL" in done.error
 
 
 def test_a_folder_with_a_name_that_no_file_system_takes(cli, tiny, train_rows):

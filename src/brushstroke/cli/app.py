@@ -15,6 +15,7 @@ import brushstroke
 from brushstroke.cli.configfile import apply_config_file
 from brushstroke.cli.console import fail, replace_closed_streams, say, show_library_warnings
 from brushstroke.cli.interrupt import INTERRUPTED, Interrupts
+from brushstroke.cli.values import refuse_empty
 from brushstroke.errors import BrushstrokeError, ConfigError
 
 OK, REFUSED, USAGE = 0, 1, 2
@@ -95,7 +96,8 @@ def build() -> App:
         result_action="return_value",
     )
     for name, (place, takes_config, about) in COMMANDS.items():
-        app.command(place, name=name, help=about, config=[apply_config_file] if takes_config else [])
+        checks = [refuse_empty, *([apply_config_file, refuse_empty] if takes_config else [])]
+        app.command(place, name=name, help=about, config=checks)
     return app
 
 

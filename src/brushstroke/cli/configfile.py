@@ -57,8 +57,8 @@ def _read(path: Path) -> Mapping[Any, Any]:
         raise ConfigError(f"{path}: {error.strerror}; check the path that {FLAG} names") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8; save it as UTF-8") from error
-    except ValueError as error:  # a NUL in the name
-        raise ConfigError(f"{str(path)!r}: {error}; check the path that {FLAG} names") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply; its keys are flags, such as 'rank: 8'") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -4,7 +4,9 @@ The limits of a value are the business of the config that takes it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args
 
 from cyclopts import Parameter
 
@@ -12,6 +14,27 @@ from brushstroke.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
 LARGEST = 2**63 - 1  # what torch takes as a seed
+MAY_BE_EMPTY = ("--system",)
+
+
+def refuse_empty(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
+    """Refuse an empty path, which would be this folder, and a flag with an empty text (called by cyclopts).
+
+    Raises:
+        ConfigError: naming it, or a path that no file system takes.
+    """
+    for argument in arguments:
+        hint = argument.hint
+        a_path = Path in (hint, *get_args(hint))
+        a_text = str in (
+            get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        )  # lists may hold empty ones
+        for token in argument.tokens:
+            told = a_path or (a_text and token.keyword and argument.name not in MAY_BE_EMPTY)
+            if told and not token.value:
+                raise ConfigError(f"the value of {argument.name} is empty; give one, or leave it out")
+            if a_path and "\0" in token.value:
+                raise ConfigError(f"{argument.name}: {token.value!r} has a NUL character in its name")
 
 
 def whole(_: Any, tokens: Sequence[Any]) -> int:
