@@ -42,7 +42,7 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
     if (weights.folder / _INDEX).is_file():
         update_index(weights.folder / _INDEX, target / _INDEX, merging.added)
     if merging.untied:
-        _untie_config(target / "config.json")
+        _untie_file(target / "config.json")
     return MergeReport({path: merging.drifts[path] for path in adapter}, tuple(merging.untied))
 
 
@@ -87,12 +87,13 @@ class _Merging:
         return M.mT if site.kind == "linear" else M
 
 
-def _untie_config(path: Path) -> None:
+def _untie_file(path: Path) -> None:
     """Say in the config that the head has a weight of its own, or loading would tie the two again."""
     config = json.loads(path.read_text("utf-8"))
     config["tie_word_embeddings"] = False
-    if "tie_word_embeddings" in config.get("text_config", {}):
-        config["text_config"]["tie_word_embeddings"] = False
+    text = config.get("text_config") or {}
+    if "tie_word_embeddings" in text:
+        text["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
