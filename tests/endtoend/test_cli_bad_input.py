@@ -97,6 +97,11 @@ def test_files(refused, tmp_path, case):
     assert all(text in message for text in expected), message
 
 
+def test_many_rows_of_a_file_are_told_with_its_name_once(refused, tmp_path):
+    file = write_rows(tmp_path / "train.jsonl", [{"text": ""} for _ in range(12)])
+    assert f"{file}, rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more; take such rows out" in refused(file)
+
+
 def test_a_missing_file_names_its_neighbour(refused, tmp_path):
     write_rows(tmp_path / "train.jsonl", rows(1))
     assert "did you mean 'train.jsonl'" in refused(tmp_path / "trian.jsonl")

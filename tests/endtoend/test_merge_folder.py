@@ -164,6 +164,8 @@ def test_a_tied_head_is_untied_openly(tmp_path, shards):
     model = llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base", **({"max_shard_size": "20KB"} if shards else {}))
     adapter = adapter_for(model, ["lm_head", "q_proj"])
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "text_config": None}))
     report = merge_folder(tmp_path / "base", adapter, tmp_path / "out", verify=True)
     assert report.untied == (("lm_head", "model.embed_tokens"),)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -483,6 +485,12 @@ def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path)
     assert merge_folder(folder, other, tmp_path / "other").chat_template_saved
     assert (tmp_path / "other" / "chat_template.jinja").read_text() == "new"
     assert json.loads((tmp_path / "other" / "tokenizer_config.json").read_text()) == {"eos_token": "<e>"}
+
+
+def test_a_config_that_makes_no_model_comes_with_advice_for_the_command_line_too(folder, tmp_path):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(BaseLoadError, match=r"cannot build the model.*; fetch it again.*\(in Python: "):
+        merge_folder(folder, adapter_for(llama()), tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])

@@ -92,6 +92,8 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path: Path) -> None
         bs.train(base(), examples(10, seed=5), LORA, CONFIG, out=tmp_path, resume=True)
     with pytest.raises(ResumeError, match="rank: now 2, then 4"):
         bs.train(base(), examples(10), bs.LoraConfig(rank=2), CONFIG, out=tmp_path, resume=True)
+    with pytest.raises(ResumeError, match=r"\(dropout: now 0.5, then 0.0\)"):
+        bs.train(base(), examples(10), bs.LoraConfig(rank=4, dropout=0.5), CONFIG, out=tmp_path, resume=True)
     other_base = base()
     other_base.model.get_submodule("model.embed_tokens").weight.data.mul_(1.1)  # type: ignore[operator, union-attr]
     with pytest.raises(ResumeError, match=r"\(the base model changed\)"):

@@ -279,7 +279,8 @@ def _skeleton(folder: Path) -> nn.Module:
         said = " ".join(str(error).split())[:300]
         raise BaseLoadError(
             f"cannot build the model of {folder} from its config ({type(error).__name__}: {said}); "
-            f"load the model yourself and use ModelWeights"
+            f"fetch it again, or use a version of transformers that knows it (in Python: load the model "
+            "yourself and use ModelWeights)"
         ) from error
 
 

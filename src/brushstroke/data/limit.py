@@ -47,8 +47,13 @@ def keep_within(
 
 
 def _listed(rows: Rows, numbers: Sequence[int]) -> str:
+    places: dict[str, list[str]] = {}
+    for number in numbers[:_SHOWN]:
+        file, _, row = rows.where(number).rpartition(", row ")
+        places.setdefault(file, []).append(row)
+    told = (f"{file}, row{'s' * (len(found) > 1)} {', '.join(found)}" for file, found in places.items())
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return ", ".join(rows.where(number) for number in numbers[:_SHOWN]) + more
+    return "; ".join(told) + more
 
 
 def _shortened(example: Example, limit: int) -> Example:

@@ -83,8 +83,9 @@ def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> 
         else:
             differences.append(f"{NAMES[key]} changed" if key in NAMES else f"another {key}")
     if differences:
+        told = dict.fromkeys(differences)  # dropout is of the adapter's settings and of the run's
         raise ResumeError(
-            f"{where} belongs to a run with other settings ({'; '.join(differences)}); resume with "
+            f"{where} belongs to a run with other settings ({'; '.join(told)}); resume with "
             "the same command, or start over with overwrite (--overwrite)"
         )
 
