@@ -3,8 +3,10 @@
 It knows nothing of what is in the files; only that JSON which cannot be taken is one kind of error.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,8 +22,9 @@ except ImportError:
     fcntl = None
 
 PARTIAL = ".partial-"  # what a name begins with while its file or folder is being written
-# In the folder of a write: old files while they are moved out of its target, and once all of them are
-LEAVING, REPLACED = "leaving", "replaced"
+STAGING = re.compile(rf"{re.escape(PARTIAL)}[a-z0-9_]{{8}}")  # a folder of `write_folder`
+# In it: old files while they are moved out of its target, and once all of them are; the new files' check sums
+LEAVING, REPLACED, SUMS = "leaving", "replaced", "sums.json"
 
 
 @contextmanager
@@ -133,12 +136,14 @@ def write_folder(
             lock = lock_folder(staging)
             for name, content in files.items():
                 _write_synced(staging / name, content)
+            sums = {name: hashlib.sha256(_as_bytes(content)).hexdigest() for name, content in files.items()}
+            _write_synced(staging / SUMS, json.dumps(sums))
             _sync_folder(staging)
             _exchange(staging, folder, list(files), owned)
         except BaseException:
             with suppress(OSError):
                 if staging is not None:
-                    _put_back(staging, folder, {*owned, *files})
+                    _put_back(staging, folder, list(files)[-1])
                 for level in made:
                     level.rmdir()
             raise
@@ -151,45 +156,51 @@ def write_folder(
 def put_back(folder: Path, last: str, owned: Collection[str]) -> None:
     """Undo a `write_folder` that was killed before its last file appeared: the old files return.
 
-    Nothing is done where that file is there, or while the process that writes lives.
+    What a finished one left goes. Nothing is touched while the process that writes lives, where the system
+    cannot tell whether it does, or where something in the way is not as it was written.
+
+    Args:
+        folder: into which was written.
+        last: the file that appears last.
+        owned: see `write_folder`.
 
     Raises:
         OutputError: files cannot be moved.
     """
-    if os.path.lexists(folder / last) or not folder.is_dir():
+    if not folder.is_dir():
         return
     with output_errors(folder):
-        for staging in folder.glob(f"{PARTIAL}*"):
-            if not any((staging / name).is_dir() for name in (LEAVING, REPLACED)):
-                continue
+        for staging in [entry for entry in folder.iterdir() if _is_staging(entry, owned)]:
             try:
-                lock = lock_folder(staging)
+                lock = lock_folder(staging, strict=True)
             except BlockingIOError:
                 continue
             try:
-                _put_back(staging, folder, owned)
+                _put_back(staging, folder, last)
             finally:
                 os.close(lock)
 
 
-def lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path, *, strict: bool = False) -> int:
     """An open handle with the lock of a folder, which the system takes back when the process ends, however.
 
-    It keeps nobody out where the system (Windows) or the file system (some network drives) has no such locks.
+    Where the system (Windows) or the file system (some network drives) has no such locks, it keeps nobody
+    out, or is refused if it must.
 
     Raises:
-        BlockingIOError: another handle has it.
+        BlockingIOError: another handle has it, or `strict` and there are no locks.
     """
     if fcntl is None:
+        if strict:
+            raise BlockingIOError
         return os.open(os.devnull, os.O_RDONLY)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:
-        pass  # this file system has no locks
+    except OSError as error:
+        if strict or isinstance(error, BlockingIOError):  # any other: this file system has no locks
+            os.close(handle)
+            raise BlockingIOError from error
     return handle
 
 
@@ -206,27 +217,67 @@ def _exchange(staging: Path, folder: Path, names: list[str], owned: Collection[s
     _sync_folder(folder)
 
 
-def _put_back(staging: Path, folder: Path, owned: Collection[str]) -> None:
+def _put_back(staging: Path, folder: Path, last: str) -> None:
     """Undo an exchange from wherever it stopped, unless it was done; cut in two itself, it can go on."""
     leaving, replaced = staging / LEAVING, staging / REPLACED
-    waiting = any(entry.is_file() for entry in staging.iterdir())
+    sums: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        sums = read_json(staging / SUMS)
+    waiting = {name for name in sums if (staging / name).exists()}
     if waiting and replaced.is_dir():  # all that was there is in it: what is there now is new
-        for name in owned:
-            (folder / name).unlink(missing_ok=True)
+        placed = [name for name in sums if name not in waiting and _sum(folder / name) == sums[name]]
+        if _in_the_way(replaced, folder, placed):
+            return
+        for name in placed:
+            (folder / name).unlink()
         os.rename(replaced, leaving)
-    for old in leaving.iterdir() if leaving.is_dir() else ():
-        os.replace(old, folder / old.name)
+    if leaving.is_dir():
+        if not sums or _in_the_way(leaving, folder, ()):
+            return
+        for old in sorted(leaving.iterdir(), key=lambda old: old.name == last):
+            os.replace(old, folder / old.name)
+    elif replaced.is_dir() and not sums:
+        return
     shutil.rmtree(staging, ignore_errors=True)
 
 
+def _in_the_way(old: Path, folder: Path, placed: Collection[str]) -> bool:
+    """Whether files that would return find their places taken."""
+    return any(os.path.lexists(folder / path.name) and path.name not in placed for path in old.iterdir())
+
+
+def _is_staging(path: Path, owned: Collection[str]) -> bool:
+    """Whether a folder is one of `write_folder`, with nothing in it that this would not put there."""
+    if not STAGING.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    inner = [path / name for name in (LEAVING, REPLACED) if os.path.lexists(path / name)]
+    known = {*owned, SUMS, LEAVING, REPLACED}
+    return (
+        all(folder.is_dir() and not folder.is_symlink() for folder in inner)
+        and all(entry.name in known for entry in path.iterdir())
+        and all(entry.name in owned for folder in inner for entry in folder.iterdir())
+    )
+
+
+def _sum(path: Path) -> str | None:
+    """The check sum of a file's bytes; None where there is no such file."""
+    with suppress(OSError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
 def _write_synced(path: Path, content: bytes | str) -> None:
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = _as_bytes(content)
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     if path.read_bytes() != data:
         raise OutputError(f"{path} reads back differently from what was written; check the disk")
+
+
+def _as_bytes(content: bytes | str) -> bytes:
+    return content.encode("utf-8") if isinstance(content, str) else content
 
 
 def _sync_folder(folder: Path) -> None:

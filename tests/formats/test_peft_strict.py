@@ -315,7 +315,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed_save(adapter: Adapter, folder: Path, renames: int) -> bool:
-    """Save in a process of its own that dies after so many renames; whether it died."""
+    """Whether a save in a process of its own, which dies after so many renames, died."""
+    return killed(lambda: save(adapter, folder, overwrite=True), renames)
+
+
+def killed(action: Callable[[], object], renames: int) -> bool:
+    """Do something in a process of its own that dies after so many renames; whether it died."""
     child = os.fork()
     if not child:
         replace, rename, done = os.replace, os.rename, []
@@ -328,7 +333,7 @@ def killed_save(adapter: Adapter, folder: Path, renames: int) -> bool:
 
         os.replace, os.rename = (lambda *a: counted(replace, *a)), (lambda *a: counted(rename, *a))
         try:
-            save(adapter, folder, overwrite=True)
+            action()
         finally:
             os._exit(0)
     return os.waitpid(child, 0)[1] != 0
@@ -358,12 +363,56 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     assert renames > 9
 
 
+def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
+    adapter = load(folder)
+    old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
+    wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
+    for renames in range(1, 10):
+        for again in (1, 2, 3):
+            save(old, folder, overwrite=True)
+            assert killed_save(new, folder, renames)
+            killed(lambda: load(folder), again)
+            load(folder)
+            assert contents(folder) in wholes
+
+
+def test_a_users_files_are_no_leftovers(folder: Path, tmp_path: Path) -> None:
+    mine, linked = folder / ".partial-work", tmp_path / "linked"
+    for place in (mine, linked, folder / ".partial-abcdefgh"):
+        (place / "replaced").mkdir(parents=True)
+        (place / "thesis.txt").write_text("mine")
+        (place / "replaced" / "README.md").write_text("mine")
+    (folder / ".partial-linkedxx").symlink_to(linked)
+    (folder / "adapter_model.safetensors").unlink()
+    before = [contents(place) for place in (folder, linked)]
+    refusal(folder)
+    assert [contents(place) for place in (folder, linked)] == before
+
+
+def test_a_users_card_that_came_after_a_kill_stays(folder: Path) -> None:
+    adapter = load(folder)
+    assert killed_save(2.0 * adapter, folder, 6)
+    for name in ("README.md", "adapter_config.json"):
+        (folder / name).write_text("mine")
+    refusal(folder)
+    assert (folder / "README.md").read_text() == (folder / "adapter_config.json").read_text() == "mine"
+
+
+def test_a_folder_by_the_name_of_a_file_is_refused(folder: Path) -> None:
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").mkdir()
+    (folder / "README.md" / "mine").write_text("mine")
+    with pytest.raises(errors.OutputError, match=r"README\.md is not of an adapter"):
+        save(load(folder), folder, overwrite=True)
+
+
 def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
     before, staging = contents(folder), folder / ".partial-abcdefgh"
     (staging / "replaced").mkdir(parents=True)
     for name in before:
         (folder / name).rename(staging / "replaced" / name)
     (staging / "adapter_model.safetensors").write_bytes(b"new")
+    (staging / "sums.json").write_text('{"adapter_model.safetensors": ""}')
     lock = lock_folder(staging)
     assert "no adapter_config.json" in refusal(folder)
     assert contents(staging / "replaced") == before

@@ -69,7 +69,7 @@ def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginni
 
         def begin(folder: str, overwrite: bool = False) -> None:
             callback = bs.AdapterCallback(attachment, folder, overwrite=overwrite)
-            callback.on_train_begin(arguments, TrainerState(), TrainerControl())
+            callback.on_train_begin(arguments, TrainerState(max_steps=20), TrainerControl())
 
         monkeypatch.setenv("HOME", str(tmp_path))
         with pytest.raises(bs.errors.OutputError, match=r"README\.md is not of an adapter"):
@@ -79,6 +79,9 @@ def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginni
             with pytest.raises(bs.errors.OutputError, match=rf"{written} holds files already"):
                 begin(folder)
             begin(folder, overwrite=True)
+        (tmp_path / "fourth-2024").mkdir()  # a year, not one of this training's steps
+        (tmp_path / "fourth-2024" / "photo.txt").write_text("mine")
+        begin("~/fourth")
         (tmp_path / "third-12" / "README.md").write_text("mine", "utf-8")
         (tmp_path / "third-12" / "brushstroke.json").unlink()
         with pytest.raises(bs.errors.OutputError, match=r"third-12/README\.md is not of an adapter"):

@@ -5,10 +5,11 @@ import torch
 from inference_kit import OTHER_TEMPLATE, TEMPLATE, adapter, base, gpt2, llama
 from transformers import GenerationConfig
 
-from brushstroke.data import ChatFormat
+from brushstroke.data import ChatFormat, Example
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference import Answer, generate
 from brushstroke.inference.decode import Request, Sampling, context_length, run_requests
+from brushstroke.inference.loss import evaluate_loss
 from brushstroke.layers import attach, bank, merge
 
 PROMPTS = ["hi", "a much longer prompt than the others, by far", "what?", "tell me more", "x"]
@@ -68,17 +69,22 @@ def test_a_bank_that_is_given_stays_and_its_route_in_force_is_used():
         assert held.names == ("a",)
 
 
-def test_a_route_in_force_follows_the_prompts_though_the_bank_is_not_given():
+def test_a_route_that_tells_rows_apart_needs_its_bank():
     b = base()
     prompts = ["hi", "what else is there", "no"]  # answered by length, the longest first
     with bank(b, {"a": adapter(b, 1), "other": adapter(b, 2)}) as held:
         rows = ["a", "other", None]
         expected = generate(b, prompts, adapters=held, rows=rows, max_new_tokens=6)
         with held.rows(rows):
-            assert generate(b, prompts, max_new_tokens=6) == expected
+            assert generate(b, prompts, adapters=held, max_new_tokens=6) == expected
+            for adapters in (None, {}):
+                with pytest.raises(RouteError, match="a route of 3 rows is in force"):
+                    generate(b, prompts, adapters=adapters, max_new_tokens=6)
+            with pytest.raises(RouteError, match="a route of 3 rows is in force"):
+                evaluate_loss(b, [Example((1, 2), (0.0, 1.0))])
         held.use("other")
-        assert generate(b, "hi", max_new_tokens=2)[0].adapter == "other"
-    assert generate(b, "hi", max_new_tokens=2)[0].adapter is None
+        alone = generate(b, prompts, adapters=held, rows="other", max_new_tokens=6)
+        assert [x.tokens for x in generate(b, prompts, max_new_tokens=6)] == [x.tokens for x in alone]
 
 
 def test_each_row_is_written_with_the_template_that_its_adapter_was_trained_with():

@@ -124,7 +124,6 @@ def test_what_a_user_put_among_the_checkpoints_stays(tmp_path: Path) -> None:
     ours = {
         ".partial-12-metrics.jsonl": METRIC,
         ".partial-abcdefg1/adapter_config.json": PEFT,
-        ".partial-abcdefg1/replaced/README.md": "card",
         "checkpoints/.partial-abcdefg1/state.json": state(2),
     }
     write(tmp_path, {**mine, **ours, **RUN_OF_OURS})
@@ -285,6 +284,7 @@ def test_the_adapter_to_go_on_from_is_not_in_the_folder_that_is_written(
 def test_an_adapter_whose_replacement_was_killed_is_put_back_and_not_overlooked(tmp_path: Path) -> None:
     (tmp_path / ".partial-abcdefgh" / "leaving").mkdir(parents=True)
     (tmp_path / ".partial-abcdefgh" / "leaving" / "adapter_model.safetensors").write_text("whole")
+    (tmp_path / ".partial-abcdefgh" / "sums.json").write_text('{"adapter_model.safetensors": ""}')
     with pytest.raises(OutputError, match="holds files already"):
         RunFolder(tmp_path)
     assert contents(tmp_path) == {"adapter_model.safetensors": "whole"}

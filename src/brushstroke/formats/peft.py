@@ -128,7 +128,7 @@ def check_overwrite(folder: Path) -> None:
             known = CARD in told or (path.is_file() and b"library_name: peft" in path.read_bytes())
         else:
             known = bool(told)
-        if os.path.lexists(path) and not known:
+        if os.path.lexists(path) and not (known and path.is_file()):
             raise OutputError(
                 f"{path} is not of an adapter, and this one's would replace it; move it, or choose another "
                 "folder"

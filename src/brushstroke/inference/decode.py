@@ -14,7 +14,7 @@ from torch import nn
 
 from brushstroke.base import Base, quiet_transformers
 from brushstroke.errors import ConfigError, DataError
-from brushstroke.layers import Bank
+from brushstroke.layers import Bank, refuse_rows
 
 Finish = Literal["stop", "length"]
 
@@ -115,12 +115,15 @@ def run_requests(
 
     Raises:
         DataError: a prompt is empty, or with its answer longer than the model's context.
+        RouteError: without a bank, a route in force in the model tells rows apart.
     """
     if not hasattr(base.model, "generate"):
         raise ConfigError(
             f"{type(base.model).__name__} has no generate(); pass a causal language model of transformers"
         )
     _refuse_misfits(requests, sampling, context_length(base.model))
+    if bank is None:
+        refuse_rows(base)
     outputs: dict[int, Output] = {}
     with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
         for batch in _batches(requests, sampling.batch_size):

@@ -14,7 +14,7 @@ from brushstroke.base import Base, require_base
 from brushstroke.data import ChatFormat
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference.decode import Finish, Request, Sampling, run_requests
-from brushstroke.layers import Bank, bank, bank_in, unwrap
+from brushstroke.layers import Bank, bank, unwrap
 
 ONLY = "adapter"  # the name of an adapter that is given alone
 
@@ -29,7 +29,7 @@ class Answer:
     Args:
         text: the answer, without special tokens.
         tokens: its tokens, without the one that ended it.
-        adapter: the adapter that answered, by its name in the bank; None is the model as it stands.
+        adapter: the adapter that answered, by its name; None is the model as it stands.
         finish: "stop" where a stop token ended it, "length" where `max_new_tokens` did.
     """
 
@@ -64,7 +64,7 @@ def generate(
         base: the model and its tokenizer.
         prompts: texts, or conversations as lists of messages.
         adapters: one adapter (named "adapter"), several by name, or a bank that is in the base already.
-            Without it the model answers as it stands, with the bank or the adapter that is in it.
+            Without it the model answers as it stands, with the one adapter that is in force in it.
         rows: the adapter of each prompt by name; None in the list is the base; one name serves all. Without
             it: the only adapter, or the bank's route in force.
         max_new_tokens: most tokens of an answer, its stop token included.
@@ -84,10 +84,6 @@ def generate(
     require_base(base)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, num_beams, batch_size)
     given = _check_prompts(prompts)
-    if adapters is None:
-        adapters = bank_in(
-            base
-        )  # its route must follow the prompts into the order in which they are answered
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
         names = assign_rows(len(given), held, adapters, rows)
         voices = Voices(base, held, chat_template)

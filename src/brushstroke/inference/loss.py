@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from brushstroke.data import Example
-from brushstroke.layers import unwrap
+from brushstroke.layers import refuse_rows, unwrap
 
 PADDED_TOKENS = 2048  # of one batch: bounds the logits, which are the largest thing here
 ROWS_AT_ONCE = 512  # predictions whose logits are held in fp32
@@ -48,7 +48,11 @@ def evaluate_loss(
         examples: tokenised; those without a trained token count for nothing.
         batch_size: most examples in one batch.
         on_done: called after each batch with the number of examples that are done.
+
+    Raises:
+        RouteError: a route in force in the model tells rows apart.
     """
+    refuse_rows(model)
     root = unwrap(model)
     select = "logits_to_keep" in inspect.signature(root.forward).parameters
     total, trained, done = 0.0, 0, 0

@@ -4,7 +4,7 @@ It knows no files and no training; HF's Conv1D is known by its class name alone.
 """
 
 from brushstroke.layers.attach import Attachment, attach
-from brushstroke.layers.bank import Bank, bank, bank_in
+from brushstroke.layers.bank import Bank, bank, refuse_rows
 from brushstroke.layers.check import QuantisedBaseWarning, check_base
 from brushstroke.layers.merge import MergeReport, SiteDrift, check_forward, merge, merge_weight
 from brushstroke.layers.route import Route
@@ -19,11 +19,11 @@ __all__ = [
     "SiteDrift",
     "attach",
     "bank",
-    "bank_in",
     "check_base",
     "check_forward",
     "find_sites",
     "merge",
     "merge_weight",
+    "refuse_rows",
     "unwrap",
 ]

@@ -6,21 +6,18 @@ It serves; it does not train. Loading and evicting change no route that is in us
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AttachError, RouteError, did_you_mean
-from brushstroke.layers.adapted import BankedLinear, restore_classes, swap_class
+from brushstroke.layers.adapted import Adapted, BankedLinear, restore_classes, swap_class
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base
 from brushstroke.layers.guard import guard_model, probe, refuse_second
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank
-
-_IN_MODELS: WeakKeyDictionary[nn.Module, "Bank"] = WeakKeyDictionary()
 
 
 class Bank:
@@ -117,8 +114,6 @@ class Bank:
         """Take every adapter out; the model is bit for bit its base again."""
         restore_classes(self._modules)
         self._open()
-        if self._modules:
-            _IN_MODELS.pop(self.model, None)
         self._modules.clear()
         self._slots.clear()
         self._cards.clear()
@@ -147,7 +142,6 @@ class Bank:
             self._modules.update(fresh)
             self._open()
             self._undo = guard_model(self.model, self._modules)
-            _IN_MODELS[self.model] = self
 
     def _open(self) -> None:
         for undo in reversed(self._undo):
@@ -193,9 +187,18 @@ def bank(
     return made
 
 
-def bank_in(model: Any) -> Bank | None:
-    """The bank whose adapters are in a model now, if there is one."""
-    return _IN_MODELS.get(unwrap(model))
+def refuse_rows(model: Any) -> None:
+    """Check that no route in force in a model tells its rows apart, as batches of another order would mix up.
+
+    Raises:
+        RouteError: one does.
+    """
+    for module in unwrap(model).modules():
+        if isinstance(module, Adapted) and module._route.uniform is None:
+            raise RouteError(
+                f"a route of {len(module._route.slots)} rows is in force in this model, and here rows run in "
+                "an order of their own; pass the bank as adapters= (with rows=), or leave its rows() first"
+            )
 
 
 def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None:

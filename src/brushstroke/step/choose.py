@@ -5,6 +5,7 @@ gives may depend on no embedding of another one, nor on one behind it, and where
 exactly 0, in any dtype and however small the model's numbers are.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,7 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
     except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
-        if difference <= min(_tolerance(model_dtype(model)), MAX_SHARE_OF_LEAK * leak):
+        if difference <= _tolerance(model_dtype(model)) and difference <= MAX_SHARE_OF_LEAK * leak:
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing is not shown to be right for this model: {reason}"
@@ -82,7 +83,7 @@ def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.M
         UnsupportedAttention: a packed example depends on another one's tokens.
     """
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    difference = 0.0
+    differences: list[float] = []
     tried = (SHORT, LONG) if context and sum(LONG) <= context else (SHORT,)
     for lengths in tried:
         examples = probe_examples(model, lengths)
@@ -96,8 +97,8 @@ def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.M
                 with torch.no_grad(), packed.context():
                     found = packed.trained_logits(arranged).split(counts)
             for one, other in zip(alone, found, strict=True):
-                difference = max(difference, float((other.double() - one).norm() / one.norm()))
-    return difference
+                differences.append(float((other.double() - one).norm() / one.norm()))
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]) -> list[Tensor]:

@@ -257,7 +257,9 @@ def _logits(output: Any) -> Float[Tensor, "b n v"]:
         ConfigError: there are none for each token.
     """
     logits = output
-    if isinstance(output, Mapping):
+    if hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, Mapping):
         logits = output.get("logits")
     elif isinstance(output, tuple | list):
         logits = output[0]

@@ -83,8 +83,8 @@ def kept_per_token(
         parameters: tensors that are there anyway.
         context: the most tokens that the model can run.
     """
-    longer = min(PROBED_TOKENS, (context or PROBED_TOKENS + 1) - 1)  # its example has one token more
-    probed = (longer // 3, longer)
+    longer = max(1, min(PROBED_TOKENS, (context or PROBED_TOKENS + 1) - 1))  # its example has one token more
+    probed = (max(1, longer // 3), longer)
     known = {p.untyped_storage().data_ptr() for p in parameters}
     found = []
     for tokens in probed:

@@ -131,8 +131,10 @@ def _need(
             return forward.summed_loss(unshared([example]), None)
 
     config = getattr(model, "config", None)
+    told = getattr(config, "max_position_embeddings", None)
+    context = told if isinstance(told, int) else None
     try:
-        kept = kept_per_token(run, model.parameters(), getattr(config, "max_position_embeddings", None))
+        kept = kept_per_token(run, model.parameters(), context if context and context > 0 else None)
     except (BrushstrokeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model is not ours, and this is the first pass that must succeed

@@ -4,7 +4,6 @@ The Trainer's own checkpoints, and so its resume, are not offered: they would wr
 base's files.
 """
 
-import glob
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ class AdapterCallback(TrainerCallback):
         self._attachment = attachment
         self._folder = Path(folder).expanduser() if folder else None
         self._overwrite = overwrite
+        self._written: set[Path] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,12 +45,10 @@ class AdapterCallback(TrainerCallback):
                 by an adapter's names that are none's.
         """
         if state.is_world_process_zero:
-            target = self._target(args)
-            for folder in (target, *target.parent.glob(f"{glob.escape(target.name)}-*")):
-                if folder == target or folder.name.removeprefix(f"{target.name}-").isdecimal():
-                    restore(folder)
-                    refuse_existing(folder, self._overwrite)
-                    check_overwrite(folder)
+            for folder in self._targets(args, state):
+                restore(folder)
+                refuse_existing(folder, self._overwrite or folder in self._written)
+                check_overwrite(folder)
         if args.load_best_model_at_end:
             raise ConfigError(
                 "AdapterCallback cannot serve load_best_model_at_end, as the Trainer saves no model here; "
@@ -79,18 +77,26 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         """Write the finished adapter."""
         if state.is_world_process_zero:
-            save(self._attachment.adapter(), self._target(args), overwrite=True)
+            self._save(self._target(args))
 
     def _save_instead(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         if control.should_save:
             control.should_save = False
             if state.is_world_process_zero and state.global_step < state.max_steps:
                 target = self._target(args)
-                save(
-                    self._attachment.adapter(),
-                    target.with_name(f"{target.name}-{state.global_step}"),
-                    overwrite=True,
-                )
+                self._save(target.with_name(f"{target.name}-{state.global_step}"))
+
+    def _save(self, folder: Path) -> None:
+        save(self._attachment.adapter(), folder, overwrite=True)
+        self._written.add(folder)
+
+    def _targets(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
+        """The folders that may be written, as far as they are there."""
+        target = self._target(args)
+        if getattr(args.save_strategy, "value", args.save_strategy) == "no":
+            return [target]
+        found = [(path, path.name.removeprefix(f"{target.name}-")) for path in target.parent.glob("*")]
+        return [target, *(path for path, step in found if step.isdecimal() and int(step) < state.max_steps)]
 
     def _target(self, args: TrainingArguments) -> Path:
         return self._folder or Path(args.output_dir or ".") / "adapter"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.files import LEAVING, PARTIAL, REPLACED, remove_files
+from brushstroke.files import PARTIAL, STAGING, remove_files
 from brushstroke.formats import ADAPTER_FILES
 from brushstroke.formats.peft import ADAPTER_KEYS, CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
@@ -24,7 +24,6 @@ KEYS = {  # of JSON files, or of their first lines
 }
 MARKS = (METRICS, EVALUATIONS, RUN, CARD)  # any of them says that a run or an adapter of ours is here
 INSIDE = {"step": (STATE, TENSORS), "best": ADAPTER_FILES}  # what a folder of checkpoints holds
-STAGING = re.compile(rf"{re.escape(PARTIAL)}[a-z0-9_]{{8}}")  # a folder that an interrupted write left
 _WRITTEN = "|".join(map(re.escape, (METRICS, EVALUATIONS, RUN)))
 PARTIAL_FILE = re.compile(rf"{re.escape(PARTIAL)}\d+-({_WRITTEN})")  # and a file
 
@@ -84,8 +83,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted writes of ours left in a folder, by exactly the names that they use."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         if STAGING.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            for inner in (LEAVING, REPLACED):
-                remove_files(entry / inner, ADAPTER_FILES)
             remove_files(entry, (STATE, TENSORS, *ADAPTER_FILES))
         elif PARTIAL_FILE.fullmatch(entry.name) and entry.is_file():
             entry.unlink()
