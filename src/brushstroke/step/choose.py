@@ -77,28 +77,38 @@ def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:
 
 
 def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool) -> float:
-    """The largest relative difference of a packed example's logits from those that it has alone.
+    """The largest difference of a packed example's logits from those that it has alone, relative to them.
 
     Raises:
         UnsupportedAttention: a packed example depends on another one's tokens.
     """
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    differences: list[float] = []
-    tried = (SHORT, LONG) if context and sum(LONG) <= context else (SHORT,)
-    for lengths in tried:
-        examples = probe_examples(model, lengths)
-        with torch.no_grad():
-            alone = [padded.trained_logits(unshared([example])).double() for example in examples]
-        for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
-            counts = [len(logits) for logits in alone]
-            if lengths is tried[-1]:
-                found = _kept_apart(packed, model, arranged, counts)
-            else:
-                with torch.no_grad(), packed.context():
-                    found = packed.trained_logits(arranged).split(counts)
-            for one, other in zip(alone, found, strict=True):
-                differences.append(float((other.double() - one).norm() / one.norm()))
-    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+    lengths = LONG if context and sum(LONG) <= context else SHORT
+    examples = probe_examples(model, lengths)
+    with torch.no_grad():
+        alone = [padded.trained_logits(unshared([example])) for example in examples]
+    counts = [len(logits) for logits in alone]
+    found = []
+    for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
+        pair = _kept_apart(packed, model, arranged, counts)
+        found += [_difference(one, other) for one, other in zip(alone, pair, strict=True)]
+    return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:
+    """How far an example's logits move where it simply goes on from another one: relative to them.
+
+    The examples are short, so that the other one is within every window.
+    """
+    first, second = probe_examples(model, SHORT)
+    joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
+    with torch.no_grad():
+        alone, leaking = (padded.trained_logits(unshared([example])) for example in (second, joined))
+    return _difference(alone, leaking)
+
+
+def _difference(right: Tensor, other: Tensor) -> float:
+    return float((other.double() - right.double()).norm() / right.double().norm())
 
 
 def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]) -> list[Tensor]:
@@ -115,12 +125,3 @@ def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts:
         if depends(second, seen, own):
             raise UnsupportedAttention("a packed example depends on another one's tokens")
     return [first.detach(), second.detach()]
-
-
-def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:
-    """How far an example's logits move where it simply goes on from another one: relative to them."""
-    first, second = probe_examples(model, SHORT)
-    joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
-    with torch.no_grad():
-        alone, leaking = (padded.trained_logits(unshared([e])).double() for e in (second, joined))
-    return float((leaking - alone).norm() / alone.norm())
