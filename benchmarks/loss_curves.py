@@ -4,6 +4,7 @@ python benchmarks/loss_curves.py --steps 40 --seeds 0,1,2
 """
 
 import argparse
+import math
 import statistics
 
 from _common import SIDES, interleaved, keep, prepared, rows_of
@@ -38,7 +39,8 @@ def main() -> None:
         f"spread of PEFT's seeds {max(ends['peft']) - min(ends['peft']):.4f}, "
         f"time to its loss {statistics.median(ratios):.2f}x"
     )
-    keep("loss_curves", steps=options.steps, final_losses=ends, time_to_peers_loss=ratios)
+    reached = [ratio if math.isfinite(ratio) else None for ratio in ratios]
+    keep("loss_curves", steps=options.steps, final_losses=ends, time_to_peers_loss=reached)
 
 
 def seconds_to(run: dict, target: float) -> float:
