@@ -26,9 +26,8 @@ def refuse_empty(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
     for argument in arguments:
         hint = argument.hint
         a_path = Path in (hint, *get_args(hint))
-        a_text = str in (
-            get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        )  # lists may hold empty ones
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        a_text = str in kinds  # not in a list, which may be empty
         for token in argument.tokens:
             told = a_path or (a_text and token.keyword and argument.name not in MAY_BE_EMPTY)
             if told and not token.value:
