@@ -192,7 +192,8 @@ def _answers(
 ) -> tuple[bs.Answer, ...]:
     """Answers in the order of the prompts; each batch has rows whose right answers are about as long."""
     lengths = [len(ids) for ids in base.tokenizer(list(expected), add_special_tokens=False)["input_ids"]]
-    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    # The base seldom stops: its rows stand together, so that they keep one batch waiting and not several.
+    order = sorted(range(len(prompts)), key=lambda i: (bool(rows) and rows[i] is None, lengths[i]))
     found: dict[int, bs.Answer] = {}
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
