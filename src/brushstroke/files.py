@@ -54,6 +54,12 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def file_sum(path: Path) -> str:
+    """The check sum of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Check that results may go into a folder: it is new or empty, or its files may be overwritten.
 
@@ -136,7 +142,7 @@ def write_folder(
             lock = lock_folder(staging)
             for name, content in files.items():
                 _write_synced(staging / name, content)
-            sums = {name: hashlib.sha256(_as_bytes(content)).hexdigest() for name, content in files.items()}
+            sums = {name: file_sum(staging / name) for name in files}
             _write_synced(staging / SUMS, json.dumps(sums))
             _sync_folder(staging)
             _exchange(staging, folder, list(files), owned)
@@ -225,7 +231,8 @@ def _put_back(staging: Path, folder: Path, last: str) -> None:
         sums = read_json(staging / SUMS)
     waiting = {name for name in sums if (staging / name).exists()}
     if waiting and replaced.is_dir():  # all that was there is in it: what is there now is new
-        placed = [name for name in sums if name not in waiting and _sum(folder / name) == sums[name]]
+        there = [name for name in sums if name not in waiting and (folder / name).is_file()]
+        placed = [name for name in there if file_sum(folder / name) == sums[name]]
         if _in_the_way(replaced, folder, placed):
             return
         for name in placed:
@@ -259,25 +266,14 @@ def _is_staging(path: Path, owned: Collection[str]) -> bool:
     )
 
 
-def _sum(path: Path) -> str | None:
-    """The check sum of a file's bytes; None where there is no such file."""
-    with suppress(OSError):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return None
-
-
 def _write_synced(path: Path, content: bytes | str) -> None:
-    data = _as_bytes(content)
+    data = content.encode("utf-8") if isinstance(content, str) else content
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     if path.read_bytes() != data:
         raise OutputError(f"{path} reads back differently from what was written; check the disk")
-
-
-def _as_bytes(content: bytes | str) -> bytes:
-    return content.encode("utf-8") if isinstance(content, str) else content
 
 
 def _sync_folder(folder: Path) -> None:

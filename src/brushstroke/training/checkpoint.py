@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
-from brushstroke.files import PARTIAL, output_errors, read_json
+from brushstroke.files import PARTIAL, file_sum, output_errors, read_json
 from brushstroke.layers import Attachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -174,12 +174,6 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state with the check sum of its other fields, by which damage of any of them is found."""
     fields = {name: value for name, value in state.items() if name != "sum"}
     return {**fields, "sum": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
-
-
-def file_sum(path: Path) -> str:
-    """The check sum of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damaged(folder: Path, why: str) -> ResumeError:

@@ -4,12 +4,13 @@ It reads and removes; it writes nothing.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.files import PARTIAL, STAGING, remove_files
+from brushstroke.files import LEAVING, PARTIAL, REPLACED, STAGING, SUMS, remove_empty, remove_files
 from brushstroke.formats import ADAPTER_FILES
 from brushstroke.formats.peft import ADAPTER_KEYS, CARD, CONFIG, README
 from brushstroke.training.checkpoint import STATE, STATE_KEYS, TENSORS
@@ -83,7 +84,11 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted writes of ours left in a folder, by exactly the names that they use."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         if STAGING.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            remove_files(entry, (STATE, TENSORS, *ADAPTER_FILES))
+            inner = [entry / name for name in (LEAVING, REPLACED)]
+            for old in inner:
+                remove_empty(old)
+            if not any(map(os.path.lexists, inner)):  # else there are files for `put_back` to return
+                remove_files(entry, (STATE, TENSORS, SUMS, *ADAPTER_FILES))
         elif PARTIAL_FILE.fullmatch(entry.name) and entry.is_file():
             entry.unlink()
 

@@ -18,11 +18,12 @@ from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
 from brushstroke.errors import AdapterFileError, ConfigError, NonFiniteError, OutputError, ResumeError
+from brushstroke.files import file_sum
 from brushstroke.formats import ADAPTER_FILES, load
 from brushstroke.formats import save as save_adapter
 from brushstroke.step.loss import LossFunction
 from brushstroke.step.memory import peak_memory
-from brushstroke.training.checkpoint import file_sum, load_session, save_session
+from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.folder import RunFolder, refuse_base
 from brushstroke.training.identity import identify, refuse_other_run
