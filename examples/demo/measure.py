@@ -17,7 +17,7 @@ from brushstroke.inference import Scores, score
 from brushstroke.samples import labelled
 
 BASE_TASK = "addresses"  # what the untouched base is asked
-BATCH = 31  # rows that are answered together
+BATCH = 62  # rows that are answered together
 SPARE_TOKENS = 12
 FIRST_TOKENS = 24
 

@@ -8,8 +8,9 @@ from transformers import GenerationConfig
 from brushstroke.data import ChatFormat, Example
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference import Answer, generate
-from brushstroke.inference.decode import Request, Sampling, context_length, run_requests
+from brushstroke.inference.decode import context_length, run_requests
 from brushstroke.inference.loss import evaluate_loss
+from brushstroke.inference.request import Request, Sampling
 from brushstroke.layers import attach, bank, merge
 
 PROMPTS = ["hi", "a much longer prompt than the others, by far", "what?", "tell me more", "x"]

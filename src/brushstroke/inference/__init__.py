@@ -4,11 +4,12 @@ It trains nothing and knows no terminal.
 """
 
 from brushstroke.inference.chat import ChatSession
-from brushstroke.inference.decode import Output, Request, Sampling, context_length, run_requests
+from brushstroke.inference.decode import context_length, run_requests
 from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
 from brushstroke.inference.export import ExportReport, merge_folder
 from brushstroke.inference.generate import Answer, generate
 from brushstroke.inference.loss import Loss, evaluate_loss
+from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.inference.scores import Scores, json_object, score
 
 __all__ = [

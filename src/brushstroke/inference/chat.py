@@ -9,8 +9,9 @@ from typing import Any
 
 from brushstroke.base import Base
 from brushstroke.errors import DataError
-from brushstroke.inference.decode import Request, Sampling, run_requests
+from brushstroke.inference.decode import run_requests
 from brushstroke.inference.generate import Adapters, Prompt, Voices, assign_rows, open_bank
+from brushstroke.inference.request import Request, Sampling
 
 
 class ChatSession:

@@ -13,7 +13,8 @@ from brushstroke.adapter import Adapter, Card
 from brushstroke.base import Base, require_base
 from brushstroke.data import ChatFormat
 from brushstroke.errors import ConfigError, DataError, RouteError
-from brushstroke.inference.decode import Finish, Request, Sampling, run_requests
+from brushstroke.inference.decode import run_requests
+from brushstroke.inference.request import Finish, Request, Sampling
 from brushstroke.layers import Bank, bank, unwrap
 
 ONLY = "adapter"  # the name of an adapter that is given alone

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from brushstroke.adapter import is_conv1d
+from brushstroke.base import CACHE_NAMES
 from brushstroke.data import Example
 from brushstroke.layers.adapted import Adapted, hooked, shared_parts
 from brushstroke.lowrank.apply import lowrank_linears
@@ -48,7 +49,6 @@ MLP_NAMES = (  # (gate, up, down) of the model families
     (None, "up_proj", "down_proj"),
     (None, "dense_h_to_4h", "dense_4h_to_h"),
 )
-CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
 ACTIVATION_NAMES = ("act_fn", "act", "activation_fn")
 
 

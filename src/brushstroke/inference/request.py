@@ -1,0 +1,76 @@
+"""What is asked of a model, as tokens: prompts, how tokens are chosen, answers.
+
+It runs nothing: `batch` and `decode` do.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from brushstroke.errors import ConfigError
+
+Finish = Literal["stop", "length"]
+
+MIN_TEMPERATURE = 1e-4  # below it logits overflow when they are divided
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and how many prompts run at once.
+
+    Args:
+        max_new_tokens: most tokens of an answer, its stop token included.
+        temperature: 0 takes the likeliest token each time (greedy).
+        top_p: with a temperature, the share of the probability that is drawn from.
+        seed: of the draws.
+        num_beams: width of a beam search; 1 is none.
+        batch_size: prompts in one batch.
+
+    Raises:
+        ConfigError: a value that cannot work, named.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_beams: int = 1
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number; got {value!r}")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}; got {self.temperature!r}"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number from 0 to {2**63 - 1}; got {self.seed!r}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1; got {self.top_p!r}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt: its tokens, the adapter that answers (None is the base), the tokens that end an answer.
+
+    `where` names the prompt in messages.
+    """
+
+    tokens: tuple[int, ...]
+    adapter: str | None = None
+    stops: tuple[int, ...] = ()
+    where: str = "the prompt"
+
+
+@dataclass(frozen=True)
+class Output:
+    """The tokens of an answer without its stop token, and how it ended."""
+
+    tokens: tuple[int, ...]
+    finish: Finish

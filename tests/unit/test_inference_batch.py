@@ -1,0 +1,126 @@
+import pytest
+import torch
+import transformers
+from inference_kit import adapter, base, gpt2, llama
+
+from brushstroke.base import empty_cache
+from brushstroke.inference import Request, Sampling, run_requests
+from brushstroke.layers import bank
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 264}
+TEXT = {"max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": None}
+
+
+def family(name: str, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **TEXT, **settings})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+CUT = {
+    "Llama": llama,
+    "GPT-2": gpt2,
+    "Qwen3": lambda: family("Qwen3", intermediate_size=48, num_key_value_heads=2, head_dim=8),
+    "Gemma": lambda: family("Gemma", intermediate_size=48, num_key_value_heads=1, head_dim=8),
+    "OPT": lambda: family("OPT", ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
+    "Bloom": lambda: family("Bloom", n_head=4, n_layer=2),
+    "GPT-NeoX": lambda: family("GPTNeoX", intermediate_size=48),
+}
+WHOLE = {  # they keep a window of keys, or a state
+    "Mistral": lambda: family("Mistral", intermediate_size=48, num_key_value_heads=2, sliding_window=6),
+    "Mamba": lambda: family("Mamba", state_size=4),
+}
+BUDGET = 24
+
+
+def asked(seed: int = 0, rows: int = 9) -> list[tuple[int, ...]]:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 14, (rows,), generator=draw).tolist()
+    return [tuple(torch.randint(5, 250, (length,), generator=draw).tolist()) for length in lengths]
+
+
+def sizes_of_passes(model, monkeypatch) -> list[int]:
+    """The rows of each `generate` that will be called."""
+    seen, generate = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: seen.append(len(k["input_ids"])) or generate(*a, **k)
+    )
+    return seen
+
+
+def stops_among(answers: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Tokens which end several of the answers, at different places, and leave at least one whole."""
+    for first in range(3, 20):
+        stops = tuple({answer[first] for answer in answers[:-1] if answer[first] not in answers[-1]})
+        ends = {next((i for i, token in enumerate(a) if token in stops), None) for a in answers}
+        if None in ends and len(ends) > 3:
+            return stops
+    raise AssertionError("these answers do not differ enough; take another seed")
+
+
+@pytest.mark.parametrize("name", [*CUT, *WHOLE])
+def test_rows_that_leave_change_no_answer(name, monkeypatch):
+    b = base({**CUT, **WHOLE}[name]())
+    free = [x.tokens for x in run_requests(b, [Request(tokens) for tokens in asked()], Sampling(BUDGET))]
+    stops = stops_among(free)
+    sizes = sizes_of_passes(b.model, monkeypatch)
+    found = run_requests(b, [Request(tokens, None, stops) for tokens in asked()], Sampling(BUDGET))
+    for output, whole in zip(found, free, strict=True):
+        end = next((i for i, token in enumerate(whole) if token in stops), None)
+        assert output.tokens == whole[:end]
+        assert output.finish == ("length" if end is None else "stop")
+    if name in CUT:
+        assert sizes[0] == len(free)
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(sizes)) == len(sizes) > 1  # each pass is smaller than the one before
+    else:
+        assert sizes == [len(free)]
+
+
+def test_a_row_that_stays_keeps_its_adapter(monkeypatch):
+    b = base()
+    adapters = {"a": adapter(b, 1), "b": adapter(b, 2)}
+    voices = ["a", None, "b", "a", "b", None, "a", "b", None]
+    with bank(b, adapters) as held:
+        requests = [Request(tokens, voice) for tokens, voice in zip(asked(), voices, strict=True)]
+        free = [x.tokens for x in run_requests(b, requests, Sampling(BUDGET), bank=held)]
+        stops = stops_among(free)
+        sizes = sizes_of_passes(b.model, monkeypatch)
+        stopped = [Request(request.tokens, request.adapter, stops) for request in requests]
+        found = run_requests(b, stopped, Sampling(BUDGET), bank=held)
+        assert len(sizes) > 1
+        for request, output in zip(stopped, found, strict=True):
+            assert [output] == run_requests(b, [request], Sampling(BUDGET), bank=held)
+        assert held.active == (None,)
+
+
+def test_drawn_answers_are_the_same_each_time_and_end_where_they_should(monkeypatch):
+    b = base()
+    drawn = Sampling(BUDGET, temperature=1.5, seed=4)
+    free = [x.tokens for x in run_requests(b, [Request(tokens) for tokens in asked()], drawn)]
+    stops = stops_among(free)
+    requests = [Request(tokens, None, stops) for tokens in asked()]
+    sizes = sizes_of_passes(b.model, monkeypatch)
+    found = run_requests(b, requests, drawn)
+    assert len(sizes) > 1
+    assert found == run_requests(b, requests, drawn)
+    assert all(len(x.tokens) == BUDGET for x in found if x.finish == "length")
+    assert all(not set(x.tokens) & set(stops) for x in found)
+
+
+def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
+    b = base()
+    requests = [Request(tokens, None, (7, 8, 9, *range(20, 90))) for tokens in asked()]
+    sizes = sizes_of_passes(b.model, monkeypatch)
+    run_requests(b, requests, Sampling(BUDGET, num_beams=2))
+    assert sizes == [len(requests)]
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    assert empty_cache(Wrapped(b.model)) == ("", None)
