@@ -41,35 +41,36 @@ def run_batch(
     width = ids.shape[1]
     leaves = bool(stops) and len(batch) > 1 and streamer is None and sampling.num_beams == 1
     cache_name, cache = empty_cache(base.model) if leaves else ("", None)
-    options: dict[str, Any] = {
-        "num_beams": sampling.num_beams,
-        "pad_token_id": pad,
-        "eos_token_id": list(stops) or None,
-        "do_sample": sampling.temperature > 0,
-    }
-    if sampling.temperature > 0:
-        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    options = _options(sampling, stops, pad)
     if streamer is not None:
         options["streamer"] = streamer
     outputs: dict[int, Output] = {}
     rows = list(range(len(batch)))
     while rows:
         if cache is not None:
-            options |= {cache_name: cache, "stopping_criteria": [_some_answered(stops)]}
+            options |= {cache_name: cache, "stopping_criteria": [_some_answered(stops, ids.device)]}
         room = sampling.max_new_tokens - (ids.shape[1] - width)
         with nullcontext() if bank is None else bank.rows([batch[row].adapter for row in rows]):
             ids = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options)
         answers = [_ended(row, stops) for row in ids[:, width:].tolist()]
         early = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
         stay = [i for i, answer in enumerate(answers) if early and answer.finish == "length"]
-        outputs.update((rows[i], answer) for i, answer in enumerate(answers) if i not in stay)
+        outputs.update(zip(rows, answers, strict=True))  # those that stay get theirs anew
+        rows = [rows[i] for i in stay]
         if cache is not None and stay:
             kept = torch.tensor(stay, device=ids.device)
             cache.batch_select_indices(kept)
-            ids, mask = ids[kept], mask[kept]
-            mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-        rows = [rows[i] for i in stay]
+            ids, mask = ids[kept], F.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
     return [outputs[row] for row in range(len(batch))]
+
+
+def _options(sampling: Sampling, stops: Sequence[int], pad: int) -> dict[str, Any]:
+    """How transformers' `generate` is to choose tokens, and where to end."""
+    options = {"num_beams": sampling.num_beams, "pad_token_id": pad, "eos_token_id": list(stops) or None}
+    if not sampling.temperature:
+        return {**options, "do_sample": False}
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return {**options, "do_sample": True, **drawn}
 
 
 def _padded(batch: Sequence[Request], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -83,13 +84,14 @@ def _padded(batch: Sequence[Request], pad: int, device: torch.device) -> tuple[T
     return ids.to(device), mask.to(device)
 
 
-def _some_answered(stops: Sequence[int]) -> Callable[..., Tensor]:
+def _some_answered(stops: Sequence[int], device: torch.device) -> Callable[..., Tensor]:
     """What transformers asks after each token: all rows halt once enough of them are answered."""
+    ends = torch.tensor(stops, device=device)
     answered: Tensor | None = None
 
     def halt(ids: Tensor, scores: Any, **_: Any) -> Tensor:
         nonlocal answered
-        now = torch.isin(ids[:, -1], torch.tensor(stops, device=ids.device))
+        now = torch.isin(ids[:, -1], ends)
         answered = now if answered is None else answered | now
         return (answered.sum() * LEAVING >= len(answered)).expand(len(answered))
 
