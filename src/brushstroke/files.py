@@ -138,8 +138,7 @@ def write_folder(
         made = _make_folder(folder)
         staging, lock = None, None
         try:
-            staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
-            lock = lock_folder(staging)
+            staging, lock = _locked_staging(folder)
             for name, content in files.items():
                 _write_synced(staging / name, content)
             sums = {name: file_sum(staging / name) for name in files}
@@ -156,7 +155,7 @@ def write_folder(
         finally:
             if lock is not None:
                 os.close(lock)
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_staging(staging)
 
 
 def put_back(folder: Path, last: str, owned: Collection[str]) -> None:
@@ -210,6 +209,22 @@ def lock_folder(folder: Path, *, strict: bool = False) -> int:
     return handle
 
 
+def _locked_staging(folder: Path) -> tuple[Path, int]:
+    """A new folder for files in the making, and its lock.
+
+    A recovery beside us may take it for a leftover before it is locked, and remove it: another is made then.
+    """
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+        try:
+            lock = lock_folder(staging)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        if staging.is_dir():
+            return staging, lock
+        os.close(lock)
+
+
 def _exchange(staging: Path, folder: Path, names: list[str], owned: Collection[str]) -> None:
     """Move old files out and new ones in, the last name first out and last in; `_put_back` undoes it."""
     leaving, replaced = staging / LEAVING, staging / REPLACED
@@ -238,14 +253,25 @@ def _put_back(staging: Path, folder: Path, last: str) -> None:
         for name in placed:
             (folder / name).unlink()
         os.rename(replaced, leaving)
-    if leaving.is_dir():
+    if _is_filled(leaving):
         if not sums or _in_the_way(leaving, folder, ()):
             return
         for old in sorted(leaving.iterdir(), key=lambda old: old.name == last):
             os.replace(old, folder / old.name)
-    elif replaced.is_dir() and not sums:
+    elif _is_filled(replaced) and not sums:
         return
+    _remove_staging(staging)
+
+
+def _remove_staging(staging: Path) -> None:
+    """Remove what an exchange that is done or undone left: its sums last, without which nothing is judged."""
+    for inner in (staging / LEAVING, staging / REPLACED):
+        shutil.rmtree(inner, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _in_the_way(old: Path, folder: Path, placed: Collection[str]) -> bool:

@@ -297,6 +297,13 @@ def test_long_prompts_are_left_out_and_long_answers_cut_when_asked(cli, tiny, tm
     assert json.loads((tmp_path / "out" / "run.json").read_text())["examples"] == 3
 
 
+def test_a_warm_up_as_long_as_the_run_is_told(cli, tiny, train_rows):
+    for warmup, told in (("2", True), ("1", False), ("0.5", False)):
+        done = cli("plan", tiny, train_rows, *PLAIN, "--max-steps", "2", "--warmup", warmup)
+        assert done.status == 0, done.err
+        assert ("the warm-up has 2 steps and the run 2" in done.err) == told
+
+
 def test_a_loss_that_is_no_number_stops_with_advice(cli, tiny, train_rows, tmp_path):
     flags = ("--learning-rate", "1e30", "--checkpoint-every", "1", "--max-steps", "9")
     done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, *flags)

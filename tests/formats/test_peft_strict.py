@@ -3,7 +3,7 @@
 import json
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from brushstroke import errors, load, save
+from brushstroke import errors, files, load, save
 from brushstroke.adapter import Adapter, Card, Fingerprint
-from brushstroke.files import lock_folder
 from brushstroke.lowrank import LowRank, Update
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -314,24 +313,56 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
+class _SumsFirst:
+    """What a folder lists, with check sums before all else."""
+
+    def __init__(self, scan: Any) -> None:
+        self._scan = scan
+        self._found = iter(sorted(scan, key=lambda entry: entry.name != files.SUMS))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._found
+
+    def __next__(self) -> Any:
+        return next(self._found)
+
+    def __enter__(self) -> "_SumsFirst":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._scan.close()
+
+    def close(self) -> None:
+        self._scan.close()
+
+
 def killed_save(adapter: Adapter, folder: Path, renames: int) -> bool:
     """Whether a save in a process of its own, which dies after so many renames, died."""
     return killed(lambda: save(adapter, folder, overwrite=True), renames)
 
 
-def killed(action: Callable[[], object], renames: int) -> bool:
-    """Do something in a process of its own that dies after so many renames; whether it died."""
+def killed(action: Callable[[], object], steps: int, *, removes: bool = False) -> bool:
+    """Do something in a process of its own that dies after so many renames or removals; whether it died."""
     child = os.fork()
     if not child:
-        replace, rename, done = os.replace, os.rename, []
+        done = []
 
-        def counted(move: Callable[[Any, Any], None], source: Any, target: Any) -> None:
-            move(source, target)
-            done.append(target)
-            if len(done) == renames:
-                os._exit(9)
+        def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+            def count(*args: Any, **kwargs: Any) -> Any:
+                found = step(*args, **kwargs)
+                done.append(step)
+                if len(done) == steps:
+                    os._exit(9)
+                return found
 
-        os.replace, os.rename = (lambda *a: counted(replace, *a)), (lambda *a: counted(rename, *a))
+            return count
+
+        if removes:
+            os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
+            scan = os.scandir
+            os.scandir = lambda *a: _SumsFirst(scan(*a))
+        else:
+            os.replace, os.rename = counted(os.replace), counted(os.rename)
         try:
             action()
         finally:
@@ -363,6 +394,40 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     assert renames > 9
 
 
+def test_a_save_that_is_killed_while_it_cleans_up_leaves_no_litter(folder: Path, tmp_path: Path) -> None:
+    """In which order a folder lists what is in it is the file system's choice: here its sums come first."""
+    adapter, removals, left = load(folder), 0, 0
+    whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
+    while True:
+        removals += 1
+        save(adapter, folder, overwrite=True)
+        if not killed(lambda: save(2.0 * adapter, folder, overwrite=True), removals, removes=True):
+            break
+        left += bool(list(folder.glob(".partial-*")))
+        load(folder)
+        assert contents(folder) == whole
+        assert not list(folder.glob(".partial-*"))
+    assert left > 4
+
+
+def test_a_load_beside_a_save_cannot_take_its_folder_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, lock, calls = load(folder), files.lock_folder, []
+    whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
+
+    def raced(staging: Path, *, strict: bool = False) -> int:
+        calls.append(staging)
+        if len(calls) == 1:  # the writer, before it has the lock of what it made
+            load(folder)
+            assert not staging.exists()
+        return lock(staging, strict=strict)
+
+    monkeypatch.setattr(files, "lock_folder", raced)
+    save(2.0 * adapter, folder, overwrite=True)
+    assert contents(folder) == whole
+
+
 def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     adapter = load(folder)
     old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
@@ -374,6 +439,7 @@ def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None
             killed(lambda: load(folder), again)
             load(folder)
             assert contents(folder) in wholes
+            assert not list(folder.glob(".partial-*"))
 
 
 def test_a_users_files_are_no_leftovers(folder: Path, tmp_path: Path) -> None:
@@ -413,7 +479,7 @@ def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
         (folder / name).rename(staging / "replaced" / name)
     (staging / "adapter_model.safetensors").write_bytes(b"new")
     (staging / "sums.json").write_text('{"adapter_model.safetensors": ""}')
-    lock = lock_folder(staging)
+    lock = files.lock_folder(staging)
     assert "no adapter_config.json" in refusal(folder)
     assert contents(staging / "replaced") == before
     os.close(lock)

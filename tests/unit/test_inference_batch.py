@@ -3,7 +3,7 @@ import torch
 import transformers
 from inference_kit import adapter, base, gpt2, llama
 
-from brushstroke.base import empty_cache
+from brushstroke.base import fresh_cache
 from brushstroke.inference import Request, Sampling, run_requests
 from brushstroke.layers import bank
 
@@ -24,12 +24,10 @@ CUT = {
     "Gemma": lambda: family("Gemma", intermediate_size=48, num_key_value_heads=1, head_dim=8),
     "OPT": lambda: family("OPT", ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
     "Bloom": lambda: family("Bloom", n_head=4, n_layer=2),
+    "Mistral": lambda: family("Mistral", intermediate_size=48, num_key_value_heads=2, sliding_window=6),
     "GPT-NeoX": lambda: family("GPTNeoX", intermediate_size=48),
 }
-WHOLE = {  # they keep a window of keys, or a state
-    "Mistral": lambda: family("Mistral", intermediate_size=48, num_key_value_heads=2, sliding_window=6),
-    "Mamba": lambda: family("Mamba", state_size=4),
-}
+WHOLE = {"Mamba": lambda: family("Mamba", state_size=4)}  # it keeps a state
 BUDGET = 24
 
 
@@ -123,4 +121,4 @@ def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
         def forward(self, *args, **kwargs):
             return self.inner(*args, **kwargs)
 
-    assert empty_cache(Wrapped(b.model)) == ("", None)
+    assert fresh_cache(Wrapped(b.model)) == ("", None)

@@ -11,13 +11,13 @@ from torch import nn
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
 
 
-def empty_cache(model: nn.Module) -> tuple[str, Any]:
+def fresh_cache(model: nn.Module) -> tuple[str, Any]:
     """A cache to begin with, of which rows can be taken out, and the name under which the model takes it.
 
-    The cache is None where the model keeps something else than all keys and values of each row: a window of
-    them, a state, positions of pictures.
+    The cache is None where the model keeps something else than keys and values of each row: a state, positions
+    of pictures.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     config: Any = getattr(model, "config", None)
     known = inspect.signature(model.forward).parameters
@@ -26,5 +26,6 @@ def empty_cache(model: nn.Module) -> tuple[str, Any]:
     if not name or not text_only or getattr(model, "_is_stateful", False):
         return name, None
     cache = DynamicCache(config=config)
-    plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    kinds = {type(layer) for layer in cache.layers}
+    plain = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
     return name, cache if plain else None

@@ -72,7 +72,7 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
 
 def remove(folder: Path) -> None:
-    """Remove an adapter's files, and the folder where nothing else is in it.
+    """Remove an adapter's files and every partial one, and the folder where nothing else is in it.
 
     Raises:
         OutputError: they cannot be removed.

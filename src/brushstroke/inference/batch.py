@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brushstroke.base import Base, empty_cache
+from brushstroke.base import Base, fresh_cache
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.layers import Bank
 
-LEAVING = 4  # answered rows leave once they are one in so many
+LEAVING_SHARE = 0.25  # of a batch: so many answered rows leave together
 
 
 def run_batch(
@@ -40,7 +40,7 @@ def run_batch(
     ids, mask = _padded(batch, pad, base.device)
     width = ids.shape[1]
     leaves = bool(stops) and len(batch) > 1 and streamer is None and sampling.num_beams == 1
-    cache_name, cache = empty_cache(base.model) if leaves else ("", None)
+    cache_name, cache = fresh_cache(base.model) if leaves else ("", None)
     options = _options(sampling, stops, pad)
     if streamer is not None:
         options["streamer"] = streamer
@@ -93,7 +93,7 @@ def _some_answered(stops: Sequence[int], device: torch.device) -> Callable[..., 
         nonlocal answered
         now = torch.isin(ids[:, -1], ends)
         answered = now if answered is None else answered | now
-        return (answered.sum() * LEAVING >= len(answered)).expand(len(answered))
+        return (answered.sum() >= LEAVING_SHARE * len(answered)).expand(len(answered))
 
     return halt
 

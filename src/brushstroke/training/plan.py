@@ -14,6 +14,7 @@ from brushstroke.data import EncodedData
 from brushstroke.step.memory import peak_memory, resident_memory
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.order import DataOrder
+from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, open_session, read_data
 
@@ -157,11 +158,11 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         layout_reason=session.step.forward_reason,
         learning_rate=session.learning_rate,
         stop_tokens=report.stop_tokens,
-        warnings=_warnings(data, session, longest),
+        warnings=_warnings(data, session, longest, warmup_steps(config.warmup, steps), steps),
     )
 
 
-def _warnings(data: EncodedData, session: Training, longest: int) -> tuple[str, ...]:
+def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, steps: int) -> tuple[str, ...]:
     report = data.report
     found = []
     if report.cut_rows:
@@ -180,6 +181,11 @@ def _warnings(data: EncodedData, session: Training, longest: int) -> tuple[str, 
         found.append(
             f"the longest example has {longest:,} tokens, more than one pass of {session.micro_tokens:,}; "
             "it gets a pass of its own and takes more memory"
+        )
+    if warmup >= steps:
+        found.append(
+            f"the warm-up has {warmup:,} steps and the run {steps:,}: the learning rate never gets to "
+            f"{session.learning_rate:g}; lower --warmup"
         )
     return tuple(found)
 
