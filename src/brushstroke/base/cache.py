@@ -14,8 +14,8 @@ CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to 
 def fresh_cache(model: nn.Module) -> tuple[str, Any]:
     """A cache to begin with, of which rows can be taken out, and the name under which the model takes it.
 
-    The cache is None where the model keeps something else than keys and values of each row: a state, positions
-    of pictures.
+    The cache is None where the model keeps something else than keys and values of each row: a state, or
+    positions of pictures.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
