@@ -61,8 +61,8 @@ QUICK = Settings(
     held_out=40,
     base_rows=4,
     compared=3,
-    timed=3,
-    reference_seconds=118,
+    timed=4,
+    reference_seconds=140,
 )
 
 
