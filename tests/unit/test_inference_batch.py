@@ -3,7 +3,7 @@ import torch
 import transformers
 from inference_kit import adapter, base, gpt2, llama
 
-from brushstroke.base import fresh_cache
+from brushstroke.base import row_cache
 from brushstroke.inference import Request, Sampling, run_requests
 from brushstroke.layers import bank
 
@@ -28,6 +28,7 @@ CUT = {
     "GPT-NeoX": lambda: family("GPTNeoX", intermediate_size=48),
 }
 WHOLE = {"Mamba": lambda: family("Mamba", state_size=4)}  # it keeps a state
+APART = {"Llama", "GPT-2", "Qwen3", "Gemma", "OPT", "GPT-NeoX"}  # those that are told positions, and see all
 BUDGET = 24
 
 
@@ -73,6 +74,48 @@ def test_rows_that_leave_change_no_answer(name, monkeypatch):
         assert len(set(sizes)) == len(sizes) > 1  # each pass is smaller than the one before
     else:
         assert sizes == [len(free)]
+
+
+@pytest.mark.parametrize("name", [*CUT, *WHOLE])
+@pytest.mark.parametrize("begin", [20, 3])
+def test_a_beginning_that_is_computed_once_changes_no_answer(name, begin, monkeypatch):
+    b = base({**CUT, **WHOLE}[name]())
+    beginning = tuple(range(40, 40 + begin))
+    requests = [Request(beginning + tokens, None, (7, *range(90, 110))) for tokens in asked(rows=7)]
+    alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
+    sizes = sizes_of_passes(b.model, monkeypatch)
+    assert run_requests(b, requests, Sampling(12)) == alone
+    once = begin == 20 and name in APART
+    assert sizes[0] == (1 if once else len(requests))
+
+
+def test_each_adapter_has_its_own_beginning(monkeypatch):
+    b = base()
+    adapters = {"a": adapter(b, 1), "b": adapter(b, 2)}
+    begins = {"a": tuple(range(40, 70)), "b": tuple(range(41, 69)), None: tuple(range(80, 120))}
+    voices = ["b", None, "a", "a", "b", None, "a", "b", None]
+    requests = [Request(begins[voice] + tokens, voice) for tokens, voice in zip(asked(), voices, strict=True)]
+    with bank(b, adapters) as held:
+        alone = [run_requests(b, [request], Sampling(BUDGET), bank=held)[0] for request in requests]
+        sizes = sizes_of_passes(b.model, monkeypatch)
+        assert run_requests(b, requests, Sampling(BUDGET), bank=held) == alone
+        assert sizes == [3, 9]
+        same = [Request(requests[0].tokens, voice) for voice in voices]  # nothing is left but a last token
+        alone = [run_requests(b, [request], Sampling(BUDGET), bank=held)[0] for request in same]
+        assert run_requests(b, same, Sampling(BUDGET), bank=held) == alone
+
+
+def test_frequencies_that_follow_the_length_are_not_split():
+    for kind, settings in (
+        ("dynamic", {"factor": 2.0}),
+        ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 2.0}),
+        ("linear", {"factor": 2.0}),
+    ):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 24, **settings}
+        b = base(llama(rope_parameters=rope))
+        cache = row_cache(b.model)
+        assert cache is not None
+        assert cache.gaps == (kind == "linear")
 
 
 def test_a_row_that_stays_keeps_its_adapter(monkeypatch):
@@ -121,4 +164,4 @@ def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
         def forward(self, *args, **kwargs):
             return self.inner(*args, **kwargs)
 
-    assert fresh_cache(Wrapped(b.model)) == ("", None)
+    assert row_cache(Wrapped(b.model)) is None

@@ -4,28 +4,62 @@ It fills none: the models do.
 """
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
+MOVING = ("dynamic", "longrope")  # rotary frequencies that follow the longest position
 
 
-def fresh_cache(model: nn.Module) -> tuple[str, Any]:
-    """A cache to begin with, of which rows can be taken out, and the name under which the model takes it.
+@dataclass(frozen=True)
+class RowCache:
+    """A cache whose rows can be picked, and how its model takes it.
 
-    The cache is None where the model keeps something else than keys and values of each row: a state, or
-    positions of pictures.
+    Args:
+        name: the keyword under which the model takes it.
+        cache: transformers' own.
+        device: of the model.
+        gaps: whether padding may stand between a row's tokens: the model is told their positions, sees all of
+            them, and turns them by fixed frequencies.
+    """
+
+    name: str
+    cache: Any
+    device: torch.device
+    gaps: bool
+
+    @property
+    def option(self) -> dict[str, Any]:
+        """The keyword argument."""
+        return {self.name: self.cache}
+
+    def pick(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row may come several times."""
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
+
+
+def row_cache(model: nn.Module) -> RowCache | None:
+    """An empty cache for a model of transformers.
+
+    None where the model keeps something else than keys and values of each row: a state, or positions of
+    pictures.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     config: Any = getattr(model, "config", None)
     known = inspect.signature(model.forward).parameters
-    name = next((name for name in CACHE_NAMES if name in known), "")
+    name = next((name for name in CACHE_NAMES if name in known), None)
     text_only = hasattr(config, "get_text_config") and config.get_text_config() is config
-    if not name or not text_only or getattr(model, "_is_stateful", False):
-        return name, None
+    if name is None or not text_only or getattr(model, "_is_stateful", False):
+        return None
     cache = DynamicCache(config=config)
     kinds = {type(layer) for layer in cache.layers}
-    plain = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-    return name, cache if plain else None
+    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return None
+    moving = any(kind in repr(getattr(config, "rope_parameters", None)) for kind in MOVING)
+    gaps = kinds == {DynamicLayer} and "position_ids" in known and not moving
+    return RowCache(name, cache, next(model.parameters()).device, gaps)

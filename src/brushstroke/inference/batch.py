@@ -1,22 +1,24 @@
-"""One batch of prompts, run through transformers' `generate`; rows that are answered leave it on the way.
+"""One batch of prompts, run through transformers' `generate`; nothing is computed twice or for too long.
 
-A batch costs as long as its slowest answer takes. Where a model's cache can be cut, the rows that are left go
-on as a smaller batch, so that one long answer does not keep many finished ones in every product.
+What all prompts of an adapter begin with, a system message or an instruction, is computed once and its keys
+and values copied to the rows. Rows that are answered leave: the others go on as a smaller batch, so that one
+long answer does not keep many finished ones in every product. Both need a cache whose rows can be picked.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brushstroke.base import Base, fresh_cache
+from brushstroke.base import Base, RowCache, row_cache
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.layers import Bank
 
 LEAVING_SHARE = 0.25  # of a batch: so many answered rows leave together
+LEAST_SAVED = 64  # tokens: below it computing a shared beginning by itself does not pay
 
 
 def run_batch(
@@ -37,20 +39,21 @@ def run_batch(
         streamer: transformers' streamer, for a single prompt.
     """
     stops, pad = batch[0].stops, _pad_id(base)
-    ids, mask = _padded(batch, pad, base.device)
-    width = ids.shape[1]
-    leaves = bool(stops) and len(batch) > 1 and streamer is None and sampling.num_beams == 1
-    cache_name, cache = fresh_cache(base.model) if leaves else ("", None)
     options = _options(sampling, stops, pad)
     if streamer is not None:
         options["streamer"] = streamer
+    apart = len(batch) > 1 and streamer is None and sampling.num_beams == 1
+    cache = row_cache(base.model) if apart else None
+    shared = _prefill(base, batch, cache, bank, pad) if cache is not None and cache.gaps else 0
+    ids, mask = _padded(batch, shared, pad, base.device)
+    width = ids.shape[1]
     outputs: dict[int, Output] = {}
     rows = list(range(len(batch)))
     while rows:
         if cache is not None:
-            options |= {cache_name: cache, "stopping_criteria": [_some_answered(stops, ids.device)]}
+            options |= {**cache.option, "stopping_criteria": [_some_answered(stops, ids.device)]}
         room = sampling.max_new_tokens - (ids.shape[1] - width)
-        with nullcontext() if bank is None else bank.rows([batch[row].adapter for row in rows]):
+        with _routed(bank, [batch[row].adapter for row in rows]):
             ids = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options)
         answers = [_ended(row, stops) for row in ids[:, width:].tolist()]
         early = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
@@ -58,10 +61,30 @@ def run_batch(
         outputs.update(zip(rows, answers, strict=True))  # those that stay get theirs anew
         rows = [rows[i] for i in stay]
         if cache is not None and stay:
-            kept = torch.tensor(stay, device=ids.device)
-            cache.batch_select_indices(kept)
-            ids, mask = ids[kept], F.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
+            cache.pick(stay)
+            ids, mask = ids[stay], F.pad(mask[stay], (0, ids.shape[1] - mask.shape[1]), value=1)
     return [outputs[row] for row in range(len(batch))]
+
+
+def _prefill(base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank | None, pad: int) -> int:
+    """Compute once what the prompts of each adapter begin with; returns how many tokens of each that is."""
+    first = {request.adapter: request.tokens for request in reversed(batch)}
+    shared = min(len(request.tokens) for request in batch) - 1
+    for request in batch:
+        pairs = zip(first[request.adapter][:shared], request.tokens, strict=False)
+        shared = next((i for i, (one, other) in enumerate(pairs) if one != other), shared)
+    if shared * (len(batch) - len(first)) < LEAST_SAVED:
+        return 0
+    ids = torch.tensor([tokens[:shared] for tokens in first.values()], device=base.device)
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, **cache.option}
+    with _routed(bank, list(first)):
+        base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    cache.pick([list(first).index(request.adapter) for request in batch])
+    return shared
+
+
+def _routed(bank: Bank | None, adapters: Sequence[str | None]) -> AbstractContextManager[Any]:
+    return nullcontext() if bank is None else bank.rows(adapters)
 
 
 def _options(sampling: Sampling, stops: Sequence[int], pad: int) -> dict[str, Any]:
@@ -73,20 +96,22 @@ def _options(sampling: Sampling, stops: Sequence[int], pad: int) -> dict[str, An
     return {**options, "do_sample": True, **drawn}
 
 
-def _padded(batch: Sequence[Request], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (b×n) with padding on the left, and the mask of what is no padding."""
+def _padded(batch: Sequence[Request], shared: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (b×n) with padding behind the shared ones, and the mask of what is no padding."""
     width = max(len(request.tokens) for request in batch)
     ids = torch.full((len(batch), width), pad)
     mask = torch.zeros_like(ids)
     for row, request in enumerate(batch):
-        ids[row, width - len(request.tokens) :] = torch.tensor(request.tokens)
-        mask[row, width - len(request.tokens) :] = 1
+        tokens = torch.tensor(request.tokens)
+        behind = width - len(tokens) + shared
+        ids[row, :shared], ids[row, behind:] = tokens[:shared], tokens[shared:]
+        mask[row, :shared], mask[row, behind:] = 1, 1
     return ids.to(device), mask.to(device)
 
 
 def _some_answered(stops: Sequence[int], device: torch.device) -> Callable[..., Tensor]:
     """What transformers asks after each token: all rows halt once enough of them are answered."""
-    ends = torch.tensor(stops, device=device)
+    ends = torch.tensor(stops, dtype=torch.long, device=device)
     answered: Tensor | None = None
 
     def halt(ids: Tensor, scores: Any, **_: Any) -> Tensor:
