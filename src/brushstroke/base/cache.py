@@ -23,8 +23,9 @@ class RowCache:
         name: the keyword under which the model takes it.
         cache: transformers' own.
         device: of the model.
-        gaps: whether padding may stand between a row's tokens: the model is told their positions, sees all of
-            them, and turns them by fixed frequencies.
+        gaps: whether padding may stand between a row's tokens, and its first ones may be computed alone: the
+            model is told positions, sees all tokens before each one and no others, and turns them by fixed
+            frequencies.
     """
 
     name: str
@@ -61,5 +62,6 @@ def row_cache(model: nn.Module) -> RowCache | None:
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
     moving = any(kind in repr(getattr(config, "rope_parameters", None)) for kind in MOVING)
-    gaps = kinds == {DynamicLayer} and "position_ids" in known and not moving
+    causal = all(getattr(module, "is_causal", True) for module in model.modules())  # BERT's kin are not
+    gaps = kinds == {DynamicLayer} and "position_ids" in known and causal and not moving
     return RowCache(name, cache, next(model.parameters()).device, gaps)
