@@ -4,6 +4,8 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,27 +315,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-class _SumsFirst:
+@contextmanager
+def sums_first(scan: Callable[..., Any], *where: Any) -> Iterator[list[Any]]:
     """What a folder lists, with check sums before all else."""
-
-    def __init__(self, scan: Any) -> None:
-        self._scan = scan
-        self._found = iter(sorted(scan, key=lambda entry: entry.name != files.SUMS))
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._found
-
-    def __next__(self) -> Any:
-        return next(self._found)
-
-    def __enter__(self) -> "_SumsFirst":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._scan.close()
-
-    def close(self) -> None:
-        self._scan.close()
+    with scan(*where) as found:
+        yield sorted(found, key=lambda entry: entry.name != files.SUMS)
 
 
 def killed_save(adapter: Adapter, folder: Path, renames: int) -> bool:
@@ -359,8 +345,7 @@ def killed(action: Callable[[], object], steps: int, *, removes: bool = False) -
 
         if removes:
             os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
-            scan = os.scandir
-            os.scandir = lambda *a: _SumsFirst(scan(*a))
+            os.scandir = partial(sums_first, os.scandir)
         else:
             os.replace, os.rename = counted(os.replace), counted(os.rename)
         try:

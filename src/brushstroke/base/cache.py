@@ -22,7 +22,6 @@ class RowCache:
     Args:
         name: the keyword under which the model takes it.
         cache: transformers' own.
-        device: of the model.
         gaps: whether padding may stand between a row's tokens, and its first ones may be computed alone: the
             model is told positions, sees all tokens before each one and no others, and turns them by fixed
             frequencies.
@@ -30,7 +29,6 @@ class RowCache:
 
     name: str
     cache: Any
-    device: torch.device
     gaps: bool
 
     @property
@@ -40,7 +38,7 @@ class RowCache:
 
     def pick(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may come several times."""
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
+        self.cache.batch_select_indices(torch.tensor(rows))  # on the CPU, it serves layers of any device
 
 
 def row_cache(model: nn.Module) -> RowCache | None:
@@ -64,4 +62,4 @@ def row_cache(model: nn.Module) -> RowCache | None:
     moving = any(kind in repr(getattr(config, "rope_parameters", None)) for kind in MOVING)
     causal = all(getattr(module, "is_causal", True) for module in model.modules())  # BERT's kin are not
     gaps = kinds == {DynamicLayer} and "position_ids" in known and causal and not moving
-    return RowCache(name, cache, next(model.parameters()).device, gaps)
+    return RowCache(name, cache, gaps)
