@@ -5,7 +5,7 @@ Nothing here knows a model, a batch or a tensor.
 
 from brushstroke.data.chat import ChatFormat
 from brushstroke.data.encode import encode
-from brushstroke.data.examples import EncodedData, EncodingReport, Example, segments
+from brushstroke.data.examples import EncodedData, EncodingReport, Example, common_length, segments
 from brushstroke.data.read import Rows, read_rows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "EncodingReport",
     "Example",
     "Rows",
+    "common_length",
     "encode",
     "read_rows",
     "segments",

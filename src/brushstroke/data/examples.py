@@ -127,3 +127,20 @@ def segments(example: Example) -> list[tuple[int, int, bool]]:
         stretches.append((start, stop, trained))
         start = stop
     return stretches
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many equal tokens two sequences begin.
+
+    >>> common_length((1, 2, 3), (1, 2, 4, 5)), common_length((1, 2), (1, 2, 3)), common_length((), (1,))
+    (2, 2, 0)
+    """
+    limit = min(len(one), len(other))
+    x, y = one[:limit], other[:limit]
+    if x == y:
+        return limit
+    low, high = 0, limit  # x[:low] == y[:low], x[:high] != y[:high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if x[:middle] == y[:middle] else (low, middle)
+    return low

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brushstroke.base import Base, RowCache, row_cache
+from brushstroke.data import common_length
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.layers import Bank
 
@@ -71,8 +72,7 @@ def _prefill(base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank |
     first = {request.adapter: request.tokens for request in reversed(batch)}
     shared = min(len(request.tokens) for request in batch) - 1
     for request in batch:
-        pairs = zip(first[request.adapter][:shared], request.tokens, strict=False)
-        shared = next((i for i, (one, other) in enumerate(pairs) if one != other), shared)
+        shared = min(shared, common_length(first[request.adapter], request.tokens))
     if shared * (len(batch) - len(first)) < LEAST_SAVED:
         return 0
     ids = torch.tensor([tokens[:shared] for tokens in first.values()], device=base.device)

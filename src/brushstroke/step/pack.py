@@ -6,7 +6,7 @@ Pure bookkeeping on token lists; tensors and models come later, in `layout` and 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from brushstroke.data import Example
+from brushstroke.data import Example, common_length
 
 MAX_GROUP = 256  # examples; bounds the search for the best grouping
 MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
@@ -90,7 +90,7 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
     """
     order = sorted(examples, key=lambda example: example.tokens)
     n = len(order)
-    common = [_common(order[i], order[i + 1]) for i in range(n - 1)]
+    common = [common_length(order[i].tokens, order[i + 1].tokens) for i in range(n - 1)]
     best, cut = [0] * (n + 1), list(range(-1, n))
     for stop in range(1, n + 1):
         prefix = _shareable(order[stop - 1])
@@ -122,18 +122,6 @@ def _shareable(example: Example) -> int:
 
 def _by_length(examples: Sequence[Example]) -> tuple[Example, ...]:
     return tuple(sorted(examples, key=lambda example: example.reach))
-
-
-def _common(a: Example, b: Example) -> int:
-    limit = min(len(a), len(b))
-    x, y = a.tokens[:limit], b.tokens[:limit]
-    if x == y:
-        return limit
-    low, high = 0, limit  # x[:low] == y[:low], x[:high] != y[:high]
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if x[:middle] == y[:middle] else (low, middle)
-    return low
 
 
 def unshared(examples: Sequence[Example]) -> Pass:
