@@ -5,6 +5,7 @@ from inference_kit import adapter, base, gpt2, llama
 
 from brushstroke.base import row_cache
 from brushstroke.inference import Request, Sampling, run_requests
+from brushstroke.inference.probes import bears_gap, bears_padding
 from brushstroke.layers import bank
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 264}
@@ -28,6 +29,12 @@ CUT = {
     "GPT-NeoX": lambda: family("GPTNeoX", intermediate_size=48),
 }
 WHOLE = {"Mamba": lambda: family("Mamba", state_size=4)}  # it keeps a state
+UNPADDED = {  # each for a reason of its own they do not answer a padded row as it is alone
+    "BART's decoder": lambda: family("Bart", d_model=32, decoder_layers=2, decoder_ffn_dim=48, init_std=0.3),
+    "Pegasus' decoder": lambda: family(
+        "Pegasus", d_model=32, decoder_layers=2, decoder_ffn_dim=48, init_std=0.3
+    ),
+}
 APART = {"Llama", "GPT-2", "Qwen3", "Gemma", "OPT", "GPT-NeoX"}  # those that are told positions, and see all
 BUDGET = 24
 
@@ -39,7 +46,8 @@ def asked(seed: int = 0, rows: int = 9) -> list[tuple[int, ...]]:
 
 
 def sizes_of_passes(model, monkeypatch) -> list[int]:
-    """The rows of each `generate` that will be called."""
+    """The rows of each `generate` that will be called, trials left out."""
+    bears_padding(model, 0), bears_gap(model, 0)
     seen, generate = [], model.generate
     monkeypatch.setattr(
         model, "generate", lambda *a, **k: seen.append(len(k["input_ids"])) or generate(*a, **k)
@@ -103,6 +111,31 @@ def test_each_adapter_has_its_own_beginning(monkeypatch):
         same = [Request(requests[0].tokens, voice) for voice in voices]  # nothing is left but a last token
         alone = [run_requests(b, [request], Sampling(BUDGET), bank=held)[0] for request in same]
         assert run_requests(b, same, Sampling(BUDGET), bank=held) == alone
+
+
+@pytest.mark.parametrize("window", [16, 120])
+def test_a_window_that_counts_places_is_found_out(window, monkeypatch):
+    """GPT-Neo's local attention counts padding too, and declares its window in words of its own."""
+    local = {"attention_types": [[["global", "local"], 1]], "window_size": window, "intermediate_size": 48}
+    b = base(family("GPTNeo", num_layers=2, num_heads=4, **local))
+    assert row_cache(b.model).gaps
+    assert bears_padding(b.model, 0)
+    assert not bears_gap(b.model, 0)
+    beginning = tuple(range(5, 245))[: window + 20]
+    requests = [Request(beginning + (200 + i,) * (1 + 9 * i)) for i in range(5)]
+    alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
+    assert run_requests(b, requests, Sampling(12)) == alone
+
+
+@pytest.mark.parametrize("name", [*UNPADDED])
+def test_prompts_of_one_length_run_together_where_padding_is_not_borne(name, monkeypatch):
+    b = base(UNPADDED[name]())
+    requests = [Request(tokens) for tokens in asked(rows=8)]
+    alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
+    sizes = sizes_of_passes(b.model, monkeypatch)
+    assert run_requests(b, requests, Sampling(12)) == alone
+    lengths = [len(request.tokens) for request in requests]
+    assert sorted(sizes) == sorted(lengths.count(length) for length in set(lengths))
 
 
 def test_frequencies_that_follow_the_length_are_not_split():

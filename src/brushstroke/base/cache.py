@@ -22,9 +22,8 @@ class RowCache:
     Args:
         name: the keyword under which the model takes it.
         cache: transformers' own.
-        gaps: whether padding may stand between a row's tokens, and its first ones may be computed alone: the
-            model is told positions, sees all tokens before each one and no others, and turns them by fixed
-            frequencies.
+        gaps: whether it is worth trying that padding stands between a row's tokens: the model is told
+            positions, declares no windows, and turns keys by frequencies that no length moves.
     """
 
     name: str

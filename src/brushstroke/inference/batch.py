@@ -15,6 +15,7 @@ from torch import Tensor
 
 from brushstroke.base import Base, RowCache, row_cache
 from brushstroke.data import common_length
+from brushstroke.inference.probes import bears_gap
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.layers import Bank
 
@@ -39,13 +40,13 @@ def run_batch(
         bank: holds the adapters that the prompts name.
         streamer: transformers' streamer, for a single prompt.
     """
-    stops, pad = batch[0].stops, _pad_id(base)
+    stops, pad = batch[0].stops, pad_id(base)
     options = _options(sampling, stops, pad)
     if streamer is not None:
         options["streamer"] = streamer
     apart = len(batch) > 1 and streamer is None and sampling.num_beams == 1
     cache = row_cache(base.model) if apart else None
-    shared = _prefill(base, batch, cache, bank, pad) if cache is not None and cache.gaps else 0
+    shared = _prefill(base, batch, cache, bank, pad) if cache is not None else 0
     ids, mask = _padded(batch, shared, pad, base.device)
     width = ids.shape[1]
     outputs: dict[int, Output] = {}
@@ -54,11 +55,11 @@ def run_batch(
         if cache is not None:
             options |= {**cache.option, "stopping_criteria": [_some_answered(stops, ids.device)]}
         room = sampling.max_new_tokens - (ids.shape[1] - width)
-        with _routed(bank, [batch[row].adapter for row in rows]):
+        with routed(bank, [batch[row].adapter for row in rows]):
             ids = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options)
         answers = [_ended(row, stops) for row in ids[:, width:].tolist()]
-        early = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
-        stay = [i for i, answer in enumerate(answers) if early and answer.finish == "length"]
+        budget_left = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
+        stay = [i for i, answer in enumerate(answers) if budget_left and answer.finish == "length"]
         outputs.update(zip(rows, answers, strict=True))  # those that stay get theirs anew
         rows = [rows[i] for i in stay]
         if cache is not None and stay:
@@ -75,15 +76,19 @@ def _prefill(base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank |
         shared = min(shared, common_length(first[request.adapter], request.tokens))
     if shared * (len(batch) - len(first)) < LEAST_SAVED:
         return 0
+    with routed(bank, [None]):
+        if not bears_gap(base.model, pad):
+            return 0
     ids = torch.tensor([tokens[:shared] for tokens in first.values()], device=base.device)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, **cache.option}
-    with _routed(bank, list(first)):
+    with routed(bank, list(first)):
         base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     cache.pick([list(first).index(request.adapter) for request in batch])
     return shared
 
 
-def _routed(bank: Bank | None, adapters: Sequence[str | None]) -> AbstractContextManager[Any]:
+def routed(bank: Bank | None, adapters: Sequence[str | None]) -> AbstractContextManager[Any]:
+    """Inside, each row of a batch has its adapter; nothing without a bank."""
     return nullcontext() if bank is None else bank.rows(adapters)
 
 
@@ -128,7 +133,7 @@ def _ended(tokens: list[int], stops: tuple[int, ...]) -> Output:
     return Output(tuple(tokens), "length") if end is None else Output(tuple(tokens[:end]), "stop")
 
 
-def _pad_id(base: Base) -> int:
+def pad_id(base: Base) -> int:
     """Any token will do: padding is masked, and answers are cut by position."""
     known = (getattr(base.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((token for token in known if isinstance(token, int)), 0)

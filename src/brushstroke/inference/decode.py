@@ -13,7 +13,8 @@ from torch import nn
 
 from brushstroke.base import Base, quiet_transformers
 from brushstroke.errors import ConfigError, DataError
-from brushstroke.inference.batch import run_batch
+from brushstroke.inference.batch import pad_id, routed, run_batch
+from brushstroke.inference.probes import bears_padding
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.layers import Bank, refuse_rows
 
@@ -37,7 +38,8 @@ def run_requests(
 ) -> list[Output]:
     """Answer requests in batches of similar length; the results come in the order of the requests.
 
-    One batch may mix adapters and the base. Requests with different stop tokens run in different batches.
+    One batch may mix adapters and the base. Requests with different stop tokens run in different batches, and
+    those of different lengths where the model does not answer a padded row as it does alone.
 
     Args:
         base: a causal language model of transformers.
@@ -60,7 +62,10 @@ def run_requests(
         refuse_rows(base)
     outputs: dict[int, Output] = {}
     with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
-        for batch in _batches(requests, sampling.batch_size):
+        uneven = sampling.batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
+        with routed(bank, [None]):
+            equal = uneven and not bears_padding(base.model, pad_id(base))
+        for batch in _batches(requests, sampling.batch_size, equal):
             chosen = [requests[index] for index in batch]
             answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
             outputs.update(zip(batch, answers, strict=True))
@@ -81,15 +86,16 @@ def _refuse_misfits(requests: Sequence[Request], sampling: Sampling, context: in
             )
 
 
-def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
-    """Indices in batches of one set of stop tokens each, longest prompts first.
+def _batches(requests: Sequence[Request], size: int, equal: bool) -> Iterator[list[int]]:
+    """Indices in batches of one set of stop tokens each, and of one length if asked; longest prompts first.
 
     Within a batch the rows of one adapter stand together, so that no row has to be gathered.
     """
     order = sorted(
         range(len(requests)), key=lambda i: (sorted(requests[i].stops), -len(requests[i].tokens), i)
     )
-    for _, group in groupby(order, key=lambda i: sorted(requests[i].stops)):
+    kind = lambda i: (sorted(requests[i].stops), len(requests[i].tokens) if equal else None)  # noqa: E731
+    for _, group in groupby(order, key=kind):
         indices = list(group)
         for start in range(0, len(indices), size):
             yield sorted(indices[start : start + size], key=lambda i: requests[i].adapter or "")
