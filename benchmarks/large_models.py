@@ -30,6 +30,7 @@ class Shape(NamedTuple):
     kv: int
     vocabulary: int
     tied: bool
+    head: int = 128
 
     @property
     def sites(self) -> list[tuple[int, int]]:
@@ -53,9 +54,9 @@ class Shape(NamedTuple):
         return FROZEN * self.weights + TRAINED * self.factors, TRAINED * self.weights
 
 
-MADE = Shape(18, 1536, 4096, 1536, 49_152, tied=True)
+MADE = Shape(18, 1536, 4096, 1536, 49_152, tied=True, head=64)
 SHAPES = {
-    "Llama 3.2 1B": Shape(16, 2048, 8192, 512, 128_256, tied=True),
+    "Llama 3.2 1B": Shape(16, 2048, 8192, 512, 128_256, tied=True, head=64),
     "Llama 3.1 8B": Shape(32, 4096, 14_336, 1024, 128_256, tied=False),
     "Llama 3.1 70B": Shape(80, 8192, 28_672, 1024, 128_256, tied=False),
     "the made-up one": MADE,
@@ -99,8 +100,8 @@ def make(shape: Shape, folder: str) -> None:
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
-        num_attention_heads=shape.hidden // 64,
-        num_key_value_heads=shape.kv // 64,
+        num_attention_heads=shape.hidden // shape.head,
+        num_key_value_heads=shape.kv // shape.head,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
     )

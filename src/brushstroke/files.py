@@ -175,15 +175,25 @@ def put_back(folder: Path, last: str, owned: Collection[str]) -> None:
     if not folder.is_dir():
         return
     with output_errors(folder):
-        for staging in [entry for entry in folder.iterdir() if _is_staging(entry, owned)]:
-            try:
+        for staging in _stagings(folder, owned):
+            with suppress(BlockingIOError, FileNotFoundError):  # its process lives, or has just ended
                 lock = lock_folder(staging, strict=True)
-            except BlockingIOError:
-                continue
-            try:
-                _put_back(staging, folder, last)
-            finally:
-                os.close(lock)
+                try:
+                    _put_back(staging, folder, last)
+                finally:
+                    os.close(lock)
+
+
+def is_being_written(folder: Path, owned: Collection[str]) -> bool:
+    """Whether a `write_folder` of a living process is under way, where the system can tell."""
+    for staging in _stagings(folder, owned):
+        try:
+            os.close(lock_folder(staging))
+        except BlockingIOError:
+            return True
+        except OSError:  # it is gone, or may not be opened
+            continue
+    return False
 
 
 def lock_folder(folder: Path, *, strict: bool = False) -> int:
@@ -277,6 +287,15 @@ def _is_filled(folder: Path) -> bool:
 def _in_the_way(old: Path, folder: Path, placed: Collection[str]) -> bool:
     """Whether files that would return find their places taken."""
     return any(os.path.lexists(folder / path.name) and path.name not in placed for path in old.iterdir())
+
+
+def _stagings(folder: Path, owned: Collection[str]) -> list[Path]:
+    found = []
+    for entry in folder.iterdir():
+        with suppress(FileNotFoundError):  # it has gone since
+            if _is_staging(entry, owned):
+                found.append(entry)
+    return found
 
 
 def _is_staging(path: Path, owned: Collection[str]) -> bool:

@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from torch import nn
 
 from brushstroke import errors, files, load, save
 from brushstroke.adapter import Adapter, Card, Fingerprint
+from brushstroke.formats import peft
 from brushstroke.lowrank import LowRank, Update
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -33,6 +36,15 @@ def folder(tmp_path: Path) -> Path:
         for site in sites
     }
     return save(Adapter(updates, Card(target_modules=("q_proj",))), tmp_path / "adapter")
+
+
+def digest(adapter: Adapter) -> dict[str, tuple[bytes, float]]:
+    """All that makes the updates."""
+    return {
+        site: (u.U.contiguous().numpy().tobytes() + u.V.numpy().tobytes(), u.scale)
+        for site, u in adapter.items()
+        if isinstance(u, LowRank)
+    }
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -413,6 +425,44 @@ def test_a_load_beside_a_save_cannot_take_its_folder_away(
     assert contents(folder) == whole
 
 
+def test_a_load_beside_saves_reads_one_adapter_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, read = load(folder), peft.load_file
+    new, saves = 3.0 * old, iter([True, False])
+
+    def raced(file: Path) -> object:
+        if next(saves):
+            save(new, folder, overwrite=True)
+        return read(file)
+
+    monkeypatch.setattr(peft, "load_file", raced)
+    found = load(folder)
+    assert digest(found) == digest(new) != digest(old)
+
+
+def test_a_folder_that_never_rests_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, read = load(folder), peft.load_file
+    monkeypatch.setattr(peft, "PAUSE", 0.0)
+    monkeypatch.setattr(peft, "load_file", lambda file: save(adapter, folder, overwrite=True) and read(file))
+    with pytest.raises(errors.AdapterFileError, match="another process keeps writing"):
+        load(folder)
+
+
+def test_a_load_waits_for_a_save_that_is_half_way(folder: Path, tmp_path: Path) -> None:
+    whole = load(folder)
+    script = (
+        "import sys, time; from pathlib import Path; from brushstroke import files, load, save\n"
+        "folder = Path(sys.argv[1]); rename = files.os.rename\n"
+        "def slow(a, b): rename(a, b); print('moved', flush=True); time.sleep(0.7)\n"
+        "adapter = load(folder); files.os.rename = slow; save(2.0 * adapter, folder, overwrite=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, folder], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        assert not (folder / peft.TENSORS).exists()
+        found = load(folder)
+    assert digest(found) == digest(2.0 * whole)
+
+
 def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     adapter = load(folder)
     old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
@@ -457,7 +507,8 @@ def test_a_folder_by_the_name_of_a_file_is_refused(folder: Path) -> None:
         save(load(folder), folder, overwrite=True)
 
 
-def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
+def test_what_a_living_process_saves_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "PAUSE", 0.0)
     before, staging = contents(folder), folder / ".partial-abcdefgh"
     (staging / "replaced").mkdir(parents=True)
     for name in before:
@@ -465,7 +516,7 @@ def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
     (staging / "adapter_model.safetensors").write_bytes(b"new")
     (staging / "sums.json").write_text('{"adapter_model.safetensors": ""}')
     lock = files.lock_folder(staging)
-    assert "no adapter_config.json" in refusal(folder)
+    assert "another process keeps writing" in refusal(folder)
     assert contents(staging / "replaced") == before
     os.close(lock)
     load(folder)

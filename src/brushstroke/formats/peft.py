@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,16 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError, OutputError
-from brushstroke.files import output_errors, put_back, read_json, remove_files, remove_partial, write_folder
+from brushstroke.files import (
+    PARTIAL,
+    is_being_written,
+    output_errors,
+    put_back,
+    read_json,
+    remove_files,
+    remove_partial,
+    write_folder,
+)
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.lowrank import LowRank
@@ -30,6 +40,8 @@ TEMPLATE, README = "chat_template.jinja", "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
+READ_FILES = (CONFIG, TENSORS, CARD, TEMPLATE)
+ATTEMPTS, PAUSE = 40, 0.05  # at reading a folder that another process is replacing, and seconds between them
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -85,18 +97,50 @@ def remove(folder: Path) -> None:
 def load(folder: str | Path) -> Adapter:
     """Read an adapter that brushstroke or PEFT wrote, on the CPU and in the dtype that it was saved in.
 
+    Where another process replaces the adapter meanwhile, it is read again: what comes is the old one or the
+    new.
+
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
+            Or another process goes on writing.
         OutputError: see `restore`.
     """
     folder = Path(folder).expanduser()
-    restore(folder)
+    for _ in range(ATTEMPTS):
+        restore(folder)
+        before, failure, adapter = _states(folder), None, None
+        try:
+            adapter = _load_once(folder)
+        except AdapterFileError as error:
+            failure = error
+        if before == _states(folder):
+            if adapter is not None:
+                return adapter
+            if failure is not None and not (folder.is_dir() and is_being_written(folder, ADAPTER_FILES)):
+                raise failure
+        time.sleep(PAUSE)
+    raise AdapterFileError(f"another process keeps writing {folder}; load it when that has ended")
+
+
+def _states(folder: Path) -> list[tuple[int, ...] | None]:
+    """What tells whether the files that are read were replaced."""
+    found: list[tuple[int, ...] | None] = []
+    for name in READ_FILES:
+        try:
+            state = os.stat(folder / name)
+            found.append((state.st_ino, state.st_mtime_ns, state.st_size))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _load_once(folder: Path) -> Adapter:
     config_file, tensor_file = _find(folder)
     stored = _read_json(config_file)
     rule = read_rule(stored, str(config_file))
     try:
         tensors = load_file(tensor_file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterFileError(
             f"{tensor_file} is damaged ({error}); copy it again from where it came"
         ) from error
@@ -180,7 +224,8 @@ def _find(folder: Path) -> tuple[Path, Path]:
         said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
         raise AdapterFileError(f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}")
     if not config.is_file():
-        inner = sorted(entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
+        named = (entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
+        inner = sorted(name for name in named if not name.startswith(PARTIAL))
         hint = f"; its sub-folder {inner[0]} has one: name that" if len(inner) == 1 else ""
         hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
         raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")

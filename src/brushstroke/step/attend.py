@@ -1,8 +1,10 @@
 """Attention over the keys that a mask shows: by torch's kernel, or by batched products where they are faster.
 
-It knows no packing: `attention` cuts a packed row into such rows.
+It knows no packing: `attention` cuts a packed row into such rows. On a GPU one kernel takes the whole row
+with the bounds of its sequences.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,8 +12,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+
+from brushstroke.step.segments import Segments
 
 MOST_SCORES = 16 * 1024 * 1024  # of one call by products, which hold them all at once
+WIDEST_HEAD = 256  # that the flash kernel has a backward pass for
+# Fewer heads of keys than of queries: torch 2.12 wants to be told, and 2.11 has no word for it.
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def by_products(q: Float[Tensor, "b heads n w"], k: Float[Tensor, "b kv m w"], dropout: float) -> bool:
@@ -35,6 +45,9 @@ def attend(
 
     Several query heads share one head of keys where there are fewer of those. The scale is 1/√w by default.
     """
+    shared = q.shape[1] // k.shape[1]
+    if q.device.type == "cuda" and shared > 1:  # else torch falls back to holding all scores
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
     )
@@ -79,3 +92,43 @@ def attend_by_products(
     hidden = hidden.repeat(q.shape[1] // k.shape[1], 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Products.apply(q, k, v, hidden, scale)  # type: ignore[return-value]
+
+
+def by_segments(q: Float[Tensor, "1 heads n w"], v: Float[Tensor, "1 kv n u"], dropout: float) -> bool:
+    """Whether `attend_segments` is the choice: half precision on a GPU that the kernel knows."""
+    width = q.shape[-1]
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and not dropout
+        and width == v.shape[-1]
+        and width % 8 == 0
+        and width <= WIDEST_HEAD
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def attend_segments(
+    q: Float[Tensor, "n heads w"],
+    k: Float[Tensor, "n kv w"],
+    v: Float[Tensor, "n kv w"],
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
+) -> Float[Tensor, "n heads w"]:
+    """Causal attention of each sequence of a packed row by itself, by torch's flash kernel for such rows.
+
+    A query sees at most `window` keys, its own among them.
+    """
+    return varlen_attn(
+        q,
+        segments.of_keys(k),
+        segments.of_keys(v),
+        segments.query_bounds,
+        segments.key_bounds,
+        segments.most_queries,
+        segments.most_keys,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **_GROUPED,
+    )  # type: ignore[return-value]

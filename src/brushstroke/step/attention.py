@@ -13,7 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from brushstroke.step.attend import attend, attend_by_products, by_products
+from brushstroke.step.attend import (
+    attend,
+    attend_by_products,
+    attend_segments,
+    by_products,
+    by_segments,
+)
 from brushstroke.step.layout import Layout, Piece
 
 NAME = "brushstroke_packed"
@@ -83,6 +89,9 @@ def packed_attention(
         brushstroke_record.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
     layout = brushstroke_layout
     layout.windows.add(sliding_window)
+    if by_segments(query, value, dropout):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attend_segments(q, k, v, layout.segments, scaling, sliding_window)[None], None
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))
     outputs = []
     for i, piece in enumerate(layout.pieces):

@@ -233,7 +233,8 @@ def find_head(model: nn.Module) -> Head:
         layer = getter() if callable(getter) else None
         if not isinstance(decoder, nn.Module) or not isinstance(layer, nn.Linear) or decoder is model:
             return Head()
-        tokens = torch.tensor([probe_examples(model)[0].tokens], device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        tokens = torch.tensor([probe_examples(model)[0].tokens], device=device)
         with torch.no_grad():
             whole = _logits(model(input_ids=tokens, use_cache=False)).double()
             by_hand = layer(decoder(input_ids=tokens, use_cache=False)[0]).double()
@@ -247,7 +248,7 @@ def find_head(model: nn.Module) -> Head:
         and type(layer).forward is nn.Linear.forward
         and not layer.weight.requires_grad
     )
-    return Head(decoder, layer, plain)
+    return Head(decoder, layer, plain, LogitsBuffer.on(device))
 
 
 def _logits(output: Any) -> Float[Tensor, "b n v"]:

@@ -5,6 +5,7 @@ length.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,25 +13,39 @@ from torch import Tensor
 
 from brushstroke.data import Example
 from brushstroke.step.pack import Group, Pass
+from brushstroke.step.segments import Segments, segments_of
 
 PADDING = 0.25  # largest share of padding inside one attention call: fewer calls are worth some padding
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the packed row that one attention call handles: `rows` suffixes, or one prefix.
+    """A stretch of the packed row for one attention call: suffixes of these `lengths`, or one prefix.
 
     Where the suffixes differ in length, `pad` (rows·width entries) says which token of the piece stands at
     each padded position, and `unpad` (one entry for each token) where each token stands; None where there
     is no padding. `prefix` is the index of the piece that these suffixes continue, if any.
     """
 
-    tokens: int
-    rows: int
-    width: int
+    lengths: tuple[int, ...]
     prefix: int | None = None
     pad: Int[Tensor, " p"] | None = None
     unpad: Int[Tensor, " t"] | None = None
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of the stretch."""
+        return sum(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        """Suffixes in it."""
+        return len(self.lengths)
+
+    @cached_property
+    def width(self) -> int:
+        """The longest suffix."""
+        return max(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,11 @@ class Layout:
         """Tokens of each piece."""
         return [piece.tokens for piece in self.pieces]
 
+    @cached_property
+    def segments(self) -> Segments:
+        """The pass as sequences behind one another."""
+        return segments_of(self.pieces, self.tokens.device)
+
     def mask(self, queries: int, prefix: int, window: int | None) -> Bool[Tensor, "q k"]:
         """Which of `prefix + queries` keys each query sees: those before it, within the window if any."""
         key = (queries, prefix, window)
@@ -75,11 +95,12 @@ def lay_out(packed: Pass, device: torch.device) -> Layout:
         if group.prefix:
             prefix = len(row.pieces)
             row.add(group.members[0], 0, group.prefix)
-            row.pieces.append(Piece(group.prefix, 1, group.prefix))
+            row.pieces.append(Piece((group.prefix,)))
         for block in _blocks(group):
             for example in block:
                 row.add(example, group.prefix, example.reach)
-            row.pieces.append(_piece([example.reach - group.prefix for example in block], prefix, device))
+            lengths = tuple(example.reach - group.prefix for example in block)
+            row.pieces.append(_piece(lengths, prefix, device))
     integers = {"dtype": torch.long, "device": device}
     return Layout(
         tokens=torch.tensor([row.tokens], **integers),
@@ -128,14 +149,14 @@ def _blocks(group: Group) -> list[list[Example]]:
     return [*blocks, block]
 
 
-def _piece(lengths: list[int], prefix: int | None, device: torch.device) -> Piece:
-    rows, width, tokens = len(lengths), max(lengths), sum(lengths)
-    if rows * width == tokens:
-        return Piece(tokens, rows, width, prefix)
+def _piece(lengths: tuple[int, ...], prefix: int | None, device: torch.device) -> Piece:
+    width = max(lengths)
+    if len(lengths) * width == sum(lengths):
+        return Piece(lengths, prefix)
     pad, unpad, start = [], [], 0
     for row, length in enumerate(lengths):
         pad += [*range(start, start + length), *[start] * (width - length)]
         unpad += range(row * width, row * width + length)
         start += length
     as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
-    return Piece(tokens, rows, width, prefix, as_tensor(pad), as_tensor(unpad))
+    return Piece(lengths, prefix, as_tensor(pad), as_tensor(unpad))

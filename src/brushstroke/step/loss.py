@@ -24,6 +24,7 @@ and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are b
 """
 
 CHUNK_ELEMENTS = 15 * 1024 * 1024 // 2  # logits at one time: 30 MiB in fp32, which malloc uses again
+GPU_CHUNK_ELEMENTS = 128 * 1024 * 1024  # a thousand rows of a large vocabulary: fewer do not fill a GPU
 LEAST_ROWS = 128  # of a chunk, whatever the vocabulary: fewer would read the head more often than they use it
 
 
@@ -37,6 +38,11 @@ class LogitsBuffer:
     def __init__(self, elements: int = CHUNK_ELEMENTS) -> None:
         self.elements = elements
         self._scratch = Scratch()
+
+    @classmethod
+    def on(cls, device: torch.device) -> "LogitsBuffer":
+        """A buffer of the size that suits a device."""
+        return cls(CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS)
 
     def rows(self, m: int, weight: Tensor) -> int:
         """How many of m positions one chunk holds; the chunks are of about equal size."""
