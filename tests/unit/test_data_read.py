@@ -178,7 +178,7 @@ def test_what_is_not_utf8_is_refused_with_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
     refused(path, str(path), "line 2", "not UTF-8", "save the file as UTF-8")
-    refused(write(tmp_path / "b.csv", "text\nx\n", "utf-16"), "not UTF-8", "UTF-16")
+    refused(write(tmp_path / "b.csv", "text\nx\n", "utf-16"), "not UTF-8", "iconv -f UTF-16 ")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 import toys
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.errors import BaseMismatchError, MergeError
+from brushstroke.inference import merge_folder
 from brushstroke.layers import MergeReport, attach, merge, merge_weight
 from brushstroke.lowrank import LowRank
 
@@ -154,6 +155,15 @@ def test_merging_the_result_of_two_merges_is_refused(llama):
     twice = merge(merge(llama.bfloat16(), adapter), adapter, allow_different_base=True)
     with pytest.raises(BaseMismatchError):
         merge(twice, adapter)
+
+
+def test_a_path_in_place_of_an_adapter_is_refused(tmp_path):
+    for attempt in (
+        lambda: merge(nn.Sequential(nn.Linear(2, 2)), "adapter"),
+        lambda: merge_folder(tmp_path, tmp_path / "adapter", tmp_path / "out"),
+    ):
+        with pytest.raises(MergeError, match=r"expected an Adapter; got (str|PosixPath): load one"):
+            attempt()
 
 
 def test_a_model_with_an_adapter_in_it_is_refused():

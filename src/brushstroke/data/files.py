@@ -46,10 +46,11 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         start = error.start + (len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0)
         line = raw.count(b"\n", 0, start) + 1
-        guess = " (it looks like UTF-16)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        wide = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        guess, encoding = (" (it looks like UTF-16)", "UTF-16") if wide else ("", "LATIN1")
         raise DataError(
             f"{path}: line {line} is not UTF-8{guess}; save the file as UTF-8, "
-            "for example with: iconv -f LATIN1 -t UTF-8"
+            f"for example with: iconv -f {encoding} -t UTF-8"
         ) from error
 
 

@@ -24,7 +24,7 @@ from brushstroke.inference.beside import TEMPLATE, TOKENIZER_CONFIG, copy_beside
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import merge_files
 from brushstroke.inference.staging import recover, refuse_inside, staged_folder
-from brushstroke.layers import MergeReport, SiteDrift, check_base, merge
+from brushstroke.layers import MergeReport, SiteDrift, check_base, merge, require_adapter
 
 CONFIG = "config.json"
 MODEL_KEYS = {"model_type", "architectures"}  # by which a model's config is told
@@ -128,6 +128,7 @@ def merge_folder(
         MergeError: see `brushstroke.merge`.
         OutputError: the folder cannot be written, or holds files that may not be replaced.
     """
+    require_adapter(adapter)
     started, out = time.perf_counter(), Path(out).expanduser()
     folder = _folder_of(base)
     recover(out, _is_ours)

@@ -6,7 +6,14 @@ It knows no files and no training; HF's Conv1D is known by its class name alone.
 from brushstroke.layers.attach import Attachment, attach
 from brushstroke.layers.bank import Bank, bank, refuse_rows
 from brushstroke.layers.check import QuantisedBaseWarning, check_base
-from brushstroke.layers.merge import MergeReport, SiteDrift, check_forward, merge, merge_weight
+from brushstroke.layers.merge import (
+    MergeReport,
+    SiteDrift,
+    check_forward,
+    merge,
+    merge_weight,
+    require_adapter,
+)
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, unwrap
 
@@ -25,5 +32,6 @@ __all__ = [
     "merge",
     "merge_weight",
     "refuse_rows",
+    "require_adapter",
     "unwrap",
 ]

@@ -158,6 +158,16 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
         )
 
 
+def require_adapter(adapter: object) -> None:
+    """Refuse what is no `Adapter`.
+
+    Raises:
+        MergeError: it is a path, an attachment or something else.
+    """
+    if not isinstance(adapter, Adapter):
+        raise MergeError(f"expected an Adapter; got {type(adapter).__name__}: load one with load(folder)")
+
+
 def merge(
     model: ModelT,
     adapter: Adapter,
@@ -178,9 +188,11 @@ def merge(
 
     Raises:
         BaseMismatchError: another base, or the adapter is merged into it already.
-        MergeError: an adapter is attached, a weight is not stored as a plain matrix, a module's own forward
-            computes something else than x·W, numbers are not finite, or the update would be lost.
+        MergeError: what is given is no adapter, one is attached, a weight is not stored as a plain matrix, a
+            module's own forward computes something else than x·W, numbers are not finite, or the update would
+            be lost.
     """
+    require_adapter(adapter)
     root = unwrap(model)
     if any(isinstance(module, Adapted) for module in root.modules()):
         raise MergeError("the model has an adapter attached; detach it, then merge")
