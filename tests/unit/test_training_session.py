@@ -21,6 +21,7 @@ from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, TargetError, TrainingError
 from brushstroke.layers import attach, merge
 from brushstroke.layers.adapted import Adapted
+from brushstroke.step import choose
 from brushstroke.step.attention import NAME
 from brushstroke.training import Training, train
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
@@ -606,3 +607,22 @@ def test_an_example_without_tokens_is_refused_in_one_line(form) -> None:
                 verb(form(Example(tokens=(), weights=(), row=3)))
         with pytest.raises(DataError, match="an example has no tokens"):
             run.forward_backward(Example(tokens=(), weights=()))
+
+
+def test_a_deep_model_in_half_precision_is_packed_though_it_multiplies_rounding() -> None:
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=224,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # each layer enlarges what comes in
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    with Training(model, LoraConfig(rank=2)) as run:
+        assert run.packed, run.step.forward_reason
+        difference = float(run.step.forward_reason.rsplit(" ", 1)[1])
+        assert difference > choose.HALF_TOLERANCE

@@ -15,11 +15,19 @@ from brushstroke.data import Example
 from brushstroke.step.attention import UnsupportedAttention
 from brushstroke.step.forward import Forward, PackedForward, PaddedForward, find_head, model_dtype
 from brushstroke.step.pack import Group, Pass, unshared
-from brushstroke.step.probes import LONG, SHORT, depends, probe_examples, stirred, watched_embeddings
+from brushstroke.step.probes import (
+    LONG,
+    SHORT,
+    depends,
+    nudged_embeddings,
+    probe_examples,
+    stirred,
+    watched_embeddings,
+)
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}  # relative difference of a probe's logits
 ROUNDED_TOLERANCE = 1e-3  # in float32, where products may be rounded to fewer bits (TF32)
-HALF_TOLERANCE = 5e-2
+HALF_TOLERANCE = 5e-2  # or as much as rounding the embeddings moves the logits
 MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
 
 
@@ -48,12 +56,15 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
         padded = PaddedForward(model, head, whole=False)
         packed = PackedForward(model, head)
         difference, leak = _packed_difference(packed, padded, model, share), _plain_leak(padded, model)
+        limit = _tolerance(model_dtype(model))
+        if difference > limit == HALF_TOLERANCE:
+            limit = max(limit, _rounding_noise(padded, model))
         if window := packed.lost_window:
             raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
     except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
-        if difference <= _tolerance(model_dtype(model)) and difference <= MAX_SHARE_OF_LEAK * leak:
+        if difference <= limit and difference <= MAX_SHARE_OF_LEAK * leak:
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing is not shown to be right for this model: {reason}"
@@ -82,17 +93,34 @@ def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.M
     Raises:
         UnsupportedAttention: a packed example depends on another one's tokens.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    lengths = LONG if context and sum(LONG) <= context else SHORT
+    lengths = _lengths(model)
     examples = probe_examples(model, lengths)
-    with torch.no_grad():
-        alone = [padded.trained_logits(unshared([example])) for example in examples]
+    alone = _alone(padded, examples)
     counts = [len(logits) for logits in alone]
     found = []
     for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
         pair = _kept_apart(packed, model, arranged, counts)
         found += [_difference(one, other) for one, other in zip(alone, pair, strict=True)]
     return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def _lengths(model: nn.Module) -> tuple[int, int, int]:
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return LONG if context and sum(LONG) <= context else SHORT
+
+
+def _alone(padded: PaddedForward, examples: Sequence[Example]) -> list[Tensor]:
+    with torch.no_grad():
+        return [padded.trained_logits(unshared([example])) for example in examples]
+
+
+def _rounding_noise(padded: PaddedForward, model: nn.Module) -> float:
+    """How far an example's logits move where embeddings are rounded once more; deep models multiply that."""
+    examples = probe_examples(model, _lengths(model))
+    alone = _alone(padded, examples)
+    with nudged_embeddings(model):
+        moved = _alone(padded, examples)
+    return max(_difference(one, other) for one, other in zip(alone, moved, strict=True))
 
 
 def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:

@@ -80,6 +80,25 @@ def watched_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+@contextmanager
+def nudged_embeddings(model: nn.Module) -> Iterator[None]:
+    """Inside, embeddings are as if rounded once more: about half of the numbers move by one last place."""
+    generator = torch.Generator().manual_seed(3)
+
+    def nudge(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        if not output.is_floating_point():
+            return output
+        up = torch.randint(0, 2, output.shape, generator=generator).to(output.device, output.dtype)
+        return output * (1 + up * torch.finfo(output.dtype).eps)
+
+    hooks = [m.register_forward_hook(nudge) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def depends(logits: Float[Tensor, "m v"], embeddings: Sequence[Tensor], tokens: slice) -> bool:
     """Whether any of these logits depends on any of these tokens; gradients are exactly 0 where none does.
 
