@@ -115,7 +115,7 @@ def random_adapter(
     updates = {}
     for path, update in fresh.items():
         assert isinstance(update, LowRank)
-        V = size * torch.randn(*update.V.shape, generator=generator).to(update.dtype)
+        V = size * torch.randn(*update.V.shape, generator=generator).to(update.V)
         updates[path] = LowRank(update.U, V, update.scale)
     return Adapter(updates, fresh.card)
 
