@@ -154,15 +154,16 @@ def keep(benchmark: str, **figures: Any) -> None:
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
-        "machine": f"{os.cpu_count()} cores, {cpu_features()}",
+        "machine": f"{os.cpu_count()} cores, {features()}",
         **figures,
     }
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def cpu_features() -> str:
-    """The processor's vector instructions, and torch's version."""
+def features() -> str:
+    """The processor's vector instructions, the GPU if there is one, and torch's version."""
     import torch
 
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{gpu}, torch {torch.__version__}"

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 import torch
 
 import brushstroke as bs
-from _common import cpu_features, keep, prepared, rows_of
+from _common import features, keep, prepared, rows_of
 from brushstroke.data import Example, encode
 from brushstroke.lowrank.products import kernels, product
 
@@ -79,7 +79,7 @@ def main() -> None:
             )
         kinds = profile(run, batches[1])
     share = statistics.median(shares)
-    print(f"{options.task}, {options.dtype}: {share:.1%} of the GEMM limit (median), {cpu_features()}")
+    print(f"{options.task}, {options.dtype}: {share:.1%} of the GEMM limit (median), {features()}")
     for kind, part in sorted(kinds.items(), key=lambda item: -item[1]):
         print(f"  {kind:24} {part:6.1%}")
     keep(

@@ -10,6 +10,7 @@ import argparse
 import tempfile
 from typing import NamedTuple
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import brushstroke as bs
@@ -94,8 +95,8 @@ def main() -> None:
     keep("large_models", shape=MADE._asdict(), arithmetic=MADE.bytes(), peaks=peaks)
 
 
-def make(shape: Shape, folder: str) -> None:
-    """Save a Llama of this shape with random weights, and a real tokenizer."""
+def random_llama(shape: Shape, context: int, dtype: str = "float32", device: str = "cpu") -> LlamaForCausalLM:
+    """A Llama of this shape with random weights."""
     config = LlamaConfig(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -103,9 +104,21 @@ def make(shape: Shape, folder: str) -> None:
         num_attention_heads=shape.hidden // shape.head,
         num_key_value_heads=shape.kv // shape.head,
         vocab_size=shape.vocabulary,
+        max_position_embeddings=context,
         tie_word_embeddings=shape.tied,
+        dtype=dtype,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def make(shape: Shape, folder: str) -> None:
+    """Save a Llama of this shape with random weights, and a real tokenizer."""
+    random_llama(shape, context=2048).save_pretrained(folder)
     tokenizer = bs.load_base(str(model_path()), device="cpu").tokenizer
     tokenizer.save_pretrained(folder)
 

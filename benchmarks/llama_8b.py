@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from _common import SIDES, describe, interleaved, keep, medians, prepared
-from large_models import SHAPES, Shape
+from large_models import SHAPES, Shape, random_llama
 
 RANK = 16
 
@@ -72,27 +72,15 @@ def random_rows(count: int, tokens: int, vocabulary: int) -> list[dict[str, Any]
 
 def make(shape: Shape, folder: str, options: argparse.Namespace) -> None:
     """Save the model with random weights, and a tokenizer that knows how to pad."""
-    config = LlamaConfig(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_attention_heads=shape.hidden // shape.head,
-        num_key_value_heads=shape.kv // shape.head,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=2 * options.tokens,
-        tie_word_embeddings=shape.tied,
-        dtype=options.dtype,
-    )
-    with torch.device(options.device):
-        torch.set_default_dtype(getattr(torch, options.dtype))
-        LlamaForCausalLM(config).save_pretrained(folder)
-        torch.set_default_dtype(torch.float32)
+    model = random_llama(shape, 2 * options.tokens, options.dtype, options.device)
+    model.save_pretrained(folder)
+    del model
     words = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<pad>"
     ).save_pretrained(folder)
     if options.device == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # the runs are processes beside this one
 
 
 if __name__ == "__main__":

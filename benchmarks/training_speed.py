@@ -8,7 +8,7 @@ Each run is a process of its own; the sides take turns. Run it on a quiet machin
 import argparse
 import time
 
-from _common import SIDES, cpu_features, describe, interleaved, keep, medians, prepared, rows_of
+from _common import SIDES, describe, features, interleaved, keep, medians, prepared, rows_of
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     print(
         f"{options.task}: medians of {options.rounds} interleaved rounds, {time.strftime('%Y-%m-%d')}, "
-        f"{cpu_features()}"
+        f"{features()}"
     )
     ours = middle.get("brushstroke")
     for side, run in middle.items():

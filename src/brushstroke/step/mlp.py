@@ -3,9 +3,9 @@
 Gated: down(act(gate(x)) · up(x)), plain: down(act(up(x))), each of the linears with an update or without.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from brushstroke.lowrank.apply import (
     reshaped,
     unflatten,
 )
+from brushstroke.step.onekernel import OneKernel, pays
 from brushstroke.step.scratch import Scratch
+
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,66 @@ class Activation:
     """An elementwise function, and its gradient from the gradient of its value.
 
     Args:
-        name: of the function.
-        value: (x, out) → out = act(x).
-        gradient: (grad, x) → grad = grad·act′(x).
+        name: of torch's operator, whose gradient is `name_backward`.
+        options: of both.
     """
 
     name: str
-    value: Callable[[Tensor, Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
+    options: tuple[tuple[str, str], ...] = ()
+
+    def value(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = act(x)."""
+        return getattr(_aten, self.name).out(x, out=out, **dict(self.options))
+
+    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """grad = grad·act′(x)."""
+        backward = getattr(_aten, f"{self.name}_backward")
+        return backward.grad_input(grad, x, grad_input=grad, **dict(self.options))
+
+    @cached_property
+    def gated(self) -> OneKernel:
+        """(gate, up) → act(gate)·up."""
+        function, options = getattr(_aten, self.name), dict(self.options)
+        return OneKernel(lambda gate, up: function(gate, **options) * up)
+
+    @cached_property
+    def gated_gradients(self) -> OneKernel:
+        """(grad, gate, up) → the gradients of gate and up."""
+        function, options = getattr(_aten, self.name), dict(self.options)
+        backward = getattr(_aten, f"{self.name}_backward")
+        return OneKernel(
+            lambda grad, gate, up: (backward(grad * up, gate, **options), function(gate, **options) * grad)
+        )
 
 
-_aten = torch.ops.aten
-SILU = Activation(
-    "silu",
-    lambda x, out: _aten.silu.out(x, out=out),
-    lambda grad, x: _aten.silu_backward.grad_input(grad, x, grad_input=grad),
-)
-GELU = Activation(
-    "gelu",
-    lambda x, out: _aten.gelu.out(x, out=out),
-    lambda grad, x: _aten.gelu_backward.grad_input(grad, x, grad_input=grad),
-)
-GELU_TANH = Activation(
-    "gelu_tanh",
-    lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
-    lambda grad, x: _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),
-)
+SILU = Activation("silu")
+GELU = Activation("gelu")
+GELU_TANH = Activation("gelu", (("approximate", "tanh"),))
+
+
+class _Middle:
+    """act(gate)·up, or act(up): at once in one kernel where that pays, else in memory that is used again."""
+
+    def __init__(self, act: Activation, entering: Sequence[Tensor], scratch: Scratch) -> None:
+        self._act, self._entering = act, entering
+        first, *self._up = entering
+        self._at_once = bool(self._up) and pays(first)
+        if self._at_once:
+            self.value: Tensor = act.gated(*entering)
+            return
+        self._activated = act.value(first, scratch.take("activated", *first.shape, like=first))
+        self.value = self._activated
+        for up in self._up:
+            self.value = torch.mul(self._activated, up, out=scratch.take("middle", *up.shape, like=up))
+
+    def gradients(self, grad: Tensor) -> list[Tensor]:
+        """Of what entered, from that of the value; they are made in the memory of both, once."""
+        if self._at_once:
+            return [*self._act.gated_gradients(grad, *self._entering)]
+        of_up = [self._activated.mul_(grad) for _ in self._up]
+        for up in self._up:
+            grad.mul_(up)
+        return [self._act.gradient(grad, self._entering[0]), *of_up]
 
 
 class _MLP(torch.autograd.Function):
@@ -73,11 +110,7 @@ class _MLP(torch.autograd.Function):
     ) -> Tensor:
         *inner, down = unflatten(forms, tensors)
         entering, xu = forward_products(x, inner)
-        rows, width = entering[0].shape
-        middle = act.value(entering[0], scratch.take("middle", rows, width, x))
-        if len(entering) == 2:
-            middle.mul_(entering[1])
-        (y,), mu = forward_products(middle, [down])
+        (y,), mu = forward_products(_Middle(act, entering, scratch).value, [down])
         ctx.save_for_backward(x, xu, mu, *(entering if keep else ()), *tensors)
         ctx.act, ctx.keep, ctx.scratch, ctx.forms = act, keep, scratch, forms
         return reshaped(y, x.shape[:-1])
@@ -93,17 +126,10 @@ class _MLP(torch.autograd.Function):
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         split = TENSORS * len(inner)
 
-        room = partial(ctx.scratch.take, rows=dy.shape[0], width=entering[0].shape[1], like=dy)
-        activated = middle = ctx.act.value(entering[0], room("activated"))
-        if len(inner) == 2:
-            middle = torch.mul(activated, entering[1], out=room("middle"))
-        dmiddle, down_gradients = backward_products([dy], middle, mu, [down], True, needs[split:])
+        middle = _Middle(ctx.act, entering, ctx.scratch)
+        dmiddle, down_gradients = backward_products([dy], middle.value, mu, [down], True, needs[split:])
         assert dmiddle is not None
-        dentering = [dmiddle]
-        if len(inner) == 2:
-            dentering.append(activated.mul_(dmiddle))
-            dmiddle.mul_(entering[1])
-        ctx.act.gradient(dmiddle, entering[0])
+        dentering = middle.gradients(dmiddle)
         dx, gradients = backward_products(
             dentering, x.reshape(-1, x.shape[-1]), xu, inner, need_x, needs[:split]
         )

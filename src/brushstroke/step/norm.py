@@ -10,26 +10,40 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brushstroke.step.onekernel import OneKernel
+
+
+@OneKernel
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what each row is multiplied by."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+    y = wide * inverse
+    return y.mul_(_gain(weight, offset)).to(x.dtype) if offset else y.to(x.dtype).mul_(weight), inverse
+
+
+@OneKernel
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    wide = x.float()
+    g = grad.float() * _gain(weight, offset)
+    along = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+    return g.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype)
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        y, inverse = _normed(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
-        y = wide * inverse
-        return y.mul_(_gain(weight, offset)).to(x.dtype) if offset else y.to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
-        wide = x.float()
-        g = grad_outputs[0].float() * _gain(weight, ctx.offset)
-        along = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
-        return g.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None, None
+        return _gradient(grad_outputs[0], x, weight, inverse, ctx.offset), None, None, None
 
 
 def _gain(weight: Tensor, offset: float) -> Tensor:

@@ -7,7 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brushstroke.step.onekernel import OneKernel
 
+
+@OneKernel
 def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return (x * cos).addcmul_(torch.cat([x[..., half:], x[..., :half]], dim=-1), signed_sin)
