@@ -626,3 +626,8 @@ def test_a_deep_model_in_half_precision_is_packed_though_it_multiplies_rounding(
         assert run.packed, run.step.forward_reason
         difference = float(run.step.forward_reason.rsplit(" ", 1)[1])
         assert difference > choose.HALF_TOLERANCE
+
+
+def test_compiling_is_for_gpus() -> None:
+    with pytest.raises(ConfigError, match="torch_compile makes kernels for a GPU, and the model is on cpu"):
+        Training(tiny_llama(), LoraConfig(rank=2), torch_compile=True)

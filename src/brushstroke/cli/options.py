@@ -97,6 +97,7 @@ class TrainingOptions:
         micro_tokens: Computed tokens in one pass, or auto; for memory and speed only [default: auto].
         memory: low keeps less of a pass and makes it again; auto is fast where that fits [default: auto].
         gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
+        torch_compile: On a GPU, compile what lies between the products; for large models and long runs.
         share_prefixes: Compute what examples of a step begin with in common once
             [default: unless dropout is on].
         eval_every: Steps between evaluations [default: once an epoch].
@@ -116,6 +117,7 @@ class TrainingOptions:
     micro_tokens: WholeOrAuto = None
     memory: Literal["auto", "low", "fast"] | None = None
     gradient_checkpointing: bool | None = None
+    torch_compile: bool | None = None
     share_prefixes: bool | None = None
     eval_every: Whole = None
     keep_best: bool | None = None

@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from brushstroke.step.segments import Segments
 
 MOST_SCORES = 16 * 1024 * 1024  # of one call by products, which hold them all at once
+HALF = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256  # that the flash kernel has a backward pass for
 # Fewer heads of keys than of queries: torch 2.12 wants to be told, and 2.11 has no word for it.
 _GROUPED: dict[str, Any] = (
@@ -46,7 +47,8 @@ def attend(
     Several query heads share one head of keys where there are fewer of those. The scale is 1/√w by default.
     """
     shared = q.shape[1] // k.shape[1]
-    if q.device.type == "cuda" and shared > 1:  # else torch falls back to holding all scores
+    fast = mask is None and q.dtype in HALF
+    if q.device.type == "cuda" and shared > 1 and not fast:  # else torch falls back to holding all scores
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -99,7 +101,7 @@ def by_segments(q: Float[Tensor, "1 heads n w"], v: Float[Tensor, "1 kv n u"], d
     width = q.shape[-1]
     return (
         q.device.type == "cuda"
-        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.dtype in HALF
         and not dropout
         and width == v.shape[-1]
         and width % 8 == 0

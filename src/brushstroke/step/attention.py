@@ -89,7 +89,7 @@ def packed_attention(
         brushstroke_record.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
     layout = brushstroke_layout
     layout.windows.add(sliding_window)
-    if by_segments(query, value, dropout):
+    if layout.several and by_segments(query, value, dropout):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attend_segments(q, k, v, layout.segments, scaling, sliding_window)[None], None
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))

@@ -70,6 +70,11 @@ class Layout:
         """Tokens of each piece."""
         return [piece.tokens for piece in self.pieces]
 
+    @property
+    def several(self) -> bool:
+        """Whether it is more than one batch of rows of equal length, which any kernel takes at once."""
+        return len(self.pieces) > 1 or any(piece.pad is not None for piece in self.pieces)
+
     @cached_property
     def segments(self) -> Segments:
         """The pass as sequences behind one another."""

@@ -4,19 +4,32 @@ It knows no model: norms, rotations and activations say what there is to compute
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 LEAST_NUMBERS = 4 * 1024 * 1024  # of the first input: below it launching takes longer than computing
+_compile = False
+
+
+@contextmanager
+def compiled(on: bool) -> Iterator[None]:
+    """Inside, large tensors on a GPU take the compiled functions, or not."""
+    global _compile
+    before, _compile = _compile, on
+    try:
+        yield
+    finally:
+        _compile = before
 
 
 class OneKernel:
     """A function of tensors, the first of which decides whether it is compiled.
 
-    Compiling takes seconds, once for a kind of input, and torch keeps the result on disk. Where it cannot be
-    done (no Triton, no C compiler) a warning says so, once, and the function runs as written.
+    Compiling takes seconds, once for a kind of input. Where it cannot be done (no Triton, no C compiler) a
+    warning says so, once, and the function runs as written.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -48,5 +61,5 @@ class OneKernel:
 
 
 def pays(x: torch.Tensor) -> bool:
-    """Whether a tensor is large enough, and on a GPU."""
-    return x.device.type == "cuda" and x.numel() >= LEAST_NUMBERS
+    """Whether it is asked for, and a tensor is large enough and on a GPU."""
+    return _compile and x.device.type == "cuda" and x.numel() >= LEAST_NUMBERS

@@ -24,6 +24,7 @@ from brushstroke.step.memory import (
     kept_per_token,
     need_of,
 )
+from brushstroke.step.onekernel import compiled
 from brushstroke.step.pack import unshared
 from brushstroke.step.recompute import Checkpointed
 
@@ -39,6 +40,7 @@ class Prepared:
         need: bytes, by part.
         micro_tokens: computed tokens of one pass.
         kernels: "onednn" or "torch", for the products.
+        torch_compile: whether what lies between the products is compiled.
     """
 
     forward: Forward
@@ -51,11 +53,12 @@ class Prepared:
     micro_reason: str
     kernels: str
     kernels_reason: str
+    torch_compile: bool
 
     @contextmanager
     def context(self) -> Iterator[None]:
         """What must surround every pass, forward and backward."""
-        with self.forward.context(), kernels(self.kernels):
+        with self.forward.context(), kernels(self.kernels), compiled(self.torch_compile):
             yield
 
 
@@ -68,6 +71,7 @@ def prepare(
     memory: str,
     micro_tokens: int | str,
     checkpointed: Checkpointed | None,
+    torch_compile: bool,
 ) -> Prepared:
     """Decide how steps run on a model with an adapter in it, which is in evaluation mode.
 
@@ -79,6 +83,7 @@ def prepare(
         memory: "low", "fast" or "auto".
         micro_tokens: computed tokens of one pass, or "auto".
         checkpointed: recomputes the layers' activations, where that is asked for.
+        torch_compile: whether to compile what lies between the products.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -87,6 +92,10 @@ def prepare(
     if micro_tokens != "auto" and not asked:
         raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
     device = factors[0].device
+    if torch_compile and device.type != "cuda":
+        raise ConfigError(
+            f"torch_compile makes kernels for a GPU, and the model is on {device.type}; leave it out"
+        )
     limit_kernel_caches()
     chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
     fusion = fuse(model)
@@ -114,6 +123,7 @@ def prepare(
         reason,
         chosen_kernels,
         kernels_reason,
+        torch_compile,
     )
 
 

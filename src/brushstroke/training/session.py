@@ -60,6 +60,7 @@ class Training:
         memory: "low" keeps less between forward and backward pass and makes it again, "fast" keeps what saves
             time, "auto" is fast where that fits the machine.
         gradient_checkpointing: recompute activations in the backward pass.
+        torch_compile: see `TrainConfig`.
         share_prefixes: compute shared prefixes once; None does unless dropout is on.
         seed: of the starting factors and of dropout.
         dropout: on the low-rank path; a config's own by default.
@@ -86,6 +87,7 @@ class Training:
         micro_tokens: int | str = "auto",
         memory: str = "auto",
         gradient_checkpointing: bool = False,
+        torch_compile: bool = False,
         share_prefixes: bool | None = None,
         seed: int = 0,
         dropout: float | None = None,
@@ -116,7 +118,7 @@ class Training:
         self._prepared: Prepared | None = None
         self._closed = False
         try:
-            self._prepare(memory, micro_tokens, gradient_checkpointing, share_prefixes)
+            self._prepare(memory, micro_tokens, gradient_checkpointing, torch_compile, share_prefixes)
             hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
             self.learning_rate = default_learning_rate(hidden) if learning_rate is None else learning_rate
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -131,7 +133,12 @@ class Training:
         self._pending_tokens = 0
 
     def _prepare(
-        self, memory: str, micro_tokens: int | str, gradient_checkpointing: bool, share_prefixes: bool | None
+        self,
+        memory: str,
+        micro_tokens: int | str,
+        gradient_checkpointing: bool,
+        torch_compile: bool,
+        share_prefixes: bool | None,
     ) -> None:
         self.model.eval()
         for module in self.attachment.modules.values():
@@ -151,6 +158,7 @@ class Training:
                 memory=memory,
                 micro_tokens=micro_tokens,
                 checkpointed=checkpointed,
+                torch_compile=torch_compile,
             )
         self.micro_tokens = self._prepared.micro_tokens
 

@@ -84,6 +84,7 @@ def open_session(
         micro_tokens=config.micro_tokens,
         memory=config.memory,
         gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.torch_compile,
         share_prefixes=config.share_prefixes,
         seed=config.seed,
         dropout=lora.dropout if lora else None,
