@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--scratch", help="a folder for the model, on a fast disk or in memory")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here: skipped")
+        return
     shape = SHAPES["Llama 3.1 8B"]
     if options.layers:
         shape = shape._replace(layers=options.layers)
