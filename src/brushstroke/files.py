@@ -185,13 +185,18 @@ def put_back(folder: Path, last: str, owned: Collection[str]) -> None:
 
 
 def is_being_written(folder: Path, owned: Collection[str]) -> bool:
-    """Whether a `write_folder` of a living process is under way, where the system can tell."""
-    for staging in _stagings(folder, owned):
+    """Whether a `write_folder` of a living process is under way, or may be: another user's cannot be told.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    for entry in folder.iterdir():
         try:
-            os.close(lock_folder(staging))
-        except BlockingIOError:
+            if _is_staging(entry, owned):
+                os.close(lock_folder(entry))
+        except (BlockingIOError, PermissionError):
             return True
-        except OSError:  # it is gone, or may not be opened
+        except FileNotFoundError:  # it has gone since
             continue
     return False
 
@@ -292,7 +297,7 @@ def _in_the_way(old: Path, folder: Path, placed: Collection[str]) -> bool:
 def _stagings(folder: Path, owned: Collection[str]) -> list[Path]:
     found = []
     for entry in folder.iterdir():
-        with suppress(FileNotFoundError):  # it has gone since
+        with suppress(FileNotFoundError, PermissionError):  # it has gone since, or is another user's
             if _is_staging(entry, owned):
                 found.append(entry)
     return found

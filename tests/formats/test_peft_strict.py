@@ -548,3 +548,29 @@ def test_an_adapter_of_a_view_of_a_larger_tensor_is_written_whole(tmp_path: Path
     adapter = Adapter({"fc": LowRank(big[:5, :2], big[:2, 7:13], 1.0)})
     again = load(save(adapter, tmp_path / "out"))["fc"]
     assert torch.equal(again.dense(), adapter["fc"].dense())
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_reads_beside_a_staging_folder_that_is_not_his(folder: Path) -> None:
+    own, staging = digest(load(folder)), folder / ".partial-abcdefgh"
+    staging.mkdir(mode=0o700)
+    for level in (folder, *folder.parents):
+        if level.stat().st_uid == os.getuid() and level != Path("/tmp"):
+            level.chmod(level.stat().st_mode | 0o055)
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.setuid(65534)
+            told = "same" if digest(load(folder)) == own else "other"
+            (folder / "x").mkdir()
+        except BaseException as error:
+            told = f"{told} {error}" if isinstance(error, PermissionError) else f"failed: {error!r}"
+        os.write(writing, told.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 500).decode().startswith("same [Errno 13]")
+    assert staging.is_dir()
+
+
+def test_what_cannot_be_read_is_not_called_damaged(folder: Path) -> None:
+    assert "cannot be read: File name too long" in refusal(folder / ("x" * 300))

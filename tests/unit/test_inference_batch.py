@@ -47,7 +47,7 @@ def asked(seed: int = 0, rows: int = 9) -> list[tuple[int, ...]]:
 
 def sizes_of_passes(model, monkeypatch) -> list[int]:
     """The rows of each `generate` that will be called, trials left out."""
-    bears_padding(model, 0), bears_gap(model, 0)
+    bears_padding(model, 0), bears_gap(model, 0, 100)
     seen, generate = [], model.generate
     monkeypatch.setattr(
         model, "generate", lambda *a, **k: seen.append(len(k["input_ids"])) or generate(*a, **k)
@@ -120,7 +120,7 @@ def test_a_window_that_counts_places_is_found_out(window, monkeypatch):
     b = base(family("GPTNeo", num_layers=2, num_heads=4, **local))
     assert row_cache(b.model).gaps
     assert bears_padding(b.model, 0)
-    assert not bears_gap(b.model, 0)
+    assert not bears_gap(b.model, 0, 100)
     beginning = tuple(range(5, 245))[: window + 20]
     requests = [Request(beginning + (200 + i,) * (1 + 9 * i)) for i in range(5)]
     alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
@@ -136,6 +136,46 @@ def test_prompts_of_one_length_run_together_where_padding_is_not_borne(name, mon
     assert run_requests(b, requests, Sampling(12)) == alone
     lengths = [len(request.tokens) for request in requests]
     assert sorted(sizes) == sorted(lengths.count(length) for length in set(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPT-2"])
+def test_half_precision_is_no_reason_to_answer_one_by_one(name, dtype):
+    model = CUT[name]().to(dtype)
+    assert bears_padding(model, 0)
+    assert bears_gap(model, 0, 100)
+
+
+def test_a_trial_knows_the_model_as_it_is_now():
+    model = CUT["Llama"]()
+    assert bears_padding(model, 0)
+    working, model.generate = model.generate, lambda **_: 1 / 0
+    assert bears_padding(model, 0)  # known already
+    model.config.rope_parameters = {**model.config.rope_parameters, "note": "changed"}
+    assert not bears_padding(model, 0)
+    model.config.rope_parameters = {**model.config.rope_parameters, "note": "again"}
+
+    def full(**_):
+        raise torch.OutOfMemoryError("no memory")
+
+    model.generate = full
+    with pytest.raises(torch.OutOfMemoryError):
+        bears_padding(model, 0)
+    model.generate = working
+    assert bears_padding(model, 0)
+
+
+def test_rows_of_one_length_share_frequencies_that_follow_it(monkeypatch):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 2.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
+    b = base(llama(rope_parameters=rope))
+    requests = [Request(tuple(range(9, 9 + length))) for length in (5, 5, 20, 20, 40, 9)]
+    alone = [run_requests(b, [request], Sampling(8))[0] for request in requests]
+    sizes = sizes_of_passes(b.model, monkeypatch)
+    assert run_requests(b, requests, Sampling(8)) == alone
+    assert sizes == [1, 2, 1, 2]
+    assert run_requests(b, requests[:1] + requests[-1:], Sampling(8)) == [alone[0], alone[-1]]
+    assert sizes[4:] == [2]  # none of them gets that far
 
 
 def test_frequencies_that_follow_the_length_are_not_split():

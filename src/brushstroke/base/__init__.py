@@ -1,6 +1,6 @@
 """The frozen base model: the lowest place where transformers is known."""
 
-from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
+from brushstroke.base.cache import CACHE_NAMES, RowCache, moving_from, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
@@ -16,6 +16,7 @@ __all__ = [
     "limit_kernel_caches",
     "load_base",
     "load_tokenizer",
+    "moving_from",
     "open_base",
     "quiet_transformers",
     "require_base",

@@ -40,6 +40,17 @@ class RowCache:
         self.cache.batch_select_indices(torch.tensor(rows))  # on the CPU, it serves layers of any device
 
 
+def moving_from(model: nn.Module) -> int | None:
+    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None)
+    if not any(kind in repr(rope) for kind in MOVING):
+        return None
+    own = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    return own or getattr(text, "original_max_position_embeddings", None) or 0
+
+
 def row_cache(model: nn.Module) -> RowCache | None:
     """An empty cache for a model of transformers.
 
@@ -58,7 +69,7 @@ def row_cache(model: nn.Module) -> RowCache | None:
     kinds = {type(layer) for layer in cache.layers}
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    moving = any(kind in repr(getattr(config, "rope_parameters", None)) for kind in MOVING)
     causal = all(getattr(module, "is_causal", True) for module in model.modules())  # BERT's kin are not
-    gaps = kinds == {DynamicLayer} and "position_ids" in known and causal and not moving
+    fixed = moving_from(model) is None
+    gaps = kinds == {DynamicLayer} and "position_ids" in known and causal and fixed
     return RowCache(name, cache, gaps)

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,24 +103,33 @@ def load(folder: str | Path) -> Adapter:
 
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
-            Or another process goes on writing.
-        OutputError: see `restore`.
+            Or it cannot be read, or another process goes on writing.
     """
     folder = Path(folder).expanduser()
-    for _ in range(ATTEMPTS):
-        restore(folder)
-        before, failure, adapter = _states(folder), None, None
-        try:
-            adapter = _load_once(folder)
-        except AdapterFileError as error:
-            failure = error
-        if before == _states(folder):
-            if adapter is not None:
-                return adapter
-            if failure is not None and not (folder.is_dir() and is_being_written(folder, ADAPTER_FILES)):
-                raise failure
-        time.sleep(PAUSE)
-    raise AdapterFileError(f"another process keeps writing {folder}; load it when that has ended")
+    try:
+        for _ in range(ATTEMPTS):
+            with suppress(OutputError):  # who may not put files back may still read those that are there
+                restore(folder)
+            before, failure = _states(folder), None
+            try:
+                adapter = _load_once(folder)
+            except AdapterFileError as error:
+                adapter, failure = None, error
+            if before == _states(folder):
+                if adapter is not None:
+                    return adapter
+                if failure is not None and not _may_be_written(folder):
+                    raise failure
+            time.sleep(PAUSE)
+    except OSError as error:
+        raise AdapterFileError(f"{folder} cannot be read: {error.strerror or error}") from error
+    raise AdapterFileError(
+        f"another process keeps writing {folder}, or left it half written; load it when that has ended"
+    )
+
+
+def _may_be_written(folder: Path) -> bool:
+    return folder.is_dir() and is_being_written(folder, ADAPTER_FILES)
 
 
 def _states(folder: Path) -> list[tuple[int, ...] | None]:
@@ -140,10 +150,12 @@ def _load_once(folder: Path) -> Adapter:
     rule = read_rule(stored, str(config_file))
     try:
         tensors = load_file(tensor_file)
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except SafetensorError as error:
         raise AdapterFileError(
             f"{tensor_file} is damaged ({error}); copy it again from where it came"
         ) from error
+    except (OSError, RuntimeError) as error:  # safetensors says the second where a file cannot be opened
+        raise AdapterFileError(f"{tensor_file} cannot be read ({error})") from error
     updates = _updates(tensors, rule, str(tensor_file))
     return Adapter(updates, _read_card(folder, stored, rule, updates))
 
@@ -244,7 +256,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         stored = read_json(file)
         json.dumps(stored, ensure_ascii=False).encode("utf-8")  # half a letter could not be saved again
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(stored, dict):
         raise AdapterFileError(f"{file} should hold one JSON object; it holds a {type(stored).__name__}")

@@ -46,7 +46,8 @@ def run_batch(
         options["streamer"] = streamer
     apart = len(batch) > 1 and streamer is None and sampling.num_beams == 1
     cache = row_cache(base.model) if apart else None
-    shared = _prefill(base, batch, cache, bank, pad) if cache is not None else 0
+    room = max(len(request.tokens) for request in batch) + sampling.max_new_tokens
+    shared = _prefill(base, batch, cache, bank, pad, room) if cache is not None else 0
     ids, mask = _padded(batch, shared, pad, base.device)
     width = ids.shape[1]
     outputs: dict[int, Output] = {}
@@ -54,9 +55,9 @@ def run_batch(
     while rows:
         if cache is not None:
             options |= {**cache.option, "stopping_criteria": [_some_answered(stops, ids.device)]}
-        room = sampling.max_new_tokens - (ids.shape[1] - width)
+        left = sampling.max_new_tokens - (ids.shape[1] - width)
         with routed(bank, [batch[row].adapter for row in rows]):
-            ids = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options)
+            ids = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=left, **options)
         answers = [_ended(row, stops) for row in ids[:, width:].tolist()]
         budget_left = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
         stay = [i for i, answer in enumerate(answers) if budget_left and answer.finish == "length"]
@@ -68,8 +69,13 @@ def run_batch(
     return [outputs[row] for row in range(len(batch))]
 
 
-def _prefill(base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank | None, pad: int) -> int:
-    """Compute once what the prompts of each adapter begin with; returns how many tokens of each that is."""
+def _prefill(
+    base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank | None, pad: int, width: int
+) -> int:
+    """Compute once what the prompts of each adapter begin with; returns how many tokens of each that is.
+
+    `width` is what the batch's rows grow to.
+    """
     first = {request.adapter: request.tokens for request in reversed(batch)}
     shared = min(len(request.tokens) for request in batch) - 1
     for request in batch:
@@ -77,7 +83,7 @@ def _prefill(base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank |
     if shared * (len(batch) - len(first)) < LEAST_SAVED:
         return 0
     with routed(bank, [None]):
-        if not bears_gap(base.model, pad):
+        if not bears_gap(base.model, pad, width):
             return 0
     ids = torch.tensor([tokens[:shared] for tokens in first.values()], device=base.device)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, **cache.option}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base import Base, quiet_transformers
+from brushstroke.base import Base, moving_from, quiet_transformers
 from brushstroke.errors import ConfigError, DataError
 from brushstroke.inference.batch import pad_id, routed, run_batch
 from brushstroke.inference.probes import bears_padding
@@ -64,7 +64,7 @@ def run_requests(
     with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
         uneven = sampling.batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
         with routed(bank, [None]):
-            equal = uneven and not bears_padding(base.model, pad_id(base))
+            equal = uneven and not _may_be_padded(base, requests, sampling)
         for batch in _batches(requests, sampling.batch_size, equal):
             chosen = [requests[index] for index in batch]
             answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
@@ -72,6 +72,13 @@ def run_requests(
             if on_done is not None:
                 on_done(len(outputs))
     return [outputs[index] for index in range(len(requests))]
+
+
+def _may_be_padded(base: Base, requests: Sequence[Request], sampling: Sampling) -> bool:
+    """Whether rows of different lengths are answered together as each one alone."""
+    longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
+    moving = moving_from(base.model)
+    return (moving is None or longest <= moving) and bears_padding(base.model, pad_id(base))
 
 
 def _refuse_misfits(requests: Sequence[Request], sampling: Sampling, context: int | None) -> None:

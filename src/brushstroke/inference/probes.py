@@ -15,32 +15,50 @@ from torch import Tensor, nn
 from brushstroke.base import RowCache, row_cache
 
 BEGIN, OWN, PADDING = 8, 5, 6  # tokens of a trial's row, and padding before it
-GAP = 1024  # of padding inside a row: windows of up to this many tokens show
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative difference of the next token's logits
-HALF_TOLERANCE = 5e-2
+LEAST_GAP = 1024  # of padding inside a row: windows of up to this many tokens show
+TOLERANCE = {  # relative difference of the next token's logits
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 MOST_OF_A_FAULT = 0.3  # a right answer is far nearer to the row alone than to one where padding is seen
 
-_found: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def bears_padding(model: nn.Module, pad: int) -> bool:
     """Whether a row with masked padding before it is answered as it is alone."""
-    return _once(model, "padding", lambda: _padding_is_unseen(model, pad))
+    return _once(model, "padding", 0, lambda: _padding_is_unseen(model, pad))
 
 
-def bears_gap(model: nn.Module, pad: int) -> bool:
-    """Whether masked padding may stand behind a row's beginning, whose keys and values are there already."""
-    return _once(model, "gap", lambda: _gap_is_unseen(model, pad))
+def bears_gap(model: nn.Module, pad: int, width: int) -> bool:
+    """Whether masked padding may stand behind a row's beginning, whose keys and values are there already.
+
+    Args:
+        model: a causal language model of transformers.
+        pad: the padding's token.
+        width: of the batch, in tokens: a window that is narrower shows.
+    """
+    gap = LEAST_GAP
+    while gap < width:
+        gap *= 2
+    return _once(model, "gap", gap, lambda: _gap_is_unseen(model, pad, gap))
 
 
-def _once(model: nn.Module, what: str, trial: Callable[[], bool]) -> bool:
+def _once(model: nn.Module, what: str, size: int, trial: Callable[[], bool]) -> bool:
+    """The outcome of a trial, kept for the model as its config and dtype are now."""
+    key = (what, size, _dtype(model), repr(getattr(model, "config", None)))
     known = _found.setdefault(model, {})
-    if what not in known:
+    if key not in known:
         try:
-            known[what] = trial()
+            with torch.random.fork_rng(devices=[]):
+                known[key] = trial()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # the model is not ours: whatever it raises means that it does not bear this
-            known[what] = False
-    return known[what]
+            known[key] = False
+    return known[key]
 
 
 def _padding_is_unseen(model: nn.Module, pad: int) -> bool:
@@ -50,16 +68,16 @@ def _padding_is_unseen(model: nn.Module, pad: int) -> bool:
     alone = _next_logits(model, pad, [row], [[1] * OWN])
     padded = _next_logits(model, pad, ids, [hidden, [1] * len(other)])
     seen = _next_logits(model, pad, ids, [[1] * len(other)] * 2)
-    return _near(alone[0], padded[0], seen[0])
+    return _near(_dtype(model), alone[0], padded[0], seen[0])
 
 
-def _gap_is_unseen(model: nn.Module, pad: int) -> bool:
+def _gap_is_unseen(model: nn.Module, pad: int, gap: int) -> bool:
     cache = row_cache(model)
     if cache is None or not cache.gaps:
         return False
     tokens = _tokens(model, pad, BEGIN + OWN)
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    gap = max(1, min(GAP, (context or GAP) - len(tokens) - 1))
+    gap = max(1, min(gap, (context or 2 * gap) - len(tokens) - 1))
     alone = _next_logits(model, pad, [tokens], [[1] * len(tokens)])
     blind = _next_logits(model, pad, [tokens[BEGIN:]], [[1] * OWN])
     _next_logits(model, pad, [tokens[:BEGIN]], [[1] * BEGIN], cache)
@@ -67,13 +85,17 @@ def _gap_is_unseen(model: nn.Module, pad: int) -> bool:
         layer.keys, layer.values = (F.pad(x, (0, 0, 0, gap)) for x in (layer.keys, layer.values))
     ids = tokens[:BEGIN] + [pad] * gap + tokens[BEGIN:]
     parted = _next_logits(model, pad, [ids], [[1] * BEGIN + [0] * gap + [1] * OWN], cache)
-    return _near(alone, parted, blind)
+    return _near(_dtype(model), alone, parted, blind)
 
 
-def _near(right: Tensor, found: Tensor, wrong: Tensor) -> bool:
+def _near(dtype: torch.dtype, right: Tensor, found: Tensor, wrong: Tensor) -> bool:
+    """Whether logits are the right ones, up to the rounding of the model's dtype; theirs is always wide."""
     difference, fault = (float((x - right).norm() / right.norm()) for x in (found.double(), wrong.double()))
-    limit = TOLERANCE.get(found.dtype, HALF_TOLERANCE)
-    return difference <= min(limit, MOST_OF_A_FAULT * fault)
+    return difference <= min(TOLERANCE[dtype], MOST_OF_A_FAULT * fault)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _next_logits(

@@ -25,9 +25,15 @@ from brushstroke.step.probes import (
     watched_embeddings,
 )
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}  # relative difference of a probe's logits
+TOLERANCE = {  # relative difference of a probe's logits
+    torch.float64: 1e-8,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 ROUNDED_TOLERANCE = 1e-3  # in float32, where products may be rounded to fewer bits (TF32)
-HALF_TOLERANCE = 5e-2  # or as much as rounding the embeddings moves the logits
+# In bfloat16, where it is more, what rounding the embeddings changes is the limit, up to this:
+MOST_NOISE = 0.15
 MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
 
 
@@ -57,8 +63,8 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
         packed = PackedForward(model, head)
         difference, leak = _packed_difference(packed, padded, model, share), _plain_leak(padded, model)
         limit = _tolerance(model_dtype(model))
-        if difference > limit == HALF_TOLERANCE:
-            limit = max(limit, _rounding_noise(padded, model))
+        if difference > limit and model_dtype(model) == torch.bfloat16:
+            limit = max(limit, min(MOST_NOISE, _rounding_noise(padded, model)))
         if window := packed.lost_window:
             raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
     except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
@@ -73,7 +79,7 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
 def _tolerance(dtype: torch.dtype) -> float:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return ROUNDED_TOLERANCE
-    return TOLERANCE.get(dtype, HALF_TOLERANCE)
+    return TOLERANCE[dtype]
 
 
 def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 LEAST_NUMBERS = 4 * 1024 * 1024  # of the first input: below it launching takes longer than computing
-_compile = False
+_compile = False  # whether it is asked for
+_fails = False  # whether it was tried, and cannot be done here
 
 
 @contextmanager
@@ -35,7 +36,6 @@ class OneKernel:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._compiled: Callable[..., Any] | None = None
-        self._proven = False
 
     def __call__(self, x: torch.Tensor, *inputs: Any) -> Any:
         """What the function gives."""
@@ -43,23 +43,21 @@ class OneKernel:
             return self._function(x, *inputs)
         if self._compiled is None:
             self._compiled = torch.compile(self._function)
-        if self._proven:
-            return self._compiled(x, *inputs)
         try:
-            found = self._compiled(x, *inputs)
+            return self._compiled(x, *inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            global _fails
+            _fails = True
             warnings.warn(
                 f"torch.compile does not work here ({' '.join(str(error).split())[:200]}); steps on this GPU "
                 "are slower than they could be",
                 stacklevel=2,
             )
-            self._compiled, found = self._function, self._function(x, *inputs)
-        self._proven = True
-        return found
+            return self._function(x, *inputs)
 
 
 def pays(x: torch.Tensor) -> bool:
-    """Whether it is asked for, and a tensor is large enough and on a GPU."""
-    return _compile and x.device.type == "cuda" and x.numel() >= LEAST_NUMBERS
+    """Whether it is asked for and works, and a tensor is large enough and on a GPU."""
+    return _compile and not _fails and x.device.type == "cuda" and x.numel() >= LEAST_NUMBERS
