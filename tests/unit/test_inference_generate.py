@@ -5,10 +5,11 @@ import torch
 from inference_kit import OTHER_TEMPLATE, TEMPLATE, adapter, base, gpt2, llama
 from transformers import GenerationConfig
 
+from brushstroke.base import context_length
 from brushstroke.data import ChatFormat, Example
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference import Answer, generate
-from brushstroke.inference.decode import context_length, run_requests
+from brushstroke.inference.decode import run_requests
 from brushstroke.inference.loss import evaluate_loss
 from brushstroke.inference.request import Request, Sampling
 from brushstroke.layers import attach, bank, merge

@@ -1,8 +1,9 @@
 """The frozen base model: the lowest place where transformers is known."""
 
-from brushstroke.base.cache import CACHE_NAMES, RowCache, moving_from, row_cache
+from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
+from brushstroke.base.told import context_length, model_dtype, moving_from
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "RowCache",
     "choose_device",
     "choose_dtype",
+    "context_length",
     "limit_kernel_caches",
     "load_base",
     "load_tokenizer",
+    "model_dtype",
     "moving_from",
     "open_base",
     "quiet_transformers",

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from brushstroke.base.told import moving_from
+
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
-MOVING = ("dynamic", "longrope")  # rotary frequencies that follow the longest position
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,6 @@ class RowCache:
     def pick(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may come several times."""
         self.cache.batch_select_indices(torch.tensor(rows))  # on the CPU, it serves layers of any device
-
-
-def moving_from(model: nn.Module) -> int | None:
-    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rope = getattr(text, "rope_parameters", None)
-    if not any(kind in repr(rope) for kind in MOVING):
-        return None
-    own = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
-    return own or getattr(text, "original_max_position_embeddings", None) or 0
 
 
 def row_cache(model: nn.Module) -> RowCache | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
+from brushstroke.base.told import model_dtype
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 
 _TOKENIZER_FILES = (
@@ -53,7 +54,7 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's first floating-point parameter."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return model_dtype(self.model)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`."""

@@ -4,7 +4,7 @@ It trains nothing and knows no terminal.
 """
 
 from brushstroke.inference.chat import ChatSession
-from brushstroke.inference.decode import context_length, run_requests
+from brushstroke.inference.decode import run_requests
 from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
 from brushstroke.inference.export import ExportReport, merge_folder
 from brushstroke.inference.generate import Answer, generate
@@ -22,7 +22,6 @@ __all__ = [
     "Request",
     "Sampling",
     "Scores",
-    "context_length",
     "evaluate",
     "evaluate_all",
     "evaluate_loss",

@@ -11,20 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base import Base, moving_from, quiet_transformers
+from brushstroke.base import Base, context_length, moving_from, quiet_transformers
 from brushstroke.errors import ConfigError, DataError
 from brushstroke.inference.batch import pad_id, routed, run_batch
 from brushstroke.inference.probes import bears_padding
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.layers import Bank, refuse_rows
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens that a model has positions for, where its config says so."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def run_requests(

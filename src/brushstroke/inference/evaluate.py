@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base, require_base
+from brushstroke.base import Base, context_length, require_base
 from brushstroke.data import EncodedData, Example, Rows, encode, read_rows
 from brushstroke.errors import ConfigError
-from brushstroke.inference.decode import context_length, run_requests
+from brushstroke.inference.decode import run_requests
 from brushstroke.inference.generate import ONLY, Prompt, Voices, open_bank
 from brushstroke.inference.loss import Loss, evaluate_loss
 from brushstroke.inference.request import Sampling

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brushstroke.base import RowCache, row_cache
+from brushstroke.base import RowCache, context_length, model_dtype, row_cache
 
 BEGIN, OWN, PADDING = 8, 5, 6  # tokens of a trial's row, and padding before it
 LEAST_GAP = 1024  # of padding inside a row: windows of up to this many tokens show
@@ -48,7 +48,7 @@ def bears_gap(model: nn.Module, pad: int, width: int) -> bool:
 
 def _once(model: nn.Module, what: str, size: int, trial: Callable[[], bool]) -> bool:
     """The outcome of a trial, kept for the model as its config and dtype are now."""
-    key = (what, size, _dtype(model), repr(getattr(model, "config", None)))
+    key = (what, size, model_dtype(model), repr(getattr(model, "config", None)))
     known = _found.setdefault(model, {})
     if key not in known:
         try:
@@ -68,7 +68,7 @@ def _padding_is_unseen(model: nn.Module, pad: int) -> bool:
     alone = _next_logits(model, pad, [row], [[1] * OWN])
     padded = _next_logits(model, pad, ids, [hidden, [1] * len(other)])
     seen = _next_logits(model, pad, ids, [[1] * len(other)] * 2)
-    return _near(_dtype(model), alone[0], padded[0], seen[0])
+    return _near(model_dtype(model), alone[0], padded[0], seen[0])
 
 
 def _gap_is_unseen(model: nn.Module, pad: int, gap: int) -> bool:
@@ -76,8 +76,7 @@ def _gap_is_unseen(model: nn.Module, pad: int, gap: int) -> bool:
     if cache is None or not cache.gaps:
         return False
     tokens = _tokens(model, pad, BEGIN + OWN)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    gap = max(1, min(gap, (context or 2 * gap) - len(tokens) - 1))
+    gap = max(1, min(gap, (context_length(model) or 2 * gap) - len(tokens) - 1))
     alone = _next_logits(model, pad, [tokens], [[1] * len(tokens)])
     blind = _next_logits(model, pad, [tokens[BEGIN:]], [[1] * OWN])
     _next_logits(model, pad, [tokens[:BEGIN]], [[1] * BEGIN], cache)
@@ -85,17 +84,13 @@ def _gap_is_unseen(model: nn.Module, pad: int, gap: int) -> bool:
         layer.keys, layer.values = (F.pad(x, (0, 0, 0, gap)) for x in (layer.keys, layer.values))
     ids = tokens[:BEGIN] + [pad] * gap + tokens[BEGIN:]
     parted = _next_logits(model, pad, [ids], [[1] * BEGIN + [0] * gap + [1] * OWN], cache)
-    return _near(_dtype(model), alone, parted, blind)
+    return _near(model_dtype(model), alone, parted, blind)
 
 
 def _near(dtype: torch.dtype, right: Tensor, found: Tensor, wrong: Tensor) -> bool:
     """Whether logits are the right ones, up to the rounding of the model's dtype; theirs is always wide."""
     difference, fault = (float((x - right).norm() / right.norm()) for x in (found.double(), wrong.double()))
     return difference <= min(TOLERANCE[dtype], MOST_OF_A_FAULT * fault)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _next_logits(

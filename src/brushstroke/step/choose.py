@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from brushstroke.base import model_dtype
 from brushstroke.data import Example
 from brushstroke.step.attention import UnsupportedAttention
-from brushstroke.step.forward import Forward, PackedForward, PaddedForward, find_head, model_dtype
+from brushstroke.step.forward import Forward, PackedForward, PaddedForward, find_head
 from brushstroke.step.pack import Group, Pass, unshared
 from brushstroke.step.probes import (
     LONG,

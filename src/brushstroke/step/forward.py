@@ -278,8 +278,3 @@ def _accepted(module: nn.Module) -> set[str]:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return {"attention_mask", "use_cache", *parameters}
     return set(parameters)
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import limit_kernel_caches
+from brushstroke.base import limit_kernel_caches, model_dtype
 from brushstroke.data import Example
 from brushstroke.errors import BrushstrokeError, ConfigError
 from brushstroke.lowrank.products import choose_kernels, kernels
 from brushstroke.step.choose import choose_forward
-from brushstroke.step.forward import Forward, model_dtype
+from brushstroke.step.forward import Forward
 from brushstroke.step.fuse import Fusion, fuse
 from brushstroke.step.memory import (
     MemoryNeed,

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from brushstroke.base import context_length
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError
-from brushstroke.inference import context_length
 
 
 def check_model(model: nn.Module) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.base import Base
+from brushstroke.base import Base, context_length
 from brushstroke.data import ChatFormat, Example, encode
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
-from brushstroke.inference import context_length, generate
+from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach
 from brushstroke.step import LossFunction, Prepared, prepare
 from brushstroke.step.pack import Pass

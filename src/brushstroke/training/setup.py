@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.base import Base, require_base
+from brushstroke.base import Base, context_length, require_base
 from brushstroke.data import EncodedData, encode
 from brushstroke.errors import ConfigError
-from brushstroke.inference import context_length
 from brushstroke.training.check import check_vocabulary
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.session import Training
