@@ -4,22 +4,62 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from brushstroke.step.loss import LogitsBuffer, chunked_cross_entropy, summed_loss
+from brushstroke.step.loss import chunked_cross_entropy, summed_loss
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("chunk", [1, 100, 10**9])
-def test_chunks_give_loss_and_gradient_of_whole_logits(bias: bool, chunk: int) -> None:
+@pytest.mark.parametrize("words", [1, 7, 50, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_give_loss_and_gradient_of_whole_logits(bias: bool, words: int, dtype: torch.dtype) -> None:
     m, d, v = 37, 8, 50
-    hidden = torch.randn(m, d, requires_grad=True)
-    weight, offset = torch.randn(v, d), torch.randn(v) if bias else None
+    hidden = torch.randn(m, d, dtype=dtype, requires_grad=True)
+    weight, offset = torch.randn(v, d, dtype=dtype), torch.randn(v, dtype=dtype) if bias else None
     targets, weights = torch.randint(0, v, (m,)), torch.rand(m)
-    ours = chunked_cross_entropy(hidden, weight, offset, targets, weights, LogitsBuffer(chunk))
+    ours = chunked_cross_entropy(hidden, weight, offset, targets, weights, words)
     (gradient,) = torch.autograd.grad(3 * ours, hidden)
     whole = F.cross_entropy(F.linear(hidden, weight, offset), targets, reduction="none")
     (expected,) = torch.autograd.grad(3 * (whole * weights).sum(), hidden)
-    assert ours.item() == pytest.approx((whole * weights).sum().item(), rel=1e-5)
+    exact = dtype == torch.float64
+    assert ours.item() == pytest.approx((whole * weights).sum().item(), rel=1e-12 if exact else 1e-5)
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-10 if exact else 1e-4, atol=1e-12 if exact else 1e-5
+    )
+
+
+def test_a_word_that_a_bias_forbids_changes_nothing() -> None:
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8)
+    targets, bias = torch.arange(6), torch.zeros(50)
+    bias[20:] = float("-inf")
+    ours = chunked_cross_entropy(hidden, weight, bias, targets, torch.ones(6), 7)
+    (gradient,) = torch.autograd.grad(ours, hidden)
+    whole = F.cross_entropy(hidden @ weight[:20].mT, targets, reduction="sum")
+    (expected,) = torch.autograd.grad(whole, hidden)
+    assert ours.item() == pytest.approx(whole.item(), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_only_possible_word_costs_nothing() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    bias = torch.tensor([float("-inf"), 0.0, float("-inf")])
+    for weight, offset, target in ((torch.randn(1, 4), None, 0), (torch.randn(3, 4), bias, 1)):
+        loss = chunked_cross_entropy(hidden, weight, offset, torch.full((3,), target), torch.ones(3), words=2)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert loss.item() == 0
+        assert torch.equal(gradient, torch.zeros(3, 4))
+
+
+def test_in_half_precision_the_gradient_of_a_likely_word_keeps_its_size() -> None:
+    """It is (1 − p) times a difference: 1 − p of 5e-4 would be lost in bf16's steps of 4e-3 beside 1."""
+    hidden = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(300, 64, dtype=torch.bfloat16) * 0.01
+    weight[5] += 0.2
+    (gradient,) = torch.autograd.grad(
+        chunked_cross_entropy(hidden, weight, None, torch.tensor([5]), torch.ones(1), 128), hidden
+    )
+    double = hidden.detach().double().requires_grad_(True)
+    (exact,) = torch.autograd.grad(F.cross_entropy(double @ weight.double().mT, torch.tensor([5])), double)
+    assert 0 < exact.abs().max() < 1e-3
+    assert (gradient - exact).norm() / exact.norm() < 0.05
 
 
 def test_a_loss_of_the_users_own_may_average_or_use_the_weights() -> None:

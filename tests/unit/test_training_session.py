@@ -484,7 +484,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in_in_bf16() -> None:
         ).loss
         assert own == pytest.approx(built_in, rel=1e-5)
         for mine, theirs in zip(gradients(run), expected, strict=True):
-            assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
+            assert (mine - theirs).norm() <= 2e-2 * theirs.norm()  # each is 1e-2 from the exact one
 
 
 @pytest.mark.parametrize(

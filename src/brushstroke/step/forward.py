@@ -6,7 +6,7 @@ It changes no weight and steps no optimiser; which of the two a model gets is de
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import AttentionName, UnsupportedAttention
 from brushstroke.step.layout import lay_out
-from brushstroke.step.loss import LogitsBuffer, LossFunction, chunked_cross_entropy, summed_loss
+from brushstroke.step.loss import LossFunction, chunked_cross_entropy, summed_loss, words_at_once
 from brushstroke.step.memory import CPU_MICRO_TOKENS
 from brushstroke.step.pack import Pass, plan_passes, unshared
 from brushstroke.step.probes import probe_examples
@@ -59,18 +59,18 @@ class Head:
         decoder: the model without its head, or None where only the whole model can be run.
         layer: the head itself.
         chunked: whether the head is a plain frozen matrix, so that the chunked loss may be used.
-        buffer: the chunked loss's memory for logits.
     """
 
     decoder: nn.Module | None = None
     layer: nn.Module | None = None
     chunked: bool = False
-    buffer: LogitsBuffer = field(default_factory=LogitsBuffer)
 
     def logits_at_once(self, vocabulary: int) -> int:
-        """A chunk; without the chunked loss those of a full pass, with softmax and gradient beside them."""
-        whole = vocabulary * CPU_MICRO_TOKENS
-        return min(whole, self.buffer.elements) if self.chunked else 3 * whole
+        """Those of some words; a full pass's, with softmax and gradient, without the chunked loss."""
+        layer: Any = self.layer
+        if not self.chunked:
+            return 3 * CPU_MICRO_TOKENS * vocabulary
+        return CPU_MICRO_TOKENS * min(vocabulary, words_at_once(CPU_MICRO_TOKENS, layer.weight.device))
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class Outputs:
         """Σ weight·nll, in chunks where the head is a plain frozen matrix."""
         if loss is None and self.head and self.head.chunked:
             layer: Any = self.head.layer
-            return chunked_cross_entropy(
-                self.values, layer.weight, layer.bias, self.targets, self.weights, self.head.buffer
-            )
+            return chunked_cross_entropy(self.values, layer.weight, layer.bias, self.targets, self.weights)
         return summed_loss(self.logits(), self.targets, self.weights, loss)
 
 
@@ -248,7 +246,7 @@ def find_head(model: nn.Module) -> Head:
         and type(layer).forward is nn.Linear.forward
         and not layer.weight.requires_grad
     )
-    return Head(decoder, layer, plain, LogitsBuffer.on(device))
+    return Head(decoder, layer, plain)
 
 
 def _logits(output: Any) -> Float[Tensor, "b n v"]:

@@ -1,9 +1,10 @@
-"""The loss of the trained positions alone, so that logits never exist whole.
+"""The loss of the trained positions alone, a piece of the vocabulary at a time: logits never exist whole.
 
 It knows no packing and no padding: it is given the outputs that predict trained tokens.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from brushstroke.errors import ConfigError
-from brushstroke.lowrank.products import in_onednn, product
-from brushstroke.step.scratch import Scratch
+from brushstroke.lowrank.products import product, product_onto
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits of the trained positions (m×v, fp32 at least), targets (m), weights (m)) → scalar, their average.
@@ -23,43 +23,26 @@ The weights add up to 1 where every trained token counts the same, so that `F.cr
 and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right.
 """
 
-CHUNK_ELEMENTS = 15 * 1024 * 1024 // 2  # logits at one time: 30 MiB in fp32, which malloc uses again
-GPU_CHUNK_ELEMENTS = 128 * 1024 * 1024  # a thousand rows of a large vocabulary: fewer do not fill a GPU
-LEAST_ROWS = 128  # of a chunk, whatever the vocabulary: fewer would read the head more often than they use it
+WORDS = 1024  # of the vocabulary at a time: with their logits they stay in a processor's cache
+GPU_LOGITS = 128 * 1024 * 1024  # at a time: fewer do not fill a GPU
 
 
-class LogitsBuffer:
-    """The memory of one chunk of logits, and how positions are cut into chunks.
+def words_at_once(positions: int, device: torch.device) -> int:
+    """How many words' logits of so many positions exist at one time.
 
-    Args:
-        elements: the largest chunk.
+    >>> words_at_once(300, torch.device("cpu"))
+    1024
     """
-
-    def __init__(self, elements: int = CHUNK_ELEMENTS) -> None:
-        self.elements = elements
-        self._scratch = Scratch()
-
-    @classmethod
-    def on(cls, device: torch.device) -> "LogitsBuffer":
-        """A buffer of the size that suits a device."""
-        return cls(CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS)
-
-    def rows(self, m: int, weight: Tensor) -> int:
-        """How many of m positions one chunk holds; the chunks are of about equal size."""
-        most = max(LEAST_ROWS, self.elements // weight.shape[0])
-        return max(1, -(-m // max(1, -(-m // most))))
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The logits (m×v) of one chunk, good until the next one is asked for."""
-        if in_onednn(hidden, weight):
-            return product(hidden, weight, bias)
-        room = self._scratch.take("logits", hidden.shape[0], weight.shape[0], weight)
-        logits = torch.mm(hidden, weight.mT, out=room)
-        return logits if bias is None else logits.add_(bias)
+    return WORDS if device.type == "cpu" else max(WORDS, GPU_LOGITS // max(1, positions))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ weightᵢ·nllᵢ; the gradient of the hidden states is made in the forward pass, chunk by chunk."""
+    """Σ weightᵢ·nllᵢ; the gradient of the hidden states is made in the forward pass, words by words.
+
+    The target is kept apart from the other words. With their maximum, their sum of exponentials and the
+    average of their vectors so far, rescaled where a larger logit comes (arXiv:1805.02867), no logit is
+    needed twice; and no probability near 1 is subtracted from 1, which half precision would not survive.
+    """
 
     @staticmethod
     def forward(
@@ -69,24 +52,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         weights: Tensor,
-        buffer: LogitsBuffer,
+        words: int,
     ) -> Tensor:
-        m = hidden.shape[0]
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = buffer.rows(m, weight)
-        for start in range(0, m, rows):
-            span = slice(start, min(start + rows, m))
-            logits = buffer.logits(hidden[span], weight, bias).float()
-            target, w = targets[span, None], weights[span]
-            log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
-            total -= (log_probabilities.gather(1, target).squeeze(1) * w).sum()
-            if grad is not None:
-                probabilities = log_probabilities.exp_()
-                probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                grad[span] = product(probabilities.to(weight.dtype), weight.mT).mul_(w[:, None])
-        ctx.grad = grad
-        return total
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        lowest = torch.finfo(wide).min
+        target = targets[:, None]
+        highest, others, own = (hidden.new_full(target.shape, x, dtype=wide) for x in (lowest, 0.0, lowest))
+        pull = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
+        for start, stop in _spans(weight.shape[0], words):
+            rows = weight[start:stop]
+            logits = product(hidden, rows, None if bias is None else bias[start:stop]).to(wide)
+            column = target - start
+            here = (column >= 0) & (column < stop - start)
+            column = column.clamp_(0, stop - start - 1)
+            found = logits.gather(1, column)
+            own = torch.where(here, found, own)
+            logits.scatter_(1, column, found.masked_fill_(here, lowest))
+
+            before, highest = highest, torch.maximum(highest, logits.amax(1, keepdim=True))
+            shrinking = before.sub_(highest).exp_()
+            exponentials = logits.sub_(highest).exp_()
+            others.mul_(shrinking).add_(exponentials.sum(1, keepdim=True))
+            if pull is not None:
+                pull = _add_product(pull.mul_(shrinking), exponentials, rows)
+        others.clamp_min_(torch.finfo(wide).tiny)  # a vocabulary of one word has no others
+        behind = highest + others.log() - own  # log of the odds against the target
+        if pull is not None:
+            wrong = torch.sigmoid(behind).mul_(weights[:, None])  # 1 − the target's probability
+            pull.div_(others).sub_(weight[targets]).mul_(wrong)
+        ctx.grad = None if pull is None else pull.to(hidden.dtype)
+        return (F.softplus(behind).squeeze(1) * weights).sum()
 
     @staticmethod
     @once_differentiable
@@ -95,21 +90,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (grad.mul_(grad_total.to(grad.dtype)) if grad is not None else None, *[None] * 5)
 
 
+def _spans(vocabulary: int, words: int) -> list[tuple[int, int]]:
+    """The vocabulary in pieces of about equal size, at most `words` each."""
+    count = -(-vocabulary // words)
+    bounds = [i * vocabulary // count for i in range(count + 1)]
+    return list(pairwise(bounds))
+
+
+def _add_product(total: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """total + x·rows; what half precision makes is added up in full."""
+    if total.dtype == rows.dtype:
+        return product_onto(total, x, rows.mT)
+    return total.add_(product(x.to(rows.dtype), rows.mT))
+
+
 def chunked_cross_entropy(
     hidden: Float[Tensor, "m d"],
     weight: Float[Tensor, "v d"],
     bias: Float[Tensor, " v"] | None,
     targets: Int[Tensor, " m"],
     weights: Float[Tensor, " m"],
-    buffer: LogitsBuffer | None = None,
+    words: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in fp32, for a frozen head.
+    """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in fp32 at least, for a frozen head.
 
-    Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is one chunk of logits,
-    whatever m. A `buffer` keeps that chunk from call to call.
+    Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is the logits of `words` words
+    of the vocabulary (by default `words_at_once`), whatever v. W must be finite.
     """
-    found = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights, buffer or LogitsBuffer())
-    return found  # type: ignore[return-value]
+    words = words or words_at_once(hidden.shape[0], hidden.device)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights, words)  # type: ignore[return-value]
 
 
 def summed_loss(
