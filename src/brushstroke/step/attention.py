@@ -89,19 +89,25 @@ def packed_attention(
         brushstroke_record.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
     layout = brushstroke_layout
     layout.windows.add(sliding_window)
-    if layout.several and by_segments(query, value, dropout):
+    if layout.begins:
+        layout.begins.record(module, key, value)
+    if layout.several and not layout.continues and by_segments(query, value, dropout):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attend_segments(q, k, v, layout.segments, scaling, sliding_window)[None], None
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))
     outputs = []
     for i, piece in enumerate(layout.pieces):
         q, k, v = (_to_rows(x[i], piece) for x in (queries, keys, values))
-        prefix = 0
+        prefix, before = 0, None
         if piece.prefix is not None:
-            prefix = layout.pieces[piece.prefix].tokens
+            before = keys[piece.prefix], values[piece.prefix]
+        elif layout.continues:
+            before = layout.continues.of(module)
+        if before is not None:
+            prefix = before[0].shape[2]
             k, v = (
-                torch.cat([x[piece.prefix].expand(piece.rows, -1, -1, -1), own], dim=2)
-                for x, own in ((keys, k), (values, v))
+                torch.cat([x.expand(piece.rows, -1, -1, -1), own], dim=2)
+                for x, own in zip(before, (k, v), strict=True)
             )
         windowed = sliding_window is not None and sliding_window < prefix + piece.width
         window = sliding_window if windowed else None

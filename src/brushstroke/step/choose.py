@@ -72,6 +72,7 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
         if difference <= limit and difference <= MAX_SHARE_OF_LEAK * leak:
+            packed.holds = share and _held_difference(packed, padded, model) <= limit
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing is not shown to be right for this model: {reason}"
@@ -109,6 +110,22 @@ def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.M
         pair = _kept_apart(packed, model, arranged, counts)
         found += [_difference(one, other) for one, other in zip(alone, pair, strict=True)]
     return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def _held_difference(packed: PackedForward, padded: PaddedForward, model: nn.Module) -> float:
+    """As `_packed_difference`, of two examples in passes of their own that continue one held prefix."""
+    lengths = _lengths(model)
+    examples = probe_examples(model, lengths)
+    passes = [Pass((Group(lengths[0], (example,), i),)) for i, example in enumerate(examples)]
+    try:
+        with packed.context(), torch.no_grad():
+            found = [outputs.logits() for _, outputs in packed.run(passes)]
+    except Exception:  # the model is not ours: whatever it raises means that its prefixes cannot be held
+        return math.inf
+    differences = [
+        _difference(one, other) for one, other in zip(_alone(padded, examples), found, strict=True)
+    ]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 def _lengths(model: nn.Module) -> tuple[int, int, int]:

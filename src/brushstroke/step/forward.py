@@ -4,7 +4,7 @@ It changes no weight and steps no optimiser; which of the two a model gets is de
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,10 +18,11 @@ from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step.attention import AttentionName, UnsupportedAttention
-from brushstroke.step.layout import lay_out
+from brushstroke.step.held import HeldPrefix
+from brushstroke.step.layout import Layout, lay_out, lay_out_prefix
 from brushstroke.step.loss import LossFunction, chunked_cross_entropy, summed_loss, words_at_once
 from brushstroke.step.memory import CPU_MICRO_TOKENS
-from brushstroke.step.pack import Pass, plan_passes, unshared
+from brushstroke.step.pack import Group, Pass, plan_passes, unshared
 from brushstroke.step.probes import probe_examples
 
 
@@ -36,6 +37,10 @@ class Forward(Protocol):
 
     def context(self) -> AbstractContextManager[None]:
         """What must surround forward and backward."""
+        ...
+
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, "Outputs"]]:
+        """Each pass of a step with what it gives; its backward pass belongs before the next one is taken."""
         ...
 
     def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
@@ -102,6 +107,11 @@ class _Headed:
     def _run(self, packed: Pass) -> Outputs:
         raise NotImplementedError
 
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
+        """Each pass with what it gives for its trained positions."""
+        for packed in passes:
+            yield packed, self._run(packed)
+
     def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
         """Σ weight·nll of the pass."""
         return self._run(packed).summed_loss(loss)
@@ -128,10 +138,31 @@ class PackedForward(_Headed):
         if chunked := self._attention.chunked:
             raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
         self._device = next(model.parameters()).device
+        self.holds = False  # whether a prefix may run once for several passes
 
     def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
         """Pack the examples of a step."""
-        return plan_passes(examples, micro_tokens, share)
+        return plan_passes(examples, micro_tokens, share, self.holds)
+
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
+        """Each pass with what it gives; the prefix of several runs before the first, and backward last."""
+        held: HeldPrefix | None = None
+        for packed in passes:
+            part = packed.groups[0].part
+            if held and not part:
+                held.finish()
+            if not part:
+                held = None if part is None else self._hold(packed.groups[0])
+            yield packed, self._run(packed, held)
+        if held:
+            held.finish()
+
+    def _hold(self, group: Group) -> HeldPrefix:
+        """Run a group's prefix and keep its keys and values."""
+        held = HeldPrefix()
+        self._outputs(lay_out_prefix(group, self._device, held))
+        held.close()
+        return held
 
     @property
     def lost_window(self) -> int | None:
@@ -142,8 +173,10 @@ class PackedForward(_Headed):
         """The packed attention, also for what gradient checkpointing recomputes in the backward pass."""
         return self._attention.packed()
 
-    def _run(self, packed: Pass) -> Outputs:
-        layout = lay_out(packed, self._device)
+    def _run(self, packed: Pass, held: HeldPrefix | None = None) -> Outputs:
+        return self._outputs(lay_out(packed, self._device, held))
+
+    def _outputs(self, layout: Layout) -> Outputs:
         inputs: dict[str, Any] = {
             "input_ids": layout.tokens,
             "position_ids": layout.positions,

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from brushstroke.data import Example
+from brushstroke.step.held import HeldPrefix
 from brushstroke.step.pack import Group, Pass
 from brushstroke.step.segments import Segments, segments_of
 
@@ -53,7 +54,8 @@ class Layout:
     """The tensors of a packed pass of n tokens, m of whose outputs predict a trained token.
 
     `sources` are the positions in the row whose outputs are trained, `targets` the tokens that they predict.
-    `windows` collects the sliding windows that the model's attentions asked for; None is no window.
+    `windows` collects the sliding windows that the model's attentions asked for; None is no window. The
+    row `continues` a prefix that ran before it, or `begins` one.
     """
 
     tokens: Int[Tensor, "1 n"]
@@ -64,6 +66,8 @@ class Layout:
     pieces: tuple[Piece, ...]
     masks: dict[tuple[int, int, int | None], Bool[Tensor, "q k"]] = field(default_factory=dict)
     windows: set[int | None] = field(default_factory=set)
+    continues: HeldPrefix | None = None
+    begins: HeldPrefix | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -92,12 +96,12 @@ class Layout:
         return self.masks[key]
 
 
-def lay_out(packed: Pass, device: torch.device) -> Layout:
-    """Build the tensors of a pass."""
+def lay_out(packed: Pass, device: torch.device, held: HeldPrefix | None = None) -> Layout:
+    """Build the tensors of a pass; a part of a group continues the `held` prefix."""
     row = _Row()
     for group in packed.groups:
         prefix = None
-        if group.prefix:
+        if group.prefix and group.part is None:
             prefix = len(row.pieces)
             row.add(group.members[0], 0, group.prefix)
             row.pieces.append(Piece((group.prefix,)))
@@ -106,15 +110,15 @@ def lay_out(packed: Pass, device: torch.device) -> Layout:
                 row.add(example, group.prefix, example.reach)
             lengths = tuple(example.reach - group.prefix for example in block)
             row.pieces.append(_piece(lengths, prefix, device))
-    integers = {"dtype": torch.long, "device": device}
-    return Layout(
-        tokens=torch.tensor([row.tokens], **integers),
-        positions=torch.tensor([row.positions], **integers),
-        sources=torch.tensor(row.sources, **integers),
-        targets=torch.tensor(row.targets, **integers),
-        weights=torch.tensor(row.weights, dtype=torch.float32, device=device),
-        pieces=tuple(row.pieces),
-    )
+    return row.layout(device, continues=held)
+
+
+def lay_out_prefix(group: Group, device: torch.device, held: HeldPrefix) -> Layout:
+    """Build the tensors of a group's prefix alone."""
+    row = _Row()
+    row.add(group.members[0], 0, group.prefix)
+    row.pieces.append(Piece((group.prefix,)))
+    return row.layout(device, begins=held)
 
 
 class _Row:
@@ -137,6 +141,24 @@ class _Row:
                 self.sources.append(offset + i - 1)
                 self.targets.append(example.tokens[i])
                 self.weights.append(example.weights[i])
+
+    def layout(
+        self,
+        device: torch.device,
+        continues: HeldPrefix | None = None,
+        begins: HeldPrefix | None = None,
+    ) -> Layout:
+        integers = {"dtype": torch.long, "device": device}
+        return Layout(
+            tokens=torch.tensor([self.tokens], **integers),
+            positions=torch.tensor([self.positions], **integers),
+            sources=torch.tensor(self.sources, **integers),
+            targets=torch.tensor(self.targets, **integers),
+            weights=torch.tensor(self.weights, dtype=torch.float32, device=device),
+            pieces=tuple(self.pieces),
+            continues=continues,
+            begins=begins,
+        )
 
 
 def _blocks(group: Group) -> list[list[Example]]:

@@ -10,19 +10,30 @@ from brushstroke.data import Example, common_length
 
 MAX_GROUP = 256  # examples; bounds the search for the best grouping
 MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
+HELD_SAVES = 128  # tokens that must not be computed again for a prefix to be worth a pass of its own
 
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that begin with the same `prefix` tokens, none of which is trained or predicts a target."""
+    """Examples that begin with the same `prefix` tokens, none of which is trained or predicts a target.
+
+    `part` counts the parts of a group that is spread over passes, from 0: their prefix runs once, by itself,
+    before the first of them.
+    """
 
     prefix: int
     members: tuple[Example, ...]
+    part: int | None = None
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that run through the layers: the prefix once, then every suffix as far as it matters."""
-        return self.prefix + sum(example.reach - self.prefix for example in self.members)
+        return self.own_tokens + (0 if self.part else self.prefix)
+
+    @property
+    def own_tokens(self) -> int:
+        """Those behind the prefix."""
+        return sum(example.reach - self.prefix for example in self.members)
 
 
 @dataclass(frozen=True)
@@ -42,18 +53,50 @@ class Pass:
         return sum(group.computed_tokens for group in self.groups)
 
     @property
+    def kept_tokens(self) -> int:
+        """Tokens whose activations exist at one time."""
+        return sum(group.prefix + group.own_tokens for group in self.groups)
+
+    @property
     def trained_tokens(self) -> int:
         """Tokens whose prediction is in the loss."""
         return sum(example.trained for example in self.examples)
 
 
-def plan_passes(examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+def plan_passes(
+    examples: Sequence[Example], micro_tokens: int, share: bool, hold: bool = False
+) -> list[Pass]:
     """Arrange the examples of one step over passes of at most `micro_tokens` computed tokens.
 
     An example longer than that gets a pass of its own. A prefix whose members fall into several passes is
-    computed once in each. The passes are of about equal size.
+    computed once in each; with `hold` once for all of them, where that saves enough. Its activations stay
+    beside those of each pass, which has half of `micro_tokens` at least. The passes are of about equal size.
     """
     groups = share_prefixes(examples) if share else [Group(0, (example,)) for example in examples]
+    held = {id(group): _parts(group, micro_tokens) for group in groups} if hold else {}
+    held = {key: parts for key, parts in held.items() if (len(parts) - 1) * parts[0].prefix >= HELD_SAVES}
+    filled = _fill([group for group in groups if id(group) not in held], micro_tokens)
+    return [*filled, *(Pass((part,)) for parts in held.values() for part in parts)]
+
+
+def _parts(group: Group, micro_tokens: int) -> list[Group]:
+    """A group as parts of about equal size whose prefix is held; its members are sorted by length."""
+    room = max(1, micro_tokens - group.prefix, micro_tokens // 2)
+    aim = group.own_tokens / max(1, -(-group.own_tokens // room))
+    parts: list[list[Example]] = []
+    used = room
+    for example in group.members:
+        own = example.reach - group.prefix
+        if used + own > room or used >= aim:
+            parts.append([])
+            used = 0
+        parts[-1].append(example)
+        used += own
+    return [Group(group.prefix, tuple(members), i) for i, members in enumerate(parts)]
+
+
+def _fill(groups: Sequence[Group], micro_tokens: int) -> list[Pass]:
+    """Groups one after another, each pass full before the next begins."""
     total = sum(group.computed_tokens for group in groups)
     aim = total / max(1, -(-total // micro_tokens))
     passes: list[Pass] = []

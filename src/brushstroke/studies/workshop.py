@@ -267,8 +267,9 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
     total, right, tokens = 0.0, 0, 0
     with forward.context():
         for start in range(0, len(examples), SCORED_AT_ONCE):
-            for part in session.passes(examples[start : start + SCORED_AT_ONCE]):
-                logits = forward.trained_logits(part).float()
+            passes = session.passes(examples[start : start + SCORED_AT_ONCE])
+            for part, outputs in forward.run(passes):
+                logits = outputs.logits().float()
                 pairs = [
                     (token, weight)
                     for example in part.examples

@@ -112,18 +112,20 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     factors = {id(p) for p in session.parameters}
     base_parameters = sum(p.numel() for p in session.model.parameters() if id(p) not in factors)
     counted = min(order.steps_per_epoch, COUNTED_STEPS)
-    computed = needed = seen = 0
+    computed = needed = seen = kept = 0
     for step in range(counted):
         batch = order.batch(step)
         seen += sum(len(example) for example in batch)
         if session.packed:
-            computed += sum(part.computed_tokens for part in session.passes(batch))
+            passes = session.passes(batch)
+            computed += sum(part.computed_tokens for part in passes)
+            kept = max(kept, *(part.kept_tokens for part in passes))
             needed += sum(example.reach for example in batch)
     computed = computed if session.packed else seen
     extrapolated = counted < order.steps_per_epoch
     scale = report.real_tokens / max(1, seen)
     longest = max(len(example) for example in data)
-    in_pass = min(max(session.micro_tokens, longest), max(1, computed // counted))
+    in_pass = min(max(session.micro_tokens, longest, kept), max(1, computed // counted))
     return Plan(
         base=session.base.name,
         dtype=str(session.base.dtype).removeprefix("torch."),

@@ -197,8 +197,8 @@ class Training:
         computed = 0
         trained = sum(example.trained for example in encoded)
         with self._all_or_nothing(), self._checkpointing, self.step.context(), self._dropout_seed():
-            for part in self.passes(encoded):
-                value = self.step.forward.summed_loss(part, loss)
+            for part, outputs in self.step.forward.run(self.passes(encoded)):
+                value = outputs.summed_loss(loss)
                 if not bool(torch.isfinite(value)):
                     suspect = "the base's weights" if loss is None else "`loss` or the base's weights"
                     before = "" if self.steps else f" (nothing is trained yet: {suspect} may be at fault)"
@@ -259,8 +259,8 @@ class Training:
         with _asleep(self.attachment), self.step.context():
             for start in range(0, len(encoded), EVALUATED_AT_ONCE):
                 some = encoded[start : start + EVALUATED_AT_ONCE]
-                for part in self.passes(some):
-                    total += self.step.forward.summed_loss(part, None).item()
+                for part, outputs in self.step.forward.run(self.passes(some)):
+                    total += outputs.summed_loss(None).item()
                     computed += part.computed_tokens
         trained = sum(example.trained for example in encoded)
         return StepResult(total / max(1, trained), trained, sum(len(e) for e in encoded), computed)

@@ -1,0 +1,146 @@
+"""A prefix of several passes runs once: the same losses and gradients as rows by themselves."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from brushstroke.adapter import LoraConfig
+from brushstroke.data import Example
+from brushstroke.errors import NonFiniteError
+from brushstroke.step.pack import HELD_SAVES, plan_passes
+from brushstroke.training import Training
+from toys import tiny_gpt2, tiny_llama, tiny_olmo
+from training_kit import examples, padded_loss, peft_twin, randomise
+
+BATCH = {"count": 18, "shared": 60}  # 12 of them begin with the same 60 tokens
+MICRO = 90
+
+
+def tiny_of(family: str, **options) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    kind = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, kind)(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2,
+        eos_token_id=None, **options,
+    )  # fmt: skip
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+MODELS = {
+    "llama": tiny_llama,
+    "llama-tied": lambda: tiny_llama(tied=True),
+    "gpt2": tiny_gpt2,
+    "olmo-clipped": lambda: tiny_olmo(clip_qkv=0.5),
+    "mistral-window": lambda: tiny_of("Mistral", sliding_window=20),
+    "qwen3": lambda: tiny_of("Qwen3"),
+    "gemma3-windows": lambda: tiny_of(
+        "Gemma3", sliding_window=30, layer_types=["sliding_attention", "full_attention"]
+    ),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "form", [{}, {"memory": "low"}, {"gradient_checkpointing": True}], ids=["fast", "low", "checkpointed"]
+)
+def test_gradients_are_those_of_peft(model: str, form: dict) -> None:
+    base, batch = MODELS[model](), examples(**BATCH)
+    untouched = copy.deepcopy(base)
+    with Training(base, LoraConfig(rank=4), micro_tokens=MICRO, **form) as run:
+        randomise(run.parameters)
+        parts = [part.groups[0].part for part in run.passes(batch)]
+        assert run.packed
+        assert max(part or 0 for part in parts) >= 3
+        twin, factors = peft_twin(untouched, run.adapter())
+        reference = padded_loss(twin, batch)
+        reference.backward()
+        result = run.forward_backward(batch)
+        assert result.loss == pytest.approx(reference.item(), rel=1e-5)
+        assert result.computed_tokens == sum(example.reach for example in batch) - 11 * 60
+        for path, module in run.attachment.modules.items():
+            a, b = factors[path]
+            for ours, theirs in ((module.lora_U_rows.grad, a.grad), (module.lora_V.grad, b.grad.mT)):
+                assert (ours / result.trained_tokens - theirs).norm() <= 1e-4 * theirs.norm(), path
+        assert run.loss(batch).loss == pytest.approx(reference.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("down_proj",), ("q_proj",), (r".*layers\.1\..*",)])
+def test_keys_that_no_trained_factor_reaches_need_no_gradient(targets: tuple[str, ...]) -> None:
+    gradients = []
+    for options in ({"micro_tokens": MICRO}, {"share_prefixes": False}):
+        with Training(tiny_llama(), LoraConfig(rank=4, targets=targets), **options) as run:
+            randomise(run.parameters)
+            run.forward_backward(examples(**BATCH))
+            gradients.append([parameter.grad for parameter in run.parameters])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """A decoder layer that runs the one after another, with the same weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.layer(self.layer(hidden_states, **kwargs), **kwargs)
+
+
+def test_a_layer_that_runs_twice_computes_its_prefix_in_each_pass() -> None:
+    model, batch = tiny_llama(), examples(**BATCH)
+    model.model.layers[0] = Twice(model.model.layers[0])
+    losses = []
+    for options in ({"micro_tokens": MICRO}, {"share_prefixes": False}):
+        with Training(model, LoraConfig(rank=4), **options) as run:
+            randomise(run.parameters)
+            assert run.packed
+            assert {part.groups[0].part for part in run.passes(batch)} == {None}
+            losses.append(run.forward_backward(batch).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_prefix_is_dropped_where_a_pass_fails() -> None:
+    batch = examples(**BATCH)
+    with Training(tiny_llama(), LoraConfig(rank=4), micro_tokens=MICRO) as run:
+        randomise(run.parameters)
+        run.forward_backward(batch)
+        expected = [parameter.grad.clone() for parameter in run.parameters]
+        run.discard()
+        calls = iter([1.0, 1.0, float("nan")] + [1.0] * 99)
+        with pytest.raises(NonFiniteError):
+            run.forward_backward(batch, lambda x, t, w: next(calls) * nn.functional.cross_entropy(x, t))
+        assert all(parameter.grad is None for parameter in run.parameters)
+        run.forward_backward(batch)
+        for parameter, gradient in zip(run.parameters, expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+
+
+@given(st.integers(1, 400), st.integers(8, 300), st.lists(st.integers(1, 60), min_size=2, max_size=24))
+def test_a_held_prefix_is_computed_once_and_leaves_room(micro: int, prefix: int, suffixes: list[int]) -> None:
+    rows = [
+        Example((*range(prefix), 1000 + i, *range(2000, 2000 + own)), (0.0,) * (prefix + 1) + (1.0,) * own)
+        for i, own in enumerate(suffixes)
+    ]
+    passes = plan_passes(rows, micro, share=True, hold=True)
+    found = [example for part in passes for example in part.examples]
+    assert sorted(map(id, found)) == sorted(map(id, rows))
+    computed = sum(part.computed_tokens for part in passes)
+    plain = plan_passes(rows, micro, share=True)
+    held = [part for part in passes if part.groups[0].part is not None]
+    assert [part.groups[0].part for part in held] == list(range(len(held)))
+    if held:
+        assert held == passes
+        assert computed == prefix + sum(suffixes)
+        assert (len(held) - 1) * prefix >= HELD_SAVES
+        for part in held:
+            assert part.kept_tokens <= max(micro, prefix + micro // 2) or len(part.examples) == 1
+    else:
+        assert passes == plain
