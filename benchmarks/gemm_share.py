@@ -103,16 +103,16 @@ def step(run: bs.Training, batch: list[Example]) -> tuple[float, int, list[tuple
 
 @torch.no_grad()
 def limit_seconds(base: bs.Base, shapes: Counter, passes: list[tuple[int, int]]) -> tuple[float, float]:
-    """The time of the frozen products of a step, and their speed in GFLOP/s."""
+    """The time of all frozen products of a step at the speed of the sites' own, and that speed in GFLOP/s."""
     head = base.model.get_output_embeddings().weight
-    seconds = flop = 0.0
+    seconds = flop = of_head = 0.0
     for computed, trained in passes:
         for (d, h), count in shapes.items():
             seconds += count * product_seconds(computed, torch.randn(h, d, dtype=head.dtype))
             flop += count * 4 * computed * d * h
-        seconds += product_seconds(trained, head, repeats=2)
-        flop += 4 * trained * head.numel()
-    return seconds, flop / seconds / 1e9
+        of_head += 4 * trained * head.numel()
+    speed = flop / seconds
+    return (flop + of_head) / speed, speed / 1e9
 
 
 def product_seconds(n: int, weight: torch.Tensor, repeats: int = 7) -> float:
