@@ -10,7 +10,8 @@ from brushstroke.data import Example, common_length
 
 MAX_GROUP = 256  # examples; bounds the search for the best grouping
 MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
-HELD_SAVES = 128  # tokens that must not be computed again for a prefix to be worth a pass of its own
+HELD_SAVES = 128  # tokens that a prefix must save to be worth a pass of its own,
+HELD_SHARE = 0.05  # and as a share of all that its group computes
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,16 @@ def plan_passes(
     beside those of each pass, which has half of `micro_tokens` at least. The passes are of about equal size.
     """
     groups = share_prefixes(examples) if share else [Group(0, (example,)) for example in examples]
-    held = {id(group): _parts(group, micro_tokens) for group in groups} if hold else {}
-    held = {key: parts for key, parts in held.items() if (len(parts) - 1) * parts[0].prefix >= HELD_SAVES}
-    filled = _fill([group for group in groups if id(group) not in held], micro_tokens)
-    return [*filled, *(Pass((part,)) for parts in held.values() for part in parts)]
+    whole: list[Group] = []
+    held: list[Pass] = []
+    for group in groups:
+        parts = _parts(group, micro_tokens) if hold and group.prefix else []
+        saved = (len(parts) - 1) * group.prefix
+        if saved >= max(HELD_SAVES, HELD_SHARE * group.computed_tokens):
+            held += [Pass((part,)) for part in parts]
+        else:
+            whole.append(group)
+    return [*_fill(whole, micro_tokens), *held]
 
 
 def _parts(group: Group, micro_tokens: int) -> list[Group]:
