@@ -11,6 +11,7 @@ from torch import nn
 from brushstroke.adapter import LoraConfig
 from brushstroke.data import Example
 from brushstroke.errors import NonFiniteError
+from brushstroke.layers import attach
 from brushstroke.step.pack import HELD_SAVES, plan_passes
 from brushstroke.training import Training
 from toys import tiny_gpt2, tiny_llama, tiny_olmo
@@ -25,11 +26,12 @@ def tiny_of(family: str, **options) -> nn.Module:
 
     torch.manual_seed(0)
     kind = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, kind)(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2,
-        eos_token_id=None, **options,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+        "initializer_range": 0.2, "eos_token_id": None,
+    }  # fmt: skip
+    config = getattr(transformers, kind)(**{**sizes, **options})
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
@@ -81,6 +83,51 @@ def test_keys_that_no_trained_factor_reaches_need_no_gradient(targets: tuple[str
             gradients.append([parameter.grad for parameter in run.parameters])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("micro_tokens", [MICRO, 4096])
+def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tokens: int) -> None:
+    """The prefix alone, and shorter rows, would turn their keys by other frequencies than long rows do."""
+    limit = 75
+    rope = {
+        "longrope": {
+            "original_max_position_embeddings": limit,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0, 3.0, 2.0, 2.0],
+        },
+        "dynamic": {"factor": 2.0},
+    }[kind]
+    parameters = {"rope_type": kind, "rope_theta": 1e4, **rope}
+    context = 128 if kind == "longrope" else limit
+
+    def model() -> nn.Module:
+        own = {"max_position_embeddings": context, "rope_parameters": parameters}
+        if kind == "longrope":
+            return tiny_of("Phi3", original_max_position_embeddings=limit, pad_token_id=0, **own)
+        return tiny_of("Llama", **own)
+
+    batch = examples(**BATCH)
+    far = [example for example in batch if example.reach > limit]
+    assert 2 <= len(far) < 12
+    reference = model()
+    attachment = attach(reference, LoraConfig(rank=4), trainable=True)
+    ours = Training(model(), LoraConfig(rank=4), micro_tokens=micro_tokens, max_length=128)
+    with ours as run:
+        for parameters in (attachment.parameters(), run.parameters):
+            randomise(list(parameters))
+        alone = sorted(id(part.examples[0]) for part in run.passes(batch) if len(part.examples) == 1)
+        assert set(map(id, far)) <= set(alone)
+        ordered = sorted(batch, key=lambda example: example.reach)  # dynamic frequencies only grow
+        for example in ordered:
+            tokens = torch.tensor(example.tokens)
+            logits = reference(input_ids=tokens[None, : example.reach], use_cache=False).logits[0]
+            targets = tokens[1 : example.reach + 1]
+            losses = nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
+            (losses * torch.tensor(example.weights[1 : example.reach + 1])).sum().backward()
+        run.forward_backward(ordered)
+        for mine, theirs in zip(run.parameters, attachment.parameters(), strict=True):
+            assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
 
 
 class Twice(nn.Module):

@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross-entropy on whole logits."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,29 @@ def test_the_only_possible_word_costs_nothing() -> None:
         (gradient,) = torch.autograd.grad(loss, hidden)
         assert loss.item() == 0
         assert torch.equal(gradient, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("bias", [[float("inf"), 0.0, 0.0], [0.0, float("nan"), 0.0]])
+def test_a_logit_that_is_no_number_is_not_hidden(bias: list[float]) -> None:
+    loss = chunked_cross_entropy(
+        torch.randn(1, 4), torch.randn(3, 4), torch.tensor(bias), torch.tensor([0]), torch.ones(1), 2
+    )
+    assert not bool(torch.isfinite(loss))
+
+
+@pytest.mark.parametrize("offset", [-1e6, -1e30, 1e30])
+def test_an_offset_of_all_logits_changes_nothing(offset: float) -> None:
+    hidden = torch.zeros(2, 4, requires_grad=True)
+    bias = torch.full((2500,), offset)
+    loss = chunked_cross_entropy(hidden, torch.randn(2500, 4), bias, torch.tensor([0, 2499]), torch.ones(2))
+    assert loss.item() == pytest.approx(2 * math.log(2500), rel=1e-5)
+
+
+def test_a_graph_that_is_kept_gives_its_gradient_again() -> None:
+    hidden = torch.randn(2, 4, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, torch.randn(30, 4), None, torch.tensor([0, 3]), torch.ones(2))
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_in_half_precision_the_gradient_of_a_likely_word_keeps_its_size() -> None:

@@ -23,13 +23,18 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def moving_from(model: nn.Module) -> int | None:
-    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does."""
+    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does.
+
+    Kinds of layers may have parameters of their own: the first of them to move counts.
+    """
     text = _text_config(model)
     rope = getattr(text, "rope_parameters", None)
     if not any(kind in repr(rope) for kind in MOVING):
         return None
-    own = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
-    return own or getattr(text, "original_max_position_embeddings", None) or 0
+    name = "original_max_position_embeddings"
+    sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
+    own = [parameters[name] for parameters in sets if parameters.get(name)]
+    return min(own) if own else getattr(text, name, None) or getattr(text, "max_position_embeddings", 0)
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -4,7 +4,7 @@ It changes no weight and steps no optimiser; which of the two a model gets is de
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from brushstroke.base import moving_from
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
@@ -103,9 +104,23 @@ class _Headed:
     """What packed and padded passes share: the head makes loss and logits of what `_run` gives."""
 
     _head: Head
+    _moving: int | None  # tokens beyond which a row moves the rotary frequencies of its whole pass
+    _ends: Callable[[Example], int]  # how many tokens of an example run
 
     def _run(self, packed: Pass) -> Outputs:
         raise NotImplementedError
+
+    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        raise NotImplementedError
+
+    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Arrange the examples of a step; those that move the frequencies of others run alone."""
+        if self._moving is None:
+            return self._arrange(examples, micro_tokens, share)
+        far = [example for example in examples if self._ends(example) > self._moving]
+        near = [example for example in examples if self._ends(example) <= self._moving]
+        arranged = self._arrange(near, micro_tokens, share) if near else []
+        return [*arranged, *(unshared([example]) for example in far)]
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
         """Each pass with what it gives for its trained positions."""
@@ -133,6 +148,7 @@ class PackedForward(_Headed):
     def __init__(self, model: nn.Module, head: Head) -> None:
         self._model = model
         self._head = head
+        self._moving, self._ends = moving_from(model), attrgetter("reach")
         self._attention = AttentionName(model)
         self.windows: set[int | None] = set()  # those that attention calls asked for, so far
         if chunked := self._attention.chunked:
@@ -140,21 +156,20 @@ class PackedForward(_Headed):
         self._device = next(model.parameters()).device
         self.holds = False  # whether a prefix may run once for several passes
 
-    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
-        """Pack the examples of a step."""
+    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
         return plan_passes(examples, micro_tokens, share, self.holds)
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
         """Each pass with what it gives; the prefix of several runs before the first, and backward last."""
         held: HeldPrefix | None = None
         for packed in passes:
-            part = packed.groups[0].part
-            if held and not part:
-                held.finish()
-            if not part:
-                held = None if part is None else self._hold(packed.groups[0])
+            group = packed.groups[0]
+            if group.part in (None, 0):  # what was held before is over
+                if held is not None:
+                    held.finish()
+                held = self._hold(group) if group.part == 0 else None
             yield packed, self._run(packed, held)
-        if held:
+        if held is not None:
             held.finish()
 
     def _hold(self, group: Group) -> HeldPrefix:
@@ -208,13 +223,13 @@ class PaddedForward(_Headed):
 
     def __init__(self, model: nn.Module, head: Head, whole: bool) -> None:
         self._model = model
-        self._ends = len if whole else attrgetter("reach")
+        self._moving, self._ends = moving_from(model), len if whole else attrgetter("reach")
         self._head = head
         self._device = next(model.parameters()).device
         runner = head.decoder or model
         self._accepts = _accepted(runner)
 
-    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
         """Batches of similar length of at most `micro_tokens`, padding counted."""
         passes: list[Pass] = []
         batch: list[Example] = []

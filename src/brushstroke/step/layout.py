@@ -97,9 +97,15 @@ class Layout:
 
 
 def lay_out(packed: Pass, device: torch.device, held: HeldPrefix | None = None) -> Layout:
-    """Build the tensors of a pass; a part of a group continues the `held` prefix."""
+    """Build the tensors of a pass; a part of a group continues the `held` prefix.
+
+    Raises:
+        ValueError: a part without one.
+    """
     row = _Row()
     for group in packed.groups:
+        if group.part is not None and held is None:
+            raise ValueError("a part of a group needs its prefix; run the passes of a step with `run`")
         prefix = None
         if group.prefix and group.part is None:
             prefix = len(row.pieces)

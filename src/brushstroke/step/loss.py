@@ -76,18 +76,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if pull is not None:
                 pull = _add_product(pull.mul_(shrinking), exponentials, rows)
         others.clamp_min_(torch.finfo(wide).tiny)  # a vocabulary of one word has no others
-        behind = highest + others.log() - own  # log of the odds against the target
+        # The log of the odds against the target; a logit of infinity makes it nan.
+        behind = others.log() + (highest - own) + 0 * own
         if pull is not None:
             wrong = torch.sigmoid(behind).mul_(weights[:, None])  # 1 − the target's probability
             pull.div_(others).sub_(weight[targets]).mul_(wrong)
-        ctx.grad = None if pull is None else pull.to(hidden.dtype)
+            ctx.save_for_backward(pull.to(hidden.dtype))
         return (F.softplus(behind).squeeze(1) * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        grad, ctx.grad = ctx.grad, None
-        return (grad.mul_(grad_total.to(grad.dtype)) if grad is not None else None, *[None] * 5)
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_total.to(grad.dtype), *[None] * 5)
 
 
 def _spans(vocabulary: int, words: int) -> list[tuple[int, int]]:

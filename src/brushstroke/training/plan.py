@@ -116,16 +116,18 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     for step in range(counted):
         batch = order.batch(step)
         seen += sum(len(example) for example in batch)
+        passes = session.passes(batch)
+        kept = max(kept, *(part.kept_tokens for part in passes))
         if session.packed:
-            passes = session.passes(batch)
             computed += sum(part.computed_tokens for part in passes)
-            kept = max(kept, *(part.kept_tokens for part in passes))
             needed += sum(example.reach for example in batch)
     computed = computed if session.packed else seen
     extrapolated = counted < order.steps_per_epoch
     scale = report.real_tokens / max(1, seen)
     longest = max(len(example) for example in data)
-    in_pass = min(max(session.micro_tokens, longest, kept), max(1, computed // counted))
+    largest = max(
+        kept, max(example.reach for example in data)
+    )  # the longest may be in no step that is counted
     return Plan(
         base=session.base.name,
         dtype=str(session.base.dtype).removeprefix("torch."),
@@ -138,7 +140,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         share=parameters / max(1, base_parameters),
         adapter_bytes=sum(p.numel() * p.element_size() for p in session.parameters),
         memory_bytes=max(
-            peak_memory(session.device), resident_memory(session.device) + session.step.need.during(in_pass)
+            peak_memory(session.device), resident_memory(session.device) + session.step.need.during(largest)
         ),
         memory=session.step.mode,
         memory_reason=session.step.mode_reason,
