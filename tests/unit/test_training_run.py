@@ -373,6 +373,17 @@ def test_a_plan_foretells_the_run() -> None:
     assert json.loads(json.dumps(plan.as_dict()))["micro_tokens"] == plan.micro_tokens
 
 
+def test_the_memory_of_a_plan_is_that_of_its_largest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("peak_memory", "resident_memory"):  # this process has been larger before
+        monkeypatch.setattr(f"brushstroke.training.plan.{name}", lambda device: 0)
+    short, long = (bs.Example((5,) * n, (0.0,) + (1.0,) * (n - 1)) for n in (8, 100))
+    config = bs.TrainConfig(batch_size=1, max_steps=1)
+    mixed, alone, without = (
+        bs.plan(base(), rows, LORA, config).memory_bytes for rows in ([short] * 20 + [long], [long], [short])
+    )
+    assert mixed == alone > without
+
+
 def test_small_sites_of_a_group_get_the_largest_rank_that_fits() -> None:
     plan = bs.plan(base(), examples(4), bs.LoraConfig(rank=20), CONFIG)
     assert plan.capped == {f"model.layers.{i}.self_attn.{n}_proj": 20 for i in (0, 1) for n in "kv"}

@@ -50,7 +50,8 @@ class MemoryNeed:
 
     Args:
         weights: of the base and the adapter.
-        adapter: gradients and two moments of the factors.
+        moments: two of every number of the factors.
+        gradients: of the factors.
         per_token: of one computed token, from the forward to the backward pass.
         head: the logits that exist at one time.
         process: what is there without a model.
@@ -58,7 +59,8 @@ class MemoryNeed:
     """
 
     weights: int
-    adapter: int
+    moments: int
+    gradients: int
     per_token: int
     head: int
     process: int
@@ -68,9 +70,14 @@ class MemoryNeed:
         """Bytes with passes of this many computed tokens: a rule of the model and the config alone."""
         return self.process + self.weights + self.during(micro_tokens)
 
-    def during(self, micro_tokens: int) -> int:
-        """Bytes that training adds to a process that holds the model."""
-        return self.adapter + self.head + self.workspace + self.per_token * micro_tokens
+    def during(self, micro_tokens: int, several: bool = True) -> int:
+        """Bytes that training adds to a process that holds the model.
+
+        Where a step is not `several` passes, gradients come while the activations go.
+        """
+        activations = self.per_token * micro_tokens
+        both = activations + self.gradients if several else max(activations, self.gradients)
+        return self.moments + self.head + self.workspace + both
 
 
 def kept_per_token(
@@ -117,10 +124,12 @@ def need_of(
         device: where it runs.
     """
     weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    trained = sum(factor.numel() * factor.element_size() for factor in factors)
     size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
     return MemoryNeed(
         weights=sum(weights.values()),
-        adapter=sum(3 * factor.numel() * factor.element_size() for factor in factors),
+        moments=2 * trained,
+        gradients=trained,
         per_token=kept + 4 * widest * size,
         head=logits * max(4, size),
         process=PROCESS_BYTES if device.type == "cpu" else 0,

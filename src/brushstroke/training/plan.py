@@ -112,12 +112,13 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     factors = {id(p) for p in session.parameters}
     base_parameters = sum(p.numel() for p in session.model.parameters() if id(p) not in factors)
     counted = min(order.steps_per_epoch, COUNTED_STEPS)
-    computed = needed = seen = kept = 0
+    computed = needed = seen = kept = most = 0
     for step in range(counted):
         batch = order.batch(step)
         seen += sum(len(example) for example in batch)
         passes = session.passes(batch)
         kept = max(kept, *(part.kept_tokens for part in passes))
+        most = max(most, len(passes))
         if session.packed:
             computed += sum(part.computed_tokens for part in passes)
             needed += sum(example.reach for example in batch)
@@ -125,9 +126,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     extrapolated = counted < order.steps_per_epoch
     scale = report.real_tokens / max(1, seen)
     longest = max(len(example) for example in data)
-    largest = max(
-        kept, max(example.reach for example in data)
-    )  # the longest may be in no step that is counted
+    reach = max(example.reach for example in data)  # the longest may be in no step that is counted
     return Plan(
         base=session.base.name,
         dtype=str(session.base.dtype).removeprefix("torch."),
@@ -140,7 +139,8 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         share=parameters / max(1, base_parameters),
         adapter_bytes=sum(p.numel() * p.element_size() for p in session.parameters),
         memory_bytes=max(
-            peak_memory(session.device), resident_memory(session.device) + session.step.need.during(largest)
+            peak_memory(session.device),
+            resident_memory(session.device) + session.step.need.during(max(kept, reach), most > 1),
         ),
         memory=session.step.mode,
         memory_reason=session.step.mode_reason,
