@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -375,7 +376,7 @@ def test_a_plan_foretells_the_run() -> None:
 
 def test_the_memory_of_a_plan_is_that_of_its_largest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("peak_memory", "resident_memory"):  # this process has been larger before
-        monkeypatch.setattr(f"brushstroke.training.plan.{name}", lambda device: 0)
+        monkeypatch.setattr(sys.modules["brushstroke.training.plan"], name, lambda device: 0)
     short, long = (bs.Example((5,) * n, (0.0,) + (1.0,) * (n - 1)) for n in (8, 100))
     config = bs.TrainConfig(batch_size=1, max_steps=1)
     mixed, alone, without = (
