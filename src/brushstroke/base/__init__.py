@@ -3,7 +3,7 @@
 from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
-from brushstroke.base.told import context_length, model_dtype, moving_from
+from brushstroke.base.told import context_length, forget_longest, model_dtype, moving_from
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "context_length",
+    "forget_longest",
     "limit_kernel_caches",
     "load_base",
     "load_tokenizer",

@@ -31,10 +31,30 @@ def moving_from(model: nn.Module) -> int | None:
     rope = getattr(text, "rope_parameters", None)
     if not any(kind in repr(rope) for kind in MOVING):
         return None
-    name = "original_max_position_embeddings"
     sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
-    own = [parameters[name] for parameters in sets if parameters.get(name)]
-    return min(own) if own else getattr(text, name, None) or getattr(text, "max_position_embeddings", 0)
+    most = getattr(text, "max_position_embeddings", 0)
+    limits = []
+    for parameters in sets:
+        kind = str(parameters.get("rope_type") or parameters.get("type"))
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limits.append(parameters.get(name) or getattr(text, name, None) or most)
+        elif "dynamic" in kind:
+            limits.append(most)
+    return min(limits, default=0)
+
+
+def forget_longest(model: nn.Module) -> None:
+    """Give rotary modules that remember the longest row so far (dynamic) their first frequencies again."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            kind = name.removesuffix("max_seq_len_cached")
+            first = getattr(module, f"{kind}original_inv_freq", None)
+            length = getattr(module, "original_max_seq_len", None)
+            if isinstance(first, torch.Tensor) and length is not None:
+                now = getattr(module, f"{kind}inv_freq")
+                module.register_buffer(f"{kind}inv_freq", first.to(now.device, copy=True), persistent=False)
+                setattr(module, name, length)
 
 
 def _text_config(model: nn.Module) -> Any:

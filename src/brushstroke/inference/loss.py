@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from brushstroke.base import forget_longest, moving_from
 from brushstroke.data import Example
 from brushstroke.layers import refuse_rows, unwrap
 
@@ -62,7 +63,9 @@ def evaluate_loss(
             module.training = False
         # Not inference_mode: what a model caches under it could not be used in training afterwards.
         with torch.no_grad():
-            for batch in _batches([example for example in examples if example.trained], batch_size):
+            trained_on = [example for example in examples if example.trained]
+            for batch in _batches(trained_on, batch_size, moving_from(root)):
+                forget_longest(root)
                 total += _batch_loss(root, batch, select)
                 trained += sum(example.trained for example in batch)
                 done += len(batch)
@@ -74,11 +77,15 @@ def evaluate_loss(
     return Loss(total, trained)
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Longest first, so that the first batch shows whether the memory is enough."""
+def _batches(examples: Sequence[Example], size: int, moving: int | None) -> Iterator[list[Example]]:
+    """Longest first, so that the first batch shows whether the memory is enough.
+
+    Examples of more than `moving` tokens, which move the rotary frequencies of others, are alone.
+    """
     batch: list[Example] = []
     for example in sorted(examples, key=lambda example: -len(example)):
-        if batch and (len(batch) == size or (len(batch) + 1) * len(batch[0]) > PADDED_TOKENS):
+        moves = bool(batch) and moving is not None and len(batch[0]) > moving
+        if batch and (moves or len(batch) == size or (len(batch) + 1) * len(batch[0]) > PADDED_TOKENS):
             yield batch
             batch = []
         batch.append(example)

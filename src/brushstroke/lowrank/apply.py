@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from brushstroke.lowrank.once import first_order
 from brushstroke.lowrank.products import product, product_onto
 
 
@@ -144,7 +144,7 @@ class _LowRankLinears(torch.autograd.Function):
         return tuple(reshaped(y, x.shape[:-1]) for y in ys)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, xu, *tensors = ctx.saved_tensors
         dys = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
@@ -178,7 +178,7 @@ def lowrank_linear(
     """x·W + bias + scale·(x·U)·V with W frozen, in one autograd step (arXiv:2106.09685, equation 3).
 
     The low-rank products run in x's dtype; gradients come back in the dtype of the factors. W and bias get no
-    gradient, ever. A second derivative raises torch's once-differentiable error.
+    gradient, ever. A second derivative is refused (RuntimeError).
     """
     return lowrank_linears(x, [LinearParts(weight, bias, U_rows, V, scale, weight_is_dxh)])[0]
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from brushstroke.lowrank.once import first_order
 from brushstroke.step.segments import Segments
 
 MOST_SCORES = 16 * 1024 * 1024  # of one call by products, which hold them all at once
@@ -66,7 +66,7 @@ class _Products(torch.autograd.Function):
         return torch.bmm(_probabilities(q, k, hidden, scale), v).view(*ctx.shapes[0][:-1], v.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, hidden = ctx.saved_tensors
         grad = grad_outputs[0].reshape(*q.shape[:-1], v.shape[-1])

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from brushstroke.base import moving_from
+from brushstroke.base import forget_longest, moving_from
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
@@ -192,6 +192,8 @@ class PackedForward(_Headed):
         return self._outputs(lay_out(packed, self._device, held))
 
     def _outputs(self, layout: Layout) -> Outputs:
+        if self._moving is not None:
+            forget_longest(self._model)
         inputs: dict[str, Any] = {
             "input_ids": layout.tokens,
             "position_ids": layout.positions,
@@ -245,6 +247,8 @@ class PaddedForward(_Headed):
         return nullcontext()
 
     def _run(self, packed: Pass) -> Outputs:
+        if self._moving is not None:
+            forget_longest(self._model)
         examples = packed.examples
         width = max(map(self._ends, examples))
         tokens, mask, behind = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(3))

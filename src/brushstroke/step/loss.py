@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from brushstroke.errors import ConfigError
+from brushstroke.lowrank.once import first_order
 from brushstroke.lowrank.products import product, product_onto
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,8 +76,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if pull is not None:
                 pull = _add_product(pull.mul_(shrinking), exponentials, rows)
         others.clamp_min_(torch.finfo(wide).tiny)  # a vocabulary of one word has no others
-        # The log of the odds against the target; a logit of infinity makes it nan.
-        behind = others.log() + (highest - own) + 0 * own
+        behind = others.log() + (highest - own)  # log of the odds against the target
+        behind += 0 * own  # nan where the target's logit is infinite, which no probability may hide
         if pull is not None:
             wrong = torch.sigmoid(behind).mul_(weights[:, None])  # 1 − the target's probability
             pull.div_(others).sub_(weight[targets]).mul_(wrong)
@@ -85,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (F.softplus(behind).squeeze(1) * weights).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (grad,) = ctx.saved_tensors
         return (grad * grad_total.to(grad.dtype), *[None] * 5)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from brushstroke.lowrank.apply import (
     TENSORS,
@@ -22,6 +21,7 @@ from brushstroke.lowrank.apply import (
     reshaped,
     unflatten,
 )
+from brushstroke.lowrank.once import first_order
 from brushstroke.step.onekernel import OneKernel, pays
 from brushstroke.step.scratch import Scratch
 
@@ -116,7 +116,7 @@ class _MLP(torch.autograd.Function):
         return reshaped(y, x.shape[:-1])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, xu, mu, *saved = ctx.saved_tensors
         kept = len(ctx.forms) - 1 if ctx.keep else 0

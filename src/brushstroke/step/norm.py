@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from brushstroke.lowrank.once import first_order
 from brushstroke.step.onekernel import OneKernel
 
 
@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         return _gradient(grad_outputs[0], x, weight, inverse, ctx.offset), None, None, None

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from brushstroke.lowrank.once import first_order
 from brushstroke.step.onekernel import OneKernel
 
 
@@ -24,7 +24,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, torch.cat([-first, second], dim=-1))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         first, second = sin.chunk(2, dim=-1)
