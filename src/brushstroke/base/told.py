@@ -1,6 +1,6 @@
 """What a model of transformers tells of itself: its dtype, its context, frequencies that move.
 
-Nothing is tried here.
+Nothing is tried here, and nothing of a model is changed but what it remembers of longer rows.
 """
 
 from typing import Any

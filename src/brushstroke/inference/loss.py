@@ -64,8 +64,10 @@ def evaluate_loss(
         # Not inference_mode: what a model caches under it could not be used in training afterwards.
         with torch.no_grad():
             trained_on = [example for example in examples if example.trained]
-            for batch in _batches(trained_on, batch_size, moving_from(root)):
-                forget_longest(root)
+            moving = moving_from(root)
+            for batch in _batches(trained_on, batch_size, moving):
+                if moving is not None:
+                    forget_longest(root)
                 total += _batch_loss(root, batch, select)
                 trained += sum(example.trained for example in batch)
                 done += len(batch)

@@ -62,17 +62,20 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
             raise UnsupportedAttention("tokens behind a prediction change it")
         padded = PaddedForward(model, head, whole=False)
         packed = PackedForward(model, head)
-        difference, leak = _packed_difference(packed, padded, model, share), _plain_leak(padded, model)
+        examples = probe_examples(model, _lengths(model))
+        alone = _alone(padded, examples)
+        difference = _packed_difference(packed, model, examples, alone, share)
+        leak = _plain_leak(padded, model)
         limit = _tolerance(model_dtype(model))
         if difference > limit and model_dtype(model) == torch.bfloat16:
-            limit = max(limit, min(MOST_NOISE, _rounding_noise(padded, model)))
+            limit = max(limit, min(MOST_NOISE, _rounding_noise(padded, model, examples, alone)))
         if window := packed.lost_window:
             raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
     except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
         if difference <= limit and difference <= MAX_SHARE_OF_LEAK * leak:
-            packed.holds = share and _held_difference(packed, padded, model) <= limit
+            packed.holds = share and _held_difference(packed, examples, alone) <= limit
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing is not shown to be right for this model: {reason}"
@@ -95,37 +98,45 @@ def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:
     return not depends(logits[:1], seen, slice(middle, None))
 
 
-def _packed_difference(packed: PackedForward, padded: PaddedForward, model: nn.Module, share: bool) -> float:
+def _packed_difference(
+    packed: PackedForward,
+    model: nn.Module,
+    examples: tuple[Example, ...],
+    alone: Sequence[Tensor],
+    share: bool,
+) -> float:
     """The largest difference of a packed example's logits from those that it has alone, relative to them.
 
     Raises:
         UnsupportedAttention: a packed example depends on another one's tokens.
     """
-    lengths = _lengths(model)
-    examples = probe_examples(model, lengths)
-    alone = _alone(padded, examples)
     counts = [len(logits) for logits in alone]
     found = []
-    for arranged in [unshared(examples)] + [Pass((Group(lengths[0], examples),))] * share:
+    for arranged in [unshared(examples)] + [Pass((Group(_shared(examples), examples),))] * share:
         pair = _kept_apart(packed, model, arranged, counts)
         found += [_difference(one, other) for one, other in zip(alone, pair, strict=True)]
-    return max(found) if all(map(math.isfinite, found)) else math.inf
+    return _largest(found)
 
 
-def _held_difference(packed: PackedForward, padded: PaddedForward, model: nn.Module) -> float:
+def _held_difference(packed: PackedForward, examples: tuple[Example, ...], alone: Sequence[Tensor]) -> float:
     """As `_packed_difference`, of two examples in passes of their own that continue one held prefix."""
-    lengths = _lengths(model)
-    examples = probe_examples(model, lengths)
-    passes = [Pass((Group(lengths[0], (example,), i),)) for i, example in enumerate(examples)]
+    prefix = _shared(examples)
+    passes = [Pass((Group(prefix, (example,), i),)) for i, example in enumerate(examples)]
     try:
         with packed.context(), torch.no_grad():
             found = [outputs.logits() for _, outputs in packed.run(passes)]
     except Exception:  # the model is not ours: whatever it raises means that its prefixes cannot be held
         return math.inf
-    differences = [
-        _difference(one, other) for one, other in zip(_alone(padded, examples), found, strict=True)
-    ]
+    return _largest([_difference(one, other) for one, other in zip(alone, found, strict=True)])
+
+
+def _largest(differences: Sequence[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def _shared(examples: Sequence[Example]) -> int:
+    """Tokens of the probe's examples before each one's own, the first of which is not trained."""
+    return examples[0].first_trained - 1
 
 
 def _lengths(model: nn.Module) -> tuple[int, int, int]:
@@ -138,10 +149,10 @@ def _alone(padded: PaddedForward, examples: Sequence[Example]) -> list[Tensor]:
         return [padded.trained_logits(unshared([example])) for example in examples]
 
 
-def _rounding_noise(padded: PaddedForward, model: nn.Module) -> float:
+def _rounding_noise(
+    padded: PaddedForward, model: nn.Module, examples: Sequence[Example], alone: Sequence[Tensor]
+) -> float:
     """How far an example's logits move where embeddings are rounded once more; deep models multiply that."""
-    examples = probe_examples(model, _lengths(model))
-    alone = _alone(padded, examples)
     with nudged_embeddings(model):
         moved = _alone(padded, examples)
     return max(_difference(one, other) for one, other in zip(alone, moved, strict=True))
