@@ -292,7 +292,7 @@ def test_long_prompts_are_left_out_and_long_answers_cut_when_asked(cli, tiny, tm
     words = ("train", tiny, data, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1", "--skip-too-long")
     done = cli(*words)
     assert done.status == 0, done.err
-    assert "1 examples are left out, because their prompt fills the limit (rows 3)" in done.err
+    assert "1 examples are left out, because their prompt fills the limit (row 3)" in done.err
     assert "1 examples are cut at the limit" in done.err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["examples"] == 3
 

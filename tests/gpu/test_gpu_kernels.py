@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from brushstroke.lowrank.apply import LinearParts
+from brushstroke.lowrank.products import scaled_product
 from brushstroke.step import onekernel
 from brushstroke.step.mlp import GELU, GELU_TANH, SILU, Activation, mlp
 from brushstroke.step.norm import rms_norm
@@ -53,3 +54,30 @@ def test_one_kernel_equals_several(dtype: torch.dtype, monkeypatch: pytest.Monke
             found = outcome(function, x)
         for a, b in zip(plain, found, strict=True):
             assert (a - b).float().norm() <= ROUNDING[dtype] * a.float().norm(), name
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 64), (1, 30, 4, 64)])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_torchs_norm_equals_ours(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, gain = torch.randn(shape, dtype=dtype), torch.randn(64, dtype=dtype)
+    found = []
+    for device in ("cpu", "cuda"):
+        on = x.to(device).requires_grad_()
+        y = rms_norm(on, gain.to(device), 1e-5)
+        weights = torch.linspace(-1, 1, y.numel(), device=device).view(y.mT.shape).mT.to(dtype)
+        found.append([z.cpu() for z in (y.detach(), *torch.autograd.grad(y, on, weights))])
+        assert type(y.grad_fn).__name__.startswith("_RMSNorm") == (device == "cpu")
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).float().norm() <= ROUNDING[dtype] * ours.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_precision_are_not_rounded_to_it(dtype: torch.dtype) -> None:
+    x, y = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((300, 8), (300, 64)))
+    exact = 0.3 * x.double().mT @ y.double()
+    found = scaled_product(x.mT, y, 0.3, torch.float32)
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
+    rounded = scaled_product(x.mT, y, 0.3, dtype)
+    assert rounded.dtype == dtype
+    assert 1e-4 * exact.norm() < (rounded - exact).norm() <= 1e-2 * exact.norm()

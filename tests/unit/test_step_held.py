@@ -1,6 +1,7 @@
 """A prefix of several passes runs once: the same losses and gradients as rows by themselves."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -87,11 +88,8 @@ def test_keys_that_no_trained_factor_reaches_need_no_gradient(targets: tuple[str
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-@pytest.mark.parametrize("micro_tokens", [MICRO, 4096])
-def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tokens: int) -> None:
-    """The prefix alone, and shorter rows, would turn their keys by other frequencies than long rows do."""
-    limit = 75
+def moving_model(kind: str, limit: int) -> nn.Module:
+    """A model whose rotary frequencies move with rows of more than `limit` tokens."""
     rope = {
         "longrope": {
             "original_max_position_embeddings": limit,
@@ -100,15 +98,51 @@ def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tok
         },
         "dynamic": {"factor": 2.0},
     }[kind]
-    parameters = {"rope_type": kind, "rope_theta": 1e4, **rope}
-    context = 128 if kind == "longrope" else limit
+    own = {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **rope}}
+    if kind == "longrope":
+        return tiny_of("Phi3", original_max_position_embeddings=limit, pad_token_id=0, **own)
+    return tiny_of("Llama", max_position_embeddings=limit, **own)
 
-    def model() -> nn.Module:
-        own = {"max_position_embeddings": context, "rope_parameters": parameters}
-        if kind == "longrope":
-            return tiny_of("Phi3", original_max_position_embeddings=limit, pad_token_id=0, **own)
-        return tiny_of("Llama", **own)
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str) -> None:
+    def state() -> list[tuple[str, object]]:
+        tensors = [(name, x.tolist()) for name, x in model.named_buffers()]
+        return tensors + [(n, v) for m in model.modules() for n, v in vars(m).items() if isinstance(v, int)]
+
+    model = moving_model(kind, 60)
+    long = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)
+    before = state()
+    evaluate_loss(model, [long])
+    assert state() == before
+    with Training(model, LoraConfig(rank=2), max_length=128) as run:
+        during = state()
+        run.loss([long])
+        assert state() == during
+        run.forward_backward([long])
+        run.optim_step()
+        assert state() == during
+    assert state() == before
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_row_has_one_loss_whatever_stands_behind_its_last_target(kind: str) -> None:
+    limit = 60
+    tokens = tuple(range(3, 63)) * 2
+    with Training(moving_model(kind, limit), LoraConfig(rank=2), max_length=128) as run:
+        randomise(run.parameters)
+        for trained, tail in ((limit + 1, 0), (50, 70), (limit + 2, 3)):
+            weights = [0.0] * 40 + [1.0] * (trained - 40) + [0.0] * tail
+            row = Example(tokens[: len(weights)], tuple(weights))
+            assert evaluate_loss(run.model, [row]).mean == pytest.approx(run.loss([row]).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("micro_tokens", [MICRO, 4096])
+def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tokens: int) -> None:
+    """The prefix alone, and shorter rows, would turn their keys by other frequencies than long rows do."""
+    limit = 75
+    model = partial(moving_model, kind, limit)
     batch = examples(**BATCH)
     far = [example for example in batch if example.reach > limit]
     assert 2 <= len(far) < 12
@@ -130,11 +164,8 @@ def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tok
         before = run.loss(batch).loss
         result = run.forward_backward(batch)
         assert run.loss(batch).loss == before == pytest.approx(result.loss, rel=1e-6)
-        if (
-            kind == "dynamic"
-        ):  # its frequencies follow the exact length, and an evaluation runs the last token too
-            return
-        rows = [Example(e.tokens[: e.reach + 1], e.weights[: e.reach + 1]) for e in batch if e.reach != limit]
+        rows = [Example(e.tokens[: e.reach + 1], e.weights[: e.reach + 1]) for e in batch]
+        assert any(len(row) == limit + 1 for row in rows)
         assert evaluate_loss(run.model, rows).mean == pytest.approx(run.loss(rows).loss, rel=1e-5)
         for mine, theirs in zip(run.parameters, attachment.parameters(), strict=True):
             assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()

@@ -12,7 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from brushstroke.adapter import LoraConfig
@@ -545,6 +552,39 @@ def test_what_is_longer_than_the_context_is_named() -> None:
     long = Example((5,) * (context + 2), (0.0,) * (context + 1) + (1.0,), row=7)
     with Training(tiny_gpt2(), LoraConfig(rank=2)) as run, pytest.raises(DataError, match="row 7 needs"):
         run.forward_backward([long])
+
+
+def test_more_positions_than_a_table_has_are_refused() -> None:
+    before = snapshot(model := tiny_gpt2(context=64))
+    with pytest.raises(ConfigError, match="learnt 64 positions and no more"):
+        Training(model, LoraConfig(rank=2), max_length=65)
+    assert snapshot(model).keys() == before.keys()
+    Training(model, LoraConfig(rank=2), max_length=64).close()
+    Training(tiny_llama(), LoraConfig(rank=2), max_length=200).close()  # rotary: may work beyond its 128
+
+
+def test_checkpointed_layers_keep_their_dropout_asleep() -> None:
+    """OPT's layers drop by their own training flag, which is the flag that checkpointing asks for."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=48,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        dropout=0.3,
+    )
+    model, found = OPTForCausalLM(config).eval(), []
+    for recompute in (False, True):
+        with Training(model, LoraConfig(rank=2), gradient_checkpointing=recompute) as run:
+            randomise(run.parameters)
+            loss = run.forward_backward(examples()).loss
+            assert loss == pytest.approx(run.loss(examples()).loss, rel=1e-6)
+            found.append([parameter.grad for parameter in run.parameters])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 def test_a_model_that_does_not_predict_the_next_token_is_refused() -> None:

@@ -3,7 +3,8 @@
 from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
-from brushstroke.base.told import context_length, forget_longest, model_dtype, moving_from
+from brushstroke.base.moving import forget_longest, moving_from, unmoved
+from brushstroke.base.told import context_length, learnt_positions, model_dtype
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "choose_dtype",
     "context_length",
     "forget_longest",
+    "learnt_positions",
     "limit_kernel_caches",
     "load_base",
     "load_tokenizer",
@@ -26,4 +28,5 @@ __all__ = [
     "require_base",
     "row_cache",
     "total_memory",
+    "unmoved",
 ]

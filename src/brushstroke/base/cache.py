@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base.told import moving_from
+from brushstroke.base.moving import moving_from
 
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base import Base, context_length, moving_from, quiet_transformers
+from brushstroke.base import Base, context_length, moving_from, quiet_transformers, unmoved
 from brushstroke.errors import ConfigError, DataError
 from brushstroke.inference.batch import pad_id, routed, run_batch
 from brushstroke.inference.probes import bears_padding
@@ -59,7 +59,8 @@ def run_requests(
             equal = uneven and not _may_be_padded(base, requests, sampling)
         for batch in _batches(requests, sampling.batch_size, equal):
             chosen = [requests[index] for index in batch]
-            answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
+            with unmoved(base.model):
+                answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
             outputs.update(zip(batch, answers, strict=True))
             if on_done is not None:
                 on_done(len(outputs))

@@ -7,6 +7,7 @@ It is independent of the packed step of training, and agrees with it: `weights[i
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from brushstroke.base import forget_longest, moving_from
+from brushstroke.base import moving_from, unmoved
 from brushstroke.data import Example
 from brushstroke.layers import refuse_rows, unwrap
 
@@ -65,10 +66,11 @@ def evaluate_loss(
         with torch.no_grad():
             trained_on = [example for example in examples if example.trained]
             moving = moving_from(root)
-            for batch in _batches(trained_on, batch_size, moving):
-                if moving is not None:
-                    forget_longest(root)
-                total += _batch_loss(root, batch, select)
+            # Frequencies move by the tokens that run: as in training none does behind the last prediction.
+            ends = len if moving is None else attrgetter("reach")
+            for batch in _batches(trained_on, batch_size, ends, moving):
+                with unmoved(root):
+                    total += _batch_loss(root, batch, max(map(ends, batch)), select)
                 trained += sum(example.trained for example in batch)
                 done += len(batch)
                 if on_done is not None:
@@ -79,15 +81,18 @@ def evaluate_loss(
     return Loss(total, trained)
 
 
-def _batches(examples: Sequence[Example], size: int, moving: int | None) -> Iterator[list[Example]]:
+def _batches(
+    examples: Sequence[Example], size: int, ends: Callable[[Example], int], moving: int | None
+) -> Iterator[list[Example]]:
     """Longest first, so that the first batch shows whether the memory is enough.
 
     Examples of more than `moving` tokens, which move the rotary frequencies of others, are alone.
     """
     batch: list[Example] = []
-    for example in sorted(examples, key=lambda example: -len(example)):
-        moves = bool(batch) and moving is not None and len(batch[0]) > moving
-        if batch and (moves or len(batch) == size or (len(batch) + 1) * len(batch[0]) > PADDED_TOKENS):
+    for example in sorted(examples, key=lambda example: -ends(example)):
+        width = ends(batch[0]) if batch else 0
+        moves = moving is not None and width > moving
+        if batch and (moves or len(batch) == size or (len(batch) + 1) * width > PADDED_TOKENS):
             yield batch
             batch = []
         batch.append(example)
@@ -95,12 +100,13 @@ def _batches(examples: Sequence[Example], size: int, moving: int | None) -> Iter
         yield batch
 
 
-def _batch_loss(model: nn.Module, batch: Sequence[Example], select: bool) -> float:
+def _batch_loss(model: nn.Module, batch: Sequence[Example], width: int, select: bool) -> float:
+    """Of examples whose first `width` tokens run."""
     device = next(model.parameters()).device
-    width = max(len(example) for example in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    longest = max(map(len, batch))
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    weights = torch.zeros(len(batch), width, dtype=torch.float64)
+    weights = torch.zeros(len(batch), longest, dtype=torch.float64)
     for row, example in enumerate(batch):
         ids[row, : len(example)] = torch.tensor(example.tokens)
         mask[row, : len(example)] = 1
@@ -108,8 +114,8 @@ def _batch_loss(model: nn.Module, batch: Sequence[Example], select: bool) -> flo
     rows, targets_at = weights.nonzero(as_tuple=True)
     predicted_from = targets_at - 1
     inputs: dict[str, Any] = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
+        "input_ids": ids[:, :width].to(device),
+        "attention_mask": mask[:, :width].to(device),
         "use_cache": False,
     }
     if select:

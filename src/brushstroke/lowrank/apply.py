@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from brushstroke.lowrank.once import first_order
-from brushstroke.lowrank.products import product, product_onto
+from brushstroke.lowrank.products import in_onednn, product, product_onto, scaled_product
 
 
 class LinearParts(NamedTuple):
@@ -57,23 +57,55 @@ def base_product(
     return product(x, weight.mT if weight_is_dxh else weight, bias)
 
 
-def forward_products(x: Tensor, parts: Sequence[LinearParts]) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs (n×h each) of linears that share an input (…×d of n rows), and their x·U side by side."""
+class Narrow(NamedTuple):
+    """What the updates leave for the backward pass, in the dtype of the input; R is the sum of their ranks.
+
+    Args:
+        xu: x·U of all of them side by side (n×R), None where there are none.
+        U_rows: their Uᵀ below one another (R×d).
+        V: of each linear, None where nothing is added to it.
+    """
+
+    xu: Tensor | None
+    U_rows: Tensor | None
+    V: Sequence[Tensor | None]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """One after another, for an autograd function to keep."""
+        return self.xu, self.U_rows, *self.V
+
+
+def narrow_of(saved: list[Any], linears: int) -> Narrow:
+    """Take the `tensors` of as many linears off the beginning of a list."""
+    xu, U_rows, *V = (saved.pop(0) for _ in range(2 + linears))
+    return Narrow(xu, U_rows, V)
+
+
+def forward_products(x: Tensor, parts: Sequence[LinearParts]) -> tuple[list[Tensor], Narrow]:
+    """The outputs (n×h each) of linears that share an input (…×d of n rows), and what is left of them."""
     rows = x.reshape(-1, x.shape[-1])
-    adapted = [part for part in parts if part.U_rows is not None]
-    xu = product(rows, _stacked([part.U_rows for part in adapted]).to(x.dtype)) if adapted else None
+    narrow = _narrow(rows, parts)
     ys, start = [], 0
-    for part in parts:
+    for part, V in zip(parts, narrow.V, strict=True):
         # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
         dxh = part.weight_is_dxh
         y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
         y = y.view(-1, y.shape[-1])
-        if part.V is not None and xu is not None:
-            rank = part.V.shape[0]
-            y.addmm_(xu[:, start : start + rank], part.V.to(x.dtype), alpha=part.scale)
-            start += rank
+        if V is not None and narrow.xu is not None:
+            y.addmm_(narrow.xu[:, start : start + len(V)], V, alpha=part.scale)
+            start += len(V)
         ys.append(y)
-    return ys, xu
+    return ys, narrow
+
+
+def _narrow(rows: Tensor, parts: Sequence[LinearParts]) -> Narrow:
+    factors = [part.U_rows for part in parts if part.U_rows is not None]
+    if not factors:
+        return Narrow(None, None, [None] * len(parts))
+    U_rows = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(rows.dtype)
+    V = [None if part.V is None else part.V.to(rows.dtype) for part in parts]
+    return Narrow(product(rows, U_rows), U_rows, V)
 
 
 def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
@@ -87,7 +119,7 @@ def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
 def backward_products(
     dys: Sequence[Tensor],
     rows: Tensor,
-    xu: Tensor | None,
+    narrow: Narrow,
     parts: Sequence[LinearParts],
     need_x: bool,
     needs: Sequence[bool],
@@ -97,60 +129,63 @@ def backward_products(
     Args:
         dys: gradients of the outputs (n×h each).
         rows: the input (n×d).
-        xu: what `forward_products` gave.
+        narrow: what `forward_products` gave.
         parts: the linears.
         need_x: whether the gradient of the rows is wanted.
         needs: for each tensor of each part, whether its gradient is wanted.
     """
-    dx = dxu = None
-    adapted = [(dy, part) for dy, part in zip(dys, parts, strict=True) if part.V is not None]
-    if adapted:
-        terms = [part.scale * product(dy, part.V.to(dy.dtype)) for dy, part in adapted]  # type: ignore[union-attr]
-        dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
+    xu, U_rows, Vs = narrow
+    terms = [_of_xu(dy, V, part.scale) for dy, V, part in zip(dys, Vs, parts, strict=True) if V is not None]
+    dx = None
     if need_x:
         for dy, part in zip(dys, parts, strict=True):
             weight = part.weight if part.weight_is_dxh else part.weight.mT
             dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
-        if dx is not None and dxu is not None:
-            dx.addmm_(dxu, _stacked([part.U_rows for _, part in adapted]).to(dx.dtype))
-    need_U = any(needs[TENSORS * i + 2] for i in range(len(parts)))
-    dU = dxu.mT @ rows if dxu is not None and need_U else None
     gradients: list[Tensor | None] = [None] * (TENSORS * len(parts))
-    start = 0
-    for i, (dy, part) in enumerate(zip(dys, parts, strict=True)):
-        if part.U_rows is None or part.V is None or xu is None:
+    if xu is None or U_rows is None:
+        return dx, gradients
+    dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
+    if dx is not None:
+        dx.addmm_(dxu, U_rows)
+    dU, start = None, 0
+    for i, (dy, V, part) in enumerate(zip(dys, Vs, parts, strict=True)):
+        if V is None or part.U_rows is None or part.V is None:
             continue
-        span = slice(start, start + part.V.shape[0])
+        span = slice(start, start + len(V))
         start = span.stop
-        if dU is not None and needs[TENSORS * i + 2]:
+        if needs[TENSORS * i + 2]:
+            if dU is None:  # of all at once
+                dU = scaled_product(dxu.mT, rows, 1.0, part.U_rows.dtype)
             gradients[TENSORS * i + 2] = dU[span].to(part.U_rows.dtype)
         if needs[TENSORS * i + 3]:
-            gradients[TENSORS * i + 3] = (part.scale * (xu[:, span].mT @ dy)).to(part.V.dtype)
+            gradients[TENSORS * i + 3] = scaled_product(xu[:, span].mT, dy, part.scale, part.V.dtype)
     return dx, gradients
 
 
-def _stacked(factors: Sequence[Any]) -> Tensor:
-    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
+def _of_xu(dy: Tensor, V: Tensor, scale: float) -> Tensor:
+    """The gradient of x·U."""
+    return product(dy, V).mul_(scale) if in_onednn(dy, V) else scaled_product(dy, V.mT, scale, dy.dtype)
 
 
 class _LowRankLinears(torch.autograd.Function):
-    """The fused step: keeps x and x·U for the backward pass, never makes a gradient of W."""
+    """The fused step: keeps x and what is narrow for the backward pass, never makes a gradient of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forms: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ys, xu = forward_products(x, unflatten(forms, tensors))
-        ctx.save_for_backward(x, xu, *tensors)
+        ys, narrow = forward_products(x, unflatten(forms, tensors))
+        ctx.save_for_backward(x, *narrow.tensors, *tensors)
         ctx.forms = forms
         return tuple(reshaped(y, x.shape[:-1]) for y in ys)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, xu, *tensors = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        narrow = narrow_of(saved, len(ctx.forms))
+        parts = unflatten(ctx.forms, saved)
         dys = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         need_x, _, *needs = ctx.needs_input_grad
-        parts = unflatten(ctx.forms, tensors)
-        dx, gradients = backward_products(dys, x.reshape(-1, x.shape[-1]), xu, parts, need_x, needs)
+        dx, gradients = backward_products(dys, x.reshape(-1, x.shape[-1]), narrow, parts, need_x, needs)
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 

@@ -72,6 +72,18 @@ def product_onto(
     return total.addmm_(x, weight.mT)
 
 
+def scaled_product(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "d h"], scale: float, dtype: torch.dtype
+) -> Float[Tensor, "n h"]:
+    """scale·x·y in a dtype; half precision on a GPU adds up and stays in fp32 where that is asked for."""
+    if x.dtype == dtype:
+        return x.new_empty(x.shape[0], y.shape[1]).addmm_(x, y, beta=0, alpha=scale)
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        none = x.new_empty((), dtype=dtype).expand(x.shape[0], y.shape[1])
+        return torch.addmm(none, x, y, out_dtype=dtype, beta=0, alpha=scale)
+    return scaled_product(x, y, scale, x.dtype).to(dtype)
+
+
 def _usable() -> bool:
     """Whether the private operator is there and does what it is used for."""
     x, weight = torch.linspace(-1, 1, 24).view(4, 6), torch.linspace(-1, 2, 18).view(3, 6)

@@ -19,6 +19,9 @@ from brushstroke.step.segments import Segments
 MOST_SCORES = 16 * 1024 * 1024  # of one call by products, which hold them all at once
 HALF = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256  # that the flash kernel has a backward pass for
+ALIGNED_AT_THE_END = (
+    2  # the memory-efficient kernel's number for a causal mask with the last key on the diagonal
+)
 # Fewer heads of keys than of queries: torch 2.12 wants to be told, and 2.11 has no word for it.
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -96,12 +99,17 @@ def attend_by_products(
     return _Products.apply(q, k, v, hidden, scale)  # type: ignore[return-value]
 
 
-def by_segments(q: Float[Tensor, "1 heads n w"], v: Float[Tensor, "1 kv n u"], dropout: float) -> bool:
-    """Whether `attend_segments` is the choice: half precision on a GPU that the kernel knows."""
+def by_segments(
+    q: Float[Tensor, "1 heads n w"], v: Float[Tensor, "1 kv n u"], dropout: float, windowed: bool
+) -> bool:
+    """Whether `attend_segments` is the choice: on a GPU, without dropout, for widths that its kernels know.
+
+    In fp32 a window is not: the kernel's gradients (torch 2.11) are wrong where keys precede the queries.
+    """
     width = q.shape[-1]
     return (
         q.device.type == "cuda"
-        and q.dtype in HALF
+        and (q.dtype in HALF or (q.dtype == torch.float32 and not windowed))
         and not dropout
         and width == v.shape[-1]
         and width % 8 == 0
@@ -118,14 +126,18 @@ def attend_segments(
     scale: float | None,
     window: int | None,
 ) -> Float[Tensor, "n heads w"]:
-    """Causal attention of each sequence of a packed row by itself, by torch's flash kernel for such rows.
+    """Causal attention of each sequence of a packed row by itself, by torch's kernels for such rows.
 
-    A query sees at most `window` keys, its own among them.
+    That is the flash kernel in half precision, and the memory-efficient one, without a window, in fp32. A
+    query sees at most `window` keys, its own among them.
     """
+    keys, values = segments.of_keys(k), segments.of_keys(v)
+    if q.dtype == torch.float32:
+        return _Efficient.apply(q, keys, values, segments, scale)  # type: ignore[return-value]
     return varlen_attn(
         q,
-        segments.of_keys(k),
-        segments.of_keys(v),
+        keys,
+        values,
         segments.query_bounds,
         segments.key_bounds,
         segments.most_queries,
@@ -134,3 +146,40 @@ def attend_segments(
         window_size=(-1 if window is None else window - 1, 0),
         **_GROUPED,
     )  # type: ignore[return-value]
+
+
+class _Efficient(torch.autograd.Function):
+    """The memory-efficient kernel over sequences, whose gradients are added up in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        shared = q.shape[1] // k.shape[1]
+        wide = [q, *(x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (k, v))]
+        inputs = [x[None] for x in wide]
+        bounds = segments.query_bounds, segments.key_bounds, segments.most_queries, segments.most_keys
+        out, *rest = torch.ops.aten._efficient_attention_forward(
+            *inputs, None, *bounds, 0.0, ALIGNED_AT_THE_END, True, scale=scale
+        )
+        ctx.save_for_backward(*inputs, out, *rest[:3])
+        ctx.bounds, ctx.kv, ctx.scale = (*bounds[:2], *rest[3:]), k.shape[1], scale
+        return out[0]
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, sums, *drawn = ctx.saved_tensors
+        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+            grad_outputs[0][None].contiguous(),
+            *(q, k, v, None, out),
+            *ctx.bounds,
+            sums,
+            0.0,
+            *drawn,
+            ALIGNED_AT_THE_END,
+            False,
+            num_splits_key=1,
+            scale=ctx.scale,
+        )
+        if k.shape[2] > ctx.kv:
+            dk, dv = (x.unflatten(2, (ctx.kv, -1)).sum(3) for x in (dk, dv))
+        return dq[0], dk[0], dv[0], None, None

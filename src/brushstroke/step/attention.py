@@ -91,7 +91,8 @@ def packed_attention(
     layout.windows.add(sliding_window)
     if layout.begins:
         layout.begins.record(module, key, value)
-    if layout.several and not layout.continues and by_segments(query, value, dropout):
+    windowed = sliding_window is not None
+    if layout.several and not layout.continues and by_segments(query, value, dropout, windowed):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attend_segments(q, k, v, layout.segments, scaling, sliding_window)[None], None
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))

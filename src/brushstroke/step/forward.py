@@ -5,7 +5,7 @@ It changes no weight and steps no optimiser; which of the two a model gets is de
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from brushstroke.base import forget_longest, moving_from
+from brushstroke.base import forget_longest, moving_from, unmoved
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
@@ -103,6 +103,7 @@ class Outputs:
 class _Headed:
     """What packed and padded passes share: the head makes loss and logits of what `_run` gives."""
 
+    _model: nn.Module
     _head: Head
     _moving: int | None  # tokens beyond which a row moves the rotary frequencies of its whole pass
     _ends: Callable[[Example], int]  # how many tokens of an example run
@@ -121,6 +122,12 @@ class _Headed:
         near = [example for example in examples if self._ends(example) <= self._moving]
         arranged = self._arrange(near, micro_tokens, share) if near else []
         return [*arranged, *(unshared([example]) for example in far)]
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Frequencies that move are put back in the end."""
+        with unmoved(self._model):
+            yield
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
         """Each pass with what it gives for its trained positions."""
@@ -184,9 +191,11 @@ class PackedForward(_Headed):
         """The sliding window that the model's config declares and none of its attentions asks for."""
         return self._attention.window if self.windows <= {None} else None
 
-    def context(self) -> AbstractContextManager[None]:
-        """The packed attention, also for what gradient checkpointing recomputes in the backward pass."""
-        return self._attention.packed()
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The packed attention too, also for what gradient checkpointing recomputes in the backward pass."""
+        with super().context(), self._attention.packed():
+            yield
 
     def _run(self, packed: Pass, held: HeldPrefix | None = None) -> Outputs:
         return self._outputs(lay_out(packed, self._device, held))
@@ -241,10 +250,6 @@ class PaddedForward(_Headed):
                 batch = []
             batch.append(example)
         return [*passes, unshared(batch)]
-
-    def context(self) -> AbstractContextManager[None]:
-        """Nothing."""
-        return nullcontext()
 
     def _run(self, packed: Pass) -> Outputs:
         if self._moving is not None:

@@ -18,6 +18,7 @@ from brushstroke.lowrank.apply import (
     backward_products,
     flatten,
     forward_products,
+    narrow_of,
     reshaped,
     unflatten,
 )
@@ -109,16 +110,17 @@ class _MLP(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         *inner, down = unflatten(forms, tensors)
-        entering, xu = forward_products(x, inner)
-        (y,), mu = forward_products(_Middle(act, entering, scratch).value, [down])
-        ctx.save_for_backward(x, xu, mu, *(entering if keep else ()), *tensors)
+        entering, narrow = forward_products(x, inner)
+        (y,), of_down = forward_products(_Middle(act, entering, scratch).value, [down])
+        ctx.save_for_backward(x, *narrow.tensors, *of_down.tensors, *(entering if keep else ()), *tensors)
         ctx.act, ctx.keep, ctx.scratch, ctx.forms = act, keep, scratch, forms
         return reshaped(y, x.shape[:-1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, xu, mu, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        narrow, of_down = narrow_of(saved, len(ctx.forms) - 1), narrow_of(saved, 1)
         kept = len(ctx.forms) - 1 if ctx.keep else 0
         *inner, down = unflatten(ctx.forms, saved[kept:])
         entering = saved[:kept] if ctx.keep else forward_products(x, inner)[0]
@@ -127,11 +129,11 @@ class _MLP(torch.autograd.Function):
         split = TENSORS * len(inner)
 
         middle = _Middle(ctx.act, entering, ctx.scratch)
-        dmiddle, down_gradients = backward_products([dy], middle.value, mu, [down], True, needs[split:])
+        dmiddle, down_gradients = backward_products([dy], middle.value, of_down, [down], True, needs[split:])
         assert dmiddle is not None
         dentering = middle.gradients(dmiddle)
         dx, gradients = backward_products(
-            dentering, x.reshape(-1, x.shape[-1]), xu, inner, need_x, needs[:split]
+            dentering, x.reshape(-1, x.shape[-1]), narrow, inner, need_x, needs[:split]
         )
         return None if dx is None else dx.view(x.shape), None, None, None, None, *gradients, *down_gradients
 

@@ -6,11 +6,12 @@ Its gain is frozen; a trained one is not handled here.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.lowrank.once import first_order
-from brushstroke.step.onekernel import OneKernel
+from brushstroke.step.onekernel import OneKernel, pays
 
 
 @OneKernel
@@ -56,6 +57,8 @@ def rms_norm(
     """x / √(mean(x²) + eps) · (weight + offset), in fp32 inside (arXiv:1910.07467, equation 4).
 
     The gradient is (g − x·⟨g, x⟩/(d·m))/√m with g = dy·(weight + offset) and m = mean(x²) + eps. Gemma's gain
-    is 1 + weight: an `offset` of 1.
+    is 1 + weight: an `offset` of 1. On a GPU torch's own kernel does it, one each way.
     """
+    if x.is_cuda and not offset and x.dtype == weight.dtype != torch.float64 and not pays(x):
+        return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]

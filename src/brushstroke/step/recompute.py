@@ -3,6 +3,7 @@
 It chooses no layers of its own: the model's GradientCheckpointingLayers are used.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
 class Checkpointed:
     """While entered, the model's layers recompute their activations in the backward pass; reusable.
 
-    Only the checkpointing layers themselves get the training flag that they ask for; everything inside them
-    stays in evaluation mode. What was set is put back.
+    The checkpointing layers get the training flag that they ask for, and lose it while they compute: they and
+    what is inside them stay in evaluation mode. What was set is put back.
 
     Raises:
         ConfigError: the model has no such layers.
@@ -39,10 +40,9 @@ class Checkpointed:
         return len(self._layers)
 
     def __enter__(self) -> None:
-        settings = (True, partial(checkpoint, use_reentrant=False), True)
         for layer in self._layers:
             self._before.append({name: layer.__dict__[name] for name in _FLAGS if name in layer.__dict__})
-            layer.__dict__.update(zip(_FLAGS, settings, strict=True))
+            layer.__dict__.update(zip(_FLAGS, (True, partial(_recomputed, layer), True), strict=True))
 
     def __exit__(self, *exc: object) -> None:
         for layer, before in zip(self._layers, self._before, strict=True):
@@ -50,3 +50,16 @@ class Checkpointed:
                 layer.__dict__.pop(name, None)
             layer.__dict__.update(before)
         self._before.clear()
+
+
+def _recomputed(layer: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    """What a layer's own forward gives, to be made again in the backward pass."""
+
+    def asleep(*inputs: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return function(*inputs)
+        finally:
+            layer.training = before
+
+    return checkpoint(asleep, *inputs, use_reentrant=False)

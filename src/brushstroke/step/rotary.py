@@ -11,9 +11,13 @@ from brushstroke.step.onekernel import OneKernel
 
 
 @OneKernel
-def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return (x * cos).addcmul_(torch.cat([x[..., half:], x[..., :half]], dim=-1), signed_sin)
+def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, way: int) -> Tensor:
+    """The halves (x₁, x₂) as (x₁·cos − way·x₂·first, x₂·cos + way·x₁·second)."""
+    y = x * cos
+    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    y1.addcmul_(x2, first, value=-way)
+    y2.addcmul_(x1, second, value=way)
+    return y
 
 
 class _Rotate(torch.autograd.Function):
@@ -21,14 +25,14 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         first, second = sin.chunk(2, dim=-1)
-        return _rotated(x, cos, torch.cat([-first, second], dim=-1))
+        return _turned(x, cos, first, second, 1)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         first, second = sin.chunk(2, dim=-1)
-        return _rotated(grad_outputs[0], cos, torch.cat([second, -first], dim=-1)), None, None
+        return _turned(grad_outputs[0], cos, second, first, -1), None, None
 
 
 def rotate(

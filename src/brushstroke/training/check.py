@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from brushstroke.base import context_length
+from brushstroke.base import context_length, learnt_positions
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError
 
@@ -76,8 +76,23 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
             )
 
 
+def check_positions(model: nn.Module, max_length: int | None) -> None:
+    """Refuse to grant more positions than a model has learnt.
+
+    Raises:
+        ConfigError: its table of positions is shorter than `max_length`.
+    """
+    learnt = learnt_positions(model)
+    if learnt is not None and max_length is not None and max_length > learnt:
+        raise ConfigError(
+            f"max_length is {max_length}, and this model has learnt {learnt} positions and no more; lower "
+            f"max_length (--max-length) to {learnt}, and cut or leave out (skip_too_long, --skip-too-long) "
+            "rows that need more"
+        )
+
+
 def check_lengths(examples: Iterable[Example], model: nn.Module, max_length: int | None = None) -> None:
-    """Refuse examples that need more positions than the model's config knows, or than `max_length` grants.
+    """Refuse examples that need more positions than both the model's config knows and `max_length` grants.
 
     Raises:
         DataError: naming the row.

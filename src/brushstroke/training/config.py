@@ -29,8 +29,8 @@ class TrainConfig:
         weight_decay: of AdamW, on the factors.
         clip: largest norm of the whole gradient; 0 does not clip.
         batch_size: examples in an optimiser step: what is learnt depends on it.
-        micro_tokens: computed tokens in one forward and backward pass: only memory and speed depend on it.
-            "auto" derives it from the machine's total memory, the model and this config.
+        micro_tokens: computed tokens in one forward and backward pass: memory and speed depend on it, and
+            what dropout draws. "auto" derives it from the machine's total memory, the model and this config.
         memory: "low" keeps less of a pass and makes it again, in smaller passes; "fast" keeps what saves
             time; "auto" is fast where that fits the machine's total memory.
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
@@ -42,7 +42,7 @@ class TrainConfig:
         keep_best: return the adapter with the lowest evaluation loss, not the last one.
         checkpoint_every: optimiser steps between checkpoints; the last two are kept.
         share_prefixes: compute a prefix that examples of a step have in common once. None does it unless
-            dropout is on, which would share the dropped positions too.
+            dropout is on: examples would share what it drops.
         seed: of the starting factors, the order of the data and dropout.
 
     Raises:

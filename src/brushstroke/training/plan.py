@@ -172,12 +172,12 @@ def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, s
     if report.cut_rows:
         found.append(
             f"{len(report.cut_rows)} examples are cut at the limit, {report.cut_tokens:,} tokens are lost "
-            f"(rows {_some(report.cut_rows)}); raise --max-length to keep them"
+            f"({_rows(report.cut_rows)}); raise --max-length to keep them"
         )
     if report.skipped_rows:
         found.append(
             f"{len(report.skipped_rows)} examples are left out, because their prompt fills the limit "
-            f"(rows {_some(report.skipped_rows)})"
+            f"({_rows(report.skipped_rows)})"
         )
     if not session.packed:
         found.append(session.step.forward_reason)
@@ -194,5 +194,6 @@ def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, s
     return tuple(found)
 
 
-def _some(rows: tuple[int, ...]) -> str:
-    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+def _rows(rows: tuple[int, ...]) -> str:
+    listed = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return f"row {listed}" if len(rows) == 1 else f"rows {listed}"

@@ -20,7 +20,13 @@ from brushstroke.layers import Attachment, attach
 from brushstroke.step import LossFunction, Prepared, prepare
 from brushstroke.step.pack import Pass
 from brushstroke.step.recompute import Checkpointed
-from brushstroke.training.check import check_lengths, check_loss, check_model, check_vocabulary
+from brushstroke.training.check import (
+    check_lengths,
+    check_loss,
+    check_model,
+    check_positions,
+    check_vocabulary,
+)
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig, default_learning_rate
 
@@ -106,6 +112,7 @@ class Training:
         self.base = base if isinstance(base, Base) else Base(base)
         self.model = self.base.model
         check_model(self.model)
+        check_positions(self.model, max_length)
         self.attachment: Attachment = attach(
             self.base,
             LoraConfig() if start is None else start,

@@ -1,0 +1,68 @@
+"""Rotary frequencies that move with the longest row of a batch (dynamic, longrope): from where, and back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from brushstroke.base.told import text_config
+
+MOVING = ("dynamic", "longrope")
+REMEMBERED = ("inv_freq", "max_seq_len_cached")  # how the names end of what a rotary module changes
+
+
+def moving_from(model: nn.Module) -> int | None:
+    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does.
+
+    Kinds of layers may have parameters of their own: the first of them to move counts.
+    """
+    text = text_config(model)
+    rope = getattr(text, "rope_parameters", None)
+    if not any(kind in repr(rope) for kind in MOVING):
+        return None
+    sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
+    context = getattr(text, "max_position_embeddings", 0)
+    limits = []
+    for parameters in sets:
+        kind = str(parameters.get("rope_type") or parameters.get("type"))
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limits.append(parameters.get(name) or getattr(text, name, None) or context)
+        elif "dynamic" in kind:
+            limits.append(context)
+    return min(limits, default=0)
+
+
+def forget_longest(model: nn.Module) -> None:
+    """Give rotary modules that remember the longest row so far (dynamic) their first frequencies again."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            kind = name.removesuffix("max_seq_len_cached")
+            first = getattr(module, f"{kind}original_inv_freq", None)
+            length = getattr(module, "original_max_seq_len", None)
+            if isinstance(first, torch.Tensor) and length is not None:
+                now = getattr(module, f"{kind}inv_freq")
+                module.register_buffer(f"{kind}inv_freq", first.to(now.device, copy=True), persistent=False)
+                setattr(module, name, length)
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Inside, a model begins with its first frequencies; afterwards they are what they were before."""
+    if moving_from(model) is None:
+        yield
+        return
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        for values in (vars(module), module._buffers):
+            kept = {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
+            if kept:
+                before.append((values, kept))
+    forget_longest(model)
+    try:
+        yield
+    finally:
+        for values, kept in before:
+            values.update(kept)
