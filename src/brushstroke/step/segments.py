@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from brushstroke.lowrank.once import first_order
+
 
 class Stretch(Protocol):
     """What is read of a piece of the row: see `layout.Piece`."""
@@ -67,6 +69,7 @@ class _Repeated(torch.autograd.Function):
         return x.index_select(0, segments.keys)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         segments: Segments = ctx.segments
         assert segments.own is not None
