@@ -62,7 +62,13 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m brushstroke.samples.assets
-	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/training_speed.py --sides brushstroke,peft,grouped,trl,full
+	$(BIN)/python benchmarks/training_speed.py --dtype bfloat16
+	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke,peft
+	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke --batch-size 32 --steps 6
+	$(BIN)/python benchmarks/training_speed.py --task plain --sides brushstroke,peft
+	@for file in $(filter-out benchmarks/training_speed.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	  echo "$$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,7 +7,6 @@ SFTTrainer ("trl"), and all weights under the Trainer ("full").
 import json
 import logging
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 import brushstroke as bs
 from brushstroke.data import encode
+from brushstroke.step.memory import peak_memory
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -115,10 +115,7 @@ with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
         )
     trainer.train()
     trainer.save_model(out)
-on_gpu = settings["device"] == "cuda"
-peak = (
-    torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-)
+peak = peak_memory(torch.device(settings["device"]))
 print(
     json.dumps(
         {

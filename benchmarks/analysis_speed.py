@@ -4,7 +4,6 @@ python benchmarks/analysis_speed.py            takes some minutes: a dense SVD a
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 import brushstroke as bs
 from _common import in_own_process, keep
 from brushstroke.analysis.overlap import overlap_grid, random_directions
+from brushstroke.step.memory import peak_memory
 
 SIDE = 4096
 SHAPES_7B = {  # of each of 32 layers, d×h
@@ -92,7 +92,7 @@ def child() -> dict[str, float]:
     began = time.perf_counter()
     found = bs.subspace(one, two)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(torch.device("cpu"))
     return {"sites": len(found), "seconds": seconds, "peak_memory_bytes": peak}
 
 

@@ -22,7 +22,9 @@ from brushstroke.lowrank.products import kernels, product
 KINDS = {  # the beginning of an operator's name → its kind
     "aten::addmm": "products",
     "aten::mm": "products",
-    "aten::bmm": "products",
+    "aten::bmm": "attention",  # by products
+    "aten::baddbmm": "attention",
+    "aten::_softmax": "attention",
     "aten::mkl_linear": "products",
     "mkldnn::_linear": "products",
     "aten::_scaled_dot_product": "attention",

@@ -97,18 +97,30 @@ def moving_model(kind: str, limit: int) -> nn.Module:
             "long_factor": [4.0, 3.0, 2.0, 2.0],
         },
         "dynamic": {"factor": 2.0},
+        "by kind": {},
     }[kind]
+    if kind == "by kind":
+        sets = (
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            {"rope_type": "default", "rope_theta": 1e4},
+        )
+        parameters = dict(zip(("full_attention", "sliding_attention"), sets, strict=True))
+        kinds = ["full_attention", "sliding_attention"]
+        return tiny_of("Gemma3", rope_parameters=parameters, max_position_embeddings=limit, layer_types=kinds)
     own = {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **rope}}
     if kind == "longrope":
         return tiny_of("Phi3", original_max_position_embeddings=limit, pad_token_id=0, **own)
     return tiny_of("Llama", max_position_embeddings=limit, **own)
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
 def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str) -> None:
     def state() -> list[tuple[str, object]]:
         tensors = [(name, x.tolist()) for name, x in model.named_buffers()]
-        return tensors + [(n, v) for m in model.modules() for n, v in vars(m).items() if isinstance(v, int)]
+        numbers = (int, float, type(None))
+        return tensors + [
+            (n, v) for m in model.modules() for n, v in vars(m).items() if isinstance(v, numbers)
+        ]
 
     model = moving_model(kind, 60)
     long = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)

@@ -13,17 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
 from brushstroke.adapter import LoraConfig
-from brushstroke.base import Base
+from brushstroke.base import Base, context_length, learnt_positions
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, TargetError, TrainingError
 from brushstroke.layers import attach, merge
@@ -561,6 +565,44 @@ def test_more_positions_than_a_table_has_are_refused() -> None:
     assert snapshot(model).keys() == before.keys()
     Training(model, LoraConfig(rank=2), max_length=64).close()
     Training(tiny_llama(), LoraConfig(rank=2), max_length=200).close()  # rotary: may work beyond its 128
+
+
+def test_tables_of_positions_are_known_by_the_tokens_that_they_are_long_enough_for() -> None:
+    sizes = {
+        "vocab_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 66,
+    }
+    roberta = RobertaConfig(**sizes, hidden_size=16, intermediate_size=16, is_decoder=True, pad_token_id=1)
+    gptj = GPTJConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=16, n_positions=66, rotary_dim=4)
+    opt = OPTConfig(**sizes, hidden_size=16, ffn_dim=16, word_embed_proj_dim=16)
+    for model, most in (
+        (RobertaForCausalLM(roberta), 64),
+        (GPTJForCausalLM(gptj), 66),
+        (OPTForCausalLM(opt), 66),
+        (tiny_llama(), None),
+    ):
+        assert learnt_positions(model) == most
+        assert context_length(model) == (most or 128)
+        if most:
+            with torch.no_grad():
+                model(input_ids=torch.full((1, most), 5))
+                with pytest.raises((IndexError, RuntimeError)):
+                    model(input_ids=torch.full((1, most + 3), 5))
+
+
+def test_a_pass_of_the_caller_in_inference_mode_changes_nothing() -> None:
+    found = []
+    for used in (False, True):
+        with Training(tiny_llama(), LoraConfig(rank=2)) as run:
+            randomise(run.parameters)
+            if used:
+                with torch.inference_mode():
+                    run.model(input_ids=torch.full((1, 500), 5))
+            found.append(run.forward_backward(examples()).loss)
+            run.optim_step()
+    assert found[0] == found[1]
 
 
 def test_checkpointed_layers_keep_their_dropout_asleep() -> None:

@@ -10,7 +10,11 @@ from torch import nn
 from brushstroke.base.told import text_config
 
 MOVING = ("dynamic", "longrope")
-REMEMBERED = ("inv_freq", "max_seq_len_cached")  # how the names end of what a rotary module changes
+REMEMBERED = (
+    "inv_freq",
+    "max_seq_len_cached",
+    "attention_scaling",
+)  # ends of names that change
 
 
 def moving_from(model: nn.Module) -> int | None:
@@ -54,15 +58,18 @@ def unmoved(model: nn.Module) -> Iterator[None]:
     if moving_from(model) is None:
         yield
         return
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for module in model.modules():
-        for values in (vars(module), module._buffers):
-            kept = {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
-            if kept:
-                before.append((values, kept))
+    before = [(values, _remembered(values)) for m in model.modules() for values in (vars(m), m._buffers)]
     forget_longest(model)
     try:
         yield
     finally:
         for values, kept in before:
+            for name in _remembered(values).keys() - kept.keys():
+                del values[name]  # transformers makes some only when a row is long
             values.update(kept)
+
+
+def _remembered(values: dict[str, Any]) -> dict[str, Any]:
+    """What a rotary module changes, copied: transformers overwrites some of it in place."""
+    kept = {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
+    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kept.items()}

@@ -15,22 +15,36 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most tokens that a model has positions for, where its config says so."""
-    length = getattr(text_config(model), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    """The most tokens that a model has positions for, where its config or a table of positions says so."""
+    told = getattr(text_config(model), "max_position_embeddings", None)
+    lengths = (told if isinstance(told, int) and told > 0 else None, learnt_positions(model))
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def learnt_positions(model: nn.Module) -> int | None:
-    """The context where it is the size of a table of learnt positions, beyond which nothing can run."""
-    context = context_length(model)
-    if context is None:
+    """The tokens that a table of positions is long enough for, where the language model has one.
+
+    A table is known by its name and by a length near to the config's context: OPT's has two rows more, and
+    RoBERTa's begins behind the token for padding.
+    """
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(context, int) or context <= 0:
         return None
-    tables = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("pos" in (last := name.rpartition(".")[2]) or last == "wpe")
-    ]
-    return context if any(context <= size <= context + 2 for size in tables) else None  # OPT's has two more
+    getter = getattr(model, "get_decoder", None)
+    decoder: Any = getter() if callable(getter) else None
+    lengths = []
+    for name, module in (decoder if isinstance(decoder, nn.Module) else model).named_modules():
+        for last, rows in _tables(name.rpartition(".")[2], module):
+            if ("pos" in last or last == "wpe") and context <= rows <= context + 2:
+                padding = getattr(module, "padding_idx", None)
+                lengths.append(min(context, rows) if padding is None else rows - padding - 1)
+    return min(lengths, default=None)
+
+
+def _tables(name: str, module: nn.Module) -> list[tuple[str, int]]:
+    """The name and the rows of a module, if it is an embedding, and of its buffers (GPT-J has such)."""
+    own = [(name, module.num_embeddings)] if isinstance(module, nn.Embedding) else []
+    return own + [(name, len(x)) for name, x in module.named_buffers(recurse=False) if x.ndim == 2]
 
 
 def text_config(model: nn.Module) -> Any:

@@ -149,21 +149,26 @@ def backward_products(
         dx.addmm_(dxu, U_rows)
     dU, start = None, 0
     for i, (dy, V, part) in enumerate(zip(dys, Vs, parts, strict=True)):
-        if V is None or part.U_rows is None or part.V is None:
+        if V is None or part.U_rows is None or part.V is None:  # all of them, or none
             continue
         span = slice(start, start + len(V))
         start = span.stop
         if needs[TENSORS * i + 2]:
             if dU is None:  # of all at once
-                dU = scaled_product(dxu.mT, rows, 1.0, part.U_rows.dtype)
+                widest = max((p.U_rows.dtype for p in parts if p.U_rows is not None), key=_bytes)
+                dU = scaled_product(dxu.mT, rows, 1.0, widest)
             gradients[TENSORS * i + 2] = dU[span].to(part.U_rows.dtype)
         if needs[TENSORS * i + 3]:
             gradients[TENSORS * i + 3] = scaled_product(xu[:, span].mT, dy, part.scale, part.V.dtype)
     return dx, gradients
 
 
+def _bytes(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
 def _of_xu(dy: Tensor, V: Tensor, scale: float) -> Tensor:
-    """The gradient of x·U."""
+    """The gradient of x·U: scaled inside the product, where the kernels can."""
     return product(dy, V).mul_(scale) if in_onednn(dy, V) else scaled_product(dy, V.mT, scale, dy.dtype)
 
 

@@ -150,8 +150,8 @@ def mlp(
     """down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate (arXiv:2002.05202, equation 6).
 
     Keeps x, the narrow x·U, and gate(x) and up(x) where `keep` says so: they are made again in the backward
-    pass else, for a quarter more of the block's products. W and biases get no gradient. `scratch` is memory
-    that blocks share one after another.
+    pass else, for a third more of the block's products (a quarter without a gate). W and biases get no
+    gradient. `scratch` is memory that blocks share one after another.
     """
     parts = [part for part in (gate, up, down) if part is not None]
     forms, tensors = flatten(parts)

@@ -17,10 +17,11 @@ _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
 
 
 class Checkpointed:
-    """While entered, the model's layers recompute their activations in the backward pass; reusable.
+    """While entered, the model's layers recompute their activations in the backward pass.
 
-    The checkpointing layers get the training flag that they ask for, and lose it while they compute: they and
-    what is inside them stay in evaluation mode. What was set is put back.
+    It can be entered again, but not inside of itself. The checkpointing layers get the training flag that
+    they ask for, and lose it while they compute: they and what is inside them stay in evaluation mode. What
+    was set is put back.
 
     Raises:
         ConfigError: the model has no such layers.

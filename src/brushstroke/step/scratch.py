@@ -1,6 +1,7 @@
 """Memory that passes use again and again: fresh pages would cost more than the operations that fill them.
 
-What is taken is good until the same name is taken again; nothing that a backward pass needs may stay in it.
+What is taken is good until the same name is taken again, by one thread. Nothing that a backward pass needs
+may stay in it.
 """
 
 import torch
@@ -22,5 +23,7 @@ class Scratch:
             or (memory.dtype, memory.device) != (like.dtype, like.device)
         ):
             self._memory.pop(name, None)
-            self._memory[name] = memory = torch.empty(needed, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # memory from inside it could not be written to outside
+                memory = torch.empty(needed, dtype=like.dtype, device=like.device)
+            self._memory[name] = memory
         return memory[:needed].view(rows, width)
