@@ -65,7 +65,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/training_speed.py --sides brushstroke,peft,grouped,trl,full
 	$(BIN)/python benchmarks/training_speed.py --dtype bfloat16
 	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke,peft
-	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke --batch-size 32 --steps 6
+	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke,peft --batch-size 32 --peer-parts 4 --steps 3
 	$(BIN)/python benchmarks/training_speed.py --task plain --sides brushstroke,peft
 	@for file in $(filter-out benchmarks/training_speed.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	  echo "$$file"; $(BIN)/python $$file || exit 1; done

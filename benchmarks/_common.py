@@ -90,6 +90,7 @@ def prepared(
             "seed": 0,
             "steps": len(rows) // settings.get("batch_size", 8),
             "batch_size": 8,
+            "peer_parts": 1,
             "learning_rate": 1e-3,
             **settings,
         }

@@ -77,7 +77,8 @@ clock = Clock()
 collator = Counted(base.tokenizer, label_pad_token_id=-100)
 common = {
     "max_steps": settings["steps"],
-    "per_device_train_batch_size": settings["batch_size"],
+    "per_device_train_batch_size": settings["batch_size"] // settings["peer_parts"],
+    "gradient_accumulation_steps": settings["peer_parts"],
     "learning_rate": settings["learning_rate"],
     "seed": settings["seed"],
     "logging_steps": 1,

@@ -20,6 +20,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--peer-parts",
+        type=int,
+        default=1,
+        help="accumulate a peer's step over so many parts, to bear its memory",
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -27,9 +33,8 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = rows_of(options.task, options.steps * options.batch_size)
-    chosen = {
-        name: getattr(options, name) for name in ("batch_size", "learning_rate", "dtype", "device", "base")
-    }
+    names = ("batch_size", "peer_parts", "learning_rate", "dtype", "device", "base")
+    chosen = {name: getattr(options, name) for name in names}
     with prepared(rows, **chosen) as settings:
         runs = interleaved(options.sides.split(","), options.rounds, settings)
     middle = {side: medians(found) for side, found in runs.items()}
