@@ -155,16 +155,20 @@ def backward_products(
         start = span.stop
         if needs[TENSORS * i + 2]:
             if dU is None:  # of all at once
-                widest = max((p.U_rows.dtype for p in parts if p.U_rows is not None), key=_bytes)
-                dU = scaled_product(dxu.mT, rows, 1.0, widest)
+                dU = scaled_product(dxu.mT, rows, 1.0, _widest(parts))
             gradients[TENSORS * i + 2] = dU[span].to(part.U_rows.dtype)
         if needs[TENSORS * i + 3]:
             gradients[TENSORS * i + 3] = scaled_product(xu[:, span].mT, dy, part.scale, part.V.dtype)
     return dx, gradients
 
 
-def _bytes(dtype: torch.dtype) -> int:
-    return dtype.itemsize
+def _widest(parts: Sequence[LinearParts]) -> torch.dtype:
+    """The dtype that holds the factors of all parts."""
+    dtypes = [part.U_rows.dtype for part in parts if part.U_rows is not None]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 def _of_xu(dy: Tensor, V: Tensor, scale: float) -> Tensor:
