@@ -10,11 +10,8 @@ from torch import nn
 from brushstroke.base.told import text_config
 
 MOVING = ("dynamic", "longrope")
-REMEMBERED = (
-    "inv_freq",
-    "max_seq_len_cached",
-    "attention_scaling",
-)  # ends of names that change
+# How the names end of what rotary modules change.
+REMEMBERED = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 
 
 def moving_from(model: nn.Module) -> int | None:

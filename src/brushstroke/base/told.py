@@ -16,9 +16,8 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 def context_length(model: nn.Module) -> int | None:
     """The most tokens that a model has positions for, where its config or a table of positions says so."""
-    told = getattr(text_config(model), "max_position_embeddings", None)
-    lengths = (told if isinstance(told, int) and told > 0 else None, learnt_positions(model))
-    return min((length for length in lengths if length is not None), default=None)
+    told, learnt = _told_context(model), learnt_positions(model)
+    return told if told is None or learnt is None else min(told, learnt)
 
 
 def learnt_positions(model: nn.Module) -> int | None:
@@ -27,8 +26,8 @@ def learnt_positions(model: nn.Module) -> int | None:
     A table is known by its name and by a length near to the config's context: OPT's has two rows more, and
     RoBERTa's begins behind the token for padding.
     """
-    context = getattr(text_config(model), "max_position_embeddings", None)
-    if not isinstance(context, int) or context <= 0:
+    context = _told_context(model)
+    if context is None:
         return None
     getter = getattr(model, "get_decoder", None)
     decoder: Any = getter() if callable(getter) else None
@@ -39,6 +38,11 @@ def learnt_positions(model: nn.Module) -> int | None:
                 padding = getattr(module, "padding_idx", None)
                 lengths.append(min(context, rows) if padding is None else rows - padding - 1)
     return min(lengths, default=None)
+
+
+def _told_context(model: nn.Module) -> int | None:
+    length = getattr(text_config(model), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _tables(name: str, module: nn.Module) -> list[tuple[str, int]]:

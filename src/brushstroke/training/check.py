@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from brushstroke.base import context_length, learnt_positions
+from brushstroke.base import learnt_positions
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError
 
@@ -91,13 +91,12 @@ def check_positions(model: nn.Module, max_length: int | None) -> None:
         )
 
 
-def check_lengths(examples: Iterable[Example], model: nn.Module, max_length: int | None = None) -> None:
-    """Refuse examples that need more positions than both the model's config knows and `max_length` grants.
+def check_lengths(examples: Iterable[Example], context: int | None, max_length: int | None = None) -> None:
+    """Refuse examples that need more positions than both the model's `context` has and `max_length` grants.
 
     Raises:
         DataError: naming the row.
     """
-    context = context_length(model)
     if context is None:
         return
     for example in examples:

@@ -113,6 +113,7 @@ class Training:
         self.model = self.base.model
         check_model(self.model)
         check_positions(self.model, max_length)
+        self._context = context_length(self.model)  # found once: it looks at every module
         self.attachment: Attachment = attach(
             self.base,
             LoraConfig() if start is None else start,
@@ -335,9 +336,9 @@ class Training:
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
                 check_vocabulary(examples, self.model)
-                check_lengths(examples, self.model, self.max_length)
+                check_lengths(examples, self._context, self.max_length)
                 return examples
-        limit = self.max_length or context_length(self.model)
+        limit = self.max_length or self._context
         encoded = list(encode(examples, self.base.tokenizer, max_length=limit))
         check_vocabulary(encoded, self.model)
         return encoded
