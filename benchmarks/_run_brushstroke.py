@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import brushstroke as bs
+from brushstroke.step.memory import peak_memory
 
 settings = json.loads(sys.argv[1])
 base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
@@ -29,7 +30,7 @@ print(
     json.dumps(
         {
             **{name: result.summary[name] for name in told},
-            "peak_bytes": result.summary["peak_memory_bytes"],
+            "peak_bytes": peak_memory(base.device),  # the save in it, as on the other side
             "losses": losses,
         }
     )

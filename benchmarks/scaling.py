@@ -1,5 +1,7 @@
 """Speed over the first steps and start-up time by the number of examples, and memory over a long run.
 
+The start is that of `train` on a base that is loaded: reading, encoding, probing, the plan.
+
 python benchmarks/scaling.py
 """
 
@@ -15,7 +17,7 @@ from _common import in_own_process, keep, prepared, rows_of
 
 THIS = Path(__file__).resolve()
 SIZES = (100, 1_000, 10_000, 100_000)
-PERIOD = 100  # rows that are repeated, each time with another number in front
+PERIOD = 100  # rows that are repeated, each time with another number behind
 
 
 def main() -> None:
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--long", type=int, default=300, help="steps of the run whose memory is watched")
     options = parser.parse_args()
+    tenth = max(1, options.long // 10)
     by_size = {}
     for size in SIZES:
         by_size[size] = in_own_process(THIS, {"examples": size, "steps": options.steps})
@@ -33,14 +36,14 @@ def main() -> None:
             f"start {by_size[size]['start']:5.1f} s"
         )
     long = in_own_process(THIS, {"examples": 8 * options.long, "steps": options.long})
-    early, late = (long["peaks"][i] / 2**30 for i in (options.long // 10, -1))
+    early, late = (long["peaks"][i] / 2**30 for i in (tenth - 1, -1))
     print(f"{options.long} steps: peak {early:.2f} GiB after a tenth, {late:.2f} GiB at the end")
     keep(
         "scaling",
         steps=options.steps,
         by_size=by_size,
         long_steps=options.long,
-        long_peaks=long["peaks"][:: options.long // 10],
+        long_peaks=long["peaks"][::tenth],
     )
 
 

@@ -9,6 +9,7 @@ import time
 import torch
 
 import brushstroke as bs
+from _common import keep
 from brushstroke.samples import model_path
 
 ROUNDS = 60
@@ -53,6 +54,13 @@ def main() -> None:
     )
     same = [type(a) is type(b) for a, b in zip(base.model.modules(), merged.model.modules(), strict=True)]
     print(f"same classes of modules: {all(same)}")
+    keep(
+        "switching_and_merging",
+        switch_seconds=statistics.median(times),
+        latency=middle,
+        ratio=middle["merged"] / middle["base"],
+        same_classes=all(same),
+    )
 
 
 if __name__ == "__main__":

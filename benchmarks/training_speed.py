@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--base", help="another base model; SmolLM2-135M by default")
     options = parser.parse_args()
+    if options.peer_parts < 1 or options.batch_size % options.peer_parts:
+        parser.error(f"--peer-parts {options.peer_parts} must divide --batch-size {options.batch_size}")
 
     rows = rows_of(options.task, options.steps * options.batch_size)
     names = ("batch_size", "peer_parts", "learning_rate", "dtype", "device", "base")

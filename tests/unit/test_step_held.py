@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from brushstroke.adapter import LoraConfig
-from brushstroke.base import forget_longest
+from brushstroke.base import Base, forget_longest
 from brushstroke.data import Example
 from brushstroke.errors import NonFiniteError
+from brushstroke.inference.decode import run_requests
 from brushstroke.inference.loss import evaluate_loss
+from brushstroke.inference.request import Request, Sampling
 from brushstroke.layers import attach
 from brushstroke.step.pack import HELD_SAVES, plan_passes
 from brushstroke.training import Training
@@ -113,8 +115,9 @@ def moving_model(kind: str, limit: int) -> nn.Module:
     return tiny_of("Llama", max_position_embeddings=limit, **own)
 
 
+@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
-def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str) -> None:
+def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, moved: bool) -> None:
     def state() -> list[tuple[str, object]]:
         tensors = [(name, x.tolist()) for name, x in model.named_buffers()]
         numbers = (int, float, type(None))
@@ -124,8 +127,13 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str) 
 
     model = moving_model(kind, 60)
     long = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)
+    if moved:  # by their owner
+        model(input_ids=torch.tensor([long.tokens]))
     before = state()
     evaluate_loss(model, [long])
+    assert state() == before
+    requests = [Request((5, 6, 7)), Request((5, 6, 7, 8, 9))]
+    run_requests(Base(model), requests, Sampling(max_new_tokens=2))
     assert state() == before
     with Training(model, LoraConfig(rank=2), max_length=128) as run:
         during = state()
@@ -135,6 +143,21 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str) 
         run.optim_step()
         assert state() == during
     assert state() == before
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
+def test_moving_frequencies_stay_usable_after_a_pass_in_inference_mode(kind: str) -> None:
+    model = moving_model(kind, 60)
+    long = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)
+    tokens = torch.tensor([long.tokens])
+    expected = moving_model(kind, 60)(input_ids=tokens).logits
+    with torch.inference_mode():
+        evaluate_loss(model, [long])
+        run_requests(Base(model), [Request((5, 6, 7))], Sampling(max_new_tokens=2))
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+    with Training(model, LoraConfig(rank=2), max_length=128) as run:
+        run.forward_backward([long])
+    assert torch.equal(model(input_ids=tokens).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

@@ -69,4 +69,5 @@ def unmoved(model: nn.Module) -> Iterator[None]:
 def _remembered(values: dict[str, Any]) -> dict[str, Any]:
     """What a rotary module changes, copied: transformers overwrites some of it in place."""
     kept = {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
-    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kept.items()}
+    with torch.inference_mode(False):  # a copy from inside it could not be overwritten outside
+        return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kept.items()}

@@ -55,7 +55,7 @@ def run_requests(
     outputs: dict[int, Output] = {}
     with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
         uneven = sampling.batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
-        with routed(bank, [None]):
+        with routed(bank, [None]), unmoved(base.model):
             equal = uneven and not _may_be_padded(base, requests, sampling)
         for batch in _batches(requests, sampling.batch_size, equal):
             chosen = [requests[index] for index in batch]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base, load_base, total_memory
+from brushstroke.base import Base, load_base, total_memory, unmoved
 from brushstroke.layers import attach
 
 TOKENS = 32
@@ -57,7 +57,7 @@ def check_merged(
 def _logits(base: Base) -> Float[Tensor, "n v"]:
     vocabulary = base.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     tokens = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with torch.no_grad(), unmoved(base.model):
         return base.model(input_ids=tokens.to(base.device), use_cache=False).logits[0].cpu().double()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import limit_kernel_caches, model_dtype
+from brushstroke.base import limit_kernel_caches, model_dtype, unmoved
 from brushstroke.data import Example
 from brushstroke.errors import BrushstrokeError, ConfigError
 from brushstroke.lowrank.products import choose_kernels, kernels
@@ -100,7 +100,8 @@ def prepare(
     chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
     fusion = fuse(model)
     try:
-        forward, forward_reason = choose_forward(model, share, factors)
+        with unmoved(model):
+            forward, forward_reason = choose_forward(model, share, factors)
         need = _need(model, forward, factors, widest, checkpointed, device)
         mode, mode_reason = choose_mode(need, memory, device)
         if mode == "low":
