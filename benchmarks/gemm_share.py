@@ -19,7 +19,7 @@ from _common import features, keep, prepared, rows_of
 from brushstroke.data import Example, encode
 from brushstroke.lowrank.products import kernels, product
 
-KINDS = {  # the beginning of an operator's name → its kind
+KINDS = {  # the beginning of an operator's name → its kind; the first that fits counts
     "aten::addmm": "products",
     "aten::mm": "products",
     "aten::bmm": "attention",  # by products

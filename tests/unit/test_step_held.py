@@ -24,6 +24,7 @@ from training_kit import examples, padded_loss, peft_twin, randomise
 
 BATCH = {"count": 18, "shared": 60}  # 12 of them begin with the same 60 tokens
 MICRO = 90
+LONG = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)  # moves frequencies from 60 on
 
 
 def tiny_of(family: str, **options) -> nn.Module:
@@ -126,20 +127,19 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, 
         ]
 
     model = moving_model(kind, 60)
-    long = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)
     if moved:  # by their owner
-        model(input_ids=torch.tensor([long.tokens]))
+        model(input_ids=torch.tensor([LONG.tokens]))
     before = state()
-    evaluate_loss(model, [long])
+    evaluate_loss(model, [LONG])
     assert state() == before
     requests = [Request((5, 6, 7)), Request((5, 6, 7, 8, 9))]
     run_requests(Base(model), requests, Sampling(max_new_tokens=2))
     assert state() == before
     with Training(model, LoraConfig(rank=2), max_length=128) as run:
         during = state()
-        run.loss([long])
+        run.loss([LONG])
         assert state() == during
-        run.forward_backward([long])
+        run.forward_backward([LONG])
         run.optim_step()
         assert state() == during
     assert state() == before
@@ -148,15 +148,14 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
 def test_moving_frequencies_stay_usable_after_a_pass_in_inference_mode(kind: str) -> None:
     model = moving_model(kind, 60)
-    long = Example(tuple(range(3, 63)) + (7,) * 40, (0.0,) * 50 + (1.0,) * 50)
-    tokens = torch.tensor([long.tokens])
+    tokens = torch.tensor([LONG.tokens])
     expected = moving_model(kind, 60)(input_ids=tokens).logits
     with torch.inference_mode():
-        evaluate_loss(model, [long])
+        evaluate_loss(model, [LONG])
         run_requests(Base(model), [Request((5, 6, 7))], Sampling(max_new_tokens=2))
     assert not any(buffer.is_inference() for buffer in model.buffers())
     with Training(model, LoraConfig(rank=2), max_length=128) as run:
-        run.forward_backward([long])
+        run.forward_backward([LONG])
     assert torch.equal(model(input_ids=tokens).logits, expected)
 
 
