@@ -43,7 +43,7 @@ def main() -> None:
         steps=options.steps,
         by_size=by_size,
         long_steps=options.long,
-        long_peaks=long["peaks"][::tenth],
+        long_peaks=[long["peaks"][0], *long["peaks"][tenth - 1 :: tenth]],  # the first, and each tenth's end
     )
 
 

@@ -55,7 +55,8 @@ def main() -> None:
                 f"{ours['peak_bytes'] / run['peak_bytes']:.2f}x the memory, "
                 f"mean loss {ours['mean_loss'] / run['mean_loss'] - 1:+.1%}"
             )
-    keep("training_speed", task=options.task, steps=options.steps, **chosen, medians=middle)
+    told = {name: getattr(options, name) for name in ("task", "steps", "rounds")}
+    keep("training_speed", **told, **chosen, medians=middle)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from brushstroke.adapter import LoraConfig
-from brushstroke.base import Base, forget_longest
+from brushstroke.base import Base, forget_longest, unmoved
 from brushstroke.data import Example
 from brushstroke.errors import NonFiniteError
 from brushstroke.inference.decode import run_requests
@@ -143,6 +143,33 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, 
         run.optim_step()
         assert state() == during
     assert state() == before
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
+def test_moving_frequencies_stay_in_their_tensors(kind: str) -> None:
+    model = moving_model(kind, 60)
+    before = dict(model.named_buffers())
+    evaluate_loss(model, [LONG])
+    with Training(model, LoraConfig(rank=2), max_length=128) as run:
+        run.forward_backward([LONG])
+    assert all(buffer is before[name] for name, buffer in model.named_buffers())
+
+
+def test_an_interrupt_as_frequencies_are_forgotten_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moving_model("dynamic", 60)
+    model(input_ids=torch.tensor([LONG.tokens]))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def stopped(*args: object, **kwargs: object) -> None:
+        register(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    register = nn.Module.register_buffer
+    monkeypatch.setattr(nn.Module, "register_buffer", stopped)
+    with pytest.raises(KeyboardInterrupt), unmoved(model):
+        pass
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])

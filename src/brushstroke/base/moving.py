@@ -55,19 +55,23 @@ def unmoved(model: nn.Module) -> Iterator[None]:
     if moving_from(model) is None:
         yield
         return
-    before = [(values, _remembered(values)) for m in model.modules() for values in (vars(m), m._buffers)]
-    forget_longest(model)
+    stores = [values for module in model.modules() for values in (vars(module), module._buffers)]
+    before = [(values, _remembered(values)) for values in stores]
+    copies = [(x, x.clone()) for _, kept in before for x in kept.values() if isinstance(x, torch.Tensor)]
     try:
+        forget_longest(model)
         yield
     finally:
         for values, kept in before:
             for name in _remembered(values).keys() - kept.keys():
                 del values[name]  # transformers makes some only when a row is long
             values.update(kept)
+        for tensor, copy in copies:
+            if not torch.equal(tensor, copy):  # transformers overwrites some in place
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(copy)
 
 
 def _remembered(values: dict[str, Any]) -> dict[str, Any]:
-    """What a rotary module changes, copied: transformers overwrites some of it in place."""
-    kept = {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
-    with torch.inference_mode(False):  # a copy from inside it could not be overwritten outside
-        return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kept.items()}
+    """What a rotary module changes."""
+    return {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
