@@ -17,7 +17,7 @@ from brushstroke.data.checks import Message
 from brushstroke.data.forms import Form
 from brushstroke.data.layout import Layout, LayoutFinder, Unproven
 from brushstroke.data.messages import Conversation, read_conversation
-from brushstroke.data.outline import Sketch, align, place, sketch
+from brushstroke.data.outline import Sketch, align, is_trimmed, place, sketch
 from brushstroke.data.pieces import Piece, PieceTokenizer
 from brushstroke.data.probe_answers import asked_as_answered, closing_markers, forms_for, opening_of
 from brushstroke.data.reply import Reply, ReplyReader
@@ -25,6 +25,7 @@ from brushstroke.data.template import ChatTemplate, TemplateRefusal, date_of, wi
 from brushstroke.errors import DataError
 
 KEPT = 4096  # layouts that are remembered: most data has conversations of few shapes
+TRIMMED = "the chat template takes white space off the ends of contents"
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, as transformers chooses between them
 
 
@@ -75,6 +76,7 @@ class _Fit:
     texts: tuple[str, ...]
     starts: tuple[list[int], ...]
     unused: tuple[str, ...]
+    trimmed: bool
 
 
 class ChatFormat:
@@ -198,7 +200,8 @@ class ChatFormat:
         )
         turns = [t for layout in fit.layouts for t in layout.turns if t.message in layout.trained]
         ends = tuple(dict.fromkeys(turn.end for turn in turns if turn.end is not None))
-        return Written(rows, ends, fit.unused, (*conversation.notes, *fit.form.notes))
+        notes = (*conversation.notes, *fit.form.notes, *((TRIMMED,) if fit.trimmed else ()))
+        return Written(rows, ends, fit.unused, notes)
 
     def prompt_tokens(
         self,
@@ -361,7 +364,10 @@ class ChatFormat:
                 raise Unproven(_change(layout, shape, starts), 1)
             texts.append(text)
             found.append(starts)
-        return _Fit(form, told, shape, layouts, tuple(texts), tuple(found), unused)
+        trimmed = any(
+            is_trimmed(layout.outline, shape.slots, s) for layout, s in zip(layouts, found, strict=True)
+        )
+        return _Fit(form, told, shape, layouts, tuple(texts), tuple(found), unused, trimmed)
 
     def _cut(self, fit: _Fit, layout: Layout, text: str, starts: list[int]) -> list[Piece]:
         """A text in pieces: the answers that stand in it as they were generated, and what is between."""

@@ -239,6 +239,15 @@ def _length(value: Any, spelling: str, text: str, position: int, following: str)
     return None
 
 
+def is_trimmed(outline: Outline, slots: Sequence[Slot], starts: Sequence[int]) -> bool:
+    """Whether a text in the true text has lost white space at an end."""
+    for segment, start, stop in zip(outline.segments, starts, starts[1:], strict=False):
+        value = None if segment.slot is None else slots[segment.slot].value
+        if isinstance(value, str) and stop - start < len(SPELLINGS[segment.spelling](value)):
+            return True
+    return False
+
+
 def place(outline: Outline, starts: Sequence[int], position: int) -> int:
     """The position in the true text of a position in the outline, which is inside no placeholder."""
     for segment, start in zip(outline.segments, starts, strict=False):
