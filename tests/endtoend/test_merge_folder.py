@@ -511,7 +511,11 @@ def test_a_damaged_file_beside_the_weights_is_a_problem_of_the_base(folder, tmp_
 
 @pytest.mark.parametrize("form", ["list", "list and file", "files"])
 def test_the_bases_other_templates_stay_but_for_the_one_that_tools_would_choose(folder, tmp_path, form):
-    both = {"default": "old {{ messages }}", "rag": "texts {{ messages }}", "tool_use": "tools {{ messages }}"}
+    both = {
+        "default": "old {{ messages }}",
+        "rag": "texts {{ messages }}",
+        "tool_use": "tools {{ messages }}",
+    }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
     if "list" in form:
         settings["chat_template"] = [{"name": n, "template": t} for n, t in both.items()]

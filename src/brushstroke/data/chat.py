@@ -5,26 +5,21 @@ stands in the text where it should, and what is trained is the assistant's part 
 rows.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from brushstroke.adapter import one_template
 from brushstroke.data.checks import Message
-from brushstroke.data.forms import Form
-from brushstroke.data.layout import Layout, LayoutFinder, Unproven
+from brushstroke.data.fitting import EXAMPLES, QUESTION, SPLIT, Fit, FittedText, Fitter, Purpose
 from brushstroke.data.messages import Conversation, read_conversation
-from brushstroke.data.outline import Sketch, align, is_trimmed, place, sketch
 from brushstroke.data.pieces import Piece, PieceTokenizer
-from brushstroke.data.probe_answers import asked_as_answered, closing_markers, forms_for, opening_of
+from brushstroke.data.probe_answers import asked_as_answered, closing_markers
 from brushstroke.data.reply import Reply, ReplyReader
-from brushstroke.data.template import ChatTemplate, TemplateRefusal, date_of, with_date
+from brushstroke.data.template import ChatTemplate, date_of, with_date
 from brushstroke.errors import DataError
 
-KEPT = 4096  # layouts that are remembered: most data has conversations of few shapes
 TRIMMED = "the chat template takes white space off the ends of contents"
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, as transformers chooses between them
 
@@ -44,39 +39,6 @@ class Written:
     ends: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-class Purpose(NamedTuple):
-    """What a conversation is written for.
-
-    Args:
-        ask: a question, up to where the next answer begins; else an example.
-        split: an example for each answer.
-        past_reasoning: whether the reasoning of earlier answers must be in the text.
-    """
-
-    ask: bool = False
-    split: bool = False
-    past_reasoning: bool = True
-
-
-EXAMPLES = Purpose()
-SPLIT = (Purpose(split=True), Purpose(split=True, past_reasoning=False))  # templates may drop it by design
-QUESTION = (Purpose(ask=True), Purpose(ask=True, past_reasoning=False))
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """How a conversation stands in the text of a template: its form, layouts, and texts with positions."""
-
-    form: Form
-    told: Conversation
-    sketch: Sketch
-    layouts: tuple[Layout, ...]
-    texts: tuple[str, ...]
-    starts: tuple[list[int], ...]
-    unused: tuple[str, ...]
-    trimmed: bool
 
 
 class ChatFormat:
@@ -109,8 +71,8 @@ class ChatFormat:
         self._templates = {
             name: self._made(with_date(source, date), as_trained) for name, source in sources.items()
         }
+        self._fitter = Fitter(self._known_markers)
         self._readers: dict[str, ReplyReader] = {}
-        self._kept: dict[tuple, tuple[tuple[Layout, ...], tuple[str, ...]] | Exception] = {}
 
     @property
     def has_template(self) -> bool:
@@ -193,13 +155,11 @@ class ChatFormat:
                 "or take the row out"
             )
         split = split_turns and any(conversation.trained)
-        fit = self._fit(conversation, SPLIT if split else (EXAMPLES,), where)
-        rows = tuple(
-            tuple(self._cut(fit, layout, text, starts))
-            for layout, text, starts in zip(fit.layouts, fit.texts, fit.starts, strict=True)
-        )
-        turns = [t for layout in fit.layouts for t in layout.turns if t.message in layout.trained]
-        ends = tuple(dict.fromkeys(turn.end for turn in turns if turn.end is not None))
+        fit = self._fit(conversation, SPLIT if split else EXAMPLES, where)
+        rows = tuple(self._cut(fit, fitted) for fitted in fit.texts)
+        layouts = [fitted.layout for fitted in fit.texts]
+        learnt = [turn for layout in layouts for turn in layout.turns if turn.message in layout.trained]
+        ends = tuple(dict.fromkeys(turn.end for turn in learnt if turn.end is not None))
         notes = (*conversation.notes, *fit.form.notes, *((TRIMMED,) if fit.trimmed else ()))
         return Written(rows, ends, fit.unused, notes)
 
@@ -225,7 +185,7 @@ class ChatFormat:
         if not isinstance(prompt, Conversation):
             prompt = read_conversation(prompt, tools=tools, options=options, where=where)
         fit = self._fit(prompt, QUESTION, where)
-        return self.pieces.tokens(self._cut(fit, fit.layouts[0], fit.texts[0], fit.starts[0]))
+        return self.pieces.tokens(self._cut(fit, fit.texts[0]))
 
     def read_reply(self, text: str, tools: Sequence[Any] = ()) -> Reply:
         """What a model answered, in its parts.
@@ -245,13 +205,13 @@ class ChatFormat:
         Raises:
             DataError: the template does not print all of the conversation.
         """
-        fit = self._fit(conversation, (EXAMPLES, *SPLIT), where)
-        layout, text, starts = fit.layouts[-1], fit.texts[-1], fit.starts[-1]
-        turn, message = layout.turns[-1], fit.told.messages[-1]
-        start, stop = (place(layout.outline, starts, edge) for edge in (turn.start, turn.stop))
+        fit = self._fit(conversation, (*EXAMPLES, *SPLIT), where)
+        fitted, message = fit.texts[-1], fit.told.messages[-1]
+        turn = fitted.layout.turns[-1]
+        written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
         calls = tuple(call["function"] for call in message.get("tool_calls", ()))
         reply = Reply(message.get("content") or "", message.get("reasoning_content", ""), calls)
-        return reply, text[start:stop].removesuffix(turn.end or "")
+        return reply, written.removesuffix(turn.end or "")
 
     def plain_prompt(self, text: str) -> tuple[Piece, ...]:
         """A prompt without a template, begun as the tokenizer itself begins a text."""
@@ -279,113 +239,25 @@ class ChatFormat:
             "use prompt and completion columns or a text column, or pass a chat template (--chat-template)"
         )
 
-    def _fit(self, conversation: Conversation, purposes: Sequence[Purpose], where: str) -> _Fit:
-        """The first form in which the template prints all of a conversation, purpose by purpose."""
-        template = self._template_for(conversation, where)
-        failures: list[tuple[int, Exception]] = []
-        for purpose, (form, told) in product(purposes, forms_for(template, conversation)):
-            try:
-                return self._fit_form(template, form, told, purpose)
-            except (Unproven, TemplateRefusal) as error:
-                failures.append((getattr(error, "proven", -1), error))
-        error = max(failures, key=lambda failure: failure[0])[1]
-        if isinstance(error, TemplateRefusal):
-            raise DataError(
-                f"{where}: the chat template refuses this conversation ({error}); change the row or use "
-                "another chat template (--chat-template)"
-            ) from error
-        raise DataError(
-            f"{where}: the chat template cannot write this conversation: {error}; change the row or use "
-            "another chat template (--chat-template)"
-        ) from error
+    def _fit(self, conversation: Conversation, purposes: Sequence[Purpose], where: str) -> Fit:
+        return self._fitter.fit(self._template_for(conversation, where), conversation, purposes, where)
 
-    def _fit_form(self, template: ChatTemplate, form: Form, told: Conversation, purpose: Purpose) -> _Fit:
-        shape = sketch(told.messages)
-        outlined = json.dumps([shape.messages, told.tools, dict(told.options), told.trained], default=str)
-        key = (template.source, form, purpose, outlined)
-        if key not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            try:
-                self._kept[key] = self._layouts(template, form, told, purpose, keep_values=False)
-            except (Unproven, TemplateRefusal) as error:
-                self._kept[key] = error
-        found = self._kept[key]
-        if isinstance(found, Exception):
-            raise found
-        try:
-            return self._aligned(template, form, told, shape, purpose, *found)
-        except Unproven:  # the template looks into values: outline this conversation with its own
-            found = self._layouts(template, form, told, purpose, keep_values=True)
-            return self._aligned(template, form, told, shape, purpose, *found)
-
-    def _layouts(
-        self, template: ChatTemplate, form: Form, told: Conversation, purpose: Purpose, keep_values: bool
-    ) -> tuple[tuple[Layout, ...], tuple[str, ...]]:
-        opening = opening_of(template, form) if told.messages[0]["role"] == "assistant" else ""
-        finder = LayoutFinder(
-            template,
-            told,
-            form,
-            known_markers=self._known_markers,
-            opening=opening,
-            keep_values=keep_values,
-        )
-        if purpose.ask:
-            return (finder.question(past_reasoning=purpose.past_reasoning),), ()
-        layouts = finder.whole_or_each(split=purpose.split, past_reasoning=purpose.past_reasoning)
-        return layouts, finder.unused_keys()
-
-    def _aligned(
-        self,
-        template: ChatTemplate,
-        form: Form,
-        told: Conversation,
-        shape: Sketch,
-        purpose: Purpose,
-        layouts: tuple[Layout, ...],
-        unused: tuple[str, ...],
-    ) -> _Fit:
-        """The true texts beside their outlines.
-
-        Raises:
-            Unproven: a text is not its outline with the values in place of the placeholders.
-        """
-        texts, found = [], []
-        for layout in layouts:
-            text = template.render(
-                form.messages(told.messages[: layout.count]),
-                tools=form.tools(told.tools),
-                options=told.options,
-                ask=purpose.ask,
-            )
-            starts = align(layout.outline, shape.slots, text)
-            if isinstance(starts, int):
-                raise Unproven(_change(layout, shape, starts), 1)
-            texts.append(text)
-            found.append(starts)
-        trimmed = any(
-            is_trimmed(layout.outline, shape.slots, s) for layout, s in zip(layouts, found, strict=True)
-        )
-        return _Fit(form, told, shape, layouts, tuple(texts), tuple(found), unused, trimmed)
-
-    def _cut(self, fit: _Fit, layout: Layout, text: str, starts: list[int]) -> list[Piece]:
+    def _cut(self, fit: Fit, fitted: FittedText) -> tuple[Piece, ...]:
         """A text in pieces: the answers that stand in it as they were generated, and what is between."""
-        marks = _marks(fit, layout, starts)
+        layout, text, marks = fitted.layout, fitted.text, fit.marks(fitted)
         pieces: list[Piece] = []
         position, ended = 0, None
         for turn in layout.turns:
-            start, stop = (place(layout.outline, starts, edge) for edge in (turn.start, turn.stop))
+            start, stop = fitted.position(turn.start), fitted.position(turn.stop)
             pieces += _template_piece(text, position, start, marks, ended)
             trained = turn.message in layout.trained
             pieces.append(Piece(text[start:stop], trained, "assistant", "" if pieces else None))
             if turn.end is None and turn.message == layout.count - 1 and self.end_ids:
-                # The template ends an answer with nothing of its own: without a token the model would never
+                # Without a token behind an answer that the template ends with nothing the model would not
                 # stop.
                 pieces.append(Piece("", trained, "assistant", ids=self.end_ids))
             position, ended = stop, turn.end or ""
-        pieces += _template_piece(text, position, len(text), marks, ended)
-        return pieces
+        return (*pieces, *_template_piece(text, position, len(text), marks, ended))
 
     @cached_property
     def _closings(self) -> tuple[str, ...]:
@@ -412,24 +284,6 @@ def _template_piece(
         return []
     inside = tuple((role, a - start, b - start) for role, a, b in marks if start <= a and b <= stop)
     return [Piece(text[start:stop], False, "template", ended, inside)]
-
-
-def _marks(fit: _Fit, layout: Layout, starts: Sequence[int]) -> list[tuple[str, int, int]]:
-    """(role, start, stop) of the values of messages in the true text."""
-    roles = {
-        slot: m["role"] for m, used in zip(fit.told.messages, fit.sketch.uses, strict=True) for slot in used
-    }
-    ends = starts[1:]
-    found = zip(layout.outline.segments, starts, ends, strict=False)
-    return [(roles[s.slot], start, end) for s, start, end in found if s.slot is not None and end > start]
-
-
-def _change(layout: Layout, shape: Sketch, segment: int) -> str:
-    """Near which value a text departs from its outline."""
-    segments = layout.outline.segments
-    near = [s.slot for s in (*segments[segment::-1], *segments[segment:]) if s.slot is not None]
-    message = next((i for i, used in enumerate(shape.uses) if near[:1] and near[0] in used), 0)
-    return f"it changes what message {message + 1} says, or writes other text where the message says this"
 
 
 def _begin_token(tokenizer: Any) -> tuple[int, ...]:
