@@ -42,7 +42,7 @@ QUESTION = (Purpose(ask=True), Purpose(ask=True, past_reasoning=False))
 
 @dataclass(frozen=True)
 class FittedText:
-    """One example of a conversation: its layout, the true text, and where the segments of the outline begin in it."""
+    """One example of a conversation: its layout, the true text, and where each segment begins in it."""
 
     layout: Layout
     text: str
@@ -113,11 +113,9 @@ class Fitter:
                 failures.append((getattr(error, "proven", -1), error))
         error = max(failures, key=lambda failure: failure[0])[1]
         refuses = isinstance(error, TemplateRefusal)
-        said = (
-            f"refuses this conversation ({error})" if refuses else f"cannot write this conversation: {error}"
-        )
+        said = f"refuses this conversation ({error})" if refuses else f"cannot write this row: {error}"
         raise DataError(
-            f"{where}: the chat template {said}; change the row or use another chat template (--chat-template)"
+            f"{where}: the chat template {said}; change the row, or use another template (--chat-template)"
         ) from error
 
 

@@ -73,8 +73,8 @@ def loaded_files(folder: Path) -> set[str]:
 def save_template(folder: Path, template: str) -> bool:
     """Put an adapter's chat template in the place of the base's default one; returns whether they differed.
 
-    An adapter's template is for rows with tools too, so that the base's template "tool_use", which transformers
-    would take for them, goes; templates of other names stay.
+    An adapter's template is for rows with tools too, so that the base's template "tool_use", which
+    transformers would take for them, goes; templates of other names stay.
 
     Raises:
         BaseLoadError: the base's are damaged.
