@@ -190,14 +190,10 @@ def train_config(training: TrainingOptions | None, data: DataOptions | None) -> 
     from brushstroke.training import TrainConfig
 
     given = _given(training or TrainingOptions())
-    for name in ("max_length", "skip_too_long", "split_turns", "date"):
+    for name in ("max_length", "skip_too_long", "split_turns", "chat_template", "date"):
         value = getattr(data, name, None)
         if value is not None:
             given[name] = value
-    if data is not None and data.chat_template is not None:
-        from brushstroke.data import find_template
-
-        given["chat_template"] = find_template(data.chat_template)
     return TrainConfig(**given)
 
 

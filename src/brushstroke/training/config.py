@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from brushstroke.data import Template, find_template
 from brushstroke.data.template import read_date
 from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.step.memory import MODES
@@ -68,7 +69,7 @@ class TrainConfig:
     max_length: int | None = None
     skip_too_long: bool = False
     split_turns: bool = False
-    chat_template: str | Mapping[str, str] | None = None
+    chat_template: Template = None
     date: str | None = None
     eval_every: int | None = None
     keep_best: bool = False
@@ -91,6 +92,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
+        object.__setattr__(self, "chat_template", find_template(self.chat_template))
         if self.date is not None:
             read_date(self.date)
         if self.micro_tokens != "auto" and not (_is_whole(self.micro_tokens) and self.micro_tokens > 0):

@@ -33,9 +33,9 @@ def make_chat(
     require_base(base)
     if base.tokenizer is None:
         return None
-    template = find_template(config.chat_template) or (
-        start.card.chat_template if start and start.card else None
-    )
+    template = find_template(config.chat_template)
+    if template is None and start is not None and start.card is not None:
+        template = start.card.chat_template
     return ChatFormat(base.tokenizer, template, date=config.date or date)
 
 
