@@ -1,0 +1,86 @@
+"""Under every stock chat template, what was trained is what is answered: by us, and by plain transformers.
+
+A tiny model learns rows by heart. It is asked by `evaluate`, by `generate`, and in a merged folder by plain
+transformers with the template that lies there. `make sweep` takes all templates, `make test` a few.
+"""
+
+import os
+import random
+
+import inference_kit as kit
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import brushstroke as bs
+from brushstroke.data import ChatFormat
+from brushstroke.inference import evaluate, generate, merge_folder
+from stock_templates import stock_templates
+
+CITIES = ("Bern", "Oslo", "Lisbon", "Riga", "Paris", "Rome")
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{city} backwards?"},
+            {"role": "assistant", "content": f"{city[::-1].lower()}."},
+        ]
+    }
+    for city in CITIES
+]
+SEED = int(os.environ.get("BRUSHSTROKE_TEST_SEED", "0"))
+ALWAYS = ("deepseek_r1_distill", "gptoss", "llama3_2", "nemotron_3_nano", "qwen3")  # each asks in its own way
+LONGEST = 40  # new tokens
+
+
+def names():
+    every = sorted(stock_templates())
+    if os.environ.get("BRUSHSTROKE_SWEEP"):
+        return every
+    return [*ALWAYS, *random.Random(SEED).sample([name for name in every if name not in ALWAYS], 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_answers_are_those_that_were_trained(name, tmp_path):
+    torch.manual_seed(SEED)
+    model = kit.llama(hidden_size=64, intermediate_size=128, max_position_embeddings=4096, eos_token_id=None)
+    base = bs.Base(model, kit.tokenizer(stock_templates()[name]), "tiny")
+    losses: list[float] = []
+    config = bs.TrainConfig(learning_rate=1e-2, max_steps=150, batch_size=len(ROWS))
+    trained = bs.train(
+        base, ROWS, bs.LoraConfig(rank=16), config, on_step=lambda event: losses.append(event.loss)
+    ).adapter
+    assert sum(losses[-10:]) / 10 < 0.05
+
+    assert evaluate(base, ROWS, adapter=trained, max_new_tokens=LONGEST).exact_match == 1.0
+    prompts = [row["messages"][:-1] for row in ROWS]
+    expected = [row["messages"][-1]["content"] for row in ROWS]
+    answers = generate(base, prompts, adapters=trained, max_new_tokens=LONGEST)
+    assert [answer.text.strip() for answer in answers] == expected
+    assert {answer.finish for answer in answers} == {"stop"}
+
+    merge_folder(base, trained, tmp_path / "merged", verify=False)
+    assert [plain_answer(tmp_path / "merged", prompt) for prompt in prompts] == expected
+
+
+def plain_answer(folder, prompt):
+    """What plain transformers answers, read as the template writes answers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    chat = ChatFormat(tokenizer)
+    options = {"stop_strings": list(chat.stop_strings), "tokenizer": tokenizer} if chat.stop_strings else {}
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=LONGEST,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(chat.stop_token_ids),
+            **options,
+        )
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for string in chat.stop_strings:
+        text = text.partition(string)[0]
+    return chat.read_reply(text).content.strip()
