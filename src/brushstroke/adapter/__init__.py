@@ -7,7 +7,7 @@ from brushstroke.adapter.adapter import Adapter
 from brushstroke.adapter.card import Card
 from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint, Verdict
-from brushstroke.adapter.site import Site, is_conv1d
+from brushstroke.adapter.site import Other, Site, is_conv1d
 from brushstroke.adapter.targets import TargetPlan, resolve_targets
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Card",
     "Fingerprint",
     "LoraConfig",
+    "Other",
     "Site",
     "TargetPlan",
     "Verdict",

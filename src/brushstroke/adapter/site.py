@@ -15,7 +15,7 @@ class Site:
         aliases: further paths of the same module, where a model uses it several times.
         tied_to: another module whose weight is this very tensor, such as the input embedding.
         is_output: the layer that makes the logits; groups such as all-linear leave it out.
-        bypassed: why the model would not run this module's forward, where that is so.
+        bypassed: why an adapter would have no effect here, or could not be put here, where that is so.
     """
 
     path: str
@@ -41,6 +41,36 @@ class Site:
     def paths(self) -> tuple[str, ...]:
         """The path and its aliases."""
         return (self.path, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Other:
+    """What else a path of a model can mean: a module or a bare parameter that is no site.
+
+    Args:
+        path: of the module or the parameter.
+        kind: the module's class, such as "Conv2d", or "bare 3-D parameter".
+        weighs: whether it has a weight of two or more axes of its own, embeddings aside, so that groups of
+            targets name it among what they leave out.
+        holds: names of sites below it.
+    """
+
+    path: str
+    kind: str
+    weighs: bool = False
+    holds: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it is no site, in words.
+
+        >>> Other("conv1", "Conv2d").reason
+        'a Conv2d, which cannot be adapted yet'
+        """
+        article = "an" if self.kind[0] in "AEIOU" else "a"
+        if self.holds:
+            return f"{article} {self.kind} that holds other layers: name those ({', '.join(self.holds[:6])})"
+        return f"{article} {self.kind}, which cannot be adapted yet"
 
 
 def is_conv1d(module: object) -> bool:

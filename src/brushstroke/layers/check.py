@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brushstroke.adapter import Adapter, Site, Verdict
+from brushstroke.adapter import Adapter, Other, Site, Verdict
 from brushstroke.errors import AttachError, BaseMismatchError, ShapeError, did_you_mean
-from brushstroke.layers.walk import find_sites, site_module, unwrap, weight_dxh
+from brushstroke.layers.walk import find_others, find_sites, site_module, unwrap, weight_dxh
 from brushstroke.lowrank import LowRank, Update
 
 
@@ -40,15 +40,18 @@ def check_base(
         BaseMismatchError: another base, or one that holds this adapter already.
     """
     root = unwrap(model)
-    sites = {path: site for site in find_sites(root) for path in site.paths}
+    sites = {path: site for site in find_sites(root, trial=False) for path in site.paths}
     problems = []
     seen: dict[str, str] = {}
+    others: dict[str, Other] = {}
     for path, update in adapter.items():
         if path in sites and (other := seen.setdefault(sites[path].path, path)) != path:
             problems.append(f"{path}: it is one module with {other}, and has two updates")
         if path not in sites:
+            others = others or {other.path: other for other in find_others(root, list(sites.values()))}
+            known = f"in the base it is {others[path].reason}" if path in others else None
             near = did_you_mean(path, sites, count=1)
-            problems.append(f"{path}: the base has no such site{near}")
+            problems.append(f"{path}: {known or f'the base has no such site{near}'}")
         elif sites[path].bypassed:
             problems.append(f"{path}: {sites[path].bypassed}")
         elif sites[path].shape != update.shape:

@@ -28,7 +28,8 @@ class Plan:
     Args:
         matches: target pattern → number of sites; empty where the run goes on from an adapter.
         capped: site → rank asked for, where a group's small site got the largest rank that fits.
-        skipped: site → why a group of targets left it out.
+        skipped: site or weight → why the targets leave it out.
+        skipped_shares: the same → its share of the base's weights.
         parameters: trainable numbers, and `share` of them in the base's.
         memory_bytes: estimated peak of the process (of the device on a GPU).
         memory: "fast" or "low", with `memory_reason`.
@@ -48,6 +49,7 @@ class Plan:
     matches: Mapping[str, int]
     capped: Mapping[str, int]
     skipped: Mapping[str, str]
+    skipped_shares: Mapping[str, float]
     parameters: int
     share: float
     adapter_bytes: int
@@ -110,7 +112,9 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     targets = session.attachment.plan
     parameters = sum(p.numel() for p in session.parameters)
     factors = {id(p) for p in session.parameters}
-    base_parameters = sum(p.numel() for p in session.model.parameters() if id(p) not in factors)
+    total = max(1, sum(p.numel() for p in session.model.parameters() if id(p) not in factors))
+    skipped = dict(targets.skipped) if targets else {}
+    sizes = {name: p.numel() for name, p in session.model.named_parameters(remove_duplicate=False)}
     counted = min(order.steps_per_epoch, COUNTED_STEPS)
     computed = needed = seen = kept = most = 0
     for step in range(counted):
@@ -134,9 +138,10 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         sites=len(session.attachment.sites),
         matches={pattern: len(paths) for pattern, paths in targets.matches.items()} if targets else {},
         capped=dict(targets.capped) if targets else {},
-        skipped=dict(targets.skipped) if targets else {},
+        skipped=skipped,
+        skipped_shares={path: sizes.get(path, sizes.get(f"{path}.weight", 0)) / total for path in skipped},
         parameters=parameters,
-        share=parameters / max(1, base_parameters),
+        share=parameters / total,
         adapter_bytes=sum(p.numel() * p.element_size() for p in session.parameters),
         memory_bytes=max(
             peak_memory(session.device),
