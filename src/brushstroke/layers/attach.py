@@ -91,6 +91,13 @@ class Attachment:
         finally:
             restore()
 
+    @contextmanager
+    def recorded(self) -> Iterator[set[object]]:
+        """Context manager: collect those of `modules` that run with the adapter."""
+        self._check_attached()
+        with self._route.recorded() as ran:
+            yield ran
+
     def detach(self) -> None:
         """Take the adapter out: classes, parameters, buffers and flags are as `attach` found them.
 

@@ -139,6 +139,7 @@ class Training:
         self.steps = 0
         self._calls = 0
         self._pending_tokens = 0
+        self._ran: set[object] = set()  # adapted modules that ran since the last step
 
     def _prepare(
         self,
@@ -204,7 +205,13 @@ class Training:
         total = torch.zeros((), dtype=torch.float64)
         computed = 0
         trained = sum(example.trained for example in encoded)
-        with self._all_or_nothing(), self._checkpointing, self.step.context(), self._dropout_seed():
+        with (
+            self._all_or_nothing(),
+            self._checkpointing,
+            self.step.context(),
+            self._dropout_seed(),
+            self.attachment.recorded() as ran,
+        ):
             for part, outputs in self.step.forward.run(self.passes(encoded)):
                 value = outputs.summed_loss(loss)
                 if not bool(torch.isfinite(value)):
@@ -218,6 +225,7 @@ class Training:
                 value.backward()
                 total += value.detach().item()
                 computed += part.computed_tokens
+        self._ran |= ran
         self._pending_tokens += trained
         self._calls += 1
         real = sum(len(example) for example in encoded)
@@ -231,7 +239,7 @@ class Training:
         """One AdamW step on the gradients that wait; returns their norm before clipping.
 
         Raises:
-            TrainingError: no gradient waits.
+            TrainingError: no gradient waits, or a site ran and got none; the factors stay as they are.
             NonFiniteError: a gradient is not a finite number; the factors stay as they are.
         """
         self._check_open()
@@ -240,6 +248,7 @@ class Training:
                 "there is no gradient to step on; call forward_backward() first, with examples that have a "
                 "trained token"
             )
+        self._refuse_unreached()
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self._pending_tokens)
@@ -354,6 +363,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self._pending_tokens = 0
         self._calls = 0
+        self._ran.clear()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -363,6 +373,26 @@ class Training:
         except BaseException:
             self.discard()
             raise
+
+    def _refuse_unreached(self) -> None:
+        """Check that every site that ran since the last step got a gradient; experts may have had no token.
+
+        Raises:
+            TrainingError: naming those that got none; no gradient waits then.
+        """
+        lost = [
+            path
+            for path, module in self.attachment.modules.items()
+            if module in self._ran and (module.lora_U_rows.grad is None or module.lora_V.grad is None)
+        ]
+        if lost:
+            self.discard()
+            more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+            raise TrainingError(
+                f"{len(lost)} of {len(self.attachment.sites)} sites ran in step {self.steps + 1} and got no "
+                f"gradient: {', '.join(lost[:4])}{more}; the model detaches their output, or does not use it "
+                "for its predictions: leave them out of the targets"
+            )
 
     def _check_open(self) -> None:
         if self._closed or not self.attachment.attached:
