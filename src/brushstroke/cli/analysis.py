@@ -259,7 +259,13 @@ def _load(*folders: Path) -> "dict[str, Adapter]":
     named = {_name(folder): folder for folder in folders}
     if len(named) < len(folders):
         named = {str(folder): folder for folder in folders}
-    return {name: load(folder) for name, folder in named.items()}
+    loaded = {name: load(folder) for name, folder in named.items()}
+    for name, adapter in loaded.items():
+        if adapter.copies:
+            say(
+                f"{name} holds copies of {', '.join(adapter.copies)}, which are not compared with a base here"
+            )
+    return loaded
 
 
 def _name(folder: Path) -> str:

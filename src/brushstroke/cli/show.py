@@ -30,6 +30,7 @@ def show(adapter: Path, *, json: bool = False) -> None:
         "parameters": value.parameters,
         "bytes": value.bytes,
         "norm": value.norm(),
+        "copies": list(value.copies),
         "card": _card(value),
     }
     if json:
@@ -70,7 +71,7 @@ def _card(value: "Adapter") -> dict[str, Any] | None:
 
 
 def _print(console: Any, described: dict[str, Any]) -> None:
-    card = described["card"] or {}
+    card, copies = described["card"] or {}, described["copies"]
     lora, training = card.get("lora") or {}, dict(card.get("training") or {})
     versions = training.get("versions")
     if isinstance(versions, dict):
@@ -83,6 +84,9 @@ def _print(console: Any, described: dict[str, Any]) -> None:
             "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
             "norm": f"{described['norm']:.4g}",
             "base": card.get("base_name") or "unknown",
+            "copies": f"{', '.join(copies)}: compared with the base's own before the adapter is used"
+            if copies
+            else "",
             "asked for": ", ".join(f"{key} {_cell(v)}" for key, v in lora.items() if v not in (None, {}, [])),
             "targets": ", ".join(card.get("target_modules") or ()),
             "stop tokens": " ".join(card.get("stop_tokens") or ()),

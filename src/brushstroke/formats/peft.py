@@ -40,7 +40,13 @@ CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "bru
 TEMPLATE, README = "chat_template.jinja", "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
-_KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
+_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
+_ADDED = re.compile(
+    r"\.(lora_|modules_to_save\.|token_adapter\.)"
+)  # in the names of what PEFT adds to a base
+# What VeLoRA's backward pass and MonteCLoRA's noise need in training; the update is U·V without them.
+_TRAINING_STATE = re.compile(r".+\.lora_(velora_embed|monteclora_sampler)(\..+)?")
 READ_FILES = (CONFIG, TENSORS, CARD, TEMPLATE)
 ATTEMPTS, PAUSE = 40, 0.05  # at reading a folder that another process is replacing, and seconds between them
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,6 +77,10 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     for site, update in updates.items():
         tensors[f"base_model.model.{site}.lora_A.weight"] = _stored(update.U)
         tensors[f"base_model.model.{site}.lora_B.weight"] = _stored(update.V)
+    for name, copy in adapter.copies.items():
+        module, _, last = name.rpartition(".")
+        inner = ".base_layer" if module in updates else ""
+        tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
     config = write_config({site: (update.rank, update.scale) for site, update in updates.items()}, card)
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
@@ -156,8 +166,8 @@ def _load_once(folder: Path) -> Adapter:
         ) from error
     except (OSError, RuntimeError) as error:  # safetensors says the second where a file cannot be opened
         raise AdapterFileError(f"{tensor_file} cannot be read ({error})") from error
-    updates = _updates(tensors, rule, str(tensor_file))
-    return Adapter(updates, _read_card(folder, stored, rule, updates))
+    updates, copies = _contents(tensors, rule, str(tensor_file))
+    return Adapter(updates, _read_card(folder, stored, rule, updates), copies=copies)
 
 
 def restore(folder: Path) -> None:
@@ -265,19 +275,32 @@ def _read_json(file: Path) -> dict[str, Any]:
     return stored
 
 
-def _updates(tensors: Mapping[str, Tensor], rule: Rule, where: str) -> dict[str, LowRank]:
-    """Pair the factors; every tensor is used, or all that is wrong is listed."""
+def _contents(
+    tensors: Mapping[str, Tensor], rule: Rule, where: str
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """The paired factors, and copies of base weights; every tensor is used, or all faults are listed."""
     problems = []
     pairs: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, Tensor] = {}
+    names: set[str] = set()
     for key, tensor in tensors.items():
-        if not (match := _KEY.fullmatch(key)):
-            problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
-        elif tensor.dtype not in _DTYPES or tensor.ndim != 2:
-            problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
-        elif not _is_finite(tensor):
-            problems.append(f"{key}: holds numbers that are not finite")
+        if _TRAINING_STATE.fullmatch(key):
+            continue
+        if match := _FACTOR.fullmatch(key):
+            names.add(match["name"] or "")
+            if tensor.dtype not in _DTYPES or tensor.ndim != 2:
+                problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
+            elif not _is_finite(tensor):
+                problems.append(f"{key}: holds numbers that are not finite")
+            else:
+                pairs.setdefault(match["site"], {})[match["factor"]] = tensor
+        elif (match := _COPY.fullmatch(key)) and not _ADDED.search(key) and tensor.is_floating_point():
+            copies[f"{match['module']}.{match['name']}"] = tensor
         else:
-            pairs.setdefault(match["site"], {})[match["factor"]] = tensor
+            problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
+    if len(names) > 1:
+        told = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
+        problems.append(f"it holds several adapters, with keys such as {told}; save one of them by itself")
     good = {}
     for site, pair in pairs.items():
         reason = _misfit(pair, rule.rank_of(site))
@@ -285,11 +308,11 @@ def _updates(tensors: Mapping[str, Tensor], rule: Rule, where: str) -> dict[str,
             problems.append(f"{site}: {reason}")
         else:
             good[site] = LowRank(pair["A"].mT, pair["B"].mT.contiguous(), rule.scale_of(site))
-    if not tensors:
-        problems.append("it holds no tensors")
+    if not (pairs or problems):
+        problems.append("it holds no factors" if tensors else "it holds no tensors")
     if problems:
         raise AdapterFileError(f"{where} is not a whole low-rank adapter:\n  " + "\n  ".join(problems))
-    return good
+    return good, copies
 
 
 def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
@@ -308,11 +331,8 @@ def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
 def _hint(key: str) -> str:
     if "lora_embedding_" in key:
         return " (an adapted embedding, which this version cannot take)"
-    if key.endswith(".base_layer.weight"):
-        return (
-            " (a copy of a weight of the base, which PEFT adds for an adapted head; save it there with "
-            "save_embedding_layers=False)"
-        )
+    if "modules_to_save" in key:
+        return " (a module that was trained whole, which this version cannot take)"
     if "magnitude" in key:
         return " (a DoRA magnitude, which this version cannot take)"
     if "lora_" in key and not key.startswith("base_model.model."):
