@@ -1,4 +1,4 @@
-"""Weights that a module reads past the layer that holds them: found in the source, refused by attach."""
+"""What the source of a class tells: weights read past their layer, and layers without gradients."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from brushstroke import attach
-from brushstroke.adapter import LoraConfig
+from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.errors import TargetError
 from brushstroke.layers import find_sites
-from brushstroke.layers.bypass import weights_read_by
+from brushstroke.layers.bypass import run_without_gradients_by, weights_read_by
+from brushstroke.lowrank import LowRank
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -122,6 +123,13 @@ class UnderAnotherName(Two):
         return F.linear(x, layer.weight)
 
 
+class UnderANameOfItsOwn(Two):
+    def forward(self, x):
+        layer = self.b
+        layer = nn.Linear(4, 4)
+        return F.linear(self.b(x), layer.weight)
+
+
 class InAList(Two):
     def forward(self, x):
         return F.linear(self.a(x), self.list[1].weight)
@@ -184,6 +192,7 @@ class Unreached(Two):
         (SwitchedOff, set()),
         (Facts, set()),
         (Unreached, set()),
+        (UnderANameOfItsOwn, set()),
     ],
 )
 def test_reads_are_found_wherever_forward_gets_to_and_nowhere_else(cls, expected):
@@ -203,3 +212,101 @@ def test_a_class_without_source_is_taken_as_it_is():
     space: dict[str, type] = {}
     exec("class Made(Two):\n    def forward(self, x):\n        return x @ self.b.weight", {"Two": Two}, space)
     assert weights_read_by(space["Made"]()) == {}
+
+
+class Quiet(Two):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.a(x)
+
+
+class QuietPart(Two):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.a(x)
+        return self.b(x)
+
+
+class QuietMethod(Two):
+    def forward(self, x):
+        return self.b(self._features(x))
+
+    @torch.inference_mode()
+    def _features(self, x):
+        return self.a(x)
+
+
+class QuietBySetting(Two):
+    def forward(self, x):
+        if self.fused:
+            with torch.no_grad():
+                return self.a(x)
+        else:
+            return self.a(x)
+
+
+class Reversible(Two):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.a(x)
+
+    def backward_pass(self, x):
+        with torch.enable_grad():
+            return self.a(x)
+
+
+class BackInside(Two):
+    @torch.no_grad()
+    def forward(self, x):
+        x = self.a(x)
+        with torch.enable_grad():
+            return self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (Quiet, {"a", "b", "list.0", "list.1"}),
+        (QuietPart, {"a"}),
+        (QuietMethod, {"a"}),
+        (QuietBySetting, set()),
+        (Reversible, set()),
+        (Two, set()),
+    ],
+)
+def test_layers_that_the_model_runs_without_gradients_are_left_out(cls, expected):
+    net = nn.Sequential(cls(), nn.Linear(4, 4))
+    assert {site.path for site in find_sites(net) if site.frozen} == {f"0.{path}" for path in expected}
+    with attach(net, LoraConfig(rank=1), trainable=True) as attachment:
+        assert set(attachment.plan.skipped) == {f"0.{path}" for path in expected}
+    for path in expected:
+        with pytest.raises(TargetError, match=rf"0.{path} cannot be adapted: {cls.__name__} runs it without"):
+            attach(net, LoraConfig(rank=1, targets=(f"0.{path}",)))
+    update = LowRank(torch.ones(4, 1), torch.ones(1, 4))
+    with attach(net, Adapter({"0.a": update})):  # one that was trained elsewhere has its effect
+        pass
+
+
+def test_gradients_that_are_switched_on_again_count():
+    assert set(run_without_gradients_by(BackInside())) == {"a"}
+    net = QuietBySetting()
+    net.fused = True
+    assert set(run_without_gradients_by(net)) == {"a"}
+
+
+def test_a_reversible_layer_and_an_indexer_of_transformers():
+    from transformers import ReformerConfig, ReformerModelWithLMHead
+    from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
+
+    shape = {"axial_pos_shape": (4, 8), "axial_pos_embds_dim": (8, 24), "attn_layers": ["local"]}
+    config = ReformerConfig(
+        **shape, is_decoder=True, hidden_size=32, attention_head_size=8, num_attention_heads=4, vocab_size=64
+    )
+    reformer = ReformerModelWithLMHead(config)
+    assert not [site for site in find_sites(reformer) if site.frozen or site.bypassed]
+    indexer = DeepseekV32Indexer.__new__(DeepseekV32Indexer)
+    nn.Module.__init__(indexer)
+    indexer.wk = nn.Linear(4, 4)
+    assert [site.frozen for site in find_sites(nn.Sequential(indexer))] == [
+        "DeepseekV32Indexer runs it without gradients (in forward)"
+    ]

@@ -16,6 +16,7 @@ class Site:
         tied_to: another module whose weight is this very tensor, such as the input embedding.
         is_output: the layer that makes the logits; groups such as all-linear leave it out.
         bypassed: why an adapter would have no effect here, or could not be put here, where that is so.
+        frozen: why nothing would be learnt here, where that is so.
     """
 
     path: str
@@ -26,6 +27,7 @@ class Site:
     tied_to: str | None = None
     is_output: bool = False
     bypassed: str | None = None
+    frozen: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -91,7 +91,7 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[
 
     Raises:
         TargetError: patterns that match nothing (all of them, with near misses), a rank too large for a site
-            that was named explicitly, or a named site where an adapter would have no effect.
+            that was named explicitly, or a named site where an adapter would have no effect or learn nothing.
     """
     matches: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
@@ -111,9 +111,9 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[
     targeted = [site for site in sites if site.path in selected]
     for site in targeted:
         skipped.pop(site.path, None)
-        if site.bypassed:
+        if reason := site.bypassed or site.frozen:
             raise TargetError(
-                f"{site.path} cannot be adapted: {site.bypassed}; leave it out, as the groups "
+                f"{site.path} cannot be adapted: {reason}; leave it out, as the groups "
                 f"({', '.join(GROUPS)}) do"
             )
     ranks = _per_site("rank_pattern", config.rank_pattern, config.rank, targeted)
@@ -157,8 +157,8 @@ def _selects(pattern: str, item: Site | Other) -> bool:
 
 
 def _left_out_of_groups(site: Site) -> str | None:
-    if site.bypassed:
-        return site.bypassed
+    if reason := site.bypassed or site.frozen:
+        return reason
     if site.is_output:
         return "it makes the model's output; name it to adapt it"
     return f"its weight is tied to {site.tied_to}; name it to adapt it" if site.tied_to else None

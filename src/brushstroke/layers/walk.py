@@ -3,7 +3,7 @@
 It changes nothing in the module.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from brushstroke.adapter import Other, Site, is_conv1d
 from brushstroke.errors import AttachError, did_you_mean
-from brushstroke.layers.bypass import weights_read_by
+from brushstroke.layers.bypass import run_without_gradients_by, weights_read_by
 
 _LAZY_REASON = "its weight gets its shape from the first batch; run one through the model, then attach"
 TRIAL_ROWS = 2
@@ -70,7 +70,7 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(found[0])
     output = _output_layer(root)
-    bypassed = _bypassed(paths)
+    bypassed, frozen = _bypassed(paths), _frozen(paths)
     unfit: dict[type, str | None] = {}
     sites = []
     for module, (path, *aliases) in paths.items():
@@ -100,6 +100,7 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
                 tied_to=tied[0] if tied else None,
                 is_output=module is output,
                 bypassed=reason,
+                frozen=frozen.get(module),
             )
         )
     return sites
@@ -164,6 +165,20 @@ def _bypassed(modules: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str
                 continue
             reader = _own_class(module).__name__
             found[child] = f"{reader} reads its weight directly (in {method}), which bypasses an adapter"
+    return found
+
+
+def _frozen(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """Module → why it gets no gradient: the model itself runs it without."""
+    found: dict[nn.Module, str] = {}
+    for module in modules:
+        for path, method in run_without_gradients_by(module).items():
+            try:
+                below = module.get_submodule(path)
+            except AttributeError:  # a method of the class, or not in this instance
+                continue
+            reason = f"{_own_class(module).__name__} runs it without gradients (in {method})"
+            found |= dict.fromkeys(below.modules(), reason)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.adapter.targets import short_names
 from brushstroke.base import Base, context_length
 from brushstroke.data import ChatFormat, Example, encode
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
@@ -30,6 +31,7 @@ from brushstroke.training.check import (
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig, default_learning_rate
 
+NAMED_TARGETS = 12  # at most, in an error
 EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
 
@@ -388,10 +390,13 @@ class Training:
         if lost:
             self.discard()
             more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+            rest = [path for path in self.attachment.sites if path not in lost]
+            names = short_names(rest, [path for path, _ in self.model.named_modules()])
+            flags = f" (--targets {','.join(names)})" if 0 < len(names) <= NAMED_TARGETS else ""
             raise TrainingError(
                 f"{len(lost)} of {len(self.attachment.sites)} sites ran in step {self.steps + 1} and got no "
                 f"gradient: {', '.join(lost[:4])}{more}; the model detaches their output, or does not use it "
-                "for its predictions: leave them out of the targets"
+                f"for its predictions: leave them out of the targets{flags}"
             )
 
     def _check_open(self) -> None:
