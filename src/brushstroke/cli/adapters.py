@@ -1,9 +1,10 @@
-"""The base and the adapters that `generate`, `chat` and `evaluate` are given.
+"""The base and the adapters that commands are given.
 
 Adapters are read first: a mistake in their names is answered before the base is loaded.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -11,13 +12,18 @@ from cyclopts import Parameter
 from brushstroke.cli.console import say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import named_adapters
+from brushstroke.hub import find_adapter
 
 if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
 
 AdapterFlags = Annotated[
     list[str] | None,
-    Parameter(name="--adapter", negative=(), help="An adapter: DIR, or NAME=DIR; repeatable."),
+    Parameter(
+        name="--adapter",
+        negative=(),
+        help="An adapter: its folder or its hub id, or NAME=FOLDER; repeatable.",
+    ),
 ]
 
 
@@ -28,10 +34,19 @@ def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":
         ConfigError: names that cannot work.
         AdapterFileError: a folder that holds no whole adapter.
     """
-    named = named_adapters(given or ())
+    return {name: load_adapter(folder) for name, folder in named_adapters(given or ()).items()}
+
+
+def load_adapter(name: str | Path) -> "Adapter":
+    """The adapter in a folder, or of a hub id, which is fetched before torch is loaded.
+
+    Raises:
+        AdapterFileError: there is none, or not a whole one.
+    """
+    folder = find_adapter(name)
     from brushstroke.formats import load
 
-    return {name: load(folder) for name, folder in named.items()}
+    return load(folder)
 
 
 def load(base: str, options: BaseOptions) -> Any:

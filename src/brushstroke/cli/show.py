@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, facts, results, size, table
 
 if TYPE_CHECKING:
@@ -15,13 +16,12 @@ def show(adapter: Path, *, json: bool = False) -> None:
     """Show the sites, ranks, norms and size of an adapter, and its card.
 
     Args:
-        adapter: The adapter's folder.
+        adapter: The adapter's folder, or its hub id.
         json: Print JSON on stdout.
     """
+    value = load_adapter(adapter)
     from brushstroke.analysis import natural
-    from brushstroke.formats import load
 
-    value = load(adapter)
     sites = [_site(path, value[path]) for path in sorted(value, key=natural)]
     described = {
         "name": adapter.expanduser().resolve().name,

@@ -34,10 +34,10 @@ from brushstroke.files import (
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
+from brushstroke.hub import CARD, CONFIG, TEMPLATE, TENSORS, find_adapter
 from brushstroke.lowrank import LowRank
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
-TEMPLATE, README = "chat_template.jinja", "README.md"
+README = "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
 _FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
@@ -108,14 +108,14 @@ def remove(folder: Path) -> None:
 def load(folder: str | Path) -> Adapter:
     """Read an adapter that brushstroke or PEFT wrote, on the CPU and in the dtype that it was saved in.
 
-    Where another process replaces the adapter meanwhile, it is read again: what comes is the old one or the
-    new.
+    A name such as "owner/name" that is no folder is looked up on the Hugging Face hub. Where another process
+    replaces the adapter meanwhile, it is read again: what comes is the old one or the new.
 
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
             Or it cannot be read, or another process goes on writing.
     """
-    folder = Path(folder).expanduser()
+    folder = find_adapter(folder)
     try:
         for _ in range(ATTEMPTS):
             with suppress(OutputError):  # who may not put files back may still read those that are there
@@ -244,7 +244,9 @@ def _find(folder: Path) -> tuple[Path, Path]:
     config, tensors = folder / CONFIG, folder / TENSORS
     if not folder.is_dir():
         said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-        raise AdapterFileError(f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}")
+        raise AdapterFileError(
+            f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
+        )
     if not config.is_file():
         named = (entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
         inner = sorted(name for name in named if not name.startswith(PARTIAL))
