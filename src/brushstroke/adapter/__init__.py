@@ -7,7 +7,7 @@ from brushstroke.adapter.adapter import Adapter
 from brushstroke.adapter.card import Card
 from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint, Verdict
-from brushstroke.adapter.site import Other, Site, is_conv1d
+from brushstroke.adapter.site import Other, Site, in_all_layers, is_conv1d
 from brushstroke.adapter.targets import TargetPlan, resolve_targets
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Site",
     "TargetPlan",
     "Verdict",
+    "in_all_layers",
     "is_conv1d",
     "resolve_targets",
 ]

@@ -75,6 +75,15 @@ class Other:
         return f"{article} {self.kind}, which cannot be adapted yet"
 
 
+def in_all_layers(path: str) -> str:
+    """The path with a star for each number: what is the same module in all layers, of all experts.
+
+    >>> in_all_layers("layers.0.experts.12.w1")
+    'layers.*.experts.*.w1'
+    """
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
 def is_conv1d(module: object) -> bool:
     """Whether a module is HF's Conv1D, whose weight is stored (d×h); told by the name of its class."""
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")

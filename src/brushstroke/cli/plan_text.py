@@ -48,10 +48,11 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
 
 def _left_out(plan: "Plan") -> str:
     """What the targets leave out, those of the same name in several layers as one, the largest first."""
+    from brushstroke.adapter import in_all_layers
+
     groups: dict[tuple[str, str], list[float]] = {}
     for path, why in plan.skipped.items():
-        name = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        groups.setdefault((name, why), []).append(plan.skipped_shares[path])
+        groups.setdefault((in_all_layers(path), why), []).append(plan.skipped_shares[path])
     told = []
     for (name, why), shares in sorted(groups.items(), key=lambda group: -sum(group[1])):
         count = f"{len(shares)}, " if len(shares) > 1 else ""

@@ -17,6 +17,7 @@ from brushstroke.training.order import DataOrder
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, open_session, read_data
+from brushstroke.training.trial import unlearnt_sites
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
 
@@ -173,7 +174,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
 
 def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, steps: int) -> tuple[str, ...]:
     report = data.report
-    found = []
+    found = list(unlearnt_sites(session))
     if report.cut_rows:
         found.append(
             f"{len(report.cut_rows)} examples are cut at the limit, {report.cut_tokens:,} tokens are lost "

@@ -115,7 +115,7 @@ class Training:
         self.model = self.base.model
         check_model(self.model)
         check_positions(self.model, max_length)
-        self._context = context_length(self.model)  # found once: it looks at every module
+        self.context = context_length(self.model)  # found once: it looks at every module
         self.attachment: Attachment = attach(
             self.base,
             LoraConfig() if start is None else start,
@@ -347,9 +347,9 @@ class Training:
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
                 check_vocabulary(examples, self.model)
-                check_lengths(examples, self._context, self.max_length)
+                check_lengths(examples, self.context, self.max_length)
                 return examples
-        limit = self.max_length or self._context
+        limit = self.max_length or self.context
         encoded = list(encode(examples, self.base.tokenizer, max_length=limit))
         check_vocabulary(encoded, self.model)
         return encoded
@@ -376,17 +376,26 @@ class Training:
             self.discard()
             raise
 
+    def ran(self) -> list[str]:
+        """The sites that ran since the last `optim_step`."""
+        return [path for path, module in self.attachment.modules.items() if module in self._ran]
+
+    def unreached(self) -> list[str]:
+        """The sites that ran since the last `optim_step` and got no gradient."""
+        modules = self.attachment.modules
+        return [
+            path
+            for path in self.ran()
+            if modules[path].lora_U_rows.grad is None or modules[path].lora_V.grad is None
+        ]
+
     def _refuse_unreached(self) -> None:
-        """Check that every site that ran since the last step got a gradient; experts may have had no token.
+        """Check that every site that ran since the last step got a gradient.
 
         Raises:
             TrainingError: naming those that got none; no gradient waits then.
         """
-        lost = [
-            path
-            for path, module in self.attachment.modules.items()
-            if module in self._ran and (module.lora_U_rows.grad is None or module.lora_V.grad is None)
-        ]
+        lost = self.unreached()
         if lost:
             self.discard()
             more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
