@@ -13,6 +13,7 @@ from brushstroke.errors import AdapterFileError
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+PICKLE = "adapter_model.bin"
 FETCHED = (CONFIG, TENSORS, CARD, TEMPLATE, TOKENIZER)
 PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -39,9 +40,11 @@ def _fetch(name: str) -> Path:
     failure: Exception | None = None
     with _quiet():
         try:
-            HfApi().model_info(name, timeout=PATIENCE)
+            listed = HfApi().model_info(name, timeout=PATIENCE).siblings
         except Exception as error:  # no network, none wanted, or no such model: the cache may have it
-            failure = error
+            failure, listed = error, None
+        if listed:
+            _check_listed(name, {entry.rfilename for entry in listed})
         try:
             folder = Path(
                 snapshot_download(name, allow_patterns=[*FETCHED], local_files_only=failure is not None)
@@ -58,9 +61,20 @@ def _fetch(name: str) -> Path:
             raise AdapterFileError(
                 f"there is no folder {name}, and {found}; check the name and the network"
             ) from error
-    if not (folder / CONFIG).is_file():
-        raise AdapterFileError(f"{name} on the Hugging Face hub has no {CONFIG}, so it is no adapter")
     return folder
+
+
+def _check_listed(name: str, files: set[str]) -> None:
+    lacking = next((file for file in (CONFIG, TENSORS) if file not in files), None)
+    if lacking is None:
+        return
+    inner = sorted(file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}"))
+    hint = "so it is no adapter"
+    if lacking == TENSORS and PICKLE in files:
+        hint = f"but {PICKLE}, a pickle, which is never read: load it in PEFT and save it again"
+    elif inner:
+        hint = f"but adapters in {', '.join(inner[:6])}: download the one and give its folder"
+    raise AdapterFileError(f"{name} on the Hugging Face hub has no {lacking}, {hint}")
 
 
 @contextmanager

@@ -233,12 +233,24 @@ def test_a_name_that_the_hub_does_not_know(server: StandIn, tmp_path: Path) -> N
     assert "the Hugging Face hub has no model of that name, or a private one" in line
 
 
-def test_a_model_that_is_no_adapter(server: StandIn, tmp_path: Path) -> None:
-    server.files = {"config.json": b"{}", "model.safetensors": b""}
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"config.json", "model.safetensors"}, "has no adapter_config.json, so it is no adapter"),
+        (
+            {"adapter_config.json", "adapter_model.bin"},
+            "has no adapter_model.safetensors, but adapter_model.bin",
+        ),
+        ({"a/adapter_config.json", "b/adapter_config.json"}, "no adapter_config.json, but adapters in a, b:"),
+    ],
+)
+def test_a_model_that_is_no_adapter(server: StandIn, files: set[str], said: str, tmp_path: Path) -> None:
+    server.files = dict.fromkeys(files, b"{}")
     done = run(tmp_path, "show", ID, endpoint=server.url)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert f"{ID} on the Hugging Face hub has no adapter_config.json, so it is no adapter" in line
+    assert said in line
+    assert not [path for path in server.asked if "/resolve/" in path]
 
 
 def test_a_cache_that_lacks_a_file_is_no_adapter(adapter: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from brushstroke.files import (
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
-from brushstroke.hub import CARD, CONFIG, TEMPLATE, TENSORS, find_adapter
+from brushstroke.hub import CARD, CONFIG, PICKLE, TEMPLATE, TENSORS, find_adapter
 from brushstroke.lowrank import LowRank
 
 README = "README.md"
@@ -254,9 +254,9 @@ def _find(folder: Path) -> tuple[Path, Path]:
         hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
         raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")
     if not tensors.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
+        pickled = (folder / PICKLE).is_file()
         hint = (
-            "it has adapter_model.bin, a pickle, which is never read: load it in PEFT and save it again"
+            f"it has {PICKLE}, a pickle, which is never read: load it in PEFT and save it again"
             if pickled
             else "the run that writes it is not complete, or the copy is not"
         )
