@@ -123,6 +123,11 @@ class UnderAnotherName(Two):
         return F.linear(x, layer.weight)
 
 
+class Cast(Two):
+    def forward(self, x):
+        return F.linear(x, self.b.weight.to(x.dtype))
+
+
 class UnderANameOfItsOwn(Two):
     def forward(self, x):
         layer = self.b
@@ -167,7 +172,7 @@ class SwitchedOff(Two):
 class Facts(Two):
     def forward(self, x):
         if isinstance(self.b.weight, torch.Tensor) and self.b.weight.shape[0] == 4:
-            x = x.to(self.b.weight.dtype).to(self.b.weight.device)
+            x = x.to(self.b.weight.dtype).to(self.b.weight.device).to(self.b.weight).type_as(self.b.weight)
         return self.b(x)
 
 
@@ -181,6 +186,7 @@ class Unreached(Two):
     [
         (Direct, {"b"}),
         (InAMethod, {"b"}),
+        (Cast, {"b"}),
         (InAProperty, {"b"}),
         (UnderAnotherName, {"b"}),
         (InAList, {"list.1"}),

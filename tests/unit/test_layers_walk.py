@@ -89,6 +89,15 @@ def test_weights_that_are_no_sites_are_known_by_their_axes():
     assert found == {"conv": "Conv1d", "experts": "Experts", "experts.up": "bare 3-D parameter"}
 
 
+def test_what_is_below_a_site_belongs_to_it_and_a_shared_weight_counts_once():
+    conv = nn.Conv1d(4, 4, 1)
+    net = nn.ModuleDict({"a": conv, "b": conv, "fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+    others = {other.path: other for other in find_others(net, find_sites(net))}
+    assert set(others) == {"", "a", "b"}
+    assert others["a"].weighs
+    assert not others["b"].weighs
+
+
 def test_a_trial_runs_one_module_of_each_class_with_a_forward_of_its_own():
     class Counted(nn.Linear):
         runs = 0

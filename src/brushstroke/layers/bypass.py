@@ -17,6 +17,7 @@ from torch import nn
 # What a program may ask of a weight without computing with its numbers.
 _FACTS = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 _FACTS |= {"element_size", "is_floating_point", "itemsize", "layout", "type"}
+_CASTS = {"to", "type_as"}  # x.to(self.linear.weight) asks for no more than the dtype
 _QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "type"}
 _NO_GRADIENTS = re.compile(r"(.*\.)?(no_grad|inference_mode|set_grad_enabled\(False\))(\(\))?")
 _GRADIENTS = re.compile(r"(.*\.)?(enable_grad|set_grad_enabled\(True\))(\(\))?")
@@ -170,7 +171,10 @@ class _Reader(ast.NodeVisitor):
             return
         if chain := self._chain(node.func):
             self._add(".".join(chain), calls=True)
-        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _CASTS:
+            self.visit(node.func)
+        else:
+            self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         chain = self._chain(node)

@@ -107,24 +107,31 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
 
 
 def find_others(model: Any, sites: Sequence[Site]) -> list[Other]:
-    """Every module that is no site, and every bare parameter of two or more axes, in model order."""
-    own = {path for site in sites for path in site.paths}
+    """Every module that is no site, and every bare parameter of two or more axes, in model order.
+
+    What is below a site belongs to it; the weight of a shared module counts under its first path.
+    """
+    covered = {path for site in sites for path in site.paths}
     below: dict[str, dict[str, None]] = {}  # the names of the sites below each path
     for site in sites:
         for path in site.paths:
             while path:
                 path = path.rpartition(".")[0]
                 below.setdefault(path, {})[site.name] = None
-    others = []
+    others: list[Other] = []
+    seen: set[nn.Module] = set()
     for path, module in unwrap(model).named_modules(remove_duplicate=False):
-        if path in own:
+        if path in covered or (path and path.rpartition(".")[0] in covered):
+            covered.add(path)
             continue
+        new = module not in seen
+        seen.add(module)
         axes = {name: p.ndim for name, p in module.named_parameters(recurse=False) if p.ndim > 1}
-        weighs = "weight" in axes and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        weighs = new and "weight" in axes and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
         others.append(Other(path, type(module).__name__, weighs, tuple(below.get(path, ()))))
         for name in (name for name in axes if name != "weight"):
             full = f"{path}.{name}".lstrip(".")
-            others.append(Other(full, f"bare {axes[name]}-D parameter", weighs=True))
+            others.append(Other(full, f"bare {axes[name]}-D parameter", weighs=new))
     return others
 
 
@@ -154,9 +161,7 @@ def _bypassed(modules: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str
     """Module → why an adapter in it would have no effect: the weight is read without calling the module."""
     found: dict[nn.Module, str] = {}
     for module in modules:
-        if isinstance(
-            module, nn.TransformerEncoderLayer
-        ):  # its fast path is closed while an adapter is in it
+        if isinstance(module, nn.TransformerEncoderLayer):  # `guard_model` closes its fast path
             continue
         for path, method in weights_read_by(module).items():
             try:
@@ -194,7 +199,7 @@ def _unfit(module: nn.Module, d: int, h: int) -> str | None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             y = cls.forward(module, x)
     except Exception as error:  # whatever a stranger's forward raises
-        return f"{cls.__name__} fails in a trial on rows of {d} ({type(error).__name__}: {error})"
+        return f"{cls.__name__} fails in a trial on rows of {d} ({type(error).__name__}: {str(error)[:100]})"
     finally:
         module.training = was_training
     if not isinstance(y, Tensor):
