@@ -16,7 +16,7 @@ import inference_kit
 import pytest
 from cli_kit import ENVIRONMENT, PLAIN, rows, write_rows
 
-from brushstroke import errors, hub, save
+from brushstroke import errors, fetch, save
 from brushstroke.formats.peft import READ_FILES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -221,7 +221,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(adapter: Path, tmp_path: Pa
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.perf_counter()
         done = run(tmp_path, "show", "nobody/nothing", endpoint=endpoint)
-        assert time.perf_counter() - began < hub.PATIENCE + 15  # a loaded machine starts slowly; it was 50 s
+        assert time.perf_counter() - began < fetch.PATIENCE + 15  # a loaded machine starts slowly; it was 50 s
         assert "cannot be asked" in done.stderr
         assert run(tmp_path, "show", ID, endpoint=endpoint).returncode == 0  # what the cache has is used
 
@@ -263,12 +263,12 @@ def test_a_cache_that_lacks_a_file_is_no_adapter(adapter: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["/a/b", "./a/b", "~/a/b", "a", "a/b/c", "a/b/", ".a/b", "a/.b", "a b/c"])
 def test_what_is_a_path_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_fetch", lambda asked: pytest.fail(f"{asked} was looked up"))
-    assert hub.find_adapter(name) == Path(name).expanduser()
+    monkeypatch.setattr(fetch, "_fetch", lambda asked: pytest.fail(f"{asked} was looked up"))
+    assert fetch.find_adapter(name) == Path(name).expanduser()
 
 
 def test_what_is_read_is_fetched() -> None:
-    assert set(READ_FILES) <= set(hub.FETCHED)
+    assert set(READ_FILES) <= set(fetch.FETCHED)
 
 
 def test_a_missing_folder_is_no_adapter(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from brushstroke.cli.console import say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import named_adapters
-from brushstroke.hub import find_adapter
+from brushstroke.fetch import find_adapter
 
 if TYPE_CHECKING:
     from brushstroke.adapter import Adapter

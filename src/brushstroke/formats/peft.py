@@ -34,7 +34,7 @@ from brushstroke.files import (
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
-from brushstroke.hub import CARD, CONFIG, PICKLE, TEMPLATE, TENSORS, find_adapter
+from brushstroke.fetch import CARD, CONFIG, PICKLE, TEMPLATE, TENSORS, find_adapter
 from brushstroke.lowrank import LowRank
 
 README = "README.md"
