@@ -12,9 +12,9 @@ from pathlib import Path
 from brushstroke.errors import AdapterFileError
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
-TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 PICKLE = "adapter_model.bin"
-FETCHED = (CONFIG, TENSORS, CARD, TEMPLATE, TOKENIZER)
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer_config.json")
+FETCHED = (CONFIG, TENSORS, CARD, *TEMPLATES)
 PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 

@@ -18,6 +18,7 @@ from cli_kit import ENVIRONMENT, PLAIN, rows, write_rows
 
 from brushstroke import errors, fetch, save
 from brushstroke.formats.peft import READ_FILES
+from brushstroke.formats.templates import OTHERS, SETTINGS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "somebody/some-lora_1.0"
@@ -221,7 +222,9 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(adapter: Path, tmp_path: Pa
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.perf_counter()
         done = run(tmp_path, "show", "nobody/nothing", endpoint=endpoint)
-        assert time.perf_counter() - began < fetch.PATIENCE + 15  # a loaded machine starts slowly; it was 50 s
+        assert (
+            time.perf_counter() - began < fetch.PATIENCE + 15
+        )  # busy machines start slowly; it was 50 s
         assert "cannot be asked" in done.stderr
         assert run(tmp_path, "show", ID, endpoint=endpoint).returncode == 0  # what the cache has is used
 
@@ -268,7 +271,7 @@ def test_what_is_a_path_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_read_is_fetched() -> None:
-    assert set(READ_FILES) <= set(fetch.FETCHED)
+    assert {*READ_FILES, SETTINGS, f"{OTHERS}/*.jinja"} <= set(fetch.FETCHED)
 
 
 def test_a_missing_folder_is_no_adapter(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError, OutputError
+from brushstroke.fetch import CARD, CONFIG, PICKLE, TENSORS, find_adapter
 from brushstroke.files import (
     PARTIAL,
     is_being_written,
@@ -34,7 +35,7 @@ from brushstroke.files import (
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
-from brushstroke.fetch import CARD, CONFIG, PICKLE, TEMPLATE, TENSORS, find_adapter
+from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import LowRank
 
 README = "README.md"
@@ -343,7 +344,7 @@ def _hint(key: str) -> str:
 
 
 def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, LowRank]) -> Card:
-    file, template = folder / CARD, folder / TEMPLATE
+    file = folder / CARD
     if file.is_file():
         try:
             card = Card.from_dict(_read_json(file))
@@ -352,12 +353,8 @@ def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Map
         _refuse_foreign_card(card, updates, file)
     else:
         card = card_from(stored, rule, updates)
-    if template.is_file():
-        try:
-            card = card.with_changes(chat_template=template.read_bytes().decode("utf-8"))
-        except (OSError, ValueError) as error:
-            raise AdapterFileError(f"{template} cannot be read ({error}); copy it again") from error
-    return card
+    template = read_template(folder)
+    return card if template is None else card.with_changes(chat_template=template)
 
 
 def _refuse_foreign_card(card: Card, updates: Mapping[str, LowRank], file: Path) -> None:
