@@ -222,9 +222,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(adapter: Path, tmp_path: Pa
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.perf_counter()
         done = run(tmp_path, "show", "nobody/nothing", endpoint=endpoint)
-        assert (
-            time.perf_counter() - began < fetch.PATIENCE + 15
-        )  # busy machines start slowly; it was 50 s
+        assert time.perf_counter() - began < fetch.PATIENCE + 15  # busy machines start slowly; it was 50 s
         assert "cannot be asked" in done.stderr
         assert run(tmp_path, "show", ID, endpoint=endpoint).returncode == 0  # what the cache has is used
 
