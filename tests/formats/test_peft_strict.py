@@ -77,9 +77,12 @@ def refusal(folder: Path) -> str:
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [5]),
         ("use_qalora", True),
-        ("loftq_config", {"bits": 4}),
         ("megatron_config", {"a": 1}),
-        ("ensure_weight_tying", True),
+        ("kasa_config", {"beta": 1e-4}),
+        ("arrow_config", {"top_k": 3}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_qa_lora", True),
+        ("enable_lora", [True, False, True]),
         ("a_setting_of_tomorrow", 0.5),
         ("peft_type", "ADALORA"),
         ("peft_type", None),
@@ -126,6 +129,57 @@ def test_an_init_that_leaves_the_base_alone_is_taken(folder: Path, init: Any) ->
     assert len(load(folder)) == 2
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("unsloth_fixed", True),
+        ("unsloth_version", "2026.1.1"),
+        ("transformers_version", "5.24.0"),
+        ("peft_version", "0.17.1"),
+        ("auto_mapping", {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}),
+        ("ensure_weight_tying", True),
+        ("exclude_modules", ["lm_head"]),
+        ("layers_to_transform", [0, 1]),
+        ("layers_pattern", "layers"),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("velora_config", {"num_groups": 4}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("lora_dtype", "bfloat16"),
+        ("lorap_lr_ratio", 16.0),
+        ("lorap_emb_lr", 1e-6),
+        ("merge_weights", True),
+        ("qalora_group_size", 16),
+    ],
+)
+def test_a_field_that_mattered_in_training_alone_is_passed_over(folder: Path, field: str, value: Any) -> None:
+    before = digest(load(folder))
+    edit_config(folder, **{field: value})
+    assert digest(load(folder)) == before
+
+
+def test_every_field_of_the_installed_peft_is_decided() -> None:
+    import dataclasses
+
+    import peft as their_peft
+
+    from brushstroke.formats import peft_config
+
+    known = {*peft_config._READ, *peft_config._NO_EFFECT, *peft_config._REFUSED}
+    assert {field.name for field in dataclasses.fields(their_peft.LoraConfig)} <= known
+    assert not peft_config._NO_EFFECT & set(peft_config._REFUSED)
+
+
+def test_an_unknown_field_says_how_to_go_on(folder: Path) -> None:
+    edit_config(folder, a_setting_of_tomorrow={"deep": "x" * 500})
+    said = refusal(folder)
+    assert "a_setting_of_tomorrow is {'deep': 'xxx" in said
+    assert "take it out of the file, else merge the adapter with the tool that wrote it" in said
+    assert len(said) < 500
+
+
 def test_all_refused_fields_are_listed_at_once(folder: Path) -> None:
     edit_config(folder, use_dora=True, modules_to_save=["head"], novelty=3)
     said = refusal(folder)
@@ -151,17 +205,46 @@ def test_a_missing_factor_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        f"base_model.model.{SITE}.lora_A.default.weight",
+        f"base_model.model.{SITE}.lora_A.default.other.weight",
         f"base_model.model.{SITE}.lora_B.bias",
+        f"base_model.model.{SITE}.lora_B.default.bias",
         f"base_model.model.{SITE}.lora_magnitude_vector",
+        f"base_model.model.{SITE}.lora_magnitude_vector.default.weight",
+        f"base_model.model.{SITE}.lora_diag",
         "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.lm_head.weight",
+        "base_model.model.lm_head.modules_to_save.default.weight",
+        "base_model.model.lm_head.weight_scale",
+        "lm_head.weight",
         f"{SITE}.lora_A.weight",
     ],
 )
 def test_a_tensor_that_has_no_place_is_named(folder: Path, key: str) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({key: torch.ones(2, 8)}))
     assert key in refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_two_adapters_in_one_file_are_refused_by_their_names(folder: Path, kept: bool) -> None:
+    def name_them(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            own = tensors[key] if kept else tensors.pop(key)
+            renamed = key if kept else key.replace(".weight", ".first.weight")
+            tensors[renamed] = own
+            tensors[key.replace(".weight", ".second.weight")] = own.clone()
+
+    edit_tensors(folder, name_them)
+    said = refusal(folder)
+    assert "several adapters" in said
+    assert "lora_A.second.weight" in said
+    assert ("lora_A.weight" if kept else "lora_A.first.weight") in said
+
+
+def test_a_file_of_copies_alone_is_no_adapter(folder: Path) -> None:
+    edit_tensors(
+        folder,
+        lambda tensors: (tensors.clear(), tensors.update({"base_model.model.a.weight": torch.ones(2)})),
+    )
+    assert "it holds no factors" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

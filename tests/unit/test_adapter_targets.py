@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from brushstroke.adapter import LoraConfig, Site, resolve_targets
+from brushstroke.adapter import LoraConfig, Other, Site, resolve_targets
 from brushstroke.adapter.targets import GROUPS, matches_path, short_names
 from brushstroke.errors import TargetError
 
@@ -182,6 +182,56 @@ def test_heads_and_tied_weights_need_their_name():
     assert set(resolve_targets(LoraConfig(rank=2, targets=["twin"]), all_sites).ranks) == {"twin"}
     with pytest.raises(TargetError, match="out cannot be adapted: never runs"):
         resolve_targets(LoraConfig(rank=2, targets=["out"]), all_sites)
+
+
+EXPERTS = [
+    Other("model.layers.0.mlp", "MoE", holds=("up_proj",)),
+    Other("model.layers.0.mlp.gate", "Router", weighs=True),
+    Other("model.layers.0.mlp.experts.w1", "bare 3-D parameter", weighs=True),
+    Other("model.layers.1.mlp.experts.w1", "bare 3-D parameter", weighs=True),
+    Other("model.embed", "Embedding"),
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "skipped"),
+    [
+        (["all-linear"], {0, 1, 2, 3}),
+        (["mlp"], {1, 2, 3}),
+        (["attention"], set()),
+        (["q_proj"], set()),
+        (["q_proj", r"layers\.0\..*"], {1, 2}),
+    ],
+)
+def test_weights_that_are_no_sites_are_named_where_the_targets_select_them(targets, skipped):
+    others = [Other("tower.conv", "Conv2d", weighs=True), *EXPERTS[1:4], EXPERTS[0], EXPERTS[4]]
+    plan = resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA), others)
+    assert set(plan.skipped) == {others[i].path for i in skipped}
+    assert plan.ranks == resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA)).ranks
+
+
+def test_a_pattern_that_selects_no_site_says_what_it_selects():
+    attention = sites(
+        [path for path in LLAMA if "attn" in path], gone=Site("mlp.fc1", 8, 8, bypassed="unread")
+    )
+    with pytest.raises(TargetError) as error:
+        resolve_targets(
+            LoraConfig(rank=2, targets=["mlp", "experts.w1", "embed", "q_prj"]), attention, EXPERTS
+        )
+    lines = str(error.value).split("\n")
+    assert lines[0] == (
+        "target 'mlp' matches no site: model.layers.0.mlp.gate is a Router, which cannot be adapted yet, "
+        "model.layers.0.mlp.experts.w1 is a bare 3-D parameter, which cannot be adapted yet, "
+        "mlp.fc1 is left out: unread, and 1 more"
+    )
+    assert lines[1].startswith(
+        "target 'experts.w1' matches no site: model.layers.0.mlp.experts.w1 is a bare 3-D"
+    )
+    assert lines[1].endswith("and 1 more")
+    assert lines[2] == (
+        "target 'embed' matches no site: model.embed is an Embedding, which cannot be adapted yet"
+    )
+    assert "near it: q_proj" in lines[3]
 
 
 def test_aliases_name_the_same_site():

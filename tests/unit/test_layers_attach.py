@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -417,16 +418,80 @@ def test_a_failed_attach_leaves_nothing_behind():
         assert toys.snapshot(net) == before
 
 
-def test_a_linear_that_gives_more_than_a_tensor_is_named():
-    class Router(nn.Linear):
-        def forward(self, x):
-            y = super().forward(x)
-            return y, y
+class Router(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.sigmoid(), y
 
-    net = nn.Sequential()
-    net.add_module("router", Router(4, 4))
-    with pytest.raises(AttachError, match=r"router \(Router\) gives tuple and no tensor"):
-        attach(net, LoraConfig(rank=1))
+
+class Heads(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (2, -1))
+
+
+class Gated(nn.Linear):
+    def forward(self, x, gate):
+        return gate * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Router, "Router gives a tuple and no tensor"),
+        (Heads, r"Heads gives \(2, 2, 2\) for rows of 4"),
+        (Gated, r"Gated fails in a trial on rows of 4 \(TypeError"),
+    ],
+)
+def test_groups_leave_out_what_does_not_give_rows_and_the_advice_works(cls, why):
+    net = nn.ModuleDict({"mlp": nn.ModuleDict({"router": cls(4, 4), "up_proj": nn.Linear(4, 8)})})
+    before = toys.snapshot(net)
+    for targets in ("all-linear", "mlp"):
+        with attach(net, LoraConfig(rank=1, targets=targets)) as attachment:
+            assert attachment.sites == ("mlp.up_proj",)
+            assert list(attachment.plan.skipped) == ["mlp.router"]
+            assert re.search(why, attachment.plan.skipped["mlp.router"])
+    for targets in ("router", "mlp.router", r"mlp\..*"):
+        with pytest.raises(
+            TargetError, match=rf"mlp.router cannot be adapted: {why}.*leave it out, as the groups"
+        ):
+            attach(net, LoraConfig(rank=1, targets=targets))
+    assert toys.snapshot(net) == before
+
+
+def test_an_adapter_for_a_module_that_gives_no_tensor_is_refused():
+    update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
+    net = nn.Sequential(Router(4, 4))
+    before = toys.snapshot(net)
+    with pytest.raises(AttachError, match=r"0 \(Router\) gives a tuple and no tensor"):
+        attach(net, Adapter({"0": update}))
+    assert toys.snapshot(net) == before
+
+
+def test_the_router_of_llama_4_is_left_out_with_its_experts():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        intermediate_size_mlp=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+    )
+    model = Llama4ForCausalLM(config)
+    for targets in ("all-linear", ("attention", "mlp")):
+        with attach(model, LoraConfig(rank=2, targets=targets), trainable=True) as attachment:
+            assert not [path for path in attachment.sites if "router" in path]
+            model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+            assert all(p.grad is not None for p in attachment.parameters())
+            skipped = attachment.plan.skipped
+    assert "no tensor" in skipped["model.layers.1.feed_forward.router"]
+    assert skipped["model.layers.1.feed_forward.experts.down_proj"] == (
+        "a bare 3-D parameter, which cannot be adapted yet"
+    )
 
 
 def test_the_probe_sees_a_bypass_even_for_a_faint_adapter():
@@ -694,14 +759,32 @@ def test_going_on_from_an_adapter_makes_one_of_this_base(llama):
         assert attachment.adapter().card.fingerprint != card.fingerprint
 
 
-def test_a_projection_that_mamba_reads_itself_is_left_out_of_groups_and_refused_by_name():
-    from transformers import MambaConfig, MambaForCausalLM
+class Vision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 2)
+        self.table = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.block = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+        self.experts = nn.Parameter(torch.zeros(2, 4, 4))
 
-    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4)
-    model = MambaForCausalLM(config).eval()
-    with attach(model, LoraConfig(rank=2)) as attachment:
-        paths = list(attachment.adapter())
-    assert paths
-    assert not [path for path in paths if path.endswith("dt_proj")]
-    with pytest.raises(TargetError, match="reads its weight directly"):
-        attach(model, LoraConfig(rank=2, targets=("dt_proj",)))
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("tower.conv1", "a Conv2d, which cannot be adapted yet"),
+        ("tower.table", "an Embedding, which cannot be adapted yet"),
+        ("tower.norm", "a LayerNorm, which cannot be adapted yet"),
+        ("tower.experts", "a bare 3-D parameter, which cannot be adapted yet"),
+        ("tower.block", r"a ModuleDict that holds other layers: name those \(fc\)"),
+    ],
+)
+def test_what_is_no_linear_is_called_what_it_is(path, what):
+    net = nn.ModuleDict({"tower": Vision()})
+    name = path.rpartition(".")[2]
+    for target in (path, name, f"(?:{name}|nothing)"):
+        with pytest.raises(TargetError, match=rf"matches no site: {path} is {what}"):
+            attach(net, LoraConfig(rank=1, targets=target))
+    update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
+    with pytest.raises(ShapeError, match=rf"{path}: in the base it is {what}"):
+        attach(net, Adapter({path: update, "tower.block.fc": update}))

@@ -7,7 +7,7 @@ from torch import nn
 import toys
 from brushstroke.errors import AttachError
 from brushstroke.layers import find_sites, unwrap
-from brushstroke.layers.walk import site_kind, site_module, weight_dxh
+from brushstroke.layers.walk import find_others, site_kind, site_module, weight_dxh
 
 
 def test_sites_of_a_llama(llama):
@@ -65,6 +65,57 @@ def test_packed_weights_are_none():
     assert weight_dxh(module, "linear") is None
     module.weight = nn.Parameter(torch.zeros(12, 1))
     assert weight_dxh(module, "linear") is None
+
+
+def test_others_are_all_that_is_no_site(llama):
+    others = {other.path: other for other in find_others(llama, find_sites(llama))}
+    sites = {site.path for site in find_sites(llama)}
+    paths = {path for path, _ in llama.named_modules()}
+    assert others.keys() == paths - sites
+    assert not [other for other in others.values() if other.weighs]
+    assert others["model.layers.1.self_attn"].holds == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert others["model.embed_tokens"].reason == "an Embedding, which cannot be adapted yet"
+
+
+def test_weights_that_are_no_sites_are_known_by_their_axes():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.up = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(2, 4, 3))
+            self.bias = nn.Parameter(torch.zeros(3))
+
+    net = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 1), "experts": Experts(), "words": nn.Embedding(4, 4)})
+    found = {other.path: other.kind for other in find_others(net, []) if other.weighs}
+    assert found == {"conv": "Conv1d", "experts": "Experts", "experts.up": "bare 3-D parameter"}
+
+
+def test_what_is_below_a_site_belongs_to_it_and_a_shared_weight_counts_once():
+    conv = nn.Conv1d(4, 4, 1)
+    net = nn.ModuleDict({"a": conv, "b": conv, "fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+    others = {other.path: other for other in find_others(net, find_sites(net))}
+    assert set(others) == {"", "a", "b"}
+    assert others["a"].weighs
+    assert not others["b"].weighs
+
+
+def test_a_trial_runs_one_module_of_each_class_with_a_forward_of_its_own():
+    class Counted(nn.Linear):
+        runs = 0
+
+        def forward(self, x):
+            Counted.runs += 1
+            assert not self.training
+            return super().forward(x)
+
+    net = nn.Sequential(*(Counted(4, 4) for _ in range(3)), nn.Linear(4, 4)).train()
+    assert not [site for site in find_sites(net) if site.bypassed]
+    assert Counted.runs == 1
+    find_sites(net, trial=False)
+    assert Counted.runs == 1
+    assert all(module.training for module in net)
+    net.to("meta")
+    find_sites(net)
+    assert Counted.runs == 1
 
 
 def test_the_module_itself_can_be_the_site():

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from brushstroke.layers import attach, merge
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step import choose
 from brushstroke.step.attention import NAME
-from brushstroke.training import Training, train
+from brushstroke.training import TrainConfig, Training, train
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise
 
@@ -713,3 +714,120 @@ def test_a_deep_model_in_half_precision_is_packed_though_it_multiplies_rounding(
 def test_compiling_is_for_gpus() -> None:
     with pytest.raises(ConfigError, match="torch_compile makes kernels for a GPU, and the model is on cpu"):
         Training(tiny_llama(), LoraConfig(rank=2), torch_compile=True)
+
+
+class Around(nn.Module):
+    """A block of a model with something done to what it gives."""
+
+    def __init__(self, inner: nn.Module, then: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.then = inner, then
+        self.skips = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.skips else self.then(self.inner(x))
+
+
+def around(then: Callable[[torch.Tensor], torch.Tensor]) -> tuple[nn.Module, Around]:
+    model = tiny_llama()
+    layer: Any = model.model.layers[1]  # type: ignore[union-attr,index]
+    layer.mlp = Around(layer.mlp, then)
+    return model, layer.mlp
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_site_that_ran_and_got_no_gradient_is_an_error_at_that_step(
+    calls: int, gradient_checkpointing: bool
+) -> None:
+    model, _ = around(torch.detach)
+    with Training(model, LoraConfig(rank=2), gradient_checkpointing=gradient_checkpointing) as run:
+        before = [p.detach().clone() for p in run.parameters]
+        for _ in range(calls):
+            run.forward_backward(examples())
+        with pytest.raises(TrainingError) as error:
+            run.optim_step()
+        assert "model.layers.1.mlp.inner.gate_proj" in str(error.value)
+        assert "step 1" in str(error.value)
+        assert "3 of 14 sites" in str(error.value)
+        assert "layers.1.self_attn" not in str(error.value)
+        flags = str(error.value).split("(--targets ")[1].removesuffix(")").split(",")
+        assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+        assert not gradients(run)
+        assert run.steps == 0
+        with pytest.raises(TrainingError, match="no gradient to step on"):
+            run.optim_step()
+    with Training(model, LoraConfig(rank=2, targets=flags)) as run:  # the advice works
+        assert len(run.attachment.sites) == 11
+        run.forward_backward(examples())
+        run.optim_step()
+
+
+def test_a_detached_site_ends_a_run_by_name() -> None:
+    model, _ = around(torch.detach)
+    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp\.inner\.gate_proj"):
+        train(Base(model), examples(), LoraConfig(rank=2), TrainConfig(max_steps=1))
+
+
+def test_a_site_that_did_not_run_in_a_step_is_fine() -> None:
+    """As experts that no token chose, and layers that were dropped."""
+    model, block = around(lambda y: y)
+    block.skips = True
+    with Training(model, LoraConfig(rank=2)) as run:
+        run.forward_backward(examples())
+        run.optim_step()
+        own = run.attachment.modules["model.layers.1.mlp.inner.up_proj"]
+        assert not own.lora_V.any()
+        block.skips = False
+        run.forward_backward(examples())
+        run.optim_step()
+        assert own.lora_V.any()
+        run.loss(examples())
+        block.skips = True
+        run.forward_backward(examples())  # what ran in earlier steps and in evaluations does not count
+        run.optim_step()
+
+
+def test_a_site_that_one_of_several_passes_reaches_is_fine() -> None:
+    model, block = around(lambda y: y)
+    with Training(model, LoraConfig(rank=2)) as run:
+        run.forward_backward(examples())
+        block.then = torch.detach
+        run.forward_backward(examples())
+        run.optim_step()
+        run.forward_backward(examples())
+        with pytest.raises(TrainingError, match="step 2"):
+            run.optim_step()
+
+
+def test_experts_without_a_token_are_fine() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, 4)
+            self.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weights, chosen = self.gate(x).softmax(-1).max(-1)
+            y = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                rows = (chosen == i).nonzero(as_tuple=True)
+                if i < 3 or len(rows[0]):  # three of them run on no rows too
+                    y[rows] = y[rows] + expert(x[rows]) * weights[rows][:, None]
+            return y
+
+    model = tiny_llama()
+    layer: Any = model.model.layers[1]  # type: ignore[union-attr,index]
+    layer.mlp = Experts()
+    with torch.no_grad():
+        layer.mlp.gate.bias.copy_(torch.tensor([100.0, 0.0, -100.0, -100.0]))
+    with Training(model, LoraConfig(rank=2)) as run:
+        run.forward_backward(examples())
+        run.optim_step()
+
+
+def test_a_loop_of_ones_own_is_not_judged() -> None:
+    model, _ = around(torch.detach)
+    with attach(model, LoraConfig(rank=2), trainable=True) as attachment:
+        model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        assert sum(p.grad is None for p in attachment.parameters()) == 6

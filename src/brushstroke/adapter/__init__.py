@@ -7,7 +7,7 @@ from brushstroke.adapter.adapter import Adapter
 from brushstroke.adapter.card import Card, one_template
 from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint, Verdict
-from brushstroke.adapter.site import Site, is_conv1d
+from brushstroke.adapter.site import Other, Site, in_all_layers, is_conv1d
 from brushstroke.adapter.targets import TargetPlan, resolve_targets
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "Card",
     "Fingerprint",
     "LoraConfig",
+    "Other",
     "Site",
     "TargetPlan",
     "Verdict",
+    "in_all_layers",
     "is_conv1d",
     "one_template",
     "resolve_targets",

@@ -4,12 +4,14 @@ It is attached to nothing: layers put it into a model, formats into files.
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from brushstroke.adapter.card import Card
 from brushstroke.adapter.fingerprint import Fingerprint
-from brushstroke.errors import ShapeError, did_you_mean
+from brushstroke.errors import BaseMismatchError, ShapeError, did_you_mean
 from brushstroke.lowrank.update import Update
 
 
@@ -22,6 +24,8 @@ class Adapter(Mapping[str, Update]):
     Args:
         updates: site path → update; at least one.
         card: where the adapter comes from. Algebra keeps what is still true of the result: base, template.
+        copies: weights of the base that came with the adapter, by parameter name. They are no part of the
+            update: whatever uses the adapter on a base first compares them with the base's own.
 
     >>> import torch
     >>> from brushstroke.lowrank import LowRank
@@ -30,11 +34,18 @@ class Adapter(Mapping[str, Update]):
     tensor([1.5000, 1.5000])
     """
 
-    def __init__(self, updates: Mapping[str, Update], card: Card | None = None) -> None:
+    def __init__(
+        self,
+        updates: Mapping[str, Update],
+        card: Card | None = None,
+        *,
+        copies: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if not updates:
             raise ShapeError("an adapter needs at least one site; got none")
         self._updates = dict(updates)
         self._card = card
+        self._copies = dict(copies or {})
 
     def __getitem__(self, site: str) -> Update:
         try:
@@ -50,7 +61,8 @@ class Adapter(Mapping[str, Update]):
 
     def __repr__(self) -> str:
         base = f" of {self.card.base_name}" if self.card and self.card.base_name else ""
-        return f"Adapter({len(self)} sites, rank {self.rank}, {self.parameters:,} parameters{base})"
+        copies = f", with copies of {', '.join(self.copies)}" if self.copies else ""
+        return f"Adapter({len(self)} sites, rank {self.rank}, {self.parameters:,} parameters{base}{copies})"
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -62,6 +74,11 @@ class Adapter(Mapping[str, Update]):
     def card(self) -> Card | None:
         """Where the adapter comes from, if known."""
         return self._card
+
+    @property
+    def copies(self) -> Mapping[str, Tensor]:
+        """Weights of the base that came with the adapter: parameter name → values."""
+        return MappingProxyType(self._copies)
 
     @property
     def rank(self) -> int:
@@ -82,11 +99,12 @@ class Adapter(Mapping[str, Update]):
 
     def with_card(self, card: Card | None) -> "Adapter":
         """The same updates under another card."""
-        return type(self)(self._updates, card)
+        return type(self)(self._updates, card, copies=self.copies)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Adapter":
         """The same adapter in another dtype or on another device."""
-        return type(self)({site: update.to(dtype, device) for site, update in self.items()}, self.card)
+        updates = {site: update.to(dtype, device) for site, update in self.items()}
+        return type(self)(updates, self.card, copies=self.copies)
 
     def norm(self) -> float:
         """√Σ‖ΔW‖_F² over all sites, in float64."""
@@ -98,7 +116,7 @@ class Adapter(Mapping[str, Update]):
 
     def truncate(self, rank: int) -> "Adapter":
         """Every site's best approximation of at most this rank."""
-        return self._derived({site: update.truncate(rank) for site, update in self.items()})
+        return self.derived({site: update.truncate(rank) for site, update in self.items()})
 
     def __add__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
@@ -115,7 +133,8 @@ class Adapter(Mapping[str, Update]):
         updates = dict(self._updates)
         for site, update in other.items():
             updates[site] = updates[site] + update if site in updates else update
-        return self._derived(updates, self._shared_fingerprint(other))
+        fingerprint, copies = self._shared_fingerprint(other), self._shared_copies(other)
+        return type(self)(updates, self._derived_card(fingerprint), copies=copies)
 
     def __sub__(self, other: "Adapter") -> "Adapter":
         return self + (-other)
@@ -126,7 +145,7 @@ class Adapter(Mapping[str, Update]):
     def __mul__(self, factor: float) -> "Adapter":
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             return NotImplemented
-        return self._derived({site: update * factor for site, update in self.items()})
+        return self.derived({site: update * factor for site, update in self.items()})
 
     __rmul__ = __mul__
 
@@ -139,9 +158,26 @@ class Adapter(Mapping[str, Update]):
         known = [a.card.fingerprint for a in (self, other) if a.card and a.card.fingerprint]
         return known[0].joined(known[1]) if len(known) == 2 else (known or [None])[0]
 
-    def _derived(self, updates: Mapping[str, Update], fingerprint: Fingerprint | None = None) -> "Adapter":
-        """A new adapter of the same base: how this one was trained is no longer true of it."""
+    def _shared_copies(self, other: "Adapter") -> dict[str, Tensor]:
+        """The base's weights that came with either.
+
+        Raises:
+            BaseMismatchError: the same one came with both, and they differ.
+        """
+        for name in self.copies.keys() & other.copies.keys():
+            if not torch.equal(self.copies[name], other.copies[name]):
+                raise BaseMismatchError(
+                    f"these adapters come with different copies of {name}: they were trained on different "
+                    "bases, or trained that weight too"
+                )
+        return {**other.copies, **self.copies}
+
+    def derived(self, updates: Mapping[str, Update]) -> "Adapter":
+        """Other updates for the same base, without what the card says of how this adapter was trained."""
+        return type(self)(updates, self._derived_card(), copies=self.copies)
+
+    def _derived_card(self, fingerprint: Fingerprint | None = None) -> Card | None:
         if self.card is None and fingerprint is None:
-            return type(self)(updates)
+            return None
         card = (self.card or Card()).with_changes(lora=None, target_modules=(), training={})
-        return type(self)(updates, card.with_changes(fingerprint=fingerprint) if fingerprint else card)
+        return card.with_changes(fingerprint=fingerprint) if fingerprint else card

@@ -15,7 +15,8 @@ class Site:
         aliases: further paths of the same module, where a model uses it several times.
         tied_to: another module whose weight is this very tensor, such as the input embedding.
         is_output: the layer that makes the logits; groups such as all-linear leave it out.
-        bypassed: why the model would not run this module's forward, where that is so.
+        bypassed: why an adapter would have no effect here, or could not be put here, where that is so.
+        frozen: why nothing would be learnt here, where that is so.
     """
 
     path: str
@@ -26,6 +27,7 @@ class Site:
     tied_to: str | None = None
     is_output: bool = False
     bypassed: str | None = None
+    frozen: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,6 +43,45 @@ class Site:
     def paths(self) -> tuple[str, ...]:
         """The path and its aliases."""
         return (self.path, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Other:
+    """What else a path of a model can mean: a module or a bare parameter that is no site.
+
+    Args:
+        path: of the module or the parameter.
+        kind: the module's class, such as "Conv2d", or "bare 3-D parameter".
+        weighs: whether it has a weight of two or more axes of its own, embeddings aside, so that groups of
+            targets name it among what they leave out.
+        holds: names of sites below it.
+    """
+
+    path: str
+    kind: str
+    weighs: bool = False
+    holds: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it is no site, in words.
+
+        >>> Other("conv1", "Conv2d").reason
+        'a Conv2d, which cannot be adapted yet'
+        """
+        article = "an" if self.kind[0] in "AEIOU" else "a"
+        if self.holds:
+            return f"{article} {self.kind} that holds other layers: name those ({', '.join(self.holds[:6])})"
+        return f"{article} {self.kind}, which cannot be adapted yet"
+
+
+def in_all_layers(path: str) -> str:
+    """The path with a star for each number: what is the same module in all layers, of all experts.
+
+    >>> in_all_layers("layers.0.experts.12.w1")
+    'layers.*.experts.*.w1'
+    """
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def is_conv1d(module: object) -> bool:

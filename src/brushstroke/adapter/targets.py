@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from brushstroke.adapter.config import LoraConfig
-from brushstroke.adapter.site import Site
+from brushstroke.adapter.site import Other, Site
 from brushstroke.errors import TargetError
 
 _ATTENTION_PART = re.compile(
@@ -43,6 +43,8 @@ GROUPS: dict[str, Callable[[str], bool]] = {
     "mlp": _is_mlp,
 }
 
+REASONS = 3  # told of one pattern that matches no site
+
 Value = TypeVar("Value", int, float)
 
 
@@ -55,7 +57,7 @@ class TargetPlan:
         ranks: path → rank.
         scales: path → scale.
         capped: path → the rank that was asked for, where a group's small site got the largest that fits.
-        skipped: path → why a group left this site out.
+        skipped: path → why it is left out: a site that no group takes, or a weight that is no site.
     """
 
     matches: Mapping[str, tuple[str, ...]]
@@ -79,38 +81,41 @@ def matches_path(pattern: str, path: str) -> bool:
         return False
 
 
-def resolve_targets(config: LoraConfig, sites: Sequence[Site]) -> TargetPlan:
+def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[Other] = ()) -> TargetPlan:
     """Match every pattern of the config against the sites of a model.
+
+    Args:
+        config: the request.
+        sites: of the model.
+        others: its modules and parameters that are no sites; what a pattern selects of them is named.
 
     Raises:
         TargetError: patterns that match nothing (all of them, with near misses), a rank too large for a site
-            that was named explicitly, or a named site whose forward the model never runs.
+            that was named explicitly, or a named site where an adapter would have no effect or learn nothing.
     """
     matches: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
     named: set[str] = set()
     for pattern in config.targets:
+        found = [site for site in sites if _selects(pattern, site)]
         if pattern in GROUPS:
-            chosen = []
-            for site in sites:
-                if not GROUPS[pattern](site.path):
-                    continue
-                if reason := _left_out_of_groups(site):
-                    skipped[site.path] = reason
-                else:
-                    chosen.append(site.path)
-            matches[pattern] = tuple(chosen)
+            skipped |= {site.path: reason for site in found if (reason := _left_out_of_groups(site))}
+            found = [site for site in found if site.path not in skipped]
         else:
-            matches[pattern] = tuple(s.path for s in sites if any(matches_path(pattern, p) for p in s.paths))
-            named.update(matches[pattern])
-    _refuse_unmatched("target", matches, sites)
+            named.update(site.path for site in found)
+        skipped |= {other.path: other.reason for other in others if other.weighs and _selects(pattern, other)}
+        matches[pattern] = tuple(site.path for site in found)
+    _refuse_unmatched("target", matches, sites, others)
 
     selected = {path for paths in matches.values() for path in paths}
     targeted = [site for site in sites if site.path in selected]
     for site in targeted:
         skipped.pop(site.path, None)
-        if site.bypassed:
-            raise TargetError(f"{site.path} cannot be adapted: {site.bypassed}")
+        if reason := site.bypassed or site.frozen:
+            raise TargetError(
+                f"{site.path} cannot be adapted: {reason}; leave it out, as the groups "
+                f"({', '.join(GROUPS)}) do"
+            )
     ranks = _per_site("rank_pattern", config.rank_pattern, config.rank, targeted)
     alphas = _per_site("alpha_pattern", config.alpha_pattern, config.alpha, targeted)
     capped: dict[str, int] = {}
@@ -144,9 +149,16 @@ def short_names(selected: Iterable[str], all_paths: Iterable[str]) -> tuple[str,
     return tuple(sorted(whole | {path for path in chosen if path.rsplit(".", 1)[-1] not in whole}))
 
 
+def _selects(pattern: str, item: Site | Other) -> bool:
+    if pattern in GROUPS:
+        return GROUPS[pattern](item.path)
+    paths = item.paths if isinstance(item, Site) else (item.path,)
+    return any(matches_path(pattern, path) for path in paths)
+
+
 def _left_out_of_groups(site: Site) -> str | None:
-    if site.bypassed:
-        return site.bypassed
+    if reason := site.bypassed or site.frozen:
+        return reason
     if site.is_output:
         return "it makes the model's output; name it to adapt it"
     return f"its weight is tied to {site.tied_to}; name it to adapt it" if site.tied_to else None
@@ -172,19 +184,37 @@ def _per_site(
     return values
 
 
-def _refuse_unmatched(kind: str, matches: Mapping[str, tuple[str, ...]], sites: Sequence[Site]) -> None:
+def _refuse_unmatched(
+    kind: str,
+    matches: Mapping[str, tuple[str, ...]],
+    sites: Sequence[Site],
+    others: Sequence[Other] = (),
+) -> None:
     missing = [pattern for pattern, paths in matches.items() if not paths]
     if not missing:
         return
-    names = sorted({site.name for site in sites})
-    lines = []
-    for pattern in missing:
-        near = difflib.get_close_matches(
-            pattern, [*names, *(p for s in sites for p in s.paths)], n=4, cutoff=0.5
-        )
-        near = list(dict.fromkeys(near)) or names[:12]
-        lines.append(
-            f"{kind} {pattern!r} matches no site; near it: {', '.join(near) if near else '(none at all)'}"
-        )
+    lines = [f"{kind} {pattern!r} matches no site{_instead(pattern, sites, others)}" for pattern in missing]
     groups = f"; groups are {', '.join(GROUPS)}" if kind == "target" else ""
     raise TargetError("\n".join(lines) + f"\nthis model has {len(sites)} adaptable sites{groups}")
+
+
+def _instead(pattern: str, sites: Sequence[Site], others: Sequence[Other]) -> str:
+    """What a pattern that matches no site selects, and why that cannot be adapted; else the nearest names."""
+    group = pattern in GROUPS
+    found = {o.path: f"is {o.reason}" for o in others if _selects(pattern, o) and (o.weighs or not group)}
+    if group:
+        left_out = [site for site in sites if _selects(pattern, site)]
+        found |= {site.path: f"is left out: {_left_out_of_groups(site)}" for site in left_out}
+    if not found:
+        return f"; near it: {_near(pattern, sites)}"
+    first = {reason: path for path, reason in reversed(found.items())}  # one path for each reason
+    told = [f"{path} {reason}" for reason, path in reversed(first.items())][:REASONS]
+    more = [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
+    return f": {', '.join(told + more)}"
+
+
+def _near(pattern: str, sites: Sequence[Site]) -> str:
+    names = sorted({site.name for site in sites})
+    near = difflib.get_close_matches(pattern, [*names, *(p for s in sites for p in s.paths)], n=4, cutoff=0.5)
+    near = list(dict.fromkeys(near)) or names[:12]
+    return ", ".join(near) if near else "(none at all)"

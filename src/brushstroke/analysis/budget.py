@@ -46,10 +46,7 @@ class Truncation:
         """The truncated adapter, in the dtype of the given one; its card keeps what is still true."""
         updates = low_rank_updates(adapter)
         kept = {site: updates[site].truncate(rank) for site, rank in self.ranks.items() if rank}
-        card = adapter.card
-        if card is not None:
-            card = card.with_changes(lora=None, target_modules=(), training={})
-        return Adapter(kept, card)
+        return adapter.derived(kept)
 
 
 def keep_energy(found: Spectrum, share: float = 0.99) -> Truncation:

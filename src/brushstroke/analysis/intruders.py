@@ -171,8 +171,7 @@ def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
         extra = found[site].found
         change = None if extra is None else (scale - 1) * extra.to(update.dtype, update.device)
         repaired[site] = update if change is None else update + change
-    card = adapter.card
-    return Adapter(repaired, card.with_changes(lora=None, target_modules=(), training={}) if card else None)
+    return adapter.derived(repaired)
 
 
 def _judge(

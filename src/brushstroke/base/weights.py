@@ -104,6 +104,14 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
     def __len__(self) -> int:
         return len(self._sites)
 
+    def parameter(self, name: str) -> Tensor | None:
+        """A parameter of any kind as the files hold it, a tied one by its twin's name; None if they don't."""
+        key = _locate_keys(self.model, [name], self._shards).get(name)
+        if key is None:
+            return None
+        with safe_open(self.folder / self._shards[key], framework="pt") as shard:
+            return shard.get_tensor(key)
+
     def sites(self) -> tuple[Site, ...]:
         """Every adaptable weight of the model, in model order."""
         return tuple(self._sites.values())

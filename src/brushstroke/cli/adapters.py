@@ -1,4 +1,4 @@
-"""The base and the adapters that `generate`, `chat` and `evaluate` are given.
+"""The base and the adapters that commands are given.
 
 Adapters are read first: a mistake in their names is answered before the base is loaded.
 """
@@ -13,13 +13,18 @@ from brushstroke.cli.console import say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import named_adapters
 from brushstroke.errors import DataError
+from brushstroke.fetch import find_adapter
 
 if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
 
 AdapterFlags = Annotated[
     list[str] | None,
-    Parameter(name="--adapter", negative=(), help="An adapter: DIR, or NAME=DIR; repeatable."),
+    Parameter(
+        name="--adapter",
+        negative=(),
+        help="An adapter: its folder or its hub id, or NAME=FOLDER; repeatable.",
+    ),
 ]
 
 
@@ -57,10 +62,19 @@ def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":
         ConfigError: names that cannot work.
         AdapterFileError: a folder that holds no whole adapter.
     """
-    named = named_adapters(given or ())
+    return {name: load_adapter(folder) for name, folder in named_adapters(given or ()).items()}
+
+
+def load_adapter(name: str | Path) -> "Adapter":
+    """The adapter in a folder, or of a hub id, which is fetched before torch is loaded.
+
+    Raises:
+        AdapterFileError: there is none, or not a whole one.
+    """
+    folder = find_adapter(name)
     from brushstroke.formats import load
 
-    return {name: load(folder) for name, folder in named.items()}
+    return load(folder)
 
 
 def load(base: str, options: BaseOptions) -> Any:

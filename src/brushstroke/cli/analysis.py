@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.analysis_text import (
     Measure,
     print_cut,
@@ -68,7 +69,7 @@ def spectrum(
     """Show the singular values and ranks of adapters' updates, and cut one to the rank that it needs.
 
     Args:
-        adapters: The adapters' folders.
+        adapters: The adapters' folders, or their hub ids.
         base: A model folder, a hub id or a .gguf file, for the norms relative to its weights.
         map: What the map of layers and matrices shows.
         truncate: Write the (one) adapter here, cut to the ranks of --energy or --budget.
@@ -139,8 +140,8 @@ def compare(
     """Show what two adapters share: subspaces of any size, with chance beside them, and cosines.
 
     Args:
-        first: The first adapter's folder.
-        second: The second adapter's folder.
+        first: The first adapter's folder, or its hub id.
+        second: The second adapter's folder, or its hub id.
         of: Whose directions: of ΔW, or of the factor U or V alone, as the LoRA paper took them.
         site: Draw the whole grid of this site in --html; repeatable [default: the middle layer].
         json: Print JSON on stdout.
@@ -178,7 +179,7 @@ def relate(
     """Show what an adapter amplifies in its base's weights, and what a random one would.
 
     Args:
-        adapter: The adapter's folder.
+        adapter: The adapter's folder, or its hub id.
         base: A model folder, a hub id or a .gguf file.
         json: Print JSON on stdout.
         html: Write a page with figures here.
@@ -211,7 +212,7 @@ def intruders(
     """Find strong directions of base and adapter together that the base alone does not have.
 
     Args:
-        adapter: The adapter's folder.
+        adapter: The adapter's folder, or its hub id.
         base: A model folder, a hub id or a .gguf file.
         top: How many directions to judge at each site.
         threshold: The largest |cosine| with a singular vector of the base that an intruder may have.
@@ -254,12 +255,16 @@ def intruders(
 
 
 def _load(*folders: Path) -> "dict[str, Adapter]":
-    from brushstroke.formats import load
-
     named = {_name(folder): folder for folder in folders}
     if len(named) < len(folders):
         named = {str(folder): folder for folder in folders}
-    return {name: load(folder) for name, folder in named.items()}
+    loaded = {name: load_adapter(folder) for name, folder in named.items()}
+    for name, adapter in loaded.items():
+        if adapter.copies:
+            say(
+                f"{name} holds copies of {', '.join(adapter.copies)}, which are not compared with a base here"
+            )
+    return loaded
 
 
 def _name(folder: Path) -> str:

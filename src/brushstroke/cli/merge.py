@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, facts, results, share
 from brushstroke.cli.options import Dtype
 
@@ -27,7 +28,7 @@ def merge(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        adapter: The adapter's folder.
+        adapter: The adapter's folder, or its hub id.
         out: The folder to write.
         overwrite: Replace what an earlier merge wrote there; files of other names stay.
         allow_different_base: Merge although the adapter belongs to another base.
@@ -38,9 +39,7 @@ def merge(
     from brushstroke.files import refuse_existing
 
     refuse_existing(out.expanduser(), overwrite)
-    from brushstroke.formats import load
-
-    value = load(adapter)
+    value = load_adapter(adapter)
     from brushstroke.inference import merge_folder
 
     report = merge_folder(

@@ -41,7 +41,7 @@ class AdapterOptions:
         rank_pattern: Another rank for single patterns: PATTERN=VALUE, separated by commas.
         alpha_pattern: Another alpha for single patterns: PATTERN=VALUE, separated by commas.
         dropout: Probability on the input of the low-rank path [default: 0].
-        start: Go on from this adapter, instead of a new one.
+        start: Go on from this adapter (a folder or a hub id), instead of a new one.
     """
 
     rank: Whole = None

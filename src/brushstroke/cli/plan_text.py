@@ -26,7 +26,7 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
             "base": f"{plan.base or 'a model'}, {plan.dtype} ({dtype_reason}), on {plan.device}",
             "targets": "; ".join(targets) or f"{plan.sites} sites of the adapter to go on from",
             "smaller rank": _some([f"{site} (asked for {rank})" for site, rank in plan.capped.items()]),
-            "left out": _some([f"{site}: {why}" for site, why in plan.skipped.items()]),
+            "left out": _left_out(plan),
             "adapter": f"{plan.sites} sites, {plan.parameters:,} trainable parameters "
             f"({share(plan.share)} of the base), {size(plan.adapter_bytes)}",
             "memory": f"about {size(plan.memory_bytes)}; {plan.memory} ({plan.memory_reason})",
@@ -49,6 +49,20 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
     )
 
 
-def _some(entries: list[str]) -> str:
-    more = f", and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
-    return ", ".join(entries[:_NAMED]) + more
+def _left_out(plan: "Plan") -> str:
+    """What the targets leave out, those of the same name in several layers as one, the largest first."""
+    from brushstroke.adapter import in_all_layers
+
+    groups: dict[tuple[str, str], list[float]] = {}
+    for path, why in plan.skipped.items():
+        groups.setdefault((in_all_layers(path), why), []).append(plan.skipped_shares[path])
+    told = []
+    for (name, why), shares in sorted(groups.items(), key=lambda group: -sum(group[1])):
+        count = f"{len(shares)}, " if len(shares) > 1 else ""
+        told.append(f"{name} ({count}{share(sum(shares))} of the base): {why}")
+    return _some(told, "; ")
+
+
+def _some(entries: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
+    return separator.join(entries[:_NAMED]) + more

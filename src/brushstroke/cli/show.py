@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, facts, results, size, table
 
 if TYPE_CHECKING:
@@ -15,13 +16,12 @@ def show(adapter: Path, *, json: bool = False) -> None:
     """Show the sites, ranks, norms and size of an adapter, and its card.
 
     Args:
-        adapter: The adapter's folder.
+        adapter: The adapter's folder, or its hub id.
         json: Print JSON on stdout.
     """
+    value = load_adapter(adapter)
     from brushstroke.analysis import natural
-    from brushstroke.formats import load
 
-    value = load(adapter)
     sites = [_site(path, value[path]) for path in sorted(value, key=natural)]
     described = {
         "name": adapter.expanduser().resolve().name,
@@ -30,6 +30,7 @@ def show(adapter: Path, *, json: bool = False) -> None:
         "parameters": value.parameters,
         "bytes": value.bytes,
         "norm": value.norm(),
+        "copies": list(value.copies),
         "card": _card(value),
     }
     if json:
@@ -70,7 +71,7 @@ def _card(value: "Adapter") -> dict[str, Any] | None:
 
 
 def _print(console: Any, described: dict[str, Any]) -> None:
-    card = described["card"] or {}
+    card, copies = described["card"] or {}, described["copies"]
     lora, training = card.get("lora") or {}, dict(card.get("training") or {})
     versions = training.get("versions")
     if isinstance(versions, dict):
@@ -83,6 +84,9 @@ def _print(console: Any, described: dict[str, Any]) -> None:
             "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
             "norm": f"{described['norm']:.4g}",
             "base": card.get("base_name") or "unknown",
+            "copies": f"{', '.join(copies)}: compared with the base's own before the adapter is used"
+            if copies
+            else "",
             "asked for": ", ".join(f"{key} {_cell(v)}" for key, v in lora.items() if v not in (None, {}, [])),
             "targets": ", ".join(card.get("target_modules") or ()),
             "stop tokens": " ".join(card.get("stop_tokens") or ()),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
 from brushstroke.cli.options import (
     RUN,
@@ -141,9 +142,7 @@ class _Request:
         lora = adapter.config()
         start = None
         if adapter.start is not None:
-            from brushstroke.formats import load
-
-            start = load(adapter.start)
+            start = load_adapter(adapter.start)
         self.config = train_config(training, reading)
         self.arguments: dict[str, Any] = {
             "data": rows,

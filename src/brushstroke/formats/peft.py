@@ -22,6 +22,7 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError, OutputError
+from brushstroke.fetch import CARD, CONFIG, PICKLE, TENSORS, find_adapter
 from brushstroke.files import (
     PARTIAL,
     is_being_written,
@@ -37,11 +38,16 @@ from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_co
 from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import LowRank
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 README = "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
-_KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
+_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
+_ADDED = re.compile(
+    r"\.(lora_|modules_to_save\.|token_adapter\.)"
+)  # in the names of what PEFT adds to a base
+# What VeLoRA's backward pass and MonteCLoRA's noise need in training; the update is U·V without them.
+_TRAINING_STATE = re.compile(r".+\.lora_(velora_embed|monteclora_sampler)(\..+)?")
 READ_FILES = (CONFIG, TENSORS, CARD, TEMPLATE)
 ATTEMPTS, PAUSE = 40, 0.05  # at reading a folder that another process is replacing, and seconds between them
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,6 +78,10 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     for site, update in updates.items():
         tensors[f"base_model.model.{site}.lora_A.weight"] = _stored(update.U)
         tensors[f"base_model.model.{site}.lora_B.weight"] = _stored(update.V)
+    for name, copy in adapter.copies.items():
+        module, _, last = name.rpartition(".")
+        inner = ".base_layer" if module in updates else ""
+        tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
     config = write_config({site: (update.rank, update.scale) for site, update in updates.items()}, card)
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
@@ -99,14 +109,14 @@ def remove(folder: Path) -> None:
 def load(folder: str | Path) -> Adapter:
     """Read an adapter that brushstroke or PEFT wrote, on the CPU and in the dtype that it was saved in.
 
-    Where another process replaces the adapter meanwhile, it is read again: what comes is the old one or the
-    new.
+    A name such as "owner/name" that is no folder is looked up on the Hugging Face hub. Where another process
+    replaces the adapter meanwhile, it is read again: what comes is the old one or the new.
 
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
             Or it cannot be read, or another process goes on writing.
     """
-    folder = Path(folder).expanduser()
+    folder = find_adapter(folder)
     try:
         for _ in range(ATTEMPTS):
             with suppress(OutputError):  # who may not put files back may still read those that are there
@@ -157,8 +167,8 @@ def _load_once(folder: Path) -> Adapter:
         ) from error
     except (OSError, RuntimeError) as error:  # safetensors says the second where a file cannot be opened
         raise AdapterFileError(f"{tensor_file} cannot be read ({error})") from error
-    updates = _updates(tensors, rule, str(tensor_file))
-    return Adapter(updates, _read_card(folder, stored, rule, updates))
+    updates, copies = _contents(tensors, rule, str(tensor_file))
+    return Adapter(updates, _read_card(folder, stored, rule, updates), copies=copies)
 
 
 def restore(folder: Path) -> None:
@@ -235,7 +245,9 @@ def _find(folder: Path) -> tuple[Path, Path]:
     config, tensors = folder / CONFIG, folder / TENSORS
     if not folder.is_dir():
         said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-        raise AdapterFileError(f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}")
+        raise AdapterFileError(
+            f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
+        )
     if not config.is_file():
         named = (entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
         inner = sorted(name for name in named if not name.startswith(PARTIAL))
@@ -243,9 +255,9 @@ def _find(folder: Path) -> tuple[Path, Path]:
         hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
         raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")
     if not tensors.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
+        pickled = (folder / PICKLE).is_file()
         hint = (
-            "it has adapter_model.bin, a pickle, which is never read: load it in PEFT and save it again"
+            f"it has {PICKLE}, a pickle, which is never read: load it in PEFT and save it again"
             if pickled
             else "the run that writes it is not complete, or the copy is not"
         )
@@ -266,19 +278,32 @@ def _read_json(file: Path) -> dict[str, Any]:
     return stored
 
 
-def _updates(tensors: Mapping[str, Tensor], rule: Rule, where: str) -> dict[str, LowRank]:
-    """Pair the factors; every tensor is used, or all that is wrong is listed."""
+def _contents(
+    tensors: Mapping[str, Tensor], rule: Rule, where: str
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """The paired factors, and copies of base weights; every tensor is used, or all faults are listed."""
     problems = []
     pairs: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, Tensor] = {}
+    names: set[str] = set()
     for key, tensor in tensors.items():
-        if not (match := _KEY.fullmatch(key)):
-            problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
-        elif tensor.dtype not in _DTYPES or tensor.ndim != 2:
-            problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
-        elif not _is_finite(tensor):
-            problems.append(f"{key}: holds numbers that are not finite")
+        if _TRAINING_STATE.fullmatch(key):
+            continue
+        if match := _FACTOR.fullmatch(key):
+            names.add(match["name"] or "")
+            if tensor.dtype not in _DTYPES or tensor.ndim != 2:
+                problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
+            elif not _is_finite(tensor):
+                problems.append(f"{key}: holds numbers that are not finite")
+            else:
+                pairs.setdefault(match["site"], {})[match["factor"]] = tensor
+        elif (match := _COPY.fullmatch(key)) and not _ADDED.search(key) and tensor.is_floating_point():
+            copies[f"{match['module']}.{match['name']}"] = tensor
         else:
-            pairs.setdefault(match["site"], {})[match["factor"]] = tensor
+            problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
+    if len(names) > 1:
+        told = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
+        problems.append(f"it holds several adapters, with keys such as {told}; save one of them by itself")
     good = {}
     for site, pair in pairs.items():
         reason = _misfit(pair, rule.rank_of(site))
@@ -286,11 +311,11 @@ def _updates(tensors: Mapping[str, Tensor], rule: Rule, where: str) -> dict[str,
             problems.append(f"{site}: {reason}")
         else:
             good[site] = LowRank(pair["A"].mT, pair["B"].mT.contiguous(), rule.scale_of(site))
-    if not tensors:
-        problems.append("it holds no tensors")
+    if not (pairs or problems):
+        problems.append("it holds no factors" if tensors else "it holds no tensors")
     if problems:
         raise AdapterFileError(f"{where} is not a whole low-rank adapter:\n  " + "\n  ".join(problems))
-    return good
+    return good, copies
 
 
 def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
@@ -309,11 +334,8 @@ def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
 def _hint(key: str) -> str:
     if "lora_embedding_" in key:
         return " (an adapted embedding, which this version cannot take)"
-    if key.endswith(".base_layer.weight"):
-        return (
-            " (a copy of a weight of the base, which PEFT adds for an adapted head; save it there with "
-            "save_embedding_layers=False)"
-        )
+    if "modules_to_save" in key:
+        return " (a module that was trained whole, which this version cannot take)"
     if "magnitude" in key:
         return " (a DoRA magnitude, which this version cannot take)"
     if "lora_" in key and not key.startswith("base_model.model."):

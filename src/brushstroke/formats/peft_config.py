@@ -14,7 +14,11 @@ from brushstroke.adapter import Card
 from brushstroke.errors import AdapterFileError, did_you_mean
 
 _RESIDUAL = "its base weights were changed when training began, so the factors alone are not the update"
-_REFUSED = {
+_UNKNOWN = (
+    "a setting that this version does not know; if it mattered in training alone, take it out of the file, "
+    "else merge the adapter with the tool that wrote it"
+)
+_REFUSED = {  # what changes the meaning of the factors, or adds something to them
     "bias": "it changes biases too",
     "use_dora": "it has DoRA magnitudes",
     "lora_bias": "its second factors have biases",
@@ -23,28 +27,32 @@ _REFUSED = {
     "target_parameters": "it adapts bare parameters (fused experts)",
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "it acts only after certain tokens (aLoRA)",
+    "arrow_config": "it chooses among several adapters for each token (Arrow)",
+    "kasa_config": "it has a diagonal between the factors and cuts singular values of the base (KaSA)",
     "use_qalora": "it pools its inputs (QA-LoRA)",
+    "use_qa_lora": "it pools its inputs (QA-LoRA)",
     "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
+    "enable_lora": "it adapts parts of a fused matrix",
+    "megatron_config": "its layers may be split over processes (Megatron)",
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-_NO_EFFECT_ON_THE_UPDATE = (  # names, provenance, and settings of training or of the choice of modules
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "runtime_config",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "megatron_core",
-    "qalora_group_size",
-    "eva_config",
+# A field has no effect on the update where all that it decides is in the tensors of the file, or ended with
+# the training. Fields of PEFT 0.2 to 0.21, of Unsloth (the first group) and of ms-swift (the last).
+_NO_EFFECT = frozenset(
+    (
+        # where the adapter comes from
+        *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+        *("peft_version", "transformers_version", "unsloth_version", "unsloth_fixed"),
+        # which modules were chosen: the keys of the file name them, tied ones each by itself
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        "ensure_weight_tying",
+        # how the factors began: what changes the base's weights too is refused by `init_lora_weights`
+        *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
+        # how training ran: dropout, VeLoRA's backward pass, MonteCLoRA's noise, dtypes, rates, kernels
+        *("lora_dropout", "velora_config", "monteclora_config", "runtime_config", "merge_weights"),
+        *("megatron_core", "qalora_group_size", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+    )
 )
 
 Value = TypeVar("Value", int, float)
@@ -231,10 +239,9 @@ def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
         )
     for field, value in stored.items():
         off = not value or (field == "bias" and value == "none")
-        if off or field in _READ or field in _NO_EFFECT_ON_THE_UPDATE:
+        if off or field in _READ or field in _NO_EFFECT:
             continue
-        why = _REFUSED.get(field, "a setting that this version doesn't know")
-        problems.append(f"{field} is {value!r}: {why}")
+        problems.append(f"{field} is {value!r:.60}: {_REFUSED.get(field, _UNKNOWN)}")
     return problems
 
 

@@ -139,7 +139,13 @@ def merge_folder(
     loaded = base if isinstance(base, Base) else None
     if weights is not None:
         weights.check_complete()
-        check_base(weights, adapter, allow_different_base=allow_different_base, weights=weights)
+        check_base(
+            weights,
+            adapter,
+            allow_different_base=allow_different_base,
+            weights=weights,
+            parameter=weights.parameter,
+        )
     elif loaded is None:
         loaded = load_base(
             str(base), dtype=_stored_dtype(str(base), folder) if dtype == "auto" else dtype, device="cpu"

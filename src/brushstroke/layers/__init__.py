@@ -6,6 +6,7 @@ It knows no files and no training; HF's Conv1D is known by its class name alone.
 from brushstroke.layers.attach import Attachment, attach
 from brushstroke.layers.bank import Bank, bank, refuse_rows
 from brushstroke.layers.check import QuantisedBaseWarning, check_base
+from brushstroke.layers.copies import ChangedWeightsWarning
 from brushstroke.layers.merge import (
     MergeReport,
     SiteDrift,
@@ -20,6 +21,7 @@ from brushstroke.layers.walk import find_sites, unwrap
 __all__ = [
     "Attachment",
     "Bank",
+    "ChangedWeightsWarning",
     "MergeReport",
     "QuantisedBaseWarning",
     "Route",

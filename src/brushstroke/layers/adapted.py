@@ -91,7 +91,11 @@ class AdaptedLinear(Adapted):
         return route.guard(y + lowrank_term(x, U_rows, V, scale, drop, self.training).to(y.dtype))
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """What the fused step needs for this input, or None where it would not be the same computation."""
+        """What the fused step needs for this input, or None where it would not be the same computation.
+
+        Whoever asks is about to run the module, so that it counts as run.
+        """
+        self._route.record(self)
         dropped = self.lora_dropout if self.training else 0.0
         frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
         if not self._fused or self._route.uniform != 1 or dropped or not frozen:

@@ -19,7 +19,7 @@ from brushstroke.layers.adapted import AdaptedLinear, restore_classes, swap_clas
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base, is_quantised, plain_weights
 from brushstroke.layers.guard import guard_model, probe, refuse_second
 from brushstroke.layers.route import Route
-from brushstroke.layers.walk import find_sites, site_module, unwrap
+from brushstroke.layers.walk import find_others, find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank
 from brushstroke.lowrank.init import INITS
 
@@ -91,6 +91,13 @@ class Attachment:
         finally:
             restore()
 
+    @contextmanager
+    def recorded(self) -> Iterator[set[object]]:
+        """Context manager: collect those of `modules` that run with the adapter."""
+        self._check_attached()
+        with self._route.recorded() as ran:
+            yield ran
+
     def detach(self) -> None:
         """Take the adapter out: classes, parameters, buffers and flags are as `attach` found them.
 
@@ -149,10 +156,10 @@ def attach(
     refuse_second(root)
     if dropout is not None and not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and below 1; got {dropout!r}")
-    sites = {site.path: site for site in find_sites(root)}
+    sites = {site.path: site for site in find_sites(root, trial=isinstance(what, LoraConfig))}
     plan: TargetPlan | None = None
     if isinstance(what, LoraConfig):
-        plan = resolve_targets(what, list(sites.values()))
+        plan = resolve_targets(what, list(sites.values()), find_others(root, list(sites.values())))
         card = _new_card(root, sites, what, plan, getattr(model, "name", None))
         updates = _fresh_updates(sites, what, plan, seed)
         dropout = what.dropout if dropout is None else dropout

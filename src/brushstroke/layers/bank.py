@@ -28,7 +28,7 @@ class Bank:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._sites = {site.path: site for site in find_sites(model)}
+        self._sites = {site.path: site for site in find_sites(model, trial=False)}
         self._route = Route((0,))
         self._modules: dict[str, BankedLinear] = {}
         self._slots: dict[str, int] = {}

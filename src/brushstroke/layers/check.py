@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brushstroke.adapter import Adapter, Site, Verdict
+from brushstroke.adapter import Adapter, Other, Site, Verdict
 from brushstroke.errors import AttachError, BaseMismatchError, ShapeError, did_you_mean
-from brushstroke.layers.walk import find_sites, site_module, unwrap, weight_dxh
+from brushstroke.layers.copies import Parameter, check_copies
+from brushstroke.layers.walk import find_others, find_sites, site_module, unwrap, weight_dxh
 from brushstroke.lowrank import LowRank, Update
 
 
@@ -26,6 +27,7 @@ def check_base(
     *,
     allow_different_base: bool = False,
     weights: Mapping[str, Tensor] | None = None,
+    parameter: Parameter | None = None,
 ) -> None:
     """Check an adapter against a base: every site is there with its shape, and the weights are known.
 
@@ -34,21 +36,26 @@ def check_base(
         adapter: the adapter.
         allow_different_base: pass over the verdict of the fingerprint.
         weights: site → W (d×h) to judge by, instead of the model's own.
+        parameter: name → a weight of any kind, instead of the model's own.
 
     Raises:
         ShapeError: sites that are missing or have other shapes, all of them listed.
-        BaseMismatchError: another base, or one that holds this adapter already.
+        BaseMismatchError: another base, one that holds this adapter already, or other weights than the copies
+            that the adapter's file holds.
     """
     root = unwrap(model)
-    sites = {path: site for site in find_sites(root) for path in site.paths}
+    sites = {path: site for site in find_sites(root, trial=False) for path in site.paths}
     problems = []
     seen: dict[str, str] = {}
+    others: dict[str, Other] = {}
     for path, update in adapter.items():
         if path in sites and (other := seen.setdefault(sites[path].path, path)) != path:
             problems.append(f"{path}: it is one module with {other}, and has two updates")
         if path not in sites:
+            others = others or {other.path: other for other in find_others(root, list(sites.values()))}
+            known = f"in the base it is {others[path].reason}" if path in others else None
             near = did_you_mean(path, sites, count=1)
-            problems.append(f"{path}: the base has no such site{near}")
+            problems.append(f"{path}: {known or f'the base has no such site{near}'}")
         elif sites[path].bypassed:
             problems.append(f"{path}: {sites[path].bypassed}")
         elif sites[path].shape != update.shape:
@@ -60,6 +67,9 @@ def check_base(
         raise ShapeError(
             f"this adapter does not fit the base at {len(problems)} of {len(adapter)} sites:\n  {shown}"
         )
+    if adapter.copies:
+        own = parameter or dict(root.named_parameters(remove_duplicate=False)).get
+        check_copies(adapter, own, allow_different_base=allow_different_base)
     fingerprint = adapter.card.fingerprint if adapter.card else None
     if fingerprint is None or allow_different_base:
         return

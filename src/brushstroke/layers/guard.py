@@ -82,8 +82,8 @@ def _probe(module: Adapted, path: str) -> None:
             base = module(x)
             if not isinstance(base, torch.Tensor):
                 raise AttachError(
-                    f"{path} ({module._base_class.__name__}) gives {type(base).__name__} and no tensor, so "
-                    "x·W cannot be told in it; choose targets without it (--targets attention,mlp)"
+                    f"{path} ({module._base_class.__name__}) gives a {type(base).__name__} and no tensor, so "
+                    "that it cannot be adapted"
                 )
             V = torch.full((1, h), max(1.0, float(base.abs().mean())), dtype=dtype, device=x.device)
             tensors, settings = module._trial(U_rows, V)

@@ -198,7 +198,7 @@ def merge(
         raise MergeError("the model has an adapter attached; detach it, then merge")
     check_base(root, adapter, allow_different_base=allow_different_base)
     merged = copy.deepcopy(root)
-    sites = {path: site for site in find_sites(merged) for path in site.paths}
+    sites = {path: site for site in find_sites(merged, trial=False) for path in site.paths}
     drifts: dict[str, SiteDrift] = {}
     untied: list[tuple[str, str]] = []
     with torch.no_grad():

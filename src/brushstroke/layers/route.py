@@ -3,7 +3,8 @@
 It holds no factors and knows no layer; every site of one attachment shares one route.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from brushstroke.errors import RouteError
 
 Rows = slice | Int[Tensor, " n"]
+Modules = set[object]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Route:
     def __init__(self, slots: Sequence[int] = (0,)) -> None:
         self._segments: dict[int, tuple[Segment, ...]] = {}
         self._ranks_used: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self._ran: Modules | None = None
         self._switch(tuple(slots))
 
     @property
@@ -103,6 +106,20 @@ class Route:
             captured = self._slots
             y.register_hook(lambda grad: self.check(captured))
         return y
+
+    @contextmanager
+    def recorded(self) -> Iterator[Modules]:
+        """Context manager: collect the modules that run with an adapter."""
+        self._ran = Modules()
+        try:
+            yield self._ran
+        finally:
+            self._ran = None
+
+    def record(self, module: object) -> None:
+        """Note that a module runs with an adapter, where that is asked for."""
+        if self._ran is not None:
+            self._ran.add(module)
 
     def check(self, captured: tuple[int, ...]) -> None:
         """Raise unless the route is still the one that was captured when the forward began.

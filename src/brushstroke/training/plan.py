@@ -17,6 +17,7 @@ from brushstroke.training.order import DataOrder
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
+from brushstroke.training.trial import unlearnt_sites
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
 
@@ -28,7 +29,8 @@ class Plan:
     Args:
         matches: target pattern → number of sites; empty where the run goes on from an adapter.
         capped: site → rank asked for, where a group's small site got the largest rank that fits.
-        skipped: site → why a group of targets left it out.
+        skipped: site or weight → why the targets leave it out.
+        skipped_shares: the same → its share of the base's weights.
         parameters: trainable numbers, and `share` of them in the base's.
         memory_bytes: estimated peak of the process (of the device on a GPU).
         memory: "fast" or "low", with `memory_reason`.
@@ -48,6 +50,7 @@ class Plan:
     matches: Mapping[str, int]
     capped: Mapping[str, int]
     skipped: Mapping[str, str]
+    skipped_shares: Mapping[str, float]
     parameters: int
     share: float
     adapter_bytes: int
@@ -114,7 +117,9 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     targets = session.attachment.plan
     parameters = sum(p.numel() for p in session.parameters)
     factors = {id(p) for p in session.parameters}
-    base_parameters = sum(p.numel() for p in session.model.parameters() if id(p) not in factors)
+    total = max(1, sum(p.numel() for p in session.model.parameters() if id(p) not in factors))
+    skipped = dict(targets.skipped) if targets else {}
+    sizes = {name: p.numel() for name, p in session.model.named_parameters(remove_duplicate=False)}
     counted = min(order.steps_per_epoch, COUNTED_STEPS)
     computed = needed = seen = kept = most = 0
     for step in range(counted):
@@ -138,9 +143,10 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         sites=len(session.attachment.sites),
         matches={pattern: len(paths) for pattern, paths in targets.matches.items()} if targets else {},
         capped=dict(targets.capped) if targets else {},
-        skipped=dict(targets.skipped) if targets else {},
+        skipped=skipped,
+        skipped_shares={path: sizes.get(path, sizes.get(f"{path}.weight", 0)) / total for path in skipped},
         parameters=parameters,
-        share=parameters / max(1, base_parameters),
+        share=parameters / total,
         adapter_bytes=sum(p.numel() * p.element_size() for p in session.parameters),
         memory_bytes=max(
             peak_memory(session.device),
@@ -175,7 +181,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
 
 def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, steps: int) -> tuple[str, ...]:
     report = data.report
-    found = []
+    found = list(unlearnt_sites(session))
     if report.cut_rows:
         found.append(
             f"{len(report.cut_rows)} examples are cut at the limit, {report.cut_tokens:,} tokens are lost "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.adapter.targets import short_names
 from brushstroke.base import Base, context_length
 from brushstroke.data import ChatFormat, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
@@ -31,6 +32,7 @@ from brushstroke.training.check import (
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import TrainConfig, default_learning_rate
 
+NAMED_TARGETS = 12  # at most, in an error
 EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 
 
@@ -117,7 +119,7 @@ class Training:
         self.model = self.base.model
         check_model(self.model)
         check_positions(self.model, max_length)
-        self._context = context_length(self.model)  # found once: it looks at every module
+        self.context = context_length(self.model)  # found once: it looks at every module
         self.attachment: Attachment = attach(
             self.base,
             LoraConfig() if start is None else start,
@@ -144,6 +146,7 @@ class Training:
         self.steps = 0
         self._calls = 0
         self._pending_tokens = 0
+        self._ran: set[object] = set()  # adapted modules that ran since the last step
 
     def _prepare(
         self,
@@ -209,7 +212,13 @@ class Training:
         total = torch.zeros((), dtype=torch.float64)
         computed = 0
         trained = sum(example.trained for example in encoded)
-        with self._all_or_nothing(), self._checkpointing, self.step.context(), self._dropout_seed():
+        with (
+            self._all_or_nothing(),
+            self._checkpointing,
+            self.step.context(),
+            self._dropout_seed(),
+            self.attachment.recorded() as ran,
+        ):
             for part, outputs in self.step.forward.run(self.passes(encoded)):
                 value = outputs.summed_loss(loss)
                 if not bool(torch.isfinite(value)):
@@ -223,6 +232,7 @@ class Training:
                 value.backward()
                 total += value.detach().item()
                 computed += part.computed_tokens
+        self._ran |= ran
         self._pending_tokens += trained
         self._calls += 1
         real = sum(len(example) for example in encoded)
@@ -236,7 +246,7 @@ class Training:
         """One AdamW step on the gradients that wait; returns their norm before clipping.
 
         Raises:
-            TrainingError: no gradient waits.
+            TrainingError: no gradient waits, or a site ran and got none; the factors stay as they are.
             NonFiniteError: a gradient is not a finite number; the factors stay as they are.
         """
         self._check_open()
@@ -245,6 +255,7 @@ class Training:
                 "there is no gradient to step on; call forward_backward() first, with examples that have a "
                 "trained token"
             )
+        self._refuse_unreached()
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self._pending_tokens)
@@ -347,9 +358,9 @@ class Training:
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
                 check_vocabulary(examples, self.model)
-                check_lengths(examples, self._context, self.max_length)
+                check_lengths(examples, self.context, self.max_length)
                 return examples
-        limit = self.max_length or self._context
+        limit = self.max_length or self.context
         encoded = list(encode(examples, self.base.tokenizer, max_length=limit, chat_template=self.chat))
         check_vocabulary(encoded, self.model)
         return encoded
@@ -365,6 +376,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self._pending_tokens = 0
         self._calls = 0
+        self._ran.clear()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -374,6 +386,38 @@ class Training:
         except BaseException:
             self.discard()
             raise
+
+    def ran(self) -> list[str]:
+        """The sites that ran since the last `optim_step`."""
+        return [path for path, module in self.attachment.modules.items() if module in self._ran]
+
+    def unreached(self) -> list[str]:
+        """The sites that ran since the last `optim_step` and got no gradient."""
+        modules = self.attachment.modules
+        return [
+            path
+            for path in self.ran()
+            if modules[path].lora_U_rows.grad is None or modules[path].lora_V.grad is None
+        ]
+
+    def _refuse_unreached(self) -> None:
+        """Check that every site that ran since the last step got a gradient.
+
+        Raises:
+            TrainingError: naming those that got none; no gradient waits then.
+        """
+        lost = self.unreached()
+        if lost:
+            self.discard()
+            more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+            rest = [path for path in self.attachment.sites if path not in lost]
+            names = short_names(rest, [path for path, _ in self.model.named_modules()])
+            flags = f" (--targets {','.join(names)})" if 0 < len(names) <= NAMED_TARGETS else ""
+            raise TrainingError(
+                f"{len(lost)} of {len(self.attachment.sites)} sites ran in step {self.steps + 1} and got no "
+                f"gradient: {', '.join(lost[:4])}{more}; the model detaches their output, or does not use it "
+                f"for its predictions: leave them out of the targets{flags}"
+            )
 
     def _check_open(self) -> None:
         if self._closed or not self.attachment.attached:

@@ -1,0 +1,63 @@
+"""Copies of the base's weights that an adapter's file holds: equal ones say nothing, others would be lost.
+
+It reads weights and changes none.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import BaseMismatchError
+
+Parameter = Callable[[str], Tensor | None]  # a parameter's name → its values, or None where there is none
+ROWS = 4096  # compared at a time
+
+
+class ChangedWeightsWarning(UserWarning):
+    """An adapter's file holds weights that differ from the base's, and they are not used."""
+
+
+def check_copies(adapter: Adapter, parameter: Parameter, *, allow_different_base: bool = False) -> None:
+    """Check that the copies equal the base's own weights, each rounded as it is kept.
+
+    Raises:
+        BaseMismatchError: some differ, all of them listed: they were trained too, or belong to another base.
+    """
+    problems = {name: _difference(copy, parameter(name)) for name, copy in adapter.copies.items()}
+    listed = [f"{name}: {problem}" for name, problem in problems.items() if problem]
+    if not listed:
+        return
+    told = f"this adapter's file holds weights that are not this base's: {', '.join(listed)}"
+    if allow_different_base:
+        warnings.warn(f"{told}; they are not used", ChangedWeightsWarning, stacklevel=2)
+        return
+    raise BaseMismatchError(
+        f"{told}; they were trained besides the factors, or belong to another base, and would be lost: load "
+        "that base, or merge the adapter with the tool that trained it and use the merged model"
+    )
+
+
+def _difference(copy: Tensor, own: Tensor | None) -> str | None:
+    if own is None:
+        return "the base has no such weight"
+    if not own.is_floating_point():
+        return f"the base's is packed ({own.dtype}) and cannot be compared; load the base unquantised"
+    if copy.shape != own.shape:
+        return f"the file's has shape {tuple(copy.shape)}, the base's {tuple(own.shape)}"
+    rows = 0
+    for ours, theirs in zip(copy.split(ROWS), own.detach().split(ROWS), strict=True):
+        equal = _equal(ours.cpu(), theirs.cpu())
+        rows += 0 if bool(equal.all()) else int((~equal.reshape(len(ours), -1).all(1)).sum())
+    return f"{rows:,} of {len(copy):,} rows differ" if rows else None
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """Which numbers can be roundings of the same one, each to its own dtype."""
+    if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # neither holds the other's numbers
+        a, b = a.double(), b.double()
+        return (a - b).abs() <= 2.0**-8 * torch.maximum(a.abs(), b.abs()) + 2.0**-24
+    coarse = max((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    return a.to(coarse) == b.to(coarse)

@@ -1,0 +1,279 @@
+"""Adapters by their hub id: from a server that stands in for the hub, from the cache, and offline."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import inference_kit
+import pytest
+from cli_kit import ENVIRONMENT, PLAIN, rows, write_rows
+
+from brushstroke import errors, fetch, save
+from brushstroke.formats.peft import READ_FILES
+from brushstroke.formats.templates import OTHERS, SETTINGS
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ID = "somebody/some-lora_1.0"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for the tiny base, with a file beside it that nobody should fetch."""
+    model = inference_kit.llama()
+    made = save(inference_kit.adapter(model), tmp_path_factory.mktemp("adapter") / "made")
+    (made / "optimizer.pt").write_bytes(b"not for you")
+    return made
+
+
+class StandIn(ThreadingHTTPServer):
+    """The few answers of the hub that fetching one repository asks for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        if path in (f"/api/models/{ID}", f"/api/models/{ID}/revision/main"):
+            siblings = [{"rfilename": name} for name in self.server.files]
+            self._json({"id": ID, "modelId": ID, "sha": COMMIT, "siblings": siblings})
+        elif path == f"/api/models/{ID}/tree/{COMMIT}":
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": self._etag(content)}
+                for name, content in self.server.files.items()
+            ]
+            self._json(entries)
+        elif path.startswith(f"/{ID}/resolve/") and path.rpartition("/")[2] in self.server.files:
+            content = self.server.files[path.rpartition("/")[2]]
+            self._send(200, content, {"ETag": f'"{self._etag(content)}"', "X-Repo-Commit": COMMIT})
+        else:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    @staticmethod
+    def _etag(content: bytes) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def server(adapter: Path) -> Iterator[StandIn]:
+    made = StandIn(adapter)
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def run(
+    home: Path, *words: object, endpoint: str = "http://127.0.0.1:9", **more: str
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: the hub's client reads its settings when it is imported."""
+    environment = {
+        **ENVIRONMENT,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        **more,
+    }
+    command = [sys.executable, "-c", "import sys; from brushstroke.cli import main; sys.exit(main())"]
+    return subprocess.run(
+        [*command, *map(str, words)], env=environment, capture_output=True, text=True, cwd=home, timeout=300
+    )
+
+
+def cached(home: Path, adapter: Path, leave_out: str = "") -> Path:
+    """The hub client's cache, as an earlier fetch has left it."""
+    folder = home / "hub" / f"models--{ID.replace('/', '--')}"
+    snapshot = folder / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "blobs").mkdir()
+    for path in adapter.iterdir():
+        if path.name not in (leave_out, "optimizer.pt"):
+            (folder / "blobs" / path.name).write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(folder / "blobs" / path.name)
+    return snapshot
+
+
+def test_a_hub_id_is_fetched_once_and_shown_again_without_a_network(
+    server: StandIn, adapter: Path, tmp_path: Path
+) -> None:
+    expected = run(tmp_path, "show", adapter, "--json")
+    shown = run(tmp_path, "show", ID, "--json", endpoint=server.url)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["sites"] == json.loads(expected.stdout)["sites"]
+    assert shown.stderr == ""
+    fetched = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors", "brushstroke.json"}
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        again = run(tmp_path, "show", ID, "--json", **more)
+        assert (again.returncode, again.stdout, again.stderr) == (0, shown.stdout, "")
+
+
+@pytest.mark.slow
+def test_other_commands_take_a_hub_id_too(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    cached(tmp_path, adapter)
+    data = write_rows(tmp_path / "rows.jsonl", rows(2))
+    one = run(tmp_path, "generate", tiny, "Hi", "--adapter", ID, "--max-new-tokens", "3", "--json", *PLAIN)
+    two = run(
+        tmp_path, "generate", tiny, "Hi", "--adapter", adapter, "--max-new-tokens", "3", "--json", *PLAIN
+    )
+    assert one.returncode == two.returncode == 0, one.stderr
+    answers = [json.loads(done.stdout) for done in (one, two)]
+    assert [answer["adapter"] for answer in answers] == ["some-lora_1.0", "made"]
+    assert answers[0]["answer"] == answers[1]["answer"]
+    commands: list[tuple[object, ...]] = [
+        ("merge", tiny, ID, "--out", tmp_path / "merged"),
+        ("compare", ID, adapter),
+        ("train", tiny, data, "--from", ID, "--out", tmp_path / "run", "--max-steps", "1", *PLAIN),
+    ]
+    for words in commands:
+        done = run(tmp_path, *words)
+        assert done.returncode == 0, (words, done.stderr)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_local_folder_wins(server: StandIn, adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ID
+    folder.mkdir(parents=True)
+    shown = run(tmp_path, "show", ID, endpoint=server.url)
+    assert shown.returncode == 1
+    assert f"{ID} has no adapter_config.json" in shown.stderr
+    for path in adapter.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert run(tmp_path, "show", ID, endpoint=server.url).returncode == 0
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (("show", "nobody/nothing"), {}),
+        (("show", "nobody/nothing"), {"HF_HUB_OFFLINE": "1"}),
+        (("generate", "BASE", "Hi", "--adapter", "nobody/nothing"), {}),
+        (("merge", "BASE", "nobody/nothing", "--out", "new"), {}),
+        (("spectrum", "nobody/nothing"), {}),
+    ],
+)
+def test_offline_it_fails_in_one_line_before_torch_is_loaded(
+    words: tuple[str, ...], more: dict[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    began = os.times().children_user
+    done = run(tmp_path, *(tiny if word == "BASE" else word for word in words), **more)
+    assert os.times().children_user - began < 3  # of the processor: other processes make the clock run
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: there is no folder nobody/nothing, and the Hugging Face hub cannot be asked"
+    )
+    code = (
+        "import sys; from brushstroke.cli import main; "
+        f"main({[str(tiny) if word == 'BASE' else word for word in words]!r}); print('torch' in sys.modules)"
+    )
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert loaded.stdout == "False\n", loaded.stderr
+
+
+def test_a_hub_that_does_not_answer_is_given_up_soon(adapter: Path, tmp_path: Path) -> None:
+    import socket
+
+    cached(tmp_path, adapter)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.perf_counter()
+        done = run(tmp_path, "show", "nobody/nothing", endpoint=endpoint)
+        assert time.perf_counter() - began < fetch.PATIENCE + 15  # busy machines start slowly; it was 50 s
+        assert "cannot be asked" in done.stderr
+        assert run(tmp_path, "show", ID, endpoint=endpoint).returncode == 0  # what the cache has is used
+
+
+def test_a_name_that_the_hub_does_not_know(server: StandIn, tmp_path: Path) -> None:
+    done = run(tmp_path, "show", "nobody/nothing", endpoint=server.url)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "the Hugging Face hub has no model of that name, or a private one" in line
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"config.json", "model.safetensors"}, "has no adapter_config.json, so it is no adapter"),
+        (
+            {"adapter_config.json", "adapter_model.bin"},
+            "has no adapter_model.safetensors, but adapter_model.bin",
+        ),
+        ({"a/adapter_config.json", "b/adapter_config.json"}, "no adapter_config.json, but adapters in a, b:"),
+    ],
+)
+def test_a_model_that_is_no_adapter(server: StandIn, files: set[str], said: str, tmp_path: Path) -> None:
+    server.files = dict.fromkeys(files, b"{}")
+    done = run(tmp_path, "show", ID, endpoint=server.url)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert not [path for path in server.asked if "/resolve/" in path]
+
+
+def test_a_cache_that_lacks_a_file_is_no_adapter(adapter: Path, tmp_path: Path) -> None:
+    cached(tmp_path, adapter, leave_out="adapter_model.safetensors")
+    done = run(tmp_path, "show", ID)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "has no adapter_model.safetensors" in line
+
+
+@pytest.mark.parametrize("name", ["/a/b", "./a/b", "~/a/b", "a", "a/b/c", "a/b/", ".a/b", "a/.b", "a b/c"])
+def test_what_is_a_path_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_fetch", lambda asked: pytest.fail(f"{asked} was looked up"))
+    assert fetch.find_adapter(name) == Path(name).expanduser()
+
+
+def test_what_is_read_is_fetched() -> None:
+    assert {*READ_FILES, SETTINGS, f"{OTHERS}/*.jinja"} <= set(fetch.FETCHED)
+
+
+def test_a_missing_folder_is_no_adapter(tmp_path: Path) -> None:
+    from brushstroke import load
+
+    with pytest.raises(errors.AdapterFileError, match=r"there is no folder .*or a hub id \(owner/name\)"):
+        load(tmp_path / "nowhere")

@@ -1,0 +1,89 @@
+"""A trial before the first step names what cannot learn, and leaves no trace."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from brushstroke.adapter import LoraConfig
+from brushstroke.base import Base
+from brushstroke.training import TrainConfig, Training, plan
+from brushstroke.training.trial import unlearnt_sites
+from toys import tiny_gpt2, tiny_llama
+from training_kit import examples
+
+
+class Experts(nn.Module):
+    """Two experts, the second of which no token gets, and a projection whose output is detached."""
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.watcher, self.detach = nn.Linear(32, 32), detach
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        watched = self.watcher(x)
+        return self.experts[0](x) + (watched.detach() if self.detach else watched)
+
+
+def model(*, detach: bool = False, tower: bool = False) -> nn.Module:
+    made: Any = tiny_llama()
+    for layer in made.model.layers:
+        layer.mlp = Experts(detach)
+    if tower:
+        made.model.tower = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(3)])
+    return made
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, model])
+def test_where_everything_can_learn_nothing_is_said(make: Any) -> None:
+    with Training(make(), LoraConfig(rank=2)) as run:
+        assert unlearnt_sites(run) == ()
+
+
+def test_what_gets_no_gradient_is_named_once_for_all_layers() -> None:
+    with Training(model(detach=True), LoraConfig(rank=2)) as run:
+        (said,) = unlearnt_sites(run)
+    assert said.startswith("the model gives no gradient to model.layers.*.mlp.watcher (2): a step in which")
+
+
+def test_what_text_does_not_run_through_is_named() -> None:
+    with Training(model(tower=True), LoraConfig(rank=2)) as run:
+        (said,) = unlearnt_sites(run)
+    assert said.startswith("text does not run through model.tower.*.q_proj (3): they learn nothing")
+    with Training(model(tower=True), LoraConfig(rank=2, targets="self_attn.q_proj")) as run:
+        assert unlearnt_sites(run) == ()
+
+
+def test_the_plan_warns_of_both() -> None:
+    config = TrainConfig(max_steps=1)
+    made = plan(Base(model(detach=True, tower=True)), examples(), LoraConfig(rank=2), config)
+    said = "\n".join(made.warnings)
+    assert "mlp.watcher" in said
+    assert "tower.*.q_proj" in said
+    assert plan(Base(tiny_llama()), examples(), LoraConfig(rank=2), config).warnings == ()
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    states = []
+    for tried in (False, True):
+        with Training(tiny_llama(), LoraConfig(rank=2, dropout=0.2)) as run:
+            if tried:
+                unlearnt_sites(run)
+                assert run.steps == 0
+                assert all(p.grad is None for p in run.parameters)
+            for _ in range(2):
+                run.forward_backward(examples())
+                run.optim_step()
+            states.append([p.detach().clone() for p in run.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_loss_that_is_no_number_is_left_to_the_first_step() -> None:
+    broken: Any = tiny_llama()
+    with Training(broken, LoraConfig(rank=2)) as run:
+        with torch.no_grad():
+            broken.lm_head.weight.fill_(float("nan"))
+        assert unlearnt_sites(run) == ()
+        assert all(p.grad is None for p in run.parameters)
