@@ -132,7 +132,7 @@ def compare(
     second: Path,
     *,
     of: Literal["delta", "U", "V"] = "delta",
-    site: list[str] | None = None,
+    site: Annotated[list[str] | None, Parameter(negative=())] = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:

@@ -15,6 +15,7 @@ from brushstroke.errors import OutputError
 
 BASE = "base"
 COLUMNS = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
+WITHOUT = ("seconds", "rows", "valid json", "field f1")  # what a narrow terminal does without, in this order
 
 
 def evaluate(
@@ -81,7 +82,8 @@ def evaluate(
         emit_json(numbers if len(numbers) > 1 else next(iter(numbers.values())))
         return
     cells = [(name, *(_cell(getattr(one, column)) for column in COLUMNS)) for name, one in found.items()]
-    table(results(), ("", *(column.replace("_", " ") for column in COLUMNS)), cells)
+    heads = ("", *(column.replace("_", " ") for column in COLUMNS))
+    table(results(), heads, cells, leave_out=WITHOUT)
 
 
 def _refuse_out(out: Path, data: str, overwrite: bool) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from brushstroke.cli.console import emit_json, facts, results, share
+from brushstroke.cli.console import emit_json, facts, results, share, tell
 from brushstroke.cli.options import Dtype
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def merge(
 
 def _print(report: "ExportReport") -> None:
     console = results()
-    console.print(f"merged into {report.out}", style="bold", markup=False)
+    tell(console, f"merged into {report.out}", style="bold")
     drift = report.logit_drift
     facts(
         console,

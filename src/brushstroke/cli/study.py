@@ -8,11 +8,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from brushstroke.cli.console import emit, emit_json, people, say
+from brushstroke.cli.console import emit_json, lines, people, results, say, tell
 from brushstroke.cli.options import Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
@@ -75,7 +75,7 @@ class QuestionOptions:
     sets: str | None = None
     budget: Whole = None
     dimensions: str | None = None
-    no_whole: bool | None = None
+    no_whole: Annotated[bool | None, Parameter(negative=())] = None
     tiny: bool = False
     smollm2: bool = False
 
@@ -219,8 +219,10 @@ def study(
     if json:
         emit_json({**report.as_dict(), "command": command})
         return
+    console = results()
     for finding in report.findings:
-        emit(f"{finding.question}\n  {finding.answer}\n")
+        tell(console, finding.question)
+        tell(console, f"{finding.answer}\n", indent=2)
     say(f"{page} shows all of it")
 
 
@@ -378,10 +380,12 @@ class _Progress:
             f"seed {outcome.seed}: {loss}  {clock(event.seconds_left)} left"
         )
         if self._live is not None:
-            self._live.update(told)
+            from rich.text import Text
+
+            self._live.update(Text("\n".join(lines(self._console, told))))
         elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(told, markup=False)
+            tell(self._console, told)
 
     def __enter__(self) -> "_Progress":
         return self
