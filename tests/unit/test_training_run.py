@@ -200,7 +200,9 @@ def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> 
         bs.train(base(), examples(10), LORA, CONFIG, out=out, on_step=second)
 
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="holds files already"):  # it began before the other one wrote
+    with pytest.raises(
+        OutputError, match="holds a finished run of 6 steps"
+    ):  # it began before the other one wrote
         bs.train(base(), examples(4), LORA, CONFIG, out=out, on_plan=during_plan)
     same = "adapter_model.safetensors"
     assert (out / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
