@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from brushstroke.cli.console import emit_json, lines, people, results, say, tell
+from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
@@ -286,6 +287,7 @@ def _material(
     base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, dtype: str, device: str
 ) -> "Material":
     from brushstroke.base import load_base
+    from brushstroke.data import read_rows
     from brushstroke.studies import make_material
     from brushstroke.training import TrainConfig
 
@@ -301,13 +303,22 @@ def _material(
         if settings.learning_rates is None
         else _numbers("--learning-rates", settings.learning_rates, float)
     )
+    read = {
+        name: None if source is None else read_rows(source)
+        for name, source in (
+            ("data", data),
+            ("validation", files.validation),
+            ("test", files.test),
+            ("other", files.other),
+            ("general", files.general),
+        )
+    }
+    judge_data(
+        base, read.values(), prompt=files.prompt, completion=files.completion, max_length=files.max_length
+    )
     return make_material(
         load_base(base, dtype="float32" if dtype == "auto" else dtype, device=device),
-        data,
-        validation=files.validation,
-        test=files.test,
-        other=files.other,
-        general=files.general,
+        **read,
         config=config,
         learning_rates=rates,
         seeds=tuple(range(3 if settings.seeds is None else settings.seeds)),

@@ -1,6 +1,6 @@
 """`train` and `plan`.
 
-What can be judged without the base is judged before it is loaded.
+What can be judged without the weights of the base is judged before they are loaded.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
+from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import (
     RUN,
     AdapterOptions,
@@ -59,6 +60,7 @@ def train(
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")
+    request.judge(base)
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
     from brushstroke.training.interrupt import ignore_interrupts
@@ -113,6 +115,7 @@ def plan(
     """
     run, reading = run or RunOptions(), reading or DataOptions()
     request = _Request(data, adapter or AdapterOptions(), training, reading)
+    request.judge(base)
     loaded, why = _load(base, run)
     from brushstroke.training import plan as make_plan
 
@@ -153,6 +156,19 @@ class _Request:
             "prompt_column": reading.prompt,
             "completion_column": reading.completion,
         }
+
+    def judge(self, base: str) -> None:
+        """Refuse data that this base's tokenizer shows to be wrong; its weights are not loaded."""
+        start = self.arguments["start"]
+        judge_data(
+            base,
+            (self.arguments["data"], self.eval_rows),
+            prompt=self.arguments["prompt_column"],
+            completion=self.arguments["completion_column"],
+            max_length=self.config.max_length,
+            skip_too_long=self.config.skip_too_long,
+            chat_template=start.card.chat_template if start and start.card else None,
+        )
 
 
 def _load(base: str, run: RunOptions) -> tuple[Any, str]:
