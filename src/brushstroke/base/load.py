@@ -17,6 +17,7 @@ from torch import nn
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
 from brushstroke.base.told import model_dtype
+from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 from brushstroke.hub import hub_or_cache, is_cached
 
@@ -115,7 +116,9 @@ def load_base(
     quantised = bool(
         (source is not None and source.suffix == ".gguf") or getattr(model, "hf_quantizer", None)
     )
-    if tokenizer is not None and tokenizer.pad_token is None:
+    if source is None or source.suffix != ".gguf":  # to whose tokens transformers adds some of its own
+        warn_of_unknown_tokens(model, tokenizer, str(name))
+    if tokenizer is not None and not has_embedding(model, tokenizer.pad_token_id):
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
     if target != torch.device("cpu") and not getattr(model, "hf_quantizer", None):
