@@ -4,6 +4,7 @@ On a terminal what people read keeps within its width (see `layout`); elsewhere 
 It decides nothing about what is said.
 """
 
+import functools
 import json
 import os
 import sys
@@ -25,8 +26,9 @@ def replace_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
+@functools.cache
 def people() -> "Console":
-    """The console on stderr."""
+    """The console on stderr: one for all, so that a line may be printed while another is kept up to date."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -160,10 +162,14 @@ def share(part: float) -> str:
 
 @contextmanager
 def show_library_warnings() -> Iterator[None]:
-    """Within it our own warnings are one plain line each, and those of other packages are not shown."""
+    """Context manager: what our code warns of is one plain line each, whatever the class of the warning.
+
+    Other packages stay quiet: they warn whoever calls them, which is us, of what a user cannot change. An
+    exception is torch's word on a GPU that it cannot use, for which a run goes to the CPU.
+    """
 
     def show(message: Any, category: type[Warning], *_: Any) -> None:
-        if category.__module__.split(".")[0] == "brushstroke":
+        if _concerns_users(category.__module__) or _concerns_users(_who_warns()):
             warn(" ".join(str(message).split()))
 
     with warnings.catch_warnings():
@@ -171,3 +177,15 @@ def show_library_warnings() -> Iterator[None]:
             warnings.simplefilter("default")
         warnings.showwarning = show  # type: ignore[assignment]
         yield
+
+
+def _concerns_users(module: str) -> bool:
+    return any(module == ours or module.startswith(f"{ours}.") for ours in ("brushstroke", "torch.cuda"))
+
+
+def _who_warns() -> str:
+    """The module whose code calls `warnings.warn`; with a `stacklevel` the file in the warning is another."""
+    frame = sys._getframe(2)  # that which called our function for showing
+    while frame.f_back is not None and frame.f_globals.get("__name__") in ("warnings", "_py_warnings"):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__"))
