@@ -86,7 +86,7 @@ def test_what_no_run_of_ours_left_is_refused_with_either_flag(
     if flag == "resume" and "run.json" in files and "settings" in files["run.json"]:
         (tmp_path / "adapter_model.safetensors").unlink()  # a finished run is not begun again
         files = contents(tmp_path)
-    with pytest.raises(OutputError, match=r"is not of a run|--overwrite"):
+    with pytest.raises(OutputError, match=r"was not written by brushstroke|--overwrite"):
         RunFolder(tmp_path, **{flag: True}).open(0)  # type: ignore[arg-type]
     assert contents(tmp_path) == files
 

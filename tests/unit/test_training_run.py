@@ -167,7 +167,7 @@ def test_files_of_another_program_are_never_replaced(
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
     for flag in ("overwrite", "resume"):
-        with pytest.raises(OutputError, match=rf"{name} is not of a run|--overwrite"):
+        with pytest.raises(OutputError, match=rf"{name} was not written by brushstroke|--overwrite"):
             bs.train(base(), examples(4), LORA, CONFIG, out=tmp_path, **{flag: True})  # type: ignore[arg-type]
     assert {(tmp_path / path).read_text() for path in (name, *beside)} == {content}
     assert not (tmp_path / "adapter_model.safetensors").exists()
@@ -182,7 +182,7 @@ def test_files_that_appear_while_a_run_begins_stay(tmp_path: Path, flags: dict[s
         for name, text in mine.items():
             (out / name).write_text(text)
 
-    with pytest.raises(OutputError, match=r"--overwrite|is not of a run"):
+    with pytest.raises(OutputError, match=r"--overwrite|was not written by brushstroke"):
         bs.train(base(), examples(4), LORA, CONFIG, out=out, on_plan=appear, **flags)  # type: ignore[arg-type]
     assert {path.name: path.read_text() for path in out.iterdir()} == mine
 

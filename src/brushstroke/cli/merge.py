@@ -30,9 +30,9 @@ def merge(
         adapter: The adapter's folder.
         out: The folder to write.
         overwrite: Replace what an earlier merge wrote there; files of other names stay.
-        allow_different_base: Merge although the adapter belongs to another base.
-        dtype: Of the merged weights; auto is the one that the base is stored in. Another loads the base.
-        verify: Compare the merged model with the adapted one [default: where it needs little memory].
+        allow_different_base: Merge even if the adapter was trained on another base.
+        dtype: Dtype of the merged weights; auto keeps that of the files, another loads the whole base.
+        verify: Compare the merged model with the adapted one [default: if that needs little memory].
         json: Print JSON on stdout.
     """
     from brushstroke.files import refuse_existing

@@ -155,7 +155,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         refuse_existing(folder, overwrite)
     if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES) if (folder / name).exists()]:
         raise OutputError(
-            f"{folder} holds {', '.join(found)} without a {STUDY}, so that nobody knows whose they are; move "
+            f"{folder} holds {', '.join(found)} without a {STUDY}, and cannot be resumed or replaced; move "
             "them away, or choose another folder"
         )
 
