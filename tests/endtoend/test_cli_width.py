@@ -32,6 +32,8 @@ for words in json.loads(sys.argv[1]):
     print(f"<<{words[0]}", flush=True)
     print(f">>{main(words)}", flush=True)
 """
+TYPED = b"/quit\n"  # chat reads it
+ASKS = "one>"  # chat on a terminal, before it reads
 NUMBER = re.compile(r"\d[\d.,:]*(e[+-]?\d+)?")
 MARKS = re.compile(r"[━╸╺│╭╮╰╯─⟦⟧]")
 CUT_NAME = re.compile(r"[\w.]+…[\w.]+")
@@ -45,6 +47,8 @@ NEEDED = {
     "intruders": ("site", "σ", "verdict"),
     "plan": ("base", "targets", "memory", "learning rate", "stop tokens"),
     "data": ("rows", "tokens", "stop token", "lengths"),
+    "generate": ("loading",),
+    "chat": ("one speaks;", "/use NAME, /base, /reset, /quit"),
     "merge": ("survived", "logit drift"),
     "train": ("done:", "mean loss", "the adapter is in", "evaluation after step 2"),
     "study": ("What rank is enough", "The lowest test loss"),
@@ -121,6 +125,8 @@ def commands(tiny, adapters, tmp_path_factory):
             "train": (*train, "--eval", data, "--eval-every", 2),
             "again": train,
             "evaluate": ("evaluate", tiny, data, *PLAIN, "--adapter", one, "--max-new-tokens", 2),
+            "generate": ("generate", tiny, "Split 1 Oak St", *PLAIN, "--adapter", one, "--max-new-tokens", 1),
+            "chat": ("chat", tiny, *PLAIN, "--adapter", one),
             "show": ("show", one),
             "merge": ("merge", tiny, one, "--out", out / "m"),
             "spectrum": ("spectrum", one, "--base", tiny),
@@ -140,10 +146,13 @@ def run(words: list, width: int | None) -> str:
     settings = {**ENVIRONMENT, "TERM": "xterm-256color", "TOKENIZERS_PARALLELISM": "false"}
     settings.pop("COLUMNS", None)
     if width is None:
-        done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, env=settings, input=TYPED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         return done.stdout.decode()
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    os.write(ours, TYPED)
     read: list[bytes] = []
 
     def drain() -> None:
@@ -191,7 +200,7 @@ def vocabulary(text: str) -> set[str]:
 def known_words(name: str, texts: dict[int | None, dict[str, str]]) -> set[str]:
     """Those that a command writes where nothing is cut, and the parts between the dots of a head."""
     words = vocabulary(texts[None][name] if name != "help" else "\n".join(Screen(texts[200][name]).lines))
-    return words | {part for word in words for part in re.split(r"(?<=[a-z]\.)", word)}
+    return words | {part for word in words for part in re.split(r"(?<=[a-z]\.)", word)} | {ASKS}
 
 
 def zeros(line: str) -> str:
