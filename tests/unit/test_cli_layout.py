@@ -47,6 +47,11 @@ def test_a_wide_terminal_has_the_table_as_it_is():
     assert (block.heads, block.rows, gone) == (COLUMNS, ROWS, [])
 
 
+def test_a_table_without_rows_has_its_heads():
+    (block,), gone = arrange(["site", "norm"], [], 80, ["norm"])
+    assert (block.heads, block.rows, gone) == (["site", "norm"], [], [])
+
+
 def test_columns_go_in_the_order_that_is_stated_and_in_groups():
     order = [("rank", "norm"), "d×h", "99 %"]
     told = [tuple(arrange(COLUMNS, ROWS, width, order)[1]) for width in range(100, 20, -1)]
@@ -106,8 +111,8 @@ def test_parts_that_do_not_fit_are_left_out_in_order():
 GOLDEN = """
   site                    norm   left chance
  ────────────────────────────────────────────
-  mode…elf_attn.q_proj     1.5         0.167
-  mode…0.mlp.down_proj   0.001         0.250
+  mod…self_attn.q_proj     1.5         0.167
+  mod….0.mlp.down_proj   0.001         0.250
 
   left out for the width: d×h; --json has all
 """

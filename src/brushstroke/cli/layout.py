@@ -4,6 +4,7 @@ It prints nothing, and never cuts a number.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 
 GAP, EDGES = 3, 4  # cells between two columns of a table, and beside them
 LEAST_NAME = 20  # cells of a name that is cut
-HEAD_SHARE = 4  # of a name that is cut, one part in so many is its beginning: its end says more
+HEAD_SHARE = 5  # of a name that is cut, one part in so many is its beginning: its end says more
 _WORD = re.compile(r"\S+\s*|^\s+")
 _PART_OF_HEAD = re.compile(r".+?(?:[ .](?=\w)|$)")  # "90 %" is one, "self_attn.q_proj" two
 
@@ -62,7 +63,7 @@ def shorten(name: str, width: int) -> str:
     """A name of at most `width` cells: what is too much goes from its middle.
 
     >>> shorten("model.layers.0.self_attn.q_proj", 25)
-    'model.…0.self_attn.q_proj'
+    'mode…s.0.self_attn.q_proj'
     """
     if cell_len(name) <= width:
         return name
@@ -174,4 +175,6 @@ def _widest(lines: str) -> int:
 def _least_name(names: set[str], most: int) -> int:
     """The fewest cells in which names that differ still differ, where that is less than `most`."""
     widths = range(min(LEAST_NAME, most), most)
-    return next((w for w in widths if len({shorten(name, w) for name in names}) == len(names)), most)
+    return widths.start + bisect_left(
+        widths, True, key=lambda width: len({shorten(name, width) for name in names}) == len(names)
+    )
