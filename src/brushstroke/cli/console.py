@@ -8,15 +8,19 @@ import functools
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 
 from brushstroke.cli.layout import Block, Group, arrange, hang, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_MACHINERY = {"warnings", "_py_warnings"}  # the modules of Python's own `warn`
 
 
 def replace_closed_streams() -> None:
@@ -185,7 +189,7 @@ def _concerns_users(module: str) -> bool:
 
 def _who_warns() -> str:
     """The module whose code calls `warnings.warn`; with a `stacklevel` the file in the warning is another."""
-    frame = sys._getframe(2)  # that which called our function for showing
-    while frame.f_back is not None and frame.f_globals.get("__name__") in ("warnings", "_py_warnings"):
-        frame = frame.f_back
-    return str(frame.f_globals.get("__name__"))
+    frames = traceback.walk_stack(sys._getframe())
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    shown = dropwhile(lambda name: name not in _MACHINERY, names)  # what shows it comes first
+    return next(dropwhile(_MACHINERY.__contains__, shown), "")
