@@ -23,7 +23,11 @@ BrushstrokeError
 
 import difflib
 import importlib
+import re
+import shlex
+import sys
 from collections.abc import Iterable
+from importlib import metadata
 from types import ModuleType
 
 
@@ -96,18 +100,28 @@ class MissingPackageError(BrushstrokeError, ImportError):
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it.
+    """Import an optional package, or say how to install what an extra of ours names.
 
     Raises:
-        MissingPackageError: the package is not installed.
+        MissingPackageError: the package is not installed, or does not work.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails ({error})"
         raise MissingPackageError(
-            f"this needs the package {module!r}, which is not installed; "
-            f"run: pip install 'brushstroke[{extra}]'"
+            f"this needs the package {module!r}, which {what}; run: {_install_command(extra)}"
         ) from error
+
+
+def _install_command(extra: str) -> str:
+    """For this very environment, wherever brushstroke was installed from: the packages themselves."""
+    marker = re.compile(rf"""(.+?)\s*;\s*extra\s*==\s*['"]{extra}['"]""")
+    try:
+        named = [found[1] for line in metadata.requires("brushstroke") or () if (found := marker.match(line))]
+    except metadata.PackageNotFoundError:  # run from its sources
+        named = []
+    return shlex.join([sys.executable or "python", "-m", "pip", "install", *(named or ["-e", f".[{extra}]"])])
 
 
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.6) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from brushstroke.errors import AdapterFileError
+from brushstroke.hub import hub_or_cache
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 PICKLE = "adapter_model.bin"
@@ -38,7 +39,7 @@ def _fetch(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     failure: Exception | None = None
-    with _quiet():
+    with _quiet(), hub_or_cache():
         try:
             listed = HfApi().model_info(name, timeout=PATIENCE).siblings
         except Exception as error:  # no network, none wanted, or no such model: the cache may have it

@@ -219,7 +219,7 @@ def test_a_page_of_the_users_own_is_not_replaced(cli, tiny, train_rows, tmp_path
     (tmp_path / "out" / "README.md").write_text("mine")
     done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1", flag)
     assert done.status == 1
-    assert "README.md is not of a run" in done.error
+    assert "README.md was not written by brushstroke" in done.error
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 

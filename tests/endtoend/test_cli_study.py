@@ -208,7 +208,7 @@ def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, 
     again = cli(*words, "--no-whole", "--workers", "2", "--budget-minutes", "60")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")} == before
-    assert "goes on with the plan that the study began with" in again.err
+    assert "goes on with the plan that it began with" in again.err
     other = cli(*words)  # with the arm that trains W itself
     assert other.status == 1
     assert "holds another study (arms:" in other.error

@@ -179,9 +179,19 @@ def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(cli, tiny, train_rows
     kept = out / "checkpoints" / f"step-{steps:08d}"
     assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; go on with --resume"
     assert kept.is_dir()
+    before = {name: (out / name).read_bytes() for name in files_in(out)}
+    same = cli("train", tiny, train_rows, "--out", out, *LONG_RUN)
+    assert same.status == 1
+    assert f"go on from its checkpoint of step {steps} with --resume" in same.error
+    assert same.error.index("--resume") < same.error.index("--overwrite")
+    assert "loading" not in same.err
+    assert {name: (out / name).read_bytes() for name in files_in(out)} == before
     again = cli("train", tiny, train_rows, "--out", out, *LONG_RUN, "--resume")
     assert again.status == 0, again.err
     assert_same_run(out, whole_run)
+    finished = cli("train", tiny, train_rows, "--out", out, *LONG_RUN)
+    assert "holds a finished run of 120 steps" in finished.error
+    assert "--resume" not in finished.error
 
 
 def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):

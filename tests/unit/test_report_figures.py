@@ -46,7 +46,7 @@ def test_a_figure_goes_into_a_page():
 
 def test_without_the_extra_the_message_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
-    with pytest.raises(MissingPackageError, match=r"brushstroke\[report\]"):
+    with pytest.raises(MissingPackageError, match=r"-m pip install 'altair>=.*' 'vl-convert-python>="):
         curves({"one": [(0, 1)]}, x="x", y="y")
 
 

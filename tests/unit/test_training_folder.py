@@ -86,7 +86,7 @@ def test_what_no_run_of_ours_left_is_refused_with_either_flag(
     if flag == "resume" and "run.json" in files and "settings" in files["run.json"]:
         (tmp_path / "adapter_model.safetensors").unlink()  # a finished run is not begun again
         files = contents(tmp_path)
-    with pytest.raises(OutputError, match=r"is not of a run|--overwrite"):
+    with pytest.raises(OutputError, match=r"was not written by brushstroke|--overwrite"):
         RunFolder(tmp_path, **{flag: True}).open(0)  # type: ignore[arg-type]
     assert contents(tmp_path) == files
 
@@ -288,3 +288,55 @@ def test_an_adapter_whose_replacement_was_killed_is_put_back_and_not_overlooked(
     with pytest.raises(OutputError, match="holds files already"):
         RunFolder(tmp_path)
     assert contents(tmp_path) == {"adapter_model.safetensors": "whole"}
+
+
+UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswith(("metrics", STEP, BEST))}
+
+
+@pytest.mark.parametrize(
+    ("files", "first", "then", "lost"),
+    [
+        (
+            UNFINISHED | {"checkpoints/step-00000010/state.json": state(10)},
+            "go on from its checkpoint of step 10 with --resume",
+            "choose another folder",
+            "--overwrite (overwrite=True), which removes its checkpoints and metrics",
+        ),
+        (
+            {"checkpoints/.partial-step-00000004-before/state.json": state(4), "metrics.jsonl": METRIC},
+            "go on from its checkpoint of step 4 with --resume",
+            "choose another folder",
+            "--overwrite",
+        ),
+        (
+            {"metrics.jsonl": METRIC},
+            "stopped before its first checkpoint",
+            "choose another folder",
+            "--overwrite (overwrite=True), which removes its metrics",
+        ),
+        (
+            RUN_OF_OURS,
+            "holds a finished run of 4 steps",
+            "choose another folder",
+            "--overwrite (overwrite=True), which removes its adapter, checkpoints and metrics",
+        ),
+        (RUN_OF_OURS | {"run.json": ""}, "holds a finished run;", "choose another folder", "--overwrite"),
+    ],
+    ids=["unfinished", "killed while a checkpoint was replaced", "no checkpoint", "finished", "damaged"],
+)
+def test_a_command_given_again_is_told_what_is_there_and_the_safe_way_first(
+    tmp_path: Path, files: dict[str, str], first: str, then: str, lost: str
+) -> None:
+    write(tmp_path, files)
+    with pytest.raises(OutputError) as refused:
+        RunFolder(tmp_path)
+    said = str(refused.value)
+    assert said.index(first) < said.index(then) < said.index(lost)
+    assert contents(tmp_path) == files
+
+
+def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
+    for files in ({"notes.txt": "mine"}, {"metrics.jsonl": "a,b"}, {f"{STEP}/state.json": '{"epoch": 3}'}):
+        write(tmp_path, files)
+        with pytest.raises(OutputError, match="holds files already"):
+            RunFolder(tmp_path)

@@ -5,6 +5,12 @@ from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_ca
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
 from brushstroke.base.moving import forget_longest, moving_from, unmoved
 from brushstroke.base.told import context_length, learnt_positions, model_dtype
+from brushstroke.base.vocabulary import (
+    VocabularyWarning,
+    embedding_rows,
+    has_embedding,
+    refuse_unknown_tokens,
+)
 from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
 
 __all__ = [
@@ -13,10 +19,13 @@ __all__ = [
     "FolderWeights",
     "ModelWeights",
     "RowCache",
+    "VocabularyWarning",
     "choose_device",
     "choose_dtype",
     "context_length",
+    "embedding_rows",
     "forget_longest",
+    "has_embedding",
     "learnt_positions",
     "limit_kernel_caches",
     "load_base",
@@ -25,6 +34,7 @@ __all__ = [
     "moving_from",
     "open_base",
     "quiet_transformers",
+    "refuse_unknown_tokens",
     "require_base",
     "row_cache",
     "total_memory",

@@ -17,7 +17,9 @@ from torch import nn
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
 from brushstroke.base.told import model_dtype
+from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
+from brushstroke.hub import hub_or_cache, is_cached
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -100,7 +102,7 @@ def load_base(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are refused below, by name
     }
-    with quiet_transformers():
+    with _hub_if_needed(str(name), source, revision), quiet_transformers():
         try:
             if source is not None and source.suffix == ".gguf":
                 model, report, tokenizer = load_gguf(source, **options)
@@ -114,7 +116,9 @@ def load_base(
     quantised = bool(
         (source is not None and source.suffix == ".gguf") or getattr(model, "hf_quantizer", None)
     )
-    if tokenizer is not None and tokenizer.pad_token is None:
+    if source is None or source.suffix != ".gguf":  # to whose tokens transformers adds some of its own
+        warn_of_unknown_tokens(model, tokenizer, str(name))
+    if tokenizer is not None and not has_embedding(model, tokenizer.pad_token_id):
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
     if target != torch.device("cpu") and not getattr(model, "hf_quantizer", None):
@@ -135,15 +139,15 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[An
         BaseLoadError: there is no such base, or it is damaged.
         MissingPackageError: a GGUF file without the gguf extra.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     source = _locate(str(name))
     where = {"pretrained_model_name_or_path": str(source or name), "revision": revision or "main"}
-    with quiet_transformers():
+    with _hub_if_needed(str(name), source, revision), quiet_transformers():
         try:
             if source is not None and source.suffix == ".gguf":
                 tokenizer, config = load_gguf_tokenizer(source)
             else:
+                from transformers import AutoConfig, AutoTokenizer
+
                 config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
                 tokenizer = (
                     AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
@@ -179,6 +183,25 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
+
+
+@contextmanager
+def _hub_if_needed(name: str, source: Path | None, revision: str | None) -> Iterator[None]:
+    """Context manager: a hub id is read from the cache where the hub cannot be reached.
+
+    Raises:
+        BaseLoadError: it is not there either; said before transformers is imported, and tries for a minute.
+    """
+    if source is not None:
+        yield
+        return
+    with hub_or_cache() as unreachable:
+        if unreachable and not is_cached(name, revision):
+            raise BaseLoadError(
+                f"there is no folder {name!r}, the cache of the Hugging Face hub has no such model, and the "
+                f"hub cannot be reached ({unreachable}); check the spelling and the network"
+            )
+        yield
 
 
 def _locate(name: str) -> Path | None:

@@ -16,6 +16,7 @@ from brushstroke.adapter import Site, is_conv1d
 from brushstroke.base.load import Base, load_base, quiet_transformers
 from brushstroke.errors import BaseLoadError, did_you_mean
 from brushstroke.files import read_json
+from brushstroke.hub import hub_or_cache
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -192,7 +193,7 @@ def _snapshot(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), hub_or_cache():
             return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", _INDEX]))
     except Exception:
         return None

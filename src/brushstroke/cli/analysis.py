@@ -39,9 +39,9 @@ class AgainstBase:
     """How an adapter is measured against its base.
 
     Args:
-        seed: Of the random directions and starts.
-        dense_limit: Decompose weights whole whose smaller side is at most this [default: 1536].
-        allow_different_base: Measure although the adapter belongs to another base.
+        seed: Seed of the random directions.
+        dense_limit: Decompose weights in full if their smaller side is at most this [default: 1536].
+        allow_different_base: Measure even if the adapter was trained on another base.
     """
 
     seed: Count = 0
@@ -75,8 +75,8 @@ def spectrum(
         truncate: Write the (one) adapter here, cut to the ranks of --energy or --budget.
         energy: Share of the energy to keep at every site when truncating [default: 0.99].
         budget: Parameters to keep in total when truncating, spread over the sites so that least is lost.
-        overwrite: Replace what --truncate's folder holds.
-        allow_different_base: Measure against the base although it is another one.
+        overwrite: Replace the adapter in --truncate's folder.
+        allow_different_base: Measure even if the adapter was trained on another base.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -133,7 +133,7 @@ def compare(
     second: Path,
     *,
     of: Literal["delta", "U", "V"] = "delta",
-    site: list[str] | None = None,
+    site: Annotated[list[str] | None, Parameter(negative=())] = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -217,8 +217,8 @@ def intruders(
         top: How many directions to judge at each site.
         threshold: The largest |cosine| with a singular vector of the base that an intruder may have.
         repair: Write the adapter here with its intruders scaled down.
-        scale: What remains of an intruder in the repair [default: 0.75].
-        overwrite: Replace what --repair's folder holds.
+        scale: The factor by which the repair scales an intruder [default: 0.75].
+        overwrite: Replace the adapter in --repair's folder.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """

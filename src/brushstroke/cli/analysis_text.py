@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from brushstroke.cli.console import facts, results, share, table
+from brushstroke.cli.console import facts, results, share, table, tell
 
 SAME_START = (
     "both grew from one random U (the same seed): left φ shows that start; read right φ and the cosine"
@@ -15,6 +15,19 @@ SAME_START = (
 
 if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Spectrum, Truncation
+
+# What a narrow terminal does without: the least important column, or group of columns, first.
+WITHOUT = {
+    "spectrum": ("d×h", "90 %", "σ₁", "stable", "‖ΔW‖/‖W‖", "effective"),
+    "overlap": (
+        ("left weighted", "right weighted"),
+        "ranks",
+        ("left z", "right z"),
+        ("left chance", "right chance"),
+    ),
+    "relation": ("residual", "sampled", "r", "‖·‖ random", "‖·‖ W", "‖·‖ ΔW", "‖W‖", "‖ΔW‖", "at random"),
+    "intruders": ("outside", ("cosine ≥", "cosine ≤")),
+}
 
 Measure = Literal["rank99", "rank90", "stable", "effective", "norm", "relative"]
 MEASURES: dict[str, Callable[[Any], Any]] = {
@@ -32,9 +45,9 @@ def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
     from brushstroke.analysis.listing import spectrum_listing
 
     console = results()
-    table(console, *spectrum_listing(found))
+    table(console, *spectrum_listing(found), leave_out=WITHOUT["spectrum"])
     _print_map(found, measure)
-    console.print(name, style="bold", markup=False)
+    tell(console, name, style="bold")
     used = found.advised_rank()
     widest = max(row.rank for row in found.values())
     facts(
@@ -91,8 +104,8 @@ def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
     from brushstroke.analysis.listing import overlap_listing
 
     console = results()
-    table(console, *overlap_listing(found))
-    console.print(f"{names[0]} and {names[1]}", style="bold", markup=False)
+    table(console, *overlap_listing(found), leave_out=WITHOUT["overlap"])
+    tell(console, f"{names[0]} and {names[1]}", style="bold")
     unmatched = found.unmatched
     facts(
         console,
@@ -116,9 +129,9 @@ def print_relation(name: str, found: "Relation") -> None:
     from brushstroke.analysis.listing import number, relation_listing
 
     console = results()
-    table(console, *relation_listing(found))
+    table(console, *relation_listing(found), leave_out=WITHOUT["relation"])
     told = found.totals()
-    console.print(name, style="bold", markup=False)
+    tell(console, name, style="bold")
     deciles = mean_deciles(found)
     whole, ratio = number(told["amplification"]), number(told["ratio_to_chance"])
     facts(
@@ -145,8 +158,8 @@ def print_intruders(name: str, found: "Intruders", repaired: Path | None) -> Non
     console = results()
     listing = intruder_listing(found)
     if listing.rows:
-        table(console, *listing)
-    console.print(name, style="bold", markup=False)
+        table(console, *listing, leave_out=WITHOUT["intruders"])
+    tell(console, name, style="bold")
     judged = found.totals()["directions"]
     covered = max((row.covered_from for row in found.values()), default=0.0)
     facts(

@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError
 import brushstroke
 from brushstroke.cli.configfile import apply_config_file
 from brushstroke.cli.console import fail, replace_closed_streams, say, show_library_warnings
+from brushstroke.cli.help import HelpFormatter
 from brushstroke.cli.interrupt import INTERRUPTED, Interrupts
 from brushstroke.cli.values import refuse_empty
 from brushstroke.errors import BrushstrokeError, ConfigError
@@ -92,6 +93,7 @@ def build() -> App:
         help="Low-rank adaptation of any PyTorch network: adapt, train, switch, merge.",
         version=brushstroke.__version__,
         help_format="plaintext",
+        help_formatter=HelpFormatter(),
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )

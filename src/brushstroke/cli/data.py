@@ -48,9 +48,10 @@ def data(
     """
     if rows is not None and rows < 0:
         raise ConfigError(f"--rows must not be negative; got {rows}")
-    from brushstroke.data import ChatFormat, encode, find_template, read_rows
+    from brushstroke.data import ChatFormat, encode, find_columns, find_template, read_rows
 
     read, template = read_rows(data), find_template(chat_template)
+    find_columns(read, prompt, completion)
     from brushstroke.base import load_tokenizer
 
     tokenizer, context = load_tokenizer(base)

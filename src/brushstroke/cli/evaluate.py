@@ -9,12 +9,14 @@ from typing import Any
 
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
+from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
 
 BASE = "base"
 COLUMNS = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
+WITHOUT = ("seconds", "rows", "valid json", "field f1")  # what a narrow terminal does without, in this order
 
 
 def evaluate(
@@ -55,9 +57,10 @@ def evaluate(
         date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
     """
     declared = read_tools(tools)
-    from brushstroke.data import read_rows
+    from brushstroke.data import find_columns, find_template, read_rows
 
-    rows = read_rows(data)
+    rows, template = read_rows(data), find_template(chat_template)
+    find_columns(rows, prompt, completion)
     if out is not None:
         _refuse_out(out.expanduser(), data, overwrite)
     adapters: dict[str, Any] = dict(load_adapters(adapter)) or {BASE: None}
@@ -67,6 +70,16 @@ def evaluate(
 
     Sampling(**options)
     run = run or BaseOptions()
+    judge_data(
+        base,
+        [rows],
+        prompt=prompt,
+        completion=completion,
+        max_length=max_length,
+        chat_template=template
+        or next((a.card.chat_template for a in adapters.values() if a and a.card), None),
+        tools=declared,
+    )
     loaded = load(base, run)
     with _Progress() as progress:
         found = evaluate_all(
@@ -79,7 +92,7 @@ def evaluate(
             completion_column=completion,
             max_length=max_length,
             tools=declared,
-            chat_template=chat_template,
+            chat_template=template,
             date=date,
             allow_different_base=run.allow_different_base,
             **options,
@@ -91,7 +104,8 @@ def evaluate(
         emit_json(numbers if len(numbers) > 1 else next(iter(numbers.values())))
         return
     cells = [(name, *(_cell(getattr(one, column)) for column in COLUMNS)) for name, one in found.items()]
-    table(results(), ("", *(column.replace("_", " ") for column in COLUMNS)), cells)
+    heads = ("", *(column.replace("_", " ") for column in COLUMNS))
+    table(results(), heads, cells, leave_out=WITHOUT)
 
 
 def _refuse_out(out: Path, data: str, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load_adapter
-from brushstroke.cli.console import emit_json, facts, results, share
+from brushstroke.cli.console import emit_json, facts, results, share, tell
 from brushstroke.cli.options import Dtype
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def merge(
         adapter: The adapter's folder, or its hub id.
         out: The folder to write.
         overwrite: Replace what an earlier merge wrote there; files of other names stay.
-        allow_different_base: Merge although the adapter belongs to another base.
-        dtype: Of the merged weights; auto is the one that the base is stored in. Another loads the base.
-        verify: Compare the merged model with the adapted one [default: where it needs little memory].
+        allow_different_base: Merge even if the adapter was trained on another base.
+        dtype: Dtype of the merged weights; auto keeps that of the files, another loads the whole base.
+        verify: Compare the merged model with the adapted one [default: if that needs little memory].
         json: Print JSON on stdout.
     """
     from brushstroke.files import refuse_existing
@@ -59,7 +59,7 @@ def merge(
 
 def _print(report: "ExportReport") -> None:
     console = results()
-    console.print(f"merged into {report.out}", style="bold", markup=False)
+    tell(console, f"merged into {report.out}", style="bold")
     drift = report.logit_drift
     facts(
         console,

@@ -36,12 +36,12 @@ class AdapterOptions:
         rank: Rank r of every site [default: 8].
         alpha: Numerator of the scale [default: 16].
         scale_rule: The scale: alpha/rank, or alpha/√rank (rslora) [default: standard].
-        targets: Names, suffixes, regular expressions, all-linear, attention or mlp; several with commas
-            [default: all-linear].
-        rank_pattern: Another rank for single patterns: PATTERN=VALUE, separated by commas.
-        alpha_pattern: Another alpha for single patterns: PATTERN=VALUE, separated by commas.
-        dropout: Probability on the input of the low-rank path [default: 0].
-        start: Go on from this adapter (a folder or a hub id), instead of a new one.
+        targets: Modules to adapt, by name, suffix or regular expression, or all-linear, attention or mlp;
+            separated by commas [default: all-linear].
+        rank_pattern: A different rank for some targets: PATTERN=VALUE, separated by commas.
+        alpha_pattern: A different alpha for some targets: PATTERN=VALUE, separated by commas.
+        dropout: Dropout probability on the input of the low-rank path [default: 0].
+        start: Go on training this adapter (a folder or a hub id) instead of a new one.
     """
 
     rank: Whole = None
@@ -87,23 +87,24 @@ class TrainingOptions:
 
     Args:
         epochs: Passes over the data [default: 3].
-        max_steps: Optimiser steps, in place of the epochs.
-        learning_rate: Of AdamW; by default a rule on the width of the model, which the plan shows.
-        schedule: After the warm-up, to zero over the run, or constant [default: linear].
-        warmup: Steps of linear warm-up, or a share of the run where it is below 1 [default: 0].
-        weight_decay: Of AdamW, on the factors [default: 0].
-        clip: Largest norm of the whole gradient; 0 does not clip [default: 1].
-        batch_size: Examples in an optimiser step; what is learnt depends on it [default: 8].
-        micro_tokens: Computed tokens in one pass, or auto; for memory and speed only [default: auto].
-        memory: low keeps less of a pass and makes it again; auto is fast where that fits [default: auto].
+        max_steps: Optimiser steps, instead of the epochs.
+        learning_rate: Learning rate of AdamW [default: by the width of the model; plan shows it].
+        schedule: Learning rate after the warm-up: to zero over the run, or constant [default: linear].
+        warmup: Steps of linear warm-up, or a fraction of the run if it is below 1 [default: 0].
+        weight_decay: Weight decay of AdamW on the factors [default: 0].
+        clip: Largest norm of the whole gradient; 0 turns clipping off [default: 1].
+        batch_size: Examples per optimiser step [default: 8].
+        micro_tokens: Tokens computed in one pass, or auto; changes memory and speed only [default: auto].
+        memory: low keeps fewer activations and recomputes them; auto is fast if that fits [default: auto].
         gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
-        torch_compile: On a GPU, compile what lies between the products; for large models and long runs.
-        share_prefixes: Compute what examples of a step begin with in common once
+        torch_compile: On a GPU, compile the operations between matrix products; for large models and long
+            runs.
+        share_prefixes: Compute the beginning that examples of a step share only once
             [default: unless dropout is on].
         eval_every: Steps between evaluations [default: once an epoch].
         keep_best: Keep the adapter with the lowest evaluation loss, not the last one.
         checkpoint_every: Optimiser steps between checkpoints; the last two are kept [default: 100].
-        seed: Of the starting factors, the order of the data and dropout [default: 0].
+        seed: Seed of the first factors, the order of the data and dropout [default: 0].
     """
 
     epochs: float | None = None
@@ -157,9 +158,9 @@ class BaseOptions:
     """How the base is loaded, and what is printed.
 
     Args:
-        dtype: Of the frozen base; auto is bfloat16 where the machine multiplies it natively.
-        device: Where to run.
-        allow_different_base: Use adapters although they belong to another base.
+        dtype: Dtype of the frozen base; auto is bfloat16 where the hardware multiplies it natively.
+        device: The device to run on.
+        allow_different_base: Use adapters even if they were trained on another base.
         json: Print JSON on stdout, for programs.
     """
 

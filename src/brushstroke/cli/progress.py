@@ -8,7 +8,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from brushstroke.cli.console import people, size
+from brushstroke.cli.console import people, room, size, tell
+from brushstroke.cli.layout import fit
 
 if TYPE_CHECKING:
     from brushstroke.training.plan import Plan
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 10.0  # between two plain lines
 WINDOW_SECONDS = 60.0  # of steps that the speed is taken from
+LEAST_BAR = 4  # cells
+WITHOUT = ("peak", "speed")  # what the live line of a narrow terminal does without, in this order
 
 
 class TimeLeft:
@@ -107,12 +110,11 @@ class TrainProgress:
         self._recent.append((seconds, event.real_tokens))
         if self._left is not None:
             self._left.step(seconds, event.computed_tokens)
-        told = self._told(event)
         if self._live is not None:
-            self._live.update(self._task, completed=event.step, told=told)
+            self._live.update(self._task, completed=event.step, told=self._told(event))
         elif event.step == event.steps or self.steps_done == 1 or now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            self._console.print(f"step {event.step}/{event.steps}  {told}", markup=False)
+            tell(self._console, f"step {event.step}/{event.steps}  {self._told(event)}")
 
     def evaluation(self, event: "EvalEvent") -> None:
         """One evaluation."""
@@ -120,7 +122,7 @@ class TrainProgress:
         if self._left is not None:
             self._left.evaluation(event.seconds)
         best = "  (best)" if event.best else ""
-        self._console.print(f"evaluation after step {event.step}: loss {event.loss:.4f}{best}", markup=False)
+        tell(self._console, f"evaluation after step {event.step}: loss {event.loss:.4f}{best}")
 
     def __enter__(self) -> "TrainProgress":
         return self
@@ -133,9 +135,17 @@ class TrainProgress:
         seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True))
         speed = tokens / seconds if seconds else 0.0
         left = clock(self._left.seconds if self._left is not None else None)
-        return (
-            f"loss {event.loss:.4f}  {speed:,.0f} tokens/s  {left} left  peak {size(event.peak_memory_bytes)}"
-        )
+        parts = [
+            ("loss", f"loss {event.loss:.4f}"),
+            ("speed", f"{speed:,.0f} tokens/s"),
+            ("left", f"{left} left"),
+            ("peak", f"peak {size(event.peak_memory_bytes)}"),
+        ]
+        width = room(self._console)
+        if width is None:
+            return "  ".join(text for _, text in parts)
+        used = len(f"step {event.steps}/{event.steps}  ") + LEAST_BAR
+        return fit(parts, width - used, WITHOUT)
 
 
 def _live(console: Any) -> Any:

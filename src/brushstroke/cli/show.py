@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
 
 COLUMNS = ("site", "d×h", "rank", "scale", "norm", "sigma 1")
+WITHOUT = ("scale", "d×h", "sigma 1")  # what a narrow terminal does without, in this order
 
 
 def show(adapter: Path, *, json: bool = False) -> None:
@@ -37,7 +38,7 @@ def show(adapter: Path, *, json: bool = False) -> None:
         emit_json(described)
         return
     console = results()
-    table(console, COLUMNS, [_row(site) for site in sites])
+    table(console, COLUMNS, [_row(site) for site in sites], leave_out=WITHOUT)
     _print(console, described)
 
 

@@ -8,11 +8,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from brushstroke.cli.console import emit, emit_json, people, say
+from brushstroke.cli.console import emit_json, lines, people, results, say, tell
+from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
@@ -53,16 +54,16 @@ class QuestionOptions:
     """What exactly is asked.
 
     Args:
-        targets: The matrices; several with commas [default: all-linear].
-        ranks: Ranks to compare, with commas (rank, delta).
-        rank: One rank (seeds, intrinsic), or one for all sets in place of a budget (targets).
+        targets: The matrices to adapt, separated by commas [default: all-linear].
+        ranks: Ranks to compare, separated by commas (rank, delta).
+        rank: One rank (seeds, intrinsic), or the rank of every set instead of a budget (targets).
         alpha: Numerator of the scale, the same for all arms [default: 16].
         scale_rule: The scale: alpha/rank, or alpha/√rank (rank) [default: standard].
-        sets: Sets of matrices with commas, their members with + (targets):
+        sets: Sets of matrices to compare, separated by commas, their members joined by + (targets), such as
             q_proj,v_proj,q_proj+v_proj,all-linear.
-        budget: Trained parameters of every set (targets).
-        dimensions: Of the random subspaces, with commas (intrinsic).
-        no_whole: Leave out the arm that trains W itself (rank).
+        budget: Number of trained parameters of every set (targets).
+        dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
+        no_whole: Leave out the runs that train all of W (rank).
         tiny: A small model that is trained here, on texts that every Python carries (paper).
         smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
     """
@@ -75,7 +76,7 @@ class QuestionOptions:
     sets: str | None = None
     budget: Whole = None
     dimensions: str | None = None
-    no_whole: bool | None = None
+    no_whole: Annotated[bool | None, Parameter(negative=())] = None
     tiny: bool = False
     smollm2: bool = False
 
@@ -86,16 +87,16 @@ class StudyRunOptions:
     """How every run trains, and how many there are.
 
     Args:
-        seeds: Of every arm [default: 3; 5 for paper --tiny].
-        learning_rates: To choose from on the validation split, with commas
-            [default: four around the rule of train].
+        seeds: Number of seeds of every arm [default: 3; 5 for paper --tiny].
+        learning_rates: Learning rates to choose from on the validation data, separated by commas
+            [default: four around the default of train].
         epochs: Passes over the data in every run [default: 1].
-        max_steps: Optimiser steps of every run, in place of the epochs.
-        batch_size: Examples in an optimiser step [default: 8].
-        budget_minutes: Plan no more than fits, and say what was left out.
+        max_steps: Optimiser steps of every run, instead of the epochs.
+        batch_size: Examples per optimiser step [default: 8].
+        budget_minutes: Plan only the runs that fit into this time, and name those left out.
         workers: Runs at a time, each in a process of one thread; for small models
-            [default: 1; the cores for the presets of paper].
-        overwrite: Start over in --out.
+            [default: 1; one per core for the presets of paper].
+        overwrite: Start over in --out; finished runs there are removed.
     """
 
     seeds: Whole = None
@@ -114,10 +115,10 @@ class StudyDataOptions:
     """What runs are measured on.
 
     Args:
-        validation: Data that learning rates are chosen on [default: a tenth of DATA].
-        test: Data that the report is about [default: another tenth of DATA].
-        other: Data of another task, the control of seeds.
-        general: Text of what the base was made for, to see how far runs stray.
+        validation: Data on which learning rates are chosen [default: a tenth of DATA].
+        test: Data on which the report's numbers are measured [default: another tenth of DATA].
+        other: Data of another task, as the control of seeds.
+        general: General text, to measure how much of it each run unlearns.
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
@@ -156,8 +157,8 @@ def study(
         base: A model folder, a hub id or a .gguf file; none for paper --tiny and --smollm2.
         data: The task, as for train; none for paper --tiny and --smollm2.
         out: The folder of the study: report.html, results.json, and every run.
-        dtype: Of the base; auto is float32 here, as bf16 loses the small steps of W's own training.
-        device: Where to run.
+        dtype: Dtype of the base; auto is float32 here, because bf16 loses small steps when W is trained.
+        device: The device to run on.
         png: Write the figures as files too.
         json: Print results.json on stdout.
     """
@@ -219,9 +220,11 @@ def study(
     if json:
         emit_json({**report.as_dict(), "command": command})
         return
+    console = results()
     for finding in report.findings:
-        emit(f"{finding.question}\n  {finding.answer}\n")
-    say(f"{page} shows all of it")
+        tell(console, finding.question)
+        tell(console, f"{finding.answer}\n", indent=2)
+    say(f"the report is in {page}")
 
 
 def _preset(
@@ -284,6 +287,7 @@ def _material(
     base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, dtype: str, device: str
 ) -> "Material":
     from brushstroke.base import load_base
+    from brushstroke.data import read_rows
     from brushstroke.studies import make_material
     from brushstroke.training import TrainConfig
 
@@ -299,13 +303,22 @@ def _material(
         if settings.learning_rates is None
         else _numbers("--learning-rates", settings.learning_rates, float)
     )
+    read = {
+        name: None if source is None else read_rows(source)
+        for name, source in (
+            ("data", data),
+            ("validation", files.validation),
+            ("test", files.test),
+            ("other", files.other),
+            ("general", files.general),
+        )
+    }
+    judge_data(
+        base, read.values(), prompt=files.prompt, completion=files.completion, max_length=files.max_length
+    )
     return make_material(
         load_base(base, dtype="float32" if dtype == "auto" else dtype, device=device),
-        data,
-        validation=files.validation,
-        test=files.test,
-        other=files.other,
-        general=files.general,
+        **read,
         config=config,
         learning_rates=rates,
         seeds=tuple(range(3 if settings.seeds is None else settings.seeds)),
@@ -359,9 +372,9 @@ class _Progress:
 
     def estimate(self, plan: "Estimate") -> None:
         started = ", and the start of the processes" if self._workers > 1 else ""
-        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none was done before{started}")
+        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
         if plan.made_before:
-            say("this goes on with the plan that the study began with, whatever --budget-minutes says now")
+            say("the study goes on with the plan that it began with; --budget-minutes is ignored now")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.made_before else ''}: {line}")
         if self._console.is_terminal:
@@ -378,10 +391,12 @@ class _Progress:
             f"seed {outcome.seed}: {loss}  {clock(event.seconds_left)} left"
         )
         if self._live is not None:
-            self._live.update(told)
+            from rich.text import Text
+
+            self._live.update(Text("\n".join(lines(self._console, told))))
         elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(told, markup=False)
+            tell(self._console, told)
 
     def __enter__(self) -> "_Progress":
         return self

@@ -1,6 +1,6 @@
 """`train` and `plan`.
 
-What can be judged without the base is judged before it is loaded.
+What can be judged without the weights of the base is judged before they are loaded.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
+from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import (
     RUN,
     AdapterOptions,
@@ -60,6 +61,7 @@ def train(
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")
+    request.judge(base)
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
     from brushstroke.training.interrupt import ignore_interrupts
@@ -114,6 +116,7 @@ def plan(
     """
     run, reading = run or RunOptions(), reading or DataOptions()
     request = _Request(data, adapter or AdapterOptions(), training, reading)
+    request.judge(base)
     loaded, why = _load(base, run)
     from brushstroke.training import plan as make_plan
 
@@ -135,10 +138,12 @@ class _Request:
         if reading.eval_data is None and training and (training.keep_best or training.eval_every is not None):
             flag = "--keep-best" if training.keep_best else "--eval-every"
             raise ConfigError(f"{flag} needs data to evaluate on; give it with --eval DATA")
-        from brushstroke.data import read_rows
+        from brushstroke.data import find_columns, read_rows
 
         rows = read_rows(data)
         self.eval_rows = read_rows(reading.eval_data) if reading.eval_data is not None else None
+        for read in filter(None, (rows, self.eval_rows)):
+            find_columns(read, reading.prompt, reading.completion)
         lora = adapter.config()
         start = None
         if adapter.start is not None:
@@ -152,6 +157,21 @@ class _Request:
             "prompt_column": reading.prompt,
             "completion_column": reading.completion,
         }
+
+    def judge(self, base: str) -> None:
+        """Refuse data that this base's tokenizer shows to be wrong; its weights are not loaded."""
+        start = self.arguments["start"]
+        judge_data(
+            base,
+            (self.arguments["data"], self.eval_rows),
+            prompt=self.arguments["prompt_column"],
+            completion=self.arguments["completion_column"],
+            max_length=self.config.max_length,
+            skip_too_long=self.config.skip_too_long,
+            split_turns=self.config.split_turns,
+            chat_template=self.config.chat_template
+            or (start.card.chat_template if start and start.card else None),
+        )
 
 
 def _load(base: str, run: RunOptions) -> tuple[Any, str]:

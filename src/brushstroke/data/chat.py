@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from brushstroke.adapter import one_template
 from brushstroke.data.checks import Message
 from brushstroke.data.fitting import EXAMPLES, QUESTION, SPLIT, Fit, FittedText, Fitter, Purpose
 from brushstroke.data.messages import Conversation, read_conversation
@@ -19,6 +18,7 @@ from brushstroke.data.probe_answers import asked_as_answered, closing_markers
 from brushstroke.data.reply import Reply, ReplyReader
 from brushstroke.data.template import ChatTemplate, date_of, with_date
 from brushstroke.errors import DataError
+from brushstroke.templates import one_template
 
 TRIMMED = "the chat template takes white space off the ends of contents"
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, as transformers chooses between them

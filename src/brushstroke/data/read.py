@@ -17,6 +17,7 @@ from typing import Any
 from brushstroke.data.checks import kind_of
 from brushstroke.data.files import READERS, Row, endings, read_file
 from brushstroke.errors import DataError, did_you_mean
+from brushstroke.hub import hub_or_cache
 
 Source = str | Path | Iterable[Row]
 
@@ -146,10 +147,13 @@ def _read_hub(name: str, split: str) -> Rows:
     level = client.level
     client.setLevel(logging.ERROR)  # its retries would bury the one message
     datasets.disable_progress_bars()
+    unreachable = ""
     try:
-        data = datasets.load_dataset(name, split=split)
+        with hub_or_cache() as unreachable:
+            data = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises many kinds, from many libraries
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = f"the Hugging Face hub cannot be reached: {unreachable}" if unreachable else str(error)
+        lines = said.strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"{name}: neither a file or folder here nor a data set that the hub gives, with the split "
             f"{split!r} ({lines[0]}); check the name, write NAME:SPLIT for another split, or load it with "

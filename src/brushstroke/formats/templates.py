@@ -5,9 +5,9 @@ It renders nothing.
 
 from pathlib import Path
 
-from brushstroke.adapter import one_template
 from brushstroke.errors import AdapterFileError
 from brushstroke.files import read_json
+from brushstroke.templates import one_template
 
 TEMPLATE, OTHERS, SETTINGS = "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"
 

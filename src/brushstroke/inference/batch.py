@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brushstroke.base import Base, RowCache, row_cache
+from brushstroke.base import Base, RowCache, has_embedding, row_cache
 from brushstroke.data import common_length
 from brushstroke.inference.probes import bears_gap
 from brushstroke.inference.request import Output, Request, Sampling
@@ -139,4 +139,4 @@ def _some_answered(stops: Stops, width: int) -> Callable[..., Tensor]:
 def pad_id(base: Base) -> int:
     """Any token will do: padding is masked, and answers are cut by position."""
     known = (getattr(base.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((token for token in known if isinstance(token, int)), 0)
+    return next((token for token in known if isinstance(token, int) and has_embedding(base.model, token)), 0)

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base import Base, context_length, moving_from, quiet_transformers, unmoved
+from brushstroke.base import (
+    Base,
+    context_length,
+    moving_from,
+    quiet_transformers,
+    refuse_unknown_tokens,
+    unmoved,
+)
 from brushstroke.errors import ConfigError, DataError
 from brushstroke.inference.batch import pad_id, routed, run_batch
 from brushstroke.inference.probes import bears_padding
@@ -49,7 +56,7 @@ def run_requests(
         raise ConfigError(
             f"{type(base.model).__name__} has no generate(); pass a causal language model of transformers"
         )
-    _refuse_misfits(requests, sampling, context_length(base.model))
+    _refuse_misfits(base.model, requests, sampling)
     if bank is None:
         refuse_rows(base)
     outputs: dict[int, Output] = {}
@@ -74,10 +81,12 @@ def _may_be_padded(base: Base, requests: Sequence[Request], sampling: Sampling) 
     return (moving is None or longest <= moving) and bears_padding(base.model, pad_id(base))
 
 
-def _refuse_misfits(requests: Sequence[Request], sampling: Sampling, context: int | None) -> None:
+def _refuse_misfits(model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> None:
+    context = context_length(model)
     for request in requests:
         if not request.tokens:
             raise DataError(f"{request.where} is empty; give at least one token to go on from")
+        refuse_unknown_tokens(model, request.tokens, request.where)
         if context is not None and len(request.tokens) + sampling.max_new_tokens > context:
             raise DataError(
                 f"{request.where} has {len(request.tokens)} tokens; with room for {sampling.max_new_tokens} "

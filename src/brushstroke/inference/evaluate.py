@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base, context_length, require_base
+from brushstroke.base import Base, context_length, refuse_unknown_tokens, require_base
 from brushstroke.data import (
     ChatFormat,
     Columns,
@@ -184,6 +184,8 @@ def evaluate_all(
                 chat_template=voices.format(slot) if voices else None,
                 tools=tools,
             )
+            for example in encoded:
+                refuse_unknown_tokens(base.model, example.tokens, f"{encoded.name}, row {example.row}")
             report = partial(on_progress, name) if on_progress is not None else None
             loss = _loss(base, encoded, held, slot, batch_size, report)
             answers: list[dict[str, Any]] = []

@@ -109,15 +109,13 @@ class Store:
         return _read(self.folder)
 
     def _refuse_other(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-        differences = [
-            f"{name}: now {_brief(now.get(name))}, then {_brief(then.get(name))}"
-            for name in dict.fromkeys([*now, *then])
-            if now.get(name) != then.get(name)
-        ]
+        differences = list(_differences(now, then))
         if differences:
+            done = len(list(self.runs.glob(f"*/{OUTCOME}")))
             raise ResumeError(
                 f"{self.folder} holds another study ({'; '.join(differences)}); give the same settings to go "
-                "on with it, choose another folder, or start over (--overwrite)"
+                "on with it, choose another folder, or start over with --overwrite (overwrite=True), which "
+                f"removes its {done} finished runs"
             )
 
     def _clear(self) -> None:
@@ -157,7 +155,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         refuse_existing(folder, overwrite)
     if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES) if (folder / name).exists()]:
         raise OutputError(
-            f"{folder} holds {', '.join(found)} without a {STUDY}, so that nobody knows whose they are; move "
+            f"{folder} holds {', '.join(found)} without a {STUDY}, and cannot be resumed or replaced; move "
             "them away, or choose another folder"
         )
 
@@ -194,6 +192,16 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(identity, dict) or not isinstance(notes, dict) or not identity.keys() >= ALWAYS:
         raise OutputError(f"{file} was not written by a study; move it away, or choose another folder")
     return whole
+
+
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, by name; of settings only those that do."""
+    for name in dict.fromkeys([*now, *then]):
+        new, old = now.get(name), then.get(name)
+        if isinstance(new, dict) and isinstance(old, dict):
+            yield from _differences(new, old)
+        elif new != old:
+            yield f"{name}: now {_brief(new)}, then {_brief(old)}"
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from brushstroke.base import learnt_positions
+from brushstroke.base import learnt_positions, refuse_unknown_tokens
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError
 
@@ -59,21 +59,12 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
     Raises:
         DataError: naming the row.
     """
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        size = getattr(getter() if callable(getter) else None, "num_embeddings", None)
-    except NotImplementedError:
-        size = None
     for example in examples:
         if not example.tokens:
             raise DataError(
                 f"{_place(example)} has no tokens; leave it out, or give it at least one trained token"
             )
-        if size and not 0 <= min(example.tokens) <= max(example.tokens) < size:
-            raise DataError(
-                f"{_place(example)} has a token id outside of the model's vocabulary of {size}; "
-                "tokenise it with this base's tokenizer"
-            )
+        refuse_unknown_tokens(model, (min(example.tokens), max(example.tokens)), _place(example))
 
 
 def check_positions(model: nn.Module, max_length: int | None) -> None:

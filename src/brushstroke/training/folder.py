@@ -223,6 +223,7 @@ class RunFolder:
         restore_adapter(self.path)
         finished = self._resume and self.complete
         if not (self._resume or self._overwrite):
+            self._refuse_run()
             refuse_existing(self.path, overwrite=False)
         if not finished:
             refuse_strangers(self.path)
@@ -231,6 +232,33 @@ class RunFolder:
         if not resuming:
             refuse_existing(self.path, self._overwrite or (self._resume and self._only_of_a_run()))
         return resuming
+
+    def _refuse_run(self) -> None:
+        """Refuse a folder with a run of ours, naming what it holds and what loses nothing first."""
+        marks = {folder: folder / STATE for folder in self.checkpoints()}
+        kept = [folder for folder, mark in marks.items() if is_ours(mark) or is_damaged(mark)]
+        steps = [
+            int(folder.name.partition("-")[2]) for folder in (*kept, *moved_away(self.path / CHECKPOINTS))
+        ]
+        way = "choose another folder"
+        if self.complete:
+            what, lost = f"a finished run{self._finished_steps()}", "adapter, checkpoints and metrics"
+        elif steps:
+            what, lost = "a run that is not finished", "checkpoints and metrics"
+            way = f"go on from its checkpoint of step {max(steps)} with --resume (resume=True), or {way}"
+        elif is_ours(self.path / METRICS):
+            what, lost = "a run that stopped before its first checkpoint", "metrics"
+        else:
+            return
+        raise OutputError(
+            f"{self.path} holds {what}; {way}, or start over with --overwrite (overwrite=True), which "
+            f"removes its {lost}"
+        )
+
+    def _finished_steps(self) -> str:
+        with suppress(ResumeError):
+            return f" of {self.summary()['steps']} steps"
+        return ""
 
     def _restore(self) -> None:
         """Put back what a kill left under the name that a checkpoint has while another takes its place."""

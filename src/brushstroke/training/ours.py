@@ -1,4 +1,4 @@
-"""Which files of an output folder a run of ours left: their own keys tell, never their names alone.
+"""Which files of an output folder brushstroke wrote: their JSON keys tell, never their names alone.
 
 It reads and removes; it writes nothing.
 """
@@ -112,5 +112,5 @@ def _content(path: Path) -> Any:
 
 
 def _refusal(path: Path) -> OutputError:
-    what = "is a link, which a run does not write" if path.is_symlink() else "is not of a run"
-    return OutputError(f"{path} {what}, and this one's would replace it; move it, or choose another folder")
+    what = "is a link" if path.is_symlink() else "was not written by brushstroke"
+    return OutputError(f"{path} {what}, and the run would overwrite it; move it, or choose another folder")

@@ -1,0 +1,77 @@
+"""Whether a model has an embedding for every token of its tokenizer, and for those of a text.
+
+It changes neither.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from brushstroke.errors import DataError
+
+SHOWN = 3  # tokens named in a message
+
+
+class VocabularyWarning(UserWarning):
+    """A tokenizer has more tokens than the model's embedding has rows."""
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """The number of tokens that a model has an embedding for; None where that cannot be told."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        rows = getattr(getter() if callable(getter) else None, "num_embeddings", None)
+    except NotImplementedError:
+        return None
+    return rows if isinstance(rows, int) else None
+
+
+def has_embedding(model: nn.Module, token: int | None) -> bool:
+    """Whether there is such a token, and a row for it where the rows can be counted."""
+    rows = embedding_rows(model)
+    return token is not None and (rows is None or token < rows)
+
+
+def refuse_unknown_tokens(model: nn.Module, tokens: Iterable[int], where: str) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Args:
+        model: that the tokens are for.
+        tokens: their ids.
+        where: the row or the prompt, for the message.
+
+    Raises:
+        DataError: naming the first of them, and how many rows the embedding has.
+    """
+    rows = embedding_rows(model)
+    if rows is None:
+        return
+    unknown = next((token for token in tokens if not 0 <= token < rows), None)
+    if unknown is not None:
+        raise DataError(
+            f"{where} has the token {unknown}, and the model's embedding has {rows} rows (tokens 0 to "
+            f"{rows - 1}): use the tokenizer that belongs to this model, or resize the model's embedding"
+        )
+
+
+def warn_of_unknown_tokens(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Warn where a tokenizer has tokens that the model has no embedding for: a text with one is refused."""
+    rows = embedding_rows(model)
+    if rows is None or tokenizer is None or (count := _count(tokenizer)) <= rows:
+        return
+    texts = tokenizer.convert_ids_to_tokens(list(range(rows, min(count, rows + SHOWN))))
+    more = " and others" if count > rows + SHOWN else ""
+    warnings.warn(
+        f"the tokenizer of {name} has {count} tokens, and the model's embedding {rows} rows: texts with "
+        f"{', '.join(map(repr, texts))}{more} are refused",
+        VocabularyWarning,
+        stacklevel=3,
+    )
+
+
+def _count(tokenizer: Any) -> int:
+    """One more than the largest id; added tokens may leave a gap behind the others."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or ()
+    return max(len(tokenizer), 1 + max(added, default=-1))

@@ -1,0 +1,269 @@
+"""Every command on terminals of 60, 80 and 200 columns: nothing wider, no number cut, no word broken."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cli_kit import ENVIRONMENT, PLAIN, rows, write_rows
+from rich.cells import cell_len
+
+import brushstroke as bs
+from brushstroke.adapter import Adapter
+from brushstroke.lowrank import LowRank
+
+pytestmark = pytest.mark.slow
+WIDTHS = (60, 80, 200)
+GOLDEN = Path(__file__).parent / "golden" / "width_80.txt"
+STABLE = ("show", "spectrum", "compare", "relate", "intruders")  # nothing of the machine is in what they say
+DRIVER = """
+import json, sys
+from brushstroke.cli import main
+for words in json.loads(sys.argv[1]):
+    print(f"<<{words[0]}", flush=True)
+    print(f">>{main(words)}", flush=True)
+"""
+TYPED = b"/quit\n"  # chat reads it
+ASKS = "one>"  # chat on a terminal, before it reads
+NUMBER = re.compile(r"\d[\d.,:]*(e[+-]?\d+)?")
+MARKS = re.compile(r"[━╸╺│╭╮╰╯─⟦⟧]")
+CUT_NAME = re.compile(r"[\w.]+…[\w.]+")
+# What a reader needs of each table, however narrow the terminal is.
+NEEDED = {
+    "evaluate": ("loss", "match"),
+    "show": ("site", "rank", "norm"),
+    "spectrum": ("site", "rank", "norm", "99 %", "layer,"),
+    "compare": ("site", "cosine", "φ"),
+    "relate": ("site", "amplification", "chance"),
+    "intruders": ("site", "σ", "verdict"),
+    "plan": ("base", "targets", "memory", "learning rate", "stop tokens"),
+    "data": ("rows", "tokens", "stop token", "lengths"),
+    "generate": ("loading",),
+    "chat": ("one speaks;", "/use NAME, /base, /reset, /quit"),
+    "merge": ("survived", "logit drift"),
+    "train": ("done:", "mean loss", "the adapter is in", "evaluation after step 2"),
+    "study": ("What rank is enough", "The lowest test loss"),
+    "again": ("error:", "--overwrite"),
+    "help": ("--no-gradient-checkpointing", "--learning-rate"),
+}
+
+
+class Screen:
+    """What a terminal shows in the end, of the few codes that rich and cyclopts write."""
+
+    CODE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])")
+
+    def __init__(self, text: str) -> None:
+        self.lines, self.row, self.column = [""], 0, 0
+        position = 0
+        while position < len(text):
+            if code := self.CODE.match(text, position):
+                self._obey(code[2], int(code[1]) if code[1].isdigit() else 1)
+                position = code.end()
+                continue
+            self._put(text[position])
+            position += 1
+
+    def _obey(self, kind: str, count: int) -> None:
+        if kind == "A":
+            self.row = max(0, self.row - count)
+        elif kind == "K":
+            self.lines[self.row] = ""
+
+    def _put(self, letter: str) -> None:
+        if letter == "\n":
+            self.row += 1
+            self.lines += [""] * (self.row + 1 - len(self.lines))
+        elif letter == "\r":
+            self.column = 0
+        else:
+            line = self.lines[self.row].ljust(self.column)
+            self.lines[self.row] = line[: self.column] + letter + line[self.column + 1 :]
+            self.column += 1
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """Two adapters whose factors are the same everywhere."""
+    folder = tmp_path_factory.mktemp("a")
+    base = bs.load_base(tiny, dtype="float32", device="cpu")
+    with bs.attach(base, bs.LoraConfig(rank=4)) as attachment:
+        fresh = attachment.adapter()
+    for name, seed in (("one", 1), ("two", 2)):
+        generator = torch.Generator().manual_seed(seed)
+        updates = {}
+        for site, update in fresh.items():
+            d, h = update.shape
+            U, V = (torch.randn(shape, generator=generator) for shape in ((d, 4), (4, h)))
+            updates[site] = LowRank(U, V, 0.25)
+        bs.save(Adapter(updates, fresh.card), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(tiny, adapters, tmp_path_factory):
+    """Name → its words, in a folder of their own."""
+    data = write_rows(tmp_path_factory.mktemp("d") / "rows.jsonl", rows(40))
+
+    def make(out):
+        one, two = adapters / "one", adapters / "two"
+        small = ("--max-steps", 4, "--batch-size", 4)
+        grid = ("--learning-rates", "1e-3,1e-2,1e-1", "--seeds", 2, "--targets", "q_proj", "--ranks", "1,2")
+        train = ("train", tiny, data, "--out", out / "t", *PLAIN, *small)
+        return {
+            "plan": ("plan", tiny, data, *PLAIN),
+            "data": ("data", tiny, data, "--rows", 1),
+            "train": (*train, "--eval", data, "--eval-every", 2),
+            "again": train,
+            "evaluate": ("evaluate", tiny, data, *PLAIN, "--adapter", one, "--max-new-tokens", 2),
+            "generate": ("generate", tiny, "Split 1 Oak St", *PLAIN, "--adapter", one, "--max-new-tokens", 1),
+            "chat": ("chat", tiny, *PLAIN, "--adapter", one),
+            "show": ("show", one),
+            "merge": ("merge", tiny, one, "--out", out / "m"),
+            "spectrum": ("spectrum", one, "--base", tiny),
+            "compare": ("compare", one, two),
+            "relate": ("relate", one, tiny),
+            "intruders": ("intruders", one, tiny, "--top", 2),
+            "study": ("study", "rank", tiny, data, "--out", out / "s", *small, *PLAIN, *grid),
+            "help": ("train", "--help"),
+        }
+
+    return make
+
+
+def run(words: list, width: int | None) -> str:
+    """What the commands write, on a terminal or into a pipe."""
+    command = [sys.executable, "-c", DRIVER, json.dumps([[str(word) for word in one] for one in words])]
+    settings = {**ENVIRONMENT, "TERM": "xterm-256color", "TOKENIZERS_PARALLELISM": "false"}
+    settings.pop("COLUMNS", None)
+    if width is None:
+        done = subprocess.run(
+            command, env=settings, input=TYPED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        return done.stdout.decode()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    os.write(ours, TYPED)
+    read: list[bytes] = []
+
+    def drain() -> None:
+        while True:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                return
+            if not piece:
+                return
+            read.append(piece)
+
+    with subprocess.Popen(command, env=settings, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        reader = threading.Thread(target=drain)
+        reader.start()
+        process.wait(timeout=500)
+        reader.join()
+    os.close(ours)
+    return b"".join(read).decode()
+
+
+def split(text: str, names: list[str]) -> dict[str, str]:
+    parts = re.findall(r"<<\S+\r?\n(.*?)>>(\d+)", text, re.DOTALL)
+    assert [status for _, status in parts] == ["1" if name == "again" else "0" for name in names], text
+    return dict(zip(names, (part for part, _ in parts), strict=True))
+
+
+@pytest.fixture(scope="module")
+def shown(commands, tmp_path_factory):
+    """Width, or None for a pipe → name → what was written."""
+    texts = {}
+    for width in (*WIDTHS, None):
+        words = commands(tmp_path_factory.mktemp("o"))
+        texts[width] = split(run(list(words.values()), width), list(words))
+    return texts
+
+
+def vocabulary(text: str) -> set[str]:
+    """The words of a text, with one number in place of all, and without this run's folder and all marks."""
+    text = re.sub(r"/\S*/(?=[tms]\b)", "", text)
+    return {NUMBER.sub("0", word) for word in MARKS.sub(" ", text).split()}
+
+
+def known_words(name: str, texts: dict[int | None, dict[str, str]]) -> set[str]:
+    """Those that a command writes where nothing is cut, and the parts between the dots of a head."""
+    words = vocabulary(texts[None][name] if name != "help" else "\n".join(Screen(texts[200][name]).lines))
+    return words | {part for word in words for part in re.split(r"(?<=[a-z]\.)", word)} | {ASKS}
+
+
+def zeros(line: str) -> str:
+    """A line with 0 for every digit of a number; names keep theirs."""
+    return re.sub(r"(?<![\w.…])\d[\d.,]*", lambda number: re.sub(r"\d", "0", number[0]), line)
+
+
+def lines_without_note(text: str) -> list[str]:
+    """What a terminal shows in the end, but for the line that says what was left out."""
+    shown = "\n".join(Screen(text).lines)
+    return re.sub(r"  left out for the width:[^;]*;\s+--json\s+has\s+all", "", shown).split("\n")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_line_is_wider_than_the_terminal(shown, width):
+    for name, text in shown[width].items():
+        for line in re.split(r"[\r\n]+", Screen.CODE.sub("", text)):
+            only_word = " " not in line.strip()  # such as a path: it stays whole, to be copied
+            assert cell_len(line.rstrip()) <= width or only_word, (name, line)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_word_is_broken_and_no_number_cut(shown, width):
+    for name, text in shown[width].items():
+        known = known_words(name, shown)
+        for line in lines_without_note(text):
+            assert not any("…" in cell for cell in re.split(r" {2,}", line.strip())[1:]), (name, line)
+            broken = {word for word in vocabulary(line) - known if not CUT_NAME.fullmatch(word)}
+            assert not broken, (name, line)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_important_is_there(shown, width):
+    for name, needed in NEEDED.items():
+        text = " ".join("\n".join(Screen(shown[width][name]).lines).split())
+        assert [part for part in needed if part not in text] == [], name
+
+
+def test_what_is_left_out_is_said_once_and_only_where_it_is(shown):
+    said = {
+        width: {name for name, text in shown[width].items() if "left out for the width" in text}
+        for width in shown
+    }
+    tables = {"spectrum", "compare", "relate", "intruders"}
+    assert said == {60: {"show", *tables}, 80: tables, 200: set(), None: set()}
+    assert all(shown[80][name].count("left out for the width") == 1 for name in tables)
+
+
+def test_a_wide_terminal_shows_what_a_pipe_gets(shown):
+    for name in STABLE:
+        lines = [line.rstrip() for line in Screen(shown[200][name]).lines]
+        assert lines == [line.rstrip() for line in shown[None][name].split("\n")], name
+
+
+def test_the_layout_at_80_columns(shown):
+    """To write it anew: delete the file, run this test, and look at it."""
+    parts = []
+    for name in STABLE:
+        lines = [zeros(line.rstrip()) for line in Screen(shown[80][name]).lines]
+        parts += [f"# {name}", *(line for line in lines if not line.startswith("  base "))]
+    found = "\n".join(parts) + "\n"
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(found, "utf-8")
+        pytest.fail(f"{GOLDEN} was not there; it is written, look at it")
+    assert found == GOLDEN.read_text("utf-8")

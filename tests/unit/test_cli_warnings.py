@@ -1,0 +1,103 @@
+"""What our code warns of reaches the terminal, whatever its class; what other packages say to us does not."""
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from brushstroke.base import VocabularyWarning
+from brushstroke.cli.console import show_library_warnings
+
+BODY = """
+import warnings
+
+def say(message, category=UserWarning, stacklevel=1):
+    warnings.warn(message, category, stacklevel=stacklevel)
+
+def call(function, *rest):
+    function(*rest)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Make a module of any name, with functions that warn and call."""
+
+    def make(name: str):
+        file = tmp_path / f"{name.replace('.', '_')}.py"
+        file.write_text(BODY)
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        made = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, made)
+        spec.loader.exec_module(made)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]):
+    """What reaches the terminal of what a function warns of."""
+
+    def run(function, *words: object) -> list[str]:
+        capsys.readouterr()
+        with show_library_warnings():
+            function(*words)
+        return capsys.readouterr().err.splitlines()
+
+    return run
+
+
+KINDS = (UserWarning, RuntimeWarning, FutureWarning, DeprecationWarning, VocabularyWarning)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stacklevel", [1, 2, 3])
+def test_our_own_arrive_whatever_their_class_and_whomever_they_point_at(module, shown, kind, stacklevel):
+    ours, theirs = module("brushstroke.made_up"), module("somebody.else")
+    lines = shown(theirs.call, ours.say, "a\n  b", kind, stacklevel)
+    assert lines == ["warning: a b"]
+
+
+@pytest.mark.parametrize("name", ["transformers.made_up", "torch.made_up", "brushstrokes", "__main__"])
+@pytest.mark.parametrize("stacklevel", [1, 2])
+def test_other_packages_stay_quiet_though_we_call_them(module, shown, name, stacklevel):
+    ours, theirs = module("brushstroke.made_up"), module(name)
+    assert shown(ours.call, theirs.say, "nothing to you", UserWarning, stacklevel) == []
+
+
+def test_torch_on_a_gpu_that_cannot_be_used_is_heard(module, shown):
+    assert shown(module("torch.cuda.made_up").say, "the driver is too old") == [
+        "warning: the driver is too old"
+    ]
+
+
+def test_a_warning_with_a_class_of_ours_is_heard_from_everywhere(module, shown):
+    assert shown(module("somebody.else").say, "x", VocabularyWarning) == ["warning: x"]
+
+
+def test_a_compiler_that_fails_is_told(shown, monkeypatch):
+    import torch
+
+    from brushstroke.step import onekernel
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(onekernel, "pays", lambda _: True)
+    monkeypatch.setattr(onekernel, "_fails", False)
+    kernel = onekernel.OneKernel(torch.relu)
+    monkeypatch.setattr(kernel, "_compiled", broken)
+    (line,) = shown(kernel, torch.ones(2))
+    assert line.startswith("warning: torch.compile does not work here (no compiler)")
+
+
+def test_the_filters_of_the_caller_are_put_back():
+    before = warnings.filters[:], warnings.showwarning
+    with show_library_warnings():
+        pass
+    assert (warnings.filters[:], warnings.showwarning) == before
