@@ -154,12 +154,14 @@ class BaseOptions:
         dtype: Of the frozen base; auto is bfloat16 where the machine multiplies it natively.
         device: Where to run.
         allow_different_base: Use adapters although they belong to another base.
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout, for programs.
     """
 
     dtype: Dtype = "auto"
     device: Device = "auto"
     allow_different_base: bool = False
+    trust_remote_code: bool = False
     json: bool = False
 
 

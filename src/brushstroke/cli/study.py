@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit, emit_json, people, say
-from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, require
@@ -143,6 +144,7 @@ def study(
     measured: StudyDataOptions | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: bool = False,
     png: bool = False,
     json: bool = False,
 ) -> None:
@@ -158,6 +160,7 @@ def study(
         out: The folder of the study: report.html, results.json, and every run.
         dtype: Of the base; auto is float32 here, as bf16 loses the small steps of W's own training.
         device: Where to run.
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         png: Write the figures as files too.
         json: Print results.json on stdout.
     """
@@ -187,6 +190,7 @@ def study(
             **vars(files),
             "dtype": dtype,
             "device": device,
+            "trust_remote_code": trust_remote_code or None,
             "base": base,
             "data": data,
         }
@@ -198,7 +202,10 @@ def study(
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
         asked_for = None if question == "paper" else _study(question, given)
-        material = _material(base, data, settings, files, dtype, device)
+        loading = BaseOptions(
+            dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        material = _material(base, data, settings, files, loading)
         studies = paper_questions(material) if asked_for is None else [asked_for]
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
@@ -281,9 +288,8 @@ def _study(question: str, given: QuestionOptions) -> "Study":
 
 
 def _material(
-    base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, dtype: str, device: str
+    base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, loading: BaseOptions
 ) -> "Material":
-    from brushstroke.base import load_base
     from brushstroke.studies import make_material
     from brushstroke.training import TrainConfig
 
@@ -300,7 +306,7 @@ def _material(
         else _numbers("--learning-rates", settings.learning_rates, float)
     )
     return make_material(
-        load_base(base, dtype="float32" if dtype == "auto" else dtype, device=device),
+        load(base, loading),
         data,
         validation=files.validation,
         test=files.test,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
 from brushstroke.cli.options import (
     RUN,
@@ -141,9 +142,9 @@ class _Request:
         lora = adapter.config()
         start = None
         if adapter.start is not None:
-            from brushstroke.formats import load
+            from brushstroke.formats import load as load_adapter
 
-            start = load(adapter.start)
+            start = load_adapter(adapter.start)
         self.config = train_config(training, reading)
         self.arguments: dict[str, Any] = {
             "data": rows,
@@ -157,11 +158,10 @@ class _Request:
 
 def _load(base: str, run: RunOptions) -> tuple[Any, str]:
     """The base, and why it has its dtype."""
-    from brushstroke.base import choose_device, choose_dtype, load_base
+    from brushstroke.base import choose_device, choose_dtype
 
     _, why = choose_dtype(run.dtype, choose_device(run.device))
-    say(f"loading {base}")
-    return load_base(base, dtype=run.dtype, device=run.device), why
+    return load(base, run), why
 
 
 def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[[Plan, int], None]":
