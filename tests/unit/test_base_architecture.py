@@ -27,6 +27,13 @@ class OwnForCausalLM(LlamaForCausalLM):
 OWN = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 
 
+@pytest.fixture(autouse=True)
+def _code_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers copies the code that it runs, which is else in the user's home."""
+    folder = str(tmp_path_factory.mktemp("code"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+
+
 def edit_config(folder: Path, **changes: Any) -> Path:
     file = folder / "config.json"
     stored = {**json.loads(file.read_text()), **changes}
@@ -143,6 +150,17 @@ def test_what_a_language_model_makes_by_itself_may_be_in_its_files(tmp_path: Pat
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     head = {"lm_head.weight": llama.lm_head.weight.detach().clone()}  # type: ignore[union-attr]
     load_base(edit_tensors(tmp_path / "llama", {**old, **head}), device="cpu")
+
+
+def test_layers_that_predict_further_ahead_may_be_there_if_the_config_says_so(
+    tmp_path: Path,
+) -> None:
+    toys.tiny_llama().save_pretrained(tmp_path)
+    edit_tensors(tmp_path, {f"model.layers.2.{name}.weight": torch.ones(2) for name in ("eh_proj", "norm")})
+    assert "model.layers.2.eh_proj" in refused(tmp_path)
+    load_base(edit_config(tmp_path, num_nextn_predict_layers=1), device="cpu")
+    edit_tensors(tmp_path, {"model.layers.3.norm.weight": torch.ones(2)})
+    assert "model.layers.3.norm" in refused(tmp_path)
 
 
 def test_an_encoders_files_may_hold_heads_that_its_class_lacks(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 Those that a class declares itself are none of them: transformers leaves them out of its report.
 """
 
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from brushstroke.base.architecture import is_language_model
+from brushstroke.base.told import text_config
 
 # Older releases stored these, which a model makes by itself.
 _CONSTANTS = (
@@ -22,9 +25,10 @@ _CONSTANTS = (
 
 
 def surplus_tensors(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
-    """The tensors, by their keys, without which the files would be of this class.
+    """The keys in the files which show that they hold another model than one of this class.
 
-    Constants of older releases are none of them. Files of an encoder or a classifier may hold a part that the
+    Constants of older releases show nothing, nor do layers that the config says predict tokens further ahead,
+    which transformers leaves out. Files of an encoder or a classifier may hold a part that the
     class has not at all, as those of BERT hold two heads and a pooler; where a language model has such a
     part, it is a classifier or the like.
 
@@ -42,7 +46,7 @@ def surplus_tensors(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
     for key in sorted(unexpected):
         forms = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")  # files have the prefix or not
         place = max(forms, key=lambda form: len(_ancestor(form, modules)))
-        if place in buffers or _is_constant(place, modules):
+        if place in buffers or _is_constant(place, modules) or _looks_ahead(place, text_config(model)):
             continue
         if language or not _is_absent_part(place, modules):
             found.append(key)
@@ -61,6 +65,12 @@ def _is_constant(key: str, modules: dict[str, nn.Module]) -> bool:
     owner, _, last = key.rpartition(".")
     mask = last == "bias" and owner in modules and any(True for _ in modules[owner].children())
     return mask or last in _CONSTANTS
+
+
+def _looks_ahead(key: str, config: Any) -> bool:
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+    first, count = (getattr(config, name, 0) for name in ("num_hidden_layers", "num_nextn_predict_layers"))
+    return layer is not None and bool(count) and first <= int(layer[1]) < first + count
 
 
 def _is_absent_part(key: str, modules: dict[str, nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import context_length, embedding_rows, model_dtype, text_config, vocabulary_size
+from brushstroke.base import context_length, embedding_rows, hidden_size, model_dtype, vocabulary_size
 
 Inputs = dict[str, Tensor]
 
@@ -46,7 +46,6 @@ class _Maker:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._takes = inspect.signature(model.forward).parameters
-        self._text: Any = text_config(model)
         config: Any = getattr(model, "config", None)
         parts = vars(config).values() if config is not None else ()
         self._configs = [*(part for part in parts if hasattr(part, "to_dict")), config]  # its parts, then it
@@ -84,16 +83,16 @@ class _Maker:
     def sound(self) -> list[Inputs]:
         """A spectrogram, with its bins before its frames or behind them, or a wave."""
         bins = self._number(_BINS, 0)
-        longest = self._number(("max_source_positions",), SOUND_FRAMES // 2)
-        frames = self._number(("max_length",), 2 * longest)  # Whisper halves them
+        halved = self._number(("max_source_positions",), 0)  # as Whisper does
+        frames = 2 * halved or self._number(("max_length",), SOUND_FRAMES)
         made: list[Inputs] = []
         if "input_features" in self._takes and bins:
             made += [{"input_features": self._noise(1, *shape)} for shape in ((bins, frames), (frames, bins))]
             if "feature_attention_mask" in self._takes:
                 made = [{**one, "feature_attention_mask": torch.ones(1, frames).long()} for one in made]
         if "input_values" in self._takes:
-            strides = next((s for part in self._configs if (s := getattr(part, "conv_stride", None))), (320,))
             made += [{"input_values": self._noise(1, frames, bins)}] if bins else []
+            strides = self._value("conv_stride") or (320,)
             made.append({"input_values": self._noise(1, SAMPLES * math.prod(strides))})
         return made
 
@@ -114,9 +113,10 @@ class _Maker:
         if not callable(make):
             return 1
         takes = inspect.signature(make).parameters
+        device = next(self._model.parameters()).device
         with torch.no_grad():
-            found = make(**{name: value for name, value in medium.items() if name in takes})
-        return _numbers_in(getattr(found, "pooler_output", found)) // self._text.hidden_size
+            found = make(**{name: value.to(device) for name, value in medium.items() if name in takes})
+        return _numbers_in(getattr(found, "pooler_output", found)) // (hidden_size(self._model) or 1)
 
     def _with_mask(self, ids: Tensor, place: int = -1) -> Inputs:
         made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -143,11 +143,13 @@ class _Maker:
         values = (getattr(part, name, None) for part in self._configs for name in names)
         return next((value for value in values if isinstance(value, int)), default)
 
+    def _value(self, name: str) -> Any:
+        """The first value that a config has under a name."""
+        return next((value for part in self._configs if (value := getattr(part, name, None))), None)
+
     def _sides(self) -> tuple[int, int]:
         """Height and width of an image."""
-        size = next(
-            (size for part in self._configs if (size := getattr(part, "image_size", None))), IMAGE_SIZE
-        )
+        size = self._value("image_size") or IMAGE_SIZE
         if isinstance(size, Mapping):
             return size["height"], size["width"]
         return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -159,8 +159,9 @@ def _difference(found: Tensor | None, adapted: Tensor) -> float:
     if found is None or found.shape != adapted.shape:
         return math.inf
     same = (found == adapted) | (found.isnan() & adapted.isnan())
-    difference = torch.where(same, 0.0, found - adapted).norm()
-    return float(difference / adapted[adapted.isfinite()].norm().clamp_min(1e-30))
+    difference = float(torch.where(same, 0.0, found - adapted).norm())
+    size = float(adapted[adapted.isfinite()].norm())
+    return difference / max(size, 1e-30) if math.isfinite(difference) else math.inf
 
 
 def _too_large(folder: Path) -> str | None:
