@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 RECIPES := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test sweep check bench clean
 
 help:
 	@echo "make install   .venv with the brushstroke command"
 	@echo "make demo      three adapters on one real model; BRUSHSTROKE_DEMO=quick for the short form"
-	@echo "make test      the whole test suite"
+	@echo "make test      the whole test suite, with samples of the sweeps"
+	@echo "make sweep     the sweeps whole: stock chat templates × kinds of conversation"
 	@echo "make check     ruff, pyright, import-linter"
 	@echo "make bench     the benchmarks behind every claim"
 	@echo "make clean     remove .venv, caches and demo-out"
@@ -53,6 +54,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/compile --jaxtyping-packages=brushstroke,shapes.checked \
 	  --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+sweep: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 BRUSHSTROKE_SWEEP=1 $(BIN)/python -m pytest tests/sweep --numprocesses auto
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

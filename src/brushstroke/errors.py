@@ -110,13 +110,13 @@ def require(module: str, *, extra: str) -> ModuleType:
         ) from error
 
 
-def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.6) -> str:
     """A hint such as " (did you mean 'q_proj'?)", or an empty string where nothing is near.
 
     >>> did_you_mean("q_porj", ["q_proj", "mlp"])
     " (did you mean 'q_proj'?)"
     """
-    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
     return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
 
 

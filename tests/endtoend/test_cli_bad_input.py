@@ -12,7 +12,7 @@ LONG = "x" * 300  # more tokens than the tiny base has positions for
 
 BAD_ROWS = {
     "a row without the columns": ([*rows(2), {"prompt": "a"}], "row 3", "'completion'"),
-    "columns of other names": ([{"promt": "a", "completion": "b"}], "row 1", "did you mean 'promt'"),
+    "columns of other names": ([{"promt": "a", "completion": "b"}], "row 1", "did you mean 'prompt'"),
     "a null value": ([*rows(1), {"prompt": "a", "completion": None}], "row 2", "expected text"),
     "a value that is no text": ([{"prompt": 3, "completion": "b"}], "row 1", "expected text"),
     "a row that is no object": ([*rows(1), ["a"]], "2", "object"),

@@ -510,8 +510,12 @@ def test_a_damaged_file_beside_the_weights_is_a_problem_of_the_base(folder, tmp_
 
 
 @pytest.mark.parametrize("form", ["list", "list and file", "files"])
-def test_the_bases_other_templates_stay(folder, tmp_path, form):
-    both = {"default": "old {{ messages }}", "tool_use": "tools {{ messages }}"}
+def test_the_bases_other_templates_stay_but_for_the_one_that_tools_would_choose(folder, tmp_path, form):
+    both = {
+        "default": "old {{ messages }}",
+        "rag": "texts {{ messages }}",
+        "tool_use": "tools {{ messages }}",
+    }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
     if "list" in form:
         settings["chat_template"] = [{"name": n, "template": t} for n, t in both.items()]
@@ -519,7 +523,8 @@ def test_the_bases_other_templates_stay(folder, tmp_path, form):
         (folder / "chat_template.jinja").write_text(both["default"])
     if form == "files":
         (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(both["tool_use"])
+        for name in ("rag", "tool_use"):
+            (folder / "additional_chat_templates" / f"{name}.jinja").write_text(both[name])
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     words = {"type": "WordLevel", "vocab": {"<e>": 0}, "unk_token": "<e>"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
@@ -531,7 +536,7 @@ def test_the_bases_other_templates_stay(folder, tmp_path, form):
     assert not merge_folder(folder, same, tmp_path / "same", verify=False).chat_template_saved
     assert merge_folder(folder, other, tmp_path / "other", verify=False).chat_template_saved
     found = AutoTokenizer.from_pretrained(tmp_path / "other").chat_template
-    assert found == {"default": "new {{ messages }}", "tool_use": both["tool_use"]}
+    assert found == {"default": "new {{ messages }}", "rag": both["rag"]}
 
 
 def test_a_base_that_lacks_a_weight_is_refused_without_loading_it(folder, tmp_path):

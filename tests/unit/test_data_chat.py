@@ -96,7 +96,7 @@ def test_training_sees_the_prompts_that_generation_sees(name, turns):
     assert [list(example.tokens[:start]) for start in starts] == prompts
 
 
-def test_a_template_that_drops_old_thoughts_makes_an_example_of_every_turn():
+def test_reasoning_that_a_template_drops_later_is_refused_or_split_by_turns():
     tokenizer = have.byte_level(have.QWEN3)
     messages = [
         {"role": "user", "content": "hello"},
@@ -104,7 +104,8 @@ def test_a_template_that_drops_old_thoughts_makes_an_example_of_every_turn():
         {"role": "user", "content": "and now?"},
         {"role": "assistant", "content": "noon"},
     ]
-    data = encode([{"messages": messages}], tokenizer)
+    refused(tokenizer, messages, "reasoning of message 2", "once the conversation goes on", "--split-turns")
+    data = encode([{"messages": messages}], tokenizer, split_turns=True)
     assert [trained_texts(tokenizer, example) for example in data] == [
         ["<think>\nhmm\n</think>\n\nIt is noon.<|im_end|>"],
         ["<think>\n\n</think>\n\nnoon<|im_end|>"],
@@ -127,19 +128,32 @@ def test_another_end_for_the_last_answer_makes_an_example_of_every_turn():
     ]
 
 
-def test_a_generation_prompt_that_answers_do_not_begin_with_is_left_out():
+def test_a_model_is_asked_with_what_its_answers_begin_with_in_training():
     tokenizer = have.byte_level(have.OPENS_THOUGHT)
-    assert trained_texts(tokenizer, one(tokenizer, CONVERSATION)) == [
-        "It is noon.<|im_end|>",
-        "noon<|im_end|>",
-    ]
+    example, chat = one(tokenizer, CONVERSATION), ChatFormat(tokenizer)
+    assert trained_texts(tokenizer, example) == ["It is noon.<|im_end|>", "noon<|im_end|>"]
+    prompt = chat.prompt_tokens(CONVERSATION[:1])
+    assert list(example.tokens[: example.first_trained]) == prompt
+    assert tokenizer.decode(prompt).endswith("<|assistant|>")
+    # The template of the adapter asks so in other programs too, and prints all else as before.
+    tokenizer.chat_template = chat.template
+    asked = tokenizer.apply_chat_template(CONVERSATION[:1], add_generation_prompt=True, tokenize=False)
+    assert asked == tokenizer.decode(prompt)
+    whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert whole == whole_text(tokenizer, example)
+    assert ChatFormat(tokenizer).template == chat.template
+    stock = ChatFormat(have.byte_level(have.OPENS_THOUGHT), as_trained=False)
+    assert tokenizer.decode(stock.prompt_tokens(CONVERSATION[:1])).endswith("<|assistant|><think>\n")
 
 
-def test_a_template_without_an_end_of_turn_gets_the_end_token():
+def test_a_template_without_an_end_of_turn_gets_the_end_token_after_every_answer():
     tokenizer = have.byte_level(have.PLAIN, eos="<|endoftext|>")
-    example = one(tokenizer, CONVERSATION)
-    assert trained_texts(tokenizer, example) == ["It is noon.\n", "noon\n<|endoftext|>"]
-    assert ChatFormat(tokenizer).stop_token_texts == ("<|endoftext|>",)
+    data = encode([{"messages": CONVERSATION}], tokenizer)
+    assert [trained_texts(tokenizer, example) for example in data] == [
+        ["It is noon.\n<|endoftext|>"],
+        ["noon\n<|endoftext|>"],
+    ]
+    assert ChatFormat(tokenizer).stop_texts == ("<|endoftext|>",)
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_space_adds_none_inside_a_row():
@@ -154,17 +168,26 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_adds_none_inside_a_row(
 
 def test_stop_tokens_are_the_end_of_turn_and_the_end_token():
     chat = ChatFormat(have.byte_level(have.LLAMA3, eos="<|endoftext|>"))
-    assert chat.stop_token_texts == ("<|eot_id|>", "<|endoftext|>")
-    assert chat.stop_token_ids == tuple(chat.tokenizer.convert_tokens_to_ids(list(chat.stop_token_texts)))
-    assert ChatFormat(have.byte_level(have.CHATML)).stop_token_texts == ("<|im_end|>",)
-    assert ChatFormat(have.byte_level()).stop_token_texts == ("<|im_end|>",)
+    assert chat.stop_texts == ("<|eot_id|>", "<|endoftext|>")
+    assert chat.stop_token_ids == tuple(chat.tokenizer.convert_tokens_to_ids(list(chat.stop_texts)))
+    assert ChatFormat(have.byte_level(have.CHATML)).stop_texts == ("<|im_end|>",)
+    assert ChatFormat(have.byte_level()).stop_texts == ("<|im_end|>",)
+
+
+def test_an_end_of_turn_that_the_tokenizer_has_no_token_for_is_a_stop_string():
+    tokenizer = have.byte_level(have.CHATML.replace("<|im_end|>", "<|stop|>"), eos="<|endoftext|>")
+    chat = ChatFormat(tokenizer)
+    assert (chat.stop_strings, chat.stop_token_ids) == (("<|stop|>",), (tokenizer.eos_token_id,))
+    example = one(tokenizer, CONVERSATION)
+    assert trained_texts(tokenizer, example) == ["It is noon.<|stop|>", "noon<|stop|>"]
 
 
 def test_a_given_template_replaces_the_tokenizers_own():
     tokenizer = have.byte_level(have.CHATML)
     chat = ChatFormat(tokenizer, have.LLAMA3)
     assert chat.template == have.LLAMA3
-    assert chat.render(CONVERSATION[:1]).startswith("<|begin|><|start_header_id|>")
+    asked = chat.tokenizer.decode(chat.prompt_tokens(CONVERSATION[:1]))
+    assert asked.startswith("<|begin|><|start_header_id|>")
     example = one(tokenizer, CONVERSATION[:2], chat_template=have.LLAMA3)
     assert trained_texts(tokenizer, example) == ["It is noon.<|eot_id|>"]
 
@@ -199,18 +222,18 @@ def test_a_conversation_may_begin_with_an_answer_and_end_with_a_question():
 
 
 def test_other_keys_and_tools_reach_the_template():
-    template = have.CHATML.replace(
-        "message['content']", "(message['content'] or '') + (message.tool_calls | string)"
-    )
+    written = "(message['content'] or '') + (message.tool_calls | tojson if message.tool_calls else '')"
+    template = have.CHATML.replace("message['content']", f"{written} + (message.mood or '')")
     template = "{{ tools | tojson if tools else '' }}" + template
     tokenizer = have.byte_level(template)
     calls = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
     messages = [
-        {**CONVERSATION[0], "tool_calls": "-"},
+        {**CONVERSATION[0], "mood": "merry"},
         {"role": "assistant", "content": None, "tool_calls": calls},
     ]
     (example,) = encode([{"messages": messages, "tools": [{"name": "clock"}]}], tokenizer)
     assert "clock" in trained_texts(tokenizer, example)[0]
+    assert "merry" in whole_text(tokenizer, example)
     assert whole_text(tokenizer, example).startswith('[{"name": "clock"}]')
 
 
@@ -250,7 +273,7 @@ def test_a_template_that_refuses_a_row_says_so_with_the_row():
     system = {"role": "system", "content": "a"}
     refused(tokenizer, [system, *CONVERSATION], "System role not supported", before=[CONVERSATION])
     refused(tokenizer, [CONVERSATION[0], *CONVERSATION], "must alternate", before=[CONVERSATION])
-    refused(have.byte_level("{% if %}"), CONVERSATION, "chat template refuses")
+    refused(have.byte_level("{% if %}"), CONVERSATION, "chat template refuses", "--chat-template")
 
 
 def test_a_template_that_hides_where_the_answer_begins_is_refused():

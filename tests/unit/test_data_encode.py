@@ -5,7 +5,7 @@ import data_tokenizers as have
 import numpy as np
 import pytest
 
-from brushstroke.data import EncodedData, Example, encode, read_rows, segments
+from brushstroke.data import DataWarning, EncodedData, Example, encode, read_rows, segments
 from brushstroke.errors import ConfigError, DataError
 
 PAIRS = [{"prompt": "what is the time?", "completion": "It is noon."}, {"prompt": "hello", "completion": ""}]
@@ -88,22 +88,32 @@ def test_a_completion_goes_on_without_the_space_of_a_new_text():
     assert list(example.tokens) == [*tokenizer("hello there")["input_ids"], tokenizer.eos_token_id]
 
 
-def test_texts_are_trained_whole_with_the_end_and_without_the_begin_token():
-    tokenizer = have.byte_level(have.CHATML, adds_bos=True)
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_are_trained_whole_with_the_end_and_begin_as_the_tokenizer_begins_texts(begins):
+    tokenizer = have.byte_level(have.CHATML, adds_bos=begins)
     data = encode([{"text": "hello there"}], tokenizer)
     (example,) = data
-    bare = tokenizer("hello there", add_special_tokens=False)["input_ids"]
-    assert list(example.tokens) == [*bare, tokenizer.eos_token_id]
-    assert example.weights == (0.0, *(1.0,) * len(bare))
+    whole = tokenizer("hello there")["input_ids"]
+    assert list(example.tokens) == [*whole, tokenizer.eos_token_id]
+    assert example.weights == (0.0, *(1.0,) * len(whole))
     assert data.report.kind == "text"
+    assert data.report.begin_tokens == (("<|begin|>",) if begins else ())
     assert data.report.stop_tokens == ("<|im_end|>",)
+
+
+def test_a_tokenizer_without_an_end_token_is_told(plain):
+    plain.eos_token = None
+    for row in ({"text": "hello there, what is the time?"}, PAIRS[0]):
+        with pytest.warns(DataWarning, match="no end token"):
+            data = encode([row], plain)
+        assert data.report.stop_tokens == ()
 
 
 def test_messages_come_before_pairs_and_pairs_before_texts(chatml):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"text": "t", **PAIRS[0], "messages": messages}
     kinds = []
-    for name in ("messages", "prompt", "text"):
+    for name in ("messages", "completion", "text"):
         kinds.append(encode([row], chatml).report.kind)
         row = {key: value for key, value in row.items() if key != name}
     assert kinds == ["messages", "prompt/completion", "text"]
@@ -137,7 +147,7 @@ def test_files_lists_and_read_rows_give_the_same(plain, tmp_path):
     ("row", "fragments"),
     [
         ({"prompt": "a"}, ("'completion'", "found the columns 'prompt'")),
-        ({"prompt": "a", "completionn": "b"}, ("'completion'", "did you mean 'completionn'")),
+        ({"prompt": "a", "completionn": "b"}, ("'completionn': did you mean 'completion'?",)),
         ({"prompt": None, "completion": "b"}, ("'prompt' is null", "expected text")),
         ({"prompt": "a", "completion": 5}, ("'completion' is a number (5)", "expected text")),
         ({"prompt": "a", "completion": ["b"]}, ("'completion' is a list", "expected text")),
@@ -159,7 +169,7 @@ def test_columns_that_mean_nothing_are_refused_with_what_is_possible(plain):
         "row 1",
         "'instruction', 'mesages'",
         "'prompt' and 'completion'",
-        "did you mean 'mesages'",
+        "'mesages': did you mean 'messages'?",
     )
 
 

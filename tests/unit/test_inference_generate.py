@@ -131,7 +131,10 @@ def test_rows_with_other_stop_tokens_do_not_stop_each_other():
 def test_the_models_own_sampling_defaults_do_not_leak_in(capfd):
     b = base()
     greedy = generate(b, PROMPTS, max_new_tokens=8)
-    ours = GenerationConfig(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, num_beams=2)
+    stops = b.model.generation_config.eos_token_id
+    ours = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, num_beams=2, eos_token_id=stops
+    )
     b.model.generation_config = ours
     assert generate(b, PROMPTS, max_new_tokens=8) == greedy
     assert b.model.generation_config is ours

@@ -4,7 +4,7 @@ It knows no live model, no file format and no training.
 """
 
 from brushstroke.adapter.adapter import Adapter
-from brushstroke.adapter.card import Card
+from brushstroke.adapter.card import Card, one_template
 from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint, Verdict
 from brushstroke.adapter.site import Site, is_conv1d
@@ -19,5 +19,6 @@ __all__ = [
     "TargetPlan",
     "Verdict",
     "is_conv1d",
+    "one_template",
     "resolve_targets",
 ]

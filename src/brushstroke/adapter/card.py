@@ -14,6 +14,19 @@ from brushstroke.errors import AdapterFileError, did_you_mean
 FORMAT = 1
 
 
+def one_template(templates: Mapping[str, str]) -> str | None:
+    """One chat template that chooses between several as transformers does: by whether there are tools.
+
+    Args:
+        templates: by name, as tokenizers have them; only "default" and "tool_use" are ever chosen.
+    """
+    default, tools = templates.get("default"), templates.get("tool_use")
+    if default is None or tools is None or default == tools:
+        return default if default is not None else tools
+    with_tools, without = (text[:-1] if text.endswith("\n") else text for text in (tools, default))
+    return f"{{% if tools %}}\n{with_tools}{{% else %}}\n{without}{{% endif %}}"
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 

@@ -4,6 +4,7 @@ Adapters are read first: a mistake in their names is answered before the base is
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -11,6 +12,7 @@ from cyclopts import Parameter
 from brushstroke.cli.console import say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import named_adapters
+from brushstroke.errors import DataError
 
 if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
@@ -19,6 +21,33 @@ AdapterFlags = Annotated[
     list[str] | None,
     Parameter(name="--adapter", negative=(), help="An adapter: DIR, or NAME=DIR; repeatable."),
 ]
+
+
+ToolsFile = Annotated[
+    Path | None,
+    Parameter(name="--tools", help="A JSON file with declarations of functions that the model may call."),
+]
+
+
+def read_tools(file: Path | None) -> tuple[Any, ...]:
+    """The declarations in a JSON file, a list of them.
+
+    Raises:
+        DataError: the file cannot be read, or holds none.
+    """
+    if file is None:
+        return ()
+    from brushstroke.data.messages import read_tools
+    from brushstroke.files import read_json
+
+    try:
+        return read_tools(read_json(file.expanduser()), str(file))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; check the path that --tools names") from error
+    except ValueError as error:
+        raise (
+            error if isinstance(error, DataError) else DataError(f"{file} is not valid JSON ({error})")
+        ) from error
 
 
 def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":

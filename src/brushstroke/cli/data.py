@@ -26,6 +26,9 @@ def data(
     completion: str | None = None,
     max_length: Whole = None,
     skip_too_long: bool = False,
+    split_turns: bool = False,
+    chat_template: str | None = None,
+    date: str | None = None,
     json: bool = False,
 ) -> None:
     """Show examples with the trained tokens marked, counts by role, the stop token and lengths.
@@ -38,16 +41,20 @@ def data(
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
         skip_too_long: Leave out examples whose prompt fills the limit, instead of refusing them.
+        split_turns: Make an example of every assistant turn, written as the model will see it.
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the tokenizer's own].
+        date: What the chat template takes for today, YYYY-MM-DD [default: today].
         json: Print JSON on stdout.
     """
     if rows is not None and rows < 0:
         raise ConfigError(f"--rows must not be negative; got {rows}")
-    from brushstroke.data import encode, read_rows
+    from brushstroke.data import ChatFormat, encode, find_template, read_rows
 
-    read = read_rows(data)
+    read, template = read_rows(data), find_template(chat_template)
     from brushstroke.base import load_tokenizer
 
     tokenizer, context = load_tokenizer(base)
+    chat = None if tokenizer is None else ChatFormat(tokenizer, template, date=date)
     encoded = encode(
         read,
         tokenizer,
@@ -55,6 +62,8 @@ def data(
         completion_column=completion,
         max_length=context if max_length is None else max_length,
         skip_too_long=skip_too_long,
+        split_turns=split_turns,
+        chat_template=chat,
     )
     shown = encoded[: SHOWN if rows is None else rows]
     if json:
@@ -67,7 +76,7 @@ def data(
         )
         console.print(_marked(example, tokenizer, coloured=console.is_terminal))
         console.print()
-    _print_numbers(console, _numbers(encoded))
+    _print_numbers(console, encoded)
 
 
 def _parts(example: "Example", tokenizer: Any) -> list[tuple[str, bool]]:
@@ -121,6 +130,11 @@ def _numbers(encoded: "EncodedData") -> dict[str, Any]:
         "real_tokens": report.real_tokens,
         "trained_tokens": report.trained_tokens,
         "roles": dict(report.roles),
+        "read_as": report.read_as,
+        "unused_columns": list(report.unused_columns),
+        "unused_keys": list(report.unused_keys),
+        "notes": list(report.notes),
+        "begin_tokens": list(report.begin_tokens),
         "stop_tokens": list(report.stop_tokens),
         "lengths": {
             "min": min(lengths),
@@ -134,7 +148,9 @@ def _numbers(encoded: "EncodedData") -> dict[str, Any]:
     }
 
 
-def _print_numbers(console: Any, numbers: dict[str, Any]) -> None:
+def _print_numbers(console: Any, encoded: "EncodedData") -> None:
+    numbers = _numbers(encoded)
+    is_text = numbers["kind"] == "text"
     lengths, skipped, cut = numbers["lengths"], numbers["skipped_rows"], numbers["cut_rows"]
     console.print(numbers["name"], style="bold", markup=False)
     facts(
@@ -143,7 +159,10 @@ def _print_numbers(console: Any, numbers: dict[str, Any]) -> None:
             "rows": f"{numbers['rows']:,} ({numbers['kind']}), {numbers['examples']:,} examples",
             "tokens": f"{numbers['real_tokens']:,}, {numbers['trained_tokens']:,} of them trained",
             "by role": ", ".join(f"{role} {count:,}" for role, count in numbers["roles"].items()),
-            "stop token": " ".join(numbers["stop_tokens"]),
+            "read as": encoded.report.reading,
+            "notes": "; ".join(numbers["notes"]),
+            **({"begin token": " ".join(numbers["begin_tokens"]) or "none"} if is_text else {}),
+            "stop token": " ".join(numbers["stop_tokens"]) or "none",
             "lengths": f"min {lengths['min']}, median {lengths['median']:g}, mean {lengths['mean']:.1f}, "
             f"max {lengths['max']}",
             "left out": f"{len(skipped):,} rows whose prompt fills the limit" if skipped else "",

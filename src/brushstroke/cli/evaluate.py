@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from brushstroke.cli.adapters import AdapterFlags, load, load_adapters
+from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole
@@ -30,6 +30,9 @@ def evaluate(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: Whole = None,
+    tools: ToolsFile = None,
+    chat_template: str | None = None,
+    date: str | None = None,
     run: BaseOptions | None = None,
 ) -> None:
     """The loss per trained token, exact match, JSON validity and field F1 on a data file.
@@ -47,7 +50,11 @@ def evaluate(
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens, for the loss [default: the model's context].
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
+            training, or the tokenizer's own].
+        date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
     """
+    declared = read_tools(tools)
     from brushstroke.data import read_rows
 
     rows = read_rows(data)
@@ -71,6 +78,9 @@ def evaluate(
             prompt_column=prompt,
             completion_column=completion,
             max_length=max_length,
+            tools=declared,
+            chat_template=chat_template,
+            date=date,
             allow_different_base=run.allow_different_base,
             **options,
         )

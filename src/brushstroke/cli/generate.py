@@ -5,17 +5,21 @@ Which adapter answers which prompt is said here; how, is the library's business.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from brushstroke.cli.adapters import AdapterFlags, load, load_adapters
+from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit, emit_json, say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import BrushstrokeError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from brushstroke.inference import Answer
 
 BASE = "base"  # the name of the model without an adapter
 HELP = "/use NAME, /base, /reset, /quit"
@@ -61,6 +65,9 @@ def generate(
     prompts: Path | None = None,
     adapter: AdapterFlags = None,
     use: str | None = None,
+    tools: ToolsFile = None,
+    chat_template: str | None = None,
+    date: str | None = None,
     sampling: SamplingOptions | None = None,
     options: BaseOptions | None = None,
 ) -> None:
@@ -73,36 +80,47 @@ def generate(
         texts: Prompts; without any, and without the two flags below, one prompt is read from stdin.
         prompt: A prompt; repeatable.
         prompts: A file of prompts: one a line, or a JSONL, JSON, CSV or Parquet file with a prompt or
-            messages column; an answer at the end of messages is left out.
+            messages column (system, history, tools and chat_template_kwargs too); an answer at the end of
+            messages is left out.
         use: The adapter of each prompt by name, separated by commas, "base" for none; one name serves all.
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
+            training, or the tokenizer's own].
+        date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
     """
-    asked = _prompts([*texts, *(prompt or ())], prompts)
+    declared = read_tools(tools)
+    asked = _prompts([*texts, *(prompt or ())], prompts, declared)
     adapters = load_adapters(adapter)
     asked, names = _rows(asked, list(adapters), use)
     given = (sampling or SamplingOptions()).given()
     options = options or BaseOptions()
     loaded = load(base, options)
     from brushstroke.inference import generate as answer_all
+    from brushstroke.inference import shown_prompt
 
     answers = answer_all(
         loaded,
         asked,
         adapters=adapters,
         rows=names,
+        tools=declared,
+        chat_template=chat_template,
+        date=date,
         allow_different_base=options.allow_different_base,
         **given,
     )
     for question, answer in zip(asked, answers, strict=True):
         name = answer.adapter or BASE
         if options.json:
-            emit_json(
-                {"adapter": name, "prompt": question, "answer": answer.text, "finish": answer.finish},
-                lines=True,
-            )
+            emit_json({"adapter": name, "prompt": shown_prompt(question), **_parts(answer)}, lines=True)
             continue
         if len(answers) > 1:
-            say(f"{name} < {_short(question)}")
-        emit(answer.text)
+            say(f"{name} < {_short(shown_prompt(question))}")
+        if answer.reasoning:
+            say(f"reasoning: {answer.reasoning}")
+        if answer.text or not answer.tool_calls:
+            emit(answer.text)
+        for call in answer.tool_calls:
+            emit_json(call, lines=True)
 
 
 def chat(
@@ -110,6 +128,9 @@ def chat(
     *,
     adapter: AdapterFlags = None,
     system: str | None = None,
+    tools: ToolsFile = None,
+    chat_template: str | None = None,
+    date: str | None = None,
     sampling: SamplingOptions | None = None,
     options: BaseOptions | None = None,
 ) -> None:
@@ -120,7 +141,11 @@ def chat(
     Args:
         base: A model folder, a hub id or a .gguf file.
         system: A system message.
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
+            training, or the tokenizer's own].
+        date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
     """
+    declared = read_tools(tools)
     adapters = load_adapters(adapter)
     given = (sampling or SamplingOptions()).given()
     options = options or BaseOptions()
@@ -131,6 +156,9 @@ def chat(
         loaded,
         adapters,
         system=system,
+        tools=declared,
+        chat_template=chat_template,
+        date=date,
         sampling=Sampling(**given),
         allow_different_base=options.allow_different_base,
     ) as session:
@@ -185,9 +213,19 @@ def _command(session: Any, text: str) -> None:
         say(f"unknown command {text!r}; {HELP}")
 
 
-def _prompts(given: list[str], file: Path | None) -> list[Any]:
+def _parts(answer: "Answer") -> dict[str, Any]:
+    """An answer as JSON: its text, and reasoning and tool calls where it has some."""
+    parts: dict[str, Any] = {"answer": answer.text}
+    if answer.reasoning:
+        parts["reasoning"] = answer.reasoning
+    if answer.tool_calls:
+        parts["tool_calls"] = list(answer.tool_calls)
+    return {**parts, "finish": answer.finish}
+
+
+def _prompts(given: list[Any], file: Path | None, tools: Sequence[Any]) -> list[Any]:
     if file is not None:
-        given = [*given, *_read_prompts(file)]
+        given = [*given, *_read_prompts(file, tools)]
     elif not given:
         text = sys.stdin.read().removesuffix("\n")
         given = [text] if text else []
@@ -196,32 +234,21 @@ def _prompts(given: list[str], file: Path | None) -> list[Any]:
     return given
 
 
-def _read_prompts(file: Path) -> list[Any]:
-    from brushstroke.data import read_rows
+def _read_prompts(file: Path, tools: Sequence[Any]) -> list[Any]:
+    from brushstroke.data import read_prompt, read_rows
     from brushstroke.data.files import READERS
 
     if file.suffix.lower() in READERS:
         read = read_rows(file)
-        found = []
-        for number, row in enumerate(read.rows, start=1):
-            value = row.get("prompt", row.get("messages"))
-            if value is None:
-                raise DataError(f"{read.where(number)}: expected a 'prompt' or 'messages' column")
-            found.append(_question(value))
-        return found
+        return [
+            read_prompt(row, read.where(number), tools=tools) for number, row in enumerate(read.rows, start=1)
+        ]
     try:
         return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; check the path that --prompts names") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
-
-
-def _question(value: Any) -> Any:
-    """A prompt as it is; a conversation without the answer at its end, which is what is asked for."""
-    if isinstance(value, list) and len(value) > 1 and isinstance(value[-1], dict):
-        return value[:-1] if value[-1].get("role") == "assistant" else value
-    return value
 
 
 def _rows(prompts: list[Any], names: list[str], use: str | None) -> tuple[list[Any], list[str | None]]:

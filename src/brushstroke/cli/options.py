@@ -135,6 +135,9 @@ class DataOptions:
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
         skip_too_long: Leave out examples whose prompt fills the limit, instead of refusing them.
+        split_turns: Make an example of every assistant turn, written as the model will see it.
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the tokenizer's own].
+        date: What the chat template takes for today, YYYY-MM-DD [default: the day on which the run began].
         eval_data: Data to evaluate on.
     """
 
@@ -142,6 +145,9 @@ class DataOptions:
     completion: str | None = None
     max_length: Whole = None
     skip_too_long: bool | None = None
+    split_turns: bool | None = None
+    chat_template: str | None = None
+    date: str | None = None
     eval_data: Annotated[str | None, Parameter(name="--eval")] = None
 
 
@@ -186,7 +192,7 @@ def train_config(training: TrainingOptions | None, data: DataOptions | None) -> 
     from brushstroke.training import TrainConfig
 
     given = _given(training or TrainingOptions())
-    for name in ("max_length", "skip_too_long"):
+    for name in ("max_length", "skip_too_long", "split_turns", "chat_template", "date"):
         value = getattr(data, name, None)
         if value is not None:
             given[name] = value

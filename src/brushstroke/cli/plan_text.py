@@ -34,6 +34,9 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
             "products": f"{'oneDNN' if plan.kernels == 'onednn' else 'torch'} ({plan.kernels_reason})",
             "data": f"{plan.examples:,} examples, {plan.real_tokens:,} tokens an epoch, "
             f"{plan.trained_tokens:,} of them trained",
+            "read as": plan.reading,
+            "notes": "; ".join(plan.notes),
+            "date": f"{plan.date}, printed by the chat template" if plan.date else "",
             "run": f"{plan.steps:,} steps of {plan.batch_size} examples, {plan.epochs:.3g} epochs, "
             f"{plan.real_tokens * plan.epochs:,.0f} tokens",
             "sharing": f"{about}{plan.shared_tokens:,} of {plan.real_tokens:,} tokens saved by computing "

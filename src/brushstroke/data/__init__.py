@@ -4,18 +4,32 @@ Nothing here knows a model, a batch or a tensor.
 """
 
 from brushstroke.data.chat import ChatFormat
-from brushstroke.data.encode import encode
+from brushstroke.data.columns import Columns, find_columns, read_prompt, read_row
+from brushstroke.data.encode import DataWarning, encode
 from brushstroke.data.examples import EncodedData, EncodingReport, Example, common_length, segments
+from brushstroke.data.messages import Conversation, read_conversation
+from brushstroke.data.named_templates import Template, find_template
 from brushstroke.data.read import Rows, read_rows
+from brushstroke.data.reply import Reply
 
 __all__ = [
     "ChatFormat",
+    "Columns",
+    "Conversation",
+    "DataWarning",
     "EncodedData",
     "EncodingReport",
     "Example",
+    "Reply",
     "Rows",
+    "Template",
     "common_length",
     "encode",
+    "find_columns",
+    "find_template",
+    "read_conversation",
+    "read_prompt",
+    "read_row",
     "read_rows",
     "segments",
 ]

@@ -1,49 +1,98 @@
 """Conversations as the chat template writes them, and which of their characters are the assistant's.
 
-What is trained comes from positions in the rendered text, never from token ids; stock templates will do.
-It does not read rows: it is given messages.
+A conversation is brought into the form that the template takes, rendered, and proven: every value of the row
+stands in the text where it should, and what is trained is the assistant's part with its end. It does not read
+rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from brushstroke.data.checks import Message, check_messages
+from brushstroke.adapter import one_template
+from brushstroke.data.checks import Message
+from brushstroke.data.fitting import EXAMPLES, QUESTION, SPLIT, Fit, FittedText, Fitter, Purpose
+from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.pieces import Piece, PieceTokenizer
+from brushstroke.data.probe_answers import asked_as_answered, closing_markers
+from brushstroke.data.reply import Reply, ReplyReader
+from brushstroke.data.template import ChatTemplate, date_of, with_date
 from brushstroke.errors import DataError
 
-_SENTINEL = "Qzxv7"  # an answer that no template contains or changes
+TRIMMED = "the chat template takes white space off the ends of contents"
+DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, as transformers chooses between them
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """An assistant turn: its answer is rendered[start:stop], where the conversation ends with this turn."""
+@dataclass(frozen=True)
+class Written:
+    """A conversation in pieces.
 
-    index: int
-    rendered: str
-    start: int
-    stop: int
+    Args:
+        rows: the pieces of each example.
+        ends: the texts that end its trained answers.
+        unused: keys of messages that the template does not print.
+        notes: what was changed on the way, for people.
+    """
+
+    rows: tuple[tuple[Piece, ...], ...]
+    ends: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ChatFormat:
     """How conversations become text and tokens, for training and for generation alike.
 
-    `template` is the chat template to use (the one that an adapter was trained with); the tokenizer's own by
-    default.
+    Args:
+        tokenizer: of transformers.
+        template: the chat template to use (the one that an adapter was trained with), or several by name; the
+            tokenizer's own by default.
+        date: what the template takes for today, as YYYY-MM-DD; by default the date that it has been given
+            already, or today.
+        as_trained: ask with what answers begin with in training, also where the template's own generation
+            prompt goes on with something else, such as <think>.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | Mapping[str, str] | None = None,
+        *,
+        date: str | None = None,
+        as_trained: bool = True,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.template = template or _own_template(tokenizer)
         self.pieces = PieceTokenizer(tokenizer)
-        self._opening, self._closing = self._probe() if self.template else ("", None)
-        self._end_text, self._end_id = self._end_of_turn()
         self._bos = _begin_token(tokenizer)
+        self._known_markers = _added_tokens(tokenizer)
+        given = template or getattr(tokenizer, "chat_template", None) or {}
+        sources = {DEFAULT: given} if isinstance(given, str) else dict(given)
+        self._templates = {
+            name: self._made(with_date(source, date), as_trained) for name, source in sources.items()
+        }
+        self._fitter = Fitter(self._known_markers)
+        self._readers: dict[str, ReplyReader] = {}
 
     @property
     def has_template(self) -> bool:
         """Whether there is a chat template at all."""
-        return self.template is not None
+        return bool(self._templates)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template; where there are several, one that chooses between them; None for none."""
+        return one_template({name: template.source for name, template in self._templates.items()})
+
+    @property
+    def date(self) -> str | None:
+        """The date that the template prints; None where it prints none."""
+        return next((day for t in self._templates.values() if (day := date_of(t.source))), None)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The begin token, if the tokenizer puts one before every text."""
+        return self._bos
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -53,237 +102,188 @@ class ChatFormat:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's end-of-turn token and the tokenizer's end token."""
-        turn = () if self._end_id is None else (self._end_id,)
-        return tuple(dict.fromkeys(turn + self.end_ids))
+        """The tokens that end an answer: the template's end of a turn and the tokenizer's end token."""
+        turn = [self._added[end] for end in self._closings if end in self._added]
+        return tuple(dict.fromkeys((*turn, *self.end_ids)))
 
     @property
-    def stop_token_texts(self) -> tuple[str, ...]:
-        """The texts of `stop_token_ids`."""
-        return tuple(self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids)))
+    def stop_strings(self) -> tuple[str, ...]:
+        """What ends an answer in the template and is no token of its own in this tokenizer."""
+        return tuple(end for end in self._closings if end not in self._added)
 
-    def render(
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts of all that ends an answer."""
+        tokens = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
+        return tuple(dict.fromkeys((*self.stop_strings, *tokens)))
+
+    def stops(self, texts: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Tokens and strings that end an answer, out of their texts, as a card has them."""
+        vocabulary = self._vocabulary
+        tokens = tuple(vocabulary[text] for text in texts if text in vocabulary)
+        return tokens, tuple(text for text in texts if text not in vocabulary)
+
+    def write(
         self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
+        conversation: Conversation,
         *,
-        tools: Sequence[Mapping] | None = None,
         where: str = "this conversation",
-    ) -> str:
-        """The text of a conversation, with the opening of an answer at its end if asked for.
+        need_trained: bool = True,
+        split_turns: bool = False,
+    ) -> Written:
+        """A conversation with its answers trained, in pieces.
+
+        Usually this is one example. Where the template writes an answer otherwise once the conversation goes
+        on, it is one for each answer.
+
+        Args:
+            conversation: what a row holds.
+            where: the row, for messages of errors.
+            need_trained: refuse a conversation without an answer to learn.
+            split_turns: one example for each answer, always.
 
         Raises:
-            DataError: there is no chat template, or it refuses the conversation.
+            DataError: there is no answer to learn, or the template does not print all that the row holds.
         """
-        if self.template is None:
+        if need_trained and not any(conversation.trained):
+            if conversation.answers:
+                raise DataError(
+                    f"{where}: every assistant turn has weight 0; train one of them, or take the row out"
+                )
             raise DataError(
-                f"{where}: the tokenizer has no chat template, so messages cannot be written as text; "
-                "use prompt and completion columns or a text column, or pass a chat template"
+                f"{where}: the conversation has no assistant turn, so nothing can be trained; add the answer "
+                "or take the row out"
             )
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # a template is a program that somebody else wrote
-            raise DataError(
-                f"{where}: the chat template refuses this conversation ({error}); "
-                "change the row or use another chat template"
-            ) from error
+        split = split_turns and any(conversation.trained)
+        fit = self._fit(conversation, SPLIT if split else EXAMPLES, where)
+        rows = tuple(self._cut(fit, fitted) for fitted in fit.texts)
+        layouts = [fitted.layout for fitted in fit.texts]
+        learnt = [turn for layout in layouts for turn in layout.turns if turn.message in layout.trained]
+        ends = tuple(dict.fromkeys(turn.end for turn in learnt if turn.end is not None))
+        notes = (*conversation.notes, *fit.form.notes, *((TRIMMED,) if fit.trimmed else ()))
+        return Written(rows, ends, fit.unused, notes)
 
     def prompt_tokens(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Conversation,
         *,
         tools: Sequence[Mapping] | None = None,
+        options: Mapping[str, Any] | None = None,
         where: str = "this conversation",
     ) -> list[int]:
         """The tokens after which the model answers; the same ones that came before the answer in training.
 
         A text is a user turn where there is a chat template, and the beginning of a text otherwise.
+
+        Raises:
+            DataError: there is no chat template for messages, or it does not print all of them.
         """
         if isinstance(prompt, str):
-            if self.template is None:
+            if not self.has_template:
                 return self.pieces.tokens(self.plain_prompt(prompt))
             prompt = [{"role": "user", "content": prompt}]
-        check_messages(prompt, where)
-        text = self.render(prompt, True, tools=tools, where=where)
-        turns = []
-        for index in _assistant_turns(prompt):
-            try:
-                turns.append(self._turn(prompt, index, tools, where))
-            except DataError:  # the rewritten past of a template needs no boundary
-                continue
-        return self.pieces.tokens(self._cut(prompt, text, turns, trained=()))
+        if not isinstance(prompt, Conversation):
+            prompt = read_conversation(prompt, tools=tools, options=options, where=where)
+        fit = self._fit(prompt, QUESTION, where)
+        return self.pieces.tokens(self._cut(fit, fit.texts[0]))
+
+    def read_reply(self, text: str, tools: Sequence[Any] = ()) -> Reply:
+        """What a model answered, in its parts.
+
+        Args:
+            text: its answer with special tokens, without what ended it.
+            tools: the functions that it could call.
+        """
+        name = self._name_for(tools)
+        if name not in self._readers:
+            self._readers[name] = ReplyReader(self._templates.get(name), self.tokenizer.all_special_tokens)
+        return self._readers[name].read(text, tools)
+
+    def last_answer(self, conversation: Conversation, *, where: str) -> tuple[Reply, str]:
+        """The answer at the end of a conversation: in its parts, and as the template writes it.
+
+        Raises:
+            DataError: the template does not print all of the conversation.
+        """
+        fit = self._fit(conversation, (*EXAMPLES, *SPLIT), where)
+        fitted, message = fit.texts[-1], fit.told.messages[-1]
+        turn = fitted.layout.turns[-1]
+        written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
+        calls = tuple(call["function"] for call in message.get("tool_calls", ()))
+        reply = Reply(message.get("content") or "", message.get("reasoning_content", ""), calls)
+        return reply, written.removesuffix(turn.end or "")
 
     def plain_prompt(self, text: str) -> tuple[Piece, ...]:
         """A prompt without a template, begun as the tokenizer itself begins a text."""
         begin = (Piece("", False, "prompt", ids=self._bos),) if self._bos else ()
         return (*begin, Piece(text, False, "prompt", after=None))
 
-    def conversation(
-        self,
-        messages: Sequence[Message] | Any,
-        *,
-        tools: Sequence[Mapping] | None = None,
-        where: str = "this conversation",
-        need_trained: bool = True,
-    ) -> list[tuple[Piece, ...]]:
-        """The pieces of a conversation with every assistant turn trained.
+    def _made(self, source: str, as_trained: bool) -> ChatTemplate:
+        stock = ChatTemplate(self.tokenizer, source)
+        return asked_as_answered(stock) if as_trained else stock
 
-        Usually this is one row of pieces. Where the template rewrites earlier turns (as those do that drop
-        the thinking of the past), it is one row for each assistant turn, in which only the last is trained.
+    def _name_for(self, tools: Sequence[Any]) -> str:
+        return TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT
 
-        Raises:
-            DataError: the conversation is malformed, has no assistant turn, or the template's text does not
-                tell where an answer begins.
-        """
-        check_messages(messages, where)
-        indices = _assistant_turns(messages)
-        if not indices:
-            if need_trained:
-                raise DataError(
-                    f"{where}: the conversation has no assistant turn, so nothing can be trained; "
-                    "add the answer or take the row out"
-                )
-            return [self._cut(messages, self.render(messages, tools=tools, where=where), [], trained=())]
-        turns = [self._turn(messages, index, tools, where) for index in indices]
-        ends_with_answer = indices[-1] == len(messages) - 1
-        whole = turns[-1].rendered if ends_with_answer else self.render(messages, tools=tools, where=where)
-        if len(_fitting(whole, turns)) == len(turns):
-            return [self._cut(messages, whole, turns, trained=indices, complete=ends_with_answer)]
-        return [
-            self._cut(messages, turn.rendered, turns[: number + 1], trained=(turn.index,), complete=True)
-            for number, turn in enumerate(turns)
-        ]
-
-    def _turn(self, messages: Sequence[Message], index: int, tools: Any, where: str) -> _Turn:
-        rendered = self.render(messages[: index + 1], tools=tools, where=where)
-        start = self._answer_start(messages[:index], rendered, tools, where)
-        if start is None:
+    def _template_for(self, conversation: Conversation, where: str) -> ChatTemplate:
+        name = self._name_for(conversation.tools)
+        if name in self._templates:
+            return self._templates[name]
+        if self._templates:
             raise DataError(
-                f"{where}: the chat template's text does not tell where the answer in message {index + 1} "
-                "begins (what it writes before an answer changes once the answer is there); "
-                "use another chat template, or a text column"
+                f"{where}: the tokenizer has the chat templates {', '.join(self._templates)} and none is "
+                "called default; name one (--chat-template)"
             )
-        return _Turn(index, rendered, start, start + self._answer_length(rendered[start:]))
+        raise DataError(
+            f"{where}: the tokenizer has no chat template, so messages cannot be written as text; "
+            "use prompt and completion columns or a text column, or pass a chat template (--chat-template)"
+        )
 
-    def _answer_start(self, before: Sequence[Message], rendered: str, tools: Any, where: str) -> int | None:
-        if not before:  # no template can be asked for a prompt of no messages
-            found = rendered.find(self._opening) if self._opening else -1
-            return None if found < 0 else found + len(self._opening)
-        prompt = self.render(before, True, tools=tools, where=where)
-        if rendered.startswith(prompt):
-            return len(prompt)
-        prompt = self.render(before, False, tools=tools, where=where)
-        for candidate in (prompt + self._opening, prompt):
-            if rendered.startswith(candidate):
-                return len(candidate)
-        return None
+    def _fit(self, conversation: Conversation, purposes: Sequence[Purpose], where: str) -> Fit:
+        return self._fitter.fit(self._template_for(conversation, where), conversation, purposes, where)
 
-    def _answer_length(self, answer: str) -> int:
-        """How much of what follows the prompt is the answer, its end-of-turn token included."""
-        if self._end_text is None:
-            return len(answer)
-        if self._closing and answer.endswith(self._closing):
-            closing = len(answer) - len(self._closing)
-            return answer.index(self._end_text, closing) + len(self._end_text)
-        found = answer.rfind(self._end_text)
-        return len(answer) if found < 0 else found + len(self._end_text)
-
-    def _cut(
-        self,
-        messages: Sequence[Message],
-        text: str,
-        turns: Sequence[_Turn],
-        *,
-        trained: Sequence[int],
-        complete: bool = False,
-    ) -> tuple[Piece, ...]:
-        """`text` in pieces: the answers of the turns that occur in it unchanged, and what is between."""
+    def _cut(self, fit: Fit, fitted: FittedText) -> tuple[Piece, ...]:
+        """A text in pieces: the answers that stand in it as they were generated, and what is between."""
+        layout, text, marks = fitted.layout, fitted.text, fit.marks(fitted)
         pieces: list[Piece] = []
-        position, message = 0, 0
-        for turn in _fitting(text, turns):
-            pieces += self._template_piece(
-                text[position : turn.start], pieces, messages[message : turn.index]
-            )
-            follows = "" if pieces else None
-            answer = text[turn.start : turn.stop]
-            pieces.append(Piece(answer, turn.index in trained, "assistant", follows))
-            position, message = turn.stop, turn.index + 1
-        pieces += self._template_piece(text[position:], pieces, messages[message:])
-        if complete and self._end_text is None and self.end_ids:
-            # The template ends an answer with no token of its own: without one the model would never stop.
-            pieces.append(Piece("", True, "assistant", ids=self.end_ids))
-        return tuple(pieces)
+        position, ended = 0, None
+        for turn in layout.turns:
+            start, stop = fitted.position(turn.start), fitted.position(turn.stop)
+            pieces += _template_piece(text, position, start, marks, ended)
+            trained = turn.message in layout.trained
+            pieces.append(Piece(text[start:stop], trained, "assistant", "" if pieces else None))
+            if turn.end is None and turn.message == layout.count - 1 and self.end_ids:
+                # Without a token behind an answer that the template ends with nothing the model would not
+                # stop.
+                pieces.append(Piece("", trained, "assistant", ids=self.end_ids))
+            position, ended = stop, turn.end or ""
+        return (*pieces, *_template_piece(text, position, len(text), marks, ended))
 
-    def _template_piece(self, text: str, before: list[Piece], messages: Sequence[Message]) -> list[Piece]:
-        if not text:
-            return []
-        after = None
-        if before:
-            ended = self._end_text is not None and before[-1].text.endswith(self._end_text)
-            after = self._end_text if ended else ""
-        return [Piece(text, False, "template", after, tuple(_content_marks(text, messages)))]
+    @cached_property
+    def _closings(self) -> tuple[str, ...]:
+        """What ends the answers of made-up conversations."""
+        found = (closing_markers(template, self._known_markers) for template in self._templates.values())
+        return tuple(dict.fromkeys(marker for markers in found for marker in markers))
 
-    def _probe(self) -> tuple[str, str | None]:
-        """What the template writes directly before and after an answer; None where it does not tell."""
-        question = [{"role": "user", "content": "x"}]
-        try:
-            answered = self.render([*question, {"role": "assistant", "content": _SENTINEL}])
-            asked = self.render(question)
-        except DataError:
-            return "", None
-        before, found, closing = answered.rpartition(_SENTINEL)
-        if not found:
-            return "", None
-        return (before[len(asked) :] if before.startswith(asked) else ""), closing
+    @cached_property
+    def _added(self) -> dict[str, int]:
+        """The added tokens by their texts: text that spells one always becomes it."""
+        vocabulary = self._vocabulary
+        return {text: vocabulary[text] for text in self._known_markers if text in vocabulary}
 
-    def _end_of_turn(self) -> tuple[str | None, int | None]:
-        """The first special token in what the template writes after an answer."""
-        if self.template and self._closing is None:
-            return self.tokenizer.eos_token, self.tokenizer.eos_token_id
-        tokens = self.pieces.tokens([Piece(self._closing, False, "template", None)]) if self._closing else []
-        for special in _special_tokens(self.tokenizer):
-            for token in tokens:
-                if token in special:
-                    return special[token], token
-        return None, None
+    @cached_property
+    def _vocabulary(self) -> Mapping[str, int]:
+        return self.tokenizer.get_vocab()
 
 
-def _own_template(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):  # a model with several templates: by name
-        return template.get("default")
-    return template or None
-
-
-def _assistant_turns(messages: Sequence[Message]) -> tuple[int, ...]:
-    return tuple(index for index, message in enumerate(messages) if message["role"] == "assistant")
-
-
-def _fitting(text: str, turns: Sequence[_Turn]) -> list[_Turn]:
-    fitting, position = [], 0
-    for turn in turns:
-        if turn.start >= position and text.startswith(turn.rendered):
-            fitting.append(turn)
-            position = turn.stop
-    return fitting
-
-
-def _content_marks(text: str, messages: Sequence[Message]) -> Iterator[tuple[str, int, int]]:
-    position = 0
-    for message in messages:
-        content = message.get("content")
-        parts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
-        for part in filter(None, map(str.strip, parts)):
-            found = text.find(part, position)
-            if found >= 0:
-                position = found + len(part)
-                yield message["role"], found, position
+def _template_piece(
+    text: str, start: int, stop: int, marks: Sequence[tuple[str, int, int]], ended: str | None
+) -> list[Piece]:
+    """What stands between two answers; `ended` is what the answer before it ends with."""
+    if start >= stop:
+        return []
+    inside = tuple((role, a - start, b - start) for role, a, b in marks if start <= a and b <= stop)
+    return [Piece(text[start:stop], False, "template", ended, inside)]
 
 
 def _begin_token(tokenizer: Any) -> tuple[int, ...]:
@@ -293,9 +293,7 @@ def _begin_token(tokenizer: Any) -> tuple[int, ...]:
     return (bos,) if bos is not None and begun[:1] == [bos] != bare[:1] else ()
 
 
-def _special_tokens(tokenizer: Any) -> tuple[dict[int, str], dict[int, str]]:
-    """The tokens declared special; the other added tokens, which some models end a turn with."""
+def _added_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the special tokens and of all others that were added to the vocabulary."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {token: str(entry) for token, entry in added.items() if entry.special}
-    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return special, {token: str(entry) for token, entry in added.items() if str(entry).strip()}
+    return tuple(dict.fromkeys((*map(str, added.values()), *map(str, tokenizer.all_special_tokens))))

@@ -3,21 +3,29 @@
 It does not group examples into batches: that is the training step's business.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from brushstroke.data.chat import ChatFormat
-from brushstroke.data.checks import check_encodable, kind_of
-from brushstroke.data.examples import EncodedData, EncodingReport, Example, Kind
+from brushstroke.data.checks import kind_of
+from brushstroke.data.columns import Columns, doubts, find_columns, read_row, read_text, refuse_context
+from brushstroke.data.examples import EncodedData, EncodingReport, Example
 from brushstroke.data.files import Row
 from brushstroke.data.limit import keep_within
+from brushstroke.data.named_templates import Template, find_template
 from brushstroke.data.pieces import Piece
 from brushstroke.data.read import Rows, Source, hash_rows, read_rows
 from brushstroke.data.tokenised import read_tokenised
-from brushstroke.errors import ConfigError, DataError, did_you_mean
+from brushstroke.errors import ConfigError, DataError
 
 _SHOWN = 10  # rows named in a message
+NO_END = "the tokenizer has no end token: what is trained has no end, and answers stop at their limit alone"
+
+
+class DataWarning(UserWarning):
+    """Data may teach something else than what was meant."""
 
 
 def encode(
@@ -28,15 +36,17 @@ def encode(
     completion_column: str | None = None,
     max_length: int | None = None,
     skip_too_long: bool = False,
-    chat_template: str | None = None,
+    split_turns: bool = False,
+    chat_template: Template | ChatFormat = None,
+    tools: Sequence[Any] = (),
     need_trained: bool = True,
 ) -> EncodedData:
     """Examples to learn from, out of anything that `read_rows` reads, or out of examples tokenised already.
 
     The columns decide: `input_ids` and `labels` (aligned with each other, -100 is not trained, optional
     `weights`); `messages`, whose assistant turns are trained; `prompt` and `completion` (other names with
-    `prompt_column` and `completion_column`), a user and an assistant turn where there is a chat template,
-    else joined and ended with the end token; `text`, trained whole and ended with the end token.
+    `prompt_column` and `completion_column`), texts or messages, where there is a chat template, else joined
+    and ended with the end token; `text`, trained whole and ended with the end token.
 
     Args:
         source: what to read.
@@ -45,36 +55,42 @@ def encode(
         completion_column: another name for `completion`.
         max_length: the limit of an example in tokens. What is beyond it is cut, counted and reported.
         skip_too_long: leave out and count examples whose prompt fills the limit, instead of refusing them.
-        chat_template: used in place of the tokenizer's own.
+        split_turns: make an example of every assistant turn, written as the model will see it.
+        chat_template: used in place of the tokenizer's own: a template, a file, the name of one, or a chat
+            format that is made already.
+        tools: declarations of functions, for rows that have none.
         need_trained: refuse rows without a trained token. Without it they are kept.
 
     Raises:
         DataError: naming the rows and what is wrong with them.
         ConfigError: the limit is below 2 tokens.
+
+    Warns:
+        DataWarning: columns that are not used look like answers, or there is no end token.
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(
             f"max_length is {max_length}; an example needs at least 2 tokens: give a larger limit"
         )
     rows = _rows(source)
-    kind, columns = _detect(rows, prompt_column, completion_column)
-    if kind == "tokens":
+    columns = find_columns(rows, prompt_column, completion_column)
+    if columns.kind == "tokens":
+        written = _Written(columns)
         examples = [example for _, example in _collect(rows, read_tokenised)]
-        stop_tokens: tuple[str, ...] = ()
     elif tokenizer is None:
         raise DataError(
-            f"{rows.name}: this base has no tokenizer to read {kind} with; pass examples tokenised already "
-            "(input_ids and labels)"
+            f"{rows.name}: this base has no tokenizer to read {columns.kind} with; pass examples tokenised "
+            "already (input_ids and labels)"
         )
     else:
-        chat = ChatFormat(tokenizer, chat_template)
-        writer = _Writer(chat, columns, need_trained)
-        write = {"messages": writer.messages, "prompt/completion": writer.pair, "text": writer.text}[kind]
-        examples = _tokenise(chat, _collect(rows, write))
-        uses_template = kind == "messages" or (kind == "prompt/completion" and chat.has_template)
-        stop_tokens = chat.stop_token_texts if uses_template else _texts(tokenizer, chat.end_ids)
+        given = chat_template
+        chat = given if isinstance(given, ChatFormat) else ChatFormat(tokenizer, find_template(given))
+        written = _Writer(chat, columns, need_trained, split_turns, tools)
+        examples = _tokenise(chat, _collect(rows, written.write))
+    for doubt in (*doubts(columns, rows), *written.doubts):
+        warnings.warn(doubt, DataWarning, stacklevel=2)
     kept, skipped = keep_within(rows, examples, max_length, skip_too_long, need_trained)
-    report = _report(rows, kind, kept, skipped, stop_tokens)
+    report = _report(rows, written, kept, skipped)
     if need_trained and not report.trained_tokens:
         raise DataError(
             f"{rows.name}: no token of its {len(rows)} rows can be trained on; "
@@ -104,49 +120,6 @@ def _rows(source: Any) -> Rows:
     return read_rows(source)
 
 
-def _detect(rows: Rows, prompt: str | None, completion: str | None) -> tuple[Kind, tuple[str, ...]]:
-    if not rows.rows:
-        raise DataError(f"{rows.name}: holds no rows; give at least one")
-    pair = (prompt or "prompt", completion or "completion")
-    if isinstance(rows.rows[0].get("example"), Example):
-        return "tokens", ("example",)
-    known: list[tuple[Kind, tuple[str, ...]]] = [("prompt/completion", pair)]
-    if prompt is None and completion is None:
-        known = [
-            ("tokens", ("input_ids", "labels")),
-            ("messages", ("messages",)),
-            *known,
-            ("text", ("text",)),
-        ]
-    kind, columns = next(
-        (
-            candidate
-            for candidate in known
-            if any(all(name in row for name in candidate[1]) for row in rows.rows)
-        ),
-        (None, ()),
-    )
-    for number, row in enumerate(rows.rows, start=1):
-        missing = [name for name in columns if name not in row]
-        if kind is None or missing:
-            wanted = [name for _, names in known for name in names if name not in row]
-            hints = {hint for name in missing or wanted if (hint := did_you_mean(name, row, count=1))}
-            expected = " and ".join(map(repr, missing)) if missing else _names(known)
-            if len(row) == 1 and (mark := next((m for m in ";\t|" if m in next(iter(row))), None)):
-                hints = {f" (its columns seem to be separated by {mark!r}; separate them by commas)"}
-            raise DataError(
-                f"{rows.where(number)}: found the columns {', '.join(map(repr, row)) or 'none'}, expected "
-                f"{expected}{''.join(sorted(hints))}; rename the columns, or name the two of a "
-                "prompt and a completion with prompt_column and completion_column (--prompt, --completion)"
-            )
-    assert kind is not None
-    return kind, columns
-
-
-def _names(known: Iterable[tuple[Kind, tuple[str, ...]]]) -> str:
-    return ", or ".join(" and ".join(map(repr, names)) for kind, names in known if kind != "tokens")
-
-
 def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
     """(row, what `make` makes of it) for every row; all bad rows in one error."""
     made: list[tuple[int, Any]] = []
@@ -167,39 +140,57 @@ def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
     return made
 
 
-class _Writer:
+class _Written:
+    """What is said of rows beside their tokens."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self.unused_keys: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
+        self.ends: dict[str, None] = {}
+        self.begins: tuple[str, ...] = ()
+        self.doubts: tuple[str, ...] = ()
+
+
+class _Writer(_Written):
     """Writes a row as pieces, by its kind."""
 
-    def __init__(self, chat: ChatFormat, columns: tuple[str, ...], need_trained: bool) -> None:
-        self.chat, self.columns, self.need_trained = chat, columns, need_trained
+    def __init__(
+        self, chat: ChatFormat, columns: Columns, need_trained: bool, split_turns: bool, tools: Sequence[Any]
+    ) -> None:
+        super().__init__(columns)
+        self.chat, self.need_trained, self.split_turns, self.tools = chat, need_trained, split_turns, tools
+        joined = columns.kind == "prompt/completion" and not chat.has_template
+        ways = {"messages": self._conversation, "text": self._text}
+        self.write = self._pair if joined else ways.get(columns.kind, self._conversation)
+        if joined or columns.kind == "text":
+            self.ends = dict.fromkeys(_texts(chat.tokenizer, chat.end_ids))
+            self.begins = _texts(chat.tokenizer, chat.begin_ids)
+            self.doubts = () if chat.end_ids else (NO_END,)
+        else:
+            self.ends = dict.fromkeys(chat.stop_texts)
+            self.doubts = () if chat.stop_texts else (NO_END,)
 
-    def messages(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
-        tools = row.get("tools")
-        if tools is not None and not isinstance(tools, list | tuple):
-            raise DataError(f"{where}: 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
-        return self.chat.conversation(
-            row[self.columns[0]], tools=tools, where=where, need_trained=self.need_trained
+    def _conversation(self, row: Row, number: int, where: str) -> tuple[tuple[Piece, ...], ...]:
+        conversation = read_row(row, self.columns, where, tools=self.tools)
+        written = self.chat.write(
+            conversation, where=where, need_trained=self.need_trained, split_turns=self.split_turns
         )
+        self.unused_keys |= dict.fromkeys(written.unused)
+        self.notes |= dict.fromkeys(written.notes)
+        self.ends |= dict.fromkeys(written.ends)
+        return written.rows
 
-    def pair(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
-        prompt, completion = (_text(row, column, where) for column in self.columns)
-        if self.chat.has_template:
-            turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
-            return self.chat.conversation(turns, where=where)
+    def _pair(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
+        refuse_context(row, self.columns, where)
+        prompt, completion = (read_text(row, column, where) for column in self.columns.names)
         end = Piece("", True, "completion", ids=self.chat.end_ids)
         return [(*self.chat.plain_prompt(prompt), Piece(completion, True, "completion"), end)]
 
-    def text(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
-        text = Piece(_text(row, self.columns[0], where), True, "text", after=None)
-        return [(text, Piece("", True, "text", ids=self.chat.end_ids))]
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {kind_of(value)}; expected text")
-    check_encodable(value, f"{where}: {column!r}")
-    return value
+    def _text(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
+        begin = Piece("", False, "text", ids=self.chat.begin_ids)
+        text = Piece(read_text(row, self.columns.names[0], where), True, "text", after=None)
+        return [(begin, text, Piece("", True, "text", ids=self.chat.end_ids))]
 
 
 def _tokenise(chat: ChatFormat, written: list[tuple[int, tuple[Piece, ...]]]) -> list[Example]:
@@ -217,23 +208,27 @@ def _tokenise(chat: ChatFormat, written: list[tuple[int, tuple[Piece, ...]]]) ->
     return examples
 
 
-def _report(
-    rows: Rows, kind: Kind, kept: Sequence[Example], skipped: Sequence[int], stop_tokens: tuple[str, ...]
-) -> EncodingReport:
+def _report(rows: Rows, written: _Written, kept: Sequence[Example], skipped: Sequence[int]) -> EncodingReport:
     roles: Counter[str] = Counter()
     for example in kept:
         roles.update(example.roles)
+    columns = written.columns
     return EncodingReport(
         rows=len(rows),
         examples=len(kept),
-        kind=kind,
+        kind=columns.kind,
         real_tokens=sum(len(example.tokens) for example in kept),
         trained_tokens=sum(example.trained for example in kept),
         roles=dict(roles),
         skipped_rows=tuple(skipped),
         cut_rows=tuple(sorted({example.row for example in kept if example.cut})),
         cut_tokens=sum(example.cut for example in kept),
-        stop_tokens=stop_tokens,
+        begin_tokens=written.begins,
+        stop_tokens=tuple(written.ends),
+        read_as=columns.read_as,
+        unused_columns=columns.unused,
+        unused_keys=tuple(written.unused_keys),
+        notes=tuple(written.notes),
     )
 
 

@@ -77,7 +77,9 @@ class Example:
 class EncodingReport:
     """What became of the rows: counts of rows and of tokens, and what was left out or cut.
 
-    `skipped_rows` and `cut_rows` are row numbers from 1; after one of the `stop_tokens` an answer ends.
+    `skipped_rows` and `cut_rows` are row numbers from 1. `begin_tokens` stand before a text, with one of the
+    `stop_tokens` (texts, of one token or several) an answer ends. `read_as` says which columns were read;
+    `unused_columns` and `unused_keys` (of messages) were not; `notes` say what was changed on the way.
     """
 
     rows: int
@@ -89,7 +91,18 @@ class EncodingReport:
     skipped_rows: tuple[int, ...] = ()
     cut_rows: tuple[int, ...] = ()
     cut_tokens: int = 0
+    begin_tokens: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...] = ()
+    read_as: str = ""
+    unused_columns: tuple[str, ...] = ()
+    unused_keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reading(self) -> str:
+        """In one line: as what the rows were read, and what of them was not."""
+        unused = [*self.unused_columns, *(f"{key} (of messages)" for key in self.unused_keys)]
+        return self.read_as + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,9 @@ def keep_within(
         needed = max(example.first_trained for example in filled) + 1
         raise DataError(
             f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
-            f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, or take such "
-            "rows out (in training, skip_too_long or --skip-too-long does that)"
+            f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, where the "
+            "model's context has as many, or take such rows out (in training, skip_too_long or "
+            "--skip-too-long does that)"
         )
     return kept, numbers
 

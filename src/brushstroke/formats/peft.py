@@ -34,10 +34,11 @@ from brushstroke.files import (
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
+from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import LowRank
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
-TEMPLATE, README = "chat_template.jinja", "README.md"
+README = "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -321,7 +322,7 @@ def _hint(key: str) -> str:
 
 
 def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, LowRank]) -> Card:
-    file, template = folder / CARD, folder / TEMPLATE
+    file = folder / CARD
     if file.is_file():
         try:
             card = Card.from_dict(_read_json(file))
@@ -330,12 +331,8 @@ def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Map
         _refuse_foreign_card(card, updates, file)
     else:
         card = card_from(stored, rule, updates)
-    if template.is_file():
-        try:
-            card = card.with_changes(chat_template=template.read_bytes().decode("utf-8"))
-        except (OSError, ValueError) as error:
-            raise AdapterFileError(f"{template} cannot be read ({error}); copy it again") from error
-    return card
+    template = read_template(folder)
+    return card if template is None else card.with_changes(chat_template=template)
 
 
 def _refuse_foreign_card(card: Card, updates: Mapping[str, LowRank], file: Path) -> None:

@@ -7,7 +7,7 @@ from brushstroke.inference.chat import ChatSession
 from brushstroke.inference.decode import run_requests
 from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
 from brushstroke.inference.export import ExportReport, merge_folder
-from brushstroke.inference.generate import Answer, generate
+from brushstroke.inference.generate import Answer, generate, shown_prompt
 from brushstroke.inference.loss import Loss, evaluate_loss
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.inference.scores import Scores, json_object, score
@@ -30,4 +30,5 @@ __all__ = [
     "merge_folder",
     "run_requests",
     "score",
+    "shown_prompt",
 ]

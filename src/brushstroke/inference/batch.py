@@ -17,6 +17,7 @@ from brushstroke.base import Base, RowCache, row_cache
 from brushstroke.data import common_length
 from brushstroke.inference.probes import bears_gap
 from brushstroke.inference.request import Output, Request, Sampling
+from brushstroke.inference.stops import Stops
 from brushstroke.layers import Bank
 
 LEAVING_SHARE = 0.25  # of a batch: so many answered rows leave together
@@ -31,7 +32,7 @@ def run_batch(
     bank: Bank | None = None,
     streamer: Any = None,
 ) -> list[Output]:
-    """Answer prompts that share their stop tokens, in one batch.
+    """Answer prompts that share their stop tokens and strings, in one batch.
 
     Args:
         base: a causal language model of transformers.
@@ -40,8 +41,8 @@ def run_batch(
         bank: holds the adapters that the prompts name.
         streamer: transformers' streamer, for a single prompt.
     """
-    stops, pad = batch[0].stops, pad_id(base)
-    options = _options(sampling, stops, pad)
+    stops, pad = Stops(base.tokenizer, batch[0]), pad_id(base)
+    options = _options(sampling, stops.tokens, pad)
     if streamer is not None:
         options["streamer"] = streamer
     apart = len(batch) > 1 and streamer is None and sampling.num_beams == 1
@@ -54,11 +55,13 @@ def run_batch(
     rows = list(range(len(batch)))
     while rows:
         if cache is not None:
-            options |= {**cache.option, "stopping_criteria": [_some_answered(stops, ids.device)]}
+            options |= {**cache.option, "stopping_criteria": [_some_answered(stops, width)]}
+        elif stops.strings:
+            options["stopping_criteria"] = [lambda ids, _, **__: stops.reached(ids, width)]
         left = sampling.max_new_tokens - (ids.shape[1] - width)
         with routed(bank, [batch[row].adapter for row in rows]):
             ids = base.generate(input_ids=ids, attention_mask=mask, max_new_tokens=left, **options)
-        answers = [_ended(row, stops) for row in ids[:, width:].tolist()]
+        answers = [stops.output(row) for row in ids[:, width:].tolist()]
         budget_left = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
         stay = [i for i, answer in enumerate(answers) if budget_left and answer.finish == "length"]
         outputs.update(zip(rows, answers, strict=True))  # those that stay get theirs anew
@@ -120,23 +123,17 @@ def _padded(batch: Sequence[Request], shared: int, pad: int, device: torch.devic
     return ids.to(device), mask.to(device)
 
 
-def _some_answered(stops: Sequence[int], device: torch.device) -> Callable[..., Tensor]:
+def _some_answered(stops: Stops, width: int) -> Callable[..., Tensor]:
     """What transformers asks after each token: all rows halt once enough of them are answered."""
-    ends = torch.tensor(stops, dtype=torch.long, device=device)
     answered: Tensor | None = None
 
     def halt(ids: Tensor, scores: Any, **_: Any) -> Tensor:
         nonlocal answered
-        now = torch.isin(ids[:, -1], ends)
+        now = stops.reached(ids, width)
         answered = now if answered is None else answered | now
         return (answered.sum() >= LEAVING_SHARE * len(answered)).expand(len(answered))
 
     return halt
-
-
-def _ended(tokens: list[int], stops: tuple[int, ...]) -> Output:
-    end = next((index for index, token in enumerate(tokens) if token in stops), None)
-    return Output(tuple(tokens), "length") if end is None else Output(tuple(tokens[:end]), "stop")
 
 
 def pad_id(base: Base) -> int:

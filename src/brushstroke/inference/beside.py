@@ -73,7 +73,8 @@ def loaded_files(folder: Path) -> set[str]:
 def save_template(folder: Path, template: str) -> bool:
     """Put an adapter's chat template in the place of the base's default one; returns whether they differed.
 
-    The base's templates of other names stay.
+    An adapter's template is for rows with tools too, so that the base's template "tool_use", which
+    transformers would take for them, goes; templates of other names stay.
 
     Raises:
         BaseLoadError: the base's are damaged.
@@ -91,9 +92,10 @@ def save_template(folder: Path, template: str) -> bool:
     if template == before:
         return False
     own.write_text(template, "utf-8")
+    (folder / TEMPLATES / "tool_use.jinja").unlink(missing_ok=True)
     for name, text in named.items():  # beside a file, those in the settings do not count
         other = folder / TEMPLATES / f"{name}.jinja"
-        if name != "default" and Path(name).name == name and not other.exists():
+        if name not in ("default", "tool_use") and Path(name).name == name and not other.exists():
             other.parent.mkdir(exist_ok=True)
             other.write_text(text, "utf-8")
     if config.pop("chat_template", None) is not None:

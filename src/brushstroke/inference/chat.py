@@ -3,11 +3,12 @@
 It knows no terminal: text goes out as a result, or piece by piece through a callback.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from brushstroke.base import Base
+from brushstroke.data import Template
 from brushstroke.errors import DataError
 from brushstroke.inference.decode import run_requests
 from brushstroke.inference.generate import Adapters, Prompt, Voices, assign_rows, open_bank
@@ -25,7 +26,9 @@ class ChatSession:
             first; of several none does before `use`.
         system: a system message that stands before every conversation.
         sampling: how tokens are chosen.
-        chat_template: used whatever the adapter.
+        tools: declarations of functions that the model may call.
+        chat_template: used whatever the adapter: a template, a file, or the name of one.
+        date: what chat templates take for today (YYYY-MM-DD); by default the day of an adapter's training.
         allow_different_base: use adapters although their fingerprints say that they belong to another base.
 
     Raises:
@@ -39,19 +42,22 @@ class ChatSession:
         *,
         system: str | None = None,
         sampling: Sampling | None = None,
-        chat_template: str | None = None,
+        tools: Sequence[Any] = (),
+        chat_template: Template = None,
+        date: str | None = None,
         allow_different_base: bool = False,
     ) -> None:
         self._base, self._sampling = base, sampling or Sampling()
         self._system = [{"role": "system", "content": system}] if system is not None else []
-        self._turns: list[dict[str, str]] = []
+        self._turns: list[dict[str, Any]] = []
+        self._tools = tools
         self._stack = ExitStack()
         self._bank = self._stack.enter_context(
             open_bank(base, adapters, allow_different_base=allow_different_base)
         )
         with ExitStack() as undo:
             undo.push(self._stack)
-            self._voices = Voices(base, self._bank, chat_template)
+            self._voices = Voices(base, self._bank, chat_template, date)
             undo.pop_all()
         self._name = self.names[0] if len(self.names) == 1 else None
 
@@ -66,7 +72,7 @@ class ChatSession:
         return self._name
 
     @property
-    def messages(self) -> tuple[dict[str, str], ...]:
+    def messages(self) -> tuple[dict[str, Any], ...]:
         """The conversation so far, with the system message."""
         return tuple(dict(message) for message in (*self._system, *self._turns))
 
@@ -88,27 +94,34 @@ class ChatSession:
     def say(self, text: str, on_text: Callable[[str], None] | None = None) -> str:
         """Say something and get the answer. If it fails or is interrupted, neither is remembered.
 
+        Tool calls are remembered with the answer, and are in the last of `messages`.
+
         Args:
             text: what the user says.
-            on_text: called with each new piece of the answer while it is made (not with a beam search).
+            on_text: called with each new piece of what the model writes while it is made (not with a beam
+                search), reasoning and tool calls included.
 
         Raises:
             DataError: the conversation no longer fits the model's context; `reset` it.
         """
         turn = {"role": "user", "content": text}
+        request = self._request(turn)
         streamer = (
-            _Streamer(self._voices, on_text)
+            _Streamer(self._voices, on_text, request)
             if on_text is not None and self._sampling.num_beams == 1
             else None
         )
-        (output,) = run_requests(
-            self._base, [self._request(turn)], self._sampling, bank=self._bank, streamer=streamer
-        )
-        answer = self._voices.text(output.tokens)
+        (output,) = run_requests(self._base, [request], self._sampling, bank=self._bank, streamer=streamer)
+        answer = self._voices.answer(output, self._name, self._tools)
         if on_text is not None:
-            _emit_rest(answer, streamer, on_text)
-        self._turns += [turn, {"role": "assistant", "content": answer}]
-        return answer
+            _emit_rest(self._voices.written(output), streamer, on_text)
+        reply: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if answer.reasoning:
+            reply["reasoning_content"] = answer.reasoning
+        if answer.tool_calls:
+            reply["tool_calls"] = [{"type": "function", "function": dict(c)} for c in answer.tool_calls]
+        self._turns += [turn, reply]
+        return answer.text
 
     def close(self) -> None:
         """Take the adapters out of the base; a bank that was given stays."""
@@ -120,20 +133,20 @@ class ChatSession:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _request(self, turn: dict[str, str]) -> Request:
+    def _request(self, turn: dict[str, Any]) -> Request:
         prompt: Prompt = [*self._system, *self._turns, turn]
         if not self._voices.format(self._name).has_template:
             prompt = "".join(message["content"] for message in prompt)
         if not turn["content"]:
             raise DataError("there is nothing to answer; say something")
-        return self._voices.request(prompt, self._name, where="the conversation")
+        return self._voices.request(prompt, self._name, tools=self._tools, where="the conversation")
 
 
 class _Streamer:
     """What transformers calls with new tokens; hands on the text that is certain already."""
 
-    def __init__(self, voices: Voices, on_text: Callable[[str], None]) -> None:
-        self._voices, self._on_text = voices, on_text
+    def __init__(self, voices: Voices, on_text: Callable[[str], None], request: Request) -> None:
+        self._voices, self._on_text, self._request = voices, on_text, request
         self._tokens: list[int] = []
         self._prompt = True
         self.emitted = ""
@@ -143,8 +156,8 @@ class _Streamer:
         if self._prompt:
             self._prompt = False
             return
-        self._tokens += value.reshape(-1).tolist()
-        text = self._voices.text(self._tokens)
+        self._tokens += [token for token in value.reshape(-1).tolist() if token not in self._request.stops]
+        text = _before_stop(self._voices.text(self._tokens), self._request.stop_strings)
         # A character of several tokens decodes to the replacement character until it is whole.
         if not text.endswith("\ufffd") and text.startswith(self.emitted) and text != self.emitted:
             self._on_text(text[len(self.emitted) :])
@@ -152,6 +165,15 @@ class _Streamer:
 
     def end(self) -> None:
         """Nothing: the caller hands on what is left."""
+
+
+def _before_stop(text: str, stop_strings: Sequence[str]) -> str:
+    """A text up to a stop string, or to what may be the beginning of one at its end."""
+    for string in stop_strings:
+        text = text.partition(string)[0]
+        begun = next((n for n in range(len(string) - 1, 0, -1) if text.endswith(string[:n])), 0)
+        text = text[: len(text) - begun]
+    return text
 
 
 def _emit_rest(answer: str, streamer: _Streamer | None, on_text: Callable[[str], None]) -> None:

@@ -30,8 +30,8 @@ def run_requests(
 ) -> list[Output]:
     """Answer requests in batches of similar length; the results come in the order of the requests.
 
-    One batch may mix adapters and the base. Requests with different stop tokens run in different batches, and
-    those of different lengths where the model does not answer a padded row as it does alone.
+    One batch may mix adapters and the base. Requests that end otherwise run in different batches, and those
+    of different lengths where the model does not answer a padded row as it does alone.
 
     Args:
         base: a causal language model of transformers.
@@ -87,14 +87,13 @@ def _refuse_misfits(requests: Sequence[Request], sampling: Sampling, context: in
 
 
 def _batches(requests: Sequence[Request], size: int, equal: bool) -> Iterator[list[int]]:
-    """Indices in batches of one set of stop tokens each, and of one length if asked; longest prompts first.
+    """Indices in batches of one set of stops each, and of one length if asked; longest prompts first.
 
     Within a batch the rows of one adapter stand together, so that no row has to be gathered.
     """
-    order = sorted(
-        range(len(requests)), key=lambda i: (sorted(requests[i].stops), -len(requests[i].tokens), i)
-    )
-    kind = lambda i: (sorted(requests[i].stops), len(requests[i].tokens) if equal else None)  # noqa: E731
+    ends = [(sorted(request.stops), sorted(request.stop_strings)) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (ends[i], -len(requests[i].tokens), i))
+    kind = lambda i: (ends[i], len(requests[i].tokens) if equal else None)  # noqa: E731
     for _, group in groupby(order, key=kind):
         indices = list(group)
         for start in range(0, len(indices), size):

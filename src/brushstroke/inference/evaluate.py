@@ -12,10 +12,22 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.base import Base, context_length, require_base
-from brushstroke.data import EncodedData, Example, Rows, encode, read_rows
+from brushstroke.data import (
+    ChatFormat,
+    Columns,
+    EncodedData,
+    Example,
+    Reply,
+    Rows,
+    Template,
+    encode,
+    find_columns,
+    read_row,
+    read_rows,
+)
 from brushstroke.errors import ConfigError
 from brushstroke.inference.decode import run_requests
-from brushstroke.inference.generate import ONLY, Prompt, Voices, open_bank
+from brushstroke.inference.generate import ONLY, Prompt, Voices, open_bank, shown_prompt, tools_of
 from brushstroke.inference.loss import Loss, evaluate_loss
 from brushstroke.inference.request import Sampling
 from brushstroke.inference.scores import score
@@ -37,6 +49,7 @@ class Evaluation:
         field_f1: over the (key, value) pairs of the objects, see `Scores`.
         seconds: wall time.
         answers: for each row that was answered {row, prompt, expected, answer, adapter}; rows count from 1.
+            With tool calls also {expected_calls, calls}, with reasoning {reasoning}.
     """
 
     rows: int
@@ -56,13 +69,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Question:
-    """What a row asks, and what the answer should be."""
+    """What a row asks, what the answer should be, and that answer as its chat template writes it."""
 
     row: int
     prompt: Prompt
-    expected: str
+    shown: Any
+    expected: Reply
+    written: str
     where: str
-    tools: Sequence[Mapping] | None = None
 
 
 def evaluate(
@@ -77,7 +91,9 @@ def evaluate(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     max_length: int | None = None,
-    chat_template: str | None = None,
+    tools: Sequence[Any] = (),
+    chat_template: Template = None,
+    date: str | None = None,
     allow_different_base: bool = False,
 ) -> Evaluation:
     """The loss on a data set, and how its questions are answered (greedily).
@@ -96,7 +112,9 @@ def evaluate(
         prompt_column: another name for `prompt`.
         completion_column: another name for `completion`.
         max_length: limit of an example in tokens for the loss; the model's context by default.
+        tools: declarations of functions, for rows that have none.
         chat_template: used instead of the one that the adapter was trained with.
+        date: what chat templates take for today (YYYY-MM-DD); by default the day of the adapter's training.
         allow_different_base: use the adapter although its fingerprint says that it belongs to another base.
 
     Raises:
@@ -114,7 +132,9 @@ def evaluate(
         prompt_column=prompt_column,
         completion_column=completion_column,
         max_length=max_length,
+        tools=tools,
         chat_template=chat_template,
+        date=date,
         allow_different_base=allow_different_base,
     )
     return results[ONLY]
@@ -132,7 +152,9 @@ def evaluate_all(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     max_length: int | None = None,
-    chat_template: str | None = None,
+    tools: Sequence[Any] = (),
+    chat_template: Template = None,
+    date: str | None = None,
     allow_different_base: bool = False,
 ) -> dict[str, Evaluation]:
     """`evaluate` for several adapters on the same rows; an adapter that is None stands for the base.
@@ -149,28 +171,29 @@ def evaluate_all(
     results = {}
     trained = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     with open_bank(base, trained, allow_different_base=allow_different_base) as held:
+        voices = Voices(base, held, chat_template, date) if base.tokenizer is not None else None
         for name, adapter in adapters.items():
             started = time.perf_counter()
-            card = adapter.card if adapter is not None else None
-            template = chat_template or (card.chat_template if card else None)
+            slot = name if adapter is not None else None
             encoded = encode(
                 source,
                 base.tokenizer,
                 prompt_column=prompt_column,
                 completion_column=completion_column,
                 max_length=limit,
-                chat_template=template,
+                chat_template=voices.format(slot) if voices else None,
+                tools=tools,
             )
-            slot = name if adapter is not None else None
             report = partial(on_progress, name) if on_progress is not None else None
             loss = _loss(base, encoded, held, slot, batch_size, report)
             answers: list[dict[str, Any]] = []
-            if generate and isinstance(source, Rows):
-                questions = _questions(
-                    source, encoded.report.kind, prompt_column or "prompt", completion_column or "completion"
-                )
-                answers = _answers(questions, Voices(base, held, chat_template), slot, sampling, report)
-            scores = score((record["answer"], record["expected"]) for record in answers)
+            right: list[bool] = []
+            if generate and voices and isinstance(source, Rows):
+                columns = find_columns(source, prompt_column, completion_column)
+                questions = _questions(source, columns, voices.format(slot), tools)
+                answers, right = _answers(questions, voices, slot, sampling, report)
+            texts = [record for record in answers if "expected_calls" not in record]
+            scores = score(((record["answer"], record["expected"]) for record in texts), right)
             results[name] = Evaluation(
                 rows=encoded.report.rows,
                 loss=loss.mean,
@@ -204,26 +227,26 @@ def _loss(
         return evaluate_loss(base, encoded.examples, batch_size=batch_size, on_done=on_done)
 
 
-def _questions(rows: Rows, kind: str, prompt: str, completion: str) -> list[_Question]:
+def _questions(rows: Rows, columns: Columns, chat: ChatFormat, tools: Sequence[Any]) -> list[_Question]:
     questions = []
     for number, row in enumerate(rows.rows, start=1):
         where = rows.where(number)
-        if kind == "prompt/completion":
-            questions.append(_Question(number, row[prompt], row[completion], where))
-        elif kind == "messages":
-            messages = row["messages"]
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            expected = _content_text(messages[last])
-            if last and expected is not None:  # an opening by the assistant answers nothing
-                questions.append(_Question(number, messages[:last], expected, where, row.get("tools")))
+        if columns.kind == "prompt/completion" and not chat.has_template:
+            prompt, completion = (row[name] for name in columns.names)
+            questions.append(_Question(number, prompt, prompt, Reply(completion), completion, where))
+        elif columns.kind in ("messages", "prompt/completion"):
+            conversation = read_row(row, columns, where, tools=tools)
+            last = max((i for i in conversation.answers if conversation.trained[i]), default=0)
+            if not last:  # an opening by the assistant answers nothing
+                continue
+            expected, written = chat.last_answer(conversation.until(last + 1), where=where)
+            if not (expected.content or expected.tool_calls):
+                continue
+            asked = conversation.until(last)
+            is_text = columns.kind != "messages" and last == 1
+            shown = asked.messages[0]["content"] if is_text else shown_prompt(asked)
+            questions.append(_Question(number, asked, shown, expected, written, where))
     return questions
-
-
-def _content_text(message: Mapping[str, Any]) -> str | None:
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
 
 
 def _answers(
@@ -232,17 +255,27 @@ def _answers(
     slot: str | None,
     sampling: Sampling,
     report: Progress | None,
-) -> list[dict[str, Any]]:
-    requests = [voices.request(q.prompt, slot, tools=q.tools, where=q.where) for q in questions]
+) -> tuple[list[dict[str, Any]], list[bool]]:
+    """A record of every answer, and of those that should call tools whether they call the same."""
+    requests = [voices.request(question.prompt, slot, where=question.where) for question in questions]
     on_done = None if report is None else lambda done: report("answers", done, len(questions))
     outputs = run_requests(voices.base, requests, sampling, bank=voices.bank, on_done=on_done)
-    return [
-        {
+    records, right = [], []
+    for question, output in zip(questions, outputs, strict=True):
+        reply = voices.reply(output, slot, tools_of(question.prompt))
+        expected = question.expected
+        record = {
             "row": question.row,
-            "prompt": question.prompt,
-            "expected": question.expected,
-            "answer": voices.text(output.tokens),
+            "prompt": question.shown,
+            "expected": expected.content,
+            "answer": reply.content,
             "adapter": slot,
         }
-        for question, output in zip(questions, outputs, strict=True)
-    ]
+        if reply.reasoning:
+            record["reasoning"] = reply.reasoning
+        if expected.tool_calls:
+            record |= {"expected_calls": list(expected.tool_calls), "calls": list(reply.tool_calls)}
+            same_text = "".join(voices.raw(output).split()) == "".join(question.written.split())
+            right.append(same_text or reply.calls_like(expected))
+        records.append(record)
+    return records, right

@@ -6,20 +6,19 @@ It holds no conversation: `chat` does.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.base import Base, require_base
-from brushstroke.data import ChatFormat
+from brushstroke.data import ChatFormat, Conversation, Reply, Template, find_template
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference.decode import run_requests
-from brushstroke.inference.request import Finish, Request, Sampling
+from brushstroke.inference.request import Finish, Output, Request, Sampling
 from brushstroke.layers import Bank, bank, unwrap
 
 ONLY = "adapter"  # the name of an adapter that is given alone
 
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 Adapters = Bank | Mapping[str, Adapter] | Adapter | None
 
 
@@ -28,16 +27,20 @@ class Answer:
     """What a model said to one prompt.
 
     Args:
-        text: the answer, without special tokens.
+        text: the answer, without special tokens, reasoning and tool calls.
         tokens: its tokens, without the one that ended it.
         adapter: the adapter that answered, by its name; None is the model as it stands.
-        finish: "stop" where a stop token ended it, "length" where `max_new_tokens` did.
+        finish: "stop" where a stop token or string ended it, "length" where `max_new_tokens` did.
+        reasoning: what the model wrote in the place that its chat template has for reasoning.
+        tool_calls: calls as {"name": ..., "arguments": {...}}, read back as the chat template writes them.
     """
 
     text: str
     tokens: tuple[int, ...]
     adapter: str | None
     finish: Finish
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 def generate(
@@ -52,7 +55,9 @@ def generate(
     seed: int = 0,
     num_beams: int = 1,
     batch_size: int = 16,
-    chat_template: str | None = None,
+    tools: Sequence[Any] = (),
+    chat_template: Template = None,
+    date: str | None = None,
     allow_different_base: bool = False,
 ) -> list[Answer]:
     """Answer prompts, in their order; one batch may mix several adapters and the untouched base.
@@ -63,7 +68,7 @@ def generate(
 
     Args:
         base: the model and its tokenizer.
-        prompts: texts, or conversations as lists of messages.
+        prompts: texts, or conversations as lists of messages (or `Conversation`s, each with its own tools).
         adapters: one adapter (named "adapter"), several by name, or a bank that is in the base already.
             Without it the model answers as it stands, with the one adapter that is in force in it.
         rows: the adapter of each prompt by name; None in the list is the base; one name serves all. Without
@@ -74,7 +79,10 @@ def generate(
         seed: of the draws.
         num_beams: width of a beam search.
         batch_size: prompts in one batch.
-        chat_template: used for every prompt, whatever its adapter.
+        tools: declarations of functions that the model may call, for prompts that bring none.
+        chat_template: used for every prompt, whatever its adapter: a template, a file, or the name of one.
+        date: what chat templates take for today (YYYY-MM-DD); by default the day of the adapter's training,
+            and today for others.
         allow_different_base: use adapters although their fingerprints say that they belong to another base.
 
     Raises:
@@ -87,16 +95,27 @@ def generate(
     given = _check_prompts(prompts)
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
         names = assign_rows(len(given), held, adapters, rows)
-        voices = Voices(base, held, chat_template)
+        voices = Voices(base, held, chat_template, date)
+        asked = list(zip(given, names, strict=True))
         requests = [
-            voices.request(prompt, name, where=f"prompt {number}")
-            for number, (prompt, name) in enumerate(zip(given, names, strict=True), start=1)
+            voices.request(prompt, name, tools=tools, where=f"prompt {number}")
+            for number, (prompt, name) in enumerate(asked, start=1)
         ]
         outputs = run_requests(base, requests, sampling, bank=held)
-    return [
-        Answer(voices.text(output.tokens), output.tokens, name, output.finish)
-        for output, name in zip(outputs, names, strict=True)
-    ]
+        return [
+            voices.answer(output, name, tools_of(prompt) or tools)
+            for output, (prompt, name) in zip(outputs, asked, strict=True)
+        ]
+
+
+def tools_of(prompt: Prompt) -> Sequence[Any]:
+    """The functions that a prompt declares by itself."""
+    return prompt.tools if isinstance(prompt, Conversation) else ()
+
+
+def shown_prompt(prompt: Prompt) -> Any:
+    """A prompt as JSON: a text, or messages."""
+    return [dict(m) for m in prompt.messages] if isinstance(prompt, Conversation) else prompt
 
 
 @contextmanager
@@ -158,49 +177,98 @@ def assign_rows(
 
 
 class Voices:
-    """For each adapter in a bank, and the base: its chat format and the tokens that end its answers."""
+    """For each adapter in a bank, and the base: its chat format and what ends its answers.
 
-    def __init__(self, base: Base, held: Bank | None, chat_template: str | None = None) -> None:
+    Args:
+        base: the model and its tokenizer.
+        held: the adapters.
+        chat_template: for all, in place of the templates that adapters were trained with.
+        date: for all, in place of the day of an adapter's training.
+    """
+
+    def __init__(
+        self, base: Base, held: Bank | None, chat_template: Template = None, date: str | None = None
+    ) -> None:
         if base.tokenizer is None:
             raise DataError(
                 "this base has no tokenizer, so prompts cannot be read; pass Base(model, tokenizer)"
             )
-        self.base, self.bank, self._template = base, held, chat_template
-        self._formats: dict[str | None, ChatFormat] = {}
+        self.base, self.bank, self._date = base, held, date
+        self._template = find_template(chat_template)
+        self._formats: dict[str, ChatFormat] = {}
+        self._model_stops = _generation_stops(base)
 
-    def format(self, name: str | None) -> ChatFormat:
-        """The chat format that an adapter was trained with, else the tokenizer's own."""
+    def format(self, name: str | None, *, as_trained: bool = True) -> ChatFormat:
+        """The chat format that an adapter was trained with, else the tokenizer's own.
+
+        Args:
+            name: of the adapter; None is the base.
+            as_trained: see `ChatFormat`.
+        """
         card = self._card(name)
         template = self._template or (card.chat_template if card else None)
-        if template not in self._formats:
-            self._formats[template] = ChatFormat(self.base.tokenizer, template)
-        return self._formats[template]
+        key = repr((template, as_trained))
+        if key not in self._formats:
+            self._formats[key] = ChatFormat(
+                self.base.tokenizer, template, date=self._date, as_trained=as_trained
+            )
+        return self._formats[key]
 
-    def stops(self, name: str | None) -> tuple[int, ...]:
-        """The tokens that end an answer: the end token, the template's end of turn, those on the card."""
-        card, vocabulary = self._card(name), self._vocabulary
-        trained = (vocabulary[text] for text in (card.stop_tokens if card else ()) if text in vocabulary)
-        return tuple(dict.fromkeys((*self.format(name).stop_token_ids, *trained)))
+    def request(self, prompt: Prompt, name: str | None, *, tools: Sequence[Any] = (), where: str) -> Request:
+        """A prompt as tokens, for one adapter; the base alone is asked as its template asks."""
+        asked = self.format(name, as_trained=name is not None)
+        tokens = asked.prompt_tokens(prompt, tools=tools or None, where=where)
+        stops, strings = self._stops(name)
+        return Request(tuple(tokens), name, stops, where, strings)
 
-    def request(
-        self, prompt: Prompt, name: str | None, *, tools: Sequence[Mapping] | None = None, where: str
-    ) -> Request:
-        """A prompt as tokens, for one adapter."""
-        tokens = self.format(name).prompt_tokens(prompt, tools=tools, where=where)
-        return Request(tuple(tokens), name, self.stops(name), where)
+    def answer(self, output: Output, name: str | None, tools: Sequence[Any] = ()) -> Answer:
+        """What a model said, in its parts."""
+        reply = self.reply(output, name, tools)
+        return Answer(
+            reply.content, output.tokens, name, output.finish, reply.reasoning, tuple(reply.tool_calls)
+        )
+
+    def reply(self, output: Output, name: str | None, tools: Sequence[Any] = ()) -> Reply:
+        """An output in its parts, read as the chat template writes them."""
+        asked = self.format(name, as_trained=name is not None)
+        return asked.read_reply(self.raw(output), tools)
+
+    def raw(self, output: Output) -> str:
+        """The text of an output with its special tokens, up to the string that ended it."""
+        text = self._decode(output.tokens, skip_special_tokens=False)
+        return text if output.stop_string is None else text[: text.find(output.stop_string)]
+
+    def written(self, output: Output) -> str:
+        """The whole text of an output without special tokens, up to the string that ended it."""
+        text = self.text(output.tokens)
+        return text if output.stop_string is None else text[: text.find(output.stop_string)]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
+        return self._decode(tokens, skip_special_tokens=True)
+
+    def _decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.base.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def _stops(self, name: str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What ends an answer: of the tokenizer, the template, the card, and the model's own settings."""
+        chat, card = self.format(name), self._card(name)
+        tokens, strings = chat.stops(card.stop_tokens if card else ())
+        return (
+            tuple(dict.fromkeys((*chat.stop_token_ids, *tokens, *self._model_stops))),
+            tuple(dict.fromkeys((*chat.stop_strings, *strings))),
         )
 
     def _card(self, name: str | None) -> Card | None:
         return self.bank.card(name) if self.bank is not None and name is not None else None
 
-    @cached_property
-    def _vocabulary(self) -> Mapping[str, int]:
-        return self.base.tokenizer.get_vocab()
+
+def _generation_stops(base: Base) -> tuple[int, ...]:
+    """The stop tokens in a model's own settings for generation."""
+    stops = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
+    return (stops,) if isinstance(stops, int) else tuple(stops or ())
 
 
 def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
@@ -215,7 +283,7 @@ def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
                 f"prompt {number} is a single message; a conversation is a list of messages, and "
                 "prompts a list of conversations: write [[{...}]]"
             )
-        if not isinstance(prompt, str | Sequence):
+        if not isinstance(prompt, str | Sequence | Conversation):
             raise DataError(
                 f"prompt {number} is a {type(prompt).__name__}; give a text or a list of messages"
             )

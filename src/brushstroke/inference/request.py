@@ -57,20 +57,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: its tokens, the adapter that answers (None is the base), the tokens that end an answer.
+    """One prompt: its tokens, the adapter that answers (None is the base), and what ends an answer.
 
-    `where` names the prompt in messages.
+    `stops` are tokens, `stop_strings` texts of several tokens; `where` names the prompt in messages.
     """
 
     tokens: tuple[int, ...]
     adapter: str | None = None
     stops: tuple[int, ...] = ()
     where: str = "the prompt"
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Output:
-    """The tokens of an answer without its stop token, and how it ended."""
+    """The tokens of an answer without its stop token, and how it ended.
+
+    Where a string of several tokens ended it, `stop_string` is that string, and the tokens hold it.
+    """
 
     tokens: tuple[int, ...]
     finish: Finish
+    stop_string: str | None = None

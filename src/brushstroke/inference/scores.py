@@ -4,7 +4,7 @@ It runs no model.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,7 +15,8 @@ class Scores:
 
     Args:
         exact_match: answers that equal their gold text, both stripped; where both are one JSON object, it is
-            enough that the objects are equal. None without gold texts.
+            enough that the objects are equal. An answer with tool calls must have the same calls (names, and
+            arguments as JSON values). None without gold texts and calls.
         valid_json: answers that are one JSON object and nothing else, among the rows whose gold text is one.
             None where no gold text is.
         field_f1: micro-averaged over the (key, value) pairs of those rows' objects,
@@ -28,8 +29,8 @@ class Scores:
     field_f1: float | None
 
 
-def score(pairs: Iterable[tuple[str, str]]) -> Scores:
-    """The scores of (answer, gold) pairs.
+def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Scores:
+    """The scores of (answer, gold) pairs; `calls` says of further answers whether they call the right tools.
 
     >>> score([('{"a": 1}', '{"a":1}'), ('Sure! {"a": 1}', '{"a": 1, "b": 2}')])
     Scores(exact_match=0.5, valid_json=0.5, field_f1=0.5)
@@ -46,7 +47,7 @@ def score(pairs: Iterable[tuple[str, str]]) -> Scores:
             common += len(wanted & found)
             fields += len(wanted) + len(found)
     return Scores(
-        exact_match=exact / len(given) if given else None,
+        exact_match=(exact + sum(calls)) / (len(given) + len(calls)) if given or calls else None,
         valid_json=valid / objects if objects else None,
         field_f1=(2 * common / fields if fields else 1.0) if objects else None,
     )

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from brushstroke.data import Template, find_template
+from brushstroke.data.template import read_date
 from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.step.memory import MODES
 from brushstroke.training.schedule import SCHEDULES
@@ -38,6 +40,9 @@ class TrainConfig:
             at the start for each new size of pass, and faster steps where the model is large.
         max_length: longest example in tokens, at most the model's context, which None stands for.
         skip_too_long: leave out examples whose prompt fills the limit, instead of refusing them.
+        split_turns: make an example of every assistant turn, written as the model will see it.
+        chat_template: in place of the tokenizer's own: a template, a file, or the name of one.
+        date: what the chat template takes for today (YYYY-MM-DD); None takes the day on which the run began.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
         keep_best: return the adapter with the lowest evaluation loss, not the last one.
         checkpoint_every: optimiser steps between checkpoints; the last two are kept.
@@ -63,6 +68,9 @@ class TrainConfig:
     torch_compile: bool = False
     max_length: int | None = None
     skip_too_long: bool = False
+    split_turns: bool = False
+    chat_template: Template = None
+    date: str | None = None
     eval_every: int | None = None
     keep_best: bool = False
     checkpoint_every: int = 100
@@ -84,6 +92,9 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
+        object.__setattr__(self, "chat_template", find_template(self.chat_template))
+        if self.date is not None:
+            read_date(self.date)
         if self.micro_tokens != "auto" and not (_is_whole(self.micro_tokens) and self.micro_tokens > 0):
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
         if self.memory not in MODES:

@@ -127,6 +127,14 @@ class RunFolder:
             raise damaged(found[-1], f"its {STATE} is of another step, or of no run")
         return found[-1], state
 
+    def date(self) -> str | None:
+        """What the chat template took for today in the run that goes on; None where it prints no date."""
+        if not self.resuming:
+            return None
+        found = None if self.complete else self.last_state()
+        identity = found[1]["extra"]["identity"] if found else self.summary()["settings"]
+        return identity.get("date")
+
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step belongs."""
         return self.path / CHECKPOINTS / f"step-{step:08d}"

@@ -20,7 +20,7 @@ from brushstroke.step.loss import LossFunction
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.session import Training
 
-PLAIN = ("dtype", "device", "dropout", "columns", "loss")  # said with their values
+PLAIN = ("dtype", "device", "dropout", "columns", "loss", "date")  # said with their values
 NAMES = {
     "base": "the base model",
     "tokens": "the tokenised data",
@@ -37,13 +37,15 @@ def identify(
     held_out: EncodedData | None,
     columns: tuple[str | None, str | None],
     loss: LossFunction | None,
+    date: str | None,
 ) -> dict[str, Any]:
-    """The identity of a run, in JSON types."""
+    """The identity of a run, in JSON types; `date` is the one that its chat template prints."""
     return {
         "lora": (lora or LoraConfig()).as_dict() if start is None else None,
         "start": _hash_adapter(start) if start is not None else None,
         "dropout": lora.dropout if lora else 0.0,
-        "config": config.as_dict(),
+        "config": {name: value for name, value in config.as_dict().items() if name != "date"},
+        "date": date,
         "base": hash_base(session.model, session.parameters),
         "dtype": str(session.base.dtype).removeprefix("torch."),
         "device": session.device.type,

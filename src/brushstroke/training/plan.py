@@ -16,7 +16,7 @@ from brushstroke.training.config import TrainConfig
 from brushstroke.training.order import DataOrder
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
-from brushstroke.training.setup import check_lora, open_session, read_data
+from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
 
@@ -72,6 +72,9 @@ class Plan:
     layout_reason: str
     learning_rate: float
     stop_tokens: tuple[str, ...]
+    reading: str
+    notes: tuple[str, ...]
+    date: str | None
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,8 +100,9 @@ def plan(
     """
     config = config or TrainConfig()
     check_lora(lora)
-    encoded = read_data(base, data, config, start, prompt_column, completion_column)
-    with open_session(base, lora, config, start, allow_different_base) as session:
+    chat = make_chat(base, config, start)
+    encoded = read_data(base, data, config, chat, prompt_column, completion_column)
+    with open_session(base, lora, config, start, allow_different_base, chat) as session:
         return make_plan(session, encoded, config)
 
 
@@ -162,6 +166,9 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         layout_reason=session.step.forward_reason,
         learning_rate=session.learning_rate,
         stop_tokens=report.stop_tokens,
+        reading=report.reading,
+        notes=report.notes,
+        date=session.chat.date if session.chat else None,
         warnings=_warnings(data, session, longest, warmup_steps(config.warmup, steps), steps),
     )
 

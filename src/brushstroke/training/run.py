@@ -33,7 +33,7 @@ from brushstroke.training.ours import EVALUATIONS, METRICS
 from brushstroke.training.plan import Plan, make_plan
 from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
-from brushstroke.training.setup import check_lora, open_session, read_data
+from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
 
 MAX_STEPS = 2**53  # that a float counts one by one
 
@@ -166,9 +166,10 @@ def train(
     if out is not None:
         refuse_base(out, base.name)
     folder = RunFolder(out, resume=resume, overwrite=overwrite) if out is not None else None
-    examples = read_data(base, data, config, start, prompt_column, completion_column)
+    chat = make_chat(base, config, start, folder.date() if folder else None)
+    examples = read_data(base, data, config, chat, prompt_column, completion_column)
     held_out = (
-        read_data(base, eval_data, config, start, prompt_column, completion_column)
+        read_data(base, eval_data, config, chat, prompt_column, completion_column)
         if eval_data is not None
         else None
     )
@@ -176,10 +177,11 @@ def train(
     with (
         Interrupts() as interrupts,
         folder or nullcontext(),
-        open_session(base, lora, config, start, allow_different_base) as session,
+        open_session(base, lora, config, start, allow_different_base, chat) as session,
     ):
         columns = (prompt_column, completion_column)
-        identity = identify(session, config, lora, start, examples, held_out, columns, loss)
+        date = chat.date if chat else None
+        identity = identify(session, config, lora, start, examples, held_out, columns, loss, date)
         if folder and folder.resuming and not folder.complete:
             folder.claim()
         if folder and folder.resuming and folder.complete:
@@ -264,7 +266,7 @@ def train(
                 (t for update in adapter.values() for t in update.tensors().values()), session, config
             )
             summary = _summary(session, totals, identity, examples)
-            adapter = adapter.with_card(_card(adapter, summary))
+            adapter = adapter.with_card(_card(adapter, summary, examples))
             if folder:
                 with interrupts.held():
                     try:
@@ -350,6 +352,7 @@ def _summary(
         "mean_loss": totals.loss_sum / max(1, session.steps),
         "best_eval_loss": totals.best_loss if totals.best_loss < float("inf") else None,
         "dtype": identity["dtype"],
+        "date": identity["date"],
         "learning_rate": session.learning_rate,
         "micro_tokens": session.micro_tokens,
         "memory": session.step.mode,
@@ -362,7 +365,7 @@ def _summary(
     }
 
 
-def _card(adapter: Adapter, summary: dict[str, Any]) -> Card:
+def _card(adapter: Adapter, summary: dict[str, Any], examples: EncodedData) -> Card:
     told = (
         "steps",
         "real_tokens",
@@ -371,10 +374,13 @@ def _card(adapter: Adapter, summary: dict[str, Any]) -> Card:
         "mean_loss",
         "learning_rate",
         "dtype",
+        "date",
         "examples",
     )
     training = {name: summary[name] for name in (*told, "data_hash", "versions")}
-    return (adapter.card or Card()).with_changes(training=training)
+    card = adapter.card or Card()
+    stops = tuple(dict.fromkeys((*card.stop_tokens, *examples.report.stop_tokens)))
+    return card.with_changes(training=training, stop_tokens=stops)
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ The loop itself is in `run`; files are in `checkpoint`.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, check_max_length, context_length, hidden_size
-from brushstroke.data import ChatFormat, Example, encode
+from brushstroke.data import ChatFormat, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach
@@ -70,6 +71,8 @@ class Training:
         seed: of the starting factors and of dropout.
         dropout: on the low-rank path; a config's own by default.
         max_length: longest example in tokens, for examples that `forward_backward` has to tokenise.
+        chat_template: for examples and prompts, in place of that of the adapter or the tokenizer: a template,
+            a file, the name of one, or a chat format.
         allow_different_base: go on from an adapter although it belongs to another base.
 
     Gradients are on inside, whatever the caller's mode. Norms, rotary embeddings and MLPs run through own
@@ -97,6 +100,7 @@ class Training:
         seed: int = 0,
         dropout: float | None = None,
         max_length: int | None = None,
+        chat_template: Template | ChatFormat = None,
         allow_different_base: bool = False,
     ) -> None:
         TrainConfig(  # judges the values
@@ -135,6 +139,7 @@ class Training:
             self.close()
             raise
         self.clip, self.seed, self.max_length = clip, seed, max_length
+        self._chat_template = chat_template
         self.steps = 0
         self._calls = 0
         self._pending_tokens = 0
@@ -276,17 +281,23 @@ class Training:
         """Answers of the model as it is now; options as `generate`."""
         self._check_open()
         with _asleep(self.attachment):
+            options.setdefault("chat_template", self.chat.template if self.chat else None)
             return [answer.text for answer in generate(self.base, prompts, **options)]
+
+    @cached_property
+    def chat(self) -> ChatFormat | None:
+        """How conversations are written; None without a tokenizer."""
+        given, card = self._chat_template, self.attachment.adapter().card
+        if self.base.tokenizer is None or isinstance(given, ChatFormat):
+            return given if isinstance(given, ChatFormat) else None
+        return ChatFormat(self.base.tokenizer, find_template(given) or (card.chat_template if card else None))
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, as a value, with the chat template and the stop tokens in its card."""
-        card = self.attachment.adapter().card
-        tokenizer = self.base.tokenizer
-        if card is not None and tokenizer is not None:
-            chat = ChatFormat(tokenizer, card.chat_template)
-            card = card.with_changes(
-                chat_template=chat.template, stop_tokens=chat.stop_token_texts, task="CAUSAL_LM"
-            )
+        card, chat = self.attachment.adapter().card, self.chat
+        if card is not None and chat is not None:
+            stops = tuple(dict.fromkeys((*card.stop_tokens, *chat.stop_texts)))
+            card = card.with_changes(chat_template=chat.template, stop_tokens=stops, task="CAUSAL_LM")
         return self.attachment.adapter(card)
 
     def save(self, folder: str | Path) -> None:
@@ -338,7 +349,7 @@ class Training:
                 check_lengths(examples, self._context, self.max_length)
                 return examples
         limit = self.max_length or self._context
-        encoded = list(encode(examples, self.base.tokenizer, max_length=limit))
+        encoded = list(encode(examples, self.base.tokenizer, max_length=limit, chat_template=self.chat))
         check_vocabulary(encoded, self.model)
         return encoded
 

@@ -9,22 +9,45 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, check_max_length, context_length, require_base
-from brushstroke.data import EncodedData, encode
+from brushstroke.data import ChatFormat, EncodedData, encode, find_template
 from brushstroke.errors import ConfigError
 from brushstroke.training.check import check_vocabulary
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.session import Training
 
 
+def make_chat(
+    base: Base, config: TrainConfig, start: Adapter | None = None, date: str | None = None
+) -> ChatFormat | None:
+    """The chat format of a run: the config's, that of the adapter that it goes on from, or the base's own.
+
+    Args:
+        base: with its tokenizer; without one there is no chat format.
+        config: of the run.
+        start: the adapter to go on from.
+        date: on which an interrupted run began.
+
+    Raises:
+        ConfigError: `base` is no Base, or there is no such template.
+    """
+    require_base(base)
+    if base.tokenizer is None:
+        return None
+    template = find_template(config.chat_template)
+    if template is None and start is not None and start.card is not None:
+        template = start.card.chat_template
+    return ChatFormat(base.tokenizer, template, date=config.date or date)
+
+
 def read_data(
     base: Base,
     data: Any,
     config: TrainConfig,
-    start: Adapter | None = None,
+    chat: ChatFormat | None = None,
     prompt_column: str | None = None,
     completion_column: str | None = None,
 ) -> EncodedData:
-    """Tokenise data for a run, with the template of the adapter that it goes on from, if any.
+    """Tokenise data for a run.
 
     Raises:
         ConfigError: `base` is no Base of a language model, or the limit is beyond its context.
@@ -39,7 +62,8 @@ def read_data(
         completion_column=completion_column,
         max_length=config.max_length or context_length(base.model),
         skip_too_long=config.skip_too_long,
-        chat_template=start.card.chat_template if start and start.card else None,
+        split_turns=config.split_turns,
+        chat_template=chat,
     )
     check_vocabulary(encoded, base.model)
     return encoded
@@ -64,6 +88,7 @@ def open_session(
     config: TrainConfig,
     start: Adapter | None,
     allow_different_base: bool = False,
+    chat: ChatFormat | None = None,
 ) -> Training:
     """The training session that a config asks for.
 
@@ -89,5 +114,6 @@ def open_session(
         seed=config.seed,
         dropout=lora.dropout if lora else None,
         max_length=config.max_length,
+        chat_template=chat,
         allow_different_base=allow_different_base,
     )

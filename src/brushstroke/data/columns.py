@@ -1,0 +1,280 @@
+"""Which columns of a data set are read, and how; which are not, and whether that looks like a mistake.
+
+It writes no text and knows no tokenizer.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from brushstroke.data.checks import check_encodable, kind_of
+from brushstroke.data.examples import Example, Kind
+from brushstroke.data.files import Row
+from brushstroke.data.messages import Conversation, parsed, read_conversation
+from brushstroke.data.read import Rows
+from brushstroke.errors import DataError, did_you_mean
+
+SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
+CONTEXT: dict[Kind, tuple[str, ...]] = {  # columns that are used beside the ones that make the kind
+    "messages": (SYSTEM, TOOLS, OPTIONS),
+    "prompt/completion": (SYSTEM, HISTORY, TOOLS, OPTIONS),
+    "text": (),
+    "tokens": ("weights", "attention_mask"),
+}
+_FALSE = ("false", "0", "no", "bad")
+NEAR = 0.75  # of a column's name to the one that was expected
+
+_ANSWERS = {  # names of columns that may hold what should be trained
+    *("answer", "answers", "output", "outputs", "response", "responses", "reply", "target", "targets"),
+    *("completion", "solution", "summary", "translation", "gold"),
+}
+_JUDGEMENTS = {  # names of columns that say what a text is, or how good an answer is
+    *("label", "labels", "category", "class", "sentiment", "intent", "score", "scores", "rating", "stars"),
+    *("rank", "reward", "preference", "chosen", "rejected", "correct", "is_correct", "accepted", "quality"),
+    *("feedback", "verdict", "train", "weight"),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the rows of a data set are read.
+
+    Args:
+        kind: of the rows.
+        names: the columns that hold the conversation, the text or the tokens.
+        context: further columns that are used: system, history, tools, chat_template_kwargs.
+        unused: columns that are not used, though some row has a value there.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+    context: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def read_as(self) -> str:
+        """In words: the kind, with the further columns."""
+        return self.kind + (f" with {', '.join(self.context)}" if self.context else "")
+
+
+def find_columns(rows: Rows, prompt: str | None = None, completion: str | None = None) -> Columns:
+    """The columns of a data set, which decide how it is read.
+
+    Args:
+        rows: of one kind.
+        prompt: another name for the column with the prompts.
+        completion: another name for the column with the completions.
+
+    Raises:
+        DataError: no columns that are known, or a row that lacks one.
+    """
+    if not rows.rows:
+        raise DataError(f"{rows.name}: holds no rows; give at least one")
+    pair = (prompt or "prompt", completion or "completion")
+    if isinstance(rows.rows[0].get("example"), Example):
+        return Columns("tokens", ("example",))
+    known: list[tuple[Kind, tuple[str, ...]]] = [("prompt/completion", pair)]
+    if prompt is None and completion is None:
+        known = [
+            ("tokens", ("input_ids", "labels")),
+            ("messages", ("messages",)),
+            *known,
+            ("text", ("text",)),
+        ]
+    kind, names = next(
+        (entry for entry in known if any(all(name in row for name in entry[1]) for row in rows.rows)),
+        (None, ()),
+    )
+    for number, row in enumerate(rows.rows, start=1):
+        missing = [name for name in names if name not in row]
+        if kind is None or missing:
+            raise DataError(_unknown_columns(row, rows.where(number), missing, known))
+    assert kind is not None
+    held = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
+    usable = CONTEXT[kind]
+    context = tuple(name for name in held if name in usable and name not in names)
+    unused = tuple(name for name in held if name not in (*names, *context))
+    return Columns(kind, names, () if kind == "tokens" else context, unused)
+
+
+def doubts(columns: Columns, rows: Rows) -> list[str]:
+    """Warnings: unused columns that look like an answer, a label or a preference."""
+    told = []
+    for name in columns.unused:
+        is_answer, is_judgement = name.lower() in _ANSWERS, name.lower() in _JUDGEMENTS
+        if columns.kind == "text" and (is_answer or is_judgement):
+            meaning = (
+                "an answer: the texts alone are trained; to train the answers, give prompt_column='text' and "
+                f"completion_column={name!r} (--prompt text --completion {name})"
+            )
+        elif is_answer and name not in ("completion", "text"):
+            meaning = f"an answer: what is trained is {columns.names[-1]!r}"
+        elif is_judgement:
+            bad = sum(_is_false(row.get(name)) for row in rows.rows)
+            also = f", also the {bad} of {len(rows)} where it says no" if bad else ""
+            meaning = f"a judgement: every row is trained as a good answer{also}; take out those that are not"
+        else:
+            continue
+        told.append(f"{rows.name}: the column {name!r} is not used, and looks like {meaning}")
+    return told
+
+
+def read_row(
+    row: Row, columns: Columns, where: str, *, tools: Sequence[Any] = (), answers: bool = True
+) -> Conversation:
+    """The conversation of a row of `messages`, or of a `prompt` (a text or messages) and a `completion`.
+
+    Args:
+        row: of the data set.
+        columns: of the data set.
+        where: the row, for messages of errors.
+        tools: for rows that declare none.
+        answers: whether the completion belongs to it; else the prompt alone is read.
+
+    Raises:
+        DataError: what is wrong with the row.
+    """
+    if columns.kind == "messages":
+        given = parsed(row[columns.names[0]])
+        whole = [*_system(row, given, where), *given] if isinstance(given, list | tuple) else given
+        learnt_from = 0
+    else:
+        prompt = _turns(row, columns.names[0], "user", where)
+        answer = _turns(row, columns.names[1], "assistant", where) if answers else []
+        context = [*_system(row, prompt, where), *_history(row, where), *prompt]
+        whole, learnt_from = [*context, *answer], len(context)
+    declared = row.get(TOOLS) or list(tools)
+    return read_conversation(
+        whole, tools=declared, options=row.get(OPTIONS), where=where, answers_only_from=learnt_from
+    )
+
+
+def read_prompt(row: Row, where: str, *, tools: Sequence[Any] = ()) -> str | Conversation:
+    """What a row asks: a text, or messages up to the answer at their end.
+
+    Args:
+        row: with a `prompt` or `messages`, and what belongs to them.
+        where: the row, for messages of errors.
+        tools: for rows that declare none.
+
+    Raises:
+        DataError: it asks nothing, or is malformed.
+    """
+    kind: Kind = "messages" if row.get("prompt") is None else "prompt/completion"
+    names = ("messages",) if kind == "messages" else ("prompt", "completion")
+    if row.get(names[0]) is None:
+        raise DataError(f"{where}: expected a 'prompt' or 'messages' column")
+    context = tuple(name for name in CONTEXT[kind] if row.get(name))
+    if kind == "prompt/completion" and isinstance(row["prompt"], str) and not context and not tools:
+        return read_text(row, "prompt", where)
+    asked = read_row(row, Columns(kind, names, context), where, tools=tools, answers=False)
+    ends_answered = len(asked.messages) > 1 and asked.messages[-1]["role"] == "assistant"
+    return asked.until(len(asked.messages) - 1) if ends_answered else asked
+
+
+def read_text(row: Row, column: str, where: str) -> str:
+    """The text in a column.
+
+    Raises:
+        DataError: it is none.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column!r} is {kind_of(value)}; expected text")
+    check_encodable(value, f"{where}: {column!r}")
+    return value
+
+
+def refuse_context(row: Row, columns: Columns, where: str) -> None:
+    """Refuse a row with a system message, a history or tools where there is no chat template to write them.
+
+    Raises:
+        DataError: naming the column.
+    """
+    for name in columns.context:
+        if row.get(name):
+            raise DataError(
+                f"{where}: the tokenizer has no chat template, so the column {name!r} cannot be written; "
+                "write it into the prompt, or pass a chat template (--chat-template)"
+            )
+
+
+def _is_false(value: Any) -> bool:
+    return value is not None and str(value).strip().lower() in _FALSE
+
+
+def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
+    """The messages in a column that holds a text or messages."""
+    value = row[column]
+    if isinstance(value, list | tuple) and value and all(isinstance(message, Mapping) for message in value):
+        return list(value)
+    return [{"role": role, "content": read_text(row, column, where)}]
+
+
+def _system(row: Row, messages: Any, where: str) -> list[dict[str, str]]:
+    told = row.get(SYSTEM)
+    if not told:
+        return []
+    text = read_text(row, SYSTEM, where)
+    first = messages[0] if isinstance(messages, list | tuple) and messages else None
+    if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
+        if first.get("content") == text:
+            return []
+        raise DataError(
+            f"{where}: has a system message and another text in the column 'system'; keep one of them"
+        )
+    return [{"role": "system", "content": text}]
+
+
+def _history(row: Row, where: str) -> list[Any]:
+    """Earlier turns: messages, or pairs of a question and its answer; they are context and not trained."""
+    given = parsed(row.get(HISTORY))
+    if not given:
+        return []
+    if not isinstance(given, list | tuple):
+        raise DataError(
+            f"{where}: 'history' is {kind_of(given)}; expected a list of [question, answer] pairs"
+        )
+    turns: list[Any] = []
+    for number, turn in enumerate(given, start=1):
+        if isinstance(turn, Mapping):
+            turns.append(turn)
+        elif (
+            isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        ):
+            turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        else:
+            raise DataError(
+                f"{where}: turn {number} of 'history' is {kind_of(turn)}; expected [question, answer]"
+            )
+    return turns
+
+
+def _unknown_columns(
+    row: Row, where: str, missing: Sequence[str], known: Iterable[tuple[Kind, tuple[str, ...]]]
+) -> str:
+    known = [(kind, names) for kind, names in known if kind != "tokens"]
+    wanted = list(missing) or list(dict.fromkeys(name for _, names in known for name in names))
+    hints = []
+    for name, value in row.items():
+        if near := did_you_mean(name, wanted, count=1, cutoff=NEAR):
+            hints.append(f" ({name!r}: {near[2:-1]})")
+        elif isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
+            hints.append(
+                f" ({name!r} holds objects: conversations are read from 'messages', with role and content)"
+            )
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if not missing and not hints and len(texts) == 2 and texts[1].lower() in _ANSWERS:
+        hints.append(f" (for these: --prompt {texts[0]} --completion {texts[1]})")
+    if len(row) == 1 and (mark := next((m for m in ";\t|" if m in next(iter(row))), None)):
+        hints = [f" (its columns seem to be separated by {mark!r}; separate them by commas)"]
+    expected = (
+        " and ".join(map(repr, missing))
+        if missing
+        else ", or ".join(" and ".join(map(repr, n)) for _, n in known)
+    )
+    return (
+        f"{where}: found the columns {', '.join(map(repr, row)) or 'none'}, expected "
+        f"{expected}{''.join(hints)}; rename the columns, or name the two of a prompt and a completion with "
+        "prompt_column and completion_column (--prompt, --completion)"
+    )

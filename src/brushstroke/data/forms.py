@@ -1,0 +1,128 @@
+"""The forms in which a conversation can be handed to a chat template, the likeliest first.
+
+Templates differ in what they take: contents as text or as parts, arguments as an object or as JSON text,
+reasoning under three names. Which form is right is found by rendering, in `layout`; this module only writes
+the forms.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from brushstroke.data.checks import Message
+from brushstroke.data.messages import REASONING, Conversation
+
+DEVELOPER_AS_SYSTEM = (
+    "developer messages are written as system messages: the chat template knows no developer"
+)
+THOUGHTS_SPLIT = (
+    "<think>…</think> at the beginning of answers is handed to the chat template as their reasoning"
+)
+
+
+INLINE = "inline"
+THOUGHT = "<think>\n{}\n</think>\n\n{}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to write a conversation for a template.
+
+    Args:
+        thoughts: hand a leading <think>…</think> over as reasoning: "tagged" if the template writes it
+            between the same tags, "any" however it writes it; "" leaves it in the content.
+        parts: contents as a list with one text part, in place of a text.
+        reasoning: the key of the reasoning; INLINE writes it between <think> tags at the beginning of the
+            content.
+        arguments_as_text: arguments of tool calls as JSON text, in place of an object.
+        no_content: what an answer without content has: "" or None as its content, or no such key (...).
+        developer_as_system: developer messages as system messages.
+        wrapped_tools: declarations as {"type": "function", "function": {...}}.
+    """
+
+    thoughts: str = ""
+    parts: bool = False
+    reasoning: str = REASONING[0]
+    arguments_as_text: bool = False
+    no_content: Any = ""
+    developer_as_system: bool = False
+    wrapped_tools: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of this form."""
+        developer = (DEVELOPER_AS_SYSTEM,) if self.developer_as_system else ()
+        return developer + ((THOUGHTS_SPLIT,) if self.thoughts else ())
+
+    def messages(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+        """Messages as this form writes them."""
+        return [self._message(message) for message in messages]
+
+    def tools(self, tools: tuple[Any, ...]) -> list[Any] | None:
+        """Declarations of tools as this form writes them; None where there are none."""
+        if not tools:
+            return None
+        return [
+            {"type": "function", "function": t} if self.wrapped_tools and "function" not in t else t
+            for t in tools
+        ]
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        made = dict(message)
+        if "reasoning_content" in made and self.reasoning == INLINE:
+            made["content"] = THOUGHT.format(made.pop("reasoning_content"), made.get("content", ""))
+        if self.developer_as_system and made["role"] == "developer":
+            made["role"] = "system"
+        if "content" in made and self.parts:
+            made["content"] = [{"type": "text", "text": made["content"]}]
+        if (
+            not made.get("content")
+            and made["role"] == "assistant"
+            and made.keys() & {"tool_calls", "reasoning_content"}
+        ):
+            made.pop("content", None)
+            if self.no_content is not ...:
+                made["content"] = self.no_content
+        if "reasoning_content" in made and self.reasoning != INLINE:
+            made[self.reasoning] = made.pop("reasoning_content")
+        if "tool_calls" in made and self.arguments_as_text:
+            made["tool_calls"] = [_with_text(call) for call in made["tool_calls"]]
+        return made
+
+
+def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
+    """Every form that makes a difference to a conversation, with the conversation that it writes."""
+    split = conversation.with_thoughts_split()
+    for thoughts, keys in (
+        ("tagged", REASONING),
+        ("", (*REASONING, INLINE)),
+        ("tagged", (INLINE,)),
+        ("any", REASONING),
+    ):
+        told = split if thoughts else conversation
+        if told is None:
+            continue
+        messages = told.messages
+        answers = [message for message in messages if message["role"] == "assistant"]
+        calls = any("tool_calls" in message for message in answers)
+        empty = any(not m.get("content") and m.keys() & {"tool_calls", "reasoning_content"} for m in answers)
+        reasons = any("reasoning_content" in message for message in answers)
+        bare = any("function" not in tool for tool in told.tools)
+        for choice in product(
+            (False, True),
+            (False, True) if any(message["role"] == "developer" for message in messages) else (False,),
+            keys if reasons else keys[:1],
+            (False, True) if calls else (False,),
+            ("", None, ...) if empty else ("",),
+            (False, True) if bare else (False,),
+        ):
+            parts, developer, reasoning, as_text, no_content, wrapped = choice
+            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped), told
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

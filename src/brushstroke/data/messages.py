@@ -1,0 +1,361 @@
+"""Conversations as rows hold them, brought into one form, whichever tool wrote the file.
+
+It knows no template: how a conversation is handed to one is decided in `forms`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from brushstroke.data.checks import Message, check_encodable, kind_of
+from brushstroke.errors import DataError, did_you_mean
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names that files and templates use for it
+TRAIN_KEYS = ("weight", "train")  # by which a message says whether it is learnt
+TEXT_PARTS = ("text", "input_text", "output_text", *REASONING)  # types of content parts that hold text
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+NULLS = "keys that are null are left out of messages, tools and arguments"
+UNTRAINED = "assistant messages with weight 0 or train false are context and not trained"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in one form, whichever form the row has.
+
+    A message has `role`; `content`, a text, absent where there is none; `reasoning_content`, a text;
+    `tool_calls`, each as {type, id, function: {name, arguments}} with the arguments as an object; and
+    whatever else the row has.
+
+    Args:
+        messages: in order.
+        trained: for each message, whether it is an answer to learn.
+        tools: the declarations of functions that the model may call.
+        options: further variables for the template (`chat_template_kwargs`).
+        notes: what was changed or left out, for people.
+    """
+
+    messages: tuple[Message, ...]
+    trained: tuple[bool, ...]
+    tools: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """The indices of the assistant's messages."""
+        return tuple(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+
+    def until(self, count: int) -> "Conversation":
+        """The first messages alone."""
+        return replace(self, messages=self.messages[:count], trained=self.trained[:count])
+
+    def with_thoughts_split(self) -> "Conversation | None":
+        """With a leading <think>…</think> of an answer as its reasoning; None where no answer has one."""
+        split = [_split_thought(message) for message in self.messages]
+        if all(new is old for new, old in zip(split, self.messages, strict=True)):
+            return None
+        return replace(self, messages=tuple(split))
+
+
+def read_conversation(
+    messages: object,
+    *,
+    tools: object = None,
+    options: object = None,
+    where: str,
+    answers_only_from: int = 0,
+) -> Conversation:
+    """A conversation out of a row.
+
+    Args:
+        messages: a list of messages, or the same as JSON text.
+        tools: a list of function declarations, or the same as JSON text.
+        options: an object of further variables for the template, or the same as JSON text.
+        where: the row, for messages of errors.
+        answers_only_from: the index of the first message whose answer is learnt.
+
+    Raises:
+        DataError: what is wrong, with the message that it is wrong in.
+    """
+    given = parsed(messages)
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise DataError(
+            f"{where}: 'messages' is {kind_of(messages)}; expected a list of objects with role and content"
+        )
+    if not given:
+        raise DataError(f"{where}: 'messages' is empty; expected at least a user and an assistant turn")
+    declared = read_tools(tools, where)
+    read, trained, notes = [], [], set()
+    for index, message in enumerate(given):
+        place = f"{where}: message {index + 1}"
+        if not isinstance(message, Mapping):
+            raise DataError(f"{place} is {kind_of(message)}; expected an object with role and content")
+        reader = _MessageReader(message, place, declared)
+        read.append(reader.message())
+        learnt = reader.is_trained()
+        trained.append(learnt and index >= answers_only_from)
+        notes |= reader.notes
+        if reader.role == "assistant" and not learnt:
+            notes.add(UNTRAINED)
+    named = _with_tool_names(read)
+    return Conversation(
+        tuple(named), tuple(trained), declared, read_options(options, where), tuple(sorted(notes))
+    )
+
+
+def read_tools(tools: object, where: str) -> tuple[Any, ...]:
+    """Function declarations, without keys that are null.
+
+    Raises:
+        DataError: they are no list of objects.
+    """
+    given = parsed(tools)
+    if given is None or given == "":
+        return ()
+    if not isinstance(given, list | tuple):
+        raise DataError(f"{where}: 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
+    declared = []
+    for number, tool in enumerate(map(parsed, given), start=1):
+        if not isinstance(tool, Mapping):
+            raise DataError(f"{where}: tool {number} is {kind_of(tool)}; expected an object")
+        declared.append(_without_nulls(tool))
+    return tuple(declared)
+
+
+def read_options(options: object, where: str) -> dict[str, Any]:
+    """Further variables for the template.
+
+    Raises:
+        DataError: they are no object.
+    """
+    given = parsed(options)
+    if given is None or given == "":
+        return {}
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where}: 'chat_template_kwargs' is {kind_of(options)}; expected an object")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+class _MessageReader:
+    """One message of a row: what it says, in our form."""
+
+    def __init__(self, message: Message, place: str, tools: tuple[Any, ...]) -> None:
+        self.given = {key: value for key, value in message.items() if value is not None}
+        self.tools = tools
+        self.has_content = "content" in message
+        self.notes: set[str] = (
+            {NULLS} if len(self.given) + (message.get("content", "") is None) < len(message) else set()
+        )
+        role = self.given.pop("role", None)
+        if role not in ROLES:
+            found = f"has the unknown role {role!r}" if isinstance(role, str) else "has no role"
+            hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
+            raise DataError(f"{place} {found}{hint}; known roles are {', '.join(ROLES)}")
+        self.role: str = role
+        self.place = f"{place} ({role})"
+        self._trained = self._read_trained()
+
+    def is_trained(self) -> bool:
+        """Whether the message is an answer to learn."""
+        return self.role == "assistant" and self._trained is not False
+
+    def message(self) -> dict[str, Any]:
+        """The message in our form.
+
+        Raises:
+            DataError: it has nothing to say, or in a form that is not understood.
+        """
+        given = dict(self.given)
+        content, thoughts = self._texts(given.pop("content", None))
+        reasoning = self._reasoning(given, thoughts)
+        calls = self._calls(given)
+        if content is None and not calls and not reasoning:
+            found = "null content" if self.has_content else "no content"
+            raise DataError(f"{self.place} has {found}; expected text")
+        message: dict[str, Any] = {"role": self.role}
+        if content is not None:
+            message["content"] = content
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return message | given
+
+    def _read_trained(self) -> bool | None:
+        """What the message says of being learnt; None where it says nothing."""
+        said = {key: self.given.pop(key) for key in TRAIN_KEYS if key in self.given}
+        found = set()
+        for key, value in said.items():
+            if value not in (0, 1):  # True is 1 and 0.0 is 0
+                raise DataError(f"{self.place} has {key} {value!r}; expected 0 or 1, or true or false")
+            found.add(bool(value))
+        if len(found) > 1:
+            raise DataError(f"{self.place} has weight and train that contradict each other; keep one of them")
+        learnt = next(iter(found), None)
+        if learnt and self.role != "assistant":
+            raise DataError(
+                f"{self.place} asks to be trained ({next(iter(said))}), and only assistant messages are; "
+                "take the key out of it"
+            )
+        return learnt
+
+    def _texts(self, content: object) -> tuple[str | None, str]:
+        """The text of a content, and the reasoning that stands among its parts."""
+        if content is None or isinstance(content, str):
+            check_encodable(content or "", self.place)
+            return content, ""
+        if not isinstance(content, Sequence) or isinstance(content, bytes):
+            raise DataError(f"{self.place} has {kind_of(content)} as content; expected text")
+        texts, thoughts = [], []
+        for part in content:
+            fields = {"text": part} if isinstance(part, str) else part
+            if not isinstance(fields, Mapping):
+                raise DataError(
+                    f"{self.place} has a part that is {kind_of(part)}; expected an object with text"
+                )
+            fields = {key: value for key, value in fields.items() if value is not None}
+            found = next((name for name in ("text", *REASONING) if isinstance(fields.get(name), str)), None)
+            kind = fields.get("type", "text" if fields.keys() <= {"text", *REASONING} else None)
+            if found is None or kind not in TEXT_PARTS:
+                raise DataError(f"{self.place} has a part that is not text; only text can be trained on")
+            check_encodable(fields[found], self.place)
+            (texts if found == "text" else thoughts).append(fields[found])
+        return "".join(texts), "".join(thoughts)
+
+    def _reasoning(self, given: dict[str, Any], thoughts: str) -> str:
+        if self.role != "assistant":
+            return ""
+        found = {thoughts} if thoughts else set()
+        for name in REASONING:
+            value = given.pop(name, "")
+            if not isinstance(value, str):
+                raise DataError(f"{self.place}: {name!r} is {kind_of(value)}; expected text")
+            check_encodable(value, self.place)
+            found |= {value} if value.strip() else set()
+        if len(found) > 1:
+            raise DataError(f"{self.place} has reasoning in two places that differ; keep one of them")
+        return next(iter(found), "")
+
+    def _calls(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.role != "assistant":
+            if given.keys() & {"tool_calls", "function_call"}:
+                raise DataError(f"{self.place} has tool calls; only an assistant message can")
+            return []
+        calls = parsed(given.pop("tool_calls", None)) or []
+        legacy = given.pop("function_call", None)
+        calls = [{"function": legacy}] if legacy and not calls else calls
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise DataError(f"{self.place}: 'tool_calls' is {kind_of(calls)}; expected a list of calls")
+        return [self._call(call, number) for number, call in enumerate(calls, start=1)]
+
+    def _call(self, call: object, number: int) -> dict[str, Any]:
+        place = f"{self.place}: tool call {number}"
+        call = parsed(call)
+        if not isinstance(call, Mapping):
+            raise DataError(f"{place} is {kind_of(call)}; expected an object with name and arguments")
+        fields = {key: value for key, value in call.items() if value is not None}
+        function = parsed(fields.pop("function", None))
+        if function is None:
+            function = {key: fields.pop(key) for key in ("name", "arguments") if key in fields}
+        if (
+            not isinstance(function, Mapping)
+            or not isinstance(function.get("name"), str)
+            or not function["name"]
+        ):
+            raise DataError(f"{place} has no function name; expected an object with name and arguments")
+        arguments = self._arguments(function.get("arguments"), function["name"], place)
+        return {"type": "function", **fields, "function": {"name": function["name"], "arguments": arguments}}
+
+    def _arguments(self, given: object, name: str, place: str) -> dict[str, Any]:
+        if isinstance(given, str):
+            try:
+                arguments = json.loads(given) if given.strip() else {}
+            except ValueError as error:
+                raise DataError(
+                    f"{place}: the arguments are not valid JSON ({error}); correct them"
+                ) from error
+        else:
+            arguments = {} if given is None else given
+        if not isinstance(arguments, Mapping):
+            raise DataError(f"{place}: the arguments are {kind_of(arguments)}; expected an object")
+        try:
+            check_encodable(json.dumps(arguments, ensure_ascii=False), place)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{place}: the arguments cannot be written as JSON ({error})") from error
+        nullable = _nullable(self.tools, name)
+        kept = {key: value for key, value in arguments.items() if value is not None or key in nullable}
+        if len(kept) < len(arguments):
+            self.notes.add(NULLS)
+        return {key: _without_nulls(value) for key, value in kept.items()}
+
+
+def _split_thought(message: Message) -> Message:
+    content = message.get("content", "")
+    if message["role"] != "assistant" or message.get("reasoning_content"):
+        return message
+    found = _THOUGHT.fullmatch(content)
+    if found is None or not found[1].strip():
+        return message
+    return {**message, "reasoning_content": found[1].strip(), "content": found[2].strip()}
+
+
+def _with_tool_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of tools with the name of the function, where they say which call they answer."""
+    names: dict[Any, str] = {}
+    named = []
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            if isinstance(call.get("id"), str):
+                names[call["id"]] = call["function"]["name"]
+        known = names.get(message.get("tool_call_id"))
+        lacks = message["role"] == "tool" and "name" not in message and known is not None
+        named.append({**message, "name": known} if lacks else message)
+    return named
+
+
+def _nullable(tools: Sequence[Any], name: str) -> set[str]:
+    """The arguments of a function that its declaration allows to be null."""
+    found = set()
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or function.get("name") != name:
+            continue
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        for key, schema in (properties or {}).items():
+            if isinstance(schema, Mapping) and _allows_null(schema):
+                found.add(key)
+    return found
+
+
+def _allows_null(schema: Mapping[str, Any]) -> bool:
+    kinds = schema.get("type")
+    options = (*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ()))
+    return (
+        "null" in ([kinds] if isinstance(kinds, str) else kinds or ())
+        or bool(schema.get("nullable"))
+        or any(isinstance(option, Mapping) and _allows_null(option) for option in options)
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value whose objects, at any depth, have no key that is null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def parsed(value: Any) -> Any:
+    """What JSON text stands for; anything else, and text that is no JSON, as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,44 @@
+"""Chat templates by name, for tokenizers that have none, and from files.
+
+It renders nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from brushstroke.errors import ConfigError, did_you_mean
+
+Template = str | Path | Mapping[str, str] | None
+
+_FOLDER = Path(__file__).parent / "templates"
+
+
+def template_names() -> tuple[str, ...]:
+    """The names of the templates that come with the library."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
+
+
+def find_template(given: Template) -> str | Mapping[str, str] | None:
+    """A chat template: as it is given, from a file, or by its name.
+
+    Args:
+        given: the template itself (Jinja has braces), a file with one, the name of one that comes with the
+            library, several templates by their names, or None.
+
+    Raises:
+        ConfigError: there is no such file or name, or the file cannot be read.
+    """
+    if given is None or isinstance(given, Mapping) or (isinstance(given, str) and "{" in given):
+        return given
+    name, path = str(given), Path(given).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read as a chat template ({error})") from error
+    if name in template_names():
+        return (_FOLDER / f"{name}.jinja").read_text("utf-8")
+    raise ConfigError(
+        f"there is no chat template {name!r}: no file of that name, and none of ours"
+        f"{did_you_mean(name, template_names())}; give a Jinja file, or one of {', '.join(template_names())}"
+    )

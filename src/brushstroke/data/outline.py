@@ -1,0 +1,258 @@
+"""A conversation rendered with placeholders: what a chat template writes by itself, and where each value
+stands.
+
+Placeholders hold characters that JSON, Python's repr and HTML write differently, so that the text shows how
+the template prints a value. The true text is then aligned with the outline, value by value. It renders
+nothing itself.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from brushstroke.data.checks import Message
+
+PROBE = "é'\"\\\n<&>"  # inside a placeholder: told apart in every spelling
+NUMBERS = 73_100_000  # placeholders of whole numbers count from here
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "plain": lambda text: text,
+    "json": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    "ascii json": lambda text: json.dumps(text)[1:-1],
+    "python": lambda text: repr(f'"{text}')[2:-1],  # between ' and ', as where a text has both quotes
+}
+_HANDLED = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
+_PLACEHOLDER = re.compile(r"Qz(\d+)v(.*?)Qz\1w", re.DOTALL)
+_REST = re.compile(r"Qz\d+[vw]")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value of a conversation.
+
+    Args:
+        part: "content", "reasoning", "name" (of a function), "argument", or "other".
+        value: a text, or a number of an argument.
+    """
+
+    part: str
+    value: Any
+
+
+class Segment(NamedTuple):
+    """text[start:stop] of an outline: a slot by its number, or what the template writes (slot None)."""
+
+    start: int
+    stop: int
+    slot: int | None
+    spelling: str
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A rendered text with placeholders, in segments without gaps; `altered` slots cannot be read back."""
+
+    text: str
+    segments: tuple[Segment, ...]
+    altered: frozenset[int]
+
+    def between(self, start: int, stop: int) -> tuple[Segment, ...]:
+        """The slots that stand between two positions."""
+        return tuple(s for s in self.segments if s.slot is not None and start <= s.start and s.stop <= stop)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Messages with a placeholder in place of every value.
+
+    Args:
+        messages: in order.
+        slots: the values.
+        uses: for each message, the slots in it, as often as they are there.
+    """
+
+    messages: tuple[Message, ...]
+    slots: tuple[Slot, ...]
+    uses: tuple[tuple[int, ...], ...]
+
+
+def sketch(messages: Sequence[Message], *, keep_values: bool = False) -> Sketch:
+    """Put placeholders in place of the values of a conversation.
+
+    Args:
+        messages: of a `Conversation`.
+        keep_values: leave each text between the marks of its placeholder, for templates that look into texts.
+    """
+    maker = _Maker(keep_values)
+    made = tuple(maker.message(message) for message in messages)
+    return Sketch(made, tuple(maker.slots), tuple(maker.uses))
+
+
+class _Maker:
+    def __init__(self, keep_values: bool) -> None:
+        self.keep_values = keep_values
+        self.slots: list[Slot] = []
+        self.uses: list[tuple[int, ...]] = []
+        self._used: list[int] = []
+        self._names: dict[str, int] = {}
+
+    def message(self, message: Message) -> Message:
+        self._used = []
+        made = self._made(message)
+        self.uses.append(tuple(self._used))
+        return made
+
+    def _made(self, message: Message) -> Message:
+        made = dict(message)
+        if "reasoning_content" in made:
+            made["reasoning_content"] = self._text(Slot("reasoning", made["reasoning_content"]))
+        if made.get("content", "").strip():
+            made["content"] = self._text(Slot("content", made["content"]))
+        if "tool_calls" in made:
+            made["tool_calls"] = [self._call(call) for call in made["tool_calls"]]
+        for key in [key for key in made if key not in _HANDLED]:
+            if key == "name" and made["role"] == "tool":
+                made[key] = self._name(str(made[key]))
+            elif isinstance(made[key], str) and made[key]:
+                made[key] = self._text(Slot("other", made[key]))
+        return made
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        name = self._name(function["name"])
+        arguments = {key: self._argument(value) for key, value in function["arguments"].items()}
+        return {**call, "function": {**function, "name": name, "arguments": arguments}}
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._argument(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._argument(inner) for inner in value]
+        if isinstance(value, str) and value.strip():
+            return self._text(Slot("argument", value))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return placeholder_number(self._add(Slot("argument", value)), value)
+        return value
+
+    def _text(self, slot: Slot) -> str:
+        number = self._add(slot)
+        return f"Qz{number}v{slot.value if self.keep_values else PROBE}Qz{number}w"
+
+    def _name(self, name: str) -> str:
+        """One placeholder for all places of a function's name: templates compare them."""
+        if name in self._names:
+            self._used.append(self._names[name])
+        else:
+            self._names[name] = self._add(Slot("name", name))
+        return f"Qz{self._names[name]}vQz{self._names[name]}w"
+
+    def _add(self, slot: Slot) -> int:
+        self.slots.append(slot)
+        self._used.append(len(self.slots) - 1)
+        return len(self.slots) - 1
+
+
+def placeholder_number(slot: int, value: int | float) -> int | float:
+    """A number of the same kind that stands for a slot."""
+    return NUMBERS + slot + (0.5 if isinstance(value, float) else 0)
+
+
+def read_outline(text: str, slots: Sequence[Slot], *, keep_values: bool = False) -> Outline:
+    """Find the placeholders in a rendered text."""
+    segments: list[Segment] = []
+    altered: set[int] = set()
+    position = 0
+    for start, stop, number, middle in _places(text, slots):
+        slot = slots[number]
+        spelling = "plain"
+        if middle is not None:
+            core = "" if slot.part == "name" else str(slot.value) if keep_values else PROBE
+            spelling = next((name for name, spell in SPELLINGS.items() if spell(core) == middle), "")
+        if not spelling:
+            altered.add(number)
+            continue
+        segments += [Segment(position, start, None, "")] if start > position else []
+        segments.append(Segment(start, stop, number, spelling))
+        position = stop
+    segments += [Segment(position, len(text), None, "")] if position < len(text) else []
+    for segment in segments:
+        if segment.slot is None:
+            rest = _REST.findall(text[segment.start : segment.stop])
+            altered |= {int(re.sub(r"\D", "", mark)) for mark in rest}
+    return Outline(text, tuple(segments), frozenset(altered))
+
+
+def _places(text: str, slots: Sequence[Slot]) -> list[tuple[int, int, int, str | None]]:
+    """(start, stop, slot, what is between the marks) of every placeholder; numbers have no marks."""
+    found: list[tuple[int, int, int, str | None]] = [
+        (match.start(), match.end(), int(match[1]), match[2]) for match in _PLACEHOLDER.finditer(text)
+    ]
+    for number, slot in enumerate(slots):
+        if not isinstance(slot.value, str):
+            shown = str(placeholder_number(number, slot.value))
+            found += [(m.start(), m.end(), number, None) for m in re.finditer(re.escape(shown), text)]
+    return sorted(found, key=lambda place: place[:2])
+
+
+def align(outline: Outline, slots: Sequence[Slot], text: str) -> list[int] | int:
+    """Where each segment of an outline begins in the true text, and where the last one ends.
+
+    A value may have lost white space at its ends; all that the template writes must be equal. Where the text
+    is
+    another one: the number of the segment from which on it differs.
+    """
+    starts, position = [], 0
+    for index, segment in enumerate(outline.segments):
+        starts.append(position)
+        if segment.slot is None:
+            written = outline.text[segment.start : segment.stop]
+            if not text.startswith(written, position):
+                return index
+            position += len(written)
+            continue
+        following = _following(outline, index)
+        length = _length(slots[segment.slot].value, segment.spelling, text, position, following)
+        if length is None:
+            return index
+        position += length
+    return [*starts, position] if position == len(text) else len(outline.segments) - 1
+
+
+def _following(outline: Outline, index: int) -> str:
+    """What the template writes right behind a segment."""
+    after = outline.segments[index + 1 : index + 2]
+    return outline.text[after[0].start : after[0].stop] if after and after[0].slot is None else ""
+
+
+def _length(value: Any, spelling: str, text: str, position: int, following: str) -> int | None:
+    """How many characters of the text a value takes at a position."""
+    if isinstance(value, str):
+        ways = (value, value.rstrip(), value.lstrip(), value.strip(), value.strip("\n"))
+        spelt = [SPELLINGS[spelling](way) for way in ways]
+    else:
+        spelt = [json.dumps(value), str(value)]
+    for way in spelt:
+        if text.startswith(way, position) and text.startswith(following, position + len(way)):
+            return len(way)
+    return None
+
+
+def is_trimmed(outline: Outline, slots: Sequence[Slot], starts: Sequence[int]) -> bool:
+    """Whether a text in the true text has lost white space at an end."""
+    for segment, start, stop in zip(outline.segments, starts, starts[1:], strict=False):
+        value = None if segment.slot is None else slots[segment.slot].value
+        if isinstance(value, str) and stop - start < len(SPELLINGS[segment.spelling](value)):
+            return True
+    return False
+
+
+def place(outline: Outline, starts: Sequence[int], position: int) -> int:
+    """The position in the true text of a position in the outline, which is inside no placeholder."""
+    for segment, start in zip(outline.segments, starts, strict=False):
+        if segment.slot is None and segment.start <= position <= segment.stop:
+            return start + position - segment.start
+        if segment.slot is not None and position == segment.start:
+            return start
+    return starts[-1]

@@ -1,0 +1,318 @@
+"""What a model answered, read back: content, reasoning and tool calls, as its chat template writes them.
+
+The template's own way of writing them is found on made-up conversations; no format is known by its name.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from brushstroke.data.layout import LayoutFinder, Unproven
+from brushstroke.data.messages import Conversation, read_conversation
+from brushstroke.data.probe_answers import CALL, QUESTION, forms_for
+from brushstroke.data.template import ChatTemplate, TemplateRefusal
+
+_KEY, _SECOND_KEY = "where", "whom"  # in the order of the alphabet: some templates sort
+_RESULT = {"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": "x"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer in its parts.
+
+    Args:
+        content: the text that is meant for the user.
+        reasoning: what stands before it, where the template has a place for reasoning.
+        tool_calls: calls as {"name": ..., "arguments": {...}}.
+        typed: whether the template tells texts from numbers in arguments.
+    """
+
+    content: str
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    typed: bool = True
+
+    def calls_like(self, other: "Reply") -> bool:
+        """Whether the calls are the same: names, and arguments as JSON values."""
+        typed = self.typed and other.typed
+        mine, theirs = ([_comparable(call, typed) for call in reply.tool_calls] for reply in (self, other))
+        return mine == theirs
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The pattern of one kind of answer without calls, and how much of the template's own text is in it."""
+
+    pattern: re.Pattern[str]
+    opening: str
+    weight: int
+
+
+@dataclass(frozen=True)
+class _CallFrame:
+    """How a template writes a call: `before` the name, `middle` up to the arguments, which are JSON or pairs.
+
+    Args:
+        lead: what else stands before the first call.
+        before: right before the name of every call.
+        middle: between the name and the arguments.
+        key_end: for pairs, between the name of an argument and its value.
+        between: for pairs, between a value and the next name.
+        after: behind the last call.
+        is_json: whether the arguments are a JSON object.
+        with_content: whether an answer with calls has content too.
+        many: whether calls can be told apart by `before`.
+    """
+
+    lead: str
+    before: str
+    middle: str
+    key_end: str
+    between: str
+    after: str
+    is_json: bool
+    with_content: bool
+    many: bool
+
+
+class ReplyReader:
+    """Reads answers of one chat template.
+
+    Args:
+        template: that answers are written with; None reads plain texts.
+        special: texts of tokens that are no part of what is said.
+    """
+
+    def __init__(self, template: ChatTemplate | None, special: Sequence[str]) -> None:
+        self.template = template
+        tokens = sorted((text for text in special if text), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    def read(self, text: str, tools: Sequence[Any] = ()) -> Reply:
+        """An answer in its parts.
+
+        Args:
+            text: what the model wrote, special tokens included, without what ended it.
+            tools: declarations, which tell the types of arguments.
+        """
+        said, calls, typed = text, [], True
+        if (frame := self._call_frame) is not None and (found := _find_calls(text, frame, tools)) is not None:
+            said, calls = found
+            typed = frame.is_json
+        reply = self._without_calls(said)
+        return replace(reply, tool_calls=tuple(calls), typed=typed)
+
+    def _without_calls(self, text: str) -> Reply:
+        for frame in self._frames:
+            if found := frame.pattern.fullmatch(text):
+                parts = found.groupdict()
+                return Reply(
+                    self._plain(parts.get("content") or ""), self._plain(parts.get("reasoning") or "").strip()
+                )
+        unfinished = next(
+            (f for f in self._frames if "reasoning" in f.pattern.groupindex and f.opening.strip()), None
+        )
+        if unfinished is not None and text.lstrip().startswith(unfinished.opening.strip()):
+            return Reply("", self._plain(text.lstrip().removeprefix(unfinished.opening.strip())).strip())
+        return Reply(self._plain(text))
+
+    def _plain(self, text: str) -> str:
+        return self._special.sub("", text)
+
+    @cached_property
+    def _frames(self) -> list[_Frame]:
+        frames = []
+        if self.template is None:
+            return []
+        text = {"role": "assistant", "content": "x"}
+        for messages in ([{**text, "reasoning_content": "y"}], [text], [_calling(), _RESULT, text]):
+            outlined = _outlined(self.template, [QUESTION, *messages])
+            if outlined is None:
+                continue
+            pattern, weight = "", 0
+            for literal, part in outlined:
+                pattern += f"(?P<{part}>.*?)" if part else _flexible(literal)
+                weight += len(literal.strip())
+            frames.append(_Frame(re.compile(pattern, re.DOTALL), outlined[0][0], weight))
+        return sorted(frames, key=lambda frame: -frame.weight)
+
+    @cached_property
+    def _call_frame(self) -> _CallFrame | None:
+        if self.template is None:
+            return None
+        one = _outlined(self.template, [QUESTION, _calling()])
+        pairs = _outlined(self.template, [QUESTION, _calling(keys=(_KEY, _SECOND_KEY))])
+        if one is None or pairs is None:
+            return None
+        two = _outlined(self.template, [QUESTION, _calling(count=2)])
+        with_text = _outlined(self.template, [QUESTION, {**_calling(), "content": "x"}])
+        name = _last_name(one)
+        lead, middle = one[name - 1][0] if name else "", one[name + 1][0]
+        before = lead if with_text is None else _common_end(lead, with_text[_last_name(with_text) - 1][0])
+        last = two[_last_name(two) - 1][0] if two is not None else before
+        many = two is not None and bool(_common_end(before, last).strip())
+        before = _common_end(before, last) if many else before
+        after = "".join(literal for literal, _ in one[name + 3 :])
+        shape = {"lead": lead.removesuffix(before), "before": before, "after": after, "many": many}
+        shape["with_content"] = with_text is not None
+        if not before.strip():
+            return None
+        if (start := _json_start(middle, after)) is not None:
+            return _CallFrame(middle=middle[:start], key_end="", between="", is_json=True, **shape)
+        further = pairs[_last_name(pairs) + 3][0]
+        if (
+            middle.count(_KEY) != 1
+            or further.count(_SECOND_KEY) != 1
+            or not further.split(_SECOND_KEY)[0].strip()
+        ):
+            return None
+        opened, key_end = middle.split(_KEY)
+        between = further.split(_SECOND_KEY)[0]
+        return _CallFrame(middle=opened, key_end=key_end, between=between, is_json=False, **shape)
+
+
+def _calling(*, keys: Sequence[str] = (_KEY,), count: int = 1) -> dict[str, Any]:
+    """A message with calls of the same function."""
+    function = {"name": "look", "arguments": dict.fromkeys(keys, "there")}
+    calls = [{**CALL, "id": f"call0000{number}", "function": function} for number in range(1, count + 1)]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+Parts = list[tuple[str, str]]  # (the template's own text, "") or ("", the part that a value is)
+
+
+def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> Parts | None:
+    """The answer at the end of messages, without what ends it; None where the template cannot write it."""
+    conversation: Conversation = read_conversation(messages, where="a probe")
+    for form, told in forms_for(template, conversation):
+        finder = LayoutFinder(template, told, form)
+        try:
+            layout = finder.whole_or_each()[-1]
+        except (Unproven, TemplateRefusal):
+            continue
+        turn, outline = layout.turns[-1], layout.outline
+        stop = turn.stop - len(turn.end or "")
+        parts: Parts = []
+        for segment in outline.segments:
+            if segment.stop <= turn.start or segment.start >= stop:
+                continue
+            text = outline.text[max(segment.start, turn.start) : min(segment.stop, stop)]
+            parts.append((text, "") if segment.slot is None else ("", finder.sketch.slots[segment.slot].part))
+        return parts
+    return None
+
+
+def _last_name(parts: Parts) -> int:
+    """Where the name of a function stands last."""
+    return max(i for i, (_, part) in enumerate(parts) if part == "name")
+
+
+def _common_end(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
+
+
+def _json_start(middle: str, after: str) -> int | None:
+    """Where in the text behind a name the arguments begin, if they are one JSON object."""
+    for match in re.finditer(r"\{", middle):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(f"{middle[match.start() :]}x{after}")
+        except ValueError:
+            continue
+        if found == {_KEY: "x"}:
+            return match.start()
+    return None
+
+
+def _find_calls(
+    text: str, frame: _CallFrame, tools: Sequence[Any]
+) -> tuple[str, list[dict[str, Any]]] | None:
+    """What stands before the first call, and the calls; None where one of them is not whole."""
+    opener = re.compile(_flexible(frame.before))
+    first = opener.search(text)
+    if first is None:
+        return None
+    calls, position = [], first.start()
+    while opened := opener.search(text, position):
+        read = (_json_call if frame.is_json else _pairs_call)(text, opened.end(), frame, tools)
+        if read is None:
+            return None
+        call, position = read
+        calls.append(call)
+    said = text[: first.start()].rstrip().removesuffix(frame.lead.strip())
+    return (said if frame.with_content else ""), calls
+
+
+def _json_call(
+    text: str, start: int, frame: _CallFrame, _: Sequence[Any]
+) -> tuple[dict[str, Any], int] | None:
+    middle = re.compile(_flexible(frame.middle)).search(text, start)
+    if middle is None:
+        return None
+    try:
+        arguments, stop = json.JSONDecoder().raw_decode(text, middle.end())
+    except ValueError:
+        return None
+    name = text[start : middle.start()].strip()
+    return ({"name": name, "arguments": arguments}, stop) if name and isinstance(arguments, dict) else None
+
+
+def _pairs_call(
+    text: str, start: int, frame: _CallFrame, tools: Sequence[Any]
+) -> tuple[dict[str, Any], int] | None:
+    opened = re.compile(_flexible(frame.middle)).search(text, start)
+    if opened is None:
+        return None
+    name, arguments, position = text[start : opened.start()].strip(), {}, opened.end()
+    types = dict(_types(tools, name))
+    ending = re.compile(f"(?P<more>{_flexible(frame.between)})|{_flexible(frame.after)}|\\s*$")
+    while True:
+        key_end = re.compile(_flexible(frame.key_end)).search(text, position)
+        end = key_end and ending.search(text, key_end.end())
+        if key_end is None or end is None:
+            return None
+        key, value = text[position : key_end.start()].strip(), text[key_end.end() : end.start()]
+        if not frame.many and frame.key_end.strip() in value:
+            return None  # a further call in it
+        arguments[key] = _value(value, types.get(key))
+        position = end.end()
+        if end["more"] is None:
+            return {"name": name, "arguments": arguments}, position
+
+
+def _types(tools: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """(argument, type) as a function's declaration has them."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        if function.get("name") == name:
+            for key, schema in ((function.get("parameters") or {}).get("properties") or {}).items():
+                yield key, schema.get("type") if isinstance(schema, Mapping) else None
+
+
+def _value(text: str, kind: Any) -> Any:
+    if kind == "string":
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _comparable(call: Mapping[str, Any], typed: bool) -> str:
+    arguments = call["arguments"]
+    if not typed:
+        arguments = {k: _value(v.strip(), None) if isinstance(v, str) else v for k, v in arguments.items()}
+    return json.dumps([call["name"], arguments], sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _flexible(literal: str) -> str:
+    """A pattern for a template's own text, in which white space may differ."""
+    return r"\s*".join(re.escape(word) for word in re.split(r"\s+", literal))

@@ -1,0 +1,176 @@
+"""One chat template: conversations as text, on a date that stays, and questions as answers were trained.
+
+It does not judge what it prints: `layout` does.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from itertools import takewhile
+from typing import Any
+
+from brushstroke.errors import ConfigError, DataError
+
+_PIECES = re.compile(r"<[^<>\s]*>|\s+|[^\s<]+|<")
+_LAST_TAG = re.compile(r"<([^<>/\s]+)>$")
+
+
+class TemplateRefusal(DataError):
+    """A template that raises an error for a conversation, or fails."""
+
+
+class ChatTemplate:
+    """A Jinja chat template of a tokenizer.
+
+    Args:
+        tokenizer: of transformers; it renders.
+        source: the template.
+    """
+
+    def __init__(self, tokenizer: Any, source: str) -> None:
+        self.tokenizer, self.source = tokenizer, source
+        self.reads_think_tags: bool | None = None  # once it has been tried
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        ask: bool = False,
+    ) -> str:
+        """The text of a conversation; with `ask`, up to where the next answer begins.
+
+        Raises:
+            TemplateRefusal: the template raises an error.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self.source,
+                add_generation_prompt=ask,
+                tokenize=False,
+                **(options or {}),
+            )
+        except Exception as error:  # a template is a program that somebody else wrote
+            raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def read_date(text: str) -> date:
+    """A date from YYYY-MM-DD.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return date.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ConfigError(f"the date is {text!r}; expected YYYY-MM-DD, such as 2026-01-31") from None
+
+
+def with_date(source: str, today: str | None = None) -> str:
+    """A template that prints the same, with a date in place of the day on which it is rendered.
+
+    Args:
+        source: the template.
+        today: the date, as YYYY-MM-DD; None keeps the date that the template has already, and takes today's
+            where it has none.
+
+    Raises:
+        ConfigError: this is no date.
+    """
+    day = read_date(today) if today is not None else date.today()
+    told = "".join(f" | replace({json.dumps(way)}, {json.dumps(day.strftime(way))})" for way in _DIRECTIVES)
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n"
+    if _DATED.search(source):
+        return source if today is None else _DATED.sub(lambda _: macro, source)
+    return macro + source if "strftime_now" in source else source
+
+
+_DIRECTIVES = (
+    "%-d",
+    "%-m",
+    "%d",
+    "%b",
+    "%B",
+    "%m",
+    "%Y",
+    "%y",
+    "%a",
+    "%A",
+    "%j",
+    "%H",
+    "%I",
+    "%M",
+    "%S",
+    "%p",
+    "%F",
+)
+_DATED = re.compile(r"\{% macro strftime_now\(format\) %\}\{\{[^{}]*\}\}\{% endmacro %\}\n")
+
+
+def date_of(source: str) -> str | None:
+    """The date that `with_date` put into a template, as YYYY-MM-DD; None where it prints none."""
+    found = _DATED.search(source)
+    day = found and re.search(r'replace\("%F", "([^"]*)"\)', found[0])
+    return day[1] if day else None
+
+
+def without_suffix(source: str, suffix: str) -> str:
+    """A template that prints the same, but for a suffix of its generation prompt."""
+    body = source[:-1] if source.endswith("\n") else source  # Jinja itself drops it at the end
+    cut = f"rendered.removesuffix({json.dumps(suffix, ensure_ascii=False)})"
+    return f"{{% set rendered %}}\n{body}{{% endset %}}{{{{ {cut} if add_generation_prompt else rendered }}}}"
+
+
+def common_start(one: str, other: str) -> str:
+    """What two texts begin with, in whole words and markers such as <|assistant|>."""
+    if other.startswith(one):
+        return one
+    pairs = zip(_PIECES.findall(one), _PIECES.findall(other), strict=False)
+    return "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def common_opening(asked: str, answered: str) -> int:
+    """How much of a generation prompt an answered conversation begins with.
+
+    A last marker that the answer closes, as </think> closes <think>, belongs to the answer.
+    """
+    if answered.startswith(asked):
+        return len(asked)
+    common = common_start(asked, answered)
+    while (tag := _LAST_TAG.search(common)) and f"</{tag[1]}>" in answered[len(common) :]:
+        common = common[: tag.start()]
+    return len(common)
+
+
+def last_marker(closing: str, answer: str, known: Sequence[str], *, is_text: bool) -> tuple[int, str] | None:
+    """What ends an answer, as (where it ends in `closing`, the text): the last marker there.
+
+    A marker such as </tool_call> that closes what the answer opened does not end it.
+
+    Args:
+        closing: what a template writes behind an answer.
+        answer: all of the answer up to there.
+        known: the tokenizer's special and other added tokens.
+        is_text: whether the answer ends with its content, so that any words behind it end the answer.
+    """
+    places = [
+        (closing.rfind(token) + len(token), token) for token in known if token.strip() and token in closing
+    ]
+    places += [(match.end(), match[0]) for match in _MARKER.finditer(closing)]
+    places = [place for place in places if not _closes(place[1], answer)]
+    if places:
+        return max(places, key=lambda place: (place[0], len(place[1])))
+    stripped = closing.strip()
+    return (closing.index(stripped) + len(stripped), stripped) if stripped and is_text else None
+
+
+_MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+
+
+def _closes(marker: str, answer: str) -> bool:
+    """Whether a marker is the end of a tag that an answer opened."""
+    return marker.startswith("</") and f"<{marker[2:-1]}" in answer
