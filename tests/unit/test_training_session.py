@@ -225,8 +225,19 @@ def test_a_short_context_is_no_obstacle(context: int) -> None:
 def test_a_model_without_a_language_head_is_refused() -> None:
     config = tiny_llama().config
     for made in (LlamaModel(config), LlamaForSequenceClassification(config)):
-        with pytest.raises(ConfigError, match="gives no logits for each token"):
+        with pytest.raises(ConfigError, match=rf"{type(made).__name__}, and this needs a causal language"):
             Training(made, LoraConfig(rank=2))
+
+    class Headless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.q = nn.Embedding(64, 8), nn.Linear(8, 8)
+
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"hidden": self.q(self.words(input_ids))}
+
+    with pytest.raises(ConfigError, match=r"gives no logits for each token \(it gives hidden\)"):
+        Training(Headless(), LoraConfig(rank=2, targets="q"))
     with pytest.raises(ConfigError, match="cannot be run on tokens"):
         Training(nn.Sequential(nn.Linear(8, 8)), LoraConfig(rank=2, targets="0"))
     with pytest.raises(ConfigError, match=r"expected a Base or an nn\.Module; got NoneType"):
@@ -559,13 +570,13 @@ def test_what_is_longer_than_the_context_is_named() -> None:
         run.forward_backward([long])
 
 
-def test_more_positions_than_a_table_has_are_refused() -> None:
-    before = snapshot(model := tiny_gpt2(context=64))
-    with pytest.raises(ConfigError, match="learnt 64 positions and no more"):
-        Training(model, LoraConfig(rank=2), max_length=65)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_limit_beyond_the_context_is_refused(make: Callable[[], nn.Module]) -> None:
+    before = snapshot(model := make())
+    with pytest.raises(ConfigError, match=r"\(--max-length\) is 129, and .* context has 128 tokens"):
+        Training(model, LoraConfig(rank=2), max_length=129)
     assert snapshot(model).keys() == before.keys()
-    Training(model, LoraConfig(rank=2), max_length=64).close()
-    Training(tiny_llama(), LoraConfig(rank=2), max_length=200).close()  # rotary: may work beyond its 128
+    Training(model, LoraConfig(rank=2), max_length=128).close()
 
 
 def test_tables_of_positions_are_known_by_the_tokens_that_they_are_long_enough_for() -> None:
@@ -634,7 +645,7 @@ def test_a_model_that_does_not_predict_the_next_token_is_refused() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(ConfigError, match="encoder with a decoder"):
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration, and this needs a causal language"):
         Training(T5ForConditionalGeneration(config), LoraConfig(rank=2))
 
 

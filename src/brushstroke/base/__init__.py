@@ -1,13 +1,21 @@
 """The frozen base model: the lowest place where transformers is known."""
 
+from brushstroke.base.architecture import require_language_model
 from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
-from brushstroke.base.moving import forget_longest, moving_from, unmoved
-from brushstroke.base.told import context_length, learnt_positions, model_dtype
+from brushstroke.base.moving import check_max_length, forget_longest, moving_from, unmoved
+from brushstroke.base.told import (
+    context_length,
+    embedding_rows,
+    hidden_size,
+    learnt_positions,
+    model_dtype,
+    text_config,
+    vocabulary_size,
+)
 from brushstroke.base.vocabulary import (
     VocabularyWarning,
-    embedding_rows,
     has_embedding,
     refuse_unknown_tokens,
 )
@@ -20,12 +28,14 @@ __all__ = [
     "ModelWeights",
     "RowCache",
     "VocabularyWarning",
+    "check_max_length",
     "choose_device",
     "choose_dtype",
     "context_length",
     "embedding_rows",
     "forget_longest",
     "has_embedding",
+    "hidden_size",
     "learnt_positions",
     "limit_kernel_caches",
     "load_base",
@@ -36,7 +46,10 @@ __all__ = [
     "quiet_transformers",
     "refuse_unknown_tokens",
     "require_base",
+    "require_language_model",
     "row_cache",
+    "text_config",
     "total_memory",
     "unmoved",
+    "vocabulary_size",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from brushstroke.base.moving import moving_from
+from brushstroke.base.told import text_config
 
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
 
@@ -52,7 +53,7 @@ def row_cache(model: nn.Module) -> RowCache | None:
     config: Any = getattr(model, "config", None)
     known = inspect.signature(model.forward).parameters
     name = next((name for name in CACHE_NAMES if name in known), None)
-    text_only = hasattr(config, "get_text_config") and config.get_text_config() is config
+    text_only = hasattr(config, "get_text_config") and text_config(model) is config
     if name is None or not text_only or getattr(model, "_is_stateful", False):
         return None
     cache = DynamicCache(config=config)

@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from brushstroke.base.architecture import (
+    Where,
+    needs_own_code,
+    read_architecture,
+    refused_code,
+    require_language_model,
+)
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
-from brushstroke.base.told import model_dtype
+from brushstroke.base.moving import check_max_length
+from brushstroke.base.surplus import surplus_tensors
+from brushstroke.base.told import context_length, model_dtype
 from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 from brushstroke.hub import hub_or_cache, is_cached
@@ -37,7 +46,7 @@ class Base:
     """A frozen model and the tokenizer that goes with it.
 
     Args:
-        model: any nn.Module; from `load_base` a causal language model of transformers.
+        model: any nn.Module; from `load_base` the model of transformers that the config names.
         tokenizer: transformers' tokenizer, or None where the model has none.
         name: the base as the user named it.
         quantised: whether its weights went through a quantised format: near the original, not equal.
@@ -64,31 +73,42 @@ class Base:
 
 
 def require_base(base: Any) -> None:
-    """Refuse what is no `Base`.
+    """Refuse what is no `Base`, and one whose model is no causal language model.
 
     Raises:
-        ConfigError: it is a path, a bare model or something else.
+        ConfigError: it is a path, a bare model, a model of another kind, or something else.
     """
     if not isinstance(base, Base):
         raise ConfigError(
             f"expected a Base; got {type(base).__name__}: load one with load_base(...), or make one of a "
             "model and its tokenizer, Base(model, tokenizer)"
         )
+    require_language_model(base.model, getattr(base.model, "config", None), base.name)
 
 
 def load_base(
-    name: str | Path, *, dtype: str = "auto", device: str | torch.device = "auto", revision: str | None = None
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Base:
-    """Load a causal language model and freeze it: evaluation mode, no gradients for its weights.
+    """Load a model and freeze it: evaluation mode, no gradients for its weights.
+
+    A folder or hub id is of the class that `architectures` in its config names: a language model, a
+    classifier, an encoder, a model of images or sound. Without that name it is a causal language model.
 
     Args:
         name: a model folder, a `.gguf` file (or a folder with exactly one and no config.json), or a hub id.
         dtype: "auto" (see `choose_dtype`), "float32", "bfloat16" or "float16".
         device: "auto" (see `choose_device`), "cpu", "cuda" or "mps".
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the code that a model brings along, where it does.
 
     Raises:
-        BaseLoadError: there is no such model, or it is damaged or incomplete.
+        BaseLoadError: there is no such model, it is damaged or incomplete, it holds weights that its class
+            does not have, or it needs code of its own.
         ConfigError: an unknown dtype or device.
         MissingPackageError: a GGUF file without the gguf extra.
     """
@@ -96,23 +116,24 @@ def load_base(
     target = choose_device(device)
     weights_dtype, _ = choose_dtype(dtype, target)
     source = _locate(str(name))
+    where = _where(name, source, revision, trust_remote_code)
     options = {
         "dtype": weights_dtype,
-        "trust_remote_code": False,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are refused below, by name
     }
-    with _hub_if_needed(str(name), source, revision), quiet_transformers():
-        try:
-            if source is not None and source.suffix == ".gguf":
-                model, report, tokenizer = load_gguf(source, **options)
-            else:
-                model, report, tokenizer = _load_pretrained(str(source or name), source, revision, options)
-        except (BrushstrokeError, MemoryError):
-            raise
-        except Exception as error:
-            raise _explain(str(name), source, error) from error
-    _refuse_incomplete(str(name), model, report)
+    with (
+        _hub_if_needed(str(name), source, revision),
+        quiet_transformers(),
+        _explained(str(name), source, where),
+    ):
+        if source is not None and source.suffix == ".gguf":
+            model, report, tokenizer = load_gguf(source, trust_remote_code=False, **options)
+        else:
+            made, config = read_architecture(where)
+            tokenizer = _load_tokenizer(where)
+            model, report = made.from_pretrained(**where, config=config, **options)
+    _refuse_other_weights(str(name), model, report)
     quantised = bool(
         (source is not None and source.suffix == ".gguf") or getattr(model, "hf_quantizer", None)
     )
@@ -128,38 +149,41 @@ def load_base(
     return Base(model, tokenizer, str(name), quantised)
 
 
-def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Any, int | None]:
-    """The tokenizer of a base (None where it has none) and its context in tokens, without its weights.
+def load_tokenizer(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+) -> tuple[Any, int | None]:
+    """The tokenizer of a language model (None where it has none) and its context, without its weights.
 
     Args:
         name: what `load_base` takes.
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the code that a model brings along, where it does.
+        max_length: a limit of examples in tokens, to be checked against the context.
 
     Raises:
-        BaseLoadError: there is no such base, or it is damaged.
+        BaseLoadError: there is no such base, it is damaged, or it needs code of its own.
+        ConfigError: it is no causal language model, or `max_length` is beyond its context.
         MissingPackageError: a GGUF file without the gguf extra.
     """
     source = _locate(str(name))
-    where = {"pretrained_model_name_or_path": str(source or name), "revision": revision or "main"}
-    with _hub_if_needed(str(name), source, revision), quiet_transformers():
-        try:
-            if source is not None and source.suffix == ".gguf":
-                tokenizer, config = load_gguf_tokenizer(source)
-            else:
-                from transformers import AutoConfig, AutoTokenizer
-
-                config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
-                tokenizer = (
-                    AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-                    if _has_tokenizer(source)
-                    else None
-                )
-        except (BrushstrokeError, MemoryError):
-            raise
-        except Exception as error:
-            raise _explain(str(name), source, error) from error
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return tokenizer, context if isinstance(context, int) and context > 0 else None
+    where = _where(name, source, revision, trust_remote_code)
+    with (
+        _hub_if_needed(str(name), source, revision),
+        quiet_transformers(),
+        _explained(str(name), source, where),
+    ):
+        if source is not None and source.suffix == ".gguf":
+            tokenizer, config = load_gguf_tokenizer(source)
+        else:
+            made, config = read_architecture(where)
+            require_language_model(made, config, str(name))
+            tokenizer = _load_tokenizer(where)
+    check_max_length(config, max_length)
+    return tokenizer, context_length(config)
 
 
 @contextmanager
@@ -243,38 +267,60 @@ def _model_in(folder: Path) -> Path:
     )
 
 
-def _load_pretrained(
-    name: str, folder: Path | None, revision: str | None, options: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any], Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
-    tokenizer = (
-        AutoTokenizer.from_pretrained(**where, trust_remote_code=False) if _has_tokenizer(folder) else None
-    )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **options)
-    return *loaded, tokenizer
+def _where(name: str | Path, source: Path | None, revision: str | None, trust_remote_code: bool) -> Where:
+    return {
+        "pretrained_model_name_or_path": str(source or name),
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+    }
 
 
-def _has_tokenizer(folder: Path | None) -> bool:
-    return folder is None or any((folder / file).is_file() for file in _TOKENIZER_FILES)
+def _load_tokenizer(where: Where) -> Any:
+    """The tokenizer, or None where there are no files of one: transformers would make up an empty one."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import has_file
+
+    name, revision = where["pretrained_model_name_or_path"], where["revision"]
+    if not any(has_file(name, file, revision) for file in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(**where)
 
 
-def _refuse_incomplete(name: str, model: nn.Module, report: dict[str, Any]) -> None:
-    """A weight that the files lack would be random: refuse it instead."""
+def _refuse_other_weights(name: str, model: nn.Module, report: dict[str, Any]) -> None:
+    """Refuse files that lack a weight, which would be random, or hold one that the class does not have."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseLoadError(
             f"{name} is a base with an adapter beside it; give the base alone and the adapter as --adapter"
         )
+    kind = type(model).__name__
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(entry) for entry in report.get("mismatched_keys") or ())
     if missing or mismatched:
         listed = ", ".join([*missing[:4], *mismatched[:4]])
         raise BaseLoadError(
-            f"{name} is not a whole causal language model: {len(missing)} weights are missing and "
+            f"{name} is not a whole {kind}: {len(missing)} weights are missing and "
             f"{len(mismatched)} have another shape than its config says ({listed}); fetch it again, or load "
             f"the model yourself and pass Base(model, tokenizer)"
         )
+    if surplus := surplus_tensors(model, report.get("unexpected_keys") or ()):
+        raise BaseLoadError(
+            f"{name} is a {kind} by its config, and its files hold {len(surplus)} weights that this class "
+            f"does not have ({', '.join(surplus[:4])}); name the right class under architectures in its "
+            "config.json, or load the model yourself and pass Base(model, tokenizer)"
+        )
+
+
+@contextmanager
+def _explained(name: str, source: Path | None, where: Where) -> Iterator[None]:
+    """Within it, whatever transformers raises becomes one line about this base."""
+    try:
+        yield
+    except (BrushstrokeError, MemoryError):
+        raise
+    except Exception as error:
+        if needs_own_code(error):
+            raise refused_code(where, "its tokenizer") from error
+        raise _explain(name, source, error) from error
 
 
 def _explain(name: str, source: Path | None, error: Exception) -> BaseLoadError:
@@ -289,5 +335,5 @@ def _explain(name: str, source: Path | None, error: Exception) -> BaseLoadError:
         said = f"its JSON is broken: {said}"
     return BaseLoadError(
         f"cannot load the model in {name} ({type(error).__name__}: {said}); fetch it again, or check that "
-        f"it is a causal language model which this version of transformers knows"
+        f"it is a model which this version of transformers knows"
     )

@@ -1,4 +1,7 @@
-"""Rotary frequencies that move with the longest row of a batch (dynamic, longrope): from where, and back."""
+"""Rotary frequencies that move with the longest row of a batch (dynamic, longrope): from where, and back.
+
+Also how long a row may be asked to be: a model whose frequencies follow the length has no last position.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base.told import text_config
+from brushstroke.base.told import context_length, text_config
+from brushstroke.errors import ConfigError
 
 MOVING = ("dynamic", "longrope")
 # How the names end of what rotary modules change.
@@ -20,20 +24,47 @@ def moving_from(model: nn.Module) -> int | None:
     Kinds of layers may have parameters of their own: the first of them to move counts.
     """
     text = text_config(model)
-    rope = getattr(text, "rope_parameters", None)
-    if not any(kind in repr(rope) for kind in MOVING):
+    if not any(kind in repr(getattr(text, "rope_parameters", None)) for kind in MOVING):
         return None
-    sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
-    context = getattr(text, "max_position_embeddings", 0)
+    context = context_length(text) or 0
     limits = []
-    for parameters in sets:
-        kind = str(parameters.get("rope_type") or parameters.get("type"))
+    for kind, parameters in _rope_sets(text):
         if kind == "longrope":
             name = "original_max_position_embeddings"
             limits.append(parameters.get(name) or getattr(text, name, None) or context)
         elif "dynamic" in kind:
             limits.append(context)
     return min(limits, default=0)
+
+
+def check_max_length(model: Any, max_length: int | None) -> None:
+    """Refuse a limit of examples that is beyond the model's context.
+
+    Frequencies of the kind `dynamic` are made for longer rows too: there any limit may be asked for.
+
+    Args:
+        model: a model, or its config.
+        max_length: the limit in tokens; None asks for none.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    context = context_length(model)
+    if max_length is None or context is None or max_length <= context:
+        return
+    if any("dynamic" in kind for kind, _ in _rope_sets(text_config(model))):
+        return
+    raise ConfigError(
+        f"max_length (--max-length) is {max_length}, and the model's context has {context} tokens; lower it "
+        f"to {context} or leave it out"
+    )
+
+
+def _rope_sets(text: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(kind, parameters) of the rotary frequencies in a text config, and of each kind of layers."""
+    rope = getattr(text, "rope_parameters", None)
+    sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
+    return [(str(parameters.get("rope_type") or parameters.get("type")), parameters) for parameters in sets]
 
 
 def forget_longest(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from brushstroke.base.told import embedding_rows
 from brushstroke.errors import DataError
 
 SHOWN = 3  # tokens named in a message
@@ -16,16 +17,6 @@ SHOWN = 3  # tokens named in a message
 
 class VocabularyWarning(UserWarning):
     """A tokenizer has more tokens than the model's embedding has rows."""
-
-
-def embedding_rows(model: nn.Module) -> int | None:
-    """The number of tokens that a model has an embedding for; None where that cannot be told."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        rows = getattr(getter() if callable(getter) else None, "num_embeddings", None)
-    except NotImplementedError:
-        return None
-    return rows if isinstance(rows, int) else None
 
 
 def has_embedding(model: nn.Module, token: int | None) -> bool:

@@ -3,23 +3,25 @@
 It changes no weight and holds none: each access reads one.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from brushstroke.adapter import Site, is_conv1d
+from brushstroke.base.architecture import build_model
 from brushstroke.base.load import Base, load_base, quiet_transformers
-from brushstroke.errors import BaseLoadError, did_you_mean
+from brushstroke.errors import BaseLoadError, BrushstrokeError, did_you_mean
 from brushstroke.files import read_json
 from brushstroke.hub import hub_or_cache
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PATTERNS = ["config.json", "model*.safetensors", _INDEX, "*.py"]  # what `FolderWeights` reads
 
 
 class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
@@ -64,14 +66,18 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
     The model is built from its config without memory, so that every site's path and kind are known. File keys
     with or without the base model's prefix are understood, and so are tied weights that the files hold once.
 
+    Args:
+        folder: the model's.
+        trust_remote_code: run the code that the model brings along, where it does.
+
     Raises:
-        BaseLoadError: no config, no safetensors files, or a missing shard.
+        BaseLoadError: no config, no safetensors files, a missing shard, or a model that needs its own code.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         self._shards = _shards(self.folder)
-        self.model = model = _skeleton(self.folder)  # without memory: shapes and names
+        self.model = model = _skeleton(self.folder, trust_remote_code)  # without memory: shapes and names
         self._sites = {site.path: site for site in _sites(model)}
         self._keys = _locate_keys(model, [f"{path}.weight" for path in self._sites], self._shards)
 
@@ -143,7 +149,9 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         if not held.keys() <= {form for name in own for form in _forms(name, prefix)}:
             return
         located = _locate_keys(self.model, parameters, held)
-        lost = [name for name in parameters if name not in located]
+        made = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()  # by the model itself
+        missing = [name for name in parameters if name not in located]
+        lost = [name for name in missing if not any(re.search(pattern, name) for pattern in made)]
         if lost:
             raise BaseLoadError(
                 f"the files in {self.folder} lack {len(lost)} of the model's weights, such as {lost[0]}; "
@@ -165,12 +173,29 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
             )
         return self._shards[key], key
 
+    def tensor(self, name: str) -> tuple[str, str, bool]:
+        """The file and the key that hold a parameter, and whether under its own name or that of its twin.
 
-def open_base(name: str | Path) -> FolderWeights | Base:
+        Raises:
+            BaseLoadError: no key of the files can be it.
+        """
+        key = _locate_keys(self.model, [name], self._shards).get(name)
+        if key is None:
+            raise BaseLoadError(f"the files in {self.folder} hold no tensor {name}; fetch the folder again")
+        return self._shards[key], key, key in _forms(name, getattr(self.model, "base_model_prefix", ""))
+
+    def read(self, file: str, key: str) -> Tensor:
+        """A tensor of a file as it is stored."""
+        with safe_open(self.folder / file, framework="pt") as shard:
+            return shard.get_tensor(key)
+
+
+def open_base(name: str | Path, *, trust_remote_code: bool = False) -> FolderWeights | Base:
     """The weights of a base by its name: from its files where they are plain safetensors, else loaded.
 
     Args:
         name: a model folder, a hub id (fetched if it is not here), or a `.gguf` file.
+        trust_remote_code: run the code that the model brings along, where it does.
 
     Raises:
         BaseLoadError: nothing of that name can be read.
@@ -182,10 +207,10 @@ def open_base(name: str | Path) -> FolderWeights | Base:
         config = folder / "config.json"
         plain = config.is_file() and "quantization_config" not in config.read_text("utf-8")
         if plain and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
-            weights = FolderWeights(folder)
+            weights = FolderWeights(folder, trust_remote_code=trust_remote_code)
             if len(weights._keys) == len(weights):
                 return weights
-    return load_base(str(name), dtype="float32", device="cpu")
+    return load_base(str(name), dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
 
 
 def _snapshot(name: str) -> Path | None:
@@ -194,7 +219,7 @@ def _snapshot(name: str) -> Path | None:
 
     try:
         with quiet_transformers(), hub_or_cache():
-            return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", _INDEX]))
+            return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except Exception:
         return None
 
@@ -273,17 +298,14 @@ def _check_shard(file: Path, expected: set[str]) -> None:
         raise BaseLoadError(f"{file} lacks {lost[0]!r}, which {_INDEX} places there; fetch the folder again")
 
 
-def _skeleton(folder: Path) -> nn.Module:
+def _skeleton(folder: Path, trust_remote_code: bool) -> nn.Module:
     """The model of a folder's config, on the meta device: shapes and names without memory."""
-    import transformers
-
+    where = {"pretrained_model_name_or_path": str(folder), "trust_remote_code": trust_remote_code}
     try:
-        with quiet_transformers(), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-            name = (getattr(config, "architectures", None) or [""])[0]
-            if isinstance(cls := getattr(transformers, name, None), type):
-                return cls(config)
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with quiet_transformers():
+            return build_model(where)
+    except BrushstrokeError:
+        raise
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         raise BaseLoadError(

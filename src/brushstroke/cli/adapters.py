@@ -78,8 +78,20 @@ def load_adapter(name: str | Path) -> "Adapter":
 
 
 def load(base: str, options: BaseOptions) -> Any:
-    """The base."""
-    from brushstroke.base import load_base
+    """The base, which is a language model.
+
+    Raises:
+        BaseLoadError: it cannot be loaded.
+        ConfigError: it is a model of another kind.
+    """
+    from brushstroke.base import load_base, require_base
 
     say(f"loading {base}")
-    return load_base(base, dtype=options.dtype, device=options.device)
+    loaded = load_base(
+        base,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    require_base(loaded)
+    return loaded

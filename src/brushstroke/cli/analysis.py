@@ -42,15 +42,18 @@ class AgainstBase:
         seed: Seed of the random directions.
         dense_limit: Decompose weights in full if their smaller side is at most this [default: 1536].
         allow_different_base: Measure even if the adapter was trained on another base.
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
     """
 
     seed: Count = 0
     dense_limit: Whole = None
     allow_different_base: bool = False
+    trust_remote_code: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What `relate` and `intruders` are given."""
         values = dataclasses.asdict(self)
+        del values["trust_remote_code"]
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -63,6 +66,7 @@ def spectrum(
     budget: Whole = None,
     overwrite: bool = False,
     allow_different_base: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -77,6 +81,7 @@ def spectrum(
         budget: Parameters to keep in total when truncating, spread over the sites so that least is lost.
         overwrite: Replace the adapter in --truncate's folder.
         allow_different_base: Measure even if the adapter was trained on another base.
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -98,7 +103,7 @@ def spectrum(
     from brushstroke.analysis import fit_budget, keep_energy
     from brushstroke.analysis import spectrum as measure
 
-    weights = _open(base) if base is not None else None
+    weights = _open(base, trust_remote_code) if base is not None else None
     found = {
         name: measure(adapter, weights, allow_different_base=allow_different_base)
         for name, adapter in loaded.items()
@@ -187,7 +192,9 @@ def relate(
     value = _load(adapter)[_name(adapter)]
     from brushstroke.analysis import relate as measure
 
-    found = measure(value, _open(base), on_site=_progress(), **(against or AgainstBase()).arguments())
+    against = against or AgainstBase()
+    weights = _open(base, against.trust_remote_code)
+    found = measure(value, weights, on_site=_progress(), **against.arguments())
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, _name(adapter)))
     if json:
@@ -234,13 +241,14 @@ def intruders(
     from brushstroke.analysis import intruders as measure
     from brushstroke.analysis import repair as mend
 
+    against = against or AgainstBase()
     found = measure(
         value,
-        _open(base),
+        _open(base, against.trust_remote_code),
         top=top,
         threshold=threshold,
         on_site=_progress(),
-        **(against or AgainstBase()).arguments(),
+        **against.arguments(),
     )
     if repair is not None:
         from brushstroke.formats import save
@@ -271,10 +279,10 @@ def _name(folder: Path) -> str:
     return folder.expanduser().resolve().name
 
 
-def _open(base: str) -> Any:
+def _open(base: str, trust_remote_code: bool) -> Any:
     from brushstroke.base import open_base
 
-    return open_base(base)
+    return open_base(base, trust_remote_code=trust_remote_code)
 
 
 def _progress() -> Callable[[str, int, int], None]:

@@ -29,6 +29,7 @@ def data(
     split_turns: bool = False,
     chat_template: str | None = None,
     date: str | None = None,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> None:
     """Show examples with the trained tokens marked, counts by role, the stop token and lengths.
@@ -44,6 +45,7 @@ def data(
         split_turns: Make an example of every assistant turn, written as the model will see it.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the tokenizer's own].
         date: What the chat template takes for today, YYYY-MM-DD [default: today].
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout.
     """
     if rows is not None and rows < 0:
@@ -54,7 +56,7 @@ def data(
     find_columns(read, prompt, completion)
     from brushstroke.base import load_tokenizer
 
-    tokenizer, context = load_tokenizer(base)
+    tokenizer, context = load_tokenizer(base, trust_remote_code=trust_remote_code, max_length=max_length)
     chat = None if tokenizer is None else ChatFormat(tokenizer, template, date=date)
     encoded = encode(
         read,

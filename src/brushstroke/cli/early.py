@@ -25,6 +25,7 @@ def judge_data(
     split_turns: bool = False,
     chat_template: "Template" = None,
     tools: Sequence[Any] = (),
+    trust_remote_code: bool = False,
 ) -> None:
     """Refuse data that a run with this base would refuse.
 
@@ -38,15 +39,17 @@ def judge_data(
         split_turns: whether every assistant turn is an example.
         chat_template: in place of the tokenizer's own.
         tools: declarations of functions, for rows that have none.
+        trust_remote_code: run the code that a base brings along, where it does.
 
     Raises:
         DataError: naming the rows and what is wrong with them.
         BaseLoadError: there is no such base.
+        ConfigError: it is no language model, or the limit is beyond its context.
     """
     from brushstroke.base import load_tokenizer
     from brushstroke.data import DataWarning, encode
 
-    tokenizer, context = load_tokenizer(base)
+    tokenizer, context = load_tokenizer(base, trust_remote_code=trust_remote_code, max_length=max_length)
     for rows in sources:
         if rows is None:
             continue

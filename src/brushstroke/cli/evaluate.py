@@ -79,6 +79,7 @@ def evaluate(
         chat_template=template
         or next((a.card.chat_template for a in adapters.values() if a and a.card), None),
         tools=declared,
+        trust_remote_code=run.trust_remote_code,
     )
     loaded = load(base, run)
     with _Progress() as progress:

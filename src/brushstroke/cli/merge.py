@@ -22,6 +22,7 @@ def merge(
     allow_different_base: bool = False,
     dtype: Dtype = "auto",
     verify: bool | None = None,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> None:
     """Fold an adapter into new weights, and report what the rounding cost.
@@ -32,8 +33,9 @@ def merge(
         out: The folder to write.
         overwrite: Replace what an earlier merge wrote there; files of other names stay.
         allow_different_base: Merge even if the adapter was trained on another base.
-        dtype: Dtype of the merged weights; auto keeps that of the files, another loads the whole base.
+        dtype: Dtype of the merged weights; auto keeps that of each tensor, another loads the whole base.
         verify: Compare the merged model with the adapted one [default: if that needs little memory].
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout.
     """
     from brushstroke.files import refuse_existing
@@ -50,6 +52,7 @@ def merge(
         allow_different_base=allow_different_base,
         dtype=dtype,
         verify=verify,
+        trust_remote_code=trust_remote_code,
     )
     if json:
         emit_json(report.as_dict())
@@ -61,15 +64,15 @@ def _print(report: "ExportReport") -> None:
     console = results()
     tell(console, f"merged into {report.out}", style="bold")
     drift = report.logit_drift
+    outputs = ", ".join(dict.fromkeys(name.partition(".")[0] for name in report.compared))
     facts(
         console,
         {
             "sites": f"{len(report.sites):,}",
             "survived": f"{share(report.survived)} of the update at the worst site",
             "output drift": f"{report.output:.2g} at the worst site",
-            "logit drift": f"{drift:.2g}"
-            if drift is not None
-            else f"not measured: {report.logit_drift_skipped}",
+            "model drift": "" if drift is None else f"{drift:.2g} in its outputs ({outputs})",
+            "not measured": report.logit_drift_skipped or "",
             "untied": ", ".join(f"{site} from {other}" for site, other in report.untied),
             "chat template": "the adapter's" if report.chat_template_saved else "",
             "left out": ", ".join(report.left_out),

@@ -161,12 +161,14 @@ class BaseOptions:
         dtype: Dtype of the frozen base; auto is bfloat16 where the hardware multiplies it natively.
         device: The device to run on.
         allow_different_base: Use adapters even if they were trained on another base.
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout, for programs.
     """
 
     dtype: Dtype = "auto"
     device: Device = "auto"
     allow_different_base: bool = False
+    trust_remote_code: bool = False
     json: bool = False
 
 

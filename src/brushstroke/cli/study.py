@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, results, say, tell
 from brushstroke.cli.early import judge_data
-from brushstroke.cli.options import Device, Dtype
+from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, require
@@ -144,6 +145,7 @@ def study(
     measured: StudyDataOptions | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: bool = False,
     png: bool = False,
     json: bool = False,
 ) -> None:
@@ -159,6 +161,7 @@ def study(
         out: The folder of the study: report.html, results.json, and every run.
         dtype: Dtype of the base; auto is float32 here, because bf16 loses small steps when W is trained.
         device: The device to run on.
+        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         png: Write the figures as files too.
         json: Print results.json on stdout.
     """
@@ -188,6 +191,7 @@ def study(
             **vars(files),
             "dtype": dtype,
             "device": device,
+            "trust_remote_code": trust_remote_code or None,
             "base": base,
             "data": data,
         }
@@ -199,7 +203,10 @@ def study(
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
         asked_for = None if question == "paper" else _study(question, given)
-        material = _material(base, data, settings, files, dtype, device)
+        loading = BaseOptions(
+            dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        material = _material(base, data, settings, files, loading)
         studies = paper_questions(material) if asked_for is None else [asked_for]
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
@@ -284,9 +291,8 @@ def _study(question: str, given: QuestionOptions) -> "Study":
 
 
 def _material(
-    base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, dtype: str, device: str
+    base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, loading: BaseOptions
 ) -> "Material":
-    from brushstroke.base import load_base
     from brushstroke.data import read_rows
     from brushstroke.studies import make_material
     from brushstroke.training import TrainConfig
@@ -314,10 +320,15 @@ def _material(
         )
     }
     judge_data(
-        base, read.values(), prompt=files.prompt, completion=files.completion, max_length=files.max_length
+        base,
+        read.values(),
+        prompt=files.prompt,
+        completion=files.completion,
+        max_length=files.max_length,
+        trust_remote_code=loading.trust_remote_code,
     )
     return make_material(
-        load_base(base, dtype="float32" if dtype == "auto" else dtype, device=device),
+        load(base, loading),
         **read,
         config=config,
         learning_rates=rates,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from brushstroke.cli.adapters import load_adapter
+from brushstroke.cli.adapters import load, load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
 from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import (
@@ -61,7 +61,7 @@ def train(
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")
-    request.judge(base)
+    request.judge(base, run.trust_remote_code)
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
     from brushstroke.training.interrupt import ignore_interrupts
@@ -116,7 +116,7 @@ def plan(
     """
     run, reading = run or RunOptions(), reading or DataOptions()
     request = _Request(data, adapter or AdapterOptions(), training, reading)
-    request.judge(base)
+    request.judge(base, run.trust_remote_code)
     loaded, why = _load(base, run)
     from brushstroke.training import plan as make_plan
 
@@ -158,7 +158,7 @@ class _Request:
             "completion_column": reading.completion,
         }
 
-    def judge(self, base: str) -> None:
+    def judge(self, base: str, trust_remote_code: bool) -> None:
         """Refuse data that this base's tokenizer shows to be wrong; its weights are not loaded."""
         start = self.arguments["start"]
         judge_data(
@@ -171,16 +171,16 @@ class _Request:
             split_turns=self.config.split_turns,
             chat_template=self.config.chat_template
             or (start.card.chat_template if start and start.card else None),
+            trust_remote_code=trust_remote_code,
         )
 
 
 def _load(base: str, run: RunOptions) -> tuple[Any, str]:
     """The base, and why it has its dtype."""
-    from brushstroke.base import choose_device, choose_dtype, load_base
+    from brushstroke.base import choose_device, choose_dtype
 
     _, why = choose_dtype(run.dtype, choose_device(run.device))
-    say(f"loading {base}")
-    return load_base(base, dtype=run.dtype, device=run.device), why
+    return load(base, run), why
 
 
 def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[[Plan, int], None]":

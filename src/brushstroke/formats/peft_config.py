@@ -22,7 +22,11 @@ _REFUSED = {  # what changes the meaning of the factors, or adds something to th
     "bias": "it changes biases too",
     "use_dora": "it has DoRA magnitudes",
     "lora_bias": "its second factors have biases",
-    "modules_to_save": "it replaces whole modules",
+    "modules_to_save": (
+        "it holds whole copies of these modules, which cannot be attached or merged here yet; merge it with "
+        "PEFT (merge_and_unload), or train it without them (where task_type is SEQ_CLS or TOKEN_CLS, PEFT "
+        "adds a classifier's head by itself: leave task_type out)"
+    ),
     "trainable_token_indices": "it replaces rows of the embedding",
     "target_parameters": "it adapts bare parameters (fused experts)",
     "layer_replication": "it repeats layers of the base",

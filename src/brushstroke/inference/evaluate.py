@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base, context_length, refuse_unknown_tokens, require_base
+from brushstroke.base import Base, check_max_length, context_length, refuse_unknown_tokens, require_base
 from brushstroke.data import (
     ChatFormat,
     Columns,
@@ -164,6 +164,7 @@ def evaluate_all(
     if not adapters:
         raise ConfigError("there is nothing to evaluate; give at least one name (with None for the base)")
     require_base(base)
+    check_max_length(base.model, max_length)
     sampling = Sampling(max_new_tokens, batch_size=batch_size)
     source = data if isinstance(data, Rows) or _is_tokenised(data) else read_rows(data)
     context = context_length(base.model)

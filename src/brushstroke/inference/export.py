@@ -17,13 +17,15 @@ from safetensors import SafetensorError
 
 from brushstroke.adapter import Adapter
 from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
-from brushstroke.errors import BaseLoadError, MergeError, OutputError
+from brushstroke.base.device import DTYPES
+from brushstroke.errors import BaseLoadError, ConfigError, MergeError, OutputError
 from brushstroke.files import read_json, refuse_existing
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
 from brushstroke.inference.beside import TEMPLATE, TOKENIZER_CONFIG, copy_beside, loaded_files, save_template
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import merge_files
 from brushstroke.inference.staging import recover, refuse_inside, staged_folder
+from brushstroke.inference.stored import stored_dtypes, widest_dtype
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge, require_adapter
 
 CONFIG = "config.json"
@@ -38,8 +40,10 @@ class ExportReport:
     Args:
         out: the folder.
         merged: the drift of each site, and the ties that had to be undone.
-        logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, if measured.
-        logit_drift_skipped: why it was not measured.
+        logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, and of all other
+            float outputs of a model: of the one that differs most, if measured.
+        logit_drift_skipped: what was not measured, and why: nothing at all, or sites that no input reached.
+        compared: the names of these outputs.
         chat_template_saved: whether the adapter's chat template replaced another one, or none.
         left_out: what of the base's folder was not copied: weights in a form that was not merged, hidden
             files, links to folders.
@@ -51,6 +55,7 @@ class ExportReport:
     merged: MergeReport
     logit_drift: float | None
     logit_drift_skipped: str | None
+    compared: tuple[str, ...]
     chat_template_saved: bool
     left_out: tuple[str, ...]
     streamed: bool
@@ -85,6 +90,7 @@ class ExportReport:
             "output_drift": self.output,
             "logit_drift": self.logit_drift,
             "logit_drift_skipped": self.logit_drift_skipped,
+            "compared": list(self.compared),
             "untied": [list(pair) for pair in self.untied],
             "chat_template_saved": self.chat_template_saved,
             "left_out": list(self.left_out),
@@ -103,6 +109,7 @@ def merge_folder(
     dtype: str = "auto",
     verify: bool | None = None,
     max_shard_size: int | str | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Merge an adapter into a base and write the result as a folder; the base is untouched.
 
@@ -116,13 +123,16 @@ def merge_folder(
         out: the folder to write.
         overwrite: replace what an earlier merge wrote there, in a model's folder; files of other names stay.
         allow_different_base: pass over the verdict of the fingerprint.
-        dtype: of the merged weights; "auto" is the one that they are stored in (float32 for GGUF). Another
-            one than that means loading the base.
-        verify: run the merged model against the adapted one and report the drift of the logits. None does it
-            where it needs no more memory than two of the folder's files and a quarter of the machine's.
+        dtype: of the merged weights; "auto" is the one that each is stored in, and where the base has to be
+            loaded, one that holds all of them (float32 for GGUF). Another one means loading the base.
+        verify: run the merged model against the adapted one on made-up inputs and report the drift of its
+            outputs. None does it where it needs no more memory than two of the folder's files and a quarter
+            of the machine's.
         max_shard_size: of the files, where the model had to be loaded.
+        trust_remote_code: run the code that the model brings along, where it does.
 
     Raises:
+        ConfigError: a dtype that is not the loaded Base's.
         BaseMismatchError: another base, or one that holds this adapter already.
         BaseLoadError, ShapeError: the base cannot be read or lacks weights, or the adapter does not fit it.
         MergeError: see `brushstroke.merge`.
@@ -134,9 +144,13 @@ def merge_folder(
     recover(out, _is_ours)
     _judge(out, folder, overwrite)
     weights = None
-    if folder is not None and dtype in ("auto", _stored_dtype(str(base), folder)):
-        weights = _readable(folder, adapter)
+    if folder is not None and (dtype == "auto" or {DTYPES.get(dtype)} == stored_dtypes(folder)):
+        weights = _readable(folder, adapter, trust_remote_code)
     loaded = base if isinstance(base, Base) else None
+    if loaded is not None and dtype not in ("auto", str(loaded.dtype).removeprefix("torch.")):
+        raise ConfigError(
+            f"the base is loaded in {loaded.dtype} already; load it in {dtype}, or leave dtype out"
+        )
     if weights is not None:
         weights.check_complete()
         check_base(
@@ -147,9 +161,8 @@ def merge_folder(
             parameter=weights.parameter,
         )
     elif loaded is None:
-        loaded = load_base(
-            str(base), dtype=_stored_dtype(str(base), folder) if dtype == "auto" else dtype, device="cpu"
-        )
+        chosen = widest_dtype(str(base), folder) if dtype == "auto" else dtype
+        loaded = load_base(str(base), dtype=chosen, device="cpu", trust_remote_code=trust_remote_code)
     with staged_folder(out, lambda: _judge(out, folder, overwrite), is_ours=_is_ours) as staging:
         skipped: tuple[str, ...] = ()
         if folder is not None:
@@ -163,12 +176,15 @@ def merge_folder(
         template = adapter.card.chat_template if adapter.card else None
         replaced = bool(template) and save_template(staging, template)
         source = loaded if loaded is not None else str(folder)
-        check = check_merged(source, adapter, staging, verify) if verify is not False else _not_asked()
+        check = _not_asked()
+        if verify is not False:
+            check = check_merged(source, adapter, staging, verify, trust_remote_code=trust_remote_code)
     return ExportReport(
         out=out,
         merged=merged,
         logit_drift=check.drift,
         logit_drift_skipped=check.skipped,
+        compared=check.outputs,
         chat_template_saved=replaced,
         left_out=skipped,
         streamed=weights is not None,
@@ -228,12 +244,12 @@ def _folder_of(base: Base | str | Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _readable(folder: Path, adapter: Adapter) -> FolderWeights | None:
+def _readable(folder: Path, adapter: Adapter, trust_remote_code: bool) -> FolderWeights | None:
     """The weights of a folder, where each adapted one is a tensor of its own in safetensors files."""
     files = {entry.name for entry in folder.iterdir()}
     if CONFIG not in files or ADAPTER_CONFIG in files or not files & {_SINGLE, _INDEX}:
         return None
-    weights = FolderWeights(folder)
+    weights = FolderWeights(folder, trust_remote_code=trust_remote_code)
     if "quantization_config" in json.loads((folder / CONFIG).read_text("utf-8")):
         return None
     try:
@@ -243,21 +259,6 @@ def _readable(folder: Path, adapter: Adapter) -> FolderWeights | None:
     except BaseLoadError:  # renamed or fused on loading
         return None
     return weights
-
-
-def _stored_dtype(name: str, folder: Path | None) -> str:
-    """The dtype that a base's config says its weights are stored in."""
-    if name.endswith(".gguf") or (folder is not None and not (folder / CONFIG).is_file()):
-        return "float32"
-    from transformers import AutoConfig
-
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception:  # load_base says it better
-        return "float32"
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return stored if stored in ("float32", "bfloat16", "float16") else "float32"
 
 
 def _merge_loaded(

@@ -3,11 +3,15 @@
 Which tensors and bytes stand where in a file is the part of `shards`.
 """
 
+import copy
 import ctypes
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +46,7 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
     if (weights.folder / _INDEX).is_file():
         update_index(weights.folder / _INDEX, target / _INDEX, merging.added)
     if merging.untied:
-        _untie_file(target / "config.json")
+        _untie_file(target / "config.json", type(weights.model.config))
     return MergeReport({path: merging.drifts[path] for path in adapter}, tuple(merging.untied))
 
 
@@ -58,6 +62,8 @@ class _Merging:
         sites = {path: site for site in find_sites(weights) for path in site.paths}
         for path in adapter:
             self._plan(path, sites[path])
+        if self.untied:
+            self._part_other_ties()
 
     def _plan(self, path: str, site: Site) -> None:
         file, key = self._weights.key(site.path)
@@ -79,6 +85,21 @@ class _Merging:
             width = self._weights[site.path].dtype.itemsize
             self.added[own] = (file, width * site.d * site.h, site.d * site.h)
 
+    def _part_other_ties(self) -> None:
+        """Give what else is tied a tensor of its own: the config unties all at once."""
+        ties: dict[str, str] = getattr(self._weights.model, "all_tied_weights_keys", {})
+        edited = {edit.key for edits in self.edits.values() for edit in edits}
+        for name in dict.fromkeys((*ties, *ties.values())):
+            file, key, own = self._weights.tensor(name)
+            if not own and name not in edited:
+                self._add(file, name, partial(self._weights.read, file, key))
+
+    def _add(self, file: str, name: str, make: Callable[[], Tensor]) -> None:
+        tensor = make()
+        dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+        self.edits.setdefault(file, []).append(Edit(name, make, True, dtype, shape))
+        self.added[name] = (file, tensor.nbytes, tensor.numel())
+
     def _merged(self, path: str, site: Site) -> Tensor:
         with torch.no_grad():
             W = self._weights[site.path]
@@ -87,14 +108,23 @@ class _Merging:
         return M.mT if site.kind == "linear" else M
 
 
-def _untie_file(path: Path) -> None:
+def _untie_file(path: Path, kind: Any) -> None:
     """Say in the config that the head has a weight of its own, or loading would tie the two again."""
     config = json.loads(path.read_text("utf-8"))
-    config["tie_word_embeddings"] = False
-    text = config.get("text_config") or {}
-    if "tie_word_embeddings" in text:
-        text["tie_word_embeddings"] = False
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    untied = {**config, "tie_word_embeddings": False}
+    if text := config.get("text_config"):
+        untied["text_config"] = {**text, "tie_word_embeddings": False}
+    untied |= _consequences(kind, config, untied)
+    path.write_text(json.dumps(untied, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _consequences(kind: Any, config: dict[str, Any], untied: dict[str, Any]) -> dict[str, Any]:
+    """What a class of configs concludes from the tie (T5 scales its outputs), as it was with the tie."""
+    if getattr(kind, "model_type", None) != config.get("model_type"):  # a part of the whole config
+        return {}
+    before, after = (kind.from_dict(copy.deepcopy(stored)).to_dict() for stored in (config, untied))
+    told = {"tie_word_embeddings", "text_config"}
+    return {name: value for name, value in before.items() if name not in told and after.get(name) != value}
 
 
 def _give_back_freed_memory() -> None:

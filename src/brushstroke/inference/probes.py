@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brushstroke.base import RowCache, context_length, model_dtype, row_cache
+from brushstroke.base import RowCache, context_length, model_dtype, row_cache, vocabulary_size
 
 BEGIN, OWN, PADDING = 8, 5, 6  # tokens of a trial's row, and padding before it
 LEAST_GAP = 1024  # of padding inside a row: windows of up to this many tokens show
@@ -119,7 +119,6 @@ def _next_logits(
 
 def _tokens(model: nn.Module, pad: int, count: int) -> list[int]:
     """Any tokens but the padding, which some models never look at."""
-    config: Any = getattr(model, "config", None)
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(model) or 1
     drawn = torch.randint(0, vocabulary, (2 * count + 8,), generator=torch.Generator().manual_seed(count))
     return [token for token in drawn.tolist() if token != pad][:count]

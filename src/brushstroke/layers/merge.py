@@ -221,6 +221,7 @@ def merge(
             else:
                 weight.copy_(stored)
     if untied:
+        _part_other_ties(merged)
         _untie_config(merged)
     if report is not None:
         report.append(MergeReport(drifts, tuple(untied)))
@@ -234,6 +235,17 @@ def _storage(module: nn.Module) -> str:
     if "weight" not in module._parameters:
         return "computed from other tensors"
     return f"as {weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+
+
+def _part_other_ties(model: Any) -> None:
+    """Give what else an HF model ties a tensor of its own: its config unties all at once."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in ties.items():
+        if target in parameters and parameters[target] is parameters.get(source):
+            owner, _, name = target.rpartition(".")
+            own = nn.Parameter(parameters[target].detach().clone(), parameters[target].requires_grad)
+            setattr(model.get_submodule(owner), name, own)
 
 
 def _untie_config(model: Any) -> None:

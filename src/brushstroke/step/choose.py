@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import model_dtype
+from brushstroke.base import context_length, model_dtype
 from brushstroke.data import Example
 from brushstroke.step.attention import UnsupportedAttention
 from brushstroke.step.forward import Forward, PackedForward, PaddedForward, find_head
@@ -140,7 +140,7 @@ def _shared(examples: Sequence[Example]) -> int:
 
 
 def _lengths(model: nn.Module) -> tuple[int, int, int]:
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_length(model)
     return LONG if context and sum(LONG) <= context else SHORT
 
 

@@ -323,7 +323,7 @@ def _logits(output: Any) -> Float[Tensor, "b n v"]:
         found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
         raise ConfigError(
             f"the model gives no logits for each token (it gives {found}); load one with a language-model "
-            "head, as load_base and AutoModelForCausalLM do"
+            "head, as AutoModelForCausalLM does"
         )
     return logits
 

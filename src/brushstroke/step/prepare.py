@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import limit_kernel_caches, model_dtype, unmoved
+from brushstroke.base import (
+    context_length,
+    hidden_size,
+    limit_kernel_caches,
+    model_dtype,
+    unmoved,
+    vocabulary_size,
+)
 from brushstroke.data import Example
 from brushstroke.errors import BrushstrokeError, ConfigError
 from brushstroke.lowrank.products import choose_kernels, kernels
@@ -141,11 +148,8 @@ def _need(
         with forward.context():
             return forward.summed_loss(unshared([example]), None)
 
-    config = getattr(model, "config", None)
-    told = getattr(config, "max_position_embeddings", None)
-    context = told if isinstance(told, int) else None
     try:
-        kept = kept_per_token(run, model.parameters(), context if context and context > 0 else None)
+        kept = kept_per_token(run, model.parameters(), context_length(model))
     except (BrushstrokeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model is not ours, and this is the first pass that must succeed
@@ -155,8 +159,8 @@ def _need(
             "others use attach(model, config, trainable=True) and a loop of your own"
         ) from error
     if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
-        hidden = getattr(config, "hidden_size", None) or widest
+        hidden = hidden_size(model) or widest
         size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
         kept = kept // len(checkpointed) + len(checkpointed) * hidden * size
-    logits = forward.logits_at_once(getattr(config, "vocab_size", None) or 0)
+    logits = forward.logits_at_once(vocabulary_size(model) or 0)
     return need_of(model, factors, kept, widest, logits, device)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from brushstroke.base import vocabulary_size
 from brushstroke.data import Example
 
 SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
@@ -23,7 +24,7 @@ class NoEmbeddings(Exception):
 
 def probe_examples(model: nn.Module, lengths: tuple[int, int, int] = SHORT) -> tuple[Example, Example]:
     """Two examples with a shared beginning; all tokens of their own but the first are trained."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 16
+    vocabulary = vocabulary_size(model) or 16
     prefix, *own = lengths
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(0, vocabulary, (prefix,), generator=generator).tolist()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from brushstroke.base import Base
+from brushstroke.base import Base, hidden_size
 from brushstroke.data import Example
 from brushstroke.errors import DataError
 from brushstroke.studies.arms import OTHER, TASK, rate_grid
@@ -67,8 +67,7 @@ def make_material(
         found[OTHER] = _task("the other data", _new(read(other), used, "the other data"), None, None)
         used |= _tokens(found[OTHER])
         told["other task"] = _told(found[OTHER])
-    hidden = getattr(getattr(base.model, "config", None), "hidden_size", None)
-    rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden))
+    rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden_size(base.model)))
     texts = () if general is None else _new(read(general), used, "the general text")[:MOST_HELD_OUT]
     return Material(base, found, config, Grid(rates, tuple(seeds)), texts, told)
 

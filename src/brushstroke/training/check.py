@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from brushstroke.base import learnt_positions, refuse_unknown_tokens
+from brushstroke.base import refuse_unknown_tokens, require_language_model
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError
 
@@ -23,11 +23,7 @@ def check_model(model: nn.Module) -> None:
         raise ConfigError(
             f"expected a Base or an nn.Module; got {type(model).__name__}: load one with load_base(...)"
         )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{type(model).__name__} is an encoder with a decoder, and Training is for models that predict "
-            "the next token: use attach(model, config, trainable=True) and a loop of your own"
-        )
+    require_language_model(model, getattr(model, "config", None))
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError(
             "the model was made inside torch.inference_mode(), which allows no gradients; make it outside"
@@ -67,21 +63,6 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
         refuse_unknown_tokens(model, (min(example.tokens), max(example.tokens)), _place(example))
 
 
-def check_positions(model: nn.Module, max_length: int | None) -> None:
-    """Refuse to grant more positions than a model has learnt.
-
-    Raises:
-        ConfigError: its table of positions is shorter than `max_length`.
-    """
-    learnt = learnt_positions(model)
-    if learnt is not None and max_length is not None and max_length > learnt:
-        raise ConfigError(
-            f"max_length is {max_length}, and this model has learnt {learnt} positions and no more; lower "
-            f"max_length (--max-length) to {learnt}, and cut or leave out (skip_too_long, --skip-too-long) "
-            "rows that need more"
-        )
-
-
 def check_lengths(examples: Iterable[Example], context: int | None, max_length: int | None = None) -> None:
     """Refuse examples that need more positions than both the model's `context` has and `max_length` grants.
 
@@ -94,7 +75,7 @@ def check_lengths(examples: Iterable[Example], context: int | None, max_length: 
         if example.reach > max(context, max_length or 0):
             raise DataError(
                 f"{_place(example)} needs {example.reach} positions, and the model's context has {context}; "
-                "cut it, or grant more with max_length= where the model works beyond that"
+                "cut it (where its rotary frequencies follow the length, max_length= grants more)"
             )
 
 

@@ -38,7 +38,7 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
         torch_compile: on a GPU, compile norms, rotations and gated activations into one kernel each: seconds
             at the start for each new size of pass, and faster steps where the model is large.
-        max_length: longest example in tokens; None is the model's context.
+        max_length: longest example in tokens, at most the model's context, which None stands for.
         skip_too_long: leave out examples whose prompt fills the limit, instead of refusing them.
         split_turns: make an example of every assistant turn, written as the model will see it.
         chat_template: in place of the tokenizer's own: a template, a file, or the name of one.

@@ -14,7 +14,7 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.adapter.targets import short_names
-from brushstroke.base import Base, context_length
+from brushstroke.base import Base, check_max_length, context_length, hidden_size
 from brushstroke.data import ChatFormat, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
@@ -26,7 +26,6 @@ from brushstroke.training.check import (
     check_lengths,
     check_loss,
     check_model,
-    check_positions,
     check_vocabulary,
 )
 from brushstroke.training.checkpoint import load_session, save_session
@@ -118,7 +117,7 @@ class Training:
         self.base = base if isinstance(base, Base) else Base(base)
         self.model = self.base.model
         check_model(self.model)
-        check_positions(self.model, max_length)
+        check_max_length(self.model, max_length)
         self.context = context_length(self.model)  # found once: it looks at every module
         self.attachment: Attachment = attach(
             self.base,
@@ -133,8 +132,8 @@ class Training:
         self._closed = False
         try:
             self._prepare(memory, micro_tokens, gradient_checkpointing, torch_compile, share_prefixes)
-            hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
-            self.learning_rate = default_learning_rate(hidden) if learning_rate is None else learning_rate
+            width = hidden_size(self.model)
+            self.learning_rate = default_learning_rate(width) if learning_rate is None else learning_rate
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 self.parameters, self.learning_rate, weight_decay=weight_decay, fused=True
             )

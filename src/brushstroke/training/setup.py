@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.base import Base, context_length, require_base
+from brushstroke.base import Base, check_max_length, context_length, require_base
 from brushstroke.data import ChatFormat, EncodedData, encode, find_template
 from brushstroke.errors import ConfigError
 from brushstroke.training.check import check_vocabulary
@@ -50,10 +50,11 @@ def read_data(
     """Tokenise data for a run.
 
     Raises:
-        ConfigError: `base` is no Base.
+        ConfigError: `base` is no Base of a language model, or the limit is beyond its context.
         DataError: the data cannot be read or trained on.
     """
     require_base(base)
+    check_max_length(base.model, config.max_length)
     encoded = encode(
         data,
         base.tokenizer,

@@ -1,0 +1,125 @@
+"""Which class a model folder is, by its config; whether that is a causal language model; whose code it runs.
+
+It loads no weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from brushstroke.errors import BaseLoadError, ConfigError
+
+Where = dict[str, Any]  # what transformers calls a place: its name, its revision, whether its code may run
+
+
+def read_architecture(where: Where) -> tuple[Any, Any]:
+    """The class of a model folder or hub id, which has transformers' `from_pretrained`, and its config.
+
+    It is the class that the first of the config's `architectures` names: the folder's own where there is code
+    for it that may run, else that of transformers. A name that nobody knows stands for a causal language
+    model.
+
+    Raises:
+        BaseLoadError: the model needs code of its own, which may not run.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(**where)
+    except ValueError as error:
+        raise (refused_code(where, "its config") if needs_own_code(error) else error) from error
+    name = str((getattr(config, "architectures", None) or [""])[0])
+    known = getattr(transformers, name, None)
+    is_known = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
+    own = _own_code(config, name, named_only=is_known)
+    if own is not None and where["trust_remote_code"]:
+        return _own_class(*own, where), config
+    if is_known:
+        return known, _part_for(known, config)
+    if own is not None:
+        raise refused_code(where, f"{name or 'the model'} ({own[1]})")
+    return transformers.AutoModelForCausalLM, config
+
+
+def build_model(where: Where) -> nn.Module:
+    """The model of a config on the meta device: shapes and names without memory."""
+    made, config = read_architecture(where)
+    with torch.device("meta"):
+        return made.from_config(config) if hasattr(made, "from_config") else made(config)
+
+
+def is_language_model(made: Any, config: Any) -> bool:
+    """Whether a class (or a model) predicts the next token of the text that it is given.
+
+    Args:
+        made: the class of `read_architecture`, or a model.
+        config: its config.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    can_generate = getattr(made, "can_generate", None)
+    if not callable(can_generate):  # no class of transformers: nothing is known
+        return True
+    return bool(can_generate()) and made.main_input_name == "input_ids"
+
+
+def require_language_model(made: Any, config: Any, name: str | None = None) -> None:
+    """Refuse a model that is no causal language model.
+
+    Args:
+        made: the class of `read_architecture`, or a model.
+        config: its config.
+        name: of the base.
+
+    Raises:
+        ConfigError: it is another kind of model.
+    """
+    if is_language_model(made, config):
+        return
+    kind = (made if isinstance(made, type) else type(made)).__name__
+    raise ConfigError(
+        f"{name or 'the base'} is a {kind}, and this needs a causal language model, one that predicts the "
+        "next token; give such a base, or train this one with attach(model, config, trainable=True) and a "
+        "loop of your own (merge takes every kind of model)"
+    )
+
+
+def refused_code(where: Where, what: str) -> BaseLoadError:
+    """The refusal of a folder's own code, which `what` needs."""
+    return BaseLoadError(
+        f"{where['pretrained_model_name_or_path']} brings code of its own for {what}, which transformers "
+        "does not have; read that code, and if you trust it, let it run with --trust-remote-code "
+        "(trust_remote_code=True)"
+    )
+
+
+def needs_own_code(error: Exception) -> bool:
+    """Whether transformers refuses to run the code of a folder."""
+    return "trust_remote_code=True" in str(error)
+
+
+def _part_for(made: Any, config: Any) -> Any:
+    """The part of a config that a class takes: the class of a text model takes the text's part."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    return next((part for part in parts if type(part) is made.config_class), config)
+
+
+def _own_code(config: Any, name: str, *, named_only: bool) -> tuple[str, str] | None:
+    """(Auto class, reference) of a folder's own code for a class: of that name, else any for a model."""
+    known: dict[str, str] = getattr(config, "auto_map", None) or {}
+    models = {auto: ref for auto, ref in known.items() if auto.startswith("AutoModel")}
+    named = {auto: ref for auto, ref in models.items() if ref.rpartition(".")[2] == name}
+    found = named or ({} if named_only else models)
+    auto = "AutoModelForCausalLM" if "AutoModelForCausalLM" in found else next(iter(found), None)
+    return None if auto is None else (auto, found[auto])
+
+
+def _own_class(auto: str, reference: str, where: Where) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    name, revision = where["pretrained_model_name_or_path"], where.get("revision")
+    found: Any = get_class_from_dynamic_module(reference, name, revision=revision)
+    found.register_for_auto_class(auto)  # so that save_pretrained writes the code too
+    return add_generation_mixin_to_remote_model(found)
