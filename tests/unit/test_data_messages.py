@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from brushstroke.data.messages import NULLS, UNTRAINED, read_conversation
+from brushstroke.data.messages import NULLS, SPLIT, UNTRAINED, read_conversation
 from brushstroke.errors import DataError
 
 ASK = {"role": "user", "content": "When is high water?"}
@@ -110,8 +110,9 @@ def test_null_arguments_are_left_out_unless_the_tool_may_have_them():
 
 def test_tools_are_read_from_text_and_without_nulls():
     filled = {"type": "function", "function": {**TOOL["function"], "strict": None}}
-    for given in ([filled], json.dumps([filled]), [json.dumps(filled)]):
-        assert read(ASK, tools=given).tools == (TOOL,)
+    assert read(ASK, tools=[filled]).tools == (TOOL,)
+    for given in (json.dumps([filled]), [json.dumps(filled)]):  # no schema has filled a text with nulls
+        assert read(ASK, tools=given).tools == (filled,)
     assert read(ASK, tools="").tools == ()
     refused([ASK], "'tools' is an object", tools={"a": 1})
     refused([ASK], "tool 1 is text", tools=["clock"])
@@ -168,6 +169,9 @@ def test_a_result_gets_the_name_of_the_call_that_it_answers():
 def test_a_leading_thought_is_split_off():
     told = read(ASK, {"role": "assistant", "content": "<think>\nlook\n</think>\n\nnoon"})
     split = told.with_thoughts_split()
-    assert split.messages[1] == {"role": "assistant", "content": "noon", "reasoning_content": "look"}
-    for content in ("so <think>a</think>", "<think>a", "<think> </think>b"):
+    answer = {"role": "assistant", "content": "noon", SPLIT: True}
+    assert split.messages[1] == {**answer, "reasoning_content": "look"}
+    blank = read(ASK, {"role": "assistant", "content": "<think> </think>noon"}).with_thoughts_split()
+    assert blank.messages[1] == answer
+    for content in ("so <think>a</think>", "<think>a"):
         assert read(ASK, {"role": "assistant", "content": content}).with_thoughts_split() is None

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from brushstroke import hub
 from brushstroke.data import read_rows
 from brushstroke.errors import DataError
 
@@ -157,6 +158,7 @@ def test_a_hub_failure_is_one_message(monkeypatch, tmp_path):
         raise ConnectionError("no route\nmany more lines")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(hub, "_why_unreachable", lambda: "")
     monkeypatch.chdir(tmp_path)
     refused("owner/set", "owner/set", "'train'", "no route", "check the name")
 

@@ -42,7 +42,7 @@ def read_tools(file: Path | None) -> tuple[Any, ...]:
     """
     if file is None:
         return ()
-    from brushstroke.data.messages import read_tools
+    from brushstroke.data.json_values import read_tools
     from brushstroke.files import read_json
 
     try:

@@ -11,7 +11,16 @@ from functools import cached_property
 from typing import Any
 
 from brushstroke.data.checks import Message
-from brushstroke.data.fitting import EXAMPLES, QUESTION, SPLIT, Fit, FittedText, Fitter, Purpose
+from brushstroke.data.fitting import (
+    EXAMPLES,
+    QUESTION,
+    SPLIT,
+    STOCK_QUESTION,
+    Fit,
+    FittedText,
+    Fitter,
+    Purpose,
+)
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.pieces import Piece, PieceTokenizer
 from brushstroke.data.probe_answers import asked_as_answered, closing_markers
@@ -71,6 +80,7 @@ class ChatFormat:
         self._templates = {
             name: self._made(with_date(source, date), as_trained) for name, source in sources.items()
         }
+        self._question = QUESTION if as_trained else STOCK_QUESTION
         self._fitter = Fitter(self._known_markers)
         self._readers: dict[str, ReplyReader] = {}
 
@@ -184,7 +194,7 @@ class ChatFormat:
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Conversation):
             prompt = read_conversation(prompt, tools=tools, options=options, where=where)
-        fit = self._fit(prompt, QUESTION, where)
+        fit = self._fit(prompt, self._question, where)
         return self.pieces.tokens(self._cut(fit, fit.texts[0]))
 
     def read_reply(self, text: str, tools: Sequence[Any] = ()) -> Reply:
@@ -252,7 +262,7 @@ class ChatFormat:
             pieces += _template_piece(text, position, start, marks, ended)
             trained = turn.message in layout.trained
             pieces.append(Piece(text[start:stop], trained, "assistant", "" if pieces else None))
-            if turn.end is None and turn.message == layout.count - 1 and self.end_ids:
+            if turn.end is None and trained and turn.message == layout.count - 1 and self.end_ids:
                 # Without a token behind an answer that the template ends with nothing the model would not
                 # stop.
                 pieces.append(Piece("", trained, "assistant", ids=self.end_ids))

@@ -10,13 +10,14 @@ from typing import Any
 from brushstroke.data.checks import check_encodable, kind_of
 from brushstroke.data.examples import Example, Kind
 from brushstroke.data.files import Row
-from brushstroke.data.messages import Conversation, parsed, read_conversation
+from brushstroke.data.json_values import parsed
+from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.read import Rows
 from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
 CONTEXT: dict[Kind, tuple[str, ...]] = {  # columns that are used beside the ones that make the kind
-    "messages": (SYSTEM, TOOLS, OPTIONS),
+    "messages": (SYSTEM, HISTORY, TOOLS, OPTIONS),
     "prompt/completion": (SYSTEM, HISTORY, TOOLS, OPTIONS),
     "text": (),
     "tokens": ("weights", "attention_mask"),
@@ -136,8 +137,10 @@ def read_row(
     """
     if columns.kind == "messages":
         given = parsed(row[columns.names[0]])
-        whole = [*_system(row, given, where), *given] if isinstance(given, list | tuple) else given
-        learnt_from = 0
+        history = _history(row, where)
+        context = [*_system(row, history or given, where), *history]
+        whole = [*context, *given] if isinstance(given, list | tuple) else given
+        learnt_from = len(context)
     else:
         prompt = _turns(row, columns.names[0], "user", where)
         answer = _turns(row, columns.names[1], "assistant", where) if answers else []

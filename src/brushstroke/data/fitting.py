@@ -6,15 +6,15 @@ Shapes of conversations are outlined once; of each row only the true text is ren
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
 from brushstroke.data.forms import Form
-from brushstroke.data.layout import Layout, LayoutFinder, Unproven
+from brushstroke.data.layout import MADE_UP_ANSWER, Layout, LayoutFinder, Unproven
 from brushstroke.data.messages import Conversation
 from brushstroke.data.outline import Sketch, align, is_trimmed, place, sketch
-from brushstroke.data.probe_answers import forms_for, opening_of
+from brushstroke.data.probe_answers import forms_for, opening_of, repeated_header
 from brushstroke.data.template import ChatTemplate, TemplateRefusal
 from brushstroke.errors import DataError
 
@@ -28,16 +28,19 @@ class Purpose(NamedTuple):
         ask: a question, up to where the next answer begins; else an example.
         split: an example for each answer.
         past_reasoning: whether the reasoning of earlier answers must be in the text.
+        as_trained: ask with what answers begin with in training, also where the template asks otherwise.
     """
 
     ask: bool = False
     split: bool = False
     past_reasoning: bool = True
+    as_trained: bool = True
 
 
 EXAMPLES = (Purpose(),)
 SPLIT = (Purpose(split=True), Purpose(split=True, past_reasoning=False))  # templates may drop it by design
 QUESTION = (Purpose(ask=True), Purpose(ask=True, past_reasoning=False))
+STOCK_QUESTION = tuple(purpose._replace(as_trained=False) for purpose in QUESTION)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Fit:
         told = zip(self.told.messages, self.sketch.uses, strict=True)
         roles = {slot: message["role"] for message, used in told for slot in used}
         found = zip(fitted.layout.outline.segments, fitted.starts, fitted.starts[1:], strict=False)
-        return [(roles[s.slot], start, end) for s, start, end in found if s.slot is not None and end > start]
+        return [(roles[s.slot], start, end) for s, start, end in found if s.slot in roles and end > start]
 
 
 class Fitter:
@@ -155,19 +158,36 @@ class _Attempt:
 
     def _layouts(self, *, keep_values: bool = False) -> tuple[tuple[Layout, ...], tuple[str, ...]]:
         """The examples, and the keys of messages that the template does not print."""
-        begins_answered = self.told.messages[0]["role"] == "assistant"
-        finder = LayoutFinder(
+        self._refuse_unprinted()
+        finder = self._finder(self.told, keep_values)
+        ask, split, past_reasoning, as_trained = self.purpose
+        if ask:
+            return (finder.question(past_reasoning=past_reasoning, as_trained=as_trained),), ()
+        return finder.whole_or_each(split=split, past_reasoning=past_reasoning), finder.unused_keys()
+
+    def _finder(self, told: Conversation, keep_values: bool = False) -> LayoutFinder:
+        return LayoutFinder(
             self.template,
-            self.told,
+            told,
             self.form,
             known_markers=self.known_markers,
-            opening=opening_of(self.template, self.form) if begins_answered else "",
+            opening=opening_of(self.template, self.form),
+            repeated=repeated_header(self.template, self.known_markers),
             keep_values=keep_values,
         )
-        _, split, past_reasoning = self.purpose
-        if self.purpose.ask:
-            return (finder.question(past_reasoning=past_reasoning),), ()
-        return finder.whole_or_each(split=split, past_reasoning=past_reasoning), finder.unused_keys()
+
+    def _refuse_unprinted(self) -> None:
+        """Refuse a form in which contents that are blank here would be lost if they were not.
+
+        Raises:
+            Unproven: the form does not print the content of such a message.
+        """
+        blank = {i for i, m in enumerate(self.told.messages) if not m.get("content", "").strip()}
+        blank -= set(self.told.answers)
+        if blank:
+            filled = [{**m, "content": "x"} if i in blank else m for i, m in enumerate(self.told.messages)]
+            finder = self._finder(replace(self.told, messages=tuple(filled)))
+            finder.prove_contents(finder.outline(len(filled)))
 
     def _aligned(self, shape: Sketch, layouts: Sequence[Layout], unused: tuple[str, ...]) -> Fit:
         """The true texts beside their outlines.
@@ -177,15 +197,19 @@ class _Attempt:
         """
         texts = []
         for layout in layouts:
+            messages = (*self.told.messages, MADE_UP_ANSWER)[: layout.count]
             text = self.template.render(
-                self.form.messages(self.told.messages[: layout.count]),
+                self.form.messages(messages),
                 tools=self.form.tools(self.told.tools),
                 options=self.told.options,
-                ask=self.purpose.ask,
+                ask=self.purpose.ask and layout.cut is None,
             )
-            starts = align(layout.outline, shape.slots, text)
+            slots = shape.slots if layout.cut is None else sketch(messages).slots
+            starts = align(layout.outline, slots, text)
             if isinstance(starts, int):
                 raise Unproven(_change(layout, shape, starts), 1)
+            if layout.cut is not None:
+                text = text[: place(layout.outline, starts, layout.cut)]
             texts.append(FittedText(layout, text, starts))
         return Fit(self.form, self.told, shape, tuple(texts), unused)
 

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from brushstroke.data.checks import Message
-from brushstroke.data.messages import REASONING, Conversation
+from brushstroke.data.messages import REASONING, SPLIT, Conversation
 
 DEVELOPER_AS_SYSTEM = (
     "developer messages are written as system messages: the chat template knows no developer"
@@ -40,6 +40,7 @@ class Form:
         no_content: what an answer without content has: "" or None as its content, or no such key (...).
         developer_as_system: developer messages as system messages.
         wrapped_tools: declarations as {"type": "function", "function": {...}}.
+        blank_reasoning: an empty reasoning for answers without one, so that no content is searched for it.
     """
 
     thoughts: str = ""
@@ -49,6 +50,7 @@ class Form:
     no_content: Any = ""
     developer_as_system: bool = False
     wrapped_tools: bool = False
+    blank_reasoning: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,8 +73,14 @@ class Form:
 
     def _message(self, message: Message) -> dict[str, Any]:
         made = dict(message)
-        if "reasoning_content" in made and self.reasoning == INLINE:
-            made["content"] = THOUGHT.format(made.pop("reasoning_content"), made.get("content", ""))
+        was_in_content = made.pop(SPLIT, False)
+        key = self.reasoning
+        if key == INLINE and self.thoughts and not was_in_content:
+            key = REASONING[0]
+        if self.blank_reasoning and made["role"] == "assistant":
+            made.setdefault("reasoning_content", "")
+        if key == INLINE and ("reasoning_content" in made or was_in_content):
+            made["content"] = THOUGHT.format(made.pop("reasoning_content", ""), made.get("content", ""))
         if self.developer_as_system and made["role"] == "developer":
             made["role"] = "system"
         if "content" in made and self.parts:
@@ -85,8 +93,8 @@ class Form:
             made.pop("content", None)
             if self.no_content is not ...:
                 made["content"] = self.no_content
-        if "reasoning_content" in made and self.reasoning != INLINE:
-            made[self.reasoning] = made.pop("reasoning_content")
+        if "reasoning_content" in made:
+            made[key] = made.pop("reasoning_content")
         if "tool_calls" in made and self.arguments_as_text:
             made["tool_calls"] = [_with_text(call) for call in made["tool_calls"]]
         return made
@@ -108,7 +116,8 @@ def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
         answers = [message for message in messages if message["role"] == "assistant"]
         calls = any("tool_calls" in message for message in answers)
         empty = any(not m.get("content") and m.keys() & {"tool_calls", "reasoning_content"} for m in answers)
-        reasons = any("reasoning_content" in message for message in answers)
+        reasons = any(message.keys() & {"reasoning_content", SPLIT} for message in answers)
+        closes = any("</think>" in message.get("content", "") for message in answers)
         bare = any("function" not in tool for tool in told.tools)
         for choice in product(
             (False, True),
@@ -117,9 +126,10 @@ def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
             (False, True) if calls else (False,),
             ("", None, ...) if empty else ("",),
             (False, True) if bare else (False,),
+            (False, True) if closes else (False,),
         ):
-            parts, developer, reasoning, as_text, no_content, wrapped = choice
-            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped), told
+            parts, developer, reasoning, as_text, no_content, wrapped, blank = choice
+            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped, blank), told
 
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:

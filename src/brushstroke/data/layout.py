@@ -5,14 +5,26 @@ Everything is found on outlines, texts with placeholders: each value must stand 
 it can be read back. It tokenises nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from brushstroke.data.checks import Message
 from brushstroke.data.forms import Form
-from brushstroke.data.messages import Conversation
+from brushstroke.data.messages import SPLIT, Conversation
 from brushstroke.data.outline import SPELLINGS, Outline, Segment, Sketch, read_outline, sketch
-from brushstroke.data.template import ChatTemplate, TemplateRefusal, common_start, last_marker
+from brushstroke.data.template import (
+    ChatTemplate,
+    TemplateRefusal,
+    common_opening,
+    common_start,
+    last_marker,
+)
 
+KNOWN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", SPLIT)
+MADE_UP_ANSWER: Message = {"role": "assistant", "content": "Yes."}
 SPLIT_HINT = (
     "; with --split-turns (split_turns=True) every answer becomes an example of its own, written as the "
     "model will see it"
@@ -51,12 +63,29 @@ class Layout:
         outline: of them.
         turns: the answers that stand in it as they were generated.
         trained: the messages whose answers are learnt in this example.
+        cut: where a question ends, if its outline has a made-up answer behind it.
     """
 
     count: int
     outline: Outline
     turns: tuple[Turn, ...]
     trained: frozenset[int]
+    cut: int | None = None
+
+
+class _Outlines:
+    """The outlines of the beginnings of one sketch, each rendered once."""
+
+    def __init__(self, finder: "LayoutFinder", drawn: Sketch) -> None:
+        self.finder, self.sketch = finder, drawn
+        self._made: dict[tuple[int, bool], Outline] = {}
+
+    def __call__(self, count: int, *, ask: bool = False) -> Outline:
+        if (count, ask) not in self._made:
+            text = self.finder.render(self.sketch.messages[:count], ask=ask)
+            slots = self.sketch.slots
+            self._made[count, ask] = read_outline(text, slots, keep_values=self.finder.keep_values)
+        return self._made[count, ask]
 
 
 class LayoutFinder:
@@ -67,7 +96,8 @@ class LayoutFinder:
         conversation: the messages; of their values only the placeholders play a part.
         form: how the template is given them.
         known_markers: the tokenizer's special and other added tokens.
-        opening: what the template writes before an answer, for conversations that begin with one.
+        opening: what the template writes before an answer.
+        repeated: the part of it that the template writes behind every answer too.
         keep_values: see `sketch`.
     """
 
@@ -79,16 +109,17 @@ class LayoutFinder:
         *,
         known_markers: Sequence[str] = (),
         opening: str = "",
+        repeated: str = "",
         keep_values: bool = False,
     ) -> None:
         self.template, self.conversation, self.form = template, conversation, form
-        self.known_markers, self.opening, self.keep_values = known_markers, opening, keep_values
+        self.known_markers, self.opening, self.repeated = known_markers, opening, repeated
+        self.keep_values = keep_values
         self.sketch: Sketch = sketch(conversation.messages, keep_values=keep_values)
-        self._outlines: dict[tuple[int, bool], Outline] = {}
+        self.outline = _Outlines(self, self.sketch)
 
     def whole_or_each(self, *, split: bool = False, past_reasoning: bool = True) -> tuple[Layout, ...]:
-        """One layout where the whole conversation shows every answer as it was generated; else one for each
-        answer.
+        """One layout where the whole conversation shows every answer as it was generated; else one for each.
 
         Args:
             split: one for each answer always.
@@ -98,11 +129,13 @@ class LayoutFinder:
             Unproven: the template loses something.
         """
         messages = self.conversation.messages
+        self.prove_contents(self.outline(len(messages)))
         turns = [self._turn(index) for index in self.conversation.answers]
         learnt = frozenset(i for i in self.conversation.answers if self.conversation.trained[i])
         whole = Layout(len(messages), self.outline(len(messages)), tuple(turns), learnt)
         fit = self._fitting(whole.outline.text, turns)
-        ended = all(turn.end is not None or turn.message not in learnt for turn in turns[:-1])
+        last = len(messages) - 1  # only there an end can be added to an answer that has none
+        ended = all(t.end is not None or t.message not in learnt or t.message == last for t in turns)
         if len(fit) == len(turns) and ended and not (split and turns):
             self.prove(whole)
             return (whole,)
@@ -116,29 +149,37 @@ class LayoutFinder:
         self._prove_each(layouts, past_reasoning)
         return tuple(layouts)
 
-    def question(self, *, past_reasoning: bool = True) -> Layout:
+    def question(self, *, past_reasoning: bool = True, as_trained: bool = True) -> Layout:
         """The layout of a prompt: all messages, up to where the next answer begins.
+
+        Args:
+            past_reasoning: whether the reasoning of earlier answers must be in the text.
+            as_trained: end with what an answer begins with, also where the template asks otherwise.
 
         Raises:
             Unproven: the template loses something.
         """
         count = len(self.conversation.messages)
-        asked = self.outline(count, ask=True)
         turns = []
         for index in self.conversation.answers:
             try:
                 turns.append(self._turn(index))
             except (Unproven, TemplateRefusal):  # a rewritten past needs no boundary
                 continue
+        asked = self.outline(count, ask=True)
         layout = Layout(count, asked, tuple(self._fitting(asked.text, turns)), frozenset())
         self.prove(layout, past_reasoning=past_reasoning)
-        return layout
+        return self._as_answered(layout, turns) if as_trained else layout
 
     def unused_keys(self) -> tuple[str, ...]:
         """Further keys of messages without which the template writes the same text."""
         messages = self.sketch.messages
-        known = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
-        further = dict.fromkeys(key for message in messages for key in message if key not in known)
+        further = dict.fromkeys(
+            key
+            for message in messages
+            for key in message
+            if key not in KNOWN_KEYS and not (key == "name" and message["role"] == "tool")
+        )
         text = self.outline(len(messages)).text
         unused = []
         for key in further:
@@ -148,17 +189,6 @@ class LayoutFinder:
             except TemplateRefusal:
                 continue
         return tuple(unused)
-
-    def outline(self, count: int, *, ask: bool = False) -> Outline:
-        """The first messages as an outline.
-
-        Raises:
-            TemplateRefusal: the template raises an error.
-        """
-        if (count, ask) not in self._outlines:
-            text = self.render(self.sketch.messages[:count], ask=ask)
-            self._outlines[count, ask] = read_outline(text, self.sketch.slots, keep_values=self.keep_values)
-        return self._outlines[count, ask]
 
     def render(self, messages: Sequence, *, ask: bool = False) -> str:
         """Messages as the template writes them in this form."""
@@ -183,19 +213,21 @@ class LayoutFinder:
             places = layout.outline.between(start, stop)
             for slot in dict.fromkeys(self.sketch.uses[index]):
                 part = self.sketch.slots[slot].part
-                if part == "other" or (
-                    part == "name" and self.conversation.messages[index]["role"] != "assistant"
+                if part == "other" or (part == "name" and not self._is_answer(index)):
+                    continue
+                if (
+                    part == "reasoning"
+                    and past
+                    and not past_reasoning
+                    and self._printed_at_first(index, slot)
                 ):
                     continue
-                if part == "reasoning" and past and not past_reasoning:
-                    continue
                 found = [s for s in places if s.slot == slot and self._readable(s)]
-                if self.conversation.messages[index]["role"] != "assistant":
+                if not self._is_answer(index):
                     found = [s for s in found if not any(a <= s.start < b for a, b in regions.values())]
                 if len(found) < self.sketch.uses[index].count(slot):
                     raise Unproven(self._loss(layout, index, slot, part), proven)
-                if part == "reasoning" and self.form.thoughts == "tagged":
-                    self._prove_tags(layout.outline, found[0], proven)
+                self._prove_tags(layout.outline, index, part, found[0], proven)
                 proven += 1
             self._prove_arguments(layout.outline.text[start:stop], index, proven)
         self._prove_tools(layout.outline.text, proven)
@@ -210,21 +242,67 @@ class LayoutFinder:
             said = f"{error} once the conversation goes on{SPLIT_HINT}"
             raise Unproven(said, len(self.sketch.slots)) from error
 
+    def prove_contents(self, outline: Outline) -> None:
+        """Check that what is no answer is in the text at all, whatever becomes of the answers.
+
+        Raises:
+            Unproven: with the first one that is not.
+        """
+        printed = {segment.slot for segment in outline.segments} | outline.altered
+        for index, message in enumerate(self.conversation.messages):
+            for slot in self.sketch.uses[index]:
+                part = self.sketch.slots[slot].part
+                if part == "content" and not self._is_answer(index) and slot not in printed:
+                    raise Unproven(
+                        f"it does not print the content of message {index + 1} ({message['role']})"
+                    )
+
+    def _is_answer(self, index: int) -> bool:
+        return self.conversation.messages[index]["role"] == "assistant"
+
+    def _printed_at_first(self, index: int, slot: int) -> bool:
+        """Whether a value is in the text as long as its message is the last one."""
+        return any(s.slot == slot and self._readable(s) for s in self.outline(index + 1).segments)
+
     def _turn(self, index: int) -> Turn:
         alone = self.outline(index + 1)
         start = self._start(index, alone)
-        own = [s for s in alone.segments if s.slot in self.sketch.uses[index] and s.start >= start]
+        filled = self._filled(index)
+        stop, end = self._end(index, start, filled)
+        behind = filled(index + 1).text[stop:]
+        if not alone.text.endswith(behind) or len(alone.text) - len(behind) < start:
+            raise Unproven(f"its text does not tell where the answer in message {index + 1} ends")
+        return Turn(index, start, len(alone.text) - len(behind), end)
+
+    def _filled(self, index: int) -> _Outlines:
+        """Outlines in which every part of an answer has a placeholder: what follows it can be told."""
+        drawn = sketch(self.conversation.messages, keep_values=self.keep_values, filled=(index,))
+        if len(drawn.slots) == len(self.sketch.slots):
+            return self.outline
+        filled = _Outlines(self, drawn)
+        try:
+            filled(index + 1)
+        except TemplateRefusal:
+            return self.outline
+        return filled
+
+    def _end(self, index: int, start: int, outline: _Outlines) -> tuple[int, str | None]:
+        """Where an answer ends in the outline that ends with it, and with which marker."""
+        alone = outline(index + 1)
+        own = [s for s in alone.segments if s.slot in outline.sketch.uses[index] and s.start >= start]
         last = max((s.stop for s in own), default=start)
-        is_text = not own or self.sketch.slots[own[-1].slot or 0].part in ("content", "reasoning")
-        for closing in (self._lasting(index, alone, last), alone.text[last:]):
+        is_text = not own or outline.sketch.slots[own[-1].slot or 0].part in ("content", "reasoning")
+        whole = alone.text[last:].removesuffix(self.repeated) if self.repeated else alone.text[last:]
+        for closing in (self._lasting(index, alone, last, outline)[: len(whole)], whole):
             answer = alone.text[start : last + len(closing)]
             if marker := last_marker(closing, answer, self.known_markers, is_text=is_text):
-                return Turn(index, start, last + marker[0], marker[1])
-        return Turn(index, start, len(alone.text), None)
+                return last + marker[0], marker[1]
+        return last + len(whole), None
 
     def _start(self, index: int, alone: Outline) -> int:
+        own = [s.start for s in alone.segments if s.slot in self.sketch.uses[index]]
         if index == 0:  # no template can be asked for a prompt of no messages
-            first = next((s.start for s in alone.segments if s.slot is not None), len(alone.text))
+            first = min(own, default=len(alone.text))
             found = alone.text[:first].rfind(self.opening) if self.opening else -1
             if found >= 0:
                 return found + len(self.opening)
@@ -232,22 +310,59 @@ class LayoutFinder:
             asked = self.outline(index, ask=True).text
             if alone.text.startswith(asked):
                 return len(asked)
+            before = max((s.stop for s in self.outline(index).segments if s.slot is not None), default=0)
+            first = min((place for place in own if place >= before), default=len(alone.text))
+            common = common_opening(asked, alone.text, first)
+            if common >= before and self.outline(index).text[:before] == alone.text[:before]:
+                return self._behind_opening(alone.text, common, first)
         raise Unproven(
             f"its text does not tell where the answer in message {index + 1} begins: what it writes before "
             "an answer is not what it asks with"
         )
 
-    def _lasting(self, index: int, alone: Outline, position: int) -> str:
+    def _behind_opening(self, text: str, start: int, first: int) -> int:
+        """Past the words that the template opens an answer with, if they stand before its first value."""
+        words = self.opening.strip()
+        found = text.find(words, start, first) if words else -1
+        if found < 0:
+            return start
+        rest = self.opening[self.opening.index(words) + len(words) :]
+        stop = found + len(words)
+        return stop + len(rest) if text.startswith(rest, stop) else stop
+
+    def _as_answered(self, layout: Layout, turns: Sequence[Turn]) -> Layout:
+        """A question as it stands before an answer, if that is not how the template asks."""
+        longer = replace(
+            self.conversation,
+            messages=(*self.conversation.messages, MADE_UP_ANSWER),
+            trained=(*self.conversation.trained, False),
+        )
+        finder = LayoutFinder(
+            self.template,
+            longer,
+            self.form,
+            known_markers=self.known_markers,
+            opening=self.opening,
+            keep_values=self.keep_values,
+        )
+        try:
+            outline = finder.outline(layout.count + 1)
+            if outline.text.startswith(layout.outline.text):
+                return layout
+            start = finder._start(layout.count, outline)
+        except (Unproven, TemplateRefusal):
+            return layout
+        shown = tuple(self._fitting(outline.text[:start], turns))
+        return Layout(layout.count + 1, outline, shown, frozenset(), cut=start)
+
+    def _lasting(self, index: int, alone: Outline, position: int, outline: _Outlines) -> str:
         """What stands behind an answer also when the conversation goes on."""
         try:
-            further = self.outline(index + 1, ask=True).text
+            further = outline(index + 1, ask=True).text
         except TemplateRefusal:
             return ""
-        return (
-            common_start(alone.text[position:], further[position:])
-            if further[:position] == alone.text[:position]
-            else ""
-        )
+        goes_on = further[:position] == alone.text[:position]
+        return common_start(alone.text[position:], further[position:]) if goes_on else ""
 
     def _fitting(self, text: str, turns: Sequence[Turn]) -> list[Turn]:
         """The turns up to which a text is the same as when they were the last one."""
@@ -258,24 +373,36 @@ class LayoutFinder:
             return segment.spelling == "plain" or ("json" in segment.spelling and not self.form.parts)
         return True
 
-    def _prove_tags(self, outline: Outline, place: Segment, proven: int) -> None:
-        """Check that reasoning that was between <think> tags in a content is between them in the text."""
+    def _prove_tags(self, outline: Outline, index: int, part: str, place: Segment, proven: int) -> None:
+        """Check that a thought that was between <think> tags in a content is between them in the text."""
+        message = self.conversation.messages[index]
+        if not message.get(SPLIT):
+            return
         before, after = outline.text[: place.start].rstrip(), outline.text[place.stop :].lstrip()
-        if not (before.endswith("<think>") and after.startswith("</think>")):
+        if part == "reasoning" and self.form.thoughts == "tagged":
+            kept = before.endswith("<think>") and after.startswith("</think>")
+        elif part == "content" and "reasoning_content" not in message:
+            kept = re.search(r"<think>\s*</think>\Z", before) is not None
+        else:
+            return
+        if not kept:
             raise Unproven(
-                "it writes reasoning without the tags <think> and </think> that the row has", proven
+                "it writes a thought without the tags <think> and </think> that the row has", proven
             )
 
     def _prove_arguments(self, text: str, index: int, proven: int) -> None:
-        """Check the names of arguments, and that an object is not printed as Python writes it."""
+        """Check names of arguments, and values without a placeholder; nothing as Python writes it."""
         for call in self.conversation.messages[index].get("tool_calls", ()):
-            for key in call["function"]["arguments"]:
-                if key not in text:
+            for key, value in _leaves(call["function"]["arguments"]):
+                spelt = {spell(key) for spell in SPELLINGS.values()}
+                if not any(name in text for name in spelt):
                     raise Unproven(f"it does not print the argument {key!r} of message {index + 1}", proven)
-                if f"{{'{key}': " in text or f", '{key}': " in text:
+                if any(f"{sign}'{name}': " in text for name in spelt for sign in ("{", ", ")):
                     raise Unproven(
                         f"it prints the arguments of message {index + 1} as Python writes them", proven
                     )
+                if (value is None or isinstance(value, bool)) and not _follows(text, spelt, value):
+                    raise Unproven(f"it does not print the value of {key!r} in message {index + 1}", proven)
 
     def _prove_tools(self, text: str, proven: int) -> None:
         """Check that tools are declared in the text: names, descriptions, and names of parameters."""
@@ -300,3 +427,20 @@ class LayoutFinder:
         if slot in layout.outline.altered or any(not self._readable(s) for s in found):
             return f"it prints {whose} in another form than the row has"
         return f"it prints {whose} elsewhere than in its turn" if found else f"it does not print {whose}"
+
+
+def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every argument, at any depth."""
+    for key, value in arguments.items():
+        yield key, value
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping):
+                yield from _leaves(inner)
+
+
+def _follows(text: str, names: Collection[str], value: Any) -> bool:
+    """Whether a truth value or null stands behind the name of its argument, as JSON or Python write it."""
+    words = (json.dumps(value), str(value))
+    return any(
+        word in text[text.find(name) + len(name) :] for name in names if name in text for word in words
+    )

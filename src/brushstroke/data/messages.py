@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from brushstroke.data.checks import Message, check_encodable, kind_of
+from brushstroke.data.json_values import as_json, parsed, read_options, read_tools, schema_of, without_nulls
 from brushstroke.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that files and templates use for it
 TRAIN_KEYS = ("weight", "train")  # by which a message says whether it is learnt
 TEXT_PARTS = ("text", "input_text", "output_text", *REASONING)  # types of content parts that hold text
+SPLIT = "thought_was_in_content"  # our own key of messages whose thought is split off
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 NULLS = "keys that are null are left out of messages, tools and arguments"
@@ -107,39 +109,6 @@ def read_conversation(
     )
 
 
-def read_tools(tools: object, where: str) -> tuple[Any, ...]:
-    """Function declarations, without keys that are null.
-
-    Raises:
-        DataError: they are no list of objects.
-    """
-    given = parsed(tools)
-    if given is None or given == "":
-        return ()
-    if not isinstance(given, list | tuple):
-        raise DataError(f"{where}: 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
-    declared = []
-    for number, tool in enumerate(map(parsed, given), start=1):
-        if not isinstance(tool, Mapping):
-            raise DataError(f"{where}: tool {number} is {kind_of(tool)}; expected an object")
-        declared.append(_without_nulls(tool))
-    return tuple(declared)
-
-
-def read_options(options: object, where: str) -> dict[str, Any]:
-    """Further variables for the template.
-
-    Raises:
-        DataError: they are no object.
-    """
-    given = parsed(options)
-    if given is None or given == "":
-        return {}
-    if not isinstance(given, Mapping):
-        raise DataError(f"{where}: 'chat_template_kwargs' is {kind_of(options)}; expected an object")
-    return {name: value for name, value in given.items() if value is not None}
-
-
 class _MessageReader:
     """One message of a row: what it says, in our form."""
 
@@ -218,12 +187,13 @@ class _MessageReader:
                     f"{self.place} has a part that is {kind_of(part)}; expected an object with text"
                 )
             fields = {key: value for key, value in fields.items() if value is not None}
-            found = next((name for name in ("text", *REASONING) if isinstance(fields.get(name), str)), None)
+            found = [name for name in ("text", *REASONING) if isinstance(fields.get(name), str)]
             kind = fields.get("type", "text" if fields.keys() <= {"text", *REASONING} else None)
-            if found is None or kind not in TEXT_PARTS:
+            if not found or kind not in TEXT_PARTS:
                 raise DataError(f"{self.place} has a part that is not text; only text can be trained on")
-            check_encodable(fields[found], self.place)
-            (texts if found == "text" else thoughts).append(fields[found])
+            for name in found:
+                check_encodable(fields[name], self.place)
+                (texts if name == "text" else thoughts).append(fields[name])
         return "".join(texts), "".join(thoughts)
 
     def _reasoning(self, given: dict[str, Any], thoughts: str) -> str:
@@ -247,7 +217,9 @@ class _MessageReader:
             return []
         calls = parsed(given.pop("tool_calls", None)) or []
         legacy = given.pop("function_call", None)
-        calls = [{"function": legacy}] if legacy and not calls else calls
+        if legacy and calls:
+            raise DataError(f"{self.place} has tool_calls and function_call; keep one of them")
+        calls = [{"function": legacy}] if legacy else calls
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise DataError(f"{self.place}: 'tool_calls' is {kind_of(calls)}; expected a list of calls")
         return [self._call(call, number) for number, call in enumerate(calls, start=1)]
@@ -267,32 +239,28 @@ class _MessageReader:
             or not function["name"]
         ):
             raise DataError(f"{place} has no function name; expected an object with name and arguments")
+        check_encodable(function["name"], place)
         arguments = self._arguments(function.get("arguments"), function["name"], place)
         return {"type": "function", **fields, "function": {"name": function["name"], "arguments": arguments}}
 
     def _arguments(self, given: object, name: str, place: str) -> dict[str, Any]:
+        arguments: Any = {} if given is None else given
         if isinstance(given, str):
             try:
                 arguments = json.loads(given) if given.strip() else {}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{place}: the arguments are not valid JSON ({error}); correct them"
                 ) from error
-        else:
-            arguments = {} if given is None else given
         if not isinstance(arguments, Mapping):
             raise DataError(f"{place}: the arguments are {kind_of(arguments)}; expected an object")
-        try:
-            check_encodable(json.dumps(arguments, ensure_ascii=False), place)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{place}: the arguments cannot be written as JSON ({error})") from error
-        nullable = _nullable(self.tools, name)
-        kept = {key: value for key, value in arguments.items() if value is not None or key in nullable}
-        if len(kept) < len(arguments):
+        arguments = as_json(arguments, f"{place}: the arguments")
+        if isinstance(given, str):  # which no schema has filled with nulls
+            return arguments
+        kept = without_nulls(arguments, schema_of(self.tools, name))
+        if kept != arguments:
             self.notes.add(NULLS)
-        return {key: _without_nulls(value) for key, value in kept.items()}
+        return kept
 
 
 def _split_thought(message: Message) -> Message:
@@ -300,9 +268,10 @@ def _split_thought(message: Message) -> Message:
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return message
     found = _THOUGHT.fullmatch(content)
-    if found is None or not found[1].strip():
+    if found is None:
         return message
-    return {**message, "reasoning_content": found[1].strip(), "content": found[2].strip()}
+    split = {**message, "content": found[2].strip(), SPLIT: True}
+    return split | {"reasoning_content": found[1].strip()} if found[1].strip() else split
 
 
 def _with_tool_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -313,49 +282,8 @@ def _with_tool_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         for call in message.get("tool_calls", ()):
             if isinstance(call.get("id"), str):
                 names[call["id"]] = call["function"]["name"]
-        known = names.get(message.get("tool_call_id"))
+        answers = message.get("tool_call_id")
+        known = names.get(answers) if isinstance(answers, str) else None
         lacks = message["role"] == "tool" and "name" not in message and known is not None
         named.append({**message, "name": known} if lacks else message)
     return named
-
-
-def _nullable(tools: Sequence[Any], name: str) -> set[str]:
-    """The arguments of a function that its declaration allows to be null."""
-    found = set()
-    for tool in tools:
-        function = tool.get("function", tool)
-        if not isinstance(function, Mapping) or function.get("name") != name:
-            continue
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        for key, schema in (properties or {}).items():
-            if isinstance(schema, Mapping) and _allows_null(schema):
-                found.add(key)
-    return found
-
-
-def _allows_null(schema: Mapping[str, Any]) -> bool:
-    kinds = schema.get("type")
-    options = (*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ()))
-    return (
-        "null" in ([kinds] if isinstance(kinds, str) else kinds or ())
-        or bool(schema.get("nullable"))
-        or any(isinstance(option, Mapping) and _allows_null(option) for option in options)
-    )
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value whose objects, at any depth, have no key that is null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def parsed(value: Any) -> Any:
-    """What JSON text stands for; anything else, and text that is no JSON, as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value

@@ -8,7 +8,7 @@ nothing itself.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,15 +78,17 @@ class Sketch:
     uses: tuple[tuple[int, ...], ...]
 
 
-def sketch(messages: Sequence[Message], *, keep_values: bool = False) -> Sketch:
+def sketch(messages: Sequence[Message], *, keep_values: bool = False, filled: Collection[int] = ()) -> Sketch:
     """Put placeholders in place of the values of a conversation.
 
     Args:
         messages: of a `Conversation`.
         keep_values: leave each text between the marks of its placeholder, for templates that look into texts.
+        filled: messages in which blank contents, and arguments that are no text and no number, get a
+            placeholder too.
     """
     maker = _Maker(keep_values)
-    made = tuple(maker.message(message) for message in messages)
+    made = tuple(maker.message(message, index in filled) for index, message in enumerate(messages))
     return Sketch(made, tuple(maker.slots), tuple(maker.uses))
 
 
@@ -96,10 +98,11 @@ class _Maker:
         self.slots: list[Slot] = []
         self.uses: list[tuple[int, ...]] = []
         self._used: list[int] = []
+        self._fill = False
         self._names: dict[str, int] = {}
 
-    def message(self, message: Message) -> Message:
-        self._used = []
+    def message(self, message: Message, fill: bool) -> Message:
+        self._used, self._fill = [], fill
         made = self._made(message)
         self.uses.append(tuple(self._used))
         return made
@@ -108,8 +111,9 @@ class _Maker:
         made = dict(message)
         if "reasoning_content" in made:
             made["reasoning_content"] = self._text(Slot("reasoning", made["reasoning_content"]))
-        if made.get("content", "").strip():
-            made["content"] = self._text(Slot("content", made["content"]))
+        content = made.get("content", "")
+        if content.strip() or (self._fill and "tool_calls" not in made):
+            made["content"] = self._text(Slot("content", content))
         if "tool_calls" in made:
             made["tool_calls"] = [self._call(call) for call in made["tool_calls"]]
         for key in [key for key in made if key not in _HANDLED]:
@@ -126,14 +130,14 @@ class _Maker:
         return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
     def _argument(self, value: Any) -> Any:
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             return {key: self._argument(inner) for key, inner in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             return [self._argument(inner) for inner in value]
-        if isinstance(value, str) and value.strip():
-            return self._text(Slot("argument", value))
         if isinstance(value, int | float) and not isinstance(value, bool):
             return placeholder_number(self._add(Slot("argument", value)), value)
+        if self._fill or (isinstance(value, str) and value.strip()):
+            return self._text(Slot("argument", value))
         return value
 
     def _text(self, slot: Slot) -> str:

@@ -5,12 +5,18 @@ No template is known by its name here.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from brushstroke.data.forms import INLINE, THOUGHT, Form, forms
 from brushstroke.data.layout import LayoutFinder, Unproven
 from brushstroke.data.messages import Conversation, read_conversation
-from brushstroke.data.template import ChatTemplate, TemplateRefusal, common_opening, without_suffix
+from brushstroke.data.template import (
+    ChatTemplate,
+    TemplateRefusal,
+    common_opening,
+    common_start,
+    with_other_end,
+    without_open_tag,
+)
 
 QUESTION = {"role": "user", "content": "Hello?"}
 CALL = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"where": "there"}}}
@@ -35,22 +41,38 @@ def answered(kind: str) -> Conversation:
 
 
 def asked_as_answered(template: ChatTemplate) -> ChatTemplate:
-    """A template that asks with no more than what every kind of answer begins with.
+    """A template that asks with what every kind of answer begins with.
 
     Generation prompts may open what answers do not have, such as <think>: a model that was trained on answers
-    has never seen that. Such a prompt is cut back to what it has in common with the answers.
+    has never seen that. Such a prompt is cut back to what it has in common with the answers, and goes on with
+    what all of them begin with.
     """
-    excess = ""
+    excess, openings = "", []
     for kind in ANSWERS:
         finder = next(_readable(template, answered(kind)), None)
         if finder is None:
             continue
-        question = finder.outline(1, ask=True)
-        common = common_opening(question.text, finder.outline(2).text)
-        if common < max((s.stop for s in question.segments if s.slot is not None), default=0):
+        question, answer = finder.outline(1, ask=True), finder.outline(2)
+        before = max((s.stop for s in question.segments if s.slot is not None), default=0)
+        first = min(s.start for s in answer.segments if s.start >= before and s.slot is not None)
+        contents = [s.start for s in answer.segments if s.slot is not None][-1]
+        common = common_opening(question.text, answer.text, contents)
+        if common < before or question.text[:before] != answer.text[:before]:
             return template  # nobody can tell where an answer begins
+        openings.append((question.text, answer.text, before, first, contents))
         excess = max(excess, question.text[common:], key=len)
-    return ChatTemplate(template.tokenizer, without_suffix(template.source, excess)) if excess else template
+    if not excess:
+        return template
+    begun = []
+    for asked, answer, before, first, contents in openings:
+        common = without_open_tag(answer[: max(before, len(asked) - len(excess))], answer[:contents])
+        begun.append((answer[len(common) : first], answer[len(common) : contents]))
+    other = begun[0][0]
+    for text, _ in begun:
+        other = common_start(other, text)
+    for _, text in begun:
+        other = without_open_tag(other, text)
+    return ChatTemplate(template.tokenizer, with_other_end(template.source, excess, other))
 
 
 def closing_markers(template: ChatTemplate, known_markers: Sequence[str]) -> tuple[str, ...]:
@@ -58,7 +80,14 @@ def closing_markers(template: ChatTemplate, known_markers: Sequence[str]) -> tup
     found = []
     for kind in ("text", "call"):
         for form, told in forms_for(template, answered(kind)):
-            finder = LayoutFinder(template, told, form, known_markers=known_markers)
+            finder = LayoutFinder(
+                template,
+                told,
+                form,
+                known_markers=known_markers,
+                opening=opening_of(template, form),
+                repeated=repeated_header(template, known_markers),
+            )
             try:
                 (layout,) = finder.whole_or_each()
             except (Unproven, TemplateRefusal):
@@ -68,16 +97,38 @@ def closing_markers(template: ChatTemplate, known_markers: Sequence[str]) -> tup
     return tuple(dict.fromkeys(found))
 
 
+def repeated_header(template: ChatTemplate, known_markers: Sequence[str]) -> str:
+    """What a template writes behind every answer though it opens the next one: it never asks otherwise.
+
+    The first marker behind a question ends the question, what follows it is repeated.
+    """
+    if template.repeated_header is None:
+        template.repeated_header = _repeated_header(template, known_markers)
+    return template.repeated_header
+
+
+def _repeated_header(template: ChatTemplate, known_markers: Sequence[str]) -> str:
+    finder = next(_readable(template, answered("text")), None)
+    if finder is None or finder.outline(1, ask=True).text != finder.outline(1).text:
+        return ""
+    question, answer = finder.outline(1), finder.outline(2)
+    closings = [o.text[max(s.stop for s in o.segments if s.slot is not None) :] for o in (question, answer)]
+    ends = [closings[0].find(marker) + len(marker) for marker in known_markers if marker in closings[0]]
+    header = closings[0][min(ends, default=len(closings[0])) :]
+    return header if header.strip() and closings[1].endswith(header) else ""
+
+
 def opening_of(template: ChatTemplate, form: Form) -> str:
     """What a template writes before an answer that nothing precedes; "" where it does not tell."""
-    finder = LayoutFinder(template, answered("text"), replace(form, thoughts=""))
-    try:
-        asked, bare = finder.outline(1, ask=True).text, finder.outline(1).text
-        if not asked.startswith(bare):
-            return ""
-        return asked[len(bare) :]
-    except TemplateRefusal:
-        return ""
+    plain = Form(parts=form.parts)
+    if plain not in template.openings:
+        finder = LayoutFinder(template, answered("text"), plain)
+        try:
+            asked, bare = finder.outline(1, ask=True).text, finder.outline(1).text
+        except TemplateRefusal:
+            asked, bare = "", "-"
+        template.openings[plain] = asked[len(bare) :] if asked.startswith(bare) else ""
+    return template.openings[plain]
 
 
 def reads_think_tags(template: ChatTemplate) -> bool:

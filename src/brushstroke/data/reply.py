@@ -6,13 +6,15 @@ The template's own way of writing them is found on made-up conversations; no for
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from brushstroke.data.layout import LayoutFinder, Unproven
 from brushstroke.data.messages import Conversation, read_conversation
+from brushstroke.data.outline import Slot
 from brushstroke.data.probe_answers import CALL, QUESTION, forms_for
 from brushstroke.data.template import ChatTemplate, TemplateRefusal
 
@@ -51,6 +53,11 @@ class _Frame:
     opening: str
     weight: int
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether reasoning has a place in it."""
+        return "reasoning" in self.pattern.groupindex
+
 
 @dataclass(frozen=True)
 class _CallFrame:
@@ -64,6 +71,7 @@ class _CallFrame:
         between: for pairs, between a value and the next name.
         after: behind the last call.
         is_json: whether the arguments are a JSON object.
+        spelling: for pairs, how texts are written.
         with_content: whether an answer with calls has content too.
         many: whether calls can be told apart by `before`.
     """
@@ -75,6 +83,7 @@ class _CallFrame:
     between: str
     after: str
     is_json: bool
+    spelling: str
     with_content: bool
     many: bool
 
@@ -99,23 +108,29 @@ class ReplyReader:
             text: what the model wrote, special tokens included, without what ended it.
             tools: declarations, which tell the types of arguments.
         """
-        said, calls, typed = text, [], True
-        if (frame := self._call_frame) is not None and (found := _find_calls(text, frame, tools)) is not None:
-            said, calls = found
-            typed = frame.is_json
-        reply = self._without_calls(said)
-        return replace(reply, tool_calls=tuple(calls), typed=typed)
+        frame = self._call_frame
+        found = _find_calls(text, frame, tools) if frame is not None else None
+        if frame is None or found is None:
+            return self._without_calls(text)
+        before, calls = found
+        reply = self._matched(before, (f for f in self._frames if f.has_reasoning))
+        reply = reply or self._without_calls(before.removesuffix(frame.lead.strip()))
+        content = reply.content if frame.with_content else ""
+        return replace(reply, content=content, tool_calls=tuple(calls), typed=frame.is_json)
 
-    def _without_calls(self, text: str) -> Reply:
-        for frame in self._frames:
+    def _matched(self, text: str, frames: Iterable[_Frame]) -> Reply | None:
+        for frame in frames:
             if found := frame.pattern.fullmatch(text):
                 parts = found.groupdict()
                 return Reply(
                     self._plain(parts.get("content") or ""), self._plain(parts.get("reasoning") or "").strip()
                 )
-        unfinished = next(
-            (f for f in self._frames if "reasoning" in f.pattern.groupindex and f.opening.strip()), None
-        )
+        return None
+
+    def _without_calls(self, text: str) -> Reply:
+        if (matched := self._matched(text, self._frames)) is not None:
+            return matched
+        unfinished = next((f for f in self._frames if f.has_reasoning and f.opening.strip()), None)
         if unfinished is not None and text.lstrip().startswith(unfinished.opening.strip()):
             return Reply("", self._plain(text.lstrip().removeprefix(unfinished.opening.strip())).strip())
         return Reply(self._plain(text))
@@ -134,10 +149,10 @@ class ReplyReader:
             if outlined is None:
                 continue
             pattern, weight = "", 0
-            for literal, part in outlined:
+            for literal, part, _ in outlined:
                 pattern += f"(?P<{part}>.*?)" if part else _flexible(literal)
                 weight += len(literal.strip())
-            frames.append(_Frame(re.compile(pattern, re.DOTALL), outlined[0][0], weight))
+            frames.append(_Frame(re.compile(pattern, re.DOTALL), outlined[0].text, weight))
         return sorted(frames, key=lambda frame: -frame.weight)
 
     @cached_property
@@ -151,19 +166,20 @@ class ReplyReader:
         two = _outlined(self.template, [QUESTION, _calling(count=2)])
         with_text = _outlined(self.template, [QUESTION, {**_calling(), "content": "x"}])
         name = _last_name(one)
-        lead, middle = one[name - 1][0] if name else "", one[name + 1][0]
-        before = lead if with_text is None else _common_end(lead, with_text[_last_name(with_text) - 1][0])
-        last = two[_last_name(two) - 1][0] if two is not None else before
+        lead, middle = one[name - 1].text if name else "", one[name + 1].text
+        before = lead if with_text is None else _common_end(lead, with_text[_last_name(with_text) - 1].text)
+        last = two[_last_name(two) - 1].text if two is not None else before
         many = two is not None and bool(_common_end(before, last).strip())
         before = _common_end(before, last) if many else before
-        after = "".join(literal for literal, _ in one[name + 3 :])
+        after = "".join(part.text for part in one[name + 3 :])
         shape = {"lead": lead.removesuffix(before), "before": before, "after": after, "many": many}
+        shape["spelling"] = one[name + 2].spelling if len(one) > name + 2 else ""
         shape["with_content"] = with_text is not None
         if not before.strip():
             return None
         if (start := _json_start(middle, after)) is not None:
             return _CallFrame(middle=middle[:start], key_end="", between="", is_json=True, **shape)
-        further = pairs[_last_name(pairs) + 3][0]
+        further = pairs[_last_name(pairs) + 3].text
         if (
             middle.count(_KEY) != 1
             or further.count(_SECOND_KEY) != 1
@@ -182,10 +198,15 @@ def _calling(*, keys: Sequence[str] = (_KEY,), count: int = 1) -> dict[str, Any]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
-Parts = list[tuple[str, str]]  # (the template's own text, "") or ("", the part that a value is)
+class _Part(NamedTuple):
+    """The template's own text, or the part that a value is with the way in which it is written."""
+
+    text: str = ""
+    part: str = ""
+    spelling: str = ""
 
 
-def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> Parts | None:
+def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[_Part] | None:
     """The answer at the end of messages, without what ends it; None where the template cannot write it."""
     conversation: Conversation = read_conversation(messages, where="a probe")
     for form, told in forms_for(template, conversation):
@@ -196,19 +217,21 @@ def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> 
             continue
         turn, outline = layout.turns[-1], layout.outline
         stop = turn.stop - len(turn.end or "")
-        parts: Parts = []
+        parts = []
         for segment in outline.segments:
             if segment.stop <= turn.start or segment.start >= stop:
                 continue
             text = outline.text[max(segment.start, turn.start) : min(segment.stop, stop)]
-            parts.append((text, "") if segment.slot is None else ("", finder.sketch.slots[segment.slot].part))
+            own = segment.slot is None
+            slot = Slot("", "") if segment.slot is None else finder.sketch.slots[segment.slot]
+            parts.append(_Part(text) if own else _Part("", slot.part, segment.spelling))
         return parts
     return None
 
 
-def _last_name(parts: Parts) -> int:
+def _last_name(parts: Sequence[_Part]) -> int:
     """Where the name of a function stands last."""
-    return max(i for i, (_, part) in enumerate(parts) if part == "name")
+    return max(i for i, part in enumerate(parts) if part.part == "name")
 
 
 def _common_end(one: str, other: str) -> str:
@@ -245,8 +268,7 @@ def _find_calls(
             return None
         call, position = read
         calls.append(call)
-    said = text[: first.start()].rstrip().removesuffix(frame.lead.strip())
-    return (said if frame.with_content else ""), calls
+    return text[: first.start()].rstrip(), calls
 
 
 def _json_call(
@@ -278,9 +300,10 @@ def _pairs_call(
         if key_end is None or end is None:
             return None
         key, value = text[position : key_end.start()].strip(), text[key_end.end() : end.start()]
-        if not frame.many and frame.key_end.strip() in value:
-            return None  # a further call in it
-        arguments[key] = _value(value, types.get(key))
+        markers = (frame.before, *(() if frame.many else (frame.key_end,)))
+        if not _NAME.fullmatch(key) or any(marker.strip() in value for marker in markers):
+            return None  # the frame's own text is in a value: nobody can tell where that ends
+        arguments[key] = _value(value, types.get(key), frame.spelling)
         position = end.end()
         if end["more"] is None:
             return {"name": name, "arguments": arguments}, position
@@ -295,15 +318,22 @@ def _types(tools: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
                 yield key, schema.get("type") if isinstance(schema, Mapping) else None
 
 
-def _value(text: str, kind: Any) -> Any:
+_NAME = re.compile(r"[\w.$-]+")
+
+
+def _value(text: str, kind: Any, spelling: str = "plain") -> Any:
+    said = text
+    if "json" in spelling:
+        with suppress(ValueError):
+            said = json.loads(f'"{text}"')
     if kind == "string":
-        return text
+        return said
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-    return text
+    return said
 
 
 def _comparable(call: Mapping[str, Any], typed: bool) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from brushstroke.errors import ConfigError, DataError
 
 _PIECES = re.compile(r"<[^<>\s]*>|\s+|[^\s<]+|<")
-_LAST_TAG = re.compile(r"<([^<>/\s]+)>$")
+_LAST_TAG = re.compile(r"<([^<>/\s]+)>\Z")
 
 
 class TemplateRefusal(DataError):
@@ -30,7 +30,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
-        self.reads_think_tags: bool | None = None  # once it has been tried
+        self.reads_think_tags: bool | None = None  # what was found of it, once it has been tried
+        self.repeated_header: str | None = None
+        self.openings: dict[Any, str] = {}
 
     def render(
         self,
@@ -89,24 +91,8 @@ def with_date(source: str, today: str | None = None) -> str:
     return macro + source if "strftime_now" in source else source
 
 
-_DIRECTIVES = (
-    "%-d",
-    "%-m",
-    "%d",
-    "%b",
-    "%B",
-    "%m",
-    "%Y",
-    "%y",
-    "%a",
-    "%A",
-    "%j",
-    "%H",
-    "%I",
-    "%M",
-    "%S",
-    "%p",
-    "%F",
+_DIRECTIVES = tuple(
+    f"%{sign}{letter}" for sign in ("-", "") for letter in "aAbBcCdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZ"
 )
 _DATED = re.compile(r"\{% macro strftime_now\(format\) %\}\{\{[^{}]*\}\}\{% endmacro %\}\n")
 
@@ -118,11 +104,13 @@ def date_of(source: str) -> str | None:
     return day[1] if day else None
 
 
-def without_suffix(source: str, suffix: str) -> str:
-    """A template that prints the same, but for a suffix of its generation prompt."""
+def with_other_end(source: str, end: str, other: str) -> str:
+    """A template that prints the same, but for the end of its generation prompt."""
     body = source[:-1] if source.endswith("\n") else source  # Jinja itself drops it at the end
-    cut = f"rendered.removesuffix({json.dumps(suffix, ensure_ascii=False)})"
-    return f"{{% set rendered %}}\n{body}{{% endset %}}{{{{ {cut} if add_generation_prompt else rendered }}}}"
+    old, new = (json.dumps(text, ensure_ascii=False) for text in (end, other))
+    asks = f"add_generation_prompt and rendered.endswith({old})"
+    cut = f"rendered.removesuffix({old}) ~ {new} if {asks} else rendered"
+    return f"{{% set rendered %}}\n{body}{{% endset %}}{{{{ {cut} }}}}"
 
 
 def common_start(one: str, other: str) -> str:
@@ -133,17 +121,26 @@ def common_start(one: str, other: str) -> str:
     return "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def common_opening(asked: str, answered: str) -> int:
+def common_opening(asked: str, answered: str, content: int) -> int:
     """How much of a generation prompt an answered conversation begins with.
 
-    A last marker that the answer closes, as </think> closes <think>, belongs to the answer.
+    A last marker that is closed before the content, as </think> closes <think>, belongs to the answer.
+
+    Args:
+        asked: the generation prompt.
+        answered: the conversation with its answer.
+        content: where the content of the answer begins.
     """
     if answered.startswith(asked):
         return len(asked)
-    common = common_start(asked, answered)
+    return len(without_open_tag(common_start(asked, answered), answered[:content]))
+
+
+def without_open_tag(common: str, answered: str) -> str:
+    """A beginning of a text, without tags at its end that the text closes further on."""
     while (tag := _LAST_TAG.search(common)) and f"</{tag[1]}>" in answered[len(common) :]:
         common = common[: tag.start()]
-    return len(common)
+    return common
 
 
 def last_marker(closing: str, answer: str, known: Sequence[str], *, is_text: bool) -> tuple[int, str] | None:
@@ -173,4 +170,4 @@ _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 def _closes(marker: str, answer: str) -> bool:
     """Whether a marker is the end of a tag that an answer opened."""
-    return marker.startswith("</") and f"<{marker[2:-1]}" in answer
+    return marker.startswith("</") and re.search(rf"<{re.escape(marker[2:-1])}[\s>=/]", answer) is not None

@@ -1,0 +1,143 @@
+"""Values that a row holds as JSON or as JSON text: tools, arguments, variables of a template.
+
+It knows no messages.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from brushstroke.data.checks import check_encodable, kind_of
+from brushstroke.errors import DataError
+
+RESERVED = frozenset(  # what a template is given otherwise
+    [
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_dict",
+        "return_tensors",
+        "strftime_now",
+        "tokenize",
+        "tools",
+        "truncation",
+    ]
+)
+
+
+def parsed(value: Any) -> Any:
+    """What JSON text stands for; anything else, and text that is no JSON, as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def as_json(value: Any, place: str) -> Any:
+    """A value in JSON's own types.
+
+    Raises:
+        DataError: it holds something that JSON cannot write, or half a character.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        check_encodable(text, place)
+        return json.loads(text)
+    except (TypeError, RecursionError) as error:
+        raise DataError(f"{place} cannot be written as JSON ({error}); correct it") from error
+
+
+def read_tools(tools: object, where: str) -> tuple[Any, ...]:
+    """Function declarations, without keys that are null; those that are JSON text as the text has them.
+
+    Raises:
+        DataError: they are no list of declarations.
+    """
+    given = parsed(tools)
+    if given is None or given == "":
+        return ()
+    if not isinstance(given, list | tuple):
+        raise DataError(f"{where}: 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
+    declared = []
+    for number, tool in enumerate(given, start=1):
+        place = f"{where}: tool {number}"
+        read = as_json(parsed(tool), place)
+        _check_tool(read, place)
+        declared.append(read if isinstance(tools, str) or isinstance(tool, str) else without_nulls(read))
+    return tuple(declared)
+
+
+def read_options(options: object, where: str) -> dict[str, Any]:
+    """Further variables for the template.
+
+    Raises:
+        DataError: they are no object, or name what a template is given otherwise.
+    """
+    given = parsed(options)
+    if given is None or given == "":
+        return {}
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where}: 'chat_template_kwargs' is {kind_of(options)}; expected an object")
+    if taken := sorted(RESERVED & given.keys()):
+        raise DataError(f"{where}: 'chat_template_kwargs' cannot hold {taken[0]!r}; take it out")
+    return {name: value for name, value in as_json(given, where).items() if value is not None}
+
+
+def schema_of(tools: Sequence[Any], name: str) -> Mapping[str, Any]:
+    """The schema of a function's arguments, as far as it is declared."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        if function.get("name") == name:
+            return function.get("parameters") or {}
+    return {}
+
+
+def without_nulls(value: Any, schema: Any = None) -> Any:
+    """A value whose objects, at any depth, have no key that is null, unless the schema allows null there."""
+    known = schema if isinstance(schema, Mapping) else {}
+    if isinstance(value, list):
+        return [without_nulls(inner, known.get("items")) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    properties = known.get("properties")
+    inner = properties if isinstance(properties, Mapping) else {}
+    return {
+        key: without_nulls(held, inner.get(key))
+        for key, held in value.items()
+        if held is not None or _allows_null(inner.get(key))
+    }
+
+
+def _allows_null(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return False
+    kinds = schema.get("type")
+    options = (*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ()))
+    return (
+        "null" in ([kinds] if isinstance(kinds, str) else kinds or ())
+        or bool(schema.get("nullable"))
+        or any(map(_allows_null, options))
+    )
+
+
+def _check_tool(tool: Any, place: str) -> None:
+    """Refuse what is no declaration of a function.
+
+    Raises:
+        DataError: saying what was found.
+    """
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+    if not isinstance(function, Mapping):
+        raise DataError(f"{place} is {kind_of(function)}; expected an object with the name of a function")
+    if not isinstance(function.get("name"), str):
+        raise DataError(f"{place} has no function name; expected an object with name and parameters")
+    for holder, key in ((function, "parameters"), (function.get("parameters") or {}, "properties")):
+        held = holder.get(key) if isinstance(holder, Mapping) else None
+        if held is not None and not isinstance(held, Mapping):
+            raise DataError(f"{place} ({function['name']}): {key!r} is {kind_of(held)}; expected an object")
