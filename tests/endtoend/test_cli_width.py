@@ -49,7 +49,7 @@ NEEDED = {
     "data": ("rows", "tokens", "stop token", "lengths"),
     "generate": ("loading",),
     "chat": ("one speaks;", "/use NAME, /base, /reset, /quit"),
-    "merge": ("survived", "logit drift"),
+    "merge": ("survived", "model drift"),
     "train": ("done:", "mean loss", "the adapter is in", "evaluation after step 2"),
     "study": ("What rank is enough", "The lowest test loss"),
     "again": ("error:", "--overwrite"),

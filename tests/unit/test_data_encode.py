@@ -1,5 +1,4 @@
 import dataclasses
-import time
 
 import data_tokenizers as have
 import numpy as np
@@ -282,11 +281,3 @@ def test_bad_tokens_are_refused_with_the_row(row, fragments):
 
 def test_text_without_a_tokenizer_is_refused():
     refused([{"text": "a"}], None, "no tokenizer", "input_ids")
-
-
-@pytest.mark.slow
-def test_twenty_thousand_short_rows_take_seconds(chatml):
-    rows = [{"prompt": f"Split: {i} Main St", "completion": f'{{"n": "{i}"}}'} for i in range(20_000)]
-    start = time.process_time()
-    assert len(encode(rows, chatml)) == 20_000
-    assert time.process_time() - start < 30

@@ -162,6 +162,18 @@ class ByAnArgument(Two):
         return self.b(x)
 
 
+class ByACache(Two):
+    def forward(self, x, cache_params=None):
+        return self.b(x) if cache_params is None else F.linear(x, self.b.weight)
+
+
+class ByAnOptionalInput(Two):
+    def forward(self, x, states=None):
+        if states is None:
+            return self.b(x)
+        return F.linear(states, self.b.weight)
+
+
 class SwitchedOff(Two):
     def forward(self, x):
         if self.fused or self.config["fused"]:
@@ -193,6 +205,8 @@ class Unreached(Two):
         (OfTheBase, {"b"}),
         (WhileTraining, {"b"}),
         (ByAnArgument, {"b"}),
+        (ByACache, {"b"}),
+        (ByAnOptionalInput, set()),
         (Two, set()),
         (OfNoBase, set()),
         (SwitchedOff, set()),

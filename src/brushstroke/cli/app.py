@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError
 
 import brushstroke
 from brushstroke.cli.configfile import apply_config_file
-from brushstroke.cli.console import fail, replace_closed_streams, say, show_library_warnings
+from brushstroke.cli.console import fail, people, replace_closed_streams, say, show_library_warnings
 from brushstroke.cli.help import HelpFormatter
 from brushstroke.cli.interrupt import INTERRUPTED, Interrupts
 from brushstroke.cli.values import refuse_empty
@@ -75,6 +75,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
     except BrushstrokeError as error:
         return _failed(error, REFUSED)
     except KeyboardInterrupt as error:
+        people.cache_clear()  # a line that was being printed is still in its buffer
         say(str(error) or "interrupted")
         if tokens is None:
             interrupts.end()

@@ -24,10 +24,11 @@ _GRADIENTS = re.compile(r"(.*\.)?(enable_grad|set_grad_enabled\(True\))(\(\))?")
 
 
 class _Condition(NamedTuple):
-    """A condition on the module's own settings, and the outcome that leads to a read."""
+    """A condition on the module's own settings and optional inputs, and the outcome that leads to a read."""
 
     test: CodeType
     outcome: bool
+    optional: tuple[str, ...]
 
 
 class _Use(NamedTuple):
@@ -44,7 +45,8 @@ def weights_read_by(module: nn.Module) -> dict[str, str]:
     """Path below the module → the method in which the module's class reads that weight by itself.
 
     Everything that `forward` can reach in the class and its bases counts. A branch that the module's own
-    settings switch off is passed over, but for `training`, which comes and goes.
+    settings switch off is passed over, but for `training`, which comes and goes; so is one that needs an
+    optional input of `forward` other than a cache, which generation brings.
 
     >>> weights_read_by(nn.MultiheadAttention(4, 2))
     {'out_proj': 'forward'}
@@ -77,7 +79,8 @@ def _live_uses(module: nn.Module, methods: frozenset[str] = frozenset({"forward"
 def _is_live(use: _Use, module: nn.Module) -> bool:
     for condition in use.conditions:
         try:
-            outcome = bool(eval(condition.test, {"__builtins__": {}}, {"self": module}))
+            known = dict.fromkeys(condition.optional, None) | {"self": module}
+            outcome = bool(eval(condition.test, {"__builtins__": {}}, known))
         except Exception:  # it depends on more than the module's settings
             continue
         if outcome is not condition.outcome:
@@ -96,7 +99,7 @@ def _uses(cls: type[nn.Module], methods: frozenset[str]) -> tuple[_Use, ...]:
             continue
         seen.add(name)
         for function in _definitions(cls, name):
-            reader = _Reader(name)
+            reader = _Reader(name, _optional(function) if name == "forward" else ())
             reader.visit_all(_body(function))
             uses += reader.uses
             waiting += reader.names
@@ -117,6 +120,12 @@ def _definitions(cls: type, name: str) -> Iterator[Callable[..., Any]]:
                 return
 
 
+def _optional(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The inputs that are None unless a caller gives them, caches aside."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.default is None and not re.search("cache|past", p.name))
+
+
 def _body(function: Callable[..., Any]) -> list[ast.stmt]:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function))).body
@@ -127,10 +136,11 @@ def _body(function: Callable[..., Any]) -> list[ast.stmt]:
 class _Reader(ast.NodeVisitor):
     """Collects what one method does: uses of modules below, and the names of its own class."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, optional: tuple[str, ...]) -> None:
         self.uses: list[_Use] = []
         self.names: list[str] = []
         self._method = method
+        self._optional = optional
         self._conditions: list[_Condition | None] = []
         self._gradients = True
         self._locals: dict[str, list[str]] = {"self": []}
@@ -205,7 +215,7 @@ class _Reader(ast.NodeVisitor):
         self.visit(test)
         code = _own_settings(test)
         for outcome, nodes in ((True, then), (False, otherwise)):
-            self._conditions.append(code and _Condition(code, outcome))
+            self._conditions.append(code and _Condition(code, outcome, self._optional))
             self.visit_all(nodes)
             self._conditions.pop()
 
