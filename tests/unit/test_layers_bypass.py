@@ -174,6 +174,13 @@ class ByAnOptionalInput(Two):
         return F.linear(states, self.b.weight)
 
 
+class ByARequiredInput(Two):
+    def forward(self, x=None):
+        if x is None:
+            raise ValueError
+        return self.a(x) if x is None else F.linear(x, self.b.weight)
+
+
 class SwitchedOff(Two):
     def forward(self, x):
         if self.fused or self.config["fused"]:
@@ -206,6 +213,7 @@ class Unreached(Two):
         (WhileTraining, {"b"}),
         (ByAnArgument, {"b"}),
         (ByACache, {"b"}),
+        (ByARequiredInput, {"b"}),
         (ByAnOptionalInput, set()),
         (Two, set()),
         (OfNoBase, set()),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from brushstroke.base import Base
+from brushstroke.base import Base, require_base
 from brushstroke.data import Template
 from brushstroke.errors import DataError
 from brushstroke.inference.decode import run_requests
@@ -33,6 +33,7 @@ class ChatSession:
 
     Raises:
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
+        ConfigError: a base that is no language model.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ChatSession:
         date: str | None = None,
         allow_different_base: bool = False,
     ) -> None:
+        require_base(base)
         self._base, self._sampling = base, sampling or Sampling()
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self._turns: list[dict[str, Any]] = []

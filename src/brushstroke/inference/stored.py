@@ -9,6 +9,7 @@ import torch
 
 from brushstroke.base import quiet_transformers
 from brushstroke.errors import BaseLoadError
+from brushstroke.hub import hub_or_cache
 from brushstroke.inference.beside import loaded_files
 from brushstroke.inference.shards import DTYPE_NAMES, Header
 
@@ -57,7 +58,7 @@ def _fetched(name: str) -> Path | None:
 
     for patterns in _PATTERNS:
         try:
-            with quiet_transformers():
+            with quiet_transformers(), hub_or_cache():
                 folder = Path(snapshot_download(name, allow_patterns=patterns))
         except Exception:
             return None

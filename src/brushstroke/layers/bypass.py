@@ -45,8 +45,8 @@ def weights_read_by(module: nn.Module) -> dict[str, str]:
     """Path below the module → the method in which the module's class reads that weight by itself.
 
     Everything that `forward` can reach in the class and its bases counts. A branch that the module's own
-    settings switch off is passed over, but for `training`, which comes and goes; so is one that needs an
-    optional input of `forward` other than a cache, which generation brings.
+    settings switch off is passed over, but for `training`, which comes and goes; so is one that an optional
+    input of `forward` opens in place of a call of the module, unless that input is a cache.
 
     >>> weights_read_by(nn.MultiheadAttention(4, 2))
     {'out_proj': 'forward'}
@@ -73,13 +73,17 @@ def run_without_gradients_by(module: nn.Module) -> dict[str, str]:
 
 
 def _live_uses(module: nn.Module, methods: frozenset[str] = frozenset({"forward"})) -> list[_Use]:
-    return [use for use in _uses(type(module), methods) if _is_live(use, module)]
+    uses = _uses(type(module), methods)
+    calls = [use for use in uses if use.calls]
+    return [use for use in uses if _is_live(use, module, [call for call in calls if call.path == use.path])]
 
 
-def _is_live(use: _Use, module: nn.Module) -> bool:
+def _is_live(use: _Use, module: nn.Module, calls: Sequence[_Use]) -> bool:
     for condition in use.conditions:
+        instead = condition._replace(outcome=not condition.outcome)
+        optional = condition.optional if any(instead in call.conditions for call in calls) else ()
         try:
-            known = dict.fromkeys(condition.optional, None) | {"self": module}
+            known = dict.fromkeys(optional, None) | {"self": module}
             outcome = bool(eval(condition.test, {"__builtins__": {}}, known))
         except Exception:  # it depends on more than the module's settings
             continue
@@ -208,7 +212,10 @@ class _Reader(ast.NodeVisitor):
                 self._gradients = _GRADIENTS.fullmatch(name) is not None
 
     def visit_all(self, nodes: Sequence[ast.AST]) -> None:
-        for node in nodes:
+        for place, node in enumerate(nodes):
+            if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Return):
+                self._branch(node.test, node.body, [*node.orelse, *nodes[place + 1 :]])
+                return
             self.visit(node)
 
     def _branch(self, test: ast.expr, then: list[Any], otherwise: list[Any]) -> None:
