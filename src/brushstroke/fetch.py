@@ -39,7 +39,7 @@ def _fetch(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     failure: Exception | None = None
-    with _quiet(), hub_or_cache():
+    with _quiet(), hub_or_cache() as unreachable:
         try:
             listed = HfApi().model_info(name, timeout=PATIENCE).siblings
         except Exception as error:  # no network, none wanted, or no such model: the cache may have it
@@ -57,7 +57,7 @@ def _fetch(name: str) -> Path:
                     "the Hugging Face hub has no model of that name, or a private one (log in: hf auth login)"
                 )
             else:
-                said = " ".join(str(cause).split())[:160] or type(cause).__name__
+                said = unreachable or " ".join(str(cause).split())[:160] or type(cause).__name__
                 found = f"the Hugging Face hub cannot be asked ({said})"
             raise AdapterFileError(
                 f"there is no folder {name}, and {found}; check the name and the network"

@@ -4,7 +4,6 @@ It trains nothing and attaches nothing.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from brushstroke.base.surplus import surplus_tensors
 from brushstroke.base.told import context_length, model_dtype
 from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
-from brushstroke.hub import hub_or_cache, is_cached
+from brushstroke.locate import hub_if_needed, locate_base
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -115,7 +114,7 @@ def load_base(
     limit_kernel_caches()
     target = choose_device(device)
     weights_dtype, _ = choose_dtype(dtype, target)
-    source = _locate(str(name))
+    source = locate_base(str(name))
     where = _where(name, source, revision, trust_remote_code)
     options = {
         "dtype": weights_dtype,
@@ -123,7 +122,7 @@ def load_base(
         "ignore_mismatched_sizes": True,  # they are refused below, by name
     }
     with (
-        _hub_if_needed(str(name), source, revision),
+        hub_if_needed(str(name), source, revision),
         quiet_transformers(),
         _explained(str(name), source, where),
     ):
@@ -169,10 +168,10 @@ def load_tokenizer(
         ConfigError: it is no causal language model, or `max_length` is beyond its context.
         MissingPackageError: a GGUF file without the gguf extra.
     """
-    source = _locate(str(name))
+    source = locate_base(str(name))
     where = _where(name, source, revision, trust_remote_code)
     with (
-        _hub_if_needed(str(name), source, revision),
+        hub_if_needed(str(name), source, revision),
         quiet_transformers(),
         _explained(str(name), source, where),
     ):
@@ -207,64 +206,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
-
-
-@contextmanager
-def _hub_if_needed(name: str, source: Path | None, revision: str | None) -> Iterator[None]:
-    """Context manager: a hub id is read from the cache where the hub cannot be reached.
-
-    Raises:
-        BaseLoadError: it is not there either; said before transformers is imported, and tries for a minute.
-    """
-    if source is not None:
-        yield
-        return
-    with hub_or_cache() as unreachable:
-        if unreachable and not is_cached(name, revision):
-            raise BaseLoadError(
-                f"there is no folder {name!r}, the cache of the Hugging Face hub has no such model, and the "
-                f"hub cannot be reached ({unreachable}); check the spelling and the network"
-            )
-        yield
-
-
-def _locate(name: str) -> Path | None:
-    """The folder or GGUF file that a name means, or None for a hub id."""
-    if not name:
-        raise BaseLoadError("the name of the base is empty; give a model folder, a hub id or a .gguf file")
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise BaseLoadError(
-                f"{name} is a file of an unknown kind; a base is a model folder, a hub id or a .gguf file"
-            )
-        return path
-    if path.is_dir():
-        return _model_in(path)
-    separators = name.count("/") + name.count(os.sep) * (os.sep != "/")
-    if separators > 1 or name.startswith((".", "~", "/")) or name.endswith((".gguf", "/")):
-        raise BaseLoadError(f"there is no file or folder {name!r}; check the path, or give a hub id")
-    return None
-
-
-def _model_in(folder: Path) -> Path:
-    files = {entry.name for entry in folder.iterdir()}
-    if "adapter_config.json" in files:
-        raise BaseLoadError(
-            f"{folder} holds an adapter, not a base model; give the base that it was trained on, "
-            f"and the adapter as --adapter (in Python: load and attach)"
-        )
-    if "config.json" in files:
-        return folder
-    packed = sorted(name for name in files if name.endswith(".gguf"))
-    if len(packed) == 1:
-        return folder / packed[0]
-    if packed:
-        raise BaseLoadError(f"{folder} holds {len(packed)} GGUF files; name one of them: {', '.join(packed)}")
-    raise BaseLoadError(
-        f"{folder} holds no model: expected config.json with weights, or one .gguf file; "
-        f"found {', '.join(sorted(files)[:8]) or 'nothing'}"
-    )
 
 
 def _where(name: str | Path, source: Path | None, revision: str | None, trust_remote_code: bool) -> Where:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from brushstroke.cli.console import emit_json, facts, results
 from brushstroke.cli.values import Whole
 from brushstroke.errors import ConfigError
+from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
     from brushstroke.data import EncodedData, Example
@@ -50,6 +51,7 @@ def data(
     """
     if rows is not None and rows < 0:
         raise ConfigError(f"--rows must not be negative; got {rows}")
+    require_base_files(base)
     from brushstroke.data import ChatFormat, encode, find_columns, find_template, read_rows
 
     read, template = read_rows(data), find_template(chat_template)

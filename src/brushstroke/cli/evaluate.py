@@ -13,6 +13,7 @@ from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
+from brushstroke.locate import require_base_files
 
 BASE = "base"
 COLUMNS = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
@@ -57,6 +58,7 @@ def evaluate(
         date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
     """
     declared = read_tools(tools)
+    require_base_files(base)
     from brushstroke.data import find_columns, find_template, read_rows
 
     rows, template = read_rows(data), find_template(chat_template)

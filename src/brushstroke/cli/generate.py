@@ -17,6 +17,7 @@ from brushstroke.cli.console import emit, emit_json, say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import BrushstrokeError, ConfigError, DataError
+from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
     from brushstroke.inference import Answer
@@ -89,6 +90,7 @@ def generate(
     """
     declared = read_tools(tools)
     asked = _prompts([*texts, *(prompt or ())], prompts, declared)
+    require_base_files(base)
     adapters = load_adapters(adapter)
     asked, names = _rows(asked, list(adapters), use)
     given = (sampling or SamplingOptions()).given()
@@ -146,6 +148,7 @@ def chat(
         date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
     """
     declared = read_tools(tools)
+    require_base_files(base)
     adapters = load_adapters(adapter)
     given = (sampling or SamplingOptions()).given()
     options = options or BaseOptions()

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, facts, results, share, tell
 from brushstroke.cli.options import Dtype
+from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
     from brushstroke.inference import ExportReport
@@ -41,6 +42,7 @@ def merge(
     from brushstroke.files import refuse_existing
 
     refuse_existing(out.expanduser(), overwrite)
+    require_base_files(base)
     value = load_adapter(adapter)
     from brushstroke.inference import merge_folder
 

@@ -19,6 +19,7 @@ from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, require
+from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
     from brushstroke.studies import Material, Progress, Study
@@ -173,6 +174,8 @@ def study(
     _refuse_misplaced(question, {**vars(given), **vars(files)})
     if settings.seeds is not None and settings.seeds < 1:
         raise ConfigError(f"--seeds is how many there are, at least 1; got {settings.seeds}")
+    if base is not None:
+        require_base_files(base)
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")

@@ -23,6 +23,7 @@ from brushstroke.cli.options import (
 from brushstroke.cli.plan_text import print_plan
 from brushstroke.cli.progress import TrainProgress, clock
 from brushstroke.errors import ConfigError, NonFiniteError
+from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
     from brushstroke.training.folder import RunFolder
@@ -51,6 +52,7 @@ def train(
         overwrite: Replace an earlier run in --out; files of other names stay.
     """
     run, reading, adapter = run or RunOptions(), reading or DataOptions(), adapter or AdapterOptions()
+    require_base_files(base)
     request = _Request(data, adapter, training, reading)
     from brushstroke.training.folder import RunFolder, refuse_base
 
@@ -115,6 +117,7 @@ def plan(
         overwrite: As for train.
     """
     run, reading = run or RunOptions(), reading or DataOptions()
+    require_base_files(base)
     request = _Request(data, adapter or AdapterOptions(), training, reading)
     request.judge(base, run.trust_remote_code)
     loaded, why = _load(base, run)

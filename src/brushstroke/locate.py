@@ -1,0 +1,89 @@
+"""Where a base lies: in a folder, in a GGUF file, or on the Hugging Face hub.
+
+It reads no model, and loads neither torch nor transformers.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from brushstroke.errors import BaseLoadError
+from brushstroke.hub import hub_or_cache, is_cached
+
+
+def require_base_files(name: str) -> None:
+    """Refuse a name under which no base can be found; takes no time where it can.
+
+    Raises:
+        BaseLoadError: there is no such file or folder, it holds no model, or the hub is out of reach.
+    """
+    with hub_if_needed(name, locate_base(name)):
+        pass
+
+
+def locate_base(name: str) -> Path | None:
+    """The folder or GGUF file that a name means, or None for a hub id.
+
+    Raises:
+        BaseLoadError: there is no such file or folder, or it holds no model.
+    """
+    if not name:
+        raise BaseLoadError("the name of the base is empty; give a model folder, a hub id or a .gguf file")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BaseLoadError(
+                f"{name} is a file of an unknown kind; a base is a model folder, a hub id or a .gguf file"
+            )
+        return path
+    if path.is_dir():
+        return _model_in(path)
+    separators = name.count("/") + name.count(os.sep) * (os.sep != "/")
+    if separators > 1 or name.startswith((".", "~", "/")) or name.endswith((".gguf", "/")):
+        raise BaseLoadError(f"there is no file or folder {name!r}; check the path, or give a hub id")
+    return None
+
+
+def _model_in(folder: Path) -> Path:
+    files = {entry.name for entry in folder.iterdir()}
+    if "adapter_config.json" in files:
+        raise BaseLoadError(
+            f"{folder} holds an adapter, not a base model; give the base that it was trained on, "
+            f"and the adapter as --adapter (in Python: load and attach)"
+        )
+    if "config.json" in files:
+        return folder
+    packed = sorted(name for name in files if name.endswith(".gguf"))
+    if len(packed) == 1:
+        return folder / packed[0]
+    if packed:
+        raise BaseLoadError(f"{folder} holds {len(packed)} GGUF files; name one of them: {', '.join(packed)}")
+    raise BaseLoadError(
+        f"{folder} holds no model: expected config.json with weights, or one .gguf file; "
+        f"found {', '.join(sorted(files)[:8]) or 'nothing'}"
+    )
+
+
+@contextmanager
+def hub_if_needed(name: str, source: Path | None, revision: str | None = None) -> Iterator[None]:
+    """Context manager: a hub id is read from the cache where the hub cannot be reached.
+
+    Args:
+        name: the base, as the user named it.
+        source: where `locate_base` found it.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        BaseLoadError: it is not there either; the hub's own clients try for a minute.
+    """
+    if source is not None:
+        yield
+        return
+    with hub_or_cache() as unreachable:
+        if unreachable and not is_cached(name, revision):
+            raise BaseLoadError(
+                f"there is no folder {name!r}, the cache of the Hugging Face hub has no such model, and the "
+                f"hub cannot be reached ({unreachable}); check the spelling and the network"
+            )
+        yield
