@@ -32,7 +32,7 @@ _ANSWERS = {  # names of columns that may hold what should be trained
 _JUDGEMENTS = {  # names of columns that say what a text is, or how good an answer is
     *("label", "labels", "category", "class", "sentiment", "intent", "score", "scores", "rating", "stars"),
     *("rank", "reward", "preference", "chosen", "rejected", "correct", "is_correct", "accepted", "quality"),
-    *("feedback", "verdict", "train", "weight"),
+    *("feedback", "verdict", "train", "weight", "loss", "mask", "masked", "train_detail", "refusal"),
 }
 
 
@@ -117,6 +117,28 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
         else:
             continue
         told.append(f"{rows.name}: the column {name!r} is not used, and looks like {meaning}")
+    return told
+
+
+def key_doubts(keys: Iterable[str], name: str) -> list[str]:
+    """Warnings: unused keys of messages that look like an answer, a label or a preference.
+
+    Args:
+        keys: of messages, that neither we nor the template use.
+        name: of the data set.
+    """
+    told = []
+    for key in keys:
+        if key.lower() in _ANSWERS:
+            meaning = "an answer: what is trained is 'content'"
+        elif key.lower() in _JUDGEMENTS:
+            meaning = (
+                "a judgement: every assistant turn is trained as a good answer; give those that are not "
+                '"weight": 0 or "train": false'
+            )
+        else:
+            continue
+        told.append(f"{name}: the key {key!r} of messages is not used, and looks like {meaning}")
     return told
 
 

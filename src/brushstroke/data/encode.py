@@ -6,11 +6,20 @@ It does not group examples into batches: that is the training step's business.
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import Any
 
 from brushstroke.data.chat import ChatFormat
 from brushstroke.data.checks import kind_of
-from brushstroke.data.columns import Columns, doubts, find_columns, read_row, read_text, refuse_context
+from brushstroke.data.columns import (
+    Columns,
+    doubts,
+    find_columns,
+    key_doubts,
+    read_row,
+    read_text,
+    refuse_context,
+)
 from brushstroke.data.examples import EncodedData, EncodingReport, Example
 from brushstroke.data.files import Row
 from brushstroke.data.limit import keep_within
@@ -66,7 +75,8 @@ def encode(
         ConfigError: the limit is below 2 tokens.
 
     Warns:
-        DataWarning: columns that are not used look like answers, or there is no end token.
+        DataWarning: columns or keys that are not used look like answers or judgements, or there is no end
+            token.
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(
@@ -87,7 +97,7 @@ def encode(
         chat = given if isinstance(given, ChatFormat) else ChatFormat(tokenizer, find_template(given))
         written = _Writer(chat, columns, need_trained, split_turns, tools)
         examples = _tokenise(chat, _collect(rows, written.write))
-    for doubt in (*doubts(columns, rows), *written.doubts):
+    for doubt in (*doubts(columns, rows), *written.doubts(rows)):
         warnings.warn(doubt, DataWarning, stacklevel=2)
     kept, skipped = keep_within(rows, examples, max_length, skip_too_long, need_trained)
     report = _report(rows, written, kept, skipped)
@@ -149,7 +159,20 @@ class _Written:
         self.notes: dict[str, None] = {}
         self.ends: dict[str, None] = {}
         self.begins: tuple[str, ...] = ()
-        self.doubts: tuple[str, ...] = ()
+        self.endless = False
+        self.empty: list[int] = []
+
+    def doubts(self, rows: Rows) -> list[str]:
+        """Warnings about the rows."""
+        told = key_doubts(self.unused_keys, rows.name)
+        return [*told, NO_END] if self.endless else told
+
+    def said(self) -> tuple[str, ...]:
+        """Notes about the rows."""
+        if not self.empty:
+            return tuple(self.notes)
+        shown = ", ".join(map(str, self.empty[:_SHOWN])) + (", ..." if len(self.empty) > _SHOWN else "")
+        return (*self.notes, f"answers without a text are trained as their end alone (rows {shown})")
 
 
 class _Writer(_Written):
@@ -166,13 +189,15 @@ class _Writer(_Written):
         if joined or columns.kind == "text":
             self.ends = dict.fromkeys(_texts(chat.tokenizer, chat.end_ids))
             self.begins = _texts(chat.tokenizer, chat.begin_ids)
-            self.doubts = () if chat.end_ids else (NO_END,)
+            self.endless = not chat.end_ids
         else:
             self.ends = dict.fromkeys(chat.stop_texts)
-            self.doubts = () if chat.stop_texts else (NO_END,)
+            self.endless = not chat.stop_texts
 
     def _conversation(self, row: Row, number: int, where: str) -> tuple[tuple[Piece, ...], ...]:
         conversation = read_row(row, self.columns, where, tools=self.tools)
+        if any(starmap(_is_empty, zip(conversation.messages, conversation.trained, strict=True))):
+            self.empty.append(number)
         written = self.chat.write(
             conversation, where=where, need_trained=self.need_trained, split_turns=self.split_turns
         )
@@ -184,6 +209,8 @@ class _Writer(_Written):
     def _pair(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
         refuse_context(row, self.columns, where)
         prompt, completion = (read_text(row, column, where) for column in self.columns.names)
+        if not completion.strip():
+            self.empty.append(number)
         end = Piece("", True, "completion", ids=self.chat.end_ids)
         return [(*self.chat.plain_prompt(prompt), Piece(completion, True, "completion"), end)]
 
@@ -191,6 +218,12 @@ class _Writer(_Written):
         begin = Piece("", False, "text", ids=self.chat.begin_ids)
         text = Piece(read_text(row, self.columns.names[0], where), True, "text", after=None)
         return [(begin, text, Piece("", True, "text", ids=self.chat.end_ids))]
+
+
+def _is_empty(message: Mapping[str, Any], trained: bool) -> bool:
+    """Whether an answer to learn has neither text nor reasoning nor calls."""
+    says = any(message.get(key) for key in ("reasoning_content", "tool_calls"))
+    return trained and not says and not message["content"].strip()
 
 
 def _tokenise(chat: ChatFormat, written: list[tuple[int, tuple[Piece, ...]]]) -> list[Example]:
@@ -228,7 +261,7 @@ def _report(rows: Rows, written: _Written, kept: Sequence[Example], skipped: Seq
         read_as=columns.read_as,
         unused_columns=columns.unused,
         unused_keys=tuple(written.unused_keys),
-        notes=tuple(written.notes),
+        notes=written.said(),
     )
 
 
