@@ -19,12 +19,11 @@ from stock_templates import stock_templates, tokenizer_for
 
 SEED = int(os.environ.get("BRUSHSTROKE_TEST_SEED", "0"))
 WHOLE = bool(os.environ.get("BRUSHSTROKE_SWEEP"))
-SAMPLE = 90  # cells of the 492 in `make test`
+SAMPLE = 130  # cells of the 820 in `make test`
 WORDS = (
     "river",
     "Bern",
     "tide",
-    "Brest",
     "été",
     "naïve",
     "don't",
@@ -33,7 +32,6 @@ WORDS = (
     "x & y",
     "[1]",
     "{b}",
-    "42",
 )
 
 
@@ -43,7 +41,7 @@ class Cell:
 
     messages: list
     tools: list | None = None
-    answers: list = field(default_factory=list)  # for each: the texts that are trained
+    answers: list = field(default_factory=list)  # for each: the texts that are trained, or ways to write one
     context: list = field(default_factory=list)  # texts that stand in the example and are not trained
 
 
@@ -100,6 +98,97 @@ def reasoning(draw):
     return Cell([{"role": "user", "content": asked}, answer], None, [[why, said]], [asked])
 
 
+TYPES = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
+
+
+def tool_of(arguments):
+    """The declaration of a function that takes these."""
+    properties = {
+        key: {"type": "null" if value is None else TYPES[type(value)]} for key, value in arguments.items()
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    function = {"name": "get_tide", "description": "High water", "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+def calls(*given):
+    """A conversation with these calls in one message."""
+
+    def make(draw):
+        asked, said = words(draw), words(draw)
+        arguments = [drawn(entry, draw) for entry in given]
+        made = [
+            {
+                "id": f"call0000{number}",
+                "type": "function",
+                "function": {"name": "get_tide", "arguments": entry},
+            }
+            for number, entry in enumerate(arguments, start=1)
+        ]
+        results = [f"{draw.randrange(24)}:{draw.randrange(60):02d}, {number}" for number in range(len(made))]
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "", "tool_calls": made},
+            *(
+                {"role": "tool", "name": "get_tide", "tool_call_id": call["id"], "content": result}
+                for call, result in zip(made, results, strict=True)
+            ),
+            {"role": "assistant", "content": said},
+        ]
+        trained = ["get_tide", *(text for entry in arguments for text in texts_in(entry))]
+        return Cell(messages, [tool_of(arguments[0])], [trained, [said]], [asked, *results])
+
+    return make
+
+
+def drawn(value, draw):
+    if isinstance(value, dict):
+        return {key: drawn(inner, draw) for key, inner in value.items()}
+    return value(draw) if callable(value) else value
+
+
+def texts_in(value):
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() for text in (key, *texts_in(inner))]
+    if isinstance(value, list):
+        return [text for inner in value for text in texts_in(inner)]
+    written = json.dumps(value)
+    return [value] if isinstance(value, str) else [(written, str(value))]
+
+
+def city(draw):
+    return draw.choice(("Brest", "Saint-Malo", "Le Havre"))
+
+
+def mixed(draw):
+    """Two answers, of which the last alone has reasoning, and a question at the end."""
+    cell = plain(draw)
+    why, last = words(draw), words(draw)
+    cell.messages[3]["reasoning_content"] = why
+    cell.messages.append({"role": "user", "content": last})
+    return Cell(cell.messages, None, [cell.answers[0], [why, *cell.answers[1]]], cell.context)
+
+
+def blank_thought(draw):
+    cell = plain(draw)
+    cell.messages[1]["reasoning_content"], cell.messages[3]["reasoning"] = "", " \n"
+    return cell
+
+
+def weighed(draw):
+    cell = plain(draw)
+    cell.messages[1]["weight"] = 0
+    return Cell(cell.messages, None, [cell.answers[1]], [*cell.context, *cell.answers[0]])
+
+
+def reasons_and_calls(draw):
+    cell = calls({"harbour": city})(draw)
+    why = words(draw)
+    cell.messages[1]["reasoning"] = why
+    cell.answers[0].append(why)
+    return cell
+
+
 def called(content, as_text):
     def make(draw):
         asked, result, said = words(draw), f"{draw.randrange(24)}:{draw.randrange(60):02d}", words(draw)
@@ -145,6 +234,17 @@ KINDS = {
     "call, empty content": called("", False),
     "null keys": nulls,
 }
+COMMON = tuple(KINDS)
+KINDS |= {
+    "booleans and nulls": calls({"harbour": city, "exact": True, "old": False, "unit": None}),
+    "nested arguments": calls({"place": {"harbour": city, "depths": [71.5, 3]}, "tags": ["calm", "deep"]}),
+    "no arguments": calls({}),
+    "two calls": calls({"harbour": city}, {"harbour": "Roscoff"}),
+    "reasoning and call": reasons_and_calls,
+    "late reasoning, open end": mixed,
+    "blank reasoning": blank_thought,
+    "weight 0": weighed,
+}
 
 
 def cells():
@@ -184,14 +284,14 @@ def row_of(cell):
 
 def check(tokenizer, given, other, split=False):
     chat = ChatFormat(tokenizer)
-    answers = [i for i, message in enumerate(given.messages) if message["role"] == "assistant"]
+    answers = [i for i, turn in enumerate(given.messages) if turn["role"] == "assistant" and is_learnt(turn)]
     data, elsewhere = (encode([row_of(cell)], tokenizer, split_turns=split) for cell in (given, other))
     trained, others = trained_texts(tokenizer, data), trained_texts(tokenizer, elsewhere)
     assert len(trained) == len(answers)
     for number, ((example, start, said), index) in enumerate(zip(trained, answers, strict=True)):
         expected = given.answers[number]
         for text in expected:
-            assert text in said, (text, said)
+            assert any(way in said for way in ways(text)), (text, said)
         assert said.endswith(chat.stop_texts), said
         assert frame(said, expected) == frame(others[number][2], other.answers[number]), said
         prompt = chat.prompt_tokens(given.messages[:index], tools=given.tools)
@@ -203,9 +303,18 @@ def check(tokenizer, given, other, split=False):
     return data
 
 
+def is_learnt(turn):
+    return turn.get("weight") != 0
+
+
+def ways(text):
+    """How a value may be written."""
+    return (text,) if isinstance(text, str) else text
+
+
 def frame(said, expected):
     """What of an answer the template wrote, the same whatever the words of the row are."""
-    for text in sorted(expected, key=len, reverse=True):
+    for text in sorted({way for value in expected for way in ways(value)}, key=len, reverse=True):
         said = said.replace(text, "·")
     return "".join(said.split())
 
@@ -230,9 +339,20 @@ def not_carried(tokenizer, given):
             text = tokenizer.apply_chat_template(messages, tools=given.tools, tokenize=False)
         except Exception:
             continue
-        if all(value in text for value in values) and "'type'" not in text:
+        carried = all(any(way in text for way in ways(value)) for value in values) and "'type'" not in text
+        if carried and has_calls(tokenizer, given, text):
             return False
     return True
+
+
+def has_calls(tokenizer, given, text):
+    """Whether the function's name stands in a text more often than in the declarations."""
+    if not given.tools:
+        return True
+    declared = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tools=given.tools, tokenize=False
+    )
+    return text.count("get_tide") > declared.count("get_tide")
 
 
 def restated(message, content, arguments, key, as_system):
@@ -240,8 +360,9 @@ def restated(message, content, arguments, key, as_system):
     text = made.get("content", "")
     text = text if isinstance(text, str) else "".join(part["text"] for part in text)
     made["content"] = [{"type": "text", "text": text}] if content == "parts" else text
-    if "reasoning_content" in made:
-        made[key] = made.pop("reasoning_content")
+    for name in ("reasoning_content", "reasoning"):
+        if why := made.pop(name, "").strip():
+            made[key] = why
     if as_system and made["role"] == "developer":
         made["role"] = "system"
     for call in made.get("tool_calls", ()):
@@ -255,7 +376,7 @@ def restated(message, content, arguments, key, as_system):
 @pytest.mark.skipif(not WHOLE, reason="counts the whole sweep, for make sweep")
 def test_the_refused_cells_are_those_whose_template_cannot_carry_them(capsys):
     refused = {}
-    for name, kind in itertools.product(sorted(stock_templates()), KINDS):
+    for name, kind in itertools.product(sorted(stock_templates()), COMMON):
         given = KINDS[kind](random.Random(f"{name} {kind} {SEED}"))
         try:
             encode([row_of(given)], tokenizer_for(stock_templates()[name]))
@@ -264,5 +385,5 @@ def test_the_refused_cells_are_those_whose_template_cannot_carry_them(capsys):
     with capsys.disabled():
         for (name, kind), message in refused.items():
             print(f"\n{name} × {kind}: {message}", end="")
-        print(f"\n{len(refused)} of {len(stock_templates()) * len(KINDS)} cells are refused")
+        print(f"\n{len(refused)} of {len(stock_templates()) * len(COMMON)} cells are refused")
     assert len(refused) <= 100
