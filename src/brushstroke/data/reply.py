@@ -69,7 +69,7 @@ class _CallFrame:
         middle: between the name and the arguments.
         key_end: for pairs, between the name of an argument and its value.
         between: for pairs, between a value and the next name.
-        after: behind the last call.
+        after: behind the arguments of the last call.
         is_json: whether the arguments are a JSON object.
         spelling: for pairs, how texts are written.
         with_content: whether an answer with calls has content too.
@@ -112,10 +112,9 @@ class ReplyReader:
         found = _find_calls(text, frame, tools) if frame is not None else None
         if frame is None or found is None:
             return self._without_calls(text)
-        before, calls = found
-        reply = self._matched(before, (f for f in self._frames if f.has_reasoning))
-        reply = reply or self._without_calls(before.removesuffix(frame.lead.strip()))
-        content = reply.content if frame.with_content else ""
+        before, calls, behind = found
+        reply = self._with_reasoning(before) or self._without_calls(before.removesuffix(frame.lead.strip()))
+        content = reply.content + self._plain(behind) if frame.with_content else ""
         return replace(reply, content=content, tool_calls=tuple(calls), typed=frame.is_json)
 
     def _matched(self, text: str, frames: Iterable[_Frame]) -> Reply | None:
@@ -127,13 +126,16 @@ class ReplyReader:
                 )
         return None
 
+    def _with_reasoning(self, text: str) -> Reply | None:
+        return self._matched(text, (frame for frame in self._frames if frame.has_reasoning))
+
     def _without_calls(self, text: str) -> Reply:
-        if (matched := self._matched(text, self._frames)) is not None:
+        if (matched := self._with_reasoning(text)) is not None:
             return matched
         unfinished = next((f for f in self._frames if f.has_reasoning and f.opening.strip()), None)
         if unfinished is not None and text.lstrip().startswith(unfinished.opening.strip()):
             return Reply("", self._plain(text.lstrip().removeprefix(unfinished.opening.strip())).strip())
-        return Reply(self._plain(text))
+        return self._matched(text, self._frames) or Reply(self._plain(text))
 
     def _plain(self, text: str) -> str:
         return self._special.sub("", text)
@@ -177,7 +179,9 @@ class ReplyReader:
         shape["with_content"] = with_text is not None
         if not before.strip():
             return None
-        if (start := _json_start(middle, after)) is not None:
+        if (found := _json_place(middle, after)) is not None:
+            start, stop = found
+            shape["after"] = after[stop:]
             return _CallFrame(middle=middle[:start], key_end="", between="", is_json=True, **shape)
         further = pairs[_last_name(pairs) + 3].text
         if (
@@ -241,22 +245,23 @@ def _common_end(one: str, other: str) -> str:
     return one[len(one) - length :]
 
 
-def _json_start(middle: str, after: str) -> int | None:
-    """Where in the text behind a name the arguments begin, if they are one JSON object."""
+def _json_place(middle: str, after: str) -> tuple[int, int] | None:
+    """Where arguments that are JSON begin in the text behind a name, and end in the text behind a value."""
     for match in re.finditer(r"\{", middle):
+        opened = f"{middle[match.start() :]}x"
         try:
-            found, _ = json.JSONDecoder().raw_decode(f"{middle[match.start() :]}x{after}")
+            found, stop = json.JSONDecoder().raw_decode(opened + after)
         except ValueError:
             continue
         if found == {_KEY: "x"}:
-            return match.start()
+            return match.start(), stop - len(opened)
     return None
 
 
 def _find_calls(
     text: str, frame: _CallFrame, tools: Sequence[Any]
-) -> tuple[str, list[dict[str, Any]]] | None:
-    """What stands before the first call, and the calls; None where one of them is not whole."""
+) -> tuple[str, list[dict[str, Any]], str] | None:
+    """What stands before the calls, they, and what stands behind; None where one of them is not whole."""
     opener = re.compile(_flexible(frame.before))
     first = opener.search(text)
     if first is None:
@@ -268,7 +273,9 @@ def _find_calls(
             return None
         call, position = read
         calls.append(call)
-    return text[: first.start()].rstrip(), calls
+    if closing := re.compile(_flexible(frame.after)).match(text, position):
+        position = closing.end()
+    return text[: first.start()].rstrip(), calls, text[position:].strip()
 
 
 def _json_call(
