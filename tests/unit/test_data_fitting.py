@@ -1,0 +1,145 @@
+"""A row is written in the first form in which its template prints all of it, or refused with the reason."""
+
+import data_tokenizers as have
+import pytest
+
+from brushstroke.data import ChatFormat, encode, segments
+from brushstroke.data.json_values import as_json, read_options, read_tools, without_nulls
+from brushstroke.errors import DataError
+
+QUESTION = {"role": "user", "content": "What time is it?"}
+ANSWER = {"role": "assistant", "content": "It is noon."}
+ENDED = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OPENED = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+
+
+def trained(template, messages, **row):
+    """The trained texts of every example, and that each is asked with what stands before it."""
+    tokenizer = have.byte_level(template)
+    data = encode([{"messages": messages, **row}], tokenizer)
+    return [
+        tokenizer.decode(example.tokens[start:stop])
+        for example in data
+        for start, stop, learnt in segments(example)
+        if learnt
+    ]
+
+
+def refused(template, messages, *fragments, **row):
+    with pytest.raises(DataError) as caught:
+        encode([{"messages": messages, **row}], have.byte_level(template))
+    for fragment in ("row 1", *fragments):
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("thought", ["", " \n"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_blank_thought_is_no_thought(thought, name):
+    template = OPENED + "{{ m.content }}" + ENDED
+    assert trained(template, [QUESTION, ANSWER | {name: thought}]) == ["It is noon.<|im_end|>"]
+
+
+def test_a_blank_message_is_refused_where_the_template_would_lose_what_it_could_say():
+    template = OPENED.replace("messages", "messages if m.role != 'system'") + "{{ m.content }}" + ENDED
+    for content in ("", " "):
+        messages = [{"role": "system", "content": content}, QUESTION, ANSWER]
+        refused(template, messages, "does not print the content of message 1 (system)")
+    assert trained(template, [QUESTION, ANSWER]) == ["It is noon.<|im_end|>"]
+
+
+def test_a_template_that_never_asks_otherwise_is_cut_behind_the_header_of_its_answers():
+    """A header after every turn, whoever speaks next, as where `add_generation_prompt` is not read."""
+    header = "{% if m.role == 'user' %}<|assistant|>{% endif %}"
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>" + header + "{% endfor %}"
+    assert trained(template, [QUESTION, ANSWER]) == ["It is noon.<|im_end|>"]
+    chat = ChatFormat(have.byte_level(template))
+    assert chat.tokenizer.decode(chat.prompt_tokens([QUESTION])) == "What time is it?<|im_end|><|assistant|>"
+
+
+def test_a_header_that_is_repeated_behind_every_answer_is_not_trained():
+    template = "{% for m in messages %}{{ m.content }}<|im_end|><|assistant|>{% endfor %}"
+    tokenizer = have.byte_level(template)
+    assert trained(template, [QUESTION, ANSWER]) == ["It is noon.<|im_end|>"]
+    assert ChatFormat(tokenizer).stop_texts == ("<|im_end|>",)
+
+
+def test_a_header_that_no_prompt_has_is_left_to_the_answer():
+    """The template alone writes it, together with the answer: a model that is asked has to write it too."""
+    template = OPENED + "{{ m.content }}<|im_end|>\n{% endfor %}"
+    assert trained(template, [QUESTION, ANSWER]) == ["<|im_start|>assistant\nIt is noon.<|im_end|>"]
+    chat = ChatFormat(have.byte_level(template))
+    prompt = chat.tokenizer.decode(chat.prompt_tokens([QUESTION]))
+    assert prompt == "<|im_start|>user\nWhat time is it?<|im_end|>\n"
+    assert chat.read_reply("<|im_start|>assistant\nIt is noon.").content == "It is noon."
+
+
+def test_a_template_that_looks_into_values_is_outlined_with_them():
+    template = OPENED + "{% if 'noon' in m.content %}<|begin|>{% endif %}{{ m.content }}" + ENDED
+    assert trained(template, [QUESTION, ANSWER]) == ["<|begin|>It is noon.<|im_end|>"]
+    assert trained(template, [QUESTION, ANSWER | {"content": "Late."}]) == ["Late.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "change", ["| upper", "| replace('noon', 'midnight')", "[:5]", "| first", "| length", "| string | list"]
+)
+def test_a_template_that_changes_a_content_is_refused(change):
+    refused(OPENED + "{{ m.content " + change + " }}" + ENDED, [QUESTION, ANSWER], "cannot write this row")
+
+
+def test_white_space_that_a_template_takes_off_is_said():
+    tokenizer = have.byte_level(OPENED + "{{ m.content | trim }}" + ENDED)
+    spaced = [QUESTION, ANSWER | {"content": "  It is noon.\n"}]
+    assert any("white space" in note for note in encode([{"messages": spaced}], tokenizer).report.notes)
+    assert not encode([{"messages": [QUESTION, ANSWER]}], tokenizer).report.notes
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"a": None, "b": {"c": None, "d": [None, {"e": None}]}}, {"b": {"d": [None, {}]}}),
+        ([{"a": None}], [{}]),
+        ({"a": False, "b": 0, "c": "", "d": []}, {"a": False, "b": 0, "c": "", "d": []}),
+        (None, None),
+    ],
+)
+def test_nulls_of_objects_are_left_out_and_no_other_value(value, expected):
+    assert without_nulls(value) == expected
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "null"}, {"type": ["string", "null"]}, {"nullable": True}, {"anyOf": [{"type": "null"}]}],
+)
+def test_a_null_that_the_schema_allows_is_kept(schema):
+    whole = {"type": "object", "properties": {"a": schema, "b": {"type": "string"}}}
+    assert without_nulls({"a": None, "b": None}, whole) == {"a": None}
+    inside = {"properties": {"list": {"items": whole}}}
+    assert without_nulls({"list": [{"a": None, "b": None}]}, inside) == {"list": [{"a": None}]}
+
+
+@pytest.mark.parametrize(
+    ("tools", "fragment"),
+    [
+        ([None], "tool 1 is null"),
+        ([{"type": "function", "function": {"description": "x"}}], "tool 1 has no function name"),
+        ([{"name": "a", "parameters": ["x"]}], "'parameters' is a list"),
+        ([{"name": "a", "parameters": {"properties": ["x"]}}], "'properties' is a list"),
+        ([{"name": "a", "parameters": {1, 2}}], "cannot be written as JSON"),
+        ({"name": "a"}, "expected a list"),
+    ],
+)
+def test_malformed_tools_are_refused(tools, fragment):
+    with pytest.raises(DataError, match=fragment):
+        read_tools(tools, "row 1")
+
+
+def test_variables_that_a_template_is_given_otherwise_are_refused():
+    assert read_options('{"thinking": true, "style": null}', "row 1") == {"thinking": True}
+    for name in ("messages", "tools", "add_generation_prompt", "strftime_now"):
+        with pytest.raises(DataError, match=f"cannot hold '{name}'"):
+            read_options({name: 1}, "row 1")
+
+
+def test_half_a_character_is_refused_wherever_it_stands():
+    with pytest.raises(DataError, match="surrogate"):
+        as_json({"a": ["\ud800"]}, "row 1")
