@@ -128,6 +128,29 @@ def test_a_column_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, 
         assert any(fragment in str(one.message) for one in caught), [str(one.message) for one in caught]
 
 
+@pytest.mark.parametrize(
+    ("fields", "fragments"),
+    [
+        ({"label": False}, ("the key 'label'", "judgement", '"weight": 0')),
+        ({"rating": 1}, ("the key 'rating'", "judgement")),
+        ({"response": "noon"}, ("the key 'response'", "an answer", "'content'")),
+    ],
+)
+def test_a_key_of_messages_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, fields, fragments):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "noon", **fields}]
+    with pytest.warns(DataWarning) as caught:
+        encode([{"messages": messages}], chatml)
+    for fragment in fragments:
+        assert fragment in str(caught[0].message)
+
+
+def test_answers_without_a_text_are_noted_with_their_rows(chatml):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}]
+    (note,) = encode(rows, chatml).report.notes
+    assert "their end alone (rows 2)" in note
+    assert not encode(rows[:1], chatml).report.notes
+
+
 def test_conversations_under_another_name_are_told_what_is_read(chatml):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     refused(row, chatml, "'conversations' holds objects", "read from 'messages'", "expected 'messages'")

@@ -73,6 +73,43 @@ def test_a_header_that_no_prompt_has_is_left_to_the_answer():
     assert chat.read_reply("<|im_start|>assistant\nIt is noon.").content == "It is noon."
 
 
+def test_a_prompt_that_lacks_a_line_end_is_asked_as_it_was_trained():
+    """Between a question and the header of its answer a line end stands only if the answer is there too."""
+    template = (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{% if not loop.last %}\n\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    )
+    assert trained(template, [QUESTION, ANSWER]) == ["It is noon.<|im_end|>"]
+    chat = ChatFormat(have.byte_level(template))
+    prompt = chat.tokenizer.decode(chat.prompt_tokens([QUESTION]))
+    assert prompt == "### user:\nWhat time is it?\n### assistant:\n"
+
+
+def test_an_answer_that_goes_on_behind_a_result_is_asked_as_it_was_trained():
+    """The template opens a turn when it asks, and not where it writes what follows the result of a tool."""
+    template = (
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}"
+        "{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|>"
+        "{% elif m.tool_calls %}[{{ m.tool_calls[0].function | tojson }}]"
+        "{% else %}{{ m.content }}{{ '<|im_end|>' if m.role == 'assistant' else '' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'user' %}<|assistant|>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = [QUESTION, called, {"role": "tool", "name": "clock", "content": "12:00"}, ANSWER]
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    assert trained(template, messages, tools=tools)[1] == "It is noon.<|im_end|>"
+    chat = ChatFormat(have.byte_level(template))
+    asked = chat.tokenizer.decode(chat.prompt_tokens(messages[:3], tools=tools))
+    assert asked.endswith("12:00")
+
+
+def test_words_that_a_template_writes_behind_every_conversation_are_never_trained():
+    behind = "{% endfor %}<|begin|>Answer in one word.<|im_end|>"
+    template = OPENED + "{{ m.content }}" + ENDED.replace("{% endfor %}", behind)
+    refused(template, [QUESTION, ANSWER], "'Answer in one word' behind every conversation")
+
+
 def test_a_template_that_looks_into_values_is_outlined_with_them():
     template = OPENED + "{% if 'noon' in m.content %}<|begin|>{% endif %}{{ m.content }}" + ENDED
     assert trained(template, [QUESTION, ANSWER]) == ["<|begin|>It is noon.<|im_end|>"]

@@ -18,9 +18,11 @@ from brushstroke.data.outline import SPELLINGS, Outline, Segment, Sketch, read_o
 from brushstroke.data.template import (
     ChatTemplate,
     TemplateRefusal,
+    common_end,
     common_opening,
     common_start,
     last_marker,
+    words_behind_marker,
 )
 
 KNOWN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", SPLIT)
@@ -293,6 +295,10 @@ class LayoutFinder:
         last = max((s.stop for s in own), default=start)
         is_text = not own or outline.sketch.slots[own[-1].slot or 0].part in ("content", "reasoning")
         whole = alone.text[last:].removesuffix(self.repeated) if self.repeated else alone.text[last:]
+        if index and (
+            words := words_behind_marker(common_end(outline(index).text, whole), self.known_markers)
+        ):
+            raise Unproven(f"it writes {words[:40]!r} behind every conversation, the answer too")
         for closing in (self._lasting(index, alone, last, outline)[: len(whole)], whole):
             answer = alone.text[start : last + len(closing)]
             if marker := last_marker(closing, answer, self.known_markers, is_text=is_text):
@@ -312,7 +318,7 @@ class LayoutFinder:
                 return len(asked)
             before = max((s.stop for s in self.outline(index).segments if s.slot is not None), default=0)
             first = min((place for place in own if place >= before), default=len(alone.text))
-            common = common_opening(asked, alone.text, first)
+            common = common_opening(asked, alone.text, before, first)
             if common >= before and self.outline(index).text[:before] == alone.text[:before]:
                 return self._behind_opening(alone.text, common, first)
         raise Unproven(

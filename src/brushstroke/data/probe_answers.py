@@ -56,7 +56,7 @@ def asked_as_answered(template: ChatTemplate) -> ChatTemplate:
         before = max((s.stop for s in question.segments if s.slot is not None), default=0)
         first = min(s.start for s in answer.segments if s.start >= before and s.slot is not None)
         contents = [s.start for s in answer.segments if s.slot is not None][-1]
-        common = common_opening(question.text, answer.text, contents)
+        common = common_opening(question.text, answer.text, before, contents)
         if common < before or question.text[:before] != answer.text[:before]:
             return template  # nobody can tell where an answer begins
         openings.append((question.text, answer.text, before, first, contents))

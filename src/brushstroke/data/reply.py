@@ -16,7 +16,7 @@ from brushstroke.data.layout import LayoutFinder, Unproven
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.outline import Slot
 from brushstroke.data.probe_answers import CALL, QUESTION, forms_for
-from brushstroke.data.template import ChatTemplate, TemplateRefusal
+from brushstroke.data.template import ChatTemplate, TemplateRefusal, common_end
 
 _KEY, _SECOND_KEY = "where", "whom"  # in the order of the alphabet: some templates sort
 _RESULT = {"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": "x"}
@@ -169,10 +169,10 @@ class ReplyReader:
         with_text = _outlined(self.template, [QUESTION, {**_calling(), "content": "x"}])
         name = _last_name(one)
         lead, middle = one[name - 1].text if name else "", one[name + 1].text
-        before = lead if with_text is None else _common_end(lead, with_text[_last_name(with_text) - 1].text)
+        before = lead if with_text is None else common_end(lead, with_text[_last_name(with_text) - 1].text)
         last = two[_last_name(two) - 1].text if two is not None else before
-        many = two is not None and bool(_common_end(before, last).strip())
-        before = _common_end(before, last) if many else before
+        many = two is not None and bool(common_end(before, last).strip())
+        before = common_end(before, last) if many else before
         after = "".join(part.text for part in one[name + 3 :])
         shape = {"lead": lead.removesuffix(before), "before": before, "after": after, "many": many}
         shape["spelling"] = one[name + 2].spelling if len(one) > name + 2 else ""
@@ -236,13 +236,6 @@ def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> 
 def _last_name(parts: Sequence[_Part]) -> int:
     """Where the name of a function stands last."""
     return max(i for i, part in enumerate(parts) if part.part == "name")
-
-
-def _common_end(one: str, other: str) -> str:
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]
 
 
 def _json_place(middle: str, after: str) -> tuple[int, int] | None:

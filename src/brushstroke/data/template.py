@@ -121,19 +121,31 @@ def common_start(one: str, other: str) -> str:
     return "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def common_opening(asked: str, answered: str, content: int) -> int:
-    """How much of a generation prompt an answered conversation begins with.
+def common_end(one: str, other: str) -> str:
+    """What two texts end with."""
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
+
+
+def common_opening(asked: str, answered: str, before: int, content: int) -> int:
+    """How much of a generation prompt an answered conversation begins with; 0 where values before it differ.
 
     A last marker that is closed before the content, as </think> closes <think>, belongs to the answer.
 
     Args:
         asked: the generation prompt.
         answered: the conversation with its answer.
+        before: where the last value before the answer ends.
         content: where the content of the answer begins.
     """
     if answered.startswith(asked):
         return len(asked)
-    return len(without_open_tag(common_start(asked, answered), answered[:content]))
+    if asked[:before] != answered[:before]:
+        return 0
+    common = asked[:before] + common_start(asked[before:], answered[before:content])
+    return len(without_open_tag(common, answered[:content]))
 
 
 def without_open_tag(common: str, answered: str) -> str:
@@ -166,6 +178,21 @@ def last_marker(closing: str, answer: str, known: Sequence[str], *, is_text: boo
 
 
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+
+
+def words_behind_marker(closing: str, known: Sequence[str]) -> str:
+    """Words that stand behind the first marker of an end of a text; "" for none.
+
+    Args:
+        closing: the end of the text.
+        known: the tokenizer's special and other added tokens.
+    """
+    known = [marker for marker in known if marker in closing]
+    first = min((closing.index(marker) + len(marker) for marker in known), default=len(closing))
+    text = closing[first:]
+    for marker in known:
+        text = text.replace(marker, "")
+    return " ".join(re.findall(r"[^\W\d_]{2,}", re.sub(r"<[^<>\s]*>", "", text)))
 
 
 def _closes(marker: str, answer: str) -> bool:
