@@ -305,6 +305,16 @@ class LayoutFinder:
                 return last + marker[0], marker[1]
         return last + len(whole), None
 
+    def _refuse_words_behind(self, ending: str, before: str) -> None:
+        """Refuse words at the end of a conversation, whoever spoke last, that do not stand between turns.
+
+        Raises:
+            Unproven: naming them.
+        """
+        words = words_behind_marker(ending, self.known_markers)
+        if words and ending not in before:
+            raise Unproven(f"it writes {words[:40]!r} behind every conversation, the answer too")
+
     def _start(self, index: int, alone: Outline) -> int:
         own = [s.start for s in alone.segments if s.slot in self.sketch.uses[index]]
         if index == 0:  # no template can be asked for a prompt of no messages
