@@ -295,10 +295,7 @@ class LayoutFinder:
         last = max((s.stop for s in own), default=start)
         is_text = not own or outline.sketch.slots[own[-1].slot or 0].part in ("content", "reasoning")
         whole = alone.text[last:].removesuffix(self.repeated) if self.repeated else alone.text[last:]
-        if index and (
-            words := words_behind_marker(common_end(outline(index).text, whole), self.known_markers)
-        ):
-            raise Unproven(f"it writes {words[:40]!r} behind every conversation, the answer too")
+        self._refuse_words_behind(common_end(outline(index).text, whole) if index else "", alone.text[:last])
         for closing in (self._lasting(index, alone, last, outline)[: len(whole)], whole):
             answer = alone.text[start : last + len(closing)]
             if marker := last_marker(closing, answer, self.known_markers, is_text=is_text):
