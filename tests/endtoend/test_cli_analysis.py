@@ -95,7 +95,7 @@ def test_spectrum_prints_sites_a_map_and_advice(cli, tiny, adapters):
     assert done.status == 0, done.err
     for expected in ("model.layers.0.self_attn.q_proj", "layer, relative", "mlp.down_proj", "four", "two"):
         assert expected in done.out
-    assert "rank 4 keeps 99 %" in done.out
+    assert "rank 4: keeps 99 % of the energy at 90 % of the sites of a kind of matrix" in done.out
     told = json.loads(cli("spectrum", adapters / "four", "--base", tiny, "--json").out)["adapters"][0]
     weights = FolderWeights(tiny)
     for row in told["sites"]:

@@ -19,7 +19,6 @@ from brushstroke.analysis.weights import OnSite, walk, working
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.krylov import Shifted, dense_svd, frobenius, top_svd
-from brushstroke.lowrank.spectra import numerical_rank
 
 DENSE_LIMIT = 1536  # smaller side of a W that is decomposed whole
 PARTS = 10
@@ -199,12 +198,11 @@ def check_dense_limit(dense_limit: int) -> None:
 
 def _relate(update: LowRank, W: Tensor, dense_limit: int, generator: torch.Generator) -> SiteRelation:
     d, h = update.shape
-    delta = update.svd()
-    r = numerical_rank(delta.sigma, max(d, h))
-    norm_base, norm_delta = frobenius(W), float(delta.sigma.square().sum().sqrt())
+    delta = update.directions()
+    r = len(delta.sigma)
+    norm_base, norm_delta = frobenius(W), update.delta_norm()
     if r == 0:
         return SiteRelation((d, h), 0, norm_base, norm_delta, 0.0, 0.0, 0.0, 0.0, 0.0)
-    delta = Svd(delta.left[:, :r], delta.sigma[:r], delta.right[:r])
     dense = min(d, h) <= dense_limit
     work = working(W, dense)
     lefts = torch.cat([delta.left.to(work), random_directions(d, r, generator).to(work)], dim=1)
