@@ -13,9 +13,8 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.table import SiteTable
-from brushstroke.analysis.weights import low_rank_updates, walk
+from brushstroke.analysis.weights import finite_norm, low_rank_updates, walk
 from brushstroke.errors import ConfigError
-from brushstroke.lowrank.krylov import frobenius
 from brushstroke.lowrank.spectra import (
     above_rounding,
     effective_rank,
@@ -153,7 +152,7 @@ def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool =
     norms: Mapping[str, float] = {}
     if base is not None:
         found = walk(adapter, base, allow_different_base=allow_different_base)
-        norms = {site: frobenius(W) for site, _, W in found}
+        norms = {site: finite_norm(site, W) for site, _, W in found}
     rows = {}
     for site, update in updates.items():
         parts = update.svd()
