@@ -111,6 +111,15 @@ def test_certificates_of_a_large_weight_are_true(d, h):
     assert json.loads(json.dumps(result.as_dict())) == result.as_dict()
 
 
+@pytest.mark.parametrize(("d", "h"), [(500, 500), (400, 600)])
+def test_a_weak_update_of_a_random_weight_makes_no_intruder(d, h):
+    """The strongest directions of a random matrix lie close together, and few steps give mixtures of them."""
+    W = randn(d, h).bfloat16()
+    update = LowRank(randn(d, 8) / d**0.5, randn(8, h) / h**0.5, 0.5)
+    assert bool((dense_cosines(update, W, 10) >= 0.5).all())
+    assert found(update, W, **LARGE)["q"].count() == 0
+
+
 def test_the_repair_scales_intruders_and_nothing_else():
     W, update = spiked(80, 60), LowRank(randn(80, 3) / 80**0.5, randn(3, 60) / 60**0.5, 30.0)
     adapter = bs.Adapter({"q": update})

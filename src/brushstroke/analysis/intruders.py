@@ -17,10 +17,14 @@ from brushstroke.analysis.relate import DENSE_LIMIT, check_dense_limit
 from brushstroke.analysis.table import HIDDEN, SiteTable
 from brushstroke.analysis.weights import OnSite, low_rank_updates, walk
 from brushstroke.errors import ConfigError
-from brushstroke.lowrank import LowRank
-from brushstroke.lowrank.krylov import TOLERANCE, Shifted, top_svd
-from brushstroke.lowrank.lanczos import largest_cosine_bound
+from brushstroke.lowrank import LowRank, Svd
+from brushstroke.lowrank.cosines import FLOOR, cosine_bounds
+from brushstroke.lowrank.krylov import TOLERANCE, Shifted, TopSvd, top_svd
 from brushstroke.lowrank.spectra import numerical_rank
+from brushstroke.lowrank.sums import top_of_sum
+
+WHOLE_PASSES = 40  # on a W that is decomposed whole, the sum is nearly so too
+ROUNDS, STEPS = 8, 3  # of growing the space for directions that are not decided yet, and blocks in each
 
 Verdict = Literal["intruder", "known", "undecided"]
 
@@ -117,9 +121,10 @@ def intruders(
 
     Source: arXiv:2410.21228, algorithm 1, on the left singular vectors of (out×in) weights: in our (d×h) they
     are the `right` ones, in R^h. A direction y is an intruder where max_i |⟨y, x_i⟩| < ε over all singular
-    vectors x_i of W. The top ones come from block Krylov with products of W and of the factors; the maximum
-    is exact where W is small, and otherwise lies between a hit among W's strongest directions and a bound by
-    Lanczos. Vectors of W of singular value 0 are arbitrary, and count as none.
+    vectors x_i of W. The top ones come from a Krylov space of W and of the factors; the maximum is exact
+    where W is small, and otherwise lies between a hit among W's strongest directions and a bound
+    (`cosine_bounds`). A direction that the iteration did not settle is a mixture, and no intruder. Vectors of
+    W of singular value 0 are arbitrary, and count as none.
 
     Args:
         adapter: of low-rank updates.
@@ -149,10 +154,9 @@ def intruders(
     check_dense_limit(dense_limit)
     rows, working = {}, Working()
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
-        generator = torch.Generator().manual_seed(seed)
         dense = min(update.shape) <= dense_limit
         own = base_directions(site, W, 4 * top, whole=dense, seed=seed, cache=cache, working=working)
-        rows[site] = _judge(update, working(W, dense), own, top, threshold, dense, generator)
+        rows[site] = _judge(update, working(W, dense), own, top, threshold, dense)
     return Intruders(rows, top=top, threshold=threshold)
 
 
@@ -178,28 +182,41 @@ def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
     return adapter.derived(repaired)
 
 
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """The strongest directions of W + ΔW with what is known of their cosines with W's.
+
+    Args:
+        top: the triples.
+        lower: of the largest |cosine| of each.
+        upper: of the same.
+        outside: of W's strongest directions.
+        covered_from: see `SiteIntruders`.
+    """
+
+    top: TopSvd
+    lower: list[float]
+    upper: list[float]
+    outside: list[float]
+    covered_from: float = 0.0
+
+
 def _judge(
-    update: LowRank,
-    W: Tensor,
-    own: Directions,
-    top: int,
-    threshold: float,
-    dense: bool,
-    generator: torch.Generator,
+    update: LowRank, W: Tensor, own: Directions, top: int, threshold: float, dense: bool
 ) -> SiteIntruders:
-    changed = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
-    ours = top_svd(changed, top, generator=generator, passes=40 if dense else 10)
-    lower, upper, outside, covered = (_exact if dense else _bounded)(W, own, ours.right, top)
+    judged = _exact(update, W, own, top) if dense else _bounded(update, W, own, top, threshold)
+    ours, lower, upper = judged.top, judged.lower, judged.upper
     strongest = float(ours.sigma[0]) or 1.0
+    settled = (ours.residual <= TOLERANCE * strongest).tolist()
     directions = tuple(
         Direction(
             position,
             float(ours.sigma[position]),
             lower[position],
             upper[position],
-            outside[position],
+            judged.outside[position],
             float(ours.residual[position]) / strongest,
-            _verdict(lower[position], upper[position], threshold),
+            _verdict(lower[position], upper[position], threshold, settled[position]),
         )
         for position in range(len(ours.sigma))
         if float(ours.sigma[position]) > 0
@@ -209,34 +226,56 @@ def _judge(
     if picked:
         rows = ours.right[picked] * ours.sigma[picked][:, None]
         extra = LowRank(ours.left[:, picked].double(), rows.double())
-    return SiteIntruders(update.shape, directions, covered, extra)
+    return SiteIntruders(update.shape, directions, judged.covered_from, extra)
 
 
-def _exact(
-    W: Float[Tensor, "d h"], own: Directions, right: Float[Tensor, "k h"], top: int
-) -> tuple[list[float], list[float], list[float], float]:
+def _exact(update: LowRank, W: Float[Tensor, "d h"], own: Directions, top: int) -> _Judged:
+    changed = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
+    ours = top_svd(changed, top, passes=WHOLE_PASSES)
     known = own.right[: numerical_rank(own.sigma, max(W.shape))]
-    cosines = (right.double() @ known.mT).abs()
-    largest = cosines.max(dim=1).values.tolist() if len(known) else [0.0] * len(right)
-    return largest, largest, _outside(cosines[:, : 4 * top]), 0.0
+    cosines = (ours.right.double() @ known.mT).abs()
+    largest = cosines.max(dim=1).values.tolist() if len(known) else [0.0] * len(ours.right)
+    return _Judged(ours, largest, largest, _outside(cosines[:, : 4 * top]))
 
 
 def _bounded(
-    W: Float[Tensor, "d h"], own: Directions, right: Float[Tensor, "k h"], top: int
-) -> tuple[list[float], list[float], list[float], float]:
-    cosines = (right.double() @ own.right.mT.double()).abs()
+    update: LowRank, W: Float[Tensor, "d h"], own: Directions, top: int, threshold: float
+) -> _Judged:
+    """Everything happens on the smaller side of W, where WᵀW (or WWᵀ) has no null space of its own."""
+    turned, parts = W.shape[1] > W.shape[0], update.svd()
     settled = own.residual <= TOLERANCE * own.sigma[0]
-    hits = torch.where(settled, cosines, 0).max(dim=1).values.tolist()
-    bounds, covered = largest_cosine_bound(W, right)
-    uppers = [max(bound, hit) for bound, hit in zip(bounds, hits, strict=True)]
-    return hits, uppers, _outside(cosines[:, : 4 * top]), covered
+    if turned:
+        found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), own.left, top)
+        ours = TopSvd(found.top.right.mT, found.top.sigma, found.top.left.mT, found.top.residual)
+    else:
+        found = top_of_sum(W, parts, own.right.mT, top)
+        ours = found.top
+    found.space.extend((own.left if turned else own.right.mT)[:, settled])
+    cosines = (ours.right.double() @ own.right.mT.double()).abs()
+    hits = torch.where(settled, cosines, 0).max(dim=1).values
+    targets = found.back if turned else ours.right.mT
+    floor = FLOOR if turned else 0.0
+    wanted = found.settled & (hits < threshold)
+    settings = {"of_images": turned, "wanted": wanted, "enough": 0.9 * threshold}
+    bounds = cosine_bounds(found.space, targets, floor, **settings)
+    for _ in range(ROUNDS):
+        undecided = bounds.values[wanted] >= threshold
+        if not bool(undecided.any()):
+            break
+        block = bounds.left_over[:, undecided]
+        for _ in range(STEPS):
+            block = found.space.extend(block)
+        bounds = cosine_bounds(found.space, targets, floor, **settings)
+    uppers = torch.maximum(bounds.values, hits).tolist()
+    return _Judged(ours, hits.tolist(), uppers, _outside(cosines[:, : 4 * top]), floor)
 
 
 def _outside(cosines: Float[Tensor, "k m"]) -> list[float]:
     return (1 - cosines.square().sum(dim=1)).clamp_min(0).sqrt().tolist()
 
 
-def _verdict(lower: float, upper: float, threshold: float) -> Verdict:
-    if upper < threshold:
+def _verdict(lower: float, upper: float, threshold: float, settled: bool) -> Verdict:
+    """A direction that has not converged is a mixture; that none of W's resembles it says nothing."""
+    if upper < threshold and settled:
         return "intruder"
     return "known" if lower >= threshold else "undecided"

@@ -19,6 +19,7 @@ from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import OnSite, finite_norm, walk
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
+from brushstroke.lowrank.krylov import multiply
 
 DENSE_LIMIT = 1536  # smaller side of a W that is decomposed whole
 PARTS = 10
@@ -209,7 +210,7 @@ def _relate(
 ) -> SiteRelation:
     (d, h), r = update.shape, len(delta.sigma)
     lefts = torch.cat([delta.left.to(work), random_directions(d, r, generator).to(work)], dim=1)
-    products = (lefts.mT @ work).double()
+    products = multiply(work.mT, lefts).mT.double()
     random_right = random_directions(h, r, generator).to(products)
     smallest = _ROUNDING * torch.finfo(work.dtype).eps * own.norm
     projection = float((products[:r] @ delta.right.to(products).mT).norm())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brushstroke.lowrank.spectra import Svd
 
+NARROW = 16  # columns of a product
 PASSES = 10  # of the matrix and its transpose, at most
 CHECKED = 2  # passes between two looks at what has converged
 TOLERANCE = 1e-4  # of ‖Wᵀ·left − sigma·right‖ against sigma₁, at which the iteration ends early
@@ -39,17 +40,27 @@ class Shifted:
 
     def times(self, X: Float[Tensor, "h k"]) -> Float[Tensor, "d k"]:
         """(W + scale·U·V)·X."""
-        product = self.W @ X
+        product = multiply(self.W, X)
         if self.U is None or self.V is None:
             return product
         return product.addmm_(self.U, self.V @ X, alpha=self.scale)
 
     def transposed_times(self, X: Float[Tensor, "d k"]) -> Float[Tensor, "h k"]:
         """(W + scale·U·V)ᵀ·X."""
-        product = self.W.mT @ X
+        product = multiply(self.W.mT, X)
         if self.U is None or self.V is None:
             return product
         return product.addmm_(self.V.mT, self.U.mT @ X, alpha=self.scale)
+
+
+def multiply(W: Float[Tensor, "d h"], X: Float[Tensor, "h k"]) -> Float[Tensor, "d k"]:
+    """W·X for a few columns.
+
+    For 2 to 11 of them, and a W that lies in memory as its transpose, the BLAS library inside torch takes up
+    to forty times as long as for 16: then columns of zeros are added.
+    """
+    k = X.shape[1]
+    return W @ X if k < 2 or k >= NARROW else (W @ torch.nn.functional.pad(X, (0, NARROW - k)))[:, :k]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +103,8 @@ class KrylovSpace:
     def extend(self, block: Float[Tensor, "h n"]) -> Float[Tensor, "h m"]:
         """Add what a block holds beyond the basis; returns Wᵀ·W·(what was added), for the next block."""
         block = _orthonormal(block, self.basis)
+        if not block.shape[1]:
+            return block
         image = self.matrix.times(block)
         back = self.matrix.transposed_times(image)
         old, new = self.images.double(), image.double()
@@ -163,6 +176,8 @@ def _triples(space: KrylovSpace, top: Float[Tensor, "m k"]) -> TopSvd:
 
 def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Float[Tensor, "h n"]:
     """An orthonormal basis of what the block adds to the space; directions that add nothing are left out."""
+    if not block.shape[1]:
+        return block
     before = torch.linalg.vector_norm(block, dim=0)
     room = min(block.shape[0] - space.shape[1], block.shape[1])
     for _ in range(2):
