@@ -1,15 +1,18 @@
-"""Adapters on the Hugging Face hub: their files, fetched into the hub client's cache.
+"""The files of an adapter: where they are, on the disk or fetched from the hub, and what their heads say.
 
-It reads none of them, and loads neither torch nor transformers.
+It reads no tensor, and loads neither torch nor transformers.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from brushstroke.errors import AdapterFileError
+from brushstroke.files import PARTIAL, read_json
 from brushstroke.hub import hub_or_cache
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
@@ -17,6 +20,7 @@ PICKLE = "adapter_model.bin"
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer_config.json")
 FETCHED = (CONFIG, TENSORS, CARD, *TEMPLATES)
 PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
+FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -32,6 +36,87 @@ def find_adapter(name: str | Path) -> Path:
     path = Path(name).expanduser()
     text = name.as_posix() if isinstance(name, Path) else name
     return path if os.path.lexists(path) or not _ID.fullmatch(text) else _fetch(text)
+
+
+def adapter_files(folder: Path) -> tuple[Path, Path]:
+    """The config and the tensors of an adapter's folder.
+
+    Raises:
+        AdapterFileError: it is no folder, or lacks one of them.
+    """
+    config, tensors = folder / CONFIG, folder / TENSORS
+    if not folder.is_dir():
+        said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise AdapterFileError(
+            f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
+        )
+    if not config.is_file():
+        named = (entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
+        inner = sorted(name for name in named if not name.startswith(PARTIAL))
+        hint = f"; its sub-folder {inner[0]} has one: name that" if len(inner) == 1 else ""
+        hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
+        raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")
+    if not tensors.is_file():
+        pickled = (folder / PICKLE).is_file()
+        hint = (
+            f"it has {PICKLE}, a pickle, which is never read: load it in PEFT and save it again"
+            if pickled
+            else "the run that writes it is not complete, or the copy is not"
+        )
+        raise AdapterFileError(f"{folder} has no {TENSORS}; {hint}")
+    return config, tensors
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of an adapter.
+
+    Raises:
+        AdapterFileError: it cannot be read, or holds something else.
+    """
+    try:
+        stored = read_json(file)
+        json.dumps(stored, ensure_ascii=False).encode("utf-8")  # half a letter could not be saved again
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
+    if not isinstance(stored, dict):
+        raise AdapterFileError(f"{file} should hold one JSON object; it holds a {type(stored).__name__}")
+    return stored
+
+
+def damaged_tensors(file: Path, error: Exception) -> AdapterFileError:
+    """The error for a file of tensors that is none."""
+    return AdapterFileError(f"{file} is damaged ({error}); copy it again from where it came")
+
+
+def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
+    """Site → (d, h) of an adapter, by the heads of its files; nothing where another process writes them.
+
+    What is wrong with single factors is left to `load`, which lists all of it.
+
+    Raises:
+        AdapterFileError: there is no adapter of that name, or its files are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = find_adapter(name)
+    if folder.is_dir() and any(entry.name.startswith(PARTIAL) for entry in folder.iterdir()):
+        return {}
+    config, tensors = adapter_files(folder)
+    read_object(config)
+    sides: dict[str, dict[str, tuple[int, ...]]] = {}
+    try:
+        with safe_open(tensors, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                if match := FACTOR.fullmatch(key):
+                    sides.setdefault(match["site"], {})[match["factor"]] = file.get_slice(key).get_shape()
+    except SafetensorError as error:
+        raise damaged_tensors(tensors, error) from error
+    except OSError as error:
+        raise AdapterFileError(f"{tensors} cannot be read ({error})") from error
+    whole = {site: (pair["A"], pair["B"]) for site, pair in sides.items() if len(pair) == 2}
+    return {site: (A[1], B[0]) for site, (A, B) in whole.items() if len(A) == len(B) == 2}
 
 
 def _fetch(name: str) -> Path:

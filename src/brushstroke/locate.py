@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from brushstroke.errors import BaseLoadError
+from brushstroke.files import read_json
 from brushstroke.hub import hub_or_cache, is_cached
+
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")
 
 
 def require_base_files(name: str) -> None:
@@ -20,6 +23,45 @@ def require_base_files(name: str) -> None:
     """
     with hub_if_needed(name, locate_base(name)):
         pass
+
+
+def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Tensor key → shape, by the heads of a folder's safetensors; nothing where these do not tell a base.
+
+    They do not for hub ids, GGUF files, other formats, incomplete folders, and weights that are stored
+    quantised.
+
+    Raises:
+        BaseLoadError: the folder holds no weights, or a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = locate_base(name)
+    if folder is None or not folder.is_dir():
+        return {}
+    if not any(entry.suffix in WEIGHTS for entry in folder.iterdir()):
+        raise BaseLoadError(f"{folder} has no weights beside its config.json; fetch the folder again")
+    if "quantization_config" in (folder / "config.json").read_text("utf-8", errors="replace"):
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BaseLoadError(f"{path} is damaged ({error}); fetch the file again") from error
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model; none where one is missing or their index is damaged."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        named = set(read_json(index)["weight_map"].values()) if index.is_file() else {single.name}
+        files = [folder / name for name in sorted(named)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return files if all(file.is_file() for file in files) else []
 
 
 def locate_base(name: str) -> Path | None:

@@ -3,10 +3,14 @@
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from cli_kit import files_in
+from cli_kit import ENVIRONMENT, Done, files_in, inference_kit
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import brushstroke as bs
@@ -252,6 +256,75 @@ def test_a_negative_limit_is_refused(cli, tiny, adapters, command):
     done = cli(command, adapters / "four", tiny, "--dense-limit", "-1")
     assert done.status == 2
     assert "dense_limit must not be negative; got -1" in done.error
+
+
+@pytest.fixture(scope="module")
+def others(tiny, tmp_path_factory):
+    """Bases that the adapters do not fit, and an adapter of other sites."""
+    folder = tmp_path_factory.mktemp("others")
+    inference_kit.llama(intermediate_size=96).save_pretrained(folder / "wide")
+    inference_kit.llama(num_hidden_layers=1).save_pretrained(folder / "short")
+    inference_kit.gpt2(n_embd=64).save_pretrained(folder / "gpt2")
+    (folder / "empty").mkdir()
+    shutil.copy(tiny / "config.json", folder / "empty")
+    _adapter_of(folder / "gpt2", folder / "adapter")
+    return folder
+
+
+def _adapter_of(base, out):
+    with bs.attach(bs.load_base(base, dtype="float32", device="cpu"), bs.LoraConfig(rank=2)) as attachment:
+        fresh = attachment.adapter()
+    updates = {site: LowRank(torch.randn(update.U.shape), update.V) for site, update in fresh.items()}
+    bs.save(Adapter(updates, fresh.card), out)
+
+
+AT_ONCE = {
+    "no adapter": ("relate {none} {tiny}", 1, "there is no folder"),
+    "no base": ("intruders {four} {none}", 1, "there is no file or folder"),
+    "no weights": ("relate {four} {empty}", 1, "has no weights beside its config.json"),
+    "another width": (
+        "relate {four} {wide}",
+        1,
+        "mlp.down_proj: W must be (d, h) = (48, 32); the base's is (96",
+    ),
+    "fewer layers": ("intruders {four} {short}", 1, "lacks at least 7 of 14 adapted sites"),
+    "another class": ("spectrum {four} --base {gpt2}", 1, "lacks at least 14 of 14 adapted sites"),
+    "an adapter as the base": ("relate {four} {two}", 1, "holds an adapter, not a base"),
+    "a negative limit": ("relate {four} {tiny} --dense-limit -1", 2, "dense_limit must not be negative"),
+    "no directions": ("intruders {four} {tiny} --top 0", 2, "top must be at least 1"),
+    "too high a threshold": ("intruders {four} {tiny} --threshold 2", 2, "threshold above 0 and at most 1"),
+    "no energy": ("spectrum {four} --energy 0 --truncate {none}", 2, "a share of the energy"),
+    "no second adapter": ("compare {four} {none}", 1, "there is no folder"),
+    "adapters of other sites": ("compare {four} {adapter}", 1, "no site in common"),
+    "an unknown site": ("compare {four} {two} --site model.q", 2, "--site: no result for the site"),
+}
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+def test_wrong_input_is_told_before_torch_is_loaded(tiny, adapters, others, tmp_path, case):
+    words, status, expected = AT_ONCE[case]
+    names = {"tiny": tiny, "none": tmp_path / "none"}
+    names |= {name: adapters / name for name in ("four", "two")}
+    names |= {name: others / name for name in ("wide", "short", "gpt2", "empty", "adapter")}
+    program = (
+        "import sys; from brushstroke.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *(word.format(**names) for word in words.split())]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.split() == [str(status), "False"], done.stderr
+    assert expected in Done(status, "", done.stderr).error
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_a_base_whose_weights_are_stored_otherwise_is_not_refused(cli, others, tmp_path, prefix):
+    """GPT-2 stores (d, h), often without the prefix of its sites."""
+    folder = shutil.copytree(others / "gpt2", tmp_path / "gpt2")
+    file = folder / "model.safetensors"
+    tensors = {f"{prefix}{key.removeprefix('transformer.')}": t for key, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    done = cli("relate", others / "adapter", folder, "--json", "--no-cache")
+    assert done.status == 0, done.err
+    assert len(json.loads(done.out)["sites"]) == 8
 
 
 @pytest.fixture(scope="module")

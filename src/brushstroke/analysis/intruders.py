@@ -13,13 +13,14 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.directions import DirectionCache, Directions, Working, base_directions
-from brushstroke.analysis.relate import DENSE_LIMIT, check_dense_limit
+from brushstroke.analysis.relate import DENSE_LIMIT
 from brushstroke.analysis.table import HIDDEN, SiteTable
 from brushstroke.analysis.weights import OnSite, low_rank_updates, walk
+from brushstroke.checks import check_dense_limit, check_intruder_settings
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.cosines import FLOOR, cosine_bounds
-from brushstroke.lowrank.krylov import TOLERANCE, Shifted, TopSvd, top_svd
+from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, top_svd
 from brushstroke.lowrank.spectra import numerical_rank
 from brushstroke.lowrank.sums import top_of_sum
 
@@ -37,7 +38,8 @@ class Direction:
         position: 0 is the strongest.
         sigma: its singular value in W + ΔW.
         lower: the largest |cosine| with a singular vector of W is at least this.
-        upper: and at most this; equal to `lower` where W was decomposed whole.
+        upper: and at most this; equal to `lower` where W was decomposed whole. It is sought only where
+            `lower` leaves the question open and the direction has converged, and is 1 elsewhere.
         outside: √(1 − ‖part of it within W's strongest directions‖²); near 1 it is new even as a mixture.
         residual: ‖(W + ΔW)ᵀ·left − sigma·right‖/σ₁ of the iteration that found it.
         verdict: "intruder" where upper < ε, "known" where lower ≥ ε, otherwise "undecided".
@@ -147,10 +149,7 @@ def intruders(
     >>> intruders(new, {"fc": W}, top=2)["fc"].count()
     1
     """
-    if top < 1 or not 0 < threshold <= 1:
-        raise ConfigError(
-            f"top must be at least 1 and the threshold above 0 and at most 1; got {top} and {threshold}"
-        )
+    check_intruder_settings(top, threshold)
     check_dense_limit(dense_limit)
     rows, working = {}, Working()
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
@@ -243,7 +242,10 @@ def _bounded(
 ) -> _Judged:
     """Everything happens on the smaller side of W, where WᵀW (or WWᵀ) has no null space of its own."""
     turned, parts = W.shape[1] > W.shape[0], update.svd()
-    settled = own.residual <= TOLERANCE * own.sigma[0]
+    least = TOLERANCE * own.sigma[0]
+    settled = (own.residual <= least) & (
+        own.sigma > least
+    )  # below, it may be of the null space, or a mixture
     if turned:
         found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), own.left, top)
         ours = TopSvd(found.top.right.mT, found.top.sigma, found.top.left.mT, found.top.residual)
@@ -253,21 +255,36 @@ def _bounded(
     found.space.extend((own.left if turned else own.right.mT)[:, settled])
     cosines = (ours.right.double() @ own.right.mT.double()).abs()
     hits = torch.where(settled, cosines, 0).max(dim=1).values
+    open_ = found.settled & (hits < threshold)
     targets = found.back if turned else ours.right.mT
-    floor = FLOOR if turned else 0.0
-    wanted = found.settled & (hits < threshold)
-    settings = {"of_images": turned, "wanted": wanted, "enough": 0.9 * threshold}
-    bounds = cosine_bounds(found.space, targets, floor, **settings)
+    uppers = torch.ones_like(hits)
+    uppers[open_] = _upper_bounds(found.space, targets[:, open_], threshold, turned)
+    return _Judged(
+        ours,
+        hits.tolist(),
+        torch.maximum(uppers, hits).tolist(),
+        _outside(cosines[:, : 4 * top]),
+        FLOOR if turned else 0.0,
+    )
+
+
+def _upper_bounds(
+    space: KrylovSpace, targets: Float[Tensor, "n k"], threshold: float, turned: bool
+) -> Float[Tensor, " k"]:
+    """Bounds of cosines with W's singular vectors, in a space that grows while one is not low enough."""
+    if not targets.shape[1]:
+        return torch.zeros(0, dtype=torch.float64)
+    settings = {"floor": FLOOR if turned else 0.0, "of_images": turned, "enough": threshold}
+    bounds = cosine_bounds(space, targets, **settings)
     for _ in range(ROUNDS):
-        undecided = bounds.values[wanted] >= threshold
+        undecided = bounds.values >= threshold
         if not bool(undecided.any()):
             break
         block = bounds.left_over[:, undecided]
         for _ in range(STEPS):
-            block = found.space.extend(block)
-        bounds = cosine_bounds(found.space, targets, floor, **settings)
-    uppers = torch.maximum(bounds.values, hits).tolist()
-    return _Judged(ours, hits.tolist(), uppers, _outside(cosines[:, : 4 * top]), floor)
+            block = space.extend(block)
+        bounds = cosine_bounds(space, targets, **settings)
+    return bounds.values
 
 
 def _outside(cosines: Float[Tensor, "k m"]) -> list[float]:

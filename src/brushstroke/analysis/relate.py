@@ -17,7 +17,7 @@ from brushstroke.analysis.directions import DirectionCache, Directions, Working,
 from brushstroke.analysis.overlap import random_directions
 from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import OnSite, finite_norm, walk
-from brushstroke.errors import ConfigError
+from brushstroke.checks import check_dense_limit
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.krylov import multiply
 
@@ -193,16 +193,6 @@ def relate(
         own = base_directions(site, W, len(delta.sigma), whole=dense, seed=seed, cache=cache, working=working)
         rows[site] = _relate(update, delta, working(W, dense), own, dense, generator)
     return Relation(rows)
-
-
-def check_dense_limit(dense_limit: int) -> None:
-    """Refuse a negative limit.
-
-    Raises:
-        ConfigError: it is negative.
-    """
-    if dense_limit < 0:
-        raise ConfigError(f"dense_limit must not be negative; got {dense_limit}")
 
 
 def _relate(

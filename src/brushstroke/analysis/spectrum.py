@@ -14,6 +14,7 @@ from torch import Tensor
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import finite_norm, low_rank_updates, walk
+from brushstroke.checks import check_share
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank.spectra import (
     above_rounding,
@@ -71,7 +72,7 @@ class SiteSpectrum:
         Raises:
             ConfigError: the share is not in (0, 1].
         """
-        _refuse_share(share)
+        check_share(share)
         return energy_rank(self.sigma, share)
 
     def derived(self) -> dict[str, Any]:
@@ -162,8 +163,3 @@ def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool =
             update.shape, update.rank, parts.sigma.cpu(), norm, norms.get(site), rounding
         )
     return Spectrum(rows)
-
-
-def _refuse_share(share: float) -> None:
-    if not 0 < share <= 1:
-        raise ConfigError(f"a share of the energy must be above 0 and at most 1; got {share}")

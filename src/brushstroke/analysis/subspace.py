@@ -15,6 +15,7 @@ from brushstroke.adapter import Adapter
 from brushstroke.analysis import overlap
 from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.checks import check_alike
 from brushstroke.errors import ConfigError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.spectra import above_rounding, product_rounding, rounding_along
@@ -195,8 +196,8 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
     if of not in ("delta", "U", "V"):
         raise ConfigError(f"of must be 'delta', 'U' or 'V'; got {of!r}")
     ones, twos = low_rank_updates(first), low_rank_updates(second)
+    check_alike(*({site: update.shape for site, update in one.items()} for one in (ones, twos)))
     shared = [site for site in ones if site in twos]
-    _refuse_mismatch(ones, twos, shared)
     rows: dict[str, SiteOverlap] = {}
     zero = []
     inner, squares, factors = 0.0, [0.0, 0.0], 0.0
@@ -288,22 +289,3 @@ def _factor_cosine(one: LowRank, two: LowRank) -> float:
 def _clipped(inner: float, squares: list[float]) -> float:
     size = (squares[0] * squares[1]) ** 0.5
     return max(-1.0, min(1.0, inner / size)) if size else 0.0
-
-
-def _refuse_mismatch(ones: Mapping[str, LowRank], twos: Mapping[str, LowRank], shared: list[str]) -> None:
-    if not shared:
-        near = did_you_mean(next(iter(ones)), twos, count=1)
-        raise ShapeError(
-            f"the adapters have no site in common; the first has {next(iter(ones))!r} and {len(ones) - 1} "
-            f"others, the second {next(iter(twos))!r} and {len(twos) - 1} others{near}"
-        )
-    wrong = [
-        f"{site}: {ones[site].shape} and {twos[site].shape}"
-        for site in shared
-        if ones[site].shape != twos[site].shape
-    ]
-    if wrong:
-        raise ShapeError(
-            f"the adapters belong to bases of different shapes at {len(wrong)} sites:\n  "
-            + "\n  ".join(wrong[:10])
-        )

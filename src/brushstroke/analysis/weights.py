@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from brushstroke.adapter import Adapter, Verdict, is_conv1d
+from brushstroke.checks import lacking, misshapen
 from brushstroke.errors import BaseLoadError, BaseMismatchError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank
 from brushstroke.lowrank.krylov import frobenius
@@ -63,20 +64,14 @@ def walk(
     updates, weights = low_rank_updates(adapter), weights_of(base)
     absent = [f"{site}{did_you_mean(site, weights, count=1)}" for site in updates if site not in weights]
     if absent:
-        raise ShapeError(
-            f"the base lacks {len(absent)} of {len(updates)} adapted sites; analyse an adapter with the base "
-            "that it was trained on:\n  " + "\n  ".join(absent[:10])
-        )
+        raise lacking(absent, len(updates))
     quantised = bool(getattr(getattr(base, "model", base), "brushstroke_quantised", False))
     for number, (site, update) in enumerate(updates.items(), start=1):
         if on_site is not None:
             on_site(site, number, len(updates))
         W = weights[site].detach()
         if tuple(W.shape) != update.shape:
-            raise ShapeError(
-                f"{site}: W must be (d, h) = {update.shape}; the base's is {tuple(W.shape)} (torch's "
-                "Linear.weight is the transpose)"
-            )
+            raise misshapen(site, update.shape, tuple(W.shape))
         if not allow_different_base:
             _check(adapter, site, update, W, quantised)
         yield site, update, W

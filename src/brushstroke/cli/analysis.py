@@ -5,13 +5,20 @@ The maths are those of `brushstroke.analysis`; the model is never run.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from brushstroke.checks import (
+    check_alike,
+    check_dense_limit,
+    check_intruder_settings,
+    check_share,
+    check_stored,
+)
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.analysis_text import (
     Measure,
@@ -23,7 +30,9 @@ from brushstroke.cli.analysis_text import (
 )
 from brushstroke.cli.console import emit_json, say
 from brushstroke.cli.values import Whole, whole
-from brushstroke.errors import ConfigError
+from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.fetch import adapter_shapes
+from brushstroke.locate import require_base_files, stored_shapes
 
 if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
@@ -58,6 +67,15 @@ class AgainstBase:
         values = dataclasses.asdict(self)
         del values["trust_remote_code"], values["cache"]
         return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> None:
+        """Refuse what cannot work, before torch is loaded.
+
+        Raises:
+            ConfigError: a negative limit.
+        """
+        if self.dense_limit is not None:
+            check_dense_limit(self.dense_limit)
 
     def directions(self) -> "DirectionCache | None":
         """Where the base's own directions are kept, unless the user wants none."""
@@ -108,6 +126,9 @@ def spectrum(
 
     if truncate is not None:
         refuse_existing(truncate.expanduser(), overwrite)
+    if energy is not None:
+        check_share(energy)
+    _check_fit(adapters, base)
     loaded = _load(*adapters)
     from brushstroke.analysis import fit_budget, keep_energy
     from brushstroke.analysis import spectrum as measure
@@ -161,6 +182,12 @@ def compare(
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
+    shapes = [adapter_shapes(name) for name in (first, second)]
+    if all(shapes):
+        check_alike(*shapes)
+        for path in site or ():
+            if all(path not in one for one in shapes):
+                raise ConfigError(f"--site: no result for the site {path!r}{did_you_mean(path, shapes[0])}")
     one, two = _load(first)[_name(first)], _load(second)[_name(second)]
     from brushstroke.analysis import subspace
 
@@ -198,10 +225,12 @@ def relate(
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
+    against = against or AgainstBase()
+    against.check()
+    _check_fit((adapter,), base)
     value = _load(adapter)[_name(adapter)]
     from brushstroke.analysis import relate as measure
 
-    against = against or AgainstBase()
     weights = _open(base, against.trust_remote_code)
     cache = against.directions()
     found = measure(value, weights, on_site=_progress(), cache=cache, **against.arguments())
@@ -248,11 +277,14 @@ def intruders(
 
     if repair is not None:
         refuse_existing(repair.expanduser(), overwrite)
+    against = against or AgainstBase()
+    against.check()
+    check_intruder_settings(top, threshold)
+    _check_fit((adapter,), base)
     value = _load(adapter)[_name(adapter)]
     from brushstroke.analysis import intruders as measure
     from brushstroke.analysis import repair as mend
 
-    against = against or AgainstBase()
     weights, cache = _open(base, against.trust_remote_code), against.directions()
     found = measure(
         value,
@@ -274,6 +306,16 @@ def intruders(
         emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **found.as_dict()})
     else:
         print_intruders(_name(adapter), found, repair)
+
+
+def _check_fit(adapters: Sequence[Path], base: str | None) -> None:
+    """Refuse adapters and a base that are not there or do not fit, before torch is loaded."""
+    shapes = [adapter_shapes(name) for name in adapters]
+    if base is not None:
+        require_base_files(base)
+        stored = stored_shapes(base)
+        for sites in shapes:
+            check_stored(sites, stored)
 
 
 def _load(*folders: Path) -> "dict[str, Adapter]":

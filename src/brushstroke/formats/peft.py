@@ -22,9 +22,17 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AdapterFileError, OutputError
-from brushstroke.fetch import CARD, CONFIG, PICKLE, TENSORS, find_adapter
+from brushstroke.fetch import (
+    CARD,
+    CONFIG,
+    FACTOR,
+    TENSORS,
+    adapter_files,
+    damaged_tensors,
+    find_adapter,
+    read_object,
+)
 from brushstroke.files import (
-    PARTIAL,
     is_being_written,
     output_errors,
     put_back,
@@ -41,7 +49,6 @@ from brushstroke.lowrank import LowRank
 README = "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
-_FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
 _COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
 _ADDED = re.compile(
     r"\.(lora_|modules_to_save\.|token_adapter\.)"
@@ -156,15 +163,13 @@ def _states(folder: Path) -> list[tuple[int, ...] | None]:
 
 
 def _load_once(folder: Path) -> Adapter:
-    config_file, tensor_file = _find(folder)
-    stored = _read_json(config_file)
+    config_file, tensor_file = adapter_files(folder)
+    stored = read_object(config_file)
     rule = read_rule(stored, str(config_file))
     try:
         tensors = load_file(tensor_file)
     except SafetensorError as error:
-        raise AdapterFileError(
-            f"{tensor_file} is damaged ({error}); copy it again from where it came"
-        ) from error
+        raise damaged_tensors(tensor_file, error) from error
     except (OSError, RuntimeError) as error:  # safetensors says the second where a file cannot be opened
         raise AdapterFileError(f"{tensor_file} cannot be read ({error})") from error
     updates, copies = _contents(tensors, rule, str(tensor_file))
@@ -241,43 +246,6 @@ def _stored(factor: Tensor) -> Tensor:
     return factor.detach().cpu().mT.clone(memory_format=torch.contiguous_format)
 
 
-def _find(folder: Path) -> tuple[Path, Path]:
-    config, tensors = folder / CONFIG, folder / TENSORS
-    if not folder.is_dir():
-        said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-        raise AdapterFileError(
-            f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
-        )
-    if not config.is_file():
-        named = (entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
-        inner = sorted(name for name in named if not name.startswith(PARTIAL))
-        hint = f"; its sub-folder {inner[0]} has one: name that" if len(inner) == 1 else ""
-        hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
-        raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")
-    if not tensors.is_file():
-        pickled = (folder / PICKLE).is_file()
-        hint = (
-            f"it has {PICKLE}, a pickle, which is never read: load it in PEFT and save it again"
-            if pickled
-            else "the run that writes it is not complete, or the copy is not"
-        )
-        raise AdapterFileError(f"{folder} has no {TENSORS}; {hint}")
-    return config, tensors
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        stored = read_json(file)
-        json.dumps(stored, ensure_ascii=False).encode("utf-8")  # half a letter could not be saved again
-    except OSError as error:
-        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
-    if not isinstance(stored, dict):
-        raise AdapterFileError(f"{file} should hold one JSON object; it holds a {type(stored).__name__}")
-    return stored
-
-
 def _contents(
     tensors: Mapping[str, Tensor], rule: Rule, where: str
 ) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
@@ -289,7 +257,7 @@ def _contents(
     for key, tensor in tensors.items():
         if _TRAINING_STATE.fullmatch(key):
             continue
-        if match := _FACTOR.fullmatch(key):
+        if match := FACTOR.fullmatch(key):
             names.add(match["name"] or "")
             if tensor.dtype not in _DTYPES or tensor.ndim != 2:
                 problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
@@ -347,7 +315,7 @@ def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Map
     file = folder / CARD
     if file.is_file():
         try:
-            card = Card.from_dict(_read_json(file))
+            card = Card.from_dict(read_object(file))
         except AdapterFileError as error:
             raise AdapterFileError(f"{file}: {error}") from error
         _refuse_foreign_card(card, updates, file)
