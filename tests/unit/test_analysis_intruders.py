@@ -7,7 +7,7 @@ import torch
 
 import brushstroke as bs
 from brushstroke.analysis import intruders, repair
-from brushstroke.errors import ConfigError
+from brushstroke.errors import BaseLoadError, ConfigError
 from brushstroke.lowrank import LowRank
 
 EXACT = 1e-8
@@ -118,6 +118,82 @@ def test_a_weak_update_of_a_random_weight_makes_no_intruder(d, h):
     update = LowRank(randn(d, 8) / d**0.5, randn(8, h) / h**0.5, 0.5)
     assert bool((dense_cosines(update, W, 10) >= 0.5).all())
     assert found(update, W, **LARGE)["q"].count() == 0
+
+
+def weight(kind: str, d: int, h: int) -> torch.Tensor:
+    k = min(d, h)
+    if kind == "spiked":
+        return spiked(d, h)
+    if kind == "random":
+        return randn(d, h) / (d + h) ** 0.5
+    sigma = {
+        "of small rank": torch.cat([torch.linspace(5, 1, 12), torch.zeros(k - 12)]),
+        "with equal values": torch.cat([torch.full((k // 4,), 3.0), torch.linspace(2, 0.1, k - k // 4)]),
+        "of fast decay": 10 ** torch.linspace(1, -7, k),
+        "of zeros": torch.zeros(k),
+    }[kind].double()
+    left, right = (torch.linalg.qr(randn(n, k)).Q for n in (d, h))
+    return (left * sigma) @ right.mT
+
+
+@pytest.mark.parametrize(
+    ("d", "h", "dtype"),
+    [
+        (60, 90, torch.bfloat16),
+        (90, 60, torch.float32),
+        (120, 80, torch.float64),
+        (33, 120, torch.float32),
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", ["random", "spiked", "of small rank", "with equal values", "of fast decay", "of zeros"]
+)
+def test_no_verdict_is_false(kind, d, h, dtype):
+    """Against a dense float64 decomposition, with updates of every alignment and size."""
+    W = weight(kind, d, h).to(dtype)
+    left, sigma, right = torch.linalg.svd(W.double(), full_matrices=False)
+    real = sigma > 1e-14 * float(sigma[0]) if float(sigma[0]) else sigma > 0
+    covered = real & (sigma > (0.05 if h > d else 0) * sigma[0])
+    same = (sigma[:, None] - sigma).abs() <= 2e-4 * sigma[0]  # whose mixtures no float32 product tells apart
+    size = float(sigma[0]) or 1.0
+    new = torch.linalg.qr(randn(h, 5)).Q.mT
+    updates = [
+        LowRank(torch.linalg.qr(randn(d, 5)).Q, new, 3 * size),
+        LowRank(torch.linalg.qr(randn(d, 5)).Q, 0.5 * right[:5] + 0.75**0.5 * new, 3 * size),
+        LowRank(left[:, 3:8], right[:5], size),
+        LowRank(left, randn(min(d, h), h) / h**0.5, 1e4 * size),
+        LowRank(left[:, :5], new, 0.0),
+    ]
+    for update in updates:
+        directions = found(update, W, **LARGE)["q"].directions
+        _, sums, outputs = torch.linalg.svd(W.double() + update.dense(), full_matrices=False)
+        for direction in directions:
+            p = direction.position
+            gap = float((torch.cat([sums[:p], sums[p + 1 :]]) - sums[p]).abs().min() / sums[0])
+            if gap < 5e-3 or direction.residual > 1e-4:
+                continue  # its own neighbours make it a mixture
+            cosines = (right @ outputs[p]).abs()
+            largest = float(cosines[covered].max()) if bool(covered.any()) else 0.0
+            mixed = float((same[:, real].double() @ cosines[real].square()).max()) ** 0.5
+            assert direction.lower <= mixed + FLOAT32
+            assert direction.upper >= largest - FLOAT32
+            assert direction.verdict != "intruder" or largest < 0.5
+            assert direction.verdict != "known" or mixed >= 0.5 - FLOAT32
+
+
+@pytest.mark.parametrize(("d", "h"), [(150, 100), (100, 150)])
+@pytest.mark.parametrize("size", [1e-15, 1e-8, 1e8, 1e15])
+def test_verdicts_do_not_depend_on_the_unit(d, h, size):
+    W, update = spiked(d, h).float(), LowRank(randn(d, 3) / d**0.5, randn(3, h) / h**0.5, 60.0)
+    verdicts = [direction.verdict for direction in found(update, W, **LARGE)["q"].directions]
+    scaled = found(size * update, size * W, **LARGE)["q"].directions
+    assert [direction.verdict for direction in scaled] == verdicts
+    assert verdicts.count("intruder") == 3
+
+
+def test_a_weight_beyond_the_range_of_the_products_is_refused():
+    with pytest.raises(BaseLoadError, match=r"q: the norm of W is \de\+2\d; its square is too large"):
+        found(LowRank(randn(9, 1), randn(1, 7)), 1e20 * randn(9, 7).float(), **LARGE)
 
 
 def test_the_repair_scales_intruders_and_nothing_else():

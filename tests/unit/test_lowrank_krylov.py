@@ -99,6 +99,18 @@ def test_the_bound_is_never_below_the_largest_cosine(d, h, steps, dtype):
     assert bounds[0] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e-3])
+def test_the_bound_holds_between_the_points_that_were_tried(largest):
+    """Every λ is covered: two singular vectors as near as can be, a direction on both, few steps."""
+    left, right = (torch.linalg.qr(torch.randn(n, 80, dtype=torch.float64)).Q for n in (120, 80))
+    sigma = torch.linspace(1, 0.2, 80).double()
+    sigma[41] = sigma[40] * (1 - 1e-9)
+    W = (left * largest * sigma) @ right.mT
+    q = torch.nn.functional.normalize(right[:, 40] + right[:, 41] + right[:, 7], dim=0)
+    for steps in (1, 3, 9, 30):
+        assert bounded(W, q[None], steps)[0][0] >= (2 / 3) ** 0.5 - 1e-6
+
+
 def test_the_bound_certifies_random_directions():
     W = spiked(400, 300)
     q = torch.linalg.qr(torch.randn(300, 3, dtype=torch.float64)).Q.mT

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.analysis.weights import finite_norm
-from brushstroke.errors import OutputError
+from brushstroke.errors import BaseLoadError, OutputError
 from brushstroke.files import write_file
 from brushstroke.lowrank.krylov import Shifted, dense_svd, top_svd
 from brushstroke.samples.assets import cache_folder
@@ -23,6 +23,7 @@ from brushstroke.samples.assets import cache_folder
 STEP = 40  # strongest directions of a large W come in multiples of this, so that all questions share them
 SMALLEST = 2**16  # entries of a W that is worth a file
 LIMIT = 4 * 2**30  # bytes of all files
+LARGEST = 1e18  # norm of a W whose products with WᵀW are in the range of float32
 FORMAT = "brushstroke directions 1"  # another one wherever the maths or the layout changes
 _SUFFIX = ".directions"
 
@@ -165,13 +166,15 @@ def base_directions(
         working: what converts W.
 
     Raises:
-        BaseLoadError: W holds NaN or infinity.
+        BaseLoadError: W holds NaN or infinity, or is larger than any weight of a model that works.
     """
     k = -(-max(k, 1) // STEP) * STEP
     key = "" if cache is None or W.numel() < SMALLEST else _key(W, "whole" if whole else f"{k} from {seed}")
     if cache is not None and key and (found := cache.find(key)) is not None:
         return found
     norm, work = finite_norm(site, W), (working or Working())(W, whole)
+    if norm > LARGEST and work.dtype == torch.float32:
+        raise BaseLoadError(f"{site}: the norm of W is {norm:.1g}; its square is too large for float32")
     if whole:
         parts = dense_svd(work)
         found = _laid_out(norm, *parts, torch.zeros_like(parts.sigma))

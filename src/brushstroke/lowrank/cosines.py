@@ -7,21 +7,18 @@ made so bounds its cosine.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.lowrank.krylov import KrylovSpace
 
 FLOOR = 0.05  # of sigma₁: on the side where W has a null space, singular vectors below it are not covered
-_NOISE = 100.0  # roundings of σ₁² that a computed WᵀW·x may be off by
+_NOISE = 1e-5  # of σ₁²: a float32 product WᵀW·x is off by less, and a Cholesky factor in float64 exists
 _ABOVE = 1.1  # of the largest eigenvalue within the space: W has none above
-_SIZE, _STRONGEST = 160, 40  # of what is solved in, and its strongest directions
-_PARTS = 64  # intervals of eigenvalues at first
-_ROUNDS, _WORST, _SPLIT = (
-    5,
-    3,
-    4,
-)  # rounds in which so many intervals of each direction are split into so many
+_STRONGEST, _DEGREE = 16, 24  # directions of a large space in which a problem is solved, and Krylov steps
+_NOTHING = 1e-10  # what is left of a vector after projection, against it, that is rounding
+_PARTS = 32  # intervals of eigenvalues at first
+_ROUNDS, _WORST, _SPLIT = 6, 4, 4  # rounds in which so many intervals are split into so many
 
 
 class CosineBounds(NamedTuple):
@@ -29,8 +26,8 @@ class CosineBounds(NamedTuple):
 
     Args:
         values: one for each direction.
-        left_over: what the space does not explain of each that was wanted, at its worst; a space that grows
-            from these has lower bounds.
+        left_over: what the space does not explain of each at its worst; a space that grows from these has
+            lower bounds.
     """
 
     values: Float[Tensor, " k"]
@@ -43,132 +40,124 @@ def cosine_bounds(
     floor: float = 0.0,
     *,
     of_images: bool = False,
-    wanted: Bool[Tensor, " k"] | None = None,
     enough: float = 0.0,
 ) -> CosineBounds:
     """Upper bounds of max_i |⟨q_i, z⟩| over the right singular vectors q_i of W (d×h), for each z.
 
-    With WᵀW·q_i = λ·q_i, q_i is orthogonal to WᵀW·y − λ·y for every y. So |⟨q_i, z⟩| is at most
-    ‖z − (WᵀW − λ)·Y·a‖ for a basis Y and any a; the best a is a least squares problem in the size of Y, once
-    WᵀW·Y is known. For an interval of λ around c, of half width η, the same a gives that norm at c plus
-    η·‖a‖; rounding of WᵀW·Y adds as much for its own size. All λ are covered by such intervals, the worst of
-    which are split. Where Y is the Krylov space of z this is its Christoffel function, as Lanczos gives it; a
-    Y that holds other directions too, such as W's strongest, can only be better.
+    With WᵀW·q_i = λ·q_i, q_i is orthogonal to (WᵀW − λ)·y for every y. So |⟨q_i, z⟩| ≤ ‖z − (WᵀW − λ)·Y·a‖
+    for an orthonormal Y and any a. The same a serves all λ within η of c: there the norm is at most
+    ‖z − (WᵀW − c)·Y·a‖ + η·‖a‖, and an error of at most ν in the computed WᵀW·Y adds ν·‖a‖. A good a
+    minimises the sum of the squares, which is a small least squares problem once WᵀW·Y is known. Intervals
+    cover all λ, and the worst of them are split. Where Y is the Krylov space of z this is its Christoffel
+    function; a Y that holds more, such as W's strongest directions, can only be better.
 
     Args:
-        space: Y, with WᵀW·Y.
+        space: Y, with WᵀW·Y; it must know σ₁ to 5 %.
         directions: z, in columns.
         floor: leave out singular values below this share of sigma₁.
         of_images: z = Wᵀ·z′, and the left singular vectors are asked for: ⟨p_i, z′⟩ = ⟨q_i, z⟩/σ_i.
-        wanted: directions whose bounds should be as low as they can be; by default all.
         enough: no bound needs to be lower than this.
     """
-    wanted = torch.ones(directions.shape[1], dtype=torch.bool) if wanted is None else wanted
-    problem = _Problem(space, directions, of_images, wanted)
-    if problem.largest <= 0:  # W is 0 and has no singular vectors that count
-        return CosineBounds(problem.sizes * 0, directions[:, wanted])
-    edges = problem.edges(floor**2 * problem.largest, _ABOVE * problem.largest)
-    low, high = edges[:-1], edges[1:]
-    found = problem.bounds(low, high)
+    problems = _Problems(space, directions, of_images)
+    if problems.largest <= 0:  # W is 0 and has no singular vectors that count
+        return CosineBounds(problems.sizes * 0, directions)
+    low, high = problems.intervals(floor)
+    found = problems.bounds(low, high)
     for _ in range(_ROUNDS):
-        if not bool((found[:, wanted] >= enough).any()):
-            break
-        picked = torch.zeros(len(low), dtype=torch.bool)
-        picked[found[:, wanted].topk(min(_WORST, len(low)), dim=0).indices.reshape(-1)] = True
-        part = (high[picked] - low[picked]) / _SPLIT
-        starts = (low[picked] + part * torch.arange(_SPLIT)[:, None]).reshape(-1)
-        ends = starts + part.repeat(_SPLIT)
-        found = torch.cat([found[~picked], problem.bounds(starts, ends)])
-        low, high = torch.cat([low[~picked], starts]), torch.cat([high[~picked], ends])
-    values, at = found.max(dim=0)
-    left_over = problem.left_over(space, directions, low[at], high[at], wanted)
-    return CosineBounds(values.clamp_max(1), left_over)
+        worst, at = found.max(dim=1, keepdim=True)
+        centre = (low + high).gather(1, at) / 2
+        hopeless = (problems.bounds(centre, centre) >= enough) & (enough > 0)
+        if bool(((worst < enough) | hopeless).all()):
+            break  # each is low enough, or smaller intervals cannot make it so
+        picked = found.topk(min(_WORST, found.shape[1]), dim=1).indices
+        rest = torch.ones_like(found, dtype=torch.bool).scatter(1, picked, False)
+        edges = torch.linspace(0, 1, _SPLIT + 1, dtype=torch.float64)
+        split = low.gather(1, picked)[:, :, None] + (high - low).gather(1, picked)[:, :, None] * edges
+        starts, ends = (part.flatten(1) for part in (split[:, :, :-1], split[:, :, 1:]))
+        kept = [part[rest].view(len(part), -1) for part in (low, high, found)]
+        low, high = torch.cat([kept[0], starts], dim=1), torch.cat([kept[1], ends], dim=1)
+        found = torch.cat([kept[2], problems.bounds(starts, ends)], dim=1)
+    worst, at = found.max(dim=1, keepdim=True)
+    return CosineBounds(worst[:, 0].clamp_max(1), problems.left_over((low + high).gather(1, at) / 2))
 
 
-class _Problem:
-    """The least squares problems of all λ, in float64 and in the size of the space."""
+class _Problems:
+    """The least squares problems of some directions for all λ, in float64.
 
-    def __init__(
-        self,
-        space: KrylovSpace,
-        directions: Float[Tensor, "h k"],
-        of_images: bool,
-        wanted: Bool[Tensor, " k"],
-    ) -> None:
-        basis, backs, z = space.basis.double(), space.backs.double(), directions.double()
-        inner, along = basis.mT @ backs, basis.mT @ z
-        mixed = inner + inner.mT
-        values, vectors = torch.linalg.eigh(mixed / 2)
-        self.part = _useful_part(values, vectors, along[:, wanted])  # the basis of what is solved in
-        self.gram, self.mixed, self.squares = (
-            self.part.mT @ square @ self.part for square in (basis.mT @ basis, mixed, backs.mT @ backs)
-        )
-        self.along, self.across = self.part.mT @ along, self.part.mT @ (backs.mT @ z)
-        self.sizes = torch.linalg.vector_norm(z, dim=0)
-        self.values = torch.linalg.eigvalsh(self.mixed / 2)
-        self.largest = float(values[-1])
-        self.noise = _NOISE * torch.finfo(space.basis.dtype).eps * self.largest
-        self.of_images = of_images
+    They are written in eigenvectors of WᵀW within the space: WᵀW·Y·x = λ·Y·x + L·x, where the leak L lies
+    outside of Y. In a large space they are solved in a part of it for each direction: their cost grows with
+    the third power of the size.
+    """
 
-    def edges(self, lowest: float, highest: float) -> Float[Tensor, " n"]:
-        """Edges of intervals between the lowest and the highest λ, closer where the space has eigenvalues."""
+    def __init__(self, space: KrylovSpace, z: Float[Tensor, "h k"], of_images: bool) -> None:
+        self.space, self.z, self.of_images = space, z, of_images
+        self.leak = (space.backs - space.basis @ space.gram.to(z)).double()
+        self.values, self.vectors = torch.linalg.eigh(space.gram)
+        self.largest = float(self.values[-1]) if space.size else 0.0
+        self.noise = _NOISE * self.largest
+        inner = space.basis.mT @ z
+        outside = self.leak.mT @ (z - space.basis @ inner).double()
+        along = (self.vectors.mT @ inner.double()).mT
+        self.part = _useful_part(self.values, along)
+        weighted, leaking = self.values[:, None] * self.part, self.vectors @ self.part
+        leaks = self.leak.mT @ self.leak
+        self.linear = self.part.mT @ weighted
+        self.square = weighted.mT @ weighted + leaking.mT @ (leaks @ leaking)
+        self.start = _times(weighted.mT, along) + _times(leaking.mT, outside.mT)
+        self.along = _times(self.part.mT, along)
+        self.sizes = torch.linalg.vector_norm(z.double(), dim=0)
+
+    def intervals(self, floor: float) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
+        """Lower and upper ends of intervals that cover all λ, closer where the space has eigenvalues."""
+        lowest, highest = floor**2 * self.largest, _ABOVE * self.largest
         within = self.values[(self.values > lowest) & (self.values < highest)]
         picked = within[torch.linspace(0, max(len(within) - 1, 0), min(len(within), _PARTS)).long()]
-        even = torch.linspace(lowest, highest, _PARTS // 4, dtype=torch.float64)
-        return torch.cat([even, (picked[1:] + picked[:-1]) / 2]).unique()
+        even = torch.linspace(lowest, highest, _PARTS // 2, dtype=torch.float64)
+        edges = torch.cat([even, (picked[1:] + picked[:-1]) / 2]).unique().expand(len(self.sizes), -1)
+        return edges[:, :-1], edges[:, 1:]
 
-    def bounds(self, low: Float[Tensor, " n"], high: Float[Tensor, " n"]) -> Float[Tensor, "n k"]:
-        """The bound of each direction in each interval."""
-        a, right, slack = self._solve(low, high)
-        lengths = torch.linalg.vector_norm(a, dim=1)
-        squares = self.sizes.square() - (a * right).sum(1) - (slack[:, None] * lengths).square()
-        found = squares.clamp_min(0).sqrt() + slack[:, None] * lengths
-        found = torch.minimum(found, self.sizes)
-        return found / low.clamp_min(self.noise).sqrt()[:, None] if self.of_images else found
+    def bounds(self, low: Float[Tensor, "k n"], high: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """The bound of each direction in intervals of its own."""
+        a, right, slack = self._solve((low + high) / 2, (high - low) / 2 + self.noise)
+        lengths, sizes = torch.linalg.vector_norm(a, dim=2), self.sizes[:, None]
+        squares = sizes.square() - (a * right).sum(2) - (slack * lengths).square()
+        found = (squares.clamp_min(0).sqrt() + slack * lengths).minimum(sizes)
+        return found / low.clamp_min(self.noise).sqrt() if self.of_images else found
 
-    def left_over(
-        self,
-        space: KrylovSpace,
-        directions: Float[Tensor, "h k"],
-        low: Float[Tensor, " k"],
-        high: Float[Tensor, " k"],
-        wanted: Bool[Tensor, " k"],
-    ) -> Float[Tensor, "h n"]:
-        """z − (WᵀW − λ)·Y·a of the wanted directions, each in an interval of its own."""
-        numbers = torch.nonzero(wanted)[:, 0]
-        solved = self._solve(low[numbers], high[numbers])[0]
-        a = self.part @ solved[torch.arange(len(numbers)), :, numbers].mT
-        at = (low + high)[numbers] / 2
-        made = space.backs @ a.to(space.backs) - space.basis @ (a * at).to(space.basis)
-        return directions[:, numbers] - made
+    def left_over(self, at: Float[Tensor, "k 1"]) -> Float[Tensor, "h k"]:
+        """z − (WᵀW − λ)·Y·a of each direction at one λ."""
+        a = self._solve(at, torch.full_like(at, self.noise))[0][:, 0]
+        inner = _times(self.part, a)
+        within = self.vectors @ ((self.values - at) * inner).mT
+        made = self.space.basis @ within.to(self.z) + (self.leak @ (self.vectors @ inner.mT)).to(self.z)
+        return self.z - made
 
     def _solve(
-        self, low: Float[Tensor, " n"], high: Float[Tensor, " n"]
-    ) -> tuple[Float[Tensor, "n m k"], Float[Tensor, "n m k"], Float[Tensor, " n"]]:
-        centre, slack = (low + high)[:, None, None] / 2, (high - low) / 2 + self.noise
-        system = self.squares - centre * self.mixed + centre.square() * self.gram
-        system.diagonal(dim1=1, dim2=2).add_(slack.square()[:, None])
-        right = self.across - centre * self.along
-        return torch.cholesky_solve(right, torch.linalg.cholesky(system)), right, slack
+        self, centre: Float[Tensor, "k n"], slack: Float[Tensor, "k n"]
+    ) -> tuple[Float[Tensor, "k n m"], Float[Tensor, "k n m"], Float[Tensor, "k n"]]:
+        system = self.square[:, None] - 2 * centre[:, :, None, None] * self.linear[:, None]
+        system.diagonal(dim1=2, dim2=3).add_((centre.square() + slack.square())[:, :, None])
+        right = self.start[:, None] - centre[:, :, None] * self.along[:, None]
+        a = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(system))[..., 0]
+        return a, right, slack
 
 
-def _useful_part(
-    values: Float[Tensor, " m"], vectors: Float[Tensor, "m m"], along: Float[Tensor, "m k"]
-) -> Float[Tensor, "m n"]:
-    """Within a large space: its strongest directions, and the Krylov space of those that are judged.
-
-    The cost grows with the third power of the size, and what they do not reach says little of them.
-    """
-    m = len(values)
-    if m <= _SIZE:
-        return torch.eye(m, dtype=torch.float64)
-    part = vectors[:, -_STRONGEST:]
-    block = vectors.mT @ along
-    while part.shape[1] < _SIZE and block.shape[1]:
-        new = vectors @ block
+def _useful_part(values: Float[Tensor, " m"], along: Float[Tensor, "k m"]) -> Float[Tensor, "k m n"]:
+    """For each direction the whole space, or in a large one its strongest directions and a Krylov space."""
+    whole = torch.eye(len(values), dtype=torch.float64).expand(len(along), -1, -1)
+    if len(values) <= _STRONGEST + _DEGREE:
+        return whole
+    part, new = whole[:, :, -_STRONGEST:], along
+    for _ in range(_DEGREE):
+        before = new.norm(dim=1, keepdim=True)
         for _ in range(2):
-            new = new - part @ (part.mT @ new)
-        new = torch.linalg.qr(new).Q[:, : _SIZE - part.shape[1]]
-        part = torch.cat([part, new], dim=1)
-        block = values[:, None] * (vectors.mT @ new)
-    return torch.linalg.qr(part).Q
+            new = new - _times(part, _times(part.mT, new))
+        size = new.norm(dim=1, keepdim=True)
+        new = torch.where(size > _NOTHING * before, new / size, 0)
+        part = torch.cat([part, new[:, :, None]], dim=2)
+        new = values * new
+    return part
+
+
+def _times(matrices: Float[Tensor, "k m n"], vectors: Float[Tensor, "k n"]) -> Float[Tensor, "k m"]:
+    return (matrices @ vectors[:, :, None])[:, :, 0]

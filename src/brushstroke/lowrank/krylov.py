@@ -178,6 +178,7 @@ def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Fl
     """An orthonormal basis of what the block adds to the space; directions that add nothing are left out."""
     if not block.shape[1]:
         return block
+    block = block / block.abs().max().clamp_min(torch.finfo(block.dtype).tiny)  # its squares are summed
     before = torch.linalg.vector_norm(block, dim=0)
     room = min(block.shape[0] - space.shape[1], block.shape[1])
     for _ in range(2):
