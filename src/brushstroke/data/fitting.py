@@ -210,8 +210,23 @@ class _Attempt:
                 raise Unproven(_change(layout, shape, starts), 1)
             if layout.cut is not None:
                 text = text[: place(layout.outline, starts, layout.cut)]
-            texts.append(FittedText(layout, text, starts))
+            fitted = FittedText(layout, text, starts)
+            self._refuse_second_thoughts(fitted)
+            texts.append(fitted)
         return Fit(self.form, self.told, shape, tuple(texts), unused)
+
+    def _refuse_second_thoughts(self, fitted: FittedText) -> None:
+        """Refuse a form in which the template writes a thought of its own before one that is in a content.
+
+        Raises:
+            Unproven: naming the message.
+        """
+        for turn in fitted.layout.turns:
+            content = self.told.messages[turn.message].get("content", "").lstrip()
+            written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
+            tags = ("<think>", "</think>")
+            if content.startswith(tags[0]) and any(written.count(tag) > content.count(tag) for tag in tags):
+                raise Unproven(f"it writes a second thought before the one in message {turn.message + 1}", 1)
 
 
 def _change(layout: Layout, shape: Sketch, segment: int) -> str:
