@@ -39,8 +39,8 @@ _JUDGEMENTS = {  # names of columns that say what a text is, or how good an answ
 _CONTEXTS = {  # names of columns and keys that may hold a part of the conversation
     *("reasoning", "reasoning_content", "thinking", "thinking_content", "thought", "thoughts", "rationale"),
     *("system_prompt", "system_message", "instruction", "instructions", "input", "context", "documents"),
-    *("prompt", "question", "query"),
 }
+_QUESTIONS = {"prompt", "question", "query"}  # the same beside a text
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
             bad = sum(_is_false(row.get(name)) for row in rows.rows)
             also = f", also the {bad} of {len(rows)} where it says no" if bad else ""
             meaning = f"a judgement: every row is trained as a good answer{also}; take out those that are not"
-        elif name.lower() in _CONTEXTS:
+        elif name.lower() in _CONTEXTS or (columns.kind == "text" and name.lower() in _QUESTIONS):
             meaning = "a part of the conversation, which is trained without it; write it into the messages"
         else:
             continue

@@ -216,17 +216,17 @@ class _Attempt:
         return Fit(self.form, self.told, shape, tuple(texts), unused)
 
     def _refuse_second_thoughts(self, fitted: FittedText) -> None:
-        """Refuse a form in which the template writes a thought of its own before one that is in a content.
+        """Refuse a form in which the template writes a thought of its own beside the row's.
 
         Raises:
             Unproven: naming the message.
         """
         for turn in fitted.layout.turns:
-            content = self.told.messages[turn.message].get("content", "").lstrip()
+            message = self.told.messages[turn.message]
+            said = message.get("content", "") + message.get("reasoning_content", "")
             written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
-            tags = ("<think>", "</think>")
-            if content.startswith(tags[0]) and any(written.count(tag) > content.count(tag) for tag in tags):
-                raise Unproven(f"it writes a second thought before the one in message {turn.message + 1}", 1)
+            if any(written.count(tag) > max(1, said.count(tag)) for tag in ("<think>", "</think>")):
+                raise Unproven(f"it writes a second thought beside the one in message {turn.message + 1}", 1)
 
 
 def _change(layout: Layout, shape: Sketch, segment: int) -> str:

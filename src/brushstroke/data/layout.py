@@ -132,8 +132,8 @@ class LayoutFinder:
         """
         messages = self.conversation.messages
         self.prove_contents(self.outline(len(messages)))
-        turns = [self._turn(index) for index in self.conversation.answers]
-        learnt = frozenset(i for i in self.conversation.answers if self.conversation.trained[i])
+        turns = self._turns()
+        learnt = frozenset(turn.message for turn in turns if self.conversation.trained[turn.message])
         whole = Layout(len(messages), self.outline(len(messages)), tuple(turns), learnt)
         fit = self._fitting(whole.outline.text, turns)
         last = len(messages) - 1  # only there an end can be added to an answer that has none
@@ -275,6 +275,21 @@ class LayoutFinder:
         if not alone.text.endswith(behind) or len(alone.text) - len(behind) < start:
             raise Unproven(f"its text does not tell where the answer in message {index + 1} ends")
         return Turn(index, start, len(alone.text) - len(behind), end)
+
+    def _turns(self) -> list[Turn]:
+        """The answers; one that opens the conversation is left out where nothing tells where it begins.
+
+        Raises:
+            Unproven: the text does not tell where another answer begins or ends.
+        """
+        turns, learnt = [], [i for i in self.conversation.answers if self.conversation.trained[i]]
+        for index in self.conversation.answers:
+            try:
+                turns.append(self._turn(index))
+            except Unproven:
+                if index or learnt == [0]:
+                    raise
+        return turns
 
     def _filled(self, index: int) -> _Outlines:
         """Outlines in which every part of an answer has a placeholder: what follows it can be told."""
