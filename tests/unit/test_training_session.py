@@ -222,6 +222,24 @@ def test_a_short_context_is_no_obstacle(context: int) -> None:
         assert math.isfinite(run.forward_backward(short).loss)
 
 
+def test_a_model_that_mixes_dtypes_in_bf16_is_sent_to_float32() -> None:
+    class InFloat32(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.float())
+
+    model = tiny_llama()
+    model.lm_head = InFloat32(model.lm_head)
+    with Training(model, LoraConfig(rank=2, targets="q_proj")) as run:
+        assert run.forward_backward(examples()).loss > 0
+    with pytest.raises(ConfigError, match=r"load it with --dtype float32") as raised:
+        Training(model.bfloat16(), LoraConfig(rank=2, targets="q_proj"))
+    assert "loop of your own" not in str(raised.value)
+
+
 def test_a_model_without_a_language_head_is_refused() -> None:
     config = tiny_llama().config
     for made in (LlamaModel(config), LlamaForSequenceClassification(config)):
