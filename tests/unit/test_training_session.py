@@ -35,7 +35,7 @@ from brushstroke.layers import attach, merge
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step import choose
 from brushstroke.step.attention import NAME
-from brushstroke.training import TrainConfig, Training, train
+from brushstroke.training import PlanWarning, TrainConfig, Training, train
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise
 
@@ -794,7 +794,11 @@ def test_a_site_that_ran_and_got_no_gradient_is_an_error_at_that_step(
 
 def test_a_detached_site_ends_a_run_by_name() -> None:
     model, _ = around(torch.detach)
-    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp\.inner\.gate_proj"):
+    gate = r"model\.layers\.1\.mlp\.inner\.gate_proj"
+    with (
+        pytest.warns(PlanWarning, match=f"gives no gradient to {gate}"),
+        pytest.raises(TrainingError, match=gate),
+    ):
         train(Base(model), examples(), LoraConfig(rank=2), TrainConfig(max_steps=1))
 
 
