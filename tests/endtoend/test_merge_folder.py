@@ -546,7 +546,7 @@ def test_a_base_that_lacks_a_weight_is_refused_without_loading_it(folder, tmp_pa
     del tensors["model.norm.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseLoadError, match=r"lack 1 of the model's weights, such as model\.norm\.weight"):
+    with pytest.raises(BaseLoadError, match=r"1 weights are missing .*model\.norm\.weight"):
         merge_folder(folder, adapter_for(llama()), tmp_path / "out", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
