@@ -182,6 +182,8 @@ def merge_folder(
             skipped = copy_beside(folder, staging, files)
         if weights is not None:
             merged = merge_files(weights, adapter, staging)
+            if dtype != "auto":
+                _declare_dtype(staging / CONFIG, dtype)
         else:
             assert loaded is not None
             merged = _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size)
@@ -302,6 +304,17 @@ def _as_oserrors() -> Iterator[None]:
         if type(error) is Exception or isinstance(error, SafetensorError):
             raise OSError(str(error)) from error
         raise
+
+
+def _declare_dtype(config: Path, dtype: str) -> None:
+    """Name the dtype of the weights in a config and its parts, under the keys that each has."""
+    settings = read_json(config)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part in parts:
+        part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part}
+    if not settings.keys() & {"dtype", "torch_dtype"}:
+        settings["dtype"] = dtype
+    config.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def _is_ours(name: str) -> bool:
