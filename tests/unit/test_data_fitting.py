@@ -195,7 +195,9 @@ def test_a_form_in_which_a_template_adds_a_second_thought_is_not_taken():
     template = (
         OPENED.replace("\n", "\n{{ '<think></think>' if m.role == 'assistant' }}") + "{{ m.content }}" + ENDED
     )
-    refused(template, [QUESTION, ANSWER | {"content": "<think>Hm.</think>Noon."}], "chat template cannot write")
+    refused(
+        template, [QUESTION, ANSWER | {"content": "<think>Hm.</think>Noon."}], "chat template cannot write"
+    )
 
 
 def test_an_answer_that_opens_a_conversation_is_context_where_nothing_asks_for_it():
