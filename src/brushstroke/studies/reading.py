@@ -8,9 +8,10 @@ from typing import Any
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.studies.comparisons import Comparison
 from brushstroke.studies.findings import Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
-from brushstroke.studies.statistics import Difference, Interval, interval, over_pairs
+from brushstroke.studies.statistics import Interval, interval, over_pairs
 
 SIDES = ("left", "right")
 
@@ -146,17 +147,45 @@ def as_interval(found: Interval | None) -> dict[str, Any] | None:
     )
 
 
-def as_differences(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """JSON types of paired differences."""
-    return [
-        {
-            "first": one.first,
-            "second": one.second,
-            "difference": as_interval(one.difference),
-            "p_holm": one.p_holm,
-        }
-        for one in found
-    ]
+def as_comparison(found: Comparison, margin: float) -> dict[str, Any]:
+    """JSON types of differences that were judged together."""
+    return {
+        "procedure": found.procedure,
+        "level": found.level,
+        "seeds": list(found.seeds),
+        "residual_deviation": found.spread,
+        "degrees_of_freedom": found.freedom,
+        "margin": margin,
+        "differences": [
+            {
+                "first": one.first,
+                "second": one.second,
+                "difference": as_interval(one.difference),
+                "on_new_rows": as_interval(one.new_rows),
+                "p": one.p,
+                "apart": one.significant(),
+                "apart_on_new_rows": one.significant_on_new_rows(),
+                "equal_within_margin": one.equal_within(margin),
+            }
+            for one in found.differences
+        ],
+    }
+
+
+def comparison_notes(found: Comparison, results: Results, study: str, margin: float) -> tuple[str, ...]:
+    """What limits a comparison: what was left out, the rows that it speaks of, when the margin was stated."""
+    if found.spread is None:
+        return found.notes
+    rows = "The losses of single test rows were not kept: all differences speak of these test rows only."
+    if any(one.new_rows for one in found.differences):
+        rows = "Intervals on new rows add the spread over test rows (bootstrap) to the spread over seeds."
+    return (
+        *found.notes,
+        rows,
+        "Equal means: two one-sided tests show a difference of less than "
+        f"{margin:g} nats of test loss per trained token, a margin stated "
+        + ("before the runs." if results.margins.get(study) == margin else "after the runs."),
+    )
 
 
 def band(found: Interval) -> dict[str, float]:
