@@ -17,11 +17,13 @@ from brushstroke.studies.comparisons import (
     compare_all,
     compare_with,
     dunnett_p,
+    mean_on_new_rows,
     own_variances,
     pair_errors,
     row_errors,
     tukey_p,
 )
+from brushstroke.studies.statistics import interval
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("a", "b", "c", "d")
@@ -196,6 +198,20 @@ def test_the_spread_over_rows_is_that_of_a_ratio_of_sums():
     mean = gaps.sum() / tokens.sum()
     expected = np.sqrt(((gaps - mean * tokens) ** 2).sum()) / tokens.sum()
     assert found[0, 1] == found[1, 0] == pytest.approx(expected, rel=0.06)
+
+
+def test_the_interval_of_a_mean_on_new_rows_covers_them():
+    """Arms that every seed trains alike: only the rows tell how another test split would come out."""
+    covered = 0
+    for seed in range(100):
+        noise = np.random.default_rng(seed).standard_normal(50)
+        rows = RowLosses([1] * 50, {"a": {s: list(noise + 0.01 * s) for s in range(3)}})
+        over_seeds = interval([float(noise.mean()) + 0.01 * s for s in range(3)])
+        found = mean_on_new_rows(over_seeds, rows, "a", (0, 1, 2))
+        covered += found.low <= 0.01 <= found.high
+    assert 88 <= covered <= 100
+    assert mean_on_new_rows(interval([1.0]), rows, "a", (0,)) is None
+    assert mean_on_new_rows(over_seeds, RowLosses([1] * 50, {}), "a", (0, 1, 2)) is None
 
 
 def test_intervals_on_new_rows_are_wider_and_cover():

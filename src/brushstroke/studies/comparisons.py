@@ -26,6 +26,7 @@ RESAMPLES = 2000  # of the test rows
 MARGIN = (
     0.01  # nats of test loss per trained token, 1 % of perplexity: what equal means where nothing is said
 )
+NORMAL_95 = 1.96  # the quantile of a 95 % interval over rows
 LARGEST_T = 1e4  # beyond it p is 0
 
 
@@ -179,14 +180,20 @@ def row_errors(rows: RowLosses, arms: Sequence[str], seeds: Sequence[int]) -> np
 
     None where some run's losses were not kept.
     """
-    kept = [[rows.sums.get(arm, {}).get(seed) for seed in seeds] for arm in arms]
-    if len(rows.tokens) < 2 or any(not one or len(one) != len(rows.tokens) for part in kept for one in part):
+    means = _resampled(rows, arms, seeds)
+    return None if means is None else np.std(means[:, :, None] - means[:, None, :], axis=0, ddof=1)
+
+
+def mean_on_new_rows(found: Interval, rows: RowLosses, arm: str, seeds: Sequence[int]) -> Interval | None:
+    """An arm's mean over seeds with the interval that holds for other test rows too.
+
+    None where it has no interval over seeds, or some run's losses were not kept.
+    """
+    means = _resampled(rows, [arm], seeds)
+    if means is None or found.high is None:
         return None
-    sums, tokens = np.array(kept, dtype=float).mean(1), np.array(rows.tokens, dtype=float)
-    n = len(tokens)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    means = (drawn @ sums.T) / (drawn @ tokens)[:, None]
-    return np.sqrt(np.var(means[:, :, None] - means[:, None, :], axis=0, ddof=1))
+    over_rows = NORMAL_95 * float(np.std(means, ddof=1))
+    return _around(found.mean, float(np.hypot(found.high - found.mean, over_rows)), found.count)
 
 
 def tukey_p(t: float, arms: int, freedom: int) -> float:
@@ -300,6 +307,17 @@ def _complete(values: Mapping[str, Mapping[int, float]]) -> tuple[list[str], lis
 
 def _common(values: Mapping[str, Mapping[int, Any]], arms: Sequence[str]) -> list[int]:
     return sorted(set.intersection(*(set(values[arm]) for arm in arms))) if arms else []
+
+
+def _resampled(rows: RowLosses, arms: Sequence[str], seeds: Sequence[int]) -> np.ndarray | None:
+    """Mean losses over seeds on resampled test rows, the same for all arms, (resamples, arms)."""
+    kept = [[rows.sums.get(arm, {}).get(seed, ()) for seed in seeds] for arm in arms]
+    n = len(rows.tokens)
+    if n < 2 or any(len(one) != n for of_arm in kept for one in of_arm):
+        return None
+    sums, tokens = np.array(kept, dtype=float).mean(1), np.array(rows.tokens, dtype=float)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return (drawn @ sums.T) / (drawn @ tokens)[:, None]
 
 
 def _p(procedure: Procedure, gap: float, error: float, arms: int, freedom: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
 from brushstroke.analysis.weights import low_rank_updates
-from brushstroke.studies.comparisons import Comparison
+from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
 from brushstroke.studies.findings import Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
 from brushstroke.studies.statistics import Interval, interval, over_pairs
@@ -36,7 +36,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
     for name in names:
         found = results.arms.get(name)
         if found is None:
-            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–"))
+            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–", "–"))
             continue
         first = next(iter(found.outcomes.values()), None)
         loss = test_loss(found)
@@ -51,6 +51,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
                 f"{first.parameters:,}" if first else "–",
                 rate,
                 bounds(loss) if loss else "–",
+                bounds(wider) if loss and (wider := _on_new_rows(results, name, loss)) else "–",
                 f"{100 * fmean(scores):.1f} %" if scores else "–",
                 f"{100 * fmean(moved):.3g} %" if moved else "–",
                 len(found.seeds),
@@ -61,11 +62,16 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
         "parameters",
         "learning rate",
         "test loss [95 %]",
+        "on new rows too",
         "tokens right",
         "U moved by",
         "seeds",
     )
     return Table(caption, columns, tuple(rows))
+
+
+def _on_new_rows(results: Results, name: str, loss: Interval) -> Interval | None:
+    return mean_on_new_rows(loss, results.row_losses([name]), name, results.arms[name].seeds)
 
 
 def pair_overlaps(

@@ -132,7 +132,7 @@ class Results:
     untouched: dict[str, Any]
     estimate: Estimate
     planned: tuple[str, ...] = ()  # every arm that was asked for, whether the budget left it out or not
-    test_tokens: tuple[int, ...] = ()  # trained tokens of each row of the task's test split
+    test_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by task, of each test row
     margins: Mapping[str, float] = field(default_factory=dict)  # of each study, as stated before its runs
     _loaded: dict[tuple[str, int], Adapter] = field(default_factory=dict)
 
@@ -145,13 +145,13 @@ class Results:
         return self._loaded[arm, seed]
 
     def row_losses(self, names: Sequence[str]) -> RowLosses:
-        """The losses of single test rows of some arms, where they were kept."""
-        sums = {}
+        """The losses of single test rows of some arms of one task, where they were kept."""
+        sums, tokens = {}, ()
         for found in (self.arms[name] for name in names):
-            assert found.chosen is not None
-            runs = {seed: Run(found.arm, found.chosen, seed) for seed in found.seeds}
+            tokens = self.test_tokens.get(found.arm.task, ())
+            runs = {seed: Run(found.arm, found.chosen, seed) for seed in found.seeds if found.chosen}
             sums[found.arm.name] = {seed: self.store.test_rows(run) for seed, run in runs.items()}
-        return RowLosses(self.test_tokens, sums)
+        return RowLosses(tokens, sums)
 
     def seeds(self, *names: str) -> tuple[int, ...]:
         """The seeds with which every one of these arms has an update."""

@@ -195,7 +195,7 @@ def run_studies(
     found = conduct(
         workshop, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
     )
-    rows = tuple(example.trained for example in material.tasks["task"].test)
+    rows = {name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()}
     results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
     findings = tuple(study.read(results, workshop) for study in studies)
     seconds = spent + time.perf_counter() - began
