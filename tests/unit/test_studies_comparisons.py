@@ -1,7 +1,6 @@
 """Arms over seeds as blocks, against scipy and a least-squares fit; and what is claimed of them."""
 
 import importlib.util
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -236,12 +235,17 @@ def test_where_a_runs_rows_are_missing_there_is_no_interval_on_new_rows():
     assert not any(one.significant_on_new_rows() for one in found.differences)
 
 
-@pytest.fixture(scope="module")
-def simulation():
-    spec = importlib.util.spec_from_file_location("simulation", ROOT / "benchmarks" / "study_statistics.py")
+def script(name: str):
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    return script("study_statistics")
 
 
 def test_nine_arms_and_three_seeds_err_rarely_and_find_four_standard_deviations(simulation):
@@ -272,4 +276,9 @@ def test_the_committed_table_is_that_of_the_script(simulation):
     page = (ROOT / "docs" / "results" / "study_statistics.md").read_text("utf-8")
     for line in simulation.table(simulation.KINDS, *simulation.SIZES[0]):
         assert line in page
-    assert len(list(combinations(range(9), 2))) == 36
+
+
+def test_the_committed_studies_are_read_as_this_version_reads_them(capsys):
+    results = ROOT / "docs" / "results"
+    script("reread_results").main([str(file) for file in sorted(results.glob("paper_*.json"))])
+    assert capsys.readouterr().out == (results / "reread.md").read_text("utf-8")
