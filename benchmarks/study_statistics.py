@@ -8,6 +8,7 @@ variance for all arms. It takes well under a minute; the seeds are fixed:
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -106,6 +107,7 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+@cache
 def rates(draw: Draw, arms: int, seeds: int) -> tuple[list[float], list[float]]:
     """For each method: how many null studies name any pair, and how many name the one true pair.
 
