@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from brushstroke.analysis import SiteOverlap
-from brushstroke.studies.rank import _answer, _neighbours
+from brushstroke.studies.comparisons import compare_all, compare_with
+from brushstroke.studies.rank import _answer
 from brushstroke.studies.seeds import _answer as _seeds_answer
 from brushstroke.studies.seeds import _block_table, _by_matrix, _tests
-from brushstroke.studies.statistics import compare_arms
 from brushstroke.studies.targets import _answer as _targets_answer
 
 ROUNDING = 1e-15  # of φ where it is 1 but for float64's rounding
@@ -72,33 +72,73 @@ def test_no_number_is_given_for_a_kind_of_matrix_whose_side_the_directions_fill(
     assert answer.endswith("Of q more than of v: 0.00 [0.00, 0.00] (input side).")
 
 
-def test_sets_are_compared_by_the_seeds_that_two_of_them_share():
-    losses = {"a": {0: 1.0, 1: 1.01}, "b": {0: 2.0, 2: 2.01}, "c": {0: 3.0, 1: 3.01, 2: 3.02}}
-    answer = _targets_answer(list(losses), compare_arms(losses))
-    assert "paired t over 1 to 2 seeds" in answer
-    assert "one seed" in _targets_answer(["a", "b"], compare_arms({"a": {0: 1.0}, "b": {0: 2.0}}))
-    assert "nothing to compare" in _targets_answer(["a"], [])
+def targets_answer(losses, margin=0.01):
+    return _targets_answer(list(losses), compare_all(losses), margin)
+
+
+def rank_answer(losses, margin=0.01):
+    """Losses by rank, and those of W itself under "W"."""
+    by_name = {f"q r={rank}" if rank != "W" else "q W itself": seeds for rank, seeds in losses.items()}
+    kept = {rank: f"q r={rank}" for rank in losses if rank != "W"}
+    against = compare_with("q W itself", by_name) if "W" in losses else None
+    return _answer(kept, by_name, compare_all({n: by_name[n] for n in kept.values()}), against, margin)
+
+
+def over_seeds_of(mean, noise=(0.0, 0.01, -0.01, 0.005)):
+    return {seed: mean + e for seed, e in enumerate(noise)}
+
+
+def test_the_order_of_sets_is_told_and_what_is_shown_of_them():
+    losses = {
+        "a": over_seeds_of(1.0, (0.0, 0.002, 0.001)),
+        "b": over_seeds_of(1.0, (0.001, 0.0, 0.002)),
+        "c": over_seeds_of(2.0, (0.002, 0.001, 0.0)),
+    }
+    answer = targets_answer(losses)
+    assert "a < b < c. Of 3 pairs 2 are shown to be apart, and 1 to be equal within ±0.01 nats" in answer
+    assert "(Tukey over 3 seeds; residual standard deviation 0.00" in answer
+    assert answer.endswith("a is shown to be lower than c.")
+
+
+def test_a_large_p_is_told_neither_as_a_difference_nor_as_equality():
+    noise = (0.0, 0.2, -0.2), (0.1, -0.1, 0.0)
+    answer = targets_answer({"a": over_seeds_of(1.0, noise[0]), "b": over_seeds_of(1.01, noise[1])})
+    assert "Of 1 pair 0 are shown to be apart, and 0 to be equal within ±0.01 nats" in answer
+    assert answer.endswith("a is not shown to be lower than any other.")
+
+
+def test_one_seed_of_sets_claims_nothing():
+    assert "one seed" in targets_answer({"a": {0: 1.0}, "b": {0: 2.0}})
+    assert "nothing to compare" in targets_answer({"a": {0: 1.0}})
 
 
 def test_a_step_that_raises_the_loss_is_told():
-    kept, noise = {1: "q r=1", 2: "q r=2"}, [0.0, 0.01, -0.01, 0.005]
-    losses = {
-        "q r=1": dict(enumerate(2.0 + e for e in noise)),
-        "q r=2": dict(enumerate(3.0 + e for e in noise)),
-    }
-    answer = _answer(kept, losses, None, _neighbours(kept, losses, None))
-    assert answer.endswith("(paired t, Holm): none. Steps that raise it: 1 to 2.")
+    answer = rank_answer({1: over_seeds_of(2.0), 2: over_seeds_of(3.0, (0.01, -0.01, 0.0, 0.0))})
+    assert "shown to lower the loss (Tukey over 4 seeds; residual standard deviation" in answer
+    assert "): none. Steps that raise it: 1 to 2." in answer
+    assert answer.endswith("Ranks shown to be equal within ±0.01 nats: none.")
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.5])
 def test_the_largest_rank_is_called_too_small_only_where_its_step_is_significant(gain):
-    kept = {1: "q r=1", 2: "q r=2", 4: "q r=4"}
-    noise = [0.0, 0.01, -0.01, 0.005]
-    losses = {
-        "q r=1": dict(enumerate(2.0 + e for e in noise)),
-        "q r=2": dict(enumerate(2.0 + e for e in reversed(noise))),
-        "q r=4": dict(enumerate(1.999 - gain + e for e in noise)),
-    }
-    answer = _answer(kept, losses, None, _neighbours(kept, losses, None))
+    noise = (0.0, 0.01, -0.01, 0.005)
+    answer = rank_answer(
+        {1: over_seeds_of(2.0), 2: over_seeds_of(2.0, noise[::-1]), 4: over_seeds_of(1.999 - gain, noise)}
+    )
     assert "at rank 4" in answer
     assert ("was not reached" in answer) == bool(gain)
+
+
+def test_ranks_are_called_equal_only_within_the_margin():
+    losses = {4: over_seeds_of(2.0), 8: over_seeds_of(2.0003, (0.0, 0.01, -0.01, 0.006))}
+    assert rank_answer(losses).endswith("equal within ±0.01 nats: 4 and 8.")
+    assert rank_answer(losses, 1e-4).endswith("equal within ±0.0001 nats: none.")
+
+
+def test_every_rank_is_compared_with_the_training_of_w_itself():
+    noise = (0.0, 0.01, -0.01, 0.005)
+    answer = rank_answer(
+        {1: over_seeds_of(2.0), 2: over_seeds_of(1.5, noise[::-1]), "W": over_seeds_of(1.5, (0.01, 0, 0, 0))}
+    )
+    assert "Ranks shown to differ from W's own training (Dunnett over 4 seeds" in answer
+    assert "): 1. Loss at rank 2 less that of W's own training: " in answer

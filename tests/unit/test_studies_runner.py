@@ -154,12 +154,25 @@ def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
 
 def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     store = Store(tmp_path, identity(seeds=[0]))
-    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
+    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.0, 2.0)))
     (tmp_path / "mine.txt").write_text("mine")
     fresh = Store(tmp_path, identity(seeds=[1]), overwrite=True)
     assert fresh.outcome(Run(ARM, 0.1, 0)) is None
+    assert not (tmp_path / "runs").exists()
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert json.loads((tmp_path / "study.json").read_text())["identity"] == identity(seeds=[1])
+
+
+def test_the_losses_of_test_rows_are_kept_beside_the_outcome(tmp_path):
+    store, run = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
+    store.finish(run, Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.23456789, 2.0)))
+    assert store.test_rows(run) == (1.234568, 2.0)
+    assert "test_rows" not in (tmp_path / "runs" / run.key / "outcome.json").read_text()
+    assert store.outcome(run) == Outcome("a", 0.1, 0, 1, 1, 1, 0.1)
+    assert store.test_rows(Run(ARM, 0.1, 1)) == ()
+    (tmp_path / "runs" / run.key / "test_rows.json").write_text("[1, null]")
+    with pytest.raises(OutputError, match=r"test_rows.json is damaged; remove this file"):
+        store.test_rows(run)
 
 
 def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):

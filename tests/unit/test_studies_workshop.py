@@ -10,7 +10,7 @@ from brushstroke.studies.arms import Arm, Run, low_rank, whole
 from brushstroke.studies.controls import principal_inputs
 from brushstroke.studies.random_subspace import SubspaceAdamW, _Gaussian, _Hashed
 from brushstroke.studies.whole import WholeWeights
-from brushstroke.studies.workshop import Task, Workshop, score
+from brushstroke.studies.workshop import Task, Workshop, score, score_rows
 from brushstroke.training import TrainConfig, Training
 from toys import snapshot, tiny_llama
 
@@ -63,6 +63,25 @@ def test_a_run_learns_and_keeps_its_update(workshop):
     kept = load(workshop.folder / run.key / "adapter")
     assert kept.rank == 4
     assert outcome.start_change > 0
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3, 4, 5], [5, 0, 3]])
+def test_the_losses_of_single_rows_are_those_of_each_row_alone(workshop, rows):
+    """Whatever the order in which a forward pass packs them."""
+    session = Training(workshop.base, low_rank("q,v", QV, 4).lora)
+    examples = [workshop.tasks["task"].test[row] for row in rows]
+    whole, by_row = score_rows(session, examples)
+    alone = [score(session, [example]) for example in examples]
+    assert by_row == pytest.approx([one.loss * one.tokens for one in alone], rel=1e-5)
+    assert sum(by_row) == pytest.approx(whole.loss * whole.tokens, rel=1e-6)
+    session.close()
+
+
+def test_a_run_keeps_the_losses_of_its_test_rows(workshop):
+    for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
+        outcome = workshop.run(Run(arm, 1e-3, 0))
+        assert len(outcome.test_rows) == 6
+        assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
 
 
 def test_a_run_that_diverges_says_so(workshop):

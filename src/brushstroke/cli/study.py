@@ -18,7 +18,7 @@ from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
-from brushstroke.errors import ConfigError, require
+from brushstroke.errors import ConfigError, OutputError, require
 from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ ONLY_FOR = {
     "scale_rule": ("rank",),
     "alpha": ("rank", "seeds", "targets", "delta", "intrinsic"),
     "no_whole": ("rank",),
+    "margin": ("rank", "targets"),
     "other": ("seeds", "paper"),
     "general": ("delta", "paper"),
 }
@@ -66,6 +67,7 @@ class QuestionOptions:
         budget: Number of trained parameters of every set (targets).
         dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
         no_whole: Leave out the runs that train all of W (rank).
+        margin: What equal means, in nats of test loss per trained token (rank, targets) [default: 0.01].
         tiny: A small model that is trained here, on texts that every Python carries (paper).
         smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
     """
@@ -79,6 +81,7 @@ class QuestionOptions:
     budget: Whole = None
     dimensions: str | None = None
     no_whole: Annotated[bool | None, Parameter(negative=())] = None
+    margin: float | None = None
     tiny: bool = False
     smollm2: bool = False
 
@@ -99,6 +102,7 @@ class StudyRunOptions:
         workers: Runs at a time, each in a process of one thread; for small models
             [default: 1; one per core for the presets of paper].
         overwrite: Start over in --out; finished runs there are removed.
+        reread: Read the finished runs in --out again, as this version reads them; nothing is trained.
     """
 
     seeds: Whole = None
@@ -109,6 +113,7 @@ class StudyRunOptions:
     budget_minutes: float | None = None
     workers: Whole = None
     overwrite: bool = False
+    reread: bool = False
 
 
 @Parameter(name="*", group=DATA)
@@ -179,12 +184,21 @@ def study(
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")
-    from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
+    from brushstroke.studies import (
+        finished_only,
+        in_process,
+        paper_questions,
+        processes,
+        run_studies,
+        write_report,
+    )
     from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
     from brushstroke.studies.runner import check_budget
 
     check_budget(settings.budget_minutes)  # now, and not after a model was loaded or trained
+    if settings.reread:
+        _require_finished(out, settings)
     workers, budget = 1 if settings.workers is None else settings.workers, settings.budget_minutes
     if workers < 1:
         raise ConfigError(f"--workers is how many runs there are at a time, at least 1; got {workers}")
@@ -211,6 +225,7 @@ def study(
         )
         material = _material(base, data, settings, files, loading)
         studies = paper_questions(material) if asked_for is None else [asked_for]
+    execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
     with _Progress(workers) as progress:
@@ -220,7 +235,7 @@ def study(
             out,
             overwrite=settings.overwrite,
             budget_minutes=budget,
-            execute=processes(workers) if workers > 1 else in_process,
+            execute=finished_only if settings.reread else execute,
             workers=workers,
             on_estimate=progress.estimate,
             on_run=progress.run,
@@ -237,12 +252,24 @@ def study(
     say(f"the report is in {page}")
 
 
+def _require_finished(out: Path, settings: StudyRunOptions) -> None:
+    """Refuse --reread where there is nothing to read, before a model is loaded or trained."""
+    from brushstroke.studies.store import planned_before
+
+    if settings.overwrite:
+        raise ConfigError(
+            "give --reread or --overwrite, not both: one keeps the runs, the other removes them"
+        )
+    if planned_before(out) is None:
+        raise OutputError(f"{out} holds no study to read again; leave out --reread to run one there")
+
+
 def _preset(
     flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
 ) -> "tuple[list[Study], Material]":
     from brushstroke.studies import smollm2_paper, tiny_paper
 
-    free = ("seeds", "workers", "budget_minutes", "overwrite")
+    free = ("seeds", "workers", "budget_minutes", "overwrite", "reread")
     chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
     if chosen:
         surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
@@ -272,6 +299,8 @@ def _study(question: str, given: QuestionOptions) -> "Study":
         common["ranks"] = _numbers("--ranks", given.ranks, int)
     if given.no_whole:
         common["train_whole"] = False
+    if given.margin is not None:
+        common["margin"] = given.margin
     if given.scale_rule is not None:
         common["scale_rule"] = given.scale_rule
     if given.dimensions is not None:

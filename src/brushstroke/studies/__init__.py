@@ -5,7 +5,7 @@ Each question is a module: `targets`, `rank`, `seeds`, `delta`, `intrinsic`. `ru
 
 from brushstroke.studies.arms import Arm, Run, rate_grid
 from brushstroke.studies.delta import DeltaStudy
-from brushstroke.studies.executors import Executor, in_process, processes
+from brushstroke.studies.executors import Executor, finished_only, in_process, processes
 from brushstroke.studies.findings import Figure, Finding, Table
 from brushstroke.studies.intrinsic import IntrinsicStudy
 from brushstroke.studies.material import make_material
@@ -37,6 +37,7 @@ __all__ = [
     "Table",
     "TargetsStudy",
     "Task",
+    "finished_only",
     "in_process",
     "make_material",
     "paper_questions",

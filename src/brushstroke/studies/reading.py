@@ -8,9 +8,10 @@ from typing import Any
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
 from brushstroke.studies.findings import Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
-from brushstroke.studies.statistics import Difference, Interval, interval, over_pairs
+from brushstroke.studies.statistics import Interval, interval, over_pairs
 
 SIDES = ("left", "right")
 
@@ -35,7 +36,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
     for name in names:
         found = results.arms.get(name)
         if found is None:
-            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–"))
+            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–", "–"))
             continue
         first = next(iter(found.outcomes.values()), None)
         loss = test_loss(found)
@@ -50,6 +51,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
                 f"{first.parameters:,}" if first else "–",
                 rate,
                 bounds(loss) if loss else "–",
+                bounds(wider) if loss and (wider := _on_new_rows(results, name, loss)) else "–",
                 f"{100 * fmean(scores):.1f} %" if scores else "–",
                 f"{100 * fmean(moved):.3g} %" if moved else "–",
                 len(found.seeds),
@@ -60,11 +62,16 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
         "parameters",
         "learning rate",
         "test loss [95 %]",
+        "on new rows too",
         "tokens right",
         "U moved by",
         "seeds",
     )
     return Table(caption, columns, tuple(rows))
+
+
+def _on_new_rows(results: Results, name: str, loss: Interval) -> Interval | None:
+    return mean_on_new_rows(loss, results.row_losses([name]), name, results.arms[name].seeds)
 
 
 def pair_overlaps(
@@ -146,17 +153,45 @@ def as_interval(found: Interval | None) -> dict[str, Any] | None:
     )
 
 
-def as_differences(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """JSON types of paired differences."""
-    return [
-        {
-            "first": one.first,
-            "second": one.second,
-            "difference": as_interval(one.difference),
-            "p_holm": one.p_holm,
-        }
-        for one in found
-    ]
+def as_comparison(found: Comparison, margin: float) -> dict[str, Any]:
+    """JSON types of differences that were judged together."""
+    return {
+        "procedure": found.procedure,
+        "level": found.level,
+        "seeds": list(found.seeds),
+        "residual_deviation": found.spread,
+        "degrees_of_freedom": found.freedom,
+        "margin": margin,
+        "differences": [
+            {
+                "first": one.first,
+                "second": one.second,
+                "difference": as_interval(one.difference),
+                "on_new_rows": as_interval(one.new_rows),
+                "p": one.p,
+                "apart": one.significant(),
+                "apart_on_new_rows": one.significant_on_new_rows(),
+                "equal_within_margin": one.equal_within(margin),
+            }
+            for one in found.differences
+        ],
+    }
+
+
+def comparison_notes(found: Comparison, results: Results, study: str, margin: float) -> tuple[str, ...]:
+    """What limits a comparison: what was left out, the rows that it speaks of, when the margin was stated."""
+    if found.spread is None:
+        return found.notes
+    rows = "The losses of single test rows were not kept: all differences speak of these test rows only."
+    if any(one.new_rows for one in found.differences):
+        rows = "Intervals on new rows add the spread over test rows (bootstrap) to the spread over seeds."
+    return (
+        *found.notes,
+        rows,
+        "Equal means: two one-sided tests show a difference of less than "
+        f"{margin:g} nats of test loss per trained token, a margin stated "
+        + ("before the runs." if results.margins.get(study) == margin else "after the runs."),
+    )
 
 
 def band(found: Interval) -> dict[str, float]:

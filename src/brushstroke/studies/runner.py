@@ -14,6 +14,7 @@ import torch
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, TrainingError
 from brushstroke.studies.arms import Arm, Run
+from brushstroke.studies.comparisons import RowLosses
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
 from brushstroke.studies.workshop import Outcome, Workshop
@@ -131,6 +132,8 @@ class Results:
     untouched: dict[str, Any]
     estimate: Estimate
     planned: tuple[str, ...] = ()  # every arm that was asked for, whether the budget left it out or not
+    test_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by task, of each test row
+    margins: Mapping[str, float] = field(default_factory=dict)  # of each study, as stated before its runs
     _loaded: dict[tuple[str, int], Adapter] = field(default_factory=dict)
 
     def adapter(self, arm: str, seed: int) -> Adapter:
@@ -140,6 +143,15 @@ class Results:
             assert found.chosen is not None
             self._loaded[arm, seed] = self.store.adapter(Run(found.arm, found.chosen, seed))
         return self._loaded[arm, seed]
+
+    def row_losses(self, names: Sequence[str]) -> RowLosses:
+        """The losses of single test rows of some arms of one task, where they were kept."""
+        sums, tokens = {}, ()
+        for found in (self.arms[name] for name in names):
+            tokens = self.test_tokens.get(found.arm.task, ())
+            runs = {seed: Run(found.arm, found.chosen, seed) for seed in found.seeds if found.chosen}
+            sums[found.arm.name] = {seed: self.store.test_rows(run) for seed, run in runs.items()}
+        return RowLosses(tokens, sums)
 
     def seeds(self, *names: str) -> tuple[int, ...]:
         """The seeds with which every one of these arms has an update."""

@@ -3,7 +3,6 @@
 A run is finished when its outcome is there; the outcome is written last, at once.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from brushstroke.studies.arms import RUN_KEY, Run
 from brushstroke.studies.workshop import Outcome
 
 STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
+ROWS = "test_rows.json"  # summed loss of each row of the test split; runs of older versions have none
 RESULTS, REPORT, FIGURES = "results.json", "report.html", "figures"
 BASE = "base"  # a model that was trained for the study; made before the study begins
 ALWAYS = {"studies", "seeds", "arms"}  # of every study's identity: what tells it from a foreign study.json
@@ -79,13 +79,26 @@ class Store:
         with damaged(file, "remove this file, and the run is done again"):
             return Outcome.from_dict(json.loads(file.read_text("utf-8")))
 
+    def test_rows(self, run: Run) -> tuple[float, ...]:
+        """The summed loss of each row of the test split; empty where it was not kept.
+
+        Raises:
+            OutputError: what is kept is damaged.
+        """
+        file = self.runs / run.key / ROWS
+        if not file.is_file():
+            return ()
+        with damaged(file, "remove this file, and intervals speak of the same rows only"):
+            return tuple(float(loss) for loss in json.loads(file.read_text("utf-8")))
+
     def finish(self, run: Run, outcome: Outcome) -> None:
         """Keep what a run came to; from now on it is never run again."""
         folder = self.runs / run.key
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        told = dataclasses.asdict(outcome)
-        write_file(folder / OUTCOME, json.dumps(told, indent=2, allow_nan=True) + "\n")
+        if rows := outcome.test_rows:
+            write_file(folder / ROWS, json.dumps([float(f"{loss:.7g}") for loss in rows]) + "\n")
+        write_file(folder / OUTCOME, json.dumps(outcome.as_dict(), indent=2, allow_nan=True) + "\n")
 
     def adapter(self, run: Run) -> Adapter:
         """The update of a finished run.
@@ -134,7 +147,8 @@ class Store:
         with output_errors(self.folder):
             for run in runs:
                 remove(run / ADAPTER)
-                (run / OUTCOME).unlink(missing_ok=True)
+                for name in (OUTCOME, ROWS):
+                    (run / name).unlink(missing_ok=True)
                 remove_empty(run)
             for file in (self.folder / RESULTS, self.folder / REPORT, *drawn):
                 file.unlink(missing_ok=True)

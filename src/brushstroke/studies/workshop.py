@@ -6,7 +6,7 @@ Every run of a study happens on one base that is loaded once, and leaves it bit 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class Outcome:
         validation, test: on the task's splits.
         general: on the general text; None where there is none.
         start_change: ‖U − U₀‖/‖U₀‖ over all sites; None where there is no U.
+        test_rows: summed loss of each row of the test split; empty where it was not kept.
     """
 
     arm: str
@@ -95,15 +96,20 @@ class Outcome:
     test: Score | None = None
     general: Score | None = None
     start_change: float | None = None
+    test_rows: tuple[float, ...] = ()
 
     @property
     def diverged(self) -> bool:
         """Whether the loss, or a factor, stopped being a number; then there are no scores and no update."""
         return self.test is None
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types; without the losses of single rows, which are kept in a file of their own."""
+        return {name: value for name, value in asdict(self).items() if name != "test_rows"}
+
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `as_dict`."""
         scores = {
             name: None if told[name] is None else Score.from_dict(told[name])
             for name in ("validation", "test", "general")
@@ -140,7 +146,8 @@ class Workshop:
             start = _inputs(session.adapter()) if run.arm.rank else {}
             try:
                 losses, tokens = self._train(session, task, run)
-                scores = {"validation": score(session, task.validation), "test": score(session, task.test)}
+                test, by_row = score_rows(session, task.test)
+                scores = {"validation": score(session, task.validation), "test": test}
                 if self.general:
                     scores["general"] = score(session, self.general)
             except NonFiniteError:
@@ -154,6 +161,7 @@ class Workshop:
                 real_tokens=tokens,
                 train_loss=sum(last) / len(last),
                 start_change=_change(start, _inputs(adapter)) if start else None,
+                test_rows=by_row,
                 seconds=time.perf_counter() - began,
                 **scores,
             )
@@ -256,15 +264,27 @@ class Workshop:
         return losses, tokens
 
 
-@torch.no_grad()
 def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Score:
     """Loss per trained token and share of tokens that are the likeliest ones.
 
     Raises:
         NonFiniteError: a loss is not a finite number.
     """
+    return score_rows(session, examples)[0]
+
+
+@torch.no_grad()
+def score_rows(
+    session: "Training | WholeWeights", examples: Sequence[Example]
+) -> tuple[Score, tuple[float, ...]]:
+    """The score, and the summed loss of each example, in their order.
+
+    Raises:
+        NonFiniteError: a loss is not a finite number.
+    """
     forward = session.forward if isinstance(session, WholeWeights) else session.step.forward
     total, right, tokens = 0.0, 0, 0
+    by_row: dict[int, float] = {}
     with forward.context():
         for start in range(0, len(examples), SCORED_AT_ONCE):
             passes = session.passes(examples[start : start + SCORED_AT_ONCE])
@@ -278,13 +298,16 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
                 ]
                 targets = torch.tensor([token for token, _ in pairs], device=logits.device)
                 weight = torch.tensor([weight for _, weight in pairs], device=logits.device)
-                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-                total += float((losses * weight).sum())
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weight
+                total += float(losses.sum())
+                rows = losses.cpu().double().split([example.trained for example in part.examples])
+                by_row |= {id(e): float(row.sum()) for e, row in zip(part.examples, rows, strict=True)}
                 right += int((logits.argmax(-1) == targets).sum())
                 tokens += len(pairs)
     if not math.isfinite(total):
         raise NonFiniteError("the loss after training is not a finite number")
-    return Score(total / max(1, tokens), right / max(1, tokens), tokens)
+    found = Score(total / max(1, tokens), right / max(1, tokens), tokens)
+    return found, tuple(by_row[id(example)] for example in examples)
 
 
 def _inputs(adapter: Adapter) -> dict[str, torch.Tensor]:
