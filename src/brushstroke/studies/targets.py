@@ -7,7 +7,15 @@ from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.findings import Figure, Finding, difference_table, seeds_told
-from brushstroke.studies.reading import arms_table, as_differences, as_interval, band, limits, test_loss
+from brushstroke.studies.reading import (
+    arms_table,
+    as_differences,
+    as_interval,
+    band,
+    difference_figure,
+    limits,
+    test_loss,
+)
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Difference, compare_arms
 from brushstroke.studies.study import Material
@@ -91,7 +99,7 @@ class TargetsStudy:
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
                 difference_table(compared, "All pairs, paired over seeds, Holm-corrected over all of them."),
             ),
-            figures,
+            (*figures, *difference_figure(compared, self.name)),
             notes,
             {
                 "order": ordered,
