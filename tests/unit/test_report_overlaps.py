@@ -16,6 +16,8 @@ from brushstroke.report.analysis import overlap_page
 from brushstroke.report.charts import choices, overlaps
 from brushstroke.report.figures import GREY, HOT
 from brushstroke.report.overlaps import CHOICES, overlap_records
+from brushstroke.studies.page import file_name
+from brushstroke.studies.reading import overlap_figures
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -156,6 +158,23 @@ def test_q_and_v_come_first_then_o_and_k_then_the_rest():
     words = words_of(spec)
     assert "layer 0, q_proj and v_proj" in words
     assert "φ(i, j), ΔW" in words
+
+
+def test_studies_draw_the_vectors_of_A_beside_those_of_the_update():
+    pair = adapter(3, 1), adapter(7, 2)
+    found = {of: subspace(*pair, of=of) for of in ("delta", "U")}
+    figures = {one.name: one for one in overlap_figures(found, "ranks", i="i", j="j", corner=True)}
+    assert list(figures) == ["ranks-dW-input", "ranks-A", "ranks-dW-output"]
+    assert file_name(figures["ranks-A"]) == "ranks-A-layer-0-q_proj-and-v_proj"
+    paper = figures["ranks-A"]
+    assert "still near its random start" in paper.caption
+    words = words_of(paper.spec)
+    assert "φ(i, j), the right-singular vectors of A" in words  # a line of the title: a phone cuts none
+    grid = found["U"]["model.layers.0.self_attn.q_proj"].left
+    cells = cells_of(paper.spec)["q_proj"]
+    assert {at: cell[0] for at, cell in cells.items()} == pytest.approx(
+        {(i, j): float(grid[i - 1, j - 1]) for i in range(1, 4) for j in range(1, 8)}, abs=ROUNDED
+    )
 
 
 def test_a_grid_of_8_by_64_has_room_for_every_cell():

@@ -329,7 +329,9 @@ def site_map(
     )
     title = _title(altair, choose, words=called)
     return _finished(
-        chart.properties(width={"step": min(56, PANEL / len(matrices))}, height={"step": 22}, title=title),
+        chart.properties(
+            width={"step": max(16, min(56, PANEL // len(matrices)))}, height={"step": 22}, title=title
+        ),
         kind="map",
     )
 
@@ -380,13 +382,10 @@ def _title(
     said = [
         f"{json.dumps('layer ') if name == 'layer' else ''} + {CHOSEN}{name}".lstrip(" +") for name in choose
     ]
-    shown = (
-        f"{json.dumps(words, ensure_ascii=False)}[measure]"
-        if words
-        else json.dumps(measure, ensure_ascii=False)
-    )
-    place = " + ', ' + ".join(said)
-    text = altair.ExprRef(f"[{place}, {shown}]" if place else shown)
+    lines = [json.dumps(line, ensure_ascii=False) for line in textwrap.wrap(measure, TITLE)]
+    shown = [f"{json.dumps(words, ensure_ascii=False)}[measure]"] if words else lines
+    place = [" + ', ' + ".join(said)] if said else []
+    text = altair.ExprRef(f"[{', '.join([*place, *shown])}]")
     return altair.TitleParams(text=text, anchor="start", fontSize=FONT + 2, limit=0, offset=8)
 
 
