@@ -178,13 +178,21 @@ def test_pages_work_offline(cli, tiny, adapters, tmp_path, command):
     done = cli(command, *words, "--html", page)
     assert done.status == 0, done.err
     text = page.read_text("utf-8")
-    assert text.count("<svg") >= 1
-    assert "<table" in text
-    assert not re.search(r'(?:src|href)="(?!#)', text)
-    assert "http" not in text
+    shown = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)  # the code that draws names schemas
+    assert shown.count("<svg") >= 1
+    assert "<table" in shown
+    assert not re.search(r'(?:src|href)="(?!#)', shown)
+    assert "http" not in shown
+    assert not re.search(r"<script[^>]* src", text)
     if command == "compare":
-        for panel in ("v_proj, left", "v_proj, right, corner", "random, left", "random, right, corner"):
-            assert f">{panel}<" in text
+        specs = [json.loads(spec) for spec in re.findall(r'application/json"[^>]*>(.*?)</script>', text)]
+        for spec, n in zip(specs, (32, 16), strict=True):  # the input side, and the output side
+            (data,) = spec["datasets"].values() if "datasets" in spec else [spec["data"]["values"]]
+            assert [record["panel"] for record in data] == ["v_proj", "random pair"]
+            assert {(record["rows"], record["columns"], record["n"]) for record in data} == {(2, 4, n)}
+            words = json.dumps(spec, ensure_ascii=False)
+            assert '"i, two"' in words  # the smaller rank
+            assert '"j, four"' in words
 
 
 BAD = {

@@ -141,6 +141,11 @@ def test_figures_as_files(cli, tiny, data, tmp_path):
     pictures = [name for name in files_in(out) if name.endswith(".png")]
     assert pictures
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    drawings = {name for name in files_in(out) if name.endswith(".svg")}
+    assert drawings == {name.replace(".png", ".svg") for name in pictures}
+    spectra = (out / "figures" / "spectra-layer-0-q_proj.svg").read_text("utf-8")
+    assert "layer 0, q_proj" in spectra
+    assert "σᵢ/σ₁ of ΔW" in spectra
 
 
 BAD = [

@@ -6,7 +6,7 @@ It computes nothing.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from brushstroke.errors import did_you_mean
 
 Row = TypeVar("Row")
 HIDDEN = {"plain": False}  # metadata of a field that `as_plain` leaves out
+_ATTENTION = ({"q", "query"}, {"v", "value"}, {"o", "out"}, {"k", "key"})  # words of names, in reading order
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -92,7 +93,8 @@ class Grid:
 
     Args:
         layers: the numbers in the paths, ascending; "" for sites outside of layers.
-        matrices: what is left of the paths, without what all have in common.
+        matrices: what is left of the paths, without what all have in common; of each attention block q, v, o
+            and k in this order, then the rest.
         sites: (layer, matrix) → site.
     """
 
@@ -113,7 +115,7 @@ def arrange(sites: Iterable[str]) -> Grid:
         match = _NUMBER.search(site)
         layer = match[0] if match else ""
         cells[layer, _NUMBER.sub("*", site, count=1)] = site
-    columns = list(dict.fromkeys(column for _, column in cells))
+    columns = reading_order(dict.fromkeys(column for _, column in cells))
     heads = {column.partition("*")[0] for column in columns if "*" in column}
     common = f"{heads.pop()}*." if len(heads) == 1 else ""
     names = {column: column.removeprefix(common) if common else column for column in columns}
@@ -122,3 +124,42 @@ def arrange(sites: Iterable[str]) -> Grid:
     layers = sorted({layer for layer, _ in cells}, key=lambda text: int(text) if text else -1)
     placed = {(layer, names[column]): site for (layer, column), site in cells.items()}
     return Grid(tuple(layers), tuple(names[column] for column in columns), placed)
+
+
+def reading_order(matrices: Iterable[str]) -> list[str]:
+    """Kinds of matrices in the order in which pages show them: q, v, o and k of attention, then the rest.
+
+    >>> reading_order(["mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"])
+    ['self_attn.q_proj', 'self_attn.v_proj', 'self_attn.k_proj', 'mlp.up_proj']
+    """
+    given = list(matrices)
+    parents = {name: name.rpartition(".")[0] for name in given}
+    blocks = list(dict.fromkeys(parents.values()))
+    attention = {parents[name] for name in given if "att" in name.lower() or _ATTENTION[0] & _words(name)}
+
+    def key(name: str) -> tuple[int, int]:
+        if parents[name] not in attention:
+            return len(blocks), 0
+        kind = next((at for at, words in enumerate(_ATTENTION) if words & _words(name)), len(_ATTENTION))
+        return blocks.index(parents[name]), kind
+
+    return sorted(given, key=key)
+
+
+def side_by_side(matrices: Sequence[str]) -> list[tuple[str, ...]]:
+    """Neighbours in the reading order as pairs for a figure: q beside v, o beside k, and so on.
+
+    >>> side_by_side(["q", "v", "o", "k", "up"])
+    [('q', 'v'), ('o', 'k'), ('up',)]
+    """
+    return [tuple(matrices[at : at + 2]) for at in range(0, len(matrices), 2)]
+
+
+def short_names(matrices: Sequence[str]) -> dict[str, str]:
+    """Kind of matrix → the last part of its name, or the whole name where last parts repeat."""
+    last = {name: name.rsplit(".", 1)[-1] for name in matrices}
+    return last if len({*last.values()}) == len(last) else {name: name for name in matrices}
+
+
+def _words(name: str) -> set[str]:
+    return {*re.split(r"[._]", name.lower())}

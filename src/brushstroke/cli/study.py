@@ -168,7 +168,7 @@ def study(
         dtype: Dtype of the base; auto is float32 here, because bf16 loses small steps when W is trained.
         device: The device to run on.
         trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
-        png: Write the figures as files too.
+        png: Write the figures as PNG and SVG files too.
         json: Print results.json on stdout.
     """
     given, settings, files = (

@@ -4,6 +4,7 @@ It computes nothing: the results come from `analysis`, and every number stands i
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from brushstroke.analysis import (
@@ -13,7 +14,6 @@ from brushstroke.analysis import (
     SiteTable,
     Spectrum,
     mean_deciles,
-    random_pair,
 )
 from brushstroke.analysis.listing import (
     intruder_listing,
@@ -21,10 +21,11 @@ from brushstroke.analysis.listing import (
     relation_listing,
     spectrum_listing,
 )
-from brushstroke.report.figures import Panel, bars, curves, heatmaps
+from brushstroke.analysis.table import short_names
+from brushstroke.report.charts import overlaps
+from brushstroke.report.figures import Panel, bars, curves, heatmap
+from brushstroke.report.overlaps import CHOICES, SIDES, overlap_records
 from brushstroke.report.page import Page
-
-SHOWN = 4  # sites whose whole grids a page shows unless more are asked for
 
 
 def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
@@ -46,22 +47,23 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
             f"{spectrum.parameters:,} parameters, norm {spectrum.norm:.4g}. Rank {spectrum.advised_rank()} "
             "would have kept 99 % of the energy at every site."
         )
-        for title, measure in (
-            ("rank for 99 % of the energy", lambda row: row.energy_rank(0.99)),
-            ("norm", lambda row: row.norm),
-        ):
-            _map(page, spectrum, measure, title)
+        _maps(
+            page,
+            spectrum,
+            Map("rank for 99 % of the energy", lambda row: row.energy_rank(0.99)),
+            Map("norm", lambda row: row.norm),
+        )
         page.table(*spectrum_listing(spectrum))
     return page
 
 
 def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = ()) -> Page:
-    """φ for two adapters: a map of all sites, and whole grids in the four panels of the paper's figure 3.
+    """φ for two adapters: maps of all sites, and grids as in the paper's figures 3 and 4: q beside v.
 
     Args:
         found: the comparison.
         names: of the first adapter, counted by i, and of the second one, by j.
-        sites: whose grids to show; by default those of the middle layer, four at most.
+        sites: whose grids to show; by default those of the middle layer.
     """
     first, second = names
     page = Page(
@@ -81,23 +83,42 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             "Both grew from one random U, as runs of the same seed do. What their input directions (left) "
             "share is that start: read the output directions and the cosine."
         )
-    for side in sides:
-        _map(page, found, lambda row, side=side: row.block()[side], f"φ of all directions, {side}", (0, 1))
-        _map(page, found, lambda row, side=side: row.block()[f"z_{side}"], f"its z-score, {side}")
+    _maps(
+        page,
+        found,
+        *(
+            drawn
+            for side in sides
+            for drawn in (
+                Map(f"φ of all directions, {side}", lambda row, side=side: row.block()[side], floor=0.0),
+                Map(f"its z-score, {side}", lambda row, side=side: row.block()[f"z_{side}"], diverging=True),
+            )
+        ),
+    )
     page.section("Grids")
     page.text(
-        "Above each other: the whole grid, and its lower-left corner where j is no larger than the number of "
-        "rows; cells with j < i are grey, as they say nothing that φ(j, i) does not. Beside them two random "
-        "Gaussian matrices of the same shape and ranks."
+        "φ(i, j) of the first i directions of the adapter with the smaller rank and the first j of the "
+        "other, beside two random Gaussian matrices of the same shape and ranks. Where the ranks differ, "
+        "the lower-left corner is drawn again, enlarged: it asks whether the larger subspace contains the "
+        "smaller one. Its cells with j > i are grey, as there the subspace of j is the larger one."
     )
-    for site in sites or _middle(found):
-        row = found[site]
-        grids = {f"{site.rsplit('.', 1)[-1]}, {side}": getattr(row, side).tolist() for side in sides}
-        grids |= {f"random, {side}": random_pair(row, side).tolist() for side in sides}
-        figures = [[Panel(title, cells) for title, cells in grids.items()]]
-        figures.append([Panel(f"{title}, corner", _corner(cells)) for title, cells in grids.items()])
-        for panels in figures:
-            page.figure(heatmaps(panels, x=f"j, {second}", y=f"i, {first}", limits=(0, 1), width=840), site)
+    for swapped in (False, True):
+        chosen = {
+            site: found[site]
+            for site in sites or _middle(found)
+            if (found[site].ranks[0] > found[site].ranks[1]) is swapped
+        }
+        for side in sides if chosen else ():
+            down, across = (second, first) if swapped else (first, second)
+            spec = overlaps(
+                overlap_records(chosen, side, swapped=swapped),
+                x_title=f"j, {across}",
+                y_title=f"i, {down}",
+                measure=f"{_whose(found)}, {SIDES[side]}",
+                choose=CHOICES,
+                corner=any(row.ranks[0] != row.ranks[1] for row in chosen.values()),
+            )
+            page.chart(spec, f"φ(i, j) of {_whose(found)}, {SIDES[side]}.")
     page.section("All sites")
     page.table(*overlap_listing(found))
     return page
@@ -115,8 +136,12 @@ def relation_page(found: Relation, name: str) -> Page:
         ["all sites", "value"],
         [[key.replace("_", " "), f"{value:.4g}"] for key, value in told.items() if isinstance(value, float)],
     )
-    _map(page, found, lambda row: row.ratio_to_chance, "ratio to chance")
-    _map(page, found, lambda row: _finite(row.amplification), "amplification")
+    _maps(
+        page,
+        found,
+        Map("ratio to chance", lambda row: row.ratio_to_chance),
+        Map("amplification", lambda row: _finite(row.amplification)),
+    )
     share = mean_deciles(found)
     if share is not None:
         page.figure(
@@ -146,7 +171,7 @@ def intruder_page(found: Intruders, name: str) -> Page:
         f"of W has a |cosine| of {found.threshold} with them.",
     )
     page.text(f"{found.count()} intruders, {found.count('undecided')} undecided.")
-    _map(page, found, lambda row: row.count(), "intruders")
+    _maps(page, found, Map("intruders", lambda row: row.count(), floor=0.0))
     listing = intruder_listing(found)
     if listing.rows:
         page.section("Directions that are new or undecided")
@@ -154,38 +179,57 @@ def intruder_page(found: Intruders, name: str) -> Page:
     return page
 
 
-def _map(
-    page: Page,
-    found: SiteTable,
-    measure: Callable[[Any], float | None],
-    title: str,
-    limits: tuple[float, float] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Map:
+    """A number of every site as a map of layers and matrices.
+
+    Args:
+        title: what it is.
+        measure: of a site's result; None is drawn grey.
+        floor: the number with the weakest colour; by default the smallest.
+        diverging: one colour below 0 and another above.
+    """
+
+    title: str
+    measure: Callable[[Any], float | None]
+    floor: float | None = None
+    diverging: bool = False
+
+
+def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
+    """All of them that have more than one number, beside each other where there is room."""
     grid = found.grid()
-    cells = [
-        [
-            measure(found[grid.sites[layer, matrix]]) if (layer, matrix) in grid.sites else None
-            for matrix in grid.matrices
+    names = short_names(grid.matrices)
+    figures = []
+    for one in maps if len(found) > 1 else ():
+        cells = [
+            [
+                one.measure(found[grid.sites[layer, matrix]]) if (layer, matrix) in grid.sites else None
+                for matrix in grid.matrices
+            ]
+            for layer in grid.layers
         ]
-        for layer in grid.layers
-    ]
-    if len(found) > 1 and any(value is not None for row in cells for value in row):
-        layers = [layer or "–" for layer in grid.layers]
-        page.figure(
-            heatmaps([Panel(title, cells, layers, list(grid.matrices))], y="layer", limits=limits),
-            f"{title[0].upper()}{title[1:]}, by layer and matrix.",
-        )
+        known = [value for row in cells for value in row if value is not None]
+        if not known:
+            continue
+        top = max(known)
+        limits = None if one.floor is None else (one.floor, top if top > one.floor else one.floor + 1)
+        panel = Panel(one.title, cells, [layer or "–" for layer in grid.layers], [*names.values()])
+        svg = heatmap(panel, y="layer", limits=limits, diverging=one.diverging)
+        figures.append((svg, f"{one.title[0].upper()}{one.title[1:]}, by layer and matrix."))
+    if figures:
+        page.maps(figures)
 
 
-def _corner(cells: Sequence[Sequence[float]]) -> list[list[float | None]]:
-    size = min(len(cells), len(cells[0]))
-    return [[cells[i][j] if j >= i else None for j in range(size)] for i in range(size)]
+def _whose(found: Overlap) -> str:
+    """Whose directions are compared, for titles."""
+    return "ΔW" if found.of == "delta" else f"{found.of} alone"
 
 
 def _middle(found: SiteTable) -> list[str]:
     grid = found.grid()
     layer = grid.layers[len(grid.layers) // 2]
-    return [grid.sites[layer, matrix] for matrix in grid.matrices if (layer, matrix) in grid.sites][:SHOWN]
+    return [grid.sites[layer, matrix] for matrix in grid.matrices if (layer, matrix) in grid.sites]
 
 
 def _energy_curve(found: Spectrum) -> list[tuple[int, float]]:

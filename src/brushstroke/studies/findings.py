@@ -1,6 +1,6 @@
 """What a study says: a question, an answer, tables and figures. Reports and files are made of these."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,8 @@ from brushstroke.studies.comparisons import Comparison, Difference
 from brushstroke.studies.statistics import Interval
 
 SMALLEST_P = 0.0001  # below it p is told as a bound
+
+MOST_DIGITS = 10  # of a number in a table
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,25 @@ class Finding:
 def bounds(found: Interval, digits: int = 4) -> str:
     """An interval for a table.
 
-    >>> bounds(Interval(1.25, 1.2, 1.3, 5), 3)
-    '1.25 [1.2, 1.3]'
+    >>> bounds(Interval(1.25, 1.2, 1.3, 5), 3), bounds(Interval(1.678, 1.67796, 1.67804, 5))
+    ('1.25 [1.2, 1.3]', '1.678 [1.67796, 1.67804]')
     """
     if found.low is None or found.high is None:
         return f"{found.mean:.{digits}g}"
-    return f"{found.mean:.{digits}g} [{found.low:.{digits}g}, {found.high:.{digits}g}]"
+    mean, low, high = apart([found.mean, found.low, found.high], digits)
+    return f"{mean} [{low}, {high}]"
+
+
+def apart(values: Sequence[float], digits: int, form: str = "g") -> list[str]:
+    """Numbers as text with at least so many digits, and as many as tell different numbers apart.
+
+    >>> apart([0.5, 0.50004], 3, "f")
+    ['0.50000', '0.50004']
+    """
+    told = [f"{value:.{digits}{form}}" for value in values]
+    if len({*told}) == len({*values}) or digits >= MOST_DIGITS:
+        return told
+    return apart(values, digits + 1, form)
 
 
 def seeds_told(counts: Iterable[int]) -> str:

@@ -1,6 +1,8 @@
 """A finished study as one self-contained page, one results.json, and its figures as PNG where asked for."""
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,10 @@ from typing import Any
 from brushstroke.errors import require
 from brushstroke.files import output_errors, write_file
 from brushstroke.report import Page
+from brushstroke.report.charts import choices
+from brushstroke.report.figures import WIDTH
 from brushstroke.studies.arms import exact
+from brushstroke.studies.findings import Figure
 from brushstroke.studies.store import FIGURES, REPORT, RESULTS
 from brushstroke.studies.study import Report
 from brushstroke.training.run import versions
@@ -19,7 +24,7 @@ PNG_SCALE = 2.0
 def write_report(
     report: Report, folder: str | Path, *, title: str, command: str = "", png: bool = False
 ) -> Path:
-    """Write results.json, report.html, and with `png` the figures; returns the page's path.
+    """Write results.json, report.html, and with `png` the figures as PNG and SVG; returns the page's path.
 
     Args:
         report: the finished study.
@@ -36,17 +41,30 @@ def write_report(
     write_file(folder / RESULTS, json.dumps({**report.as_dict(), "command": command}, indent=1) + "\n")
     file = report_page(report, title=title, command=command).write(folder / REPORT)
     if png:
-        convert = require("vl_convert", extra="report")
-        names = [f"{figure.name}.png" for finding in report.findings for figure in finding.figures]
-        report.results.store.keep_note("figures", names)
-        with output_errors(folder / FIGURES):
-            (folder / FIGURES).mkdir(exist_ok=True)
-        for finding in report.findings:
-            for figure in finding.figures:
-                spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
-                image = convert.vegalite_to_png(_sized(spec), scale=PNG_SCALE)
-                write_file(folder / FIGURES / f"{figure.name}.png", image)
+        _write_figures(report, folder)
     return file
+
+
+def _write_figures(report: Report, folder: Path) -> None:
+    """Every figure as PNG and SVG, in the state in which the page shows it first."""
+    convert = require("vl_convert", extra="report")
+    drawn = {file_name(one): _alone(one) for finding in report.findings for one in finding.figures}
+    report.results.store.keep_note("figures", [f"{name}.{kind}" for name in drawn for kind in ("png", "svg")])
+    with output_errors(folder / FIGURES):
+        (folder / FIGURES).mkdir(exist_ok=True)
+    for name, spec in drawn.items():
+        write_file(folder / FIGURES / f"{name}.png", convert.vegalite_to_png(spec, scale=PNG_SCALE))
+        write_file(folder / FIGURES / f"{name}.svg", convert.vegalite_to_svg(spec))
+
+
+def file_name(figure: Figure) -> str:
+    """The name of a figure's file without its ending: what is drawn, the layer, the matrices, the measure.
+
+    >>> file_name(Figure("spectra", "", {}))
+    'spectra'
+    """
+    chosen = (f"{key} {value}" if key == "layer" else value for key, value in choices(figure.spec).items())
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", str(part)).strip("-") for part in (figure.name, *chosen))
 
 
 def report_page(report: Report, *, title: str, command: str = "") -> Page:
@@ -122,6 +140,9 @@ def _loss(tried: Mapping[float, float | None], rate: float) -> str:
     return "×" if loss is None else f"{loss:.4f}"
 
 
-def _sized(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The same figure with a width of its own, as there is no page around it."""
-    return {**spec, "width": 620} if spec.get("width") == "container" else dict(spec)
+def _alone(figure: Figure) -> dict[str, Any]:
+    """A figure for a file: with width, background and title of its own, as there is no page around it."""
+    spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
+    if spec.get("width") == "container":
+        spec["width"] = WIDTH
+    return {"title": {"text": textwrap.wrap(figure.caption, 90), "anchor": "start"}, **spec}

@@ -5,8 +5,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from brushstroke.analysis import SiteSpectrum, Spectrum, random_pair, spectrum
-from brushstroke.report.charts import grids, lines
+from brushstroke.analysis import SiteSpectrum, Spectrum, spectrum, subspace
+from brushstroke.report.charts import lines
 from brushstroke.studies.arms import (
     Arm,
     allowed_ranks,
@@ -19,13 +19,14 @@ from brushstroke.studies.arms import (
 from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all, compare_with
 from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table
 from brushstroke.studies.reading import (
-    SIDES,
     arms_table,
     as_comparison,
     as_interval,
     band,
     comparison_notes,
+    difference_figure,
     limits,
+    overlap_figures,
     pair_overlaps,
     places,
     smallest_side_of,
@@ -98,15 +99,14 @@ class RankStudy:
         ):
             if compared and compared.differences:
                 tables.append(difference_table(compared, self.margin, caption))
+        figures += difference_figure([c for c in (ranks, against) if c], self.name)
         every = {name: [spectrum(results.adapter(name, seed)) for seed in good[name].seeds] for name in good}
         spectra = {name: found[0] for name, found in every.items()}
         if spectra:
             tables.append(_spectra_table(spectra))
             figures.append(_spectra_figure(spectra))
             answer += " " + _deficiency(every.get(full, []))
-        overlap = _overlap_figure(results, kept)
-        if overlap:
-            figures.append(overlap)
+        figures += _overlap_figures(results, kept)
         notes = (
             "An update of rank r is of rank r by construction: only the spectrum of W's own training says "
             "whether the update of this task is of low rank.",
@@ -295,33 +295,22 @@ def _deficiency(found: list[Spectrum]) -> str:
     )
 
 
-def _overlap_figure(results: Results, kept: dict[int, str]) -> Figure | None:
+def _overlap_figures(results: Results, kept: dict[int, str]) -> list[Figure]:
     small = max((rank for rank in kept if rank <= COMPARED_RANK), default=None)
     smallest_side = min((smallest_side_of(results, name) for name in kept.values()), default=0)
     large = max((rank for rank in kept if small and small < rank < smallest_side), default=None)
     if small is None or large is None:
-        return None
+        return []
     seeds = results.seeds(kept[small], kept[large])
     pairs = pair_overlaps(results, kept[small], kept[large], seeds[:2]) if len(seeds) > 1 else {}
     if not pairs:
-        return None
+        return []
     (first, second), found = next(iter(pairs.items()))
-    where = places(list(found))
-    records = []
-    for site in found:
-        row = found[site]
-        layer, matrix = where[site]
-        drawn = {
-            f"{side}: r={small} (seed {first}), r={large} (seed {second})": getattr(row, side)
-            for side in SIDES
-        }
-        drawn |= {f"{side}: two random Gaussian matrices": random_pair(row, side) for side in SIDES}
-        for panel, grid in drawn.items():
-            records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
-    across, down = f"j, rank {large}", f"i, rank {small}"
-    spec = grids(records, x_title=across, y_title=down, choose=("layer", "matrix"))
-    caption = (
-        f"φ(i, j) between ranks {small} and {large}, of the directions of ΔW on the input side (left) and "
-        "the output side (right), and of a random pair. In the corner, cells with j < i are grey."
+    adapters = results.adapter(kept[small], first), results.adapter(kept[large], second)
+    return overlap_figures(
+        {"delta": found, "U": subspace(*adapters, of="U")},
+        "overlap-between-ranks",
+        i=f"i, rank {small} (seed {first})",
+        j=f"j, rank {large} (seed {second})",
+        corner=True,
     )
-    return Figure("overlap-between-ranks", caption, spec)

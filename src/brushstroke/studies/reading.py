@@ -7,21 +7,37 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
+from brushstroke.analysis.table import short_names
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.report.charts import dots, overlaps
+from brushstroke.report.overlaps import CHOICES, overlap_records
 from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
-from brushstroke.studies.findings import Table, bounds
+from brushstroke.studies.findings import Figure, Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
 from brushstroke.studies.statistics import Interval, interval, over_pairs
 
 SIDES = ("left", "right")
+QUANTITIES = {  # of the overlap figures: name of the file → whose directions, the side, title
+    "dW-input": ("delta", "left", "ΔW, input side"),
+    "A": ("U", "left", "the right-singular vectors of A (our U), as in the paper"),
+    "dW-output": ("delta", "right", "ΔW, output side"),
+}
+ABOUT_A = (
+    "The paper took A alone. It is no property of ΔW, and in a short run A is still near its random start, "
+    "so that two seeds share little of it, whatever ΔW learnt: see how far U moved."
+)
 
 
 def places(sites: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Site → (layer, matrix), for tables and menus."""
+    """Site → (layer, matrix), for tables and menus; of each layer q and v first."""
     grid = arrange(sites)
-    last = {matrix: matrix.rsplit(".", 1)[-1] for matrix in grid.matrices}
-    names = last if len(set(last.values())) == len(last) else {matrix: matrix for matrix in last}
-    return {site: (layer or "–", names[matrix]) for (layer, matrix), site in grid.sites.items()}
+    names = short_names(grid.matrices)
+    return {
+        grid.sites[layer, matrix]: (layer or "–", names[matrix])
+        for layer in grid.layers
+        for matrix in grid.matrices
+        if (layer, matrix) in grid.sites
+    }
 
 
 def test_loss(found: ArmResult) -> Interval | None:
@@ -84,6 +100,56 @@ def pair_overlaps(
         if first != second:
             found[b, a] = subspace(results.adapter(first, b), results.adapter(second, a))
     return found
+
+
+def overlap_figures(
+    found: Mapping[str, Mapping[str, SiteOverlap]],
+    name: str,
+    *,
+    i: str,
+    j: str,
+    controls: Mapping[str, Mapping[str, Mapping[str, SiteOverlap]]] | None = None,
+    corner: bool = False,
+) -> list[Figure]:
+    """φ of ΔW on either side and of A, each q beside v and a random pair.
+
+    Args:
+        found: "delta" and "U" → site → φ.
+        name: what the files begin with.
+        i, j: what rows and columns are.
+        controls: name → the same of another pair of runs.
+        corner: also draw the lower-left corners.
+    """
+    figures = []
+    for file, (of, side, title) in QUANTITIES.items():
+        others = {label: rows[of] for label, rows in (controls or {}).items()}
+        spec = overlaps(
+            overlap_records(found[of], side, controls=others),
+            x_title=j,
+            y_title=i,
+            measure=title,
+            choose=CHOICES,
+            corner=corner,
+        )
+        grey = " In the corners, cells with j > i are grey." if corner else ""
+        about = f" {ABOUT_A}" if of == "U" else ""
+        caption = f"φ(i, j) of {title}, and of a random pair.{grey}{about}"
+        figures.append(Figure(f"{name}-{file}", caption, spec))
+    return figures
+
+
+def difference_figure(compared: Sequence[Comparison], study: str) -> list[Figure]:
+    """Differences with their intervals around a line at 0; nothing where there are none."""
+    records = [
+        {"pair": f"{one.first} less {one.second}", "difference": one.difference.mean, **band(one.difference)}
+        for comparison in compared
+        for one in comparison.differences
+    ]
+    if not records:
+        return []
+    spec = dots(records, name="pair", value="difference", title="difference in test loss, nats", zero=True)
+    caption = "Differences with their intervals; those of one table hold together."
+    return [Figure(f"{study}-differences", caption, spec)]
 
 
 def block(row: SiteOverlap, side: str, i: int, j: int) -> float:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from brushstroke.analysis import SiteOverlap, random_pair
+from brushstroke.analysis import SiteOverlap, subspace
 from brushstroke.analysis.overlap import overlap_grid
 from brushstroke.analysis.weights import low_rank_updates
-from brushstroke.report.charts import dots, grids
+from brushstroke.report.charts import dots
 from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
 from brushstroke.studies.controls import principal_inputs
-from brushstroke.studies.findings import Figure, Finding, Table
+from brushstroke.studies.findings import Figure, Finding, Table, apart
 from brushstroke.studies.reading import (
     SIDES,
     arms_table,
@@ -22,6 +22,7 @@ from brushstroke.studies.reading import (
     block,
     limits,
     over_seeds,
+    overlap_figures,
     own_ranks,
     pair_overlaps,
     places,
@@ -94,7 +95,7 @@ class SeedsStudy:
             question,
             _answer(tests, controlled, len(seeds), same, other, sites, k),
             tuple(tables),
-            tuple(_figures(same, other, sites, k)),
+            (*_overlap_figures(results, names, same, other), _shared_figure(same, other, sites, k)),
             notes,
             {
                 "blocks": tests,
@@ -310,24 +311,25 @@ def _answer(
     return text
 
 
-def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Figure]:
-    where = places(sites)
+def _overlap_figures(results: Results, arms: Sequence[str], same: Pairs, other: Pairs) -> list[Figure]:
+    """φ of the first pair of seeds, with the other task where there is one."""
     (a, b), first = next(iter(same.items()))
-    records = []
-    for site in sites:
-        layer, matrix = where[site]
-        drawn = {f"{SIDE_NAMES[side]}: seeds {a} and {b}": getattr(first[site], side) for side in SIDES}
-        if other:
-            drawn |= {f"{SIDE_NAMES[side]}: other task": getattr(other[a, b][site], side) for side in SIDES}
-        drawn |= {
-            f"{SIDE_NAMES[side]}: two random Gaussian matrices": random_pair(first[site], side)
-            for side in SIDES
-        }
-        for panel, grid in drawn.items():
-            records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
-    spec = grids(records, x_title=f"j, seed {b}", y_title=f"i, seed {a}", choose=("layer", "matrix"))
-    caption = "φ(i, j) of the directions of ΔW between two seeds, with the other task, and of a random pair."
-    figures = [Figure("overlap-between-seeds", caption, spec)]
+
+    def with_factor(second: str, found: Mapping[str, SiteOverlap]) -> dict[str, Mapping[str, SiteOverlap]]:
+        pair = results.adapter(arms[0], a), results.adapter(second, b)
+        return {"delta": found, "U": subspace(*pair, of="U")}
+
+    controls = {"other task": with_factor(arms[1], other[a, b])} if other else {}
+    return overlap_figures(
+        with_factor(arms[0], first),
+        "overlap-between-seeds",
+        i=f"i, seed {a}",
+        j=f"j, seed {b}",
+        controls=controls,
+    )
+
+
+def _shared_figure(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> Figure:
     kinds = _by_matrix(same, other, sites, k)
     dotted = [
         {
@@ -341,8 +343,7 @@ def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Fi
     ]
     title = f"directions of {k} shared above {'the other task' if other else 'chance'}"
     spec = dots(dotted, name="kind", value="shared", title=title)
-    figures.append(Figure("shared-directions", "By kind of matrix, with 95 % intervals over seeds.", spec))
-    return figures
+    return Figure("shared-directions", "By kind of matrix, with 95 % intervals over seeds.", spec)
 
 
 def _place(row: Mapping[str, Any]) -> str:
@@ -352,7 +353,8 @@ def _place(row: Mapping[str, Any]) -> str:
 def _shown(found: Mapping[str, Any], digits: int = 3) -> str:
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
-    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    mean, low, high = apart([found["mean"], found["low"], found["high"]], digits, "f")
+    return f"{mean} [{low}, {high}]"
 
 
 def _sides_shown(sides: Mapping[str, Mapping[str, Any]]) -> str:

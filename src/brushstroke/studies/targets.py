@@ -14,6 +14,7 @@ from brushstroke.studies.reading import (
     as_interval,
     band,
     comparison_notes,
+    difference_figure,
     limits,
     test_loss,
 )
@@ -107,7 +108,7 @@ class TargetsStudy:
                     else []
                 ),
             ),
-            figures,
+            (*figures, *difference_figure([compared], self.name)),
             notes,
             {
                 "order": ordered,
