@@ -10,7 +10,7 @@ from brushstroke.errors import ConfigError, OutputError, ResumeError, TrainingEr
 from brushstroke.studies import executors
 from brushstroke.studies import store as store_module
 from brushstroke.studies.arms import Arm, Run
-from brushstroke.studies.runner import Estimate, Grid, conduct, estimate
+from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, conduct, estimate
 from brushstroke.studies.store import Store, check_folder
 from brushstroke.studies.workshop import Outcome, Score
 
@@ -63,16 +63,31 @@ def test_a_finished_run_is_never_run_again(tmp_path):
     assert again.asked == []
 
 
-def test_the_grid_is_extended_once(tmp_path):
-    ledger = Ledger(best_at(1e-1))
+@pytest.mark.parametrize(
+    ("best", "further"), [(1e-1, [1.0]), (1e1, [1.0, 10.0, 100.0]), (1e-4, [1e-4, 1e-5])]
+)
+def test_the_grid_is_extended_until_the_best_rate_lies_inside(tmp_path, best, further):
+    ledger = Ledger(best_at(best))
     found = run(tmp_path, ledger)["a"]
-    assert ("a", 1.0, 0) in ledger.asked
+    assert [rate for _, rate, seed in ledger.asked if seed == 0][3:] == pytest.approx(further)
     assert found.conclusive
-    assert found.chosen == 1e-1
+    assert found.chosen == pytest.approx(best)
+
+
+def test_the_grid_is_extended_five_times_at_the_most(tmp_path):
+    ledger = Ledger(best_at(1e9))
+    assert not run(tmp_path, ledger)["a"].conclusive
+    assert len(ledger.asked) == 3 + EXTENSIONS
+
+
+def test_a_grid_that_must_not_grow_does_not(tmp_path):
+    ledger = Ledger(best_at(1.0))
+    assert not run(tmp_path, ledger, grid=Grid(GRID.rates, GRID.seeds, extend=False))["a"].conclusive
+    assert len(ledger.asked) == 3
 
 
 def test_an_arm_at_the_edge_is_inconclusive_and_gets_no_further_seeds(tmp_path):
-    ledger = Ledger(best_at(100.0))
+    ledger = Ledger(best_at(1e9))
     found = run(tmp_path, ledger)["a"]
     assert not found.conclusive
     assert found.edge == "highest"
@@ -205,7 +220,7 @@ def test_the_time_that_is_left_counts_the_runs_of_a_wider_grid(tmp_path):
 def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
     ledger = Ledger(lambda run: run.learning_rate)
     run(tmp_path, ledger, grid=Grid((1e-3, 1.001e-3), (0,)), plan=Estimate(1.0, 2, ("a",), (0,)))
-    assert len({rate for _, rate, _ in ledger.asked}) == 3
+    assert len({rate for _, rate, _ in ledger.asked}) == 2 + EXTENSIONS
 
 
 def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
@@ -367,7 +382,7 @@ def test_a_wider_grid_goes_on_by_the_ratio_next_to_its_edge(tmp_path):
     for best, beyond in ((1e-6, 1e-4 / 3), (1e3, 0.3 * 30)):
         ledger = Ledger(best_at(best))
         run(tmp_path / str(best), ledger, grid=Grid((1e-4, 3e-4, 1e-2, 0.3), (0,)))
-        assert ledger.asked[-1][1] == pytest.approx(beyond, rel=0.05)
+        assert ledger.asked[4][1] == pytest.approx(beyond, rel=0.05)  # the first beyond the four
 
 
 def test_the_time_that_is_left_is_that_of_the_runs_shared_by_the_workers(tmp_path):

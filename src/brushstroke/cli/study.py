@@ -68,7 +68,7 @@ class QuestionOptions:
         dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
         no_whole: Leave out the runs that train all of W (rank).
         margin: What equal means, in nats of test loss per trained token (rank, targets) [default: 0.01].
-        tiny: A small model that is trained here, on texts that every Python carries (paper).
+        tiny: A small model that is trained here, on texts that every Python carries (paper, intrinsic).
         smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
     """
 
@@ -92,7 +92,7 @@ class StudyRunOptions:
     """How every run trains, and how many there are.
 
     Args:
-        seeds: Number of seeds of every arm [default: 3; 5 for paper --tiny].
+        seeds: Number of seeds of every arm [default: 3; 5 with --tiny].
         learning_rates: Learning rates to choose from on the validation data, separated by commas
             [default: four around the default of train].
         epochs: Passes over the data in every run [default: 1].
@@ -100,7 +100,7 @@ class StudyRunOptions:
         batch_size: Examples per optimiser step [default: 8].
         budget_minutes: Plan only the runs that fit into this time, and name those left out.
         workers: Runs at a time, each in a process of one thread; for small models
-            [default: 1; one per core for the presets of paper].
+            [default: 1; one per core with --tiny and --smollm2].
         overwrite: Start over in --out; finished runs there are removed.
         reread: Read the finished runs in --out again, as this version reads them; nothing is trained.
     """
@@ -162,8 +162,8 @@ def study(
     Args:
         question: rank: what rank is enough; seeds: what seeds share; targets: which matrices deserve the
             parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; paper: the first four.
-        base: A model folder, a hub id or a .gguf file; none for paper --tiny and --smollm2.
-        data: The task, as for train; none for paper --tiny and --smollm2.
+        base: A model folder, a hub id or a .gguf file; none with --tiny and --smollm2.
+        data: The task, as for train; none with --tiny and --smollm2.
         out: The folder of the study: report.html, results.json, and every run.
         dtype: Dtype of the base; auto is float32 here, because bf16 loses small steps when W is trained.
         device: The device to run on.
@@ -204,6 +204,7 @@ def study(
         raise ConfigError(f"--workers is how many runs there are at a time, at least 1; got {workers}")
     if given.tiny or given.smollm2:
         fixed = {
+            **{name: value for name, value in vars(given).items() if name not in ("tiny", "smollm2")},
             **vars(settings),
             **vars(files),
             "dtype": dtype,
@@ -212,7 +213,7 @@ def study(
             "base": base,
             "data": data,
         }
-        studies, material = _preset("--tiny" if given.tiny else "--smollm2", out, settings, fixed)
+        studies, material = _preset(question, "--tiny" if given.tiny else "--smollm2", out, settings, fixed)
         workers = settings.workers or usable_cores()
         if given.smollm2 and budget is None:
             budget = SMOL_MINUTES
@@ -265,19 +266,20 @@ def _require_finished(out: Path, settings: StudyRunOptions) -> None:
 
 
 def _preset(
-    flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
+    question: str, flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
 ) -> "tuple[list[Study], Material]":
-    from brushstroke.studies import smollm2_paper, tiny_paper
+    from brushstroke.studies import smollm2_paper, tiny_intrinsic, tiny_paper
 
     free = ("seeds", "workers", "budget_minutes", "overwrite", "reread")
     chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
     if chosen:
         surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
-        raise ConfigError(f"paper {flag} brings its own model, data and settings; leave out {surplus}")
+        raise ConfigError(f"{question} {flag} brings its own model, data and settings; leave out {surplus}")
     seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
         return smollm2_paper(**seeds)
-    return tiny_paper(
+    make = tiny_paper if question == "paper" else tiny_intrinsic
+    return make(
         out,
         overwrite=settings.overwrite,
         on_base=lambda: say("a small model is trained first, if it is not there"),
@@ -376,9 +378,11 @@ def _refuse_misplaced(question: str, given: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{_flag(name)} is for {' and '.join(places)}, not for {question}; leave it out"
             )
-    for name in ("tiny", "smollm2"):
-        if given[name] and question != "paper":
-            raise ConfigError(f"--{name} is for paper: brushstroke study paper --{name} --out DIR")
+    for name, places in (("tiny", ("paper", "intrinsic")), ("smollm2", ("paper",))):
+        if given[name] and question not in places:
+            raise ConfigError(
+                f"--{name} is for {' and '.join(places)}: brushstroke study paper --{name} --out DIR"
+            )
     if given["tiny"] and given["smollm2"]:
         raise ConfigError("give --tiny or --smollm2, not both")
     if given["rank"] is not None and given["budget"] is not None:

@@ -10,7 +10,7 @@ from brushstroke.studies.findings import Figure, Finding, Table
 from brushstroke.studies.intrinsic import IntrinsicStudy
 from brushstroke.studies.material import make_material
 from brushstroke.studies.page import write_report
-from brushstroke.studies.presets import paper_questions, smollm2_paper, tiny_paper
+from brushstroke.studies.presets import paper_questions, smollm2_paper, tiny_intrinsic, tiny_paper
 from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.runner import Estimate, Grid, Progress
 from brushstroke.studies.seeds import SeedsStudy
@@ -45,6 +45,7 @@ __all__ = [
     "rate_grid",
     "run_studies",
     "smollm2_paper",
+    "tiny_intrinsic",
     "tiny_paper",
     "write_report",
 ]

@@ -200,7 +200,7 @@ def inconclusive_note(results: Results, names: Sequence[str]) -> tuple[str, ...]
         return ()
     return (
         f"Inconclusive, and left out of every comparison: {', '.join(open_ones)}. The best learning rate "
-        "lies on the edge of the grid, also after the grid was extended once, or all of them diverged; give "
+        "lies on the edge of the grid, however often the grid was extended, or all of them diverged; give "
         "others (--learning-rates).",
     )
 

@@ -1,7 +1,8 @@
 """From arms to results: choose each arm's learning rate on the validation split, then run its other seeds.
 
-An arm whose best learning rate lies on the edge of the grid, after the grid was extended once, is
-inconclusive: a better rate may lie beyond. What a run does is in `workshop`, where it runs in `executors`.
+Where the best learning rate of an arm lies on the edge of its grid, the grid is extended until it does not,
+at most `EXTENSIONS` times; an arm for which that is not enough is inconclusive: a better rate may lie beyond.
+What a run does is in `workshop`, where it runs in `executors`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
 from brushstroke.studies.workshop import Outcome, Workshop
 
+EXTENSIONS = 5  # of an arm's grid, by one rate each
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -27,7 +30,7 @@ class Grid:
     Args:
         rates: learning rates, ascending, for arms that name none of their own.
         seeds: the first one is what rates are chosen with.
-        extend: whether a grid is extended once where its best rate lies on the edge.
+        extend: whether a grid is extended where its best rate lies on the edge.
 
     Raises:
         ConfigError: no rate or no seed, or a rate that is no finite number above 0.
@@ -270,12 +273,14 @@ def conduct(
     rates = {arm.name: list(grid.of(arm)) for arm in kept}
     conductor = _Conductor(workshop, store, execute, workers, plan.runs, on_run)
     conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
-    if grid.extend:
+    for _ in range(EXTENSIONS if grid.extend else 0):
         further = []
         for arm in kept:
             if beyond := _beyond(rates[arm.name], _tried(store, arm, rates[arm.name], first)):
                 rates[arm.name].append(beyond)
                 further.append(Run(arm, beyond, first))
+        if not further:
+            break
         conductor.planned += len(further)
         conductor.do("a wider grid", further)
     chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in kept}
