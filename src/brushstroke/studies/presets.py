@@ -26,6 +26,7 @@ QV = ("q_proj", "v_proj")
 STEPS = 250
 RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended where need be
 SEEDS = (0, 1, 2, 3, 4)
+TINY_DIMENSIONS = (100, 1_000, 3_000, 10_000, 30_000)  # of 106,496 weights
 
 # On SmolLM2-135M.
 SMOL_MINUTES = 110  # what is planned at most, where no other budget is named
@@ -57,7 +58,7 @@ def tiny_intrinsic(
     on_base: Callable[[], None] | None = None,
 ) -> tuple[list[Study], Material]:
     """Study and material of `study intrinsic --tiny`; arguments and errors as those of `tiny_material`."""
-    return [IntrinsicStudy()], tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
+    return [IntrinsicStudy(dimensions=TINY_DIMENSIONS)], tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
 
 
 def tiny_material(
