@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from cli_kit import files_in
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import brushstroke as bs
 from brushstroke.adapter import Adapter
@@ -95,7 +95,7 @@ def test_spectrum_prints_sites_a_map_and_advice(cli, tiny, adapters):
     assert done.status == 0, done.err
     for expected in ("model.layers.0.self_attn.q_proj", "layer, relative", "mlp.down_proj", "four", "two"):
         assert expected in done.out
-    assert "rank 4 keeps 99 %" in done.out
+    assert "rank 4: keeps 99 % of the energy at 90 % of the sites of a kind of matrix" in done.out
     told = json.loads(cli("spectrum", adapters / "four", "--base", tiny, "--json").out)["adapters"][0]
     weights = FolderWeights(tiny)
     for row in told["sites"]:
@@ -260,3 +260,50 @@ def test_a_negative_limit_is_refused(cli, tiny, adapters, command):
     done = cli(command, adapters / "four", tiny, "--dense-limit", "-1")
     assert done.status == 2
     assert "dense_limit must not be negative; got -1" in done.error
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """A base with weights that are worth keeping directions of, and an adapter of it."""
+    folder = tmp_path_factory.mktemp("larger")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=288,
+            intermediate_size=320,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=64,
+        )
+    )
+    model.save_pretrained(folder / "base")
+    with bs.attach(model, bs.LoraConfig(rank=2)) as attachment:
+        fresh = attachment.adapter()
+    updates = {
+        site: LowRank(torch.randn(update.shape[0], 2), torch.randn(2, update.shape[1]), 0.1)
+        for site, update in fresh.items()
+    }
+    bs.save(Adapter(updates, fresh.card), folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["relate", "intruders"])
+@pytest.mark.parametrize("flags", [(), ("--dense-limit", "16")])
+def test_the_bases_own_directions_are_kept(cli, larger, tmp_path, monkeypatch, command, flags):
+    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path))
+    words = (command, larger / "adapter", larger / "base", "--json", *flags)
+    plain = cli(*words, "--no-cache")
+    assert (plain.status, list(tmp_path.iterdir())) == (0, [])
+    first = cli(*words)
+    assert "own directions" not in first.err
+    assert len(list((tmp_path / "directions").iterdir())) == 7
+    second = cli(*words)
+    assert "the base's own directions at 7 sites are from" in second.err
+    assert "--no-cache" in second.err
+    assert plain.out == first.out == second.out
+    for file in (tmp_path / "directions").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    third = cli(*words)
+    assert "own directions" not in third.err
+    assert third.out == plain.out

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import brushstroke as bs
-from brushstroke.analysis import arrange, fit_budget, keep_energy, spectrum
+from brushstroke.analysis import arrange, fit_budget, keep_energy, relate, spectrum, subspace
+from brushstroke.analysis.listing import rank_advice
 from brushstroke.errors import ConfigError, ShapeError
 from brushstroke.lowrank import LowRank
 
@@ -89,13 +90,11 @@ def test_a_base_that_does_not_fit_is_refused():
         spectrum(adapter, {"layer.v": torch.ones(6, 5)})
 
 
-def test_the_advised_rank_keeps_the_energy():
+def test_cutting_keeps_the_energy():
     adapter = bs.Adapter(
         {"a": with_spectrum(20, 20, [4.0, 2.0, 1.0]), "b": with_spectrum(20, 20, [5.0, 0.1, 0.1])}
     )
     found = spectrum(adapter)
-    assert found.advised_rank(0.9) == 2
-    assert found.as_dict()["advised_rank_99"] == 3
     cut = keep_energy(found, 0.95)
     assert dict(cut.ranks) == {"a": 2, "b": 1}
     assert cut.loss == pytest.approx(math.sqrt(1 + 0.02), rel=1e-9)
@@ -105,6 +104,54 @@ def test_the_advised_rank_keeps_the_energy():
     assert cut.relative_loss <= math.sqrt(0.05)
     assert got.parameters == cut.parameters == 3 * 40
     assert cut.parameters_before == adapter.parameters == 6 * 40
+
+
+def test_the_advice_is_by_kind_of_matrix_and_of_most_sites():
+    spectra = [[4.0, 2.0, 1.0], *[[5.0, 0.1, 0.1]] * 9]
+    adapter = bs.Adapter(
+        {
+            **{f"layers.{n}.q": with_spectrum(20, 20, sigma) for n, sigma in enumerate(spectra)},
+            **{f"layers.{n}.v": with_spectrum(20, 20, [3.0, 2.0]) for n in range(10)},
+        }
+    )
+    found = spectrum(adapter)
+    assert found.advised_ranks() == found.as_dict()["advised_ranks_99"] == {"q": 1, "v": 2}
+    assert rank_advice(found).startswith("rank 1 for q; rank 2 for v: keeps 99 %")
+    assert found.advised_ranks(quantile=1) == {"q": 3, "v": 2}
+    assert found.advised_ranks(0.9, quantile=1) == {"q": 2, "v": 2}
+    for quantile in (0, 1.1):
+        with pytest.raises(ConfigError, match="quantile"):
+            found.advised_ranks(quantile=quantile)
+
+
+def test_zero_updates_get_no_advice():
+    zero = LowRank(torch.randn(9, 2), torch.zeros(2, 9))
+    some = bs.Adapter({"layers.0.q": zero, "layers.0.v": with_spectrum(9, 9, [1.0]), "layers.1.v": zero})
+    assert spectrum(some).advised_ranks() == {"v": 1}
+    assert rank_advice(spectrum(some)).startswith("rank 1: keeps")
+    assert spectrum(bs.Adapter({"layers.0.q": zero})).advised_ranks() == {}
+    assert rank_advice(spectrum(bs.Adapter({"layers.0.q": zero}))) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_in_half_precision_are_judged_at_their_precision(dtype):
+    """Rank 3 in factors of 8 columns; rounding gives them rank 8."""
+    generator = torch.Generator().manual_seed(3)
+    U, V = (torch.randn(*shape, generator=generator).double() for shape in ((400, 3), (3, 300)))
+    mix = torch.randn(3, 8, generator=generator).double()
+    true, W = LowRank(U, V), torch.randn(400, 300, generator=generator)
+    stored = LowRank(U @ mix, torch.linalg.pinv(mix) @ V).to(dtype)
+    row, exact = spectrum(bs.Adapter({"q": stored}))["q"], spectrum(bs.Adapter({"q": true}))["q"]
+    assert row.numerical_rank == exact.numerical_rank == 3
+    assert row.effective_rank == pytest.approx(exact.effective_rank, rel=0.02)
+    relation, known = (relate(bs.Adapter({"q": update}), {"q": W})["q"] for update in (stored, true))
+    assert relation.rank == 3
+    assert relation.amplification == pytest.approx(known.amplification, rel=0.02)
+    pair = subspace(bs.Adapter({"q": stored}), bs.Adapter({"q": true}))["q"]
+    assert pair.ranks == (3, 3)
+    assert float(pair.left[2, 2]) == pytest.approx(1, abs=1e-3)
+    alone = subspace(bs.Adapter({"q": stored}), bs.Adapter({"q": stored}), of="U")["q"]
+    assert alone.ranks == (3, 3)
 
 
 def test_the_budget_buys_the_best_ranks_of_all_sites():

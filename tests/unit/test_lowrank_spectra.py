@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from brushstroke.lowrank import LowRank, svd
-from brushstroke.lowrank.spectra import singular_values
+from brushstroke.lowrank.spectra import product_rounding, rounding_along, singular_values
 
 FROM_FLOAT32 = 1e-6  # relative error of sigma for factors stored in float32
 
@@ -67,3 +67,60 @@ def test_the_svd_gives_the_matrix_back(d, r, h):
 def test_a_negative_scale_gives_positive_values():
     U, V = torch.randn(4, 2), torch.randn(2, 3)
     torch.testing.assert_close(singular_values(U, V, -2.0), singular_values(U, V, 2.0))
+
+
+SHAPES = [(64, 48, 8), (300, 200, 64), (16, 12, 8), (600, 90, 16)]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def of_rank(k: int, d: int, h: int, r: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 factors with r columns whose product has rank k, and a random spectrum from 0.5 to 3.5."""
+    left, right = (torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q for n in (d, h))
+    sigma, mix = 0.5 + 3 * torch.rand(k, dtype=torch.float64), torch.randn(k, r, dtype=torch.float64)
+    if kind == "both factors":
+        return left @ mix, torch.linalg.pinv(mix) @ (sigma[:, None] * right.mT)
+    if kind == "V alone":
+        return torch.randn(d, r, dtype=torch.float64), (mix.mT * sigma) @ right.mT
+    return (left * sigma) @ mix, torch.randn(r, h, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["both factors", "V alone", "U alone"])
+@pytest.mark.parametrize(("d", "h", "r"), SHAPES)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_rounded_factors_have_the_rank_that_they_had(dtype, d, h, r, kind):
+    for k in (1, 3, 5):
+        U, V = of_rank(k, d, h, r, kind)
+        stored = LowRank(U.to(dtype), V.to(dtype), 0.5)
+        assert len(stored.directions().sigma) == k
+        true, found = singular_values(U, V, 0.5)[:k], stored.directions().sigma
+        bound = product_rounding(*stored.factors, svd(*stored.factors))[:k]
+        assert bool(((true - found).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_small_directions_with_columns_of_their_own_are_no_rounding(dtype):
+    """In factors that were cut by an SVD each is right to its own size, far below the first's rounding."""
+    sigma = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, 3, dtype=torch.float64)).Q for n in (80, 60))
+    stored = LowRank((left * sigma.sqrt()).to(dtype), (sigma.sqrt()[:, None] * right.mT).to(dtype))
+    got = stored.directions().sigma
+    torch.testing.assert_close(got, sigma, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_factors_that_use_all_their_rank_keep_it():
+    for dtype in HALF:
+        full = LowRank(torch.randn(64, 8).to(dtype), torch.randn(8, 48).to(dtype))
+        assert len(full.directions().sigma) == 8
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_entries_below_the_smallest_number_of_a_dtype_are_judged_by_it(dtype):
+    size = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest one
+    factor = torch.full((100, 1), 4 * size, dtype=torch.float64).to(dtype)
+    off = float(rounding_along(factor, torch.ones(1, 1, dtype=torch.float64)))
+    assert off == pytest.approx(0.5 * size * 10, rel=0.5)
+    assert float(rounding_along(torch.zeros(100, 1, dtype=dtype), torch.ones(1, 1).double())) == 0
+
+
+def test_a_zero_update_has_no_directions():
+    assert len(LowRank(torch.randn(5, 2).bfloat16(), torch.zeros(2, 4).bfloat16()).directions().sigma) == 0

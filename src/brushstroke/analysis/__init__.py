@@ -4,6 +4,7 @@ It never sees a live model run, and never forms a d×h update. W comes as a mapp
 """
 
 from brushstroke.analysis.budget import Truncation, fit_budget, keep_energy
+from brushstroke.analysis.directions import DirectionCache, Directions
 from brushstroke.analysis.intruders import Direction, Intruders, SiteIntruders, intruders, repair
 from brushstroke.analysis.relate import Relation, Share, SiteRelation, mean_deciles, relate
 from brushstroke.analysis.spectrum import SiteSpectrum, Spectrum, spectrum
@@ -12,6 +13,8 @@ from brushstroke.analysis.table import Grid, SiteTable, arrange, as_plain, natur
 
 __all__ = [
     "Direction",
+    "DirectionCache",
+    "Directions",
     "Grid",
     "Intruders",
     "Overlap",

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
+from brushstroke.analysis.directions import DirectionCache, Directions, Working, base_directions
 from brushstroke.analysis.relate import DENSE_LIMIT, check_dense_limit
 from brushstroke.analysis.table import HIDDEN, SiteTable
-from brushstroke.analysis.weights import OnSite, low_rank_updates, walk, working
+from brushstroke.analysis.weights import OnSite, low_rank_updates, walk
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank
-from brushstroke.lowrank.krylov import TOLERANCE, Shifted, dense_svd, top_svd
+from brushstroke.lowrank.krylov import TOLERANCE, Shifted, top_svd
 from brushstroke.lowrank.lanczos import largest_cosine_bound
 from brushstroke.lowrank.spectra import numerical_rank
 
@@ -110,6 +111,7 @@ def intruders(
     dense_limit: int = DENSE_LIMIT,
     allow_different_base: bool = False,
     on_site: OnSite | None = None,
+    cache: DirectionCache | None = None,
 ) -> Intruders:
     """Which of the strongest output directions of W + ΔW no singular vector of W resembles.
 
@@ -128,6 +130,7 @@ def intruders(
         dense_limit: a W whose smaller side is at most this is decomposed whole, in float64.
         allow_different_base: pass over the verdict of the fingerprint.
         on_site: called with (site, its number, how many) before each is read.
+        cache: where W's own directions are looked for and kept; without one they are computed every time.
 
     Raises:
         ConfigError: top below 1, a threshold outside (0, 1], or a negative dense_limit.
@@ -144,11 +147,12 @@ def intruders(
             f"top must be at least 1 and the threshold above 0 and at most 1; got {top} and {threshold}"
         )
     check_dense_limit(dense_limit)
-    rows = {}
+    rows, working = {}, Working()
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
         generator = torch.Generator().manual_seed(seed)
         dense = min(update.shape) <= dense_limit
-        rows[site] = _judge(update, working(W, dense), top, threshold, dense, generator)
+        own = base_directions(site, W, 4 * top, whole=dense, seed=seed, cache=cache, working=working)
+        rows[site] = _judge(update, working(W, dense), own, top, threshold, dense, generator)
     return Intruders(rows, top=top, threshold=threshold)
 
 
@@ -175,11 +179,17 @@ def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
 
 
 def _judge(
-    update: LowRank, W: Tensor, top: int, threshold: float, dense: bool, generator: torch.Generator
+    update: LowRank,
+    W: Tensor,
+    own: Directions,
+    top: int,
+    threshold: float,
+    dense: bool,
+    generator: torch.Generator,
 ) -> SiteIntruders:
     changed = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
     ours = top_svd(changed, top, generator=generator, passes=40 if dense else 10)
-    lower, upper, outside, covered = (_exact if dense else _bounded)(W, ours.right, top, generator)
+    lower, upper, outside, covered = (_exact if dense else _bounded)(W, own, ours.right, top)
     strongest = float(ours.sigma[0]) or 1.0
     directions = tuple(
         Direction(
@@ -203,25 +213,23 @@ def _judge(
 
 
 def _exact(
-    W: Float[Tensor, "d h"], right: Float[Tensor, "k h"], top: int, _: torch.Generator
+    W: Float[Tensor, "d h"], own: Directions, right: Float[Tensor, "k h"], top: int
 ) -> tuple[list[float], list[float], list[float], float]:
-    whole = dense_svd(W)
-    known = whole.right[: numerical_rank(whole.sigma, max(W.shape))]
+    known = own.right[: numerical_rank(own.sigma, max(W.shape))]
     cosines = (right.double() @ known.mT).abs()
     largest = cosines.max(dim=1).values.tolist() if len(known) else [0.0] * len(right)
     return largest, largest, _outside(cosines[:, : 4 * top]), 0.0
 
 
 def _bounded(
-    W: Float[Tensor, "d h"], right: Float[Tensor, "k h"], top: int, generator: torch.Generator
+    W: Float[Tensor, "d h"], own: Directions, right: Float[Tensor, "k h"], top: int
 ) -> tuple[list[float], list[float], list[float], float]:
-    known = top_svd(Shifted(W), 4 * top, generator=generator)
-    cosines = (right.double() @ known.right.mT.double()).abs()
-    settled = known.residual <= TOLERANCE * known.sigma[0]
+    cosines = (right.double() @ own.right.mT.double()).abs()
+    settled = own.residual <= TOLERANCE * own.sigma[0]
     hits = torch.where(settled, cosines, 0).max(dim=1).values.tolist()
     bounds, covered = largest_cosine_bound(W, right)
     uppers = [max(bound, hit) for bound, hit in zip(bounds, hits, strict=True)]
-    return hits, uppers, _outside(cosines), covered
+    return hits, uppers, _outside(cosines[:, : 4 * top]), covered
 
 
 def _outside(cosines: Float[Tensor, "k m"]) -> list[float]:

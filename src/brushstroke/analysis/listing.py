@@ -53,6 +53,17 @@ def spectrum_listing(found: Spectrum) -> Listing:
     )
 
 
+def rank_advice(found: Spectrum) -> str:
+    """The ranks to store an adapter with, by kind of matrix; "" where every update is zero."""
+    kinds: dict[int, list[str]] = {}
+    for matrix, rank in found.advised_ranks().items():
+        kinds.setdefault(rank, []).append(matrix)
+    told = "; ".join(f"rank {rank} for {', '.join(kinds[rank])}" for rank in sorted(kinds))
+    if len(kinds) == 1:
+        told = f"rank {min(kinds)}"
+    return f"{told}: keeps 99 % of the energy at 90 % of the sites of a kind of matrix" if kinds else ""
+
+
 def overlap_listing(found: Overlap) -> Listing:
     """A row for each site: cosine, and for each side φ of all directions beside chance."""
     sides = found.sides

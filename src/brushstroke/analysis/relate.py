@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
+from brushstroke.analysis.directions import DirectionCache, Directions, Working, base_directions
 from brushstroke.analysis.overlap import random_directions
 from brushstroke.analysis.table import SiteTable
-from brushstroke.analysis.weights import OnSite, walk, working
+from brushstroke.analysis.weights import OnSite, finite_norm, walk
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
-from brushstroke.lowrank.krylov import Shifted, dense_svd, frobenius, top_svd
-from brushstroke.lowrank.spectra import numerical_rank
 
 DENSE_LIMIT = 1536  # smaller side of a W that is decomposed whole
 PARTS = 10
@@ -152,6 +151,7 @@ def relate(
     dense_limit: int = DENSE_LIMIT,
     allow_different_base: bool = False,
     on_site: OnSite | None = None,
+    cache: DirectionCache | None = None,
 ) -> Relation:
     """‖UᵀWVᵀ‖_F of the paper's table 7 at every site, with what chance gives beside it.
 
@@ -167,10 +167,12 @@ def relate(
             block Krylov in float32, which gives no deciles.
         allow_different_base: pass over the verdict of the fingerprint.
         on_site: called with (site, its number, how many) before each is read.
+        cache: where W's own directions are looked for and kept; without one they are computed every time.
 
     Raises:
         ShapeError: an update without factors, or a base that lacks a site or has another shape there.
         BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+        BaseLoadError: a weight that holds NaN or infinity.
         ConfigError: a negative dense_limit.
 
     >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
@@ -179,11 +181,16 @@ def relate(
     (3.0, 2.0)
     """
     check_dense_limit(dense_limit)
-    generator = torch.Generator().manual_seed(seed)
-    rows = {
-        site: _relate(update, W, dense_limit, generator)
-        for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site)
-    }
+    generator, working = torch.Generator().manual_seed(seed), Working()
+    rows = {}
+    for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
+        delta, dense = update.directions(), min(W.shape) <= dense_limit
+        if not len(delta.sigma):
+            zero = update.delta_norm()
+            rows[site] = SiteRelation(update.shape, 0, finite_norm(site, W), zero, 0.0, 0.0, 0.0, 0.0, 0.0)
+            continue
+        own = base_directions(site, W, len(delta.sigma), whole=dense, seed=seed, cache=cache, working=working)
+        rows[site] = _relate(update, delta, working(W, dense), own, dense, generator)
     return Relation(rows)
 
 
@@ -197,42 +204,31 @@ def check_dense_limit(dense_limit: int) -> None:
         raise ConfigError(f"dense_limit must not be negative; got {dense_limit}")
 
 
-def _relate(update: LowRank, W: Tensor, dense_limit: int, generator: torch.Generator) -> SiteRelation:
-    d, h = update.shape
-    delta = update.svd()
-    r = numerical_rank(delta.sigma, max(d, h))
-    norm_base, norm_delta = frobenius(W), float(delta.sigma.square().sum().sqrt())
-    if r == 0:
-        return SiteRelation((d, h), 0, norm_base, norm_delta, 0.0, 0.0, 0.0, 0.0, 0.0)
-    delta = Svd(delta.left[:, :r], delta.sigma[:r], delta.right[:r])
-    dense = min(d, h) <= dense_limit
-    work = working(W, dense)
+def _relate(
+    update: LowRank, delta: Svd, work: Tensor, own: Directions, dense: bool, generator: torch.Generator
+) -> SiteRelation:
+    (d, h), r = update.shape, len(delta.sigma)
     lefts = torch.cat([delta.left.to(work), random_directions(d, r, generator).to(work)], dim=1)
     products = (lefts.mT @ work).double()
     random_right = random_directions(h, r, generator).to(products)
-    smallest = _ROUNDING * torch.finfo(work.dtype).eps * norm_base
+    smallest = _ROUNDING * torch.finfo(work.dtype).eps * own.norm
     projection = float((products[:r] @ delta.right.to(products).mT).norm())
-    whole = dense_svd(work) if dense else None
-    top = None if whole is not None else top_svd(Shifted(work), r, generator=generator)
-    sigma = (
-        whole.sigma[:r] if whole is not None else (top.sigma.double() if top is not None else torch.empty(0))
-    )
-    residual = 0.0 if top is None or not float(top.sigma[0]) else float(top.residual.max() / top.sigma[0])
+    strongest = float(own.sigma[0]) if len(own.sigma) else 0.0
     return SiteRelation(
         (d, h),
         r,
-        norm_base,
-        norm_delta,
+        own.norm,
+        update.delta_norm(),
         projection if projection > smallest else 0.0,
-        float(sigma.square().sum().sqrt()),
-        random_projection(norm_base, r, (d, h)),
+        float(own.sigma[:r].double().square().sum().sqrt()),
+        random_projection(own.norm, r, (d, h)),
         float((products[r:] @ random_right).norm()),
-        residual,
-        None if whole is None else _deciles(delta, whole),
+        float(own.residual[:r].max() / strongest) if strongest else 0.0,
+        _deciles(delta, own) if dense else None,
     )
 
 
-def _deciles(delta: Svd, base: Svd) -> Share:
+def _deciles(delta: Svd, base: Directions) -> Share:
     """Σ_k σ_k²·(base_i·delta_k)² / Σσ², summed over tenths of the base's directions."""
     d, k = base.left.shape
     h = base.right.shape[1]

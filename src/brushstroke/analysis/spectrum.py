@@ -3,6 +3,7 @@
 It needs no base; with one, the norms are also given relative to ‖W‖. Truncating is the part of `budget`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,16 @@ from torch import Tensor
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.table import SiteTable
-from brushstroke.analysis.weights import low_rank_updates, walk
+from brushstroke.analysis.weights import finite_norm, low_rank_updates, walk
 from brushstroke.errors import ConfigError
-from brushstroke.lowrank.krylov import frobenius
-from brushstroke.lowrank.spectra import effective_rank, energy_rank, numerical_rank, stable_rank
+from brushstroke.lowrank.spectra import (
+    above_rounding,
+    effective_rank,
+    energy_rank,
+    numerical_rank,
+    product_rounding,
+    stable_rank,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,7 @@ class SiteSpectrum:
         sigma: singular values, descending, float64, k = min(r, d, h).
         norm: ‖ΔW‖_F.
         norm_base: ‖W‖_F, where a base was given.
+        rounding: what rounding of the factors to their dtype can account for in each of them.
     """
 
     shape: tuple[int, int]
@@ -35,6 +43,7 @@ class SiteSpectrum:
     sigma: Float[Tensor, " k"]
     norm: float
     norm_base: float | None = None
+    rounding: Float[Tensor, " k"] | None = None
 
     @property
     def relative_norm(self) -> float | None:
@@ -43,8 +52,8 @@ class SiteSpectrum:
 
     @property
     def numerical_rank(self) -> int:
-        """Singular values above the rounding of float64."""
-        return numerical_rank(self.sigma, max(self.shape))
+        """Singular values above rounding: of the factors to their dtype, and of float64."""
+        return numerical_rank(self.sigma, max(self.shape), self.rounding)
 
     @property
     def stable_rank(self) -> float:
@@ -53,8 +62,8 @@ class SiteSpectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of σ/Σσ (Roy and Vetterli 2007)."""
-        return effective_rank(self.sigma)
+        """exp of the entropy of σ/Σσ over the σ above rounding (Roy and Vetterli 2007)."""
+        return effective_rank(self.sigma[above_rounding(self.sigma, max(self.shape), self.rounding)])
 
     def energy_rank(self, share: float) -> int:
         """The smallest rank that keeps this share of ‖ΔW‖².
@@ -90,17 +99,32 @@ class Spectrum(SiteTable[SiteSpectrum]):
         """√Σ‖ΔW‖²."""
         return sum(row.norm**2 for row in self.values()) ** 0.5
 
-    def advised_rank(self, share: float = 0.99) -> int:
-        """The one rank that would have kept this share of the energy at every site.
+    def advised_ranks(self, share: float = 0.99, quantile: float = 0.9) -> dict[str, int]:
+        """For each kind of matrix the rank that keeps a share of the energy at most of its sites.
+
+        Sites whose update is zero are passed over; a kind that has no other sites gets no advice.
+
+        Args:
+            share: of ‖ΔW‖².
+            quantile: the share of the sites of one kind at which the rank must be enough; 1 for all.
 
         Raises:
-            ConfigError: the share is not in (0, 1].
+            ConfigError: the share or the quantile is not in (0, 1].
         """
-        return max((row.energy_rank(share) for row in self.values()), default=0)
+        if not 0 < quantile <= 1:
+            raise ConfigError(f"a quantile must be above 0 and at most 1; got {quantile}")
+        ranks: dict[str, list[int]] = {}
+        for (_, matrix), site in self.grid().sites.items():
+            if rank := self[site].energy_rank(share):
+                ranks.setdefault(matrix, []).append(rank)
+        return {
+            matrix: sorted(found)[math.ceil(quantile * len(found) - 1e-9) - 1]
+            for matrix, found in ranks.items()
+        }
 
     def totals(self) -> dict[str, Any]:
         """Size, norm and the advice."""
-        return {"parameters": self.parameters, "norm": self.norm, "advised_rank_99": self.advised_rank()}
+        return {"parameters": self.parameters, "norm": self.norm, "advised_ranks_99": self.advised_ranks()}
 
 
 def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool = False) -> Spectrum:
@@ -128,12 +152,15 @@ def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool =
     norms: Mapping[str, float] = {}
     if base is not None:
         found = walk(adapter, base, allow_different_base=allow_different_base)
-        norms = {site: frobenius(W) for site, _, W in found}
+        norms = {site: finite_norm(site, W) for site, _, W in found}
     rows = {}
     for site, update in updates.items():
-        sigma = update.sigma.cpu()
-        norm = float(sigma.square().sum().sqrt())
-        rows[site] = SiteSpectrum(update.shape, update.rank, sigma, norm, norms.get(site))
+        parts = update.svd()
+        rounding = product_rounding(*update.factors, parts).cpu()
+        norm = float(parts.sigma.square().sum().sqrt())
+        rows[site] = SiteSpectrum(
+            update.shape, update.rank, parts.sigma.cpu(), norm, norms.get(site), rounding
+        )
     return Spectrum(rows)
 
 

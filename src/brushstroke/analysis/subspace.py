@@ -17,7 +17,7 @@ from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import low_rank_updates
 from brushstroke.errors import ConfigError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank, Svd
-from brushstroke.lowrank.spectra import numerical_rank
+from brushstroke.lowrank.spectra import above_rounding, product_rounding, rounding_along
 
 Of = Literal["delta", "U", "V"]
 SAME_START = 0.5  # of the factors' cosine, which is about 1/√(d·r) for independent starts
@@ -268,11 +268,14 @@ def _compare(
 
 def _directions(update: LowRank, parts: Svd, of: Of) -> Svd:
     """The singular triples of ΔW or of one factor, without those that are rounding."""
-    if of != "delta":
-        factor = (update.U if of == "U" else update.V).double()
-        parts = Svd(*torch.linalg.svd(factor, full_matrices=False))
-    k = numerical_rank(parts.sigma, max(update.shape))
-    return Svd(parts.left[:, :k].cpu(), parts.sigma[:k].cpu(), parts.right[:k].cpu())
+    if of == "delta":
+        rounding = product_rounding(*update.factors, parts)
+    else:
+        factor = update.U if of == "U" else update.V
+        parts = Svd(*torch.linalg.svd(factor.double(), full_matrices=False))
+        rounding = rounding_along(factor, parts.right.mT)
+    kept = above_rounding(parts.sigma, max(update.shape), rounding)
+    return Svd(parts.left[:, kept].cpu(), parts.sigma[kept].cpu(), parts.right[kept].cpu())
 
 
 def _factor_cosine(one: LowRank, two: LowRank) -> float:

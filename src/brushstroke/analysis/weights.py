@@ -3,6 +3,7 @@
 It keeps no weight and knows no file; a mapping that reads files lazily is as good as a live model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from brushstroke.adapter import Adapter, Verdict, is_conv1d
 from brushstroke.errors import BaseLoadError, BaseMismatchError, ShapeError, did_you_mean
 from brushstroke.lowrank import LowRank
+from brushstroke.lowrank.krylov import frobenius
 
 OnSite = Callable[[str, int, int], None]  # the site that comes next, its number, and how many there are
 
@@ -57,7 +59,6 @@ def walk(
     Raises:
         ShapeError: sites that the base lacks, all listed before anything is read, or a W of another shape.
         BaseMismatchError: by the fingerprint another base, or one that holds this adapter already.
-        BaseLoadError: a W that is not finite.
     """
     updates, weights = low_rank_updates(adapter), weights_of(base)
     absent = [f"{site}{did_you_mean(site, weights, count=1)}" for site in updates if site not in weights]
@@ -76,18 +77,23 @@ def walk(
                 f"{site}: W must be (d, h) = {update.shape}; the base's is {tuple(W.shape)} (torch's "
                 "Linear.weight is the transpose)"
             )
-        if not W.isfinite().all():
-            raise BaseLoadError(
-                f"{site}: the base's weight holds NaN or infinity; get the model again from where it came"
-            )
         if not allow_different_base:
             _check(adapter, site, update, W, quantised)
         yield site, update, W
 
 
-def working(W: Float[Tensor, "d h"], dense: bool) -> Float[Tensor, "d h"]:
-    """W in float64 where it is decomposed whole, otherwise in float32 unless it is float64 already."""
-    return W.double() if dense or W.dtype == torch.float64 else W.float()
+def finite_norm(site: str, W: Float[Tensor, "d h"]) -> float:
+    """‖W‖_F, in float64.
+
+    Raises:
+        BaseLoadError: W holds NaN or infinity.
+    """
+    norm = frobenius(W)
+    if not math.isfinite(norm) and not W.isfinite().all():
+        raise BaseLoadError(
+            f"{site}: the base's weight holds NaN or infinity; get the model again from where it came"
+        )
+    return norm
 
 
 def _check(adapter: Adapter, site: str, update: LowRank, W: Tensor, quantised: bool) -> None:
@@ -100,6 +106,8 @@ def _check(adapter: Adapter, site: str, update: LowRank, W: Tensor, quantised: b
         return update.scale * (U[i] * V[:, j].mT).sum(-1)
 
     verdict, difference = fingerprint.judge({site: W}, delta_at, quantised)
+    if verdict in (Verdict.MERGED, Verdict.FOREIGN):
+        finite_norm(site, W)  # a damaged weight is told first
     if verdict is Verdict.MERGED:
         raise BaseMismatchError(
             f"{site}: this adapter is merged into the base already; analyse it with the original weights"

@@ -27,6 +27,7 @@ from brushstroke.errors import ConfigError
 
 if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
+    from brushstroke.analysis import DirectionCache
     from brushstroke.report import Page
 
 Count = Annotated[int, Parameter(converter=whole)]
@@ -43,18 +44,26 @@ class AgainstBase:
         dense_limit: Decompose weights in full if their smaller side is at most this [default: 1536].
         allow_different_base: Measure even if the adapter was trained on another base.
         trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
+        cache: Keep the base's own directions for the next command, and take them from there.
     """
 
     seed: Count = 0
     dense_limit: Whole = None
     allow_different_base: bool = False
     trust_remote_code: bool = False
+    cache: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """What `relate` and `intruders` are given."""
         values = dataclasses.asdict(self)
-        del values["trust_remote_code"]
+        del values["trust_remote_code"], values["cache"]
         return {name: value for name, value in values.items() if value is not None}
+
+    def directions(self) -> "DirectionCache | None":
+        """Where the base's own directions are kept, unless the user wants none."""
+        from brushstroke.analysis import DirectionCache
+
+        return DirectionCache() if self.cache else None
 
 
 def spectrum(
@@ -194,7 +203,9 @@ def relate(
 
     against = against or AgainstBase()
     weights = _open(base, against.trust_remote_code)
-    found = measure(value, weights, on_site=_progress(), **against.arguments())
+    cache = against.directions()
+    found = measure(value, weights, on_site=_progress(), cache=cache, **against.arguments())
+    _tell_of(cache)
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, _name(adapter)))
     if json:
@@ -242,14 +253,17 @@ def intruders(
     from brushstroke.analysis import repair as mend
 
     against = against or AgainstBase()
+    weights, cache = _open(base, against.trust_remote_code), against.directions()
     found = measure(
         value,
-        _open(base, against.trust_remote_code),
+        weights,
         top=top,
         threshold=threshold,
         on_site=_progress(),
+        cache=cache,
         **against.arguments(),
     )
+    _tell_of(cache)
     if repair is not None:
         from brushstroke.formats import save
 
@@ -296,6 +310,18 @@ def _progress() -> Callable[[str, int, int], None]:
             say(f"site {number} of {total}: {site}")
 
     return on_site
+
+
+def _tell_of(cache: "DirectionCache | None") -> None:
+    if cache is None:
+        return
+    if cache.used:
+        say(
+            f"the base's own directions at {cache.used} sites are from {cache.folder} "
+            "(--no-cache computes them anew)"
+        )
+    if cache.failure:
+        say(f"the base's own directions are not kept for the next command: {cache.failure}")
 
 
 def _pages() -> Any:

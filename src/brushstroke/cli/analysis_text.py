@@ -42,13 +42,12 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 
 def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
     """The spectrum of one adapter: a row for each site, the map, the advice."""
-    from brushstroke.analysis.listing import spectrum_listing
+    from brushstroke.analysis.listing import rank_advice, spectrum_listing
 
     console = results()
     table(console, *spectrum_listing(found), leave_out=WITHOUT["spectrum"])
     _print_map(found, measure)
     tell(console, name, style="bold")
-    used = found.advised_rank()
     widest = max(row.rank for row in found.values())
     facts(
         console,
@@ -56,8 +55,7 @@ def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
             "sites": f"{len(found)}, rank {widest}",
             "size": f"{found.parameters:,} parameters",
             "norm": f"{found.norm:.4g}",
-            "advice": f"rank {used} keeps 99 % of the energy at every site"
-            + (" (--truncate OUT writes it)" if used < widest else "; none of the rank is spare"),
+            "advice": rank_advice(found),
         },
     )
 

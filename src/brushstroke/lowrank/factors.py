@@ -12,7 +12,7 @@ from torch import Tensor
 from brushstroke.errors import ConfigError, ShapeError
 from brushstroke.lowrank import algebra
 from brushstroke.lowrank.algebra import Factors
-from brushstroke.lowrank.spectra import Svd, singular_values, svd
+from brushstroke.lowrank.spectra import Svd, above_rounding, product_rounding, singular_values, svd
 from brushstroke.lowrank.update import Update
 
 
@@ -101,6 +101,12 @@ class LowRank(Update):
     def svd(self) -> Svd:
         """The thin SVD of ΔW from the factors, float64."""
         return svd(*self.factors)
+
+    def directions(self) -> Svd:
+        """The thin SVD of ΔW, float64, without what may be rounding of the factors to their dtype."""
+        parts = self.svd()
+        kept = above_rounding(parts.sigma, max(self.shape), product_rounding(*self.factors, parts))
+        return Svd(parts.left[:, kept], parts.sigma[kept], parts.right[kept])
 
     def tensors(self) -> dict[str, Tensor]:
         """{"U": U, "V": V}."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from brushstroke.lowrank.spectra import Svd
 
 PASSES = 10  # of the matrix and its transpose, at most
+CHECKED = 2  # passes between two looks at what has converged
 TOLERANCE = 1e-4  # of ‖Wᵀ·left − sigma·right‖ against sigma₁, at which the iteration ends early
 
 
@@ -68,6 +69,51 @@ class TopSvd:
     residual: Float[Tensor, " k"]
 
 
+class KrylovSpace:
+    """An orthonormal basis of output directions that grows, with W·basis and Wᵀ·W·basis beside it.
+
+    Every block costs one product with W and one with Wᵀ; all that is asked of the space later costs none.
+
+    Args:
+        matrix: what is multiplied with.
+    """
+
+    def __init__(self, matrix: Shifted) -> None:
+        d, h = matrix.shape
+        self.matrix = matrix
+        self.basis, self.images, self.backs = (matrix.W.new_empty(n, 0) for n in (h, d, h))
+        self.gram = matrix.W.new_empty(0, 0, dtype=torch.float64)  # imagesᵀ·images
+
+    @property
+    def size(self) -> int:
+        """How many directions the basis has."""
+        return self.basis.shape[1]
+
+    def extend(self, block: Float[Tensor, "h n"]) -> Float[Tensor, "h m"]:
+        """Add what a block holds beyond the basis; returns Wᵀ·W·(what was added), for the next block."""
+        block = _orthonormal(block, self.basis)
+        image = self.matrix.times(block)
+        back = self.matrix.transposed_times(image)
+        old, new = self.images.double(), image.double()
+        corner = old.mT @ new
+        self.gram = torch.cat(
+            [torch.cat([self.gram, corner], dim=1), torch.cat([corner.mT, new.mT @ new], dim=1)]
+        )
+        self.basis = torch.cat([self.basis, block], dim=1)
+        self.images = torch.cat([self.images, image], dim=1)
+        self.backs = torch.cat([self.backs, back], dim=1)
+        return back
+
+    def top(self, k: int) -> Float[Tensor, "m k"]:
+        """The k strongest directions within the space (Ritz vectors), in coordinates of the basis."""
+        return torch.linalg.eigh(self.gram).eigenvectors.flip(1)[:, :k].to(self.basis)
+
+    def residuals(self, top: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
+        """‖Wᵀ·left_i − sigma_i·right_i‖ of directions, up to rounding."""
+        sigma = torch.linalg.vector_norm(self.images @ top, dim=0).clamp_min(torch.finfo(top.dtype).tiny)
+        return torch.linalg.vector_norm(self.backs @ (top / sigma) - self.basis @ (top * sigma), dim=0)
+
+
 def top_svd(
     matrix: Shifted, k: int, *, generator: torch.Generator | None = None, passes: int = PASSES
 ) -> TopSvd:
@@ -75,7 +121,7 @@ def top_svd(
 
     After Musco and Musco (arXiv:1504.05477), with full reorthogonalisation; written for W (d×h), so the space
     lies on the output side. It ends where every residual is below 1e-4·sigma₁, where the space is the whole
-    one (then the result is exact), or after `passes`. All in W's dtype.
+    one (then the result is exact), or after `passes`. All in W's dtype, with the small matrices in float64.
 
     Args:
         matrix: W, or W + scale·U·V.
@@ -89,23 +135,30 @@ def top_svd(
     """
     d, h = matrix.shape
     k = min(k, d, h)
-    width = min(k + 8, d, h)
     generator = generator or torch.Generator().manual_seed(0)
-    start = torch.randn(d, width, generator=generator, dtype=torch.float64)
+    start = torch.randn(d, min(k + 8, d, h), generator=generator, dtype=torch.float64)
     block = matrix.transposed_times(start.to(matrix.W))
-    space, images = block.new_empty(h, 0), block.new_empty(d, 0)
+    space = KrylovSpace(matrix)
     for number in range(1, passes + 1):
-        block = _orthonormal(block, space)
-        if not block.shape[1]:
+        before = space.size
+        block = space.extend(block)
+        if space.size == before or space.size >= min(d, h):
             break
-        image = matrix.times(block)
-        space, images = torch.cat([space, block], dim=1), torch.cat([images, image], dim=1)
-        found = _ritz(matrix, space, images, k)
-        whole = space.shape[1] >= min(d, h)
-        if whole or number == passes or float(found.residual.max()) <= TOLERANCE * float(found.sigma[0]):
-            return found
-        block = matrix.transposed_times(image)
-    return _ritz(matrix, space, images, k) if space.shape[1] else _nothing(matrix, k)
+        if number % CHECKED == 0 and number < passes:
+            top = space.top(k)
+            strongest = float(torch.linalg.vector_norm(space.images @ top[:, 0]))
+            if float(space.residuals(top).max()) <= TOLERANCE * strongest:
+                break
+    return _triples(space, space.top(k)) if space.size else _nothing(matrix, k)
+
+
+def _triples(space: KrylovSpace, top: Float[Tensor, "m k"]) -> TopSvd:
+    """Singular triples from directions within a space, with residuals by products of their own."""
+    q, core = torch.linalg.qr(space.images @ top)
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    left, right = q @ left, ((space.basis @ top) @ right.mT).mT
+    gap = space.matrix.transposed_times(left) - right.mT * sigma
+    return TopSvd(left, sigma, right, torch.linalg.vector_norm(gap, dim=0))
 
 
 def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Float[Tensor, "h n"]:
@@ -119,14 +172,6 @@ def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Fl
     new = left[:, :room][:, (sigma > 50 * eps * before.max())[:room]]
     new = new - space @ (space.mT @ new)
     return torch.linalg.qr(new).Q
-
-
-def _ritz(matrix: Shifted, space: Float[Tensor, "h m"], images: Float[Tensor, "d m"], k: int) -> TopSvd:
-    q, core = torch.linalg.qr(images)
-    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
-    left, sigma, right = q @ left[:, :k], sigma[:k], (space @ right[:k].mT).mT
-    gap = matrix.transposed_times(left) - right.mT * sigma
-    return TopSvd(left, sigma, right, torch.linalg.vector_norm(gap, dim=0))
 
 
 def _nothing(matrix: Shifted, k: int) -> TopSvd:
@@ -144,5 +189,10 @@ def dense_svd(W: Float[Tensor, "d h"]) -> Svd:
 def frobenius(W: Float[Tensor, "d h"]) -> float:
     """‖W‖_F of a dense matrix in any float dtype, summed in float64 over blocks of rows."""
     rows = W if W.stride(-1) == 1 else W.mT  # blocks of memory as it lies
-    step = max(1, 2**22 // max(1, rows.shape[1]))
-    return sum(float(part.double().square().sum()) for part in rows.split(step)) ** 0.5 if W.numel() else 0.0
+    step = max(1, 2**17 // max(1, rows.shape[1]))  # of which a processor keeps the float64 copy close
+    room = torch.empty(step, rows.shape[1], dtype=torch.float64, device=W.device)
+    total = 0.0
+    for part in rows.split(step) if W.numel() else ():
+        copied = room[: len(part)].copy_(part).view(-1)
+        total += float(copied @ copied)
+    return total**0.5

@@ -6,7 +6,7 @@ It never forms the d×h product: two thin QR decompositions and one SVD of an r�
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -46,19 +46,67 @@ def singular_values(
     return torch.linalg.svdvals(scale * (r_u @ r_v.mT))
 
 
-def numerical_rank(sigma: Float[Tensor, " k"], size: int) -> int:
-    """How many singular values of a matrix stand above the rounding of float64.
+def above_rounding(
+    sigma: Float[Tensor, " k"], size: int, rounding: Float[Tensor, " k"] | None = None
+) -> Bool[Tensor, " k"]:
+    """Which singular values of a matrix stand above the rounding of float64 and of what it was made from.
 
     Args:
         sigma: descending.
         size: the larger side of the matrix; the threshold is sigma₁·size·2⁻⁵².
+        rounding: a threshold for each of them beside it, such as `product_rounding`.
 
-    >>> numerical_rank(torch.tensor([2.0, 1.0, 1e-15]), 100)
-    2
+    >>> above_rounding(torch.tensor([2.0, 1.0, 1e-15]), 100).sum()
+    tensor(2)
     """
-    if not len(sigma) or float(sigma[0]) == 0:
-        return 0
-    return int((sigma > sigma[0] * size * torch.finfo(torch.float64).eps).sum())
+    if not len(sigma):
+        return sigma > 0
+    floor = sigma[0] * size * torch.finfo(torch.float64).eps
+    return sigma > (floor if rounding is None else rounding.clamp_min(floor))
+
+
+def numerical_rank(sigma: Float[Tensor, " k"], size: int, rounding: Float[Tensor, " k"] | None = None) -> int:
+    """How many singular values stand above rounding; see `above_rounding`."""
+    return int(above_rounding(sigma, size, rounding).sum())
+
+
+def rounding_along(factor: Float[Tensor, "n r"], images: Float[Tensor, "r k"]) -> Float[Tensor, " k"]:
+    """‖E·x‖ that is to be expected for each column x, where E is the rounding of a factor to its dtype.
+
+    An entry is off by at most e = max(u·|entry|, η), with u half the dtype's epsilon (2⁻⁸ in bfloat16, 2⁻¹¹
+    in float16) and η half its smallest number; a 0 is taken as exact. With the norms D of the columns of the
+    bounds, E = N·D and ‖E·x‖ ≤ ‖N‖·‖D·x‖. The entries of N are independent, of variance e²/(3D²), so that ‖N‖
+    is at most about the norms of its largest column and its largest row together, both over √3 (Bandeira and
+    van Handel, arXiv:1408.6185).
+    """
+    kind, sizes = torch.finfo(factor.dtype), factor.double().abs()
+    bounds = (kind.eps / 2 * sizes).clamp_min(kind.smallest_normal * kind.eps / 2)
+    bounds = torch.where(sizes > 0, bounds, 0)
+    columns = torch.linalg.vector_norm(bounds, dim=0)
+    row = torch.linalg.vector_norm(bounds / torch.where(columns > 0, columns, 1), dim=1).max()
+    return (1 + row) / 3**0.5 * torch.linalg.vector_norm(columns[:, None] * images, dim=0)
+
+
+def product_rounding(
+    U: Float[Tensor, "d r"], V: Float[Tensor, "r h"], scale: float, parts: Svd
+) -> Float[Tensor, " k"]:
+    """The part of each singular value of scale·U·V that rounding of the stored factors can account for.
+
+    The stored factors are U = U₀ + E and V = V₀ + F with rounding errors E and F, so σᵢ = scale·lᵢᵀ·U·V·rᵢ
+    differs from what the true product has along the same pair, scale·lᵢᵀ·U₀·V₀·rᵢ, by
+    scale·lᵢᵀ·(E·V + U₀·F)·rᵢ: at most |scale|·(‖E·(V·rᵢ)‖ + ‖Fᵀ·(Uᵀ·lᵢ)‖), each judged by `rounding_along`.
+    A σᵢ below it may be nothing but rounding. The threshold is one for each direction, as it must be: in
+    factors that were cut by an SVD every σᵢ has its own column, and is right to u·σᵢ however small it is; in
+    factors of more columns than the product has rank, the surplus is u·σ₁ or u²·σ₁.
+
+    >>> U, V = torch.ones(4, 1).bfloat16(), torch.ones(1, 4).bfloat16()
+    >>> 2**-8 < product_rounding(U, V, 1.0, svd(U, V)) / 4 < 2**-6
+    tensor([True])
+    """
+    if not U.numel() or not V.numel():
+        return torch.zeros_like(parts.sigma)
+    left = rounding_along(U, V.double() @ parts.right.mT)
+    return abs(scale) * (left + rounding_along(V.mT, U.double().mT @ parts.left))
 
 
 def stable_rank(sigma: Float[Tensor, " k"]) -> float:

@@ -18,6 +18,7 @@ from brushstroke.analysis import (
 from brushstroke.analysis.listing import (
     intruder_listing,
     overlap_listing,
+    rank_advice,
     relation_listing,
     spectrum_listing,
 )
@@ -43,9 +44,10 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
     )
     for name, spectrum in found.items():
         page.section(name)
+        advice = rank_advice(spectrum)
         page.text(
-            f"{spectrum.parameters:,} parameters, norm {spectrum.norm:.4g}. Rank {spectrum.advised_rank()} "
-            "would have kept 99 % of the energy at every site."
+            f"{spectrum.parameters:,} parameters, norm {spectrum.norm:.4g}."
+            + (f" {advice}." if advice else " Every update is zero.")
         )
         _maps(
             page,
