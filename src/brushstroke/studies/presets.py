@@ -58,7 +58,9 @@ def tiny_intrinsic(
     on_base: Callable[[], None] | None = None,
 ) -> tuple[list[Study], Material]:
     """Study and material of `study intrinsic --tiny`; arguments and errors as those of `tiny_material`."""
-    return [IntrinsicStudy(dimensions=TINY_DIMENSIONS)], tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
+    return [IntrinsicStudy(dimensions=TINY_DIMENSIONS)], tiny_material(
+        out, seeds=seeds, overwrite=overwrite, on_base=on_base
+    )
 
 
 def tiny_material(
