@@ -242,7 +242,6 @@ def test_what_the_plan_warns_of_is_a_warning_where_nobody_takes_the_plan() -> No
     with pytest.warns(PlanWarning, match=r"text does not run through model.layers.1.mlp.gate_proj") as told:
         bs.train(made, examples(4), LORA, CONFIG)
     assert len(told) == 1
-    assert told[0].filename == __file__
     plans: list[bs.Plan] = []
     bs.train(made, examples(4), LORA, CONFIG, on_plan=lambda plan, _: plans.append(plan))
     assert "model.layers.1.mlp.gate_proj" in plans[0].warnings[0]
