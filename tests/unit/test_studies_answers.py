@@ -24,10 +24,14 @@ def overlaps(shape: tuple[int, int], left: float, right: float, seeds: int = 4):
     return pairs
 
 
+def ceiling(other):
+    return {(a, b): rows for (a, b), rows in other.items() if a < b}
+
+
 def test_a_block_that_fills_its_side_is_not_tested_and_counts_in_no_correction():
     same, other = overlaps((2, 8), 1 + ROUNDING, 0.9), overlaps((2, 8), 1.0, 0.3)
     other |= {(b, a): rows for (a, b), rows in other.items()}
-    left, right = _tests(same, other, ["layers.0.q_proj"], [(2, 2)])
+    left, right = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])
     assert not {"p_chance", "p_chance_holm", "p_other", "p_other_holm"} & left.keys()
     assert right["p_chance_holm"] == right["p_chance"] < 0.05
     assert right["p_other_holm"] < 0.05
@@ -35,12 +39,24 @@ def test_a_block_that_fills_its_side_is_not_tested_and_counts_in_no_correction()
     assert "φ(2, 2) input side" not in answer
     assert "φ(2, 2) output side" in answer
     rows = _block_table([left, right]).rows
-    assert (rows[0][4], rows[0][7]) == ("–", "–")
+    assert (rows[0][4], rows[0][8]) == ("–", "–")
+
+
+def test_what_the_other_task_shares_with_itself_stands_beside_what_it_shares_with_the_task():
+    same, other, within = overlaps((8, 8), 0.6, 0.7), overlaps((8, 8), 0.3, 0.35), overlaps((8, 8), 0.4, 0.5)
+    other |= {(b, a): rows for (a, b), rows in other.items()}
+    tests = _tests(same, other, within, ["layers.0.q_proj"], [(2, 2)])
+    assert [row["within_other"]["mean"] for row in tests] == pytest.approx([0.4, 0.5])
+    table = _block_table(tests)
+    assert table.rows[0][table.columns.index("φ within the other task")].startswith("0.400")
+    assert "at the same rate" in table.caption
+    answer = _seeds_answer(tests, True, 4, same, other, ["layers.0.q_proj"], 2)
+    assert "other task 0.350, within it 0.500" in answer
 
 
 def test_where_nothing_can_be_tested_no_block_is_named():
     same = overlaps((2, 2), 1 + ROUNDING, 1 + ROUNDING)
-    tests = _tests(same, {}, ["layers.0.q_proj"], [(1, 2), (2, 2)])
+    tests = _tests(same, {}, {}, ["layers.0.q_proj"], [(1, 2), (2, 2)])
     assert not any("p_chance" in row for row in tests)
     answer = _seeds_answer(tests, False, 4, same, {}, ["layers.0.q_proj"], 2)
     assert "above chance at 5 % (Holm): no block" in answer
@@ -50,7 +66,7 @@ def test_where_nothing_can_be_tested_no_block_is_named():
 def test_above_the_other_task_alone_is_not_called_shared():
     same, other = overlaps((8, 8), 0.1, 0.1), overlaps((8, 8), 0.01, 0.01)  # chance is 0.25
     other |= {(b, a): rows for (a, b), rows in other.items()}
-    tests = _tests(same, other, ["layers.0.q_proj"], [(2, 2)])
+    tests = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])
     assert tests[0]["p_other_holm"] < 0.05 < tests[0]["p_chance_holm"]
     answer = _seeds_answer(tests, True, 4, same, other, ["layers.0.q_proj"], 2)
     assert "no block. No block is above both" in answer
@@ -68,7 +84,7 @@ def test_no_number_is_given_for_a_kind_of_matrix_whose_side_the_directions_fill(
     kinds = _by_matrix(same, {}, sites, 2)
     assert (list(kinds["q_proj"]), list(kinds["v_proj"])) == (["left", "right"], ["left"])
     assert list(kinds["q more than v"]) == ["left"]
-    answer = _seeds_answer(_tests(same, {}, sites, [(2, 2)]), False, 4, same, {}, sites, 2)
+    answer = _seeds_answer(_tests(same, {}, {}, sites, [(2, 2)]), False, 4, same, {}, sites, 2)
     assert answer.endswith("Of q more than of v: 0.00 [0.00, 0.00] (input side).")
 
 

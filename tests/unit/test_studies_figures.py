@@ -5,11 +5,11 @@ import re
 import pytest
 
 from brushstroke.report.charts import lines, site_map
+from brushstroke.studies.comparisons import compare_all
 from brushstroke.studies.delta import COLUMNS, MEASURES
 from brushstroke.studies.findings import Figure
 from brushstroke.studies.page import file_name
 from brushstroke.studies.reading import difference_figure
-from brushstroke.studies.statistics import Difference, Interval
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -32,8 +32,8 @@ def test_few_places_have_a_tick_each():
 
 
 def test_differences_are_drawn_around_zero():
-    found = [Difference("q", "v", Interval(0.5, 0.25, 0.75, 3), None, None)]
-    (figure,) = difference_figure(found, "targets")
+    compared = compare_all({"q": {0: 1.4, 1: 1.6, 2: 1.5}, "v": {0: 1.0, 1: 1.0, 2: 1.0}})
+    (figure,) = difference_figure([compared], "targets")
     assert figure.name == "targets-differences"
     svg = vl_convert.vegalite_to_svg({**figure.spec, "width": 300})
     words = re.findall(r">([^<>]+)</text>", svg)

@@ -9,7 +9,7 @@ import pytest
 from brushstroke.errors import ConfigError, OutputError, ResumeError, TrainingError
 from brushstroke.studies import executors
 from brushstroke.studies import store as store_module
-from brushstroke.studies.arms import Arm, Run
+from brushstroke.studies.arms import Arm, Run, on_other_task
 from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, conduct, estimate
 from brushstroke.studies.store import Store, check_folder
 from brushstroke.studies.workshop import Outcome, Score
@@ -54,6 +54,42 @@ def test_the_rate_is_chosen_inside_and_the_other_seeds_use_it(tmp_path):
     assert found.chosen == 1e-2
     assert ledger.asked == [("a", 1e-3, 0), ("a", 1e-2, 0), ("a", 1e-1, 0), ("a", 1e-2, 1)]
     assert found.losses() == pytest.approx({0: 0.0, 1: 0.01})
+
+
+CONTROL = on_other_task(ARM)
+WITH_CONTROL = Estimate(1.0, 6, (ARM.name, CONTROL.name), (0, 1))
+
+
+def test_a_control_runs_at_the_rate_of_its_arm_alone(tmp_path):
+    """However low its own loss were at another rate."""
+    ledger = Ledger(lambda run: best_at(1e-2 if run.arm.name == "a" else 1e-1)(run))
+    found = run(tmp_path, ledger, (ARM, CONTROL), plan=WITH_CONTROL)
+    control = found[CONTROL.name]
+    assert control.conclusive
+    assert (control.chosen, control.seeds, control.tried) == (1e-2, (0, 1), {})
+    assert [asked for asked in ledger.asked if asked[0] == CONTROL.name] == [
+        (CONTROL.name, 1e-2, 0),
+        (CONTROL.name, 1e-2, 1),
+    ]
+    again = Ledger(best_at(1e-2))
+    run(tmp_path, again, (ARM, CONTROL), plan=WITH_CONTROL)
+    assert again.asked == []
+
+
+def test_a_control_takes_the_rate_that_an_extended_grid_found(tmp_path):
+    found = run(tmp_path, Ledger(best_at(1e-5)), (ARM, CONTROL), plan=WITH_CONTROL)
+    assert found[CONTROL.name].chosen == found["a"].chosen == 1e-5
+
+
+@pytest.mark.parametrize("arms", [("a", CONTROL.name), (CONTROL.name,)], ids=["inconclusive", "left out"])
+def test_a_control_of_an_arm_without_a_rate_does_not_run(tmp_path, arms):
+    other = Arm("b", ("v",), 2)
+    ledger = Ledger(lambda run: run.learning_rate if run.arm.name != "b" else best_at(1e-2)(run))
+    plan = Estimate(1.0, 6, (*arms, "b"), (0, 1))
+    found = run(tmp_path, ledger, (ARM, CONTROL, other), plan=plan)
+    assert not found[CONTROL.name].conclusive
+    assert found[CONTROL.name].outcomes == {}
+    assert CONTROL.name not in {name for name, _, _ in ledger.asked}
 
 
 def test_a_finished_run_is_never_run_again(tmp_path):

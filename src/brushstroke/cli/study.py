@@ -44,7 +44,7 @@ ONLY_FOR = {
     "targets": ("rank", "seeds", "delta", "intrinsic"),
     "scale_rule": ("rank",),
     "alpha": ("rank", "seeds", "targets", "delta", "intrinsic"),
-    "no_whole": ("rank",),
+    "no_whole": ("rank", "delta"),
     "margin": ("rank", "targets"),
     "other": ("seeds", "paper"),
     "general": ("delta", "paper"),
@@ -66,7 +66,7 @@ class QuestionOptions:
             q_proj,v_proj,q_proj+v_proj,all-linear.
         budget: Number of trained parameters of every set (targets).
         dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
-        no_whole: Leave out the runs that train all of W (rank).
+        no_whole: Leave out the runs that train all of W (rank, delta).
         margin: What equal means, in nats of test loss per trained token (rank, targets) [default: 0.01].
         tiny: A small model that is trained here, on texts that every Python carries (paper, intrinsic).
         smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
@@ -125,7 +125,7 @@ class StudyDataOptions:
         validation: Data on which learning rates are chosen [default: a tenth of DATA].
         test: Data on which the report's numbers are measured [default: another tenth of DATA].
         other: Data of another task, as the control of seeds.
-        general: General text, to measure how much of it each run unlearns.
+        general: General text, to measure how far each run strays from the base on it.
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].

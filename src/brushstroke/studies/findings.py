@@ -94,7 +94,7 @@ def difference_table(found: Comparison, margin: float, caption: str) -> Table:
         told = [one.first, one.second, bounds(one.difference, 3)]
         if by_row:
             told.append(bounds(one.new_rows, 3) if one.new_rows else "–")
-        told += ["–" if one.p is None else _p_told(one.p), _shown(one, margin)]
+        told += ["–" if one.p is None else p_told(one.p), _shown(one, margin)]
         rows.append(tuple(told))
     columns = ("arm", "against", "difference", *(["on new rows too"] if by_row else []), "p", "shown")
     return Table(f"{caption} {rests_on(found)}", columns, tuple(rows))
@@ -132,7 +132,8 @@ def rests_on(found: Comparison) -> str:
     )
 
 
-def _p_told(p: float) -> str:
+def p_told(p: float) -> str:
+    """A p for a table: two digits, or the bound that it is below."""
     return f"{p:.2g}" if p >= SMALLEST_P else f"< {SMALLEST_P:.4f}"
 
 

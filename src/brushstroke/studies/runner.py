@@ -2,6 +2,7 @@
 
 Where the best learning rate of an arm lies on the edge of its grid, the grid is extended until it does not,
 at most `EXTENSIONS` times; an arm for which that is not enough is inconclusive: a better rate may lie beyond.
+A control takes the rate of another arm, so that the two differ in nothing else.
 What a run does is in `workshop`, where it runs in `executors`.
 """
 
@@ -56,8 +57,14 @@ class Grid:
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def of(self, arm: Arm) -> tuple[float, ...]:
-        """The rates that an arm begins with."""
+        """The rates that an arm begins with; none where it takes that of another arm."""
+        if arm.rate_of is not None:
+            return ()
         return tuple(sorted(arm.rates)) if arm.rates else self.rates
+
+    def runs(self, arm: Arm, seeds: int) -> int:
+        """How many runs an arm takes where its grid is not extended."""
+        return seeds + max(0, len(self.of(arm)) - 1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ class ArmResult:
 
     Args:
         arm: the arm.
-        tried: learning rate → validation loss of the first seed; None where it diverged.
+        tried: learning rate → validation loss of the first seed; None where it diverged. Empty where the
+            arm takes the rate of another one.
         chosen: the rate with the lowest; None where all diverged.
         edge: "lowest" or "highest" where the chosen rate is the grid's last one in that direction.
         outcomes: seed → outcome at the chosen rate; a run that diverged has no scores.
@@ -208,8 +216,8 @@ def estimate(
                 each[trains_whole] = workshop.seconds_of(arm)
 
     def cost(some: Sequence[Arm], seeds: int) -> tuple[int, float]:
-        runs = {arm.name: len(grid.of(arm)) + seeds - 1 for arm in some}
-        seconds = sum(runs[arm.name] * each[arm.rank is None] for arm in some)
+        runs = {arm.name: grid.runs(arm, seeds) for arm in some}
+        seconds = sum(runs[arm.name] * arm.steps_share * each[arm.rank is None] for arm in some)
         return sum(runs.values()), seconds / workers
 
     kept, seeds = list(arms), len(grid.seeds)
@@ -269,13 +277,14 @@ def conduct(
         TrainingError: every run of every arm diverged.
     """
     kept = [arm for arm in arms if arm.name in plan.arms]
-    first, *others = plan.seeds
+    first = plan.seeds[0]
+    searched = [arm for arm in kept if arm.rate_of is None]
     rates = {arm.name: list(grid.of(arm)) for arm in kept}
     conductor = _Conductor(workshop, store, execute, workers, plan.runs, on_run)
     conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
     for _ in range(EXTENSIONS if grid.extend else 0):
         further = []
-        for arm in kept:
+        for arm in searched:
             if beyond := _beyond(rates[arm.name], _tried(store, arm, rates[arm.name], first)):
                 rates[arm.name].append(beyond)
                 further.append(Run(arm, beyond, first))
@@ -283,12 +292,13 @@ def conduct(
             break
         conductor.planned += len(further)
         conductor.do("a wider grid", further)
-    chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in kept}
+    chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in searched}
+    chosen |= {arm.name: chosen.get(arm.rate_of, (None, None)) for arm in kept if arm.rate_of is not None}
     again = []
-    for seed in others:
+    for seed in plan.seeds:
         for arm in kept:
             rate, edge = chosen[arm.name]
-            if rate is not None and edge is None:
+            if rate is not None and edge is None and (seed != first or arm not in searched):
                 again.append(Run(arm, rate, seed))
     conductor.planned = conductor.finished + len(again)
     conductor.do("seeds", again)
