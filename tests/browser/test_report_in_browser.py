@@ -91,7 +91,7 @@ def page_with_all_figures() -> Page:
     page.chart(site_map(places, measures=("norm", "ratio")), "A map.")
     zeros = Panel("intruders", [[0, 0]] * 3, ["0", "1", "2"], ["q_proj", "v_proj"])
     scores = Panel("z", [[-1.0, 2.0]] * 3, ["0", "1", "2"], ["q_proj", "v_proj"])
-    drawn = [heatmap(zeros, y="layer"), heatmap(scores, y="layer", diverging=True)]
+    drawn = [heatmap(zeros, y="layer"), heatmap(scores, y="layer", middle=0)]
     page.maps([(svg, "Maps beside each other.") for svg in drawn])
     page.table(["site", "norm"], [[f"site {n}", n] for n in range(30)], "Many rows.")
     return page

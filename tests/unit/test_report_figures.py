@@ -76,7 +76,7 @@ def test_a_map_of_equal_numbers_has_the_weakest_colour(value):
 
 @pytest.mark.usefixtures("drawing")
 def test_a_diverging_map_is_pale_at_zero_and_of_two_colours_around_it():
-    svg = heatmap(Panel("z", [[-2.0, 0.0, 4.0, -4.0]]), diverging=True)
+    svg = heatmap(Panel("z", [[-2.0, 0.0, 4.0, -4.0]]), middle=0)
     fills = re.findall(r'<path d="[^"]*" fill="(rgb[^"]*)"', svg)
     assert fills[1:] == [COLDEST, HOTTEST, "rgb(59, 90, 168)"]
     assert fills[0] not in fills[1:]

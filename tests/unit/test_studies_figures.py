@@ -5,6 +5,7 @@ import re
 import pytest
 
 from brushstroke.report.charts import lines, site_map
+from brushstroke.report.figures import COLD, COOL, HOT
 from brushstroke.studies.comparisons import compare_all
 from brushstroke.studies.delta import COLUMNS, MEASURES
 from brushstroke.studies.findings import Figure
@@ -50,6 +51,22 @@ def test_a_map_of_zeros_is_pale():
     assert drawn.count('fill="rgb(232, 241, 239)"') == 3
     other = vl_convert.vegalite_to_svg(site_map(records, measures=("norm", "count")))
     assert other.count('fill="rgb(11, 93, 80)"') == 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "colours"),
+    [("ratio", {0.4: COOL, 1.0: COLD, 1.6: HOT}), ("norm", {0.0: COLD, 2.0: HOT})],
+)
+def test_a_map_of_ratios_has_two_colours_around_one_and_other_maps_have_one(shown, colours):
+    records = [{"layer": "0", "matrix": f"m{n}", shown: value} for n, value in enumerate(colours)]
+    drawn = vl_convert.vegalite_to_svg(site_map(records, measures=(shown,), ratios=("ratio",)))
+    found = re.findall(
+        r'<path aria-label="matrix[^"]*; shown: ([\d.]+);[^"]*"[^>]*fill="rgb\(([^)]+)\)"', drawn
+    )
+    told = {float(value): [int(part) for part in colour.split(",")] for value, colour in found}
+    assert told == {
+        value: [int(colour[at : at + 2], 16) for at in (1, 3, 5)] for value, colour in colours.items()
+    }
 
 
 def test_files_are_named_by_layer_matrix_and_measure():

@@ -229,7 +229,7 @@ def study(
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
-    with _Progress(workers) as progress:
+    with _Progress(workers, settings.reread) as progress:
         report = run_studies(
             studies,
             material,
@@ -411,16 +411,17 @@ def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
 class _Progress:
     """A line on a terminal that is kept up to date, else a line now and then."""
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, reread: bool) -> None:
+        self._workers, self._reread = workers, reread
         self._console = people()
         self._live: Any = None
         self._last_line = time.monotonic()
 
     def estimate(self, plan: "Estimate") -> None:
         started = ", and the start of the processes" if self._workers > 1 else ""
-        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
-        if plan.made_before:
+        if not self._reread:
+            say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
+        if plan.made_before and not self._reread:
             say("the study goes on with the plan that it began with; --budget-minutes is ignored now")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.made_before else ''}: {line}")

@@ -23,8 +23,8 @@ from brushstroke.analysis.listing import (
     spectrum_listing,
 )
 from brushstroke.analysis.table import short_names
-from brushstroke.report.charts import overlaps
-from brushstroke.report.figures import Panel, bars, curves, heatmap
+from brushstroke.report.charts import lines, overlaps
+from brushstroke.report.figures import Panel, heatmap
 from brushstroke.report.overlaps import CHOICES, SIDES, overlap_records
 from brushstroke.report.page import Page
 
@@ -34,11 +34,18 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
     page = Page(
         "Spectrum", "The singular values of every update, scale included, and the ranks they speak of."
     )
-    page.figure(
-        curves(
-            {name: _energy_curve(spectrum) for name, spectrum in found.items()},
-            x="rank kept at every site",
-            y="share of the energy",
+    page.chart(
+        lines(
+            [
+                {"adapter": name, "rank": rank, "share": share}
+                for name, spectrum in found.items()
+                for rank, share in _energy_curve(spectrum)
+            ],
+            x="rank",
+            y="share",
+            series="adapter",
+            x_title="rank kept at every site",
+            y_title="share of the energy",
         ),
         "Share of ‖ΔW‖² over all sites that the best approximation of each rank keeps.",
     )
@@ -93,7 +100,7 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             for side in sides
             for drawn in (
                 Map(f"φ of all directions, {side}", lambda row, side=side: row.block()[side], floor=0.0),
-                Map(f"its z-score, {side}", lambda row, side=side: row.block()[f"z_{side}"], diverging=True),
+                Map(f"its z-score, {side}", lambda row, side=side: row.block()[f"z_{side}"], middle=0.0),
             )
         ),
     )
@@ -141,23 +148,29 @@ def relation_page(found: Relation, name: str) -> Page:
     _maps(
         page,
         found,
-        Map("ratio to chance", lambda row: row.ratio_to_chance),
+        Map("ratio to chance", lambda row: row.ratio_to_chance, middle=1.0),
         Map("amplification", lambda row: _finite(row.amplification)),
     )
     share = mean_deciles(found)
     if share is not None:
-        page.figure(
-            bars(
-                {
-                    f"{n + 1}": {
-                        "inputs": share.left[n],
-                        "outputs": share.right[n],
-                        "chance, inputs": share.chance_left[n],
-                        "chance, outputs": share.chance_right[n],
-                    }
-                    for n in range(len(share.left))
-                },
-                y="share of ‖ΔW‖²",
+        sides = {
+            "inputs": share.left,
+            "outputs": share.right,
+            "chance, inputs": share.chance_left,
+            "chance, outputs": share.chance_right,
+        }
+        page.chart(
+            lines(
+                [
+                    {"side": side, "tenth": tenth, "share": value}
+                    for side, values in sides.items()
+                    for tenth, value in enumerate(values, start=1)
+                ],
+                x="tenth",
+                y="share",
+                series="side",
+                x_title="tenth of W's singular directions, strongest first",
+                y_title="share of ‖ΔW‖²",
             ),
             "Energy of ΔW by tenth of W's singular directions, strongest first, over all sites.",
         )
@@ -189,13 +202,13 @@ class Map:
         title: what it is.
         measure: of a site's result; None is drawn grey.
         floor: the number with the weakest colour; by default the smallest.
-        diverging: one colour below 0 and another above.
+        middle: one colour below it and another above.
     """
 
     title: str
     measure: Callable[[Any], float | None]
     floor: float | None = None
-    diverging: bool = False
+    middle: float | None = None
 
 
 def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
@@ -217,7 +230,7 @@ def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
         top = max(known)
         limits = None if one.floor is None else (one.floor, top if top > one.floor else one.floor + 1)
         panel = Panel(one.title, cells, [layer or "–" for layer in grid.layers], [*names.values()])
-        svg = heatmap(panel, y="layer", limits=limits, diverging=one.diverging)
+        svg = heatmap(panel, y="layer", limits=limits, middle=one.middle)
         figures.append((svg, f"{one.title[0].upper()}{one.title[1:]}, by layer and matrix."))
     if figures:
         page.maps(figures)

@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from brushstroke.errors import require
-from brushstroke.report.figures import COLD, FONT, GREY, HOT, LINE, PALETTE, configured, style_ranges
+from brushstroke.report.figures import (
+    COLD,
+    COOL,
+    FONT,
+    GREY,
+    HOT,
+    LINE,
+    PALETTE,
+    around,
+    configured,
+    style_ranges,
+)
 
 Record = Mapping[str, Any]
 HEIGHT = 260
@@ -290,6 +301,7 @@ def site_map(
     measures: Sequence[str],
     words: Mapping[str, str] | None = None,
     choose: Sequence[str] = (),
+    ratios: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A map of layers and matrices, with a menu for the measure.
 
@@ -298,22 +310,27 @@ def site_map(
         measures: fields to choose from.
         words: how the menu calls them; by default as they are.
         choose: further fields with a menu each.
+        ratios: measures with one colour below 1 and another above.
     """
     altair = _altair()
     menus, chosen = _menus(altair, records, choose)
     called = {name: (words or {}).get(name, name) for name in measures}
     menu = altair.binding_select(options=list(called), labels=list(called.values()), name="shown: ")
     measure = altair.param(name="measure", value=measures[0], bind=menu)
-    least, most = ({name: bound(records, name) for name in called} for bound in (_least, _most))
+    domains, colours = {}, {}
+    for name in called:
+        least, most = _least(records, name), _most(records, name)
+        ratio = name in ratios
+        domains[name] = around(1, least, most) if ratio else [least, (least + most) / 2, most]
+        colours[name] = [COOL, COLD, HOT] if ratio else [COLD, _between(COLD, HOT), HOT]
     layers = list(dict.fromkeys(record["layer"] for record in records))
     matrices = list(dict.fromkeys(record["matrix"] for record in records))
     whole = altair.Chart(_data(altair, records))
     for condition in chosen:
         whole = whole.transform_filter(condition)
     scale = altair.Scale(
-        range=[COLD, HOT],
-        domainMin=altair.ExprRef(f"{json.dumps(least)}[measure]"),
-        domainMax=altair.ExprRef(f"{json.dumps(most)}[measure]"),
+        range=[altair.ExprRef(f"{json.dumps(colours)}[measure][{end}]") for end in range(3)],
+        domain=[altair.ExprRef(f"{json.dumps(domains)}[measure][{end}]") for end in range(3)],
     )
     numbers = [altair.Tooltip(f"{name}:Q", title=word, format=".4g") for name, word in called.items()]
     chart = (
@@ -334,6 +351,12 @@ def site_map(
         ),
         kind="map",
     )
+
+
+def _between(one: str, other: str) -> str:
+    """The colour in the middle of two."""
+    parts = [(int(one[at : at + 2], 16) + int(other[at : at + 2], 16)) // 2 for at in (1, 3, 5)]
+    return "#" + "".join(f"{part:02x}" for part in parts)
 
 
 def _least(records: Sequence[Record], name: str) -> float:

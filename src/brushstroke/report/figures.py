@@ -111,7 +111,7 @@ def heatmap(
     x: str = "",
     y: str = "",
     limits: tuple[Number, Number] | None = None,
-    diverging: bool = False,
+    middle: Number | None = None,
 ) -> str:
     """A map of numbers; the first row is at the top.
 
@@ -120,7 +120,7 @@ def heatmap(
         x: title of the columns.
         y: title of the rows.
         limits: of the colours; by default from the smallest to the largest number.
-        diverging: one colour below 0, another above, both as far as the largest distance from 0.
+        middle: one colour below it, another above, both as far as the largest distance from it.
 
     Raises:
         MissingPackageError: the report extra is not installed.
@@ -135,9 +135,8 @@ def heatmap(
         for column, value in zip(columns, cells, strict=True)
     ]
     scale = altair.Scale(range=[COLD, HOT], domain=[low, high], clamp=True)
-    if diverging:
-        far = max(abs(low), abs(high))
-        scale = altair.Scale(range=[COOL, COLD, HOT], domain=[-far, 0, far], clamp=True)
+    if middle is not None:
+        scale = altair.Scale(range=[COOL, COLD, HOT], domain=around(middle, low, high), clamp=True)
     counts = all(isinstance(cell, int) for row in panel.cells for cell in row if cell is not None)
     legend = altair.Legend(
         title=None,
@@ -166,6 +165,16 @@ def heatmap(
         )
         .properties(width={"step": max(16, min(34, 280 / len(columns)))}, height={"step": 16})
     )
+
+
+def around(middle: Number, low: Number, high: Number) -> list[float]:
+    """The ends and the middle of a scale with two directions; a ratio, whose middle is 1, has no end below 0.
+
+    >>> around(0, -1, 3), around(1, 0.5, 3)
+    ([-3.0, 0.0, 3.0], [0.0, 1.0, 3.0])
+    """
+    far = max(abs(low - middle), abs(high - middle)) or 1.0
+    return [float(max(0.0, middle - far) if middle else -far), float(middle), float(middle + far)]
 
 
 def _limits(known: Sequence[Number]) -> tuple[Number, Number]:

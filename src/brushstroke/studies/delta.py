@@ -37,6 +37,7 @@ MEASURES = {  # of the map, as the table calls them
     "norm_delta": "‖ΔW‖",
     "norm_base": "‖W‖",
 }
+RATIOS = ("ratio_to_chance",)  # of them: 1 is what chance gives
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ class DeltaStudy:
                 Figure(
                     "relation",
                     "ΔW against W by layer and matrix; choose the rank and the number.",
-                    site_map(records, measures=list(MEASURES), words=MEASURES, choose=("rank",)),
+                    site_map(
+                        records, measures=list(MEASURES), words=MEASURES, choose=("rank",), ratios=RATIOS
+                    ),
                 )
             )
             figures += _decile_figure(found)
