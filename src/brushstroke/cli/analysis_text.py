@@ -9,10 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from brushstroke.cli.console import facts, results, share, table, tell
 
-SAME_START = (
-    "both grew from one random U (the same seed): left φ shows that start; read right φ and the cosine"
-)
-
 if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Spectrum, Truncation
 
@@ -113,7 +109,6 @@ def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
             "only in the first": ", ".join(unmatched.only_first),
             "only in the second": ", ".join(unmatched.only_second),
             "zero": ", ".join(unmatched.zero),
-            "same start": SAME_START if found.same_start else "",
             "note": ""
             if found.of == "delta"
             else f"of {found.of} alone, which is no property of ΔW: other factors of the same ΔW differ",

@@ -80,11 +80,6 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             "ΔW: other factors of the very same ΔW give other numbers."
         )
     page.text(f"Cosine of the two over all sites: {found.cosine:.4f}; by chance it is 0.")
-    if found.same_start:
-        page.text(
-            "Both grew from one random U, as runs of the same seed do. What their input directions (left) "
-            "share is that start: read the output directions and the cosine."
-        )
     _maps(
         page,
         found,
