@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load_adapter
-from brushstroke.cli.analysis_tables import TableOptions, Told, as_json
+from brushstroke.cli.analysis_tables import (
+    TableOptions,
+    as_json,
+    told_intruders,
+    told_overlap,
+    told_relation,
+    told_spectrum,
+)
 from brushstroke.cli.analysis_text import (
     Measure,
     print_cut,
@@ -134,12 +141,7 @@ def spectrum(
         save(cut.apply(loaded[name]), truncate, overwrite=overwrite)
     if html is not None:
         _write(html, lambda: _pages().spectrum_page(found))
-    from brushstroke.analysis.listing import spectrum_listing
-    from brushstroke.analysis.summaries import spectrum_summary
-
-    told = {
-        name: Told(one, spectrum_summary(name, one), spectrum_listing(one)) for name, one in found.items()
-    }
+    told = {name: told_spectrum(name, one) for name, one in found.items()}
     tables.write(told, overwrite)
     if json:
         from brushstroke.analysis import as_plain
@@ -192,10 +194,7 @@ def compare(
         names = (str(first), str(second))
     if html is not None:
         _write(html, lambda: _pages().overlap_page(found, names, site or ()))
-    from brushstroke.analysis.listing import overlap_listing
-    from brushstroke.analysis.summaries import overlap_summary
-
-    told = Told(found, overlap_summary(names, found), overlap_listing(found))
+    told = told_overlap(names, found)
     tables.write({" and ".join(names): told}, overwrite)
     if json:
         emit_json({"first": str(first), "second": str(second), **as_json(told)}, lines=True)
@@ -234,16 +233,7 @@ def relate(
     _tell_of(cache)
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, _name(adapter)))
-    from brushstroke.analysis import mean_deciles
-    from brushstroke.analysis.listing import relation_listing
-    from brushstroke.analysis.summaries import relation_summary
-
-    told = Told(
-        found,
-        relation_summary(_name(adapter), found),
-        relation_listing(found),
-        deciles=mean_deciles(found),
-    )
+    told = told_relation(_name(adapter), found)
     tables.write({_name(adapter): told}, overwrite)
     if json:
         emit_json({"adapter": str(adapter), "base": base, **as_json(told)})
@@ -310,10 +300,7 @@ def intruders(
         save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
     if html is not None:
         _write(html, lambda: _pages().intruder_page(found, _name(adapter)))
-    from brushstroke.analysis.listing import intruder_listing
-    from brushstroke.analysis.summaries import intruder_summary
-
-    told = Told(found, intruder_summary(_name(adapter), found), intruder_listing(found), "directions")
+    told = told_intruders(_name(adapter), found)
     tables.write({_name(adapter): told}, overwrite)
     if json:
         emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(told)})

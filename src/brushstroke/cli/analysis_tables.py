@@ -14,7 +14,7 @@ from brushstroke.cli.console import say
 from brushstroke.errors import ConfigError
 
 if TYPE_CHECKING:
-    from brushstroke.analysis import Share, SiteTable
+    from brushstroke.analysis import Intruders, Overlap, Relation, Share, SiteTable, Spectrum
     from brushstroke.analysis.listing import Listing
     from brushstroke.analysis.summary import Summary
 
@@ -88,6 +88,40 @@ class Told:
     rows: "Listing"
     kind: str = "sites"
     deciles: "Share | None" = None
+
+
+def told_spectrum(name: str, found: "Spectrum") -> Told:
+    """What is told of an adapter's spectrum."""
+    from brushstroke.analysis.listing import spectrum_listing
+    from brushstroke.analysis.summaries import spectrum_summary
+
+    return Told(found, spectrum_summary(name, found), spectrum_listing(found))
+
+
+def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
+    """What is told of two adapters."""
+    from brushstroke.analysis.listing import overlap_listing
+    from brushstroke.analysis.summaries import overlap_summary
+
+    return Told(found, overlap_summary(names, found), overlap_listing(found))
+
+
+def told_relation(name: str, found: "Relation") -> Told:
+    """What is told of an adapter in its base."""
+    from brushstroke.analysis import mean_deciles
+    from brushstroke.analysis.listing import relation_listing
+    from brushstroke.analysis.summaries import relation_summary
+
+    listing = relation_listing(found)
+    return Told(found, relation_summary(name, found), listing, deciles=mean_deciles(found))
+
+
+def told_intruders(name: str, found: "Intruders") -> Told:
+    """What is told of an adapter's intruders."""
+    from brushstroke.analysis.listing import intruder_listing
+    from brushstroke.analysis.summaries import intruder_summary
+
+    return Told(found, intruder_summary(name, found), intruder_listing(found), "directions")
 
 
 def as_json(told: Told) -> dict[str, Any]:

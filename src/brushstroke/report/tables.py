@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _NUMBER = re.compile(r"[-−+]?(\d[\d,]*\.?\d*|\.\d+)(e[-+]?\d+)?( ± (\d[\d,]*\.?\d*)(e[-+]?\d+)?)?")
+_MINUS = re.compile(r"(?<![\w.-])-(?=\.?\d)")
 _MATH = {
     "±": r"\pm",
     "−": "-",
@@ -115,7 +116,7 @@ def latex_escaped(text: str) -> str:
 
 def _cell(text: str) -> str:
     if not _NUMBER.fullmatch(text):
-        return latex_escaped(text)
+        return _MINUS.sub(r"\\ensuremath{-}", latex_escaped(text))
     plain = text.replace("−", "-").replace("±", r"\pm").replace(",", "{,}")
     return "$" + re.sub(r"e([-+]?)0*(\d+)", _power, plain) + "$"
 
