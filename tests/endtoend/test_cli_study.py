@@ -1,5 +1,7 @@
 """`study`: every question on a tiny base through the command line; kills, refusals, files."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -136,7 +138,8 @@ def test_runs_in_processes_give_the_same_numbers_in_any_order(tiny, data, tmp_pa
 def test_figures_as_files(cli, tiny, data, tmp_path):
     out = tmp_path / "out"
     words = ("study", "rank", tiny, data, "--out", out, *SMALL, "--seeds", "2", "--ranks", "1,2", "--png")
-    done = cli(*words, "--targets", "q_proj", "--learning-rates", "1e-4,1e-2,1")
+    words = (*words, "--targets", "q_proj", "--learning-rates", "1e-4,1e-2,1")
+    done = cli(*words, "--csv", "--latex")
     assert done.status == 0, done.err
     pictures = [name for name in files_in(out) if name.endswith(".png")]
     assert pictures
@@ -146,6 +149,19 @@ def test_figures_as_files(cli, tiny, data, tmp_path):
     spectra = (out / "figures" / "spectra-layer-0-q_proj.svg").read_text("utf-8")
     assert "layer 0, q_proj" in spectra
     assert "σᵢ/σ₁ of ΔW" in spectra
+    tables = {name for name in files_in(out) if name.startswith("tables/")}
+    assert {name.removesuffix(".csv") for name in tables if name.endswith(".csv")} == {
+        name.removesuffix(".tex") for name in tables if name.endswith(".tex")
+    }
+    question = "What-rank-is-enough-and-is-the-update-of-low-rank"
+    assert {"tables/learning-rates.csv", f"tables/{question}-1.tex"} < tables
+    page = (out / "report.html").read_text("utf-8")
+    table = list(csv.reader(io.StringIO((out / "tables" / "learning-rates.csv").read_text("utf-8"))))
+    assert {"arm", "0.0001", "0.01", "1", "chosen"} <= {*table[0]}
+    assert all(f"<td>{row[0]}</td>" in page for row in table[1:])
+    (out / "tables" / "mine.csv").write_text("mine")
+    assert cli(*words, "--overwrite").status == 0
+    assert {name for name in files_in(out) if name.startswith("tables/")} == {"tables/mine.csv"}
 
 
 BAD = [

@@ -15,7 +15,9 @@ from brushstroke.errors import did_you_mean
 
 Row = TypeVar("Row")
 HIDDEN = {"plain": False}  # metadata of a field that `as_plain` leaves out
-_ATTENTION = ({"q", "query"}, {"v", "value"}, {"o", "out"}, {"k", "key"})  # words of names, in reading order
+# Words of names, in reading order
+_ATTENTION = ({"q", "query"}, {"v", "value"}, {"o", "out"}, {"k", "key"})
+_FEED_FORWARD = ({"gate"}, {"up"}, {"down"})
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -94,7 +96,7 @@ class Grid:
     Args:
         layers: the numbers in the paths, ascending; "" for sites outside of layers.
         matrices: what is left of the paths, without what all have in common; of each attention block q, v, o
-            and k in this order, then the rest.
+            and k in this order, then gate, up and down, and the rest.
         sites: (layer, matrix) → site.
     """
 
@@ -127,10 +129,10 @@ def arrange(sites: Iterable[str]) -> Grid:
 
 
 def reading_order(matrices: Iterable[str]) -> list[str]:
-    """Kinds of matrices in the order in which pages show them: q, v, o and k of attention, then the rest.
+    """Kinds of matrices in reading order: q, v, o and k of attention, then gate, up and down, and the rest.
 
-    >>> reading_order(["mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"])
-    ['self_attn.q_proj', 'self_attn.v_proj', 'self_attn.k_proj', 'mlp.up_proj']
+    >>> reading_order(["mlp.down_proj", "mlp.up_proj", "attn.k_proj", "attn.q_proj", "attn.v_proj"])
+    ['attn.q_proj', 'attn.v_proj', 'attn.k_proj', 'mlp.up_proj', 'mlp.down_proj']
     """
     given = list(matrices)
     parents = {name: name.rpartition(".")[0] for name in given}
@@ -138,10 +140,10 @@ def reading_order(matrices: Iterable[str]) -> list[str]:
     attention = {parents[name] for name in given if "att" in name.lower() or _ATTENTION[0] & _words(name)}
 
     def key(name: str) -> tuple[int, int]:
-        if parents[name] not in attention:
-            return len(blocks), 0
-        kind = next((at for at, words in enumerate(_ATTENTION) if words & _words(name)), len(_ATTENTION))
-        return blocks.index(parents[name]), kind
+        inside = parents[name] in attention
+        kinds = _ATTENTION if inside else _FEED_FORWARD
+        kind = next((at for at, words in enumerate(kinds) if words & _words(name)), len(kinds))
+        return blocks.index(parents[name]) + (0 if inside else len(blocks)), kind
 
     return sorted(given, key=key)
 

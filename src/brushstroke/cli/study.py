@@ -153,6 +153,8 @@ def study(
     device: Device = "auto",
     trust_remote_code: bool = False,
     png: bool = False,
+    csv: bool = False,
+    latex: bool = False,
     json: bool = False,
 ) -> None:
     """Answer a question of the LoRA paper on a model and data: planned runs, tables, figures, one report.
@@ -169,6 +171,8 @@ def study(
         device: The device to run on.
         trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         png: Write the figures as PNG and SVG files too.
+        csv: Write the tables as CSV files too.
+        latex: Write the tables as LaTeX files too.
         json: Print results.json on stdout.
     """
     given, settings, files = (
@@ -242,7 +246,7 @@ def study(
             on_run=progress.run,
         )
     command = shlex.join(["brushstroke", *sys.argv[1:]])
-    page = write_report(report, out, title=TITLES[question], command=command, png=png)
+    page = write_report(report, out, title=TITLES[question], command=command, png=png, csv=csv, latex=latex)
     if json:
         emit_json({**report.as_dict(), "command": command})
         return

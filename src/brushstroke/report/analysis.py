@@ -22,6 +22,13 @@ from brushstroke.analysis.listing import (
     relation_listing,
     spectrum_listing,
 )
+from brushstroke.analysis.summaries import (
+    intruder_summary,
+    overlap_summary,
+    relation_summary,
+    spectrum_summary,
+)
+from brushstroke.analysis.summary import Summary
 from brushstroke.analysis.table import short_names
 from brushstroke.report.charts import lines, overlaps
 from brushstroke.report.figures import Panel, heatmap
@@ -51,11 +58,9 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
     )
     for name, spectrum in found.items():
         page.section(name)
+        _begin(page, spectrum_summary(name, spectrum))
         advice = rank_advice(spectrum)
-        page.text(
-            f"{spectrum.parameters:,} parameters, norm {spectrum.norm:.4g}."
-            + (f" {advice}." if advice else " Every update is zero.")
-        )
+        page.text(f"{spectrum.parameters:,} parameters." + (f" Advice: {advice}." if advice else ""))
         _maps(
             page,
             spectrum,
@@ -86,12 +91,7 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             f"The directions are those of {found.of} alone, as the paper took them. They are no property of "
             "ΔW: other factors of the very same ΔW give other numbers."
         )
-    page.text(f"Cosine of the two over all sites: {found.cosine:.4f}; by chance it is 0.")
-    if found.same_start:
-        page.text(
-            "Both grew from one random U, as runs of the same seed do. What their input directions (left) "
-            "share is that start: read the output directions and the cosine."
-        )
+    _begin(page, overlap_summary(names, found))
     _maps(
         page,
         found,
@@ -140,6 +140,7 @@ def relation_page(found: Relation, name: str) -> Page:
         "‖leftᵀ·W·rightᵀ‖ with the directions of ΔW, of W itself and of random matrices, and what the update "
         "amplifies. The amplification falls like 1/r almost by construction: the ratio to chance does not.",
     )
+    _begin(page, relation_summary(name, found))
     told = found.totals()
     page.table(
         ["all sites", "value"],
@@ -185,7 +186,7 @@ def intruder_page(found: Intruders, name: str) -> Page:
         f"The first {found.top} output directions of W + ΔW at each site, and whether any singular vector "
         f"of W has a |cosine| of {found.threshold} with them.",
     )
-    page.text(f"{found.count()} intruders, {found.count('undecided')} undecided.")
+    _begin(page, intruder_summary(name, found))
     _maps(page, found, Map("intruders", lambda row: row.count(), floor=0.0))
     listing = intruder_listing(found)
     if listing.rows:
@@ -234,6 +235,13 @@ def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
         figures.append((svg, f"{one.title[0].upper()}{one.title[1:]}, by layer and matrix."))
     if figures:
         page.maps(figures)
+
+
+def _begin(page: Page, found: Summary) -> None:
+    """What was found: the sentence, and the tables by kind of matrix and by layer."""
+    page.text(found.sentence)
+    for listing in found.listings().values():
+        page.table(*listing)
 
 
 def _whose(found: Overlap) -> str:
