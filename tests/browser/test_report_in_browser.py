@@ -1,22 +1,38 @@
 """The report of a study in a headless browser: drawn, quiet, offline, with menus that work."""
 
+import base64
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "endtoend"))
 from cli_kit import PLAIN, rows, write_base, write_rows
 
+from brushstroke.adapter import Adapter
+from brushstroke.analysis import subspace
 from brushstroke.cli import main
-from brushstroke.report import Page
-from brushstroke.report.charts import dots, grids, lines, site_map
+from brushstroke.lowrank import LowRank
+from brushstroke.report import Page, heatmap
+from brushstroke.report.analysis import overlap_page
+from brushstroke.report.charts import dots, lines, overlaps, site_map
+from brushstroke.report.figures import Panel
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+RED = """async png => {  // the red channel of a picture's middle
+    const image = new Image();
+    image.src = "data:image/png;base64," + png;
+    await image.decode();
+    const context = new OffscreenCanvas(image.width, image.height).getContext("2d");
+    context.drawImage(image, 0, 0);
+    return context.getImageData(image.width / 2, image.height / 2, 1, 1).data[0];
+}"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
@@ -56,20 +72,28 @@ def page_with_all_figures() -> Page:
     cells = [
         {
             "layer": layer,
-            "matrix": "q",
+            "matrices": "q and v",
             "panel": panel,
-            "cells": [[0.1 * (i + j + int(layer)) % 1 for j in range(16)] for i in range(4)],
+            "cells": [[0.1 * (i + j + int(layer)) % 1 for j in range(64)] for i in range(8)],
+            "n": 100,
+            "corner": panel != "random pair",
         }
         for layer in ("0", "1")
-        for panel in ("one", "two")
+        for panel in ("q", "v", "random pair")
     ]
-    page.chart(grids(cells, x_title="j", y_title="i", choose=("layer", "matrix")), "Grids.")
+    spec = overlaps(cells, x_title="j", y_title="i", measure="ΔW", choose=("layer", "matrices"), corner=True)
+    page.chart(spec, "Grids.")
     places = [
         {"layer": str(layer), "matrix": matrix, "norm": layer + len(matrix), "ratio": 1.0 / (1 + layer)}
         for layer in range(3)
         for matrix in ("q", "vv")
     ]
     page.chart(site_map(places, measures=("norm", "ratio")), "A map.")
+    zeros = Panel("intruders", [[0, 0]] * 3, ["0", "1", "2"], ["q_proj", "v_proj"])
+    scores = Panel("z", [[-1.0, 2.0]] * 3, ["0", "1", "2"], ["q_proj", "v_proj"])
+    drawn = [heatmap(zeros, y="layer"), heatmap(scores, y="layer", middle=0)]
+    page.maps([(svg, "Maps beside each other.") for svg in drawn])
+    page.table(["site", "norm"], [[f"site {n}", n] for n in range(30)], "Many rows.")
     return page
 
 
@@ -110,6 +134,52 @@ def test_every_figure_is_drawn_without_network_or_complaint(browser, tmp_path, w
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_maps_stand_side_by_side_where_there_is_room(browser, tmp_path, width):
+    file = page_with_all_figures().write(tmp_path / "report.html")
+    tab, _, _ = look(browser, file, width)
+    maps = [box.bounding_box() for box in tab.locator(".maps svg").all()]
+    grids = tab.locator(".chart").nth(2)
+    titles = [grids.get_by_text(name, exact=True).bounding_box() for name in ("q", "v")]
+    for first, second in (maps, titles):
+        beside = abs(first["y"] - second["y"]) < 2 and second["x"] > first["x"] + 100
+        assert beside is (width == "desktop")
+    for svg in tab.locator(".map svg").all():
+        assert svg.bounding_box()["width"] <= tab.locator("body").bounding_box()["width"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_label_is_smaller_than_11_pixels(browser, tmp_path, width):
+    file = page_with_all_figures().write(tmp_path / "report.html")
+    tab, _, _ = look(browser, file, width)
+    size = """e => {
+        const m = e.getScreenCTM();
+        return Math.hypot(m.a, m.b) * parseFloat(getComputedStyle(e).fontSize);
+    }"""
+    sizes = [label.evaluate(size) for label in tab.locator("svg text").all() if label.text_content()]
+    assert len(sizes) > 100
+    assert min(sizes) >= 11 - 1e-3
+
+
+def test_a_dark_page_has_no_glaring_map(browser, tmp_path):
+    """The weakest colour is near the page's own in either theme: it is what most cells have."""
+    file = page_with_all_figures().write(tmp_path / "report.html")
+    for scheme, dark in (("light", False), ("dark", True)):
+        tab, _, _ = look(browser, file, "desktop", scheme)
+        cell = tab.locator(".maps svg").first.locator("path[fill^='rgb(232']").first
+        red = tab.evaluate(RED, base64.b64encode(cell.screenshot()).decode())
+        assert (red < 70) is dark
+        assert (red > 200) is not dark
+
+
+def test_long_tables_are_folded(browser, tmp_path):
+    tab, _, _ = look(browser, page_with_all_figures().write(tmp_path / "report.html"), "phone")
+    last = tab.get_by_text("site 29")
+    assert not last.is_visible()
+    tab.locator("summary").click()
+    assert last.is_visible()
+
+
 def test_menus_redraw_the_figures(browser, tmp_path):
     file = page_with_all_figures().write(tmp_path / "report.html")
     tab, said, _ = look(browser, file, "desktop")
@@ -119,17 +189,38 @@ def test_menus_redraw_the_figures(browser, tmp_path):
         chart.locator("select").first.select_option("1")
         tab.wait_for_timeout(300)
         assert chart.locator("svg").inner_html() != before, figure
-    corner = tab.locator(".chart").nth(2)
-    whole = corner.locator("svg").inner_html()
-    corner.locator("input[type=checkbox]").check()
-    tab.wait_for_timeout(300)
-    assert corner.locator("svg").inner_html() != whole
     measure = tab.locator(".chart").nth(3)
     before = measure.locator("svg").inner_html()
     measure.locator("select").select_option("ratio")
     tab.wait_for_timeout(300)
     assert measure.locator("svg").inner_html() != before
     assert said == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_of_two_adapters_asks_no_network(browser, tmp_path, width):
+    generator = torch.Generator().manual_seed(0)
+    ones, twos = (
+        Adapter(
+            {
+                f"layers.{layer}.self_attn.{name}_proj": LowRank(
+                    torch.randn(24, rank, generator=generator), torch.randn(rank, 24, generator=generator)
+                )
+                for layer in range(2)
+                for name in "kqv"
+            }
+        )
+        for rank in (2, 5)
+    )
+    file = overlap_page(subspace(ones, twos), ("small", "large")).write(tmp_path / "page.html")
+    tab, said, asked = look(browser, file, width)
+    assert said == []
+    assert asked == [file.as_uri()]
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    chart = tab.locator(".chart").first
+    assert chart.get_by_text("q_proj, lower-left corner").is_visible()
+    chart.locator("select").nth(1).select_option("k_proj")
+    assert chart.get_by_text("k_proj, lower-left corner").is_visible()
 
 
 @pytest.mark.slow
@@ -162,7 +253,7 @@ def test_the_report_of_a_study(browser, tmp_path):
         assert menus.count() == 2
         before = chart.locator("svg").inner_html()
         menus.nth(0).select_option("1")
-        menus.nth(1).select_option("v_proj")
+        assert menus.nth(1).locator("option").all_text_contents() == ["q_proj and v_proj"]
         tab.wait_for_timeout(300)
         assert chart.locator("svg").inner_html() != before
         tab.screenshot(path=tmp_path / f"study-{width}.png", full_page=True)

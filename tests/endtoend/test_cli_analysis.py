@@ -1,5 +1,7 @@
 """`spectrum`, `compare`, `relate` and `intruders` on small adapters, ours and PEFT's."""
 
+import csv
+import io
 import json
 import math
 import re
@@ -19,6 +21,13 @@ from brushstroke.base import FolderWeights
 from brushstroke.lowrank import LowRank
 
 FLOAT32 = 1e-5  # relative, for factors and weights stored in float32
+ALL = ["spectrum", "compare", "relate", "intruders"]
+DECILES = ("inputs", "chance, inputs", "outputs", "chance, outputs")
+
+
+def table(file):
+    """The rows of a CSV file."""
+    return list(csv.DictReader(io.StringIO(file.read_text("utf-8"))))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +104,8 @@ def test_relations_of_adapters_that_peft_wrote(cli, tiny, by_peft):
 
 
 def test_spectrum_prints_sites_a_map_and_advice(cli, tiny, adapters):
-    done = cli("spectrum", adapters / "four", adapters / "two", "--base", tiny, "--map", "relative")
+    words = ("spectrum", adapters / "four", adapters / "two", "--base", tiny)
+    done = cli(*words, "--map", "relative", "--sites")
     assert done.status == 0, done.err
     for expected in ("model.layers.0.self_attn.q_proj", "layer, relative", "mlp.down_proj", "four", "two"):
         assert expected in done.out
@@ -127,7 +137,7 @@ def test_truncating_loses_what_it_said(cli, adapters, tmp_path, flags):
 
 
 def test_compare_gives_grids_with_chance(cli, adapters):
-    done = cli("compare", adapters / "four", adapters / "two")
+    done = cli("compare", adapters / "four", adapters / "two", "--sites")
     assert done.status == 0, done.err
     assert "left φ" in done.out
     assert "right z" in done.out
@@ -146,12 +156,13 @@ def test_compare_gives_grids_with_chance(cli, adapters):
 def test_relate_and_intruders_print(cli, tiny, adapters):
     done = cli("relate", adapters / "four", tiny)
     assert done.status == 0, done.err
-    for expected in ("ratio to chance", "amplification", "energy by tenth of W"):
+    for expected in ("ratio to chance", "amplification", "energy of ΔW by tenth of W"):
         assert expected in done.out
     done = cli("intruders", adapters / "four", tiny, "--top", "3")
     assert done.status == 0, done.err
     assert "judged" in done.out
-    assert re.search(r"intruders +\d+ at \d+ sites", done.out)
+    sentence = r"\d+ of the 42 strongest directions of W \+ four are intruders, at \d+ of 14 sites"
+    assert re.match(sentence, done.out)
 
 
 def test_the_repair_is_written(cli, tiny, adapters, tmp_path):
@@ -168,6 +179,202 @@ def test_the_repair_is_written(cli, tiny, adapters, tmp_path):
     assert json.loads(cli(*words, "--json").out)["intruders"] == told["intruders"]
 
 
+@pytest.fixture
+def commands(tiny, adapters):
+    """Name → its words, with what is in the first words of its answer."""
+    four, two = adapters / "four", adapters / "two"
+    return {
+        "spectrum": (
+            ("spectrum", four, "--base", tiny),
+            "four holds 99 % of its energy in rank 4 of 4, over",
+        ),
+        "compare": (("compare", four, two), "four and two share 0."),
+        "relate": (("relate", four, tiny), "four amplifies what W does in its directions"),
+        "intruders": (("intruders", four, tiny, "--threshold", "0.6"), "of W + four are intruders"),
+    }
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_the_summary_comes_first_and_sites_when_asked_for(cli, commands, command):
+    words, sentence = commands[command]
+    done = cli(*words)
+    assert done.status == 0, done.err
+    first, *rest = done.out.splitlines()
+    assert sentence in first
+    assert "model.layers" not in done.out
+    heads = [line.split() for line in rest if line.strip().startswith(("matrix", "layer"))]
+    assert [head[:2] for head in heads] == [["matrix", "sites"], ["layer", "sites"]]
+    kinds = [line.split()[0] for line in rest if "_proj" in line and "advice" not in line]
+    assert kinds == ["q_proj", "v_proj", "o_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
+    with_sites = cli(*words, "--sites").out
+    assert with_sites.splitlines()[0] == first
+    assert "model.layers.1.self_attn.q_proj" in with_sites
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_json_holds_the_summary_and_all_sites(cli, commands, command):
+    words, sentence = commands[command]
+    told = json.loads(cli(*words, "--json").out)
+    told = told["adapters"][0] if command == "spectrum" else told
+    assert sentence in told["summary"]["sentence"]
+    assert [row["matrix"] for row in told["summary"]["matrices"]][:2] == ["q_proj", "v_proj"]
+    assert [row["layer"] for row in told["summary"]["layers"]] == ["0", "1"]
+    assert len(told["sites"]) == 14
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_table_is_written_as_csv_and_latex(cli, commands, command, tmp_path):
+    words, _ = commands[command]
+    more = {"relate": "deciles", "intruders": "directions"}
+    names = {"matrices", "layers", "sites"} | ({more[command]} if command in more else set())
+    done = cli(*words, "--csv", tmp_path / "t", "--latex", tmp_path / "t", "--json")
+    assert done.status == 0, done.err
+    told = json.loads(done.out)
+    told = told["adapters"][0] if command == "spectrum" else told
+    printed = names - ({"sites"} if command == "intruders" else set())
+    assert files_in(tmp_path / "t") == {f"{name}.csv" for name in names} | {f"{x}.tex" for x in printed}
+    tables = {name: table(tmp_path / "t" / f"{name}.csv") for name in names}
+    measure = {
+        "spectrum": "norm",
+        "compare": "cosine",
+        "relate": "projection_delta",
+        "intruders": "undecided",
+    }
+    for plain, row in zip(told["sites"], tables["sites"], strict=True):
+        assert (row["site"], row["matrix"]) == (plain["site"], plain["site"].rpartition(".")[2])
+        assert row["layer"] == plain["site"].split(".")[2]
+        assert [int(row["d"]), int(row["h"])] == plain["shape"]
+        assert float(row[measure[command]]) == plain[measure[command]]
+    for name in ("matrices", "layers"):
+        for plain, row in zip(told["summary"][name], tables[name], strict=True):
+            measures = {key: value for key, value in plain.items() if isinstance(value, dict)}
+            for key, value in measures.items():
+                assert float(row[f"{key}_mean"]) == value["mean"]
+                assert float(row[f"{key}_sd"]) == value["sd"]
+    for name in printed:
+        text = (tmp_path / "t" / f"{name}.tex").read_text("utf-8")
+        assert text.startswith("% ")
+        assert len({line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")}) == 1
+        assert not re.search(r"(?<!\\)_(?!\d)", text.split("\\begin", 1)[1])
+
+
+def test_tables_replace_nothing_unasked(cli, commands, tmp_path):
+    words, _ = commands["relate"]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "mine.txt").write_text("mine")
+    refused = cli(*words, "--csv", tmp_path / "t")
+    assert (refused.status, refused.out) == (1, "")
+    assert "--overwrite" in refused.error
+    assert files_in(tmp_path) == {"t/mine.txt"}
+    assert cli(*words, "--csv", tmp_path / "t", "--overwrite").status == 0
+    words, _ = commands["spectrum"]
+    assert cli(*words, "--latex", tmp_path / "t", "--csv", tmp_path / "t", "--overwrite").status == 0
+    left = {f"t/{name}.{kind}" for name in ("matrices", "layers", "sites") for kind in ("csv", "tex")}
+    assert files_in(tmp_path) == {"t/mine.txt", *left}  # no deciles of another command
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--latex"])
+def test_a_file_for_the_tables_is_refused(cli, commands, tmp_path, flag):
+    words, _ = commands["compare"]
+    name = f"table.{'csv' if flag == '--csv' else 'tex'}"
+    done = cli(*words, flag, tmp_path / name)
+    assert done.status == 2
+    assert f"{flag} takes a folder" in done.error
+    assert files_in(tmp_path) == set()
+
+
+def test_several_adapters_share_tables(cli, adapters, tmp_path):
+    done = cli("spectrum", adapters / "four", adapters / "two", "--csv", tmp_path, "--latex", tmp_path)
+    assert done.status == 0, done.err
+    rows = table(tmp_path / "sites.csv")
+    assert [row["adapter"] for row in rows] == ["four"] * 14 + ["two"] * 14
+    assert (rows[0]["sigma_4"] != "", rows[-1]["sigma_4"]) == (True, "")
+    assert "adapter & matrix & sites" in (tmp_path / "matrices.tex").read_text("utf-8")
+
+
+def test_the_deciles_stand_beside_their_chance(cli, tiny, adapters):
+    lines = cli("relate", adapters / "four", tiny).out.splitlines()
+    rows = {name: line.split()[-10:] for line in lines for name in DECILES if line.strip().startswith(name)}
+    assert list(rows) == list(DECILES)
+    for row in rows.values():
+        assert sum(map(float, row)) <= 100.5
+    told = json.loads(cli("relate", adapters / "four", tiny, "--json").out)["sites"]
+    total = sum(row["norm_delta"] ** 2 for row in told)
+    chance = sum(row["norm_delta"] ** 2 * row["deciles"]["chance_right"][0] for row in told) / total
+    assert float(rows["chance, outputs"][0]) == pytest.approx(100 * chance, abs=0.05)
+    assert chance < 0.1  # some W have more outputs than directions
+
+
+@pytest.fixture(scope="module")
+def unlike(tiny, tmp_path_factory):
+    """An adapter whose kinds of matrices have other ranks, some of them zero, and one that is not trained."""
+    folder = tmp_path_factory.mktemp("unlike")
+    base = bs.load_base(tiny, dtype="float32", device="cpu")
+    with bs.attach(base, bs.LoraConfig(rank=4)) as attachment:
+        fresh = attachment.adapter()
+    bs.save(fresh, folder / "untrained")
+    kinds = {"q_proj": 1, "v_proj": 0, "k_proj": 2}
+    updates = {}
+    for site, update in fresh.items():
+        rank = kinds.get(site.rpartition(".")[2], 4)
+        V = torch.linalg.qr(torch.randn(update.shape[1], 4)).Q.mT
+        V[rank:] = 0
+        updates[site] = LowRank(torch.linalg.qr(torch.randn(update.shape[0], 4)).Q, V, 0.5)
+    bs.save(Adapter(updates, fresh.card), folder / "mixed")
+    return folder
+
+
+def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlike, tmp_path):
+    done = cli("spectrum", unlike / "mixed", "--html", tmp_path / "mixed.html")
+    assert done.status == 0, done.err
+    advice = "rank 1 for q_proj; rank 2 for k_proj; rank 4 for o_proj, gate_proj, up_proj, down_proj"
+    assert advice in done.out
+    assert advice in (tmp_path / "mixed.html").read_text("utf-8")
+    (told,) = json.loads(cli("spectrum", unlike / "mixed", "--json").out)["adapters"]
+    assert told["advised_ranks_99"] == {
+        "self_attn.q_proj": 1,
+        "self_attn.o_proj": 4,
+        "self_attn.k_proj": 2,
+        "mlp.gate_proj": 4,
+        "mlp.up_proj": 4,
+        "mlp.down_proj": 4,
+    }
+    done = cli("spectrum", unlike / "untrained", "--html", tmp_path / "zero.html")
+    assert done.status == 0, done.err
+    assert done.out.startswith("untrained changes nothing: its update is zero at all 14 sites.")
+    page = (tmp_path / "zero.html").read_text("utf-8")
+    assert "changes nothing" in page
+    assert not any("advice" in text.lower() for text in (done.out, page))
+    (told,) = json.loads(cli("spectrum", unlike / "untrained", "--json").out)["adapters"]
+    assert told["advised_ranks_99"] == {}
+
+
+def test_untrained_adapters_are_answered_by_every_command(cli, tiny, adapters, unlike):
+    assert "amplifies nothing" in cli("relate", unlike / "untrained", tiny).out
+    assert cli("intruders", unlike / "untrained", tiny).out.startswith("None of the ")
+    assert "no directions to compare" in cli("compare", unlike / "untrained", adapters / "four").error
+    done = cli("compare", unlike / "mixed", adapters / "four")
+    assert "over 12 sites (2 more are zero)" in done.out
+
+
+def test_adapters_with_few_common_sites_and_of_other_models(cli, adapters, tmp_path):
+    four = bs.load(adapters / "four")
+    one = {site: update for site, update in four.items() if site.endswith("0.self_attn.q_proj")}
+    bs.save(Adapter(one, four.card), tmp_path / "one")
+    done = cli("compare", tmp_path / "one", adapters / "two")
+    assert done.status == 0, done.err
+    assert "over 1 site;" in done.out
+    assert "only in the second" in done.out
+    plain = Adapter({name: LowRank(torch.randn(8, 2), torch.randn(2, 8)) for name in ("fc1", "fc2", "out")})
+    bs.save(plain, tmp_path / "mlp")
+    done = cli("spectrum", tmp_path / "mlp", "--csv", tmp_path / "t")
+    assert done.status == 0, done.err
+    assert [
+        line.split()[0] for line in done.out.splitlines() if " ± " in line or line.startswith("  fc")
+    ] == (["fc1", "fc2"])
+    assert [row["layer"] for row in table(tmp_path / "t" / "layers.csv")] == ["–"]
+
+
 @pytest.mark.parametrize("command", ["spectrum", "compare", "relate", "intruders"])
 def test_pages_work_offline(cli, tiny, adapters, tmp_path, command):
     pytest.importorskip("altair")
@@ -182,13 +389,21 @@ def test_pages_work_offline(cli, tiny, adapters, tmp_path, command):
     done = cli(command, *words, "--html", page)
     assert done.status == 0, done.err
     text = page.read_text("utf-8")
-    assert text.count("<svg") >= 1
-    assert "<table" in text
-    assert not re.search(r'(?:src|href)="(?!#)', text)
-    assert "http" not in text
+    shown = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)  # the code that draws names schemas
+    assert shown.count("<svg") >= 1
+    assert "<table" in shown
+    assert not re.search(r'(?:src|href)="(?!#)', shown)
+    assert "http" not in shown
+    assert not re.search(r"<script[^>]* src", text)
     if command == "compare":
-        for panel in ("v_proj, left", "v_proj, right, corner", "random, left", "random, right, corner"):
-            assert f">{panel}<" in text
+        specs = [json.loads(spec) for spec in re.findall(r'application/json"[^>]*>(.*?)</script>', text)]
+        for spec, n in zip(specs, (32, 16), strict=True):  # the input side, and the output side
+            (data,) = spec["datasets"].values() if "datasets" in spec else [spec["data"]["values"]]
+            assert [record["panel"] for record in data] == ["v_proj", "random pair"]
+            assert {(record["rows"], record["columns"], record["n"]) for record in data} == {(2, 4, n)}
+            words = json.dumps(spec, ensure_ascii=False)
+            assert '"i, two"' in words  # the smaller rank
+            assert '"j, four"' in words
 
 
 BAD = {

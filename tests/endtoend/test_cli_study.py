@@ -1,5 +1,7 @@
 """`study`: every question on a tiny base through the command line; kills, refusals, files."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -136,11 +138,30 @@ def test_runs_in_processes_give_the_same_numbers_in_any_order(tiny, data, tmp_pa
 def test_figures_as_files(cli, tiny, data, tmp_path):
     out = tmp_path / "out"
     words = ("study", "rank", tiny, data, "--out", out, *SMALL, "--seeds", "2", "--ranks", "1,2", "--png")
-    done = cli(*words, "--targets", "q_proj", "--learning-rates", "1e-4,1e-2,1")
+    words = (*words, "--targets", "q_proj", "--learning-rates", "1e-4,1e-2,1")
+    done = cli(*words, "--csv", "--latex")
     assert done.status == 0, done.err
     pictures = [name for name in files_in(out) if name.endswith(".png")]
     assert pictures
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    drawings = {name for name in files_in(out) if name.endswith(".svg")}
+    assert drawings == {name.replace(".png", ".svg") for name in pictures}
+    spectra = (out / "figures" / "spectra-layer-0-q_proj.svg").read_text("utf-8")
+    assert "layer 0, q_proj" in spectra
+    assert "σᵢ/σ₁ of ΔW" in spectra
+    tables = {name for name in files_in(out) if name.startswith("tables/")}
+    assert {name.removesuffix(".csv") for name in tables if name.endswith(".csv")} == {
+        name.removesuffix(".tex") for name in tables if name.endswith(".tex")
+    }
+    question = "What-rank-is-enough-and-is-the-update-of-low-rank"
+    assert {"tables/learning-rates.csv", f"tables/{question}-1.tex"} < tables
+    page = (out / "report.html").read_text("utf-8")
+    table = list(csv.reader(io.StringIO((out / "tables" / "learning-rates.csv").read_text("utf-8"))))
+    assert {"arm", "0.0001", "0.01", "1", "chosen"} <= {*table[0]}
+    assert all(f"<td>{row[0]}</td>" in page for row in table[1:])
+    (out / "tables" / "mine.csv").write_text("mine")
+    assert cli(*words, "--overwrite").status == 0
+    assert {name for name in files_in(out) if name.startswith("tables/")} == {"tables/mine.csv"}
 
 
 BAD = [
@@ -183,6 +204,15 @@ BAD = [
     (("rank", "BASE", "DATA", "--learning-rates", ""), "--learning-rates is empty"),
     (("intrinsic", "BASE", "DATA", "--dimensions", ""), "--dimensions is empty"),
     (("intrinsic", "BASE", "DATA", "--rank", "4"), "they have no rank and no alpha; leave these out"),
+    (("rank", "BASE", "DATA", "--margin", "0"), "the margin of equality must be a finite number above 0"),
+    (
+        ("targets", "BASE", "DATA", "--margin", "nan"),
+        "the margin of equality must be a finite number above 0",
+    ),
+    (("seeds", "BASE", "DATA", "--margin", "1"), "--margin is for rank and targets, not for seeds"),
+    (("rank", "BASE", "DATA", "--reread"), "holds no study to read again; leave out --reread"),
+    (("paper", "--tiny", "--reread"), "holds no study to read again; leave out --reread"),
+    (("rank", "BASE", "DATA", "--reread", "--overwrite"), "give --reread or --overwrite, not both"),
     (("paper", "--tiny", "--seeds", "0"), "--seeds is how many there are"),
     (("paper", "--tiny", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
 ]
@@ -212,6 +242,48 @@ def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, 
     other = cli(*words)  # with the arm that trains W itself
     assert other.status == 1
     assert "holds another study (arms:" in other.error
+
+
+@pytest.mark.slow
+def test_finished_runs_are_read_again_and_nothing_is_trained(cli, tiny, data, tmp_path):
+    out = tmp_path / "out"
+    words = ("study", "targets", tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS["targets"])
+    assert cli(*words).status == 0
+    runs = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")}
+    before = results(out)
+    assert len([file for file in runs if file.name == "test_rows.json"]) == len(runs) / 2
+    again = cli(*words, "--reread")
+    assert again.status == 0, again.err
+    assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")} == runs
+    assert without_clock(results(out)) == without_clock(before)
+    (finding,) = before["findings"]
+    compared = finding["data"]["comparison"]
+    assert (compared["procedure"], compared["seeds"], compared["margin"]) == ("Tukey", [0, 1, 2], 0.01)
+    assert all(one["on_new_rows"]["high"] > one["difference"]["high"] for one in compared["differences"])
+    assert any("a margin stated before the runs" in note for note in finding["notes"])
+
+
+@pytest.mark.slow
+def test_runs_of_an_older_version_are_read_again_and_speak_of_their_rows_only(cli, tiny, data, tmp_path):
+    """They kept no losses of single rows, and stated no margin."""
+    out = tmp_path / "out"
+    words = ("study", "targets", tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS["targets"])
+    assert cli(*words).status == 0
+    for file in out.glob("runs/*/test_rows.json"):
+        file.unlink()
+    study = json.loads((out / "study.json").read_text("utf-8"))
+    del study["notes"]["margins"]
+    (out / "study.json").write_text(json.dumps(study))
+    again = cli(*words, "--reread", "--margin", "0.5")
+    assert again.status == 0, again.err
+    (finding,) = results(out)["findings"]
+    assert all(one["on_new_rows"] is None for one in finding["data"]["comparison"]["differences"])
+    assert any("speak of these test rows only" in note for note in finding["notes"])
+    assert any("less than 0.5 nats" in note and "after the runs" in note for note in finding["notes"])
+    next(out.glob("runs/*/outcome.json")).unlink()
+    done = cli(*words, "--reread")
+    assert done.status == 1
+    assert "1 runs of this study are not finished" in done.error
 
 
 @pytest.mark.parametrize("content", ['{"my": 1}', "[1]", "not json"])

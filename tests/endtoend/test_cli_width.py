@@ -24,7 +24,9 @@ from brushstroke.lowrank import LowRank
 pytestmark = pytest.mark.slow
 WIDTHS = (60, 80, 200)
 GOLDEN = Path(__file__).parent / "golden" / "width_80.txt"
-STABLE = ("show", "spectrum", "compare", "relate", "intruders")  # nothing of the machine is in what they say
+ANALYSES = ("spectrum", "compare", "relate", "intruders")
+SITES = tuple(f"{name} --sites" for name in ANALYSES)
+STABLE = ("show", *ANALYSES, *SITES)  # nothing of the machine is in what they say
 DRIVER = """
 import json, sys
 from brushstroke.cli import main
@@ -41,10 +43,14 @@ CUT_NAME = re.compile(r"[\w.]+…[\w.]+")
 NEEDED = {
     "evaluate": ("loss", "match"),
     "show": ("site", "rank", "norm"),
-    "spectrum": ("site", "rank", "norm", "99 %", "layer,"),
-    "compare": ("site", "cosine", "φ"),
-    "relate": ("site", "amplification", "chance"),
-    "intruders": ("site", "σ", "verdict"),
+    "spectrum": ("one holds 99 % of its energy", "matrix", "layer", "norm", "99 %", "advice"),
+    "compare": ("one and two share", "matrix", "layer", "cosine", "(chance 0)", "left", "right", "φ"),
+    "relate": ("one amplifies", "matrix", "layer", "amplification", "at random", "chance, outputs"),
+    "intruders": ("of the 28 strongest directions", "matrix", "layer", "judged", "share of"),
+    "spectrum --sites": ("site", "rank", "norm", "99 %", "layer,"),
+    "compare --sites": ("site", "cosine", "φ"),
+    "relate --sites": ("site", "amplification", "chance"),
+    "intruders --sites": ("site", "σ", "verdict"),
     "plan": ("base", "targets", "memory", "learning rate", "stop tokens"),
     "data": ("rows", "tokens", "stop token", "lengths"),
     "generate": ("loading",),
@@ -118,6 +124,12 @@ def commands(tiny, adapters, tmp_path_factory):
         one, two = adapters / "one", adapters / "two"
         small = ("--max-steps", 4, "--batch-size", 4)
         grid = ("--learning-rates", "1e-3,1e-2,1e-1", "--seeds", 2, "--targets", "q_proj", "--ranks", "1,2")
+        analyses = {
+            "spectrum": ("spectrum", one, "--base", tiny),
+            "compare": ("compare", one, two),
+            "relate": ("relate", one, tiny),
+            "intruders": ("intruders", one, tiny, "--top", 2),
+        }
         train = ("train", tiny, data, "--out", out / "t", *PLAIN, *small)
         return {
             "plan": ("plan", tiny, data, *PLAIN),
@@ -129,10 +141,9 @@ def commands(tiny, adapters, tmp_path_factory):
             "chat": ("chat", tiny, *PLAIN, "--adapter", one),
             "show": ("show", one),
             "merge": ("merge", tiny, one, "--out", out / "m"),
-            "spectrum": ("spectrum", one, "--base", tiny),
-            "compare": ("compare", one, two),
-            "relate": ("relate", one, tiny),
-            "intruders": ("intruders", one, tiny, "--top", 2),
+            **analyses,
+            **{f"{name} --sites": (*words, "--sites") for name, words in analyses.items()},
+            "spectrum --sites": (*analyses["spectrum"], "--sites", "--map", "rank99"),
             "study": ("study", "rank", tiny, data, "--out", out / "s", *small, *PLAIN, *grid),
             "help": ("train", "--help"),
         }
@@ -239,14 +250,19 @@ def test_the_important_is_there(shown, width):
         assert [part for part in needed if part not in text] == [], name
 
 
-def test_what_is_left_out_is_said_once_and_only_where_it_is(shown):
+def test_what_is_left_out_is_said_below_its_table_alone(shown):
     said = {
         width: {name for name, text in shown[width].items() if "left out for the width" in text}
         for width in shown
     }
-    tables = {"spectrum", "compare", "relate", "intruders"}
-    assert said == {60: {"show", *tables}, 80: tables, 200: set(), None: set()}
-    assert all(shown[80][name].count("left out for the width") == 1 for name in tables)
+    assert said == {
+        60: {"show", *ANALYSES, *SITES},
+        80: {"spectrum", "compare", *SITES},
+        200: set(),
+        None: set(),
+    }
+    times = {name: shown[80][name].count("left out for the width") for name in ("spectrum", *SITES)}
+    assert times == {"spectrum": 2, **dict(zip(SITES, (3, 3, 1, 1), strict=True))}
 
 
 def test_a_wide_terminal_shows_what_a_pipe_gets(shown):

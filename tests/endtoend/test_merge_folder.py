@@ -546,7 +546,7 @@ def test_a_base_that_lacks_a_weight_is_refused_without_loading_it(folder, tmp_pa
     del tensors["model.norm.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseLoadError, match=r"lack 1 of the model's weights, such as model\.norm\.weight"):
+    with pytest.raises(BaseLoadError, match=r"1 weights are missing .*model\.norm\.weight"):
         merge_folder(folder, adapter_for(llama()), tmp_path / "out", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
@@ -701,3 +701,18 @@ def test_merging_eight_shards_needs_no_more_than_two_of_them(tmp_path):
     seconds, peak = map(float, done.stdout.split())
     print(f"eight shards of {max(sizes) / 2**20:.0f} MiB: {seconds:.1f} s, peak {peak / 2**20:.0f} MiB")
     assert peak <= 2 * max(sizes) + MEMORY_ALLOWANCE
+
+
+@pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_a_dtype_that_is_asked_for_stands_in_the_config_of_files_that_had_it(folder, tmp_path, keys):
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, "bfloat16")))
+    adapter = adapter_for(llama())
+    report = merge_folder(folder, adapter, tmp_path / "asked", dtype="float32", verify=False)
+    assert report.streamed
+    written = json.loads((tmp_path / "asked" / "config.json").read_text())
+    assert written == config | dict.fromkeys(keys or ("dtype",), "float32")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "asked").dtype == torch.float32
+    merge_folder(folder, adapter, tmp_path / "auto", verify=False)
+    assert (tmp_path / "auto" / "config.json").read_bytes() == (folder / "config.json").read_bytes()

@@ -280,3 +280,22 @@ def test_short_names_are_short():
         "up_proj",
         "v_proj",
     )
+
+
+def test_hints_name_only_what_can_be_adapted() -> None:
+    sites = [
+        Site("layers.0.out_proj", 8, 8, bypassed="the mixer reads its weight"),
+        Site("layers.0.up_proj", 8, 8, frozen="it runs without gradients"),
+        Site("layers.0.self_attn.q_proj", 8, 8),
+    ]
+    with pytest.raises(TargetError) as unmatched:
+        resolve_targets(LoraConfig(targets="oup_proj"), sites)
+    assert "near it: q_proj" in str(unmatched.value)
+    assert "out_proj" not in str(unmatched.value)
+    assert "this model has 1 adaptable sites" in str(unmatched.value)
+    with pytest.raises(TargetError, match=r"leave it out, as the groups \(all-linear, attention\) do"):
+        resolve_targets(LoraConfig(targets="out_proj"), sites)
+    with pytest.raises(TargetError, match=r"leave it out$"):
+        resolve_targets(LoraConfig(targets="out_proj"), sites[:2])
+    with pytest.raises(TargetError, match=r"did you mean 'all-linear'\?"):
+        resolve_targets(LoraConfig(targets="all_linear"), sites)

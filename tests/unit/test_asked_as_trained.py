@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 import brushstroke as bs
-from brushstroke.data import ChatFormat, encode, segments
+from brushstroke.data import ChatFormat, DataWarning, encode, find_template, read_prompt, segments
 from brushstroke.data import template as templates
 from brushstroke.errors import ConfigError, DataError, ResumeError
 from brushstroke.formats import load, save
-from brushstroke.inference import Request, Sampling, evaluate, generate, run_requests
+from brushstroke.inference import Request, Sampling, evaluate, generate, merge_folder, run_requests
 from brushstroke.inference.generate import Voices
 from brushstroke.inference.stops import Stops
 
@@ -289,3 +289,44 @@ def test_a_merged_folder_asks_as_training_did(tmp_path: Path):
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     example = encode(ROWS[1:2], base.tokenizer)[0]
     assert prompt == list(example.tokens[: example.first_trained])
+
+
+def test_a_date_that_the_template_does_not_print_is_told():
+    with pytest.warns(DataWarning, match="2026-01-31 is not used"):
+        ChatFormat(kit.tokenizer(), date="2026-01-31")
+
+
+def test_a_template_is_read_from_json_and_an_empty_file_is_none(tmp_path: Path):
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": kit.TEMPLATE}))
+    assert find_template(tmp_path / "chat_template.json") == kit.TEMPLATE
+    for name, text in (("empty.jinja", ""), ("other.json", "{}"), ("bad.json", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match="holds no chat template"):
+            find_template(tmp_path / name)
+
+
+def test_generation_and_training_read_a_row_alike():
+    messages = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "a"}]
+    row = {"prompt": "other", "messages": messages}
+    assert read_prompt(row, "row 1").messages == ({"role": "user", "content": "first"},)
+
+
+def test_plain_transformers_stop_where_the_adapters_answers_end(tmp_path: Path):
+    base = kit.base(template=kit.OTHER_TEMPLATE)
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    trained = bs.train(base, ROWS, bs.LoraConfig(rank=2), bs.TrainConfig(max_steps=1)).adapter
+    report = merge_folder(tmp_path / "base", trained, tmp_path / "out", verify=False)
+    stops = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    ends = base.tokenizer.convert_tokens_to_ids(list(trained.card.stop_tokens))
+    assert set(ends) <= set([stops] if isinstance(stops, int) else stops)
+    assert "<|end|>" in report.stop_tokens_saved
+
+
+def test_evaluate_takes_a_call_more_or_another_value_for_wrong():
+    tokenizer = kit.tokenizer(CALLS)
+    chat = ChatFormat(tokenizer)
+    expected = chat.read_reply('<call>{"name": "clock", "arguments": {"city": "New York"}}</call>')
+    other = chat.read_reply('<call>{"name": "clock", "arguments": {"city": "NewYork"}}</call>')
+    assert not other.calls_like(expected)
+    assert not expected.calls_like(chat.read_reply("Let me look."))

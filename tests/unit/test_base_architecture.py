@@ -111,8 +111,46 @@ def test_a_classifier_that_is_called_a_language_model_is_refused(
     said = refused(tmp_path)
     assert ("score.weight" if tied else "lm_head.weight") in said
     assert "LlamaForCausalLM" in said
-    if tied:
+    if architectures is None:
+        assert "names no class that transformers knows (architectures: none)" in said
+    elif tied:
         assert "its files hold 1 weights that this class does not have" in said
+
+
+@pytest.mark.parametrize("architectures", [None, ["SentenceTransformer"], "Trainer"])
+def test_files_of_no_known_class_are_sent_to_the_config_and_never_fetched_again(
+    tmp_path: Path, architectures: Any
+) -> None:
+    kinds.saved("BERT, classifier", tmp_path)
+    edit_config(tmp_path, architectures=architectures)
+    said = refused(tmp_path)
+    assert "names no class that transformers knows" in said
+    assert "under architectures" in said
+    assert "fetch it again" not in said
+
+
+def test_a_class_given_as_a_plain_string_is_that_class(tmp_path: Path) -> None:
+    kinds.saved("BERT, classifier", tmp_path)
+    edit_config(tmp_path, architectures="BertForSequenceClassification")
+    assert type(load_base(tmp_path, device="cpu").model) is transformers.BertForSequenceClassification
+    FolderWeights(tmp_path).check_complete()
+
+
+@pytest.mark.parametrize("change", ["surplus", "shape", "layer", "missing"])
+def test_headers_alone_refuse_what_loading_refuses(tmp_path: Path, change: str) -> None:
+    toys.tiny_llama().save_pretrained(tmp_path)
+    if change == "surplus":
+        edit_tensors(tmp_path, {"score.weight": torch.ones(3, 32)})
+    elif change == "shape":
+        edit_tensors(tmp_path, {"model.norm.weight": torch.ones(5)})
+    else:
+        edit_config(tmp_path, num_hidden_layers=1 if change == "layer" else 3)
+    with pytest.raises(BaseLoadError) as by_headers:
+        FolderWeights(tmp_path).check_complete()
+    assert str(by_headers.value) == refused(tmp_path)
+    assert "torch.Size" not in str(by_headers.value)
+    if change == "shape":
+        assert "model.norm.weight: (5) in the files, (32) by the config" in str(by_headers.value)
 
 
 def test_one_layer_more_and_a_bias_more_are_refused_in_every_class(tmp_path: Path) -> None:

@@ -180,5 +180,5 @@ def test_prompts_of_a_file_are_texts_or_conversations():
     asked = read_prompt({"messages": turns, "tools": TOOLS}, "row 1")
     assert asked.messages == ({"role": "user", "content": "a"},)
     assert asked.tools == tuple(TOOLS)
-    with pytest.raises(DataError, match="expected a 'prompt' or 'messages' column"):
+    with pytest.raises(DataError, match="expected a 'messages' or 'prompt' column"):
         read_prompt({"text": "a"}, "row 1")

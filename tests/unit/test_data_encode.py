@@ -112,10 +112,12 @@ def test_messages_come_before_pairs_and_pairs_before_texts(chatml):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"text": "t", **PAIRS[0], "messages": messages}
     kinds = []
-    for name in ("messages", "completion", "text"):
+    for name in ("messages", "completion"):
         kinds.append(encode([row], chatml).report.kind)
         row = {key: value for key, value in row.items() if key != name}
-    assert kinds == ["messages", "prompt/completion", "text"]
+    assert kinds == ["messages", "prompt/completion"]
+    with pytest.warns(DataWarning, match="'prompt' is not used, and looks like a part of the conversation"):
+        assert encode([row], chatml).report.kind == "text"
 
 
 def test_other_columns_can_be_named(plain):

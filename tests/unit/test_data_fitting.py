@@ -180,3 +180,60 @@ def test_variables_that_a_template_is_given_otherwise_are_refused():
 def test_half_a_character_is_refused_wherever_it_stands():
     with pytest.raises(DataError, match="surrogate"):
         as_json({"a": ["\ud800"]}, "row 1")
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def test_an_empty_thought_in_a_content_is_written_once():
+    first, last = ANSWER | {"content": EMPTY + "Four."}, ANSWER | {"content": EMPTY + "Welcome."}
+    expected = [f"{EMPTY}Four.<|im_end|>", f"{EMPTY}Welcome.<|im_end|>"]
+    assert trained(have.QWEN3, [QUESTION, first, QUESTION, last]) == expected
+
+
+def test_a_form_in_which_a_template_adds_a_second_thought_is_not_taken():
+    template = (
+        OPENED.replace("\n", "\n{{ '<think></think>' if m.role == 'assistant' }}") + "{{ m.content }}" + ENDED
+    )
+    refused(
+        template, [QUESTION, ANSWER | {"content": "<think>Hm.</think>Noon."}], "chat template cannot write"
+    )
+
+
+def test_an_answer_that_opens_a_conversation_is_context_where_nothing_asks_for_it():
+    answer = "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    template = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]" + answer
+    messages = [ANSWER | {"content": "Welcome!"}, QUESTION, ANSWER]
+    assert trained(template, messages) == [" It is noon.<|im_end|>"]
+    tokenizer = have.byte_level(template)
+    assert any(
+        "opens a conversation" in note for note in encode([{"messages": messages}], tokenizer).report.notes
+    )
+    refused(template, messages[:1], "where the answer in message 1 begins")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        ({"names": ["Ana", "O'Neil"]}, "as Python writes them"),
+        ({"flags": [True, None]}, "as Python writes them"),
+        ({"a": "", "city": "B"}, "does not print the argument 'a'"),
+        ({"param": {}, "city": "B"}, "does not print the argument 'param'"),
+    ],
+)
+def test_arguments_are_not_lost_nor_written_as_pythons_repr(arguments, fragment):
+    each = "{% if v %}<parameter={{ k }}>{{ v }}</parameter>{% endif %}{% endfor %}"
+    parameters = "{% for k, v in c.function.arguments.items() %}" + each
+    template = (
+        "{{ tools | tojson if tools else '' }}"
+        + OPENED
+        + "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call={{ c.function.name }}>"
+        + parameters
+        + "</call>{% endfor %}"
+        + ENDED
+    )
+    call = {"function": {"name": "tide", "arguments": arguments}}
+    messages = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    refused(template, messages, fragment, tools=[{"name": "tide"}])
+    call["function"]["arguments"] = {"city": "B"}
+    assert trained(template, messages, tools=[{"name": "tide"}])

@@ -175,3 +175,49 @@ def test_a_leading_thought_is_split_off():
     assert blank.messages[1] == answer
     for content in ("so <think>a</think>", "<think>a"):
         assert read(ASK, {"role": "assistant", "content": content}).with_thoughts_split() is None
+
+
+CALLER = {"role": "user", "content": "Tides?"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "tide", "parameters": {"city": "Brest"}},
+        {"function": {"name": "tide", "input": {"city": "Brest"}}},
+        {"function": {"name": "tide", "args": '{"city": "Brest"}'}},
+        {"function": {"name": "tide"}, "arguments": {"city": "Brest"}},
+        {"function": "tide", "parameters": {"city": "Brest"}},
+    ],
+)
+def test_arguments_have_one_name(call):
+    (read,) = read_conversation(
+        [CALLER, {"role": "assistant", "tool_calls": [call]}], where="row 1"
+    ).messages[1:]
+    assert read["tool_calls"][0]["function"] == {"name": "tide", "arguments": {"city": "Brest"}}
+
+
+@pytest.mark.parametrize(
+    ("call", "fragment"),
+    [
+        (
+            {"function": {"name": "tide", "arguments": {}, "parameters": {"a": 1}}},
+            "'arguments', 'parameters'",
+        ),
+        ({"function": {"name": "tide", "arguments": {}, "values": {"a": 1}}}, "'values'"),
+    ],
+)
+def test_what_a_call_holds_beside_its_arguments_is_refused(call, fragment):
+    with pytest.raises(DataError, match=f"tool call 1 has {fragment}"):
+        read_conversation([CALLER, {"role": "assistant", "tool_calls": [call]}], where="row 1")
+
+
+def test_no_calls_of_a_user_are_none():
+    messages = [CALLER | {"tool_calls": [], "function_call": None}, {"role": "assistant", "content": "a"}]
+    assert "tool_calls" not in read_conversation(messages, where="row 1").messages[0]
+
+
+@pytest.mark.parametrize("key", ["training", "trainable"])
+def test_other_tools_names_for_what_is_learnt(key):
+    messages = [CALLER, {"role": "assistant", "content": "a", key: False}]
+    assert read_conversation(messages, where="row 1").trained == (False, False)

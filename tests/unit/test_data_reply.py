@@ -168,3 +168,26 @@ def test_without_a_template_an_answer_is_its_text():
     tokenizer = have.byte_level(AS_JSON)
     tokenizer.chat_template = None
     assert ChatFormat(tokenizer).read_reply("<think>a</think>b") == Reply("<think>a</think>b")
+
+
+# The id of a call stands beside its name, as Mistral writes it.
+WITH_IDS = (
+    OPENING
+    + "{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    + "[CALLS]{{ c.function.name }}[ID]{{ c.id }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}"
+    + ENDING
+)
+
+
+def test_the_id_of_a_call_may_be_any():
+    (call,) = (
+        chat(WITH_IDS).read_reply('[CALLS]tide[ID]zZ9-abcde[ARGS]{"harbour": "Brest"}', TOOLS).tool_calls
+    )
+    assert call == {"name": "tide", "arguments": {"harbour": "Brest"}}
+
+
+@pytest.mark.parametrize("template", [AS_JSON, AS_TAGS], ids=["json", "tags"])
+@pytest.mark.parametrize("calls", [({},), ({}, {"harbour": "Brest"}), ({"harbour": "Brest"}, {}), ({}, {})])
+def test_calls_without_arguments(template, calls):
+    read = chat(template).read_reply(written(template, answer(*calls)), TOOLS)
+    assert [call["arguments"] for call in read.tool_calls] == list(calls)

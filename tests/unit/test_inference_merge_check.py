@@ -149,3 +149,33 @@ def test_numbers_that_are_not_finite_agree_only_with_themselves() -> None:
     assert _difference(torch.tensor([math.nan]), torch.ones(1)) == math.inf
     assert _difference(None, masked) == math.inf
     assert _difference(masked[:2], masked) == math.inf
+
+
+def test_sites_that_a_model_never_runs_are_not_blamed_on_the_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Zamba2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        mamba_d_state=8,
+        mamba_ngroups=1,
+        n_mamba_heads=8,
+        chunk_size=16,
+        use_shared_attention_adapter=True,
+        adapter_rank=4,
+        num_mem_blocks=1,
+        use_mem_eff_path=False,
+    )
+    model = transformers.Zamba2ForCausalLM(config)
+    adapter = adapter_of(model, r"linear_q_adapter_list\..*")
+    check = check_merged(str(tmp_path / "base"), adapter, merged(model, adapter, tmp_path))
+    assert check.drift is not None
+    assert check.drift < EXACT
+    assert check.skipped is not None
+    assert check.skipped.startswith("4 of 8 sites, such as ")
+    assert "no made-up input reaches them (Zamba2ForCausalLM takes input_ids, " in check.skipped
+    assert check.skipped.endswith(", and runs without them)")

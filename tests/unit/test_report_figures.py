@@ -1,11 +1,12 @@
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 from brushstroke.errors import MissingPackageError
-from brushstroke.report import Page, bars, curves, heatmaps
-from brushstroke.report.figures import GREY, Panel
+from brushstroke.report import Page, bars, curves, heatmap
+from brushstroke.report.figures import GREY, Panel, style_ranges
 
 
 @pytest.fixture
@@ -50,21 +51,51 @@ def test_without_the_extra_the_message_names_it(monkeypatch):
         curves({"one": [(0, 1)]}, x="x", y="y")
 
 
+HOTTEST, COLDEST = "rgb(11, 93, 80)", "rgb(232, 241, 239)"
+
+
 @pytest.mark.usefixtures("drawing")
-def test_maps_share_a_scale_and_show_what_is_missing_in_grey():
-    svg = heatmaps(
-        [
-            Panel("one", [[0.0, None], [0.5, 1.0]], ["first", "second"], ["q", "v"]),
-            Panel("two", [[0.25, 0.5], [None, 2.0]]),
-        ],
-        x="matrix",
-        y="layer",
-        limits=(0, 1),
-    )
-    assert {"one", "two", "first", "second", "q", "v", "matrix", "layer", "1", "2"} <= set(texts(svg))
-    assert svg.count(f'fill="{GREY}"') == 2
-    hottest = "rgb(11, 93, 80)"
-    assert svg.count(f'fill="{hottest}"') == 2  # 1.0 and what is above the limit
-    alone = heatmaps([Panel("one", [[5.0, None], [5.5, 6.0]])])
-    assert alone.count(f'fill="{hottest}"') == 1
-    assert alone.count(f'fill="{GREY}"') == 1
+def test_a_map_shows_what_is_missing_in_grey():
+    panel = Panel("one", [[0.0, None], [0.5, 3.0]], ["first", "second"], ["q", "v"])
+    svg = heatmap(panel, x="matrix", y="layer", limits=(0, 1))
+    assert {"one", "first", "second", "q", "v", "matrix", "layer"} <= set(texts(svg))
+    assert svg.count(f'fill="{GREY}"') == 1
+    assert svg.count(f'fill="{HOTTEST}"') == 1  # what is above the limit
+    assert svg.count(f'fill="{COLDEST}"') == 1
+    alone = heatmap(Panel("one", [[5.0, None], [5.5, 6.0]]))
+    assert alone.count(f'fill="{HOTTEST}"') == 1
+    assert alone.count(f'fill="{COLDEST}"') == 1
+
+
+@pytest.mark.usefixtures("drawing")
+@pytest.mark.parametrize("value", [0, 7.5])
+def test_a_map_of_equal_numbers_has_the_weakest_colour(value):
+    svg = heatmap(Panel("intruders", [[value] * 3] * 2))
+    assert svg.count(f'fill="{COLDEST}"') == 6
+
+
+@pytest.mark.usefixtures("drawing")
+def test_a_diverging_map_is_pale_at_zero_and_of_two_colours_around_it():
+    svg = heatmap(Panel("z", [[-2.0, 0.0, 4.0, -4.0]]), middle=0)
+    fills = re.findall(r'<path d="[^"]*" fill="(rgb[^"]*)"', svg)
+    assert fills[1:] == [COLDEST, HOTTEST, "rgb(59, 90, 168)"]
+    assert fills[0] not in fills[1:]
+
+
+def test_no_two_series_share_colour_and_dashes():
+    colors, dashes = style_ranges(25)
+    assert len({(color, *dash) for color, dash in zip(colors, dashes, strict=True)}) == 25
+    assert len({*colors[:8]}) == 8
+
+
+@pytest.mark.usefixtures("drawing")
+def test_no_text_is_smaller_than_11_pixels():
+    series = {f"adapter {n}": [(0, 0.1 * n), (1, 1.0)] for n in range(4)}
+    drawn = [
+        curves(series, x="rank", y="share"),
+        bars({"1": {"inputs": 0.1, "outputs": 0.2}}, y="share"),
+        heatmap(Panel("norm", [[1.0, 2.0]], ["0"], ["q_proj", "v_proj"]), y="layer"),
+    ]
+    sizes = [int(size) for svg in drawn for size in re.findall(r'font-size="(\d+)px"', svg)]
+    assert len(sizes) > 20
+    assert min(sizes) == 11

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -115,6 +117,47 @@ def test_a_norm_that_looks_like_ours_and_is_not_keeps_its_own_forward() -> None:
     fusion = fuse(model)
     assert not fusion.counts.total()
     assert type(model[0]) is CubeRMSNorm
+
+
+def gradients_are_the_models_own(model: nn.Module) -> bool:
+    """Whether a step on our functions, where there are any, gives the gradients of the plain model."""
+    batch, twin = examples(), copy.deepcopy(model)
+    with Training(model, LoraConfig(rank=3)) as run:
+        randomise(run.parameters)
+        trained = run.forward_backward(batch).trained_tokens
+        with attach(twin, run.adapter(), trainable=True) as plain:
+            padded_loss(twin, batch).backward()
+            pairs = list(zip(run.parameters, plain.parameters(), strict=True))
+            return all(torch.allclose(a.grad / trained, b.grad, rtol=1e-3, atol=1e-5) for a, b in pairs)
+
+
+def test_a_norm_that_gets_fewer_columns_than_its_weight_has_runs_its_own_forward() -> None:
+    torch.manual_seed(0)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    assert gradients_are_the_models_own(FalconMambaForCausalLM(FalconMambaConfig(**small)).eval())
+
+
+def test_a_model_that_fails_with_our_functions_is_trained_without_them() -> None:
+    class Watching(nn.Module):
+        """A parent that looks at the class of its child, as no probe of the child can tell."""
+
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if type(self.norm) is not LlamaRMSNorm:
+                raise ValueError("an unknown norm")
+            return self.norm(x)
+
+    model = tiny_llama()
+    model.model.norm = Watching(model.model.norm)
+    with Training(model, LoraConfig(rank=3)) as run:
+        described = run.step.fusion.describe()
+        assert described == "none (with them the model fails: ValueError: an unknown norm)"
+        assert run.packed
+    assert type(model.model.norm.norm) is LlamaRMSNorm
+    assert gradients_are_the_models_own(model)
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0, 40.0, 200.0])

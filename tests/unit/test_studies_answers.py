@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from brushstroke.analysis import SiteOverlap
-from brushstroke.studies.rank import _answer, _neighbours
+from brushstroke.studies.comparisons import compare_all, compare_with
+from brushstroke.studies.rank import _answer
 from brushstroke.studies.seeds import _answer as _seeds_answer
 from brushstroke.studies.seeds import _block_table, _by_matrix, _tests
-from brushstroke.studies.statistics import compare_arms
 from brushstroke.studies.targets import _answer as _targets_answer
 
 ROUNDING = 1e-15  # of φ where it is 1 but for float64's rounding
@@ -24,10 +24,14 @@ def overlaps(shape: tuple[int, int], left: float, right: float, seeds: int = 4):
     return pairs
 
 
+def ceiling(other):
+    return {(a, b): rows for (a, b), rows in other.items() if a < b}
+
+
 def test_a_block_that_fills_its_side_is_not_tested_and_counts_in_no_correction():
     same, other = overlaps((2, 8), 1 + ROUNDING, 0.9), overlaps((2, 8), 1.0, 0.3)
     other |= {(b, a): rows for (a, b), rows in other.items()}
-    left, right = _tests(same, other, ["layers.0.q_proj"], [(2, 2)])
+    left, right = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])
     assert not {"p_chance", "p_chance_holm", "p_other", "p_other_holm"} & left.keys()
     assert right["p_chance_holm"] == right["p_chance"] < 0.05
     assert right["p_other_holm"] < 0.05
@@ -35,12 +39,24 @@ def test_a_block_that_fills_its_side_is_not_tested_and_counts_in_no_correction()
     assert "φ(2, 2) input side" not in answer
     assert "φ(2, 2) output side" in answer
     rows = _block_table([left, right]).rows
-    assert (rows[0][4], rows[0][7]) == ("–", "–")
+    assert (rows[0][4], rows[0][8]) == ("–", "–")
+
+
+def test_what_the_other_task_shares_with_itself_stands_beside_what_it_shares_with_the_task():
+    same, other, within = overlaps((8, 8), 0.6, 0.7), overlaps((8, 8), 0.3, 0.35), overlaps((8, 8), 0.4, 0.5)
+    other |= {(b, a): rows for (a, b), rows in other.items()}
+    tests = _tests(same, other, within, ["layers.0.q_proj"], [(2, 2)])
+    assert [row["within_other"]["mean"] for row in tests] == pytest.approx([0.4, 0.5])
+    table = _block_table(tests)
+    assert table.rows[0][table.columns.index("φ within the other task")].startswith("0.400")
+    assert "at the same rate" in table.caption
+    answer = _seeds_answer(tests, True, 4, same, other, ["layers.0.q_proj"], 2)
+    assert "other task 0.350, within it 0.500" in answer
 
 
 def test_where_nothing_can_be_tested_no_block_is_named():
     same = overlaps((2, 2), 1 + ROUNDING, 1 + ROUNDING)
-    tests = _tests(same, {}, ["layers.0.q_proj"], [(1, 2), (2, 2)])
+    tests = _tests(same, {}, {}, ["layers.0.q_proj"], [(1, 2), (2, 2)])
     assert not any("p_chance" in row for row in tests)
     answer = _seeds_answer(tests, False, 4, same, {}, ["layers.0.q_proj"], 2)
     assert "above chance at 5 % (Holm): no block" in answer
@@ -50,7 +66,7 @@ def test_where_nothing_can_be_tested_no_block_is_named():
 def test_above_the_other_task_alone_is_not_called_shared():
     same, other = overlaps((8, 8), 0.1, 0.1), overlaps((8, 8), 0.01, 0.01)  # chance is 0.25
     other |= {(b, a): rows for (a, b), rows in other.items()}
-    tests = _tests(same, other, ["layers.0.q_proj"], [(2, 2)])
+    tests = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])
     assert tests[0]["p_other_holm"] < 0.05 < tests[0]["p_chance_holm"]
     answer = _seeds_answer(tests, True, 4, same, other, ["layers.0.q_proj"], 2)
     assert "no block. No block is above both" in answer
@@ -68,37 +84,77 @@ def test_no_number_is_given_for_a_kind_of_matrix_whose_side_the_directions_fill(
     kinds = _by_matrix(same, {}, sites, 2)
     assert (list(kinds["q_proj"]), list(kinds["v_proj"])) == (["left", "right"], ["left"])
     assert list(kinds["q more than v"]) == ["left"]
-    answer = _seeds_answer(_tests(same, {}, sites, [(2, 2)]), False, 4, same, {}, sites, 2)
+    answer = _seeds_answer(_tests(same, {}, {}, sites, [(2, 2)]), False, 4, same, {}, sites, 2)
     assert answer.endswith("Of q more than of v: 0.00 [0.00, 0.00] (input side).")
 
 
-def test_sets_are_compared_by_the_seeds_that_two_of_them_share():
-    losses = {"a": {0: 1.0, 1: 1.01}, "b": {0: 2.0, 2: 2.01}, "c": {0: 3.0, 1: 3.01, 2: 3.02}}
-    answer = _targets_answer(list(losses), compare_arms(losses))
-    assert "paired t over 1 to 2 seeds" in answer
-    assert "one seed" in _targets_answer(["a", "b"], compare_arms({"a": {0: 1.0}, "b": {0: 2.0}}))
-    assert "nothing to compare" in _targets_answer(["a"], [])
+def targets_answer(losses, margin=0.01):
+    return _targets_answer(list(losses), compare_all(losses), margin)
+
+
+def rank_answer(losses, margin=0.01):
+    """Losses by rank, and those of W itself under "W"."""
+    by_name = {f"q r={rank}" if rank != "W" else "q W itself": seeds for rank, seeds in losses.items()}
+    kept = {rank: f"q r={rank}" for rank in losses if rank != "W"}
+    against = compare_with("q W itself", by_name) if "W" in losses else None
+    return _answer(kept, by_name, compare_all({n: by_name[n] for n in kept.values()}), against, margin)
+
+
+def over_seeds_of(mean, noise=(0.0, 0.01, -0.01, 0.005)):
+    return {seed: mean + e for seed, e in enumerate(noise)}
+
+
+def test_the_order_of_sets_is_told_and_what_is_shown_of_them():
+    losses = {
+        "a": over_seeds_of(1.0, (0.0, 0.002, 0.001)),
+        "b": over_seeds_of(1.0, (0.001, 0.0, 0.002)),
+        "c": over_seeds_of(2.0, (0.002, 0.001, 0.0)),
+    }
+    answer = targets_answer(losses)
+    assert "a < b < c. Of 3 pairs 2 are shown to be apart, and 1 to be equal within ±0.01 nats" in answer
+    assert "(Tukey over 3 seeds; residual standard deviation 0.00" in answer
+    assert answer.endswith("a is shown to be lower than c.")
+
+
+def test_a_large_p_is_told_neither_as_a_difference_nor_as_equality():
+    noise = (0.0, 0.2, -0.2), (0.1, -0.1, 0.0)
+    answer = targets_answer({"a": over_seeds_of(1.0, noise[0]), "b": over_seeds_of(1.01, noise[1])})
+    assert "Of 1 pair 0 are shown to be apart, and 0 to be equal within ±0.01 nats" in answer
+    assert answer.endswith("a is not shown to be lower than any other.")
+
+
+def test_one_seed_of_sets_claims_nothing():
+    assert "one seed" in targets_answer({"a": {0: 1.0}, "b": {0: 2.0}})
+    assert "nothing to compare" in targets_answer({"a": {0: 1.0}})
 
 
 def test_a_step_that_raises_the_loss_is_told():
-    kept, noise = {1: "q r=1", 2: "q r=2"}, [0.0, 0.01, -0.01, 0.005]
-    losses = {
-        "q r=1": dict(enumerate(2.0 + e for e in noise)),
-        "q r=2": dict(enumerate(3.0 + e for e in noise)),
-    }
-    answer = _answer(kept, losses, None, _neighbours(kept, losses, None))
-    assert answer.endswith("(paired t, Holm): none. Steps that raise it: 1 to 2.")
+    answer = rank_answer({1: over_seeds_of(2.0), 2: over_seeds_of(3.0, (0.01, -0.01, 0.0, 0.0))})
+    assert "shown to lower the loss (Tukey over 4 seeds; residual standard deviation" in answer
+    assert "): none. Steps that raise it: 1 to 2." in answer
+    assert answer.endswith("Ranks shown to be equal within ±0.01 nats: none.")
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.5])
 def test_the_largest_rank_is_called_too_small_only_where_its_step_is_significant(gain):
-    kept = {1: "q r=1", 2: "q r=2", 4: "q r=4"}
-    noise = [0.0, 0.01, -0.01, 0.005]
-    losses = {
-        "q r=1": dict(enumerate(2.0 + e for e in noise)),
-        "q r=2": dict(enumerate(2.0 + e for e in reversed(noise))),
-        "q r=4": dict(enumerate(1.999 - gain + e for e in noise)),
-    }
-    answer = _answer(kept, losses, None, _neighbours(kept, losses, None))
+    noise = (0.0, 0.01, -0.01, 0.005)
+    answer = rank_answer(
+        {1: over_seeds_of(2.0), 2: over_seeds_of(2.0, noise[::-1]), 4: over_seeds_of(1.999 - gain, noise)}
+    )
     assert "at rank 4" in answer
     assert ("was not reached" in answer) == bool(gain)
+
+
+def test_ranks_are_called_equal_only_within_the_margin():
+    losses = {4: over_seeds_of(2.0), 8: over_seeds_of(2.0003, (0.0, 0.01, -0.01, 0.006))}
+    assert rank_answer(losses).endswith("equal within ±0.01 nats: 4 and 8.")
+    assert rank_answer(losses, 1e-4).endswith("equal within ±0.0001 nats: none.")
+
+
+def test_every_rank_is_compared_with_the_training_of_w_itself():
+    noise = (0.0, 0.01, -0.01, 0.005)
+    answer = rank_answer(
+        {1: over_seeds_of(2.0), 2: over_seeds_of(1.5, noise[::-1]), "W": over_seeds_of(1.5, (0.01, 0, 0, 0))}
+    )
+    assert "Ranks shown to differ from W's own training (Dunnett over 4 seeds" in answer
+    assert "): 1. Loss at rank 2 less that of W's own training: " in answer

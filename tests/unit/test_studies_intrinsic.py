@@ -1,17 +1,37 @@
-"""d90: the smallest dimension that reaches 90 %, by both definitions."""
+"""d90: the dimension that reaches 90 %, by both definitions, with its interval over seeds."""
 
-from brushstroke.studies.intrinsic import _d90, _spread
+import math
+
+import pytest
+
+from brushstroke.studies.intrinsic import _accuracy, _crossing, _d90, _gain, _spread
 from brushstroke.studies.workshop import Score
 
 BEFORE, AFTER = Score(3.0, 0.30, 10), Score(1.0, 0.60, 10)
+TRIED = {10: Score(2.5, 0.53, 10), 100: Score(1.3, 0.54, 10), 1000: Score(1.19, 0.58, 10)}
 
 
-def test_both_definitions():
-    tried = {10: Score(2.5, 0.53, 10), 100: Score(1.3, 0.54, 10), 1000: Score(1.19, 0.58, 10)}
-    assert _d90(BEFORE, AFTER, tried) == (1000, 100)  # the aims are 1.2 nats and 54 %
-    assert _d90(BEFORE, AFTER, {10: tried[10]}) == (None, None)
+def test_both_definitions():  # the aims are 1.2 nats and 54 %
+    found = {share: _d90(share, BEFORE, AFTER, TRIED, {0: AFTER}, {0: TRIED}) for share in (_gain, _accuracy)}
+    assert (found[_gain].smallest, found[_accuracy].smallest) == (1000, 100)
+    assert str(found[_gain]) == "1,000 (more than 100)"
+    few = {10: TRIED[10]}
+    assert _d90(_gain, BEFORE, AFTER, few, {0: AFTER}, {0: few}).smallest is None
 
 
-def test_what_single_seeds_say_is_told_where_there_are_several():
-    assert _spread({0: (100, 10)}, 0) == ""
-    assert _spread({0: (1000, 10), 1: (None, 30)}, 0) == " (by seed 1,000, none)"
+def test_between_two_dimensions_the_share_is_linear_in_log_d():
+    assert _crossing({10: 0.8, 1000: 1.0}) == pytest.approx(100)
+    assert _crossing({10: 0.5, 100: 0.9, 1000: 0.95}) == pytest.approx(100)
+    assert _crossing({10: 0.95, 100: 0.99}) is None
+    assert _crossing({10: 0.5, 100: 0.6}) is None
+
+
+def test_the_interval_is_over_seeds_and_by_ratio():
+    assert _spread({0: 100.0}) == ""
+    assert _spread({0: 1000.0, 1: None}) == " (by seed 1,000, none between)"
+    assert _spread({0: 100.0, 1: 100.0, 2: 100.0}) == ", by interpolation 100 [100, 100]"
+    told = _spread({0: 50.0, 1: 100.0, 2: 200.0})
+    low, high = (float(part.strip("[],").replace(",", "")) for part in told.split()[-2:])
+    assert math.sqrt(low * high) == pytest.approx(100, rel=0.1)
+    assert low < 50
+    assert high > 200

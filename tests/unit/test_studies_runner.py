@@ -9,8 +9,8 @@ import pytest
 from brushstroke.errors import ConfigError, OutputError, ResumeError, TrainingError
 from brushstroke.studies import executors
 from brushstroke.studies import store as store_module
-from brushstroke.studies.arms import Arm, Run
-from brushstroke.studies.runner import Estimate, Grid, conduct, estimate
+from brushstroke.studies.arms import Arm, Run, on_other_task
+from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, conduct, estimate
 from brushstroke.studies.store import Store, check_folder
 from brushstroke.studies.workshop import Outcome, Score
 
@@ -56,6 +56,42 @@ def test_the_rate_is_chosen_inside_and_the_other_seeds_use_it(tmp_path):
     assert found.losses() == pytest.approx({0: 0.0, 1: 0.01})
 
 
+CONTROL = on_other_task(ARM)
+WITH_CONTROL = Estimate(1.0, 6, (ARM.name, CONTROL.name), (0, 1))
+
+
+def test_a_control_runs_at_the_rate_of_its_arm_alone(tmp_path):
+    """However low its own loss were at another rate."""
+    ledger = Ledger(lambda run: best_at(1e-2 if run.arm.name == "a" else 1e-1)(run))
+    found = run(tmp_path, ledger, (ARM, CONTROL), plan=WITH_CONTROL)
+    control = found[CONTROL.name]
+    assert control.conclusive
+    assert (control.chosen, control.seeds, control.tried) == (1e-2, (0, 1), {})
+    assert [asked for asked in ledger.asked if asked[0] == CONTROL.name] == [
+        (CONTROL.name, 1e-2, 0),
+        (CONTROL.name, 1e-2, 1),
+    ]
+    again = Ledger(best_at(1e-2))
+    run(tmp_path, again, (ARM, CONTROL), plan=WITH_CONTROL)
+    assert again.asked == []
+
+
+def test_a_control_takes_the_rate_that_an_extended_grid_found(tmp_path):
+    found = run(tmp_path, Ledger(best_at(1e-5)), (ARM, CONTROL), plan=WITH_CONTROL)
+    assert found[CONTROL.name].chosen == found["a"].chosen == 1e-5
+
+
+@pytest.mark.parametrize("arms", [("a", CONTROL.name), (CONTROL.name,)], ids=["inconclusive", "left out"])
+def test_a_control_of_an_arm_without_a_rate_does_not_run(tmp_path, arms):
+    other = Arm("b", ("v",), 2)
+    ledger = Ledger(lambda run: run.learning_rate if run.arm.name != "b" else best_at(1e-2)(run))
+    plan = Estimate(1.0, 6, (*arms, "b"), (0, 1))
+    found = run(tmp_path, ledger, (ARM, CONTROL, other), plan=plan)
+    assert not found[CONTROL.name].conclusive
+    assert found[CONTROL.name].outcomes == {}
+    assert CONTROL.name not in {name for name, _, _ in ledger.asked}
+
+
 def test_a_finished_run_is_never_run_again(tmp_path):
     run(tmp_path, Ledger(best_at(1e-2)))
     again = Ledger(best_at(1e-2))
@@ -63,16 +99,31 @@ def test_a_finished_run_is_never_run_again(tmp_path):
     assert again.asked == []
 
 
-def test_the_grid_is_extended_once(tmp_path):
-    ledger = Ledger(best_at(1e-1))
+@pytest.mark.parametrize(
+    ("best", "further"), [(1e-1, [1.0]), (1e1, [1.0, 10.0, 100.0]), (1e-4, [1e-4, 1e-5])]
+)
+def test_the_grid_is_extended_until_the_best_rate_lies_inside(tmp_path, best, further):
+    ledger = Ledger(best_at(best))
     found = run(tmp_path, ledger)["a"]
-    assert ("a", 1.0, 0) in ledger.asked
+    assert [rate for _, rate, seed in ledger.asked if seed == 0][3:] == pytest.approx(further)
     assert found.conclusive
-    assert found.chosen == 1e-1
+    assert found.chosen == pytest.approx(best)
+
+
+def test_the_grid_is_extended_five_times_at_the_most(tmp_path):
+    ledger = Ledger(best_at(1e9))
+    assert not run(tmp_path, ledger)["a"].conclusive
+    assert len(ledger.asked) == 3 + EXTENSIONS
+
+
+def test_a_grid_that_must_not_grow_does_not(tmp_path):
+    ledger = Ledger(best_at(1.0))
+    assert not run(tmp_path, ledger, grid=Grid(GRID.rates, GRID.seeds, extend=False))["a"].conclusive
+    assert len(ledger.asked) == 3
 
 
 def test_an_arm_at_the_edge_is_inconclusive_and_gets_no_further_seeds(tmp_path):
-    ledger = Ledger(best_at(100.0))
+    ledger = Ledger(best_at(1e9))
     found = run(tmp_path, ledger)["a"]
     assert not found.conclusive
     assert found.edge == "highest"
@@ -154,12 +205,25 @@ def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
 
 def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     store = Store(tmp_path, identity(seeds=[0]))
-    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
+    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.0, 2.0)))
     (tmp_path / "mine.txt").write_text("mine")
     fresh = Store(tmp_path, identity(seeds=[1]), overwrite=True)
     assert fresh.outcome(Run(ARM, 0.1, 0)) is None
+    assert not (tmp_path / "runs").exists()
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert json.loads((tmp_path / "study.json").read_text())["identity"] == identity(seeds=[1])
+
+
+def test_the_losses_of_test_rows_are_kept_beside_the_outcome(tmp_path):
+    store, run = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
+    store.finish(run, Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.23456789, 2.0)))
+    assert store.test_rows(run) == (1.234568, 2.0)
+    assert "test_rows" not in (tmp_path / "runs" / run.key / "outcome.json").read_text()
+    assert store.outcome(run) == Outcome("a", 0.1, 0, 1, 1, 1, 0.1)
+    assert store.test_rows(Run(ARM, 0.1, 1)) == ()
+    (tmp_path / "runs" / run.key / "test_rows.json").write_text("[1, null]")
+    with pytest.raises(OutputError, match=r"test_rows.json is damaged; remove this file"):
+        store.test_rows(run)
 
 
 def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
@@ -192,7 +256,7 @@ def test_the_time_that_is_left_counts_the_runs_of_a_wider_grid(tmp_path):
 def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
     ledger = Ledger(lambda run: run.learning_rate)
     run(tmp_path, ledger, grid=Grid((1e-3, 1.001e-3), (0,)), plan=Estimate(1.0, 2, ("a",), (0,)))
-    assert len({rate for _, rate, _ in ledger.asked}) == 3
+    assert len({rate for _, rate, _ in ledger.asked}) == 2 + EXTENSIONS
 
 
 def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
@@ -354,7 +418,7 @@ def test_a_wider_grid_goes_on_by_the_ratio_next_to_its_edge(tmp_path):
     for best, beyond in ((1e-6, 1e-4 / 3), (1e3, 0.3 * 30)):
         ledger = Ledger(best_at(best))
         run(tmp_path / str(best), ledger, grid=Grid((1e-4, 3e-4, 1e-2, 0.3), (0,)))
-        assert ledger.asked[-1][1] == pytest.approx(beyond, rel=0.05)
+        assert ledger.asked[4][1] == pytest.approx(beyond, rel=0.05)  # the first beyond the four
 
 
 def test_the_time_that_is_left_is_that_of_the_runs_shared_by_the_workers(tmp_path):

@@ -5,12 +5,14 @@ import training_kit
 from brushstroke.base import Base
 from brushstroke.errors import ConfigError
 from brushstroke.formats import load
+from brushstroke.layers import merge
 from brushstroke.layers.walk import site_module, weight_dxh
-from brushstroke.studies.arms import Arm, Run, low_rank, whole
+from brushstroke.studies.arms import Arm, Run, low_rank, shortened, whole
 from brushstroke.studies.controls import principal_inputs
+from brushstroke.studies.divergence import SHARES
 from brushstroke.studies.random_subspace import SubspaceAdamW, _Gaussian, _Hashed
 from brushstroke.studies.whole import WholeWeights
-from brushstroke.studies.workshop import Task, Workshop, score
+from brushstroke.studies.workshop import Task, Workshop, divergence, score, score_rows
 from brushstroke.training import TrainConfig, Training
 from toys import snapshot, tiny_llama
 
@@ -54,6 +56,49 @@ def workshop_outcome_again(workshop, arm, outcome):
     return replace(workshop.run(Run(arm, 1e-2, 3)), seconds=outcome.seconds)
 
 
+@pytest.mark.parametrize(
+    "arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=["low rank", "W itself"]
+)
+def test_the_divergence_is_that_of_the_merged_model_from_the_base(workshop, arm):
+    """Against logits of whole models, of the base as it was and with the update in its weights."""
+    run = Run(arm, 3e-2, 0)
+    model = workshop.base.model
+    examples = workshop.general
+    before = _logits(model, examples)
+    found = workshop.run(run).general.divergence
+    merged = merge(model, load(workshop.folder / run.key / "adapter"), allow_different_base=True)
+    ln_p, ln_q = (logits.double().log_softmax(-1) for logits in (before, _logits(merged, examples)))
+    expected = float((ln_p.exp() * (ln_p - ln_q)).sum(-1).mean())
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-3
+
+
+@torch.no_grad()
+def _logits(model, examples):
+    """Those of all trained tokens."""
+    rows = []
+    for example in examples:
+        logits = model(input_ids=torch.tensor([list(example.tokens)])).logits[0]
+        where = [at - 1 for at, weight in enumerate(example.weights) if weight]
+        rows.append(logits[where])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=lambda arm: arm.name)
+def test_a_model_that_has_learnt_nothing_does_not_diverge(workshop, arm):
+    before = snapshot(workshop.base.model)
+    session = workshop._open(Run(arm, 1e-3, 0))
+    assert divergence(session, workshop.general) == 0
+    session.close()
+    after = snapshot(workshop.base.model)
+    assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
+
+
+def test_a_shortened_arm_trains_for_its_share_of_the_steps(workshop):
+    arm = low_rank("q,v", QV, 4)
+    assert [workshop.run(Run(shortened(arm, share), 1e-2, 0)).steps for share in SHARES] == [2, 3]
+
+
 def test_a_run_learns_and_keeps_its_update(workshop):
     run = Run(low_rank("q,v", QV, 4), 3e-2, 0)
     workshop.config = TrainConfig(max_steps=40, batch_size=12)
@@ -63,6 +108,25 @@ def test_a_run_learns_and_keeps_its_update(workshop):
     kept = load(workshop.folder / run.key / "adapter")
     assert kept.rank == 4
     assert outcome.start_change > 0
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3, 4, 5], [5, 0, 3]])
+def test_the_losses_of_single_rows_are_those_of_each_row_alone(workshop, rows):
+    """Whatever the order in which a forward pass packs them."""
+    session = Training(workshop.base, low_rank("q,v", QV, 4).lora)
+    examples = [workshop.tasks["task"].test[row] for row in rows]
+    whole, by_row = score_rows(session, examples)
+    alone = [score(session, [example]) for example in examples]
+    assert by_row == pytest.approx([one.loss * one.tokens for one in alone], rel=1e-5)
+    assert sum(by_row) == pytest.approx(whole.loss * whole.tokens, rel=1e-6)
+    session.close()
+
+
+def test_a_run_keeps_the_losses_of_its_test_rows(workshop):
+    for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
+        outcome = workshop.run(Run(arm, 1e-3, 0))
+        assert len(outcome.test_rows) == 6
+        assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
 
 
 def test_a_run_that_diverges_says_so(workshop):

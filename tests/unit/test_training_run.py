@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
+from brushstroke.training import PlanWarning
 from brushstroke.training.checkpoint import sealed
 from toys import tiny_gpt2, tiny_llama
 from training_kit import examples
@@ -228,8 +229,22 @@ def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
 def test_a_base_with_broken_weights_is_told_from_a_rate_that_is_too_high(tmp_path: Path) -> None:
     broken = base()
     broken.model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
-    with pytest.raises(NonFiniteError, match=r"step 1; .*the base's weights may be at fault"):
+    with (
+        pytest.warns(PlanWarning, match="packing is not shown to be right"),
+        pytest.raises(NonFiniteError, match=r"step 1; .*the base's weights may be at fault"),
+    ):
         bs.train(broken, examples(4), LORA, CONFIG, out=tmp_path / "run")
+
+
+def test_what_the_plan_warns_of_is_a_warning_where_nobody_takes_the_plan() -> None:
+    made = base()
+    made.model.get_submodule("model.layers.1.mlp").forward = lambda x: x
+    with pytest.warns(PlanWarning, match=r"text does not run through model.layers.1.mlp.gate_proj") as told:
+        bs.train(made, examples(4), LORA, CONFIG)
+    assert len(told) == 1
+    plans: list[bs.Plan] = []
+    bs.train(made, examples(4), LORA, CONFIG, on_plan=lambda plan, _: plans.append(plan))
+    assert "model.layers.1.mlp.gate_proj" in plans[0].warnings[0]
 
 
 def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:

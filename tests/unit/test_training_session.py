@@ -35,7 +35,7 @@ from brushstroke.layers import attach, merge
 from brushstroke.layers.adapted import Adapted
 from brushstroke.step import choose
 from brushstroke.step.attention import NAME
-from brushstroke.training import TrainConfig, Training, train
+from brushstroke.training import PlanWarning, TrainConfig, Training, train
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise
 
@@ -220,6 +220,24 @@ def test_a_short_context_is_no_obstacle(context: int) -> None:
     short = [Example((3, 4, 5), (0.0, 1.0, 1.0))]
     with Training(model, LoraConfig(rank=2)) as run:
         assert math.isfinite(run.forward_backward(short).loss)
+
+
+def test_a_model_that_mixes_dtypes_in_bf16_is_sent_to_float32() -> None:
+    class InFloat32(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.float())
+
+    model = tiny_llama()
+    model.lm_head = InFloat32(model.lm_head)
+    with Training(model, LoraConfig(rank=2, targets="q_proj")) as run:
+        assert run.forward_backward(examples()).loss > 0
+    with pytest.raises(ConfigError, match=r"load it with --dtype float32") as raised:
+        Training(model.bfloat16(), LoraConfig(rank=2, targets="q_proj"))
+    assert "loop of your own" not in str(raised.value)
 
 
 def test_a_model_without_a_language_head_is_refused() -> None:
@@ -776,7 +794,11 @@ def test_a_site_that_ran_and_got_no_gradient_is_an_error_at_that_step(
 
 def test_a_detached_site_ends_a_run_by_name() -> None:
     model, _ = around(torch.detach)
-    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp\.inner\.gate_proj"):
+    gate = r"model\.layers\.1\.mlp\.inner\.gate_proj"
+    with (
+        pytest.warns(PlanWarning, match=f"gives no gradient to {gate}"),
+        pytest.raises(TrainingError, match=gate),
+    ):
         train(Base(model), examples(), LoraConfig(rank=2), TrainConfig(max_steps=1))
 
 

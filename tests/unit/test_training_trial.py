@@ -15,16 +15,41 @@ from training_kit import examples
 
 
 class Experts(nn.Module):
-    """Two experts, the second of which no token gets, and a projection whose output is detached."""
+    """Two experts, the second of which no token of a trial gets, and a projection that may be detached."""
 
     def __init__(self, detach: bool) -> None:
         super().__init__()
         self.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.router = nn.Linear(32, 2)
         self.watcher, self.detach = nn.Linear(32, 32), detach
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         watched = self.watcher(x)
-        return self.experts[0](x) + (watched.detach() if self.detach else watched)
+        gate = self.router(x).softmax(-1)[..., :1]
+        return gate * self.experts[0](x) + (watched.detach() if self.detach else watched)
+
+
+class Hashed(nn.Module):
+    """Experts that are chosen by what goes in, without a weight beside them; three of many run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({f"expert_{i}": nn.Linear(32, 32) for i in range(40)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = int(x.sum().abs() * 1e6)
+        return sum((self.experts[f"expert_{(first + i) % 40}"](x) for i in range(3)), torch.zeros(()))
+
+
+class Unused(nn.Module):
+    """A list of which every layer uses one member, as Zamba2 lists adapters of a shared block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts[0](x)
 
 
 def model(*, detach: bool = False, tower: bool = False) -> nn.Module:
@@ -46,6 +71,40 @@ def test_what_gets_no_gradient_is_named_once_for_all_layers() -> None:
     with Training(model(detach=True), LoraConfig(rank=2)) as run:
         (said,) = unlearnt_sites(run)
     assert said.startswith("the model gives no gradient to model.layers.*.mlp.watcher (2): a step in which")
+
+
+def with_mlp(part: nn.Module, layer: int = 0) -> nn.Module:
+    made: Any = tiny_llama()
+    made.model.layers[layer].mlp = part
+    return made
+
+
+def test_experts_chosen_by_their_input_are_passed_over() -> None:
+    with Training(with_mlp(Hashed()), LoraConfig(rank=2)) as run:
+        assert unlearnt_sites(run) == ()
+
+
+def test_a_member_of_a_list_that_nothing_chooses_is_named() -> None:
+    with Training(with_mlp(Unused()), LoraConfig(rank=2)) as run:
+        (said,) = unlearnt_sites(run)
+    assert said.startswith("text does not run through model.layers.0.mlp.parts.1: they learn nothing")
+
+
+def test_a_layer_whose_block_is_replaced_is_named_although_other_layers_run_theirs() -> None:
+    made: Any = tiny_llama()
+    made.model.layers[1].mlp.forward = lambda x: x
+    with Training(made, LoraConfig(rank=2)) as run:
+        (said,) = unlearnt_sites(run)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert f"model.layers.1.mlp.{name}" in said
+
+
+def test_experts_of_a_layer_that_runs_none_are_named() -> None:
+    made: Any = model()
+    made.model.layers[1].mlp.forward = lambda x: x
+    with Training(made, LoraConfig(rank=2, targets="experts\\..*")) as run:
+        (said,) = unlearnt_sites(run)
+    assert said.startswith("text does not run through model.layers.*.mlp.experts.* (2 of 4): they learn")
 
 
 def test_what_text_does_not_run_through_is_named() -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from brushstroke.adapter.config import LoraConfig
 from brushstroke.adapter.site import Other, Site
-from brushstroke.errors import TargetError
+from brushstroke.errors import TargetError, did_you_mean
 
 _ATTENTION_PART = re.compile(
     r"(^|[._])(attn|attention|self_?attention|cross_?attention|encdecattention)([._]|$)", re.IGNORECASE
@@ -112,10 +112,9 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[
     for site in targeted:
         skipped.pop(site.path, None)
         if reason := site.bypassed or site.frozen:
-            raise TargetError(
-                f"{site.path} cannot be adapted: {reason}; leave it out, as the groups "
-                f"({', '.join(GROUPS)}) do"
-            )
+            groups = [name for name, rule in GROUPS.items() if any(rule(s.path) for s in _usable(sites))]
+            advice = f", as the groups ({', '.join(groups)}) do" if groups else ""
+            raise TargetError(f"{site.path} cannot be adapted: {reason}; leave it out{advice}")
     ranks = _per_site("rank_pattern", config.rank_pattern, config.rank, targeted)
     alphas = _per_site("alpha_pattern", config.alpha_pattern, config.alpha, targeted)
     capped: dict[str, int] = {}
@@ -156,6 +155,11 @@ def _selects(pattern: str, item: Site | Other) -> bool:
     return any(matches_path(pattern, path) for path in paths)
 
 
+def _usable(sites: Iterable[Site]) -> list[Site]:
+    """The sites that an adapter may have."""
+    return [site for site in sites if not (site.bypassed or site.frozen)]
+
+
 def _left_out_of_groups(site: Site) -> str | None:
     if reason := site.bypassed or site.frozen:
         return reason
@@ -193,9 +197,17 @@ def _refuse_unmatched(
     missing = [pattern for pattern, paths in matches.items() if not paths]
     if not missing:
         return
-    lines = [f"{kind} {pattern!r} matches no site{_instead(pattern, sites, others)}" for pattern in missing]
+    lines = [
+        f"{kind} {pattern!r} matches no site{_group_meant(kind, pattern)}{_instead(pattern, sites, others)}"
+        for pattern in missing
+    ]
     groups = f"; groups are {', '.join(GROUPS)}" if kind == "target" else ""
-    raise TargetError("\n".join(lines) + f"\nthis model has {len(sites)} adaptable sites{groups}")
+    raise TargetError("\n".join(lines) + f"\nthis model has {len(_usable(sites))} adaptable sites{groups}")
+
+
+def _group_meant(kind: str, pattern: str) -> str:
+    known = GROUPS if kind == "target" and pattern not in GROUPS else ()
+    return did_you_mean(pattern, known, count=1, cutoff=0.8)
 
 
 def _instead(pattern: str, sites: Sequence[Site], others: Sequence[Other]) -> str:
@@ -214,6 +226,7 @@ def _instead(pattern: str, sites: Sequence[Site], others: Sequence[Other]) -> st
 
 
 def _near(pattern: str, sites: Sequence[Site]) -> str:
+    sites = _usable(sites)
     names = sorted({site.name for site in sites})
     near = difflib.get_close_matches(pattern, [*names, *(p for s in sites for p in s.paths)], n=4, cutoff=0.5)
     near = list(dict.fromkeys(near)) or names[:12]

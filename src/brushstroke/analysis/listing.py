@@ -6,9 +6,10 @@ It computes nothing.
 from typing import NamedTuple
 
 from brushstroke.analysis.intruders import Intruders
-from brushstroke.analysis.relate import Relation
+from brushstroke.analysis.relate import Relation, Share
 from brushstroke.analysis.spectrum import Spectrum
 from brushstroke.analysis.subspace import Overlap
+from brushstroke.analysis.table import short_names
 
 
 class Listing(NamedTuple):
@@ -56,8 +57,9 @@ def spectrum_listing(found: Spectrum) -> Listing:
 def rank_advice(found: Spectrum) -> str:
     """The ranks to store an adapter with, by kind of matrix; "" where every update is zero."""
     kinds: dict[int, list[str]] = {}
+    names = short_names(found.grid().matrices)
     for matrix, rank in found.advised_ranks().items():
-        kinds.setdefault(rank, []).append(matrix)
+        kinds.setdefault(rank, []).append(names[matrix])
     told = "; ".join(f"rank {rank} for {', '.join(kinds[rank])}" for rank in sorted(kinds))
     if len(kinds) == 1:
         told = f"rank {min(kinds)}"
@@ -95,6 +97,21 @@ def relation_listing(found: Relation) -> Listing:
         values = (*projections, row.norm_base, row.norm_delta, *amplified)
         rows.append([site, str(row.rank), *map(number, values), f"{row.residual:.1g}"])
     return Listing(columns, rows)
+
+
+def decile_listing(found: Share) -> Listing:
+    """Per cent of ‖ΔW‖² in each tenth of W's directions, strongest first, with what chance gives below."""
+    rows = {
+        "inputs": found.left,
+        "chance, inputs": found.chance_left,
+        "outputs": found.right,
+        "chance, outputs": found.chance_right,
+    }
+    cells = [
+        [name, *(f"{100 * part:.{1 if part < 0.0995 else 0}f}" for part in parts)]
+        for name, parts in rows.items()
+    ]
+    return Listing(["tenth of W, %", *map(str, range(1, len(found.left) + 1))], cells)
 
 
 def intruder_listing(found: Intruders) -> Listing:

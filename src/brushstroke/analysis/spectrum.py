@@ -115,12 +115,14 @@ class Spectrum(SiteTable[SiteSpectrum]):
         if not 0 < quantile <= 1:
             raise ConfigError(f"a quantile must be above 0 and at most 1; got {quantile}")
         ranks: dict[str, list[int]] = {}
-        for (_, matrix), site in self.grid().sites.items():
+        grid = self.grid()
+        for (_, matrix), site in grid.sites.items():
             if rank := self[site].energy_rank(share):
                 ranks.setdefault(matrix, []).append(rank)
         return {
-            matrix: sorted(found)[math.ceil(quantile * len(found) - 1e-9) - 1]
-            for matrix, found in ranks.items()
+            matrix: sorted(ranks[matrix])[math.ceil(quantile * len(ranks[matrix]) - 1e-9) - 1]
+            for matrix in grid.matrices
+            if matrix in ranks
         }
 
     def totals(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.spectra import above_rounding, product_rounding, rounding_along
 
 Of = Literal["delta", "U", "V"]
-SAME_START = 0.5  # of the factors' cosine, which is about 1/√(d·r) for independent starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,33 +125,19 @@ class Overlap(SiteTable[SiteOverlap]):
         of: whose directions: those of ΔW, or of one factor alone.
         unmatched: sites that were left out.
         cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) over all sites that both have.
-        factor_cosine: the mean over sites of the cosine of the two U, column for column. Near 1 both grew
-            from one random start (the same seed), and what their input directions share is that start.
     """
 
     def __init__(
-        self,
-        rows: Mapping[str, SiteOverlap],
-        *,
-        of: Of,
-        unmatched: Unmatched,
-        cosine: float,
-        factor_cosine: float,
+        self, rows: Mapping[str, SiteOverlap], *, of: Of, unmatched: Unmatched, cosine: float
     ) -> None:
         super().__init__(rows)
-        self.of, self.unmatched = of, unmatched
-        self.cosine, self.factor_cosine = cosine, factor_cosine
+        self.of, self.unmatched, self.cosine = of, unmatched, cosine
 
     @property
     def sides(self) -> list[str]:
         """The sides that were compared: "left" and "right", or one of them."""
         _, row = next(iter(self.items()))
         return [side for side in ("left", "right") if getattr(row, side) is not None]
-
-    @property
-    def same_start(self) -> bool:
-        """Whether both seem to have grown from one random start."""
-        return self.factor_cosine > SAME_START
 
     def _absent(self, site: str) -> str:
         if site in self.unmatched.zero:
@@ -163,13 +148,7 @@ class Overlap(SiteTable[SiteOverlap]):
 
     def totals(self) -> dict[str, Any]:
         """Whose directions, the cosine over all sites, and what was left out."""
-        return {
-            "of": self.of,
-            "cosine": self.cosine,
-            "factor_cosine": self.factor_cosine,
-            "same_start": self.same_start,
-            "unmatched": self.unmatched,
-        }
+        return {"of": self.of, "cosine": self.cosine, "unmatched": self.unmatched}
 
 
 def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
@@ -200,12 +179,11 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
     shared = [site for site in ones if site in twos]
     rows: dict[str, SiteOverlap] = {}
     zero = []
-    inner, squares, factors = 0.0, [0.0, 0.0], 0.0
+    inner, squares = 0.0, [0.0, 0.0]
     for site in shared:
         one, two = ones[site], twos[site]
         decomposed = one.svd(), two.svd()
         product = one.inner(two)
-        factors += _factor_cosine(one, two) / len(shared)
         norms = [float(parts.sigma.square().sum()) for parts in decomposed]
         inner, squares = inner + product, [total + norm for total, norm in zip(squares, norms, strict=True)]
         row = _compare(one, two, decomposed, product, of)
@@ -222,8 +200,7 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
         tuple(site for site in twos if site not in ones),
         tuple(zero),
     )
-    whole = _clipped(inner, squares)
-    return Overlap(rows, of=of, unmatched=unmatched, cosine=whole, factor_cosine=factors)
+    return Overlap(rows, of=of, unmatched=unmatched, cosine=_clipped(inner, squares))
 
 
 def random_pair(row: SiteOverlap, side: str, seed: int = 0) -> Float[Tensor, "i j"]:
@@ -277,13 +254,6 @@ def _directions(update: LowRank, parts: Svd, of: Of) -> Svd:
         rounding = rounding_along(factor, parts.right.mT)
     kept = above_rounding(parts.sigma, max(update.shape), rounding)
     return Svd(parts.left[:, kept].cpu(), parts.sigma[kept].cpu(), parts.right[kept].cpu())
-
-
-def _factor_cosine(one: LowRank, two: LowRank) -> float:
-    r = min(one.rank, two.rank)
-    first, second = one.U[:, :r].double(), two.U[:, :r].double().to(one.device)
-    size = float(first.norm() * second.norm())
-    return float((first * second).sum()) / size if size else 0.0
 
 
 def _clipped(inner: float, squares: list[float]) -> float:

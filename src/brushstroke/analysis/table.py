@@ -6,7 +6,7 @@ It computes nothing.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,6 +15,9 @@ from brushstroke.errors import did_you_mean
 
 Row = TypeVar("Row")
 HIDDEN = {"plain": False}  # metadata of a field that `as_plain` leaves out
+# Words of names, in reading order
+_ATTENTION = ({"q", "query"}, {"v", "value"}, {"o", "out"}, {"k", "key"})
+_FEED_FORWARD = ({"gate"}, {"up"}, {"down"})
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -92,7 +95,8 @@ class Grid:
 
     Args:
         layers: the numbers in the paths, ascending; "" for sites outside of layers.
-        matrices: what is left of the paths, without what all have in common.
+        matrices: what is left of the paths, without what all have in common; of each attention block q, v, o
+            and k in this order, then gate, up and down, and the rest.
         sites: (layer, matrix) → site.
     """
 
@@ -113,7 +117,7 @@ def arrange(sites: Iterable[str]) -> Grid:
         match = _NUMBER.search(site)
         layer = match[0] if match else ""
         cells[layer, _NUMBER.sub("*", site, count=1)] = site
-    columns = list(dict.fromkeys(column for _, column in cells))
+    columns = reading_order(dict.fromkeys(column for _, column in cells))
     heads = {column.partition("*")[0] for column in columns if "*" in column}
     common = f"{heads.pop()}*." if len(heads) == 1 else ""
     names = {column: column.removeprefix(common) if common else column for column in columns}
@@ -122,3 +126,42 @@ def arrange(sites: Iterable[str]) -> Grid:
     layers = sorted({layer for layer, _ in cells}, key=lambda text: int(text) if text else -1)
     placed = {(layer, names[column]): site for (layer, column), site in cells.items()}
     return Grid(tuple(layers), tuple(names[column] for column in columns), placed)
+
+
+def reading_order(matrices: Iterable[str]) -> list[str]:
+    """Kinds of matrices in reading order: q, v, o and k of attention, then gate, up and down, and the rest.
+
+    >>> reading_order(["mlp.down_proj", "mlp.up_proj", "attn.k_proj", "attn.q_proj", "attn.v_proj"])
+    ['attn.q_proj', 'attn.v_proj', 'attn.k_proj', 'mlp.up_proj', 'mlp.down_proj']
+    """
+    given = list(matrices)
+    parents = {name: name.rpartition(".")[0] for name in given}
+    blocks = list(dict.fromkeys(parents.values()))
+    attention = {parents[name] for name in given if "att" in name.lower() or _ATTENTION[0] & _words(name)}
+
+    def key(name: str) -> tuple[int, int]:
+        inside = parents[name] in attention
+        kinds = _ATTENTION if inside else _FEED_FORWARD
+        kind = next((at for at, words in enumerate(kinds) if words & _words(name)), len(kinds))
+        return blocks.index(parents[name]) + (0 if inside else len(blocks)), kind
+
+    return sorted(given, key=key)
+
+
+def side_by_side(matrices: Sequence[str]) -> list[tuple[str, ...]]:
+    """Neighbours in the reading order as pairs for a figure: q beside v, o beside k, and so on.
+
+    >>> side_by_side(["q", "v", "o", "k", "up"])
+    [('q', 'v'), ('o', 'k'), ('up',)]
+    """
+    return [tuple(matrices[at : at + 2]) for at in range(0, len(matrices), 2)]
+
+
+def short_names(matrices: Sequence[str]) -> dict[str, str]:
+    """Kind of matrix → the last part of its name, or the whole name where last parts repeat."""
+    last = {name: name.rsplit(".", 1)[-1] for name in matrices}
+    return last if len({*last.values()}) == len(last) else {name: name for name in matrices}
+
+
+def _words(name: str) -> set[str]:
+    return {*re.split(r"[._]", name.lower())}

@@ -29,17 +29,25 @@ def read_architecture(where: Where) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(**where)
     except ValueError as error:
         raise (refused_code(where, "its config") if needs_own_code(error) else error) from error
-    name = str((getattr(config, "architectures", None) or [""])[0])
-    known = getattr(transformers, name, None)
-    is_known = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
+    name = _named(config)
+    known = _known_class(name)
+    is_known = known is not None
     own = _own_code(config, name, named_only=is_known)
     if own is not None and where["trust_remote_code"]:
         return _own_class(*own, where), config
-    if is_known:
+    if known is not None:
         return known, _part_for(known, config)
     if own is not None:
         raise refused_code(where, f"{name or 'the model'} ({own[1]})")
     return transformers.AutoModelForCausalLM, config
+
+
+def unknown_class(config: Any) -> str | None:
+    """What a config says instead of the name of a class that is known here; None where it names one."""
+    name = _named(config)
+    if _known_class(name) is not None or getattr(config, "auto_map", None):
+        return None
+    return name or "none"
 
 
 def build_model(where: Where) -> nn.Module:
@@ -97,6 +105,20 @@ def refused_code(where: Where, what: str) -> BaseLoadError:
 def needs_own_code(error: Exception) -> bool:
     """Whether transformers refuses to run the code of a folder."""
     return "trust_remote_code=True" in str(error)
+
+
+def _named(config: Any) -> str:
+    """The first of a config's `architectures`, which may be a plain string; "" where there is none."""
+    named = getattr(config, "architectures", None) or [""]
+    return named if isinstance(named, str) else str(named[0])
+
+
+def _known_class(name: str) -> type | None:
+    """The model class of transformers of that name."""
+    import transformers
+
+    known = getattr(transformers, name, None)
+    return known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else None
 
 
 def _part_for(made: Any, config: Any) -> Any:

@@ -23,7 +23,7 @@ from brushstroke.base.architecture import (
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
 from brushstroke.base.moving import check_max_length
-from brushstroke.base.surplus import surplus_tensors
+from brushstroke.base.surplus import require_whole
 from brushstroke.base.told import context_length, model_dtype
 from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
@@ -233,22 +233,13 @@ def _refuse_other_weights(name: str, model: nn.Module, report: dict[str, Any]) -
         raise BaseLoadError(
             f"{name} is a base with an adapter beside it; give the base alone and the adapter as --adapter"
         )
-    kind = type(model).__name__
-    missing = sorted(report.get("missing_keys") or ())
-    mismatched = sorted(str(entry) for entry in report.get("mismatched_keys") or ())
-    if missing or mismatched:
-        listed = ", ".join([*missing[:4], *mismatched[:4]])
-        raise BaseLoadError(
-            f"{name} is not a whole {kind}: {len(missing)} weights are missing and "
-            f"{len(mismatched)} have another shape than its config says ({listed}); fetch it again, or load "
-            f"the model yourself and pass Base(model, tokenizer)"
-        )
-    if surplus := surplus_tensors(model, report.get("unexpected_keys") or ()):
-        raise BaseLoadError(
-            f"{name} is a {kind} by its config, and its files hold {len(surplus)} weights that this class "
-            f"does not have ({', '.join(surplus[:4])}); name the right class under architectures in its "
-            "config.json, or load the model yourself and pass Base(model, tokenizer)"
-        )
+    require_whole(
+        name,
+        model,
+        missing=report.get("missing_keys") or (),
+        mismatched=report.get("mismatched_keys") or (),
+        unexpected=report.get("unexpected_keys") or (),
+    )
 
 
 @contextmanager

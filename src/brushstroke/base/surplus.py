@@ -1,4 +1,4 @@
-"""Tensors in a model's files that its class does not have: which of them tell that it is another model.
+"""Whether files hold the weights of a class: all of them, in its shapes, and none that it does not have.
 
 Those that a class declares itself are none of them: transformers leaves them out of its report.
 """
@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from brushstroke.base.architecture import is_language_model
+from brushstroke.base.architecture import is_language_model, unknown_class
 from brushstroke.base.told import text_config
+from brushstroke.errors import BaseLoadError
 
 # Older releases stored these, which a model makes by itself.
 _CONSTANTS = (
@@ -22,6 +23,62 @@ _CONSTANTS = (
     "relative_position_index",
     "num_batches_tracked",
 )
+
+
+Mismatch = tuple[str, Iterable[int], Iterable[int]]  # key, its shape in the files, its shape by the config
+
+
+def require_whole(
+    name: str,
+    model: nn.Module,
+    *,
+    missing: Iterable[str],
+    mismatched: Iterable[Mismatch],
+    unexpected: Iterable[str],
+) -> None:
+    """Refuse files that lack a weight, which would be random, or hold one that the class does not have.
+
+    Args:
+        name: of the base.
+        model: of the class that the config names, or of its fallback.
+        missing: parameters of the model that the files lack.
+        mismatched: those that have another shape there.
+        unexpected: keys of the files for which the model has no place.
+
+    Raises:
+        BaseLoadError: naming what is missing, of another shape or too much.
+    """
+    kind = type(model).__name__
+    lost = sorted(missing)
+    others = [
+        f"{key}: {_shape(found)} in the files, {_shape(wanted)} by the config"
+        for key, found, wanted in sorted(mismatched, key=lambda entry: entry[0])
+    ]
+    surplus = [] if lost or others else surplus_tensors(model, unexpected)
+    if not (lost or others or surplus):
+        return
+    listed = "; ".join([*lost[:4], *others[:4], *surplus[:4]])
+    if (named := unknown_class(getattr(model, "config", None))) is not None:
+        raise BaseLoadError(
+            f"config.json of {name} names no class that transformers knows (architectures: {named}), and the "
+            f"files do not fit a {kind} ({listed}); write the class that they are of under architectures, "
+            'such as ["BertForSequenceClassification"]'
+        )
+    if surplus:
+        raise BaseLoadError(
+            f"{name} is a {kind} by its config, and its files hold {len(surplus)} weights that this class "
+            f"does not have ({listed}); name the right class under architectures in its "
+            "config.json, or load the model yourself and pass Base(model, tokenizer)"
+        )
+    raise BaseLoadError(
+        f"{name} is not a whole {kind}: {len(lost)} weights are missing and {len(others)} have another shape "
+        f"than its config says ({listed}); fetch it again, or load the model yourself and pass "
+        "Base(model, tokenizer)"
+    )
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return f"({', '.join(map(str, sizes))})"
 
 
 def surplus_tensors(model: nn.Module, unexpected: Iterable[str]) -> list[str]:

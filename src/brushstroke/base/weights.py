@@ -4,7 +4,7 @@ It changes no weight and holds none: each access reads one.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from brushstroke.adapter import Site, is_conv1d
 from brushstroke.base.architecture import build_model
 from brushstroke.base.load import Base, load_base, quiet_transformers
+from brushstroke.base.surplus import require_whole
 from brushstroke.errors import BaseLoadError, BrushstrokeError, did_you_mean
 from brushstroke.files import read_json
 from brushstroke.hub import hub_or_cache
@@ -131,32 +132,43 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         return {file: tuple(keys) for file, keys in sorted(files.items())}
 
     def check_complete(self) -> None:
-        """Check that the files hold every parameter of the model, where that can be told without loading it.
+        """Check that the files hold the weights of the model and no others, by their headers alone.
 
-        A tensor of the files that is none of the model's may be a parameter by another name; then it cannot.
+        A tensor of the files that is none of the model's may be a parameter by another name where the files
+        lack one; then it cannot be told without loading the model.
 
         Raises:
-            BaseLoadError: parameters are not there; loaded, they would be random.
+            BaseLoadError: weights are missing, have another shape, or are none of this class.
         """
-        parameters = [name for name, _ in self.model.named_parameters()]
+        parameters = dict(self.model.named_parameters())
         prefix = getattr(self.model, "base_model_prefix", "")
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         own |= {name for name, _ in self.model.named_buffers()}
-        held: dict[str, str] = {}  # an index may leave one out that is in its file
+        held: dict[str, tuple[int, ...]] = {}  # an index may leave one out that is in its file
         for file in self.shards():
             with safe_open(self.folder / file, framework="pt") as shard:
-                held |= dict.fromkeys(shard.keys(), file)
-        if not held.keys() <= {form for name in own for form in _forms(name, prefix)}:
+                held |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+        located = _locate_keys(self.model, list(parameters), held)
+        missing = self._not_declared("missing", [name for name in parameters if name not in located])
+        unexpected = held.keys() - {form for name in own for form in _forms(name, prefix)}
+        if missing and unexpected:
             return
-        located = _locate_keys(self.model, parameters, held)
-        made = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()  # by the model itself
-        missing = [name for name in parameters if name not in located]
-        lost = [name for name in missing if not any(re.search(pattern, name) for pattern in made)]
-        if lost:
-            raise BaseLoadError(
-                f"the files in {self.folder} lack {len(lost)} of the model's weights, such as {lost[0]}; "
-                "fetch the folder again"
-            )
+        require_whole(
+            str(self.folder),
+            self.model,
+            missing=missing,
+            mismatched=[
+                (name, held[key], parameters[name].shape)
+                for name, key in located.items()
+                if held[key] != tuple(parameters[name].shape)
+            ],
+            unexpected=self._not_declared("unexpected", unexpected),
+        )
+
+    def _not_declared(self, what: str, keys: Iterable[str]) -> list[str]:
+        """The keys without those that the class itself lets be missing, or be unexpected."""
+        patterns = getattr(self.model, f"_keys_to_ignore_on_load_{what}", None) or ()
+        return [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
 
     def key(self, site: str) -> tuple[str, str]:
         """The file and the tensor key that hold a site's weight; that of its twin where it is tied.
@@ -315,7 +327,7 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> nn.Module:
         ) from error
 
 
-def _locate_keys(model: nn.Module, names: list[str], shards: Mapping[str, str]) -> dict[str, str]:
+def _locate_keys(model: nn.Module, names: list[str], shards: Mapping[str, object]) -> dict[str, str]:
     """Parameter name → the key that holds it in the files, for those that can be found."""
     prefix = getattr(model, "base_model_prefix", "")
     twins: dict[int, list[str]] = {}

@@ -20,6 +20,14 @@ from brushstroke.checks import (
     check_stored,
 )
 from brushstroke.cli.adapters import load_adapter
+from brushstroke.cli.analysis_tables import (
+    TableOptions,
+    as_json,
+    told_intruders,
+    told_overlap,
+    told_relation,
+    told_spectrum,
+)
 from brushstroke.cli.analysis_text import (
     Measure,
     print_cut,
@@ -87,13 +95,14 @@ class AgainstBase:
 def spectrum(
     *adapters: Path,
     base: str | None = None,
-    map: Measure = "rank99",
+    map: Measure | None = None,
     truncate: Path | None = None,
     energy: float | None = None,
     budget: Whole = None,
     overwrite: bool = False,
     allow_different_base: bool = False,
     trust_remote_code: bool = False,
+    tables: TableOptions | None = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -102,11 +111,11 @@ def spectrum(
     Args:
         adapters: The adapters' folders, or their hub ids.
         base: A model folder, a hub id or a .gguf file, for the norms relative to its weights.
-        map: What the map of layers and matrices shows.
+        map: Print a map of layers and matrices too, of this measure.
         truncate: Write the (one) adapter here, cut to the ranks of --energy or --budget.
         energy: Share of the energy to keep at every site when truncating [default: 0.99].
         budget: Parameters to keep in total when truncating, spread over the sites so that least is lost.
-        overwrite: Replace the adapter in --truncate's folder.
+        overwrite: Replace what is in the folders of --truncate, --csv and --latex.
         allow_different_base: Measure even if the adapter was trained on another base.
         trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout.
@@ -126,6 +135,8 @@ def spectrum(
 
     if truncate is not None:
         refuse_existing(truncate.expanduser(), overwrite)
+    tables = tables or TableOptions()
+    tables.check(overwrite)
     if energy is not None:
         check_share(energy)
     _check_fit(adapters, base)
@@ -151,14 +162,16 @@ def spectrum(
         save(cut.apply(loaded[name]), truncate, overwrite=overwrite)
     if html is not None:
         _write(html, lambda: _pages().spectrum_page(found))
+    told = {name: told_spectrum(name, one) for name, one in found.items()}
+    tables.write(told, overwrite)
     if json:
         from brushstroke.analysis import as_plain
 
-        told = [{"name": name, **one.as_dict()} for name, one in found.items()]
-        emit_json({"adapters": told, "truncated": None if cut is None else as_plain(cut)})
+        plain = [{"name": name, **as_json(one)} for name, one in told.items()]
+        emit_json({"adapters": plain, "truncated": None if cut is None else as_plain(cut)})
         return
-    for name, one in found.items():
-        print_spectrum(name, one, map)
+    for name, one in told.items():
+        print_spectrum(one, found[name], map, tables.sites)
     if cut is not None and truncate is not None:
         print_cut(truncate, cut)
 
@@ -169,6 +182,8 @@ def compare(
     *,
     of: Literal["delta", "U", "V"] = "delta",
     site: Annotated[list[str] | None, Parameter(negative=())] = None,
+    overwrite: bool = False,
+    tables: TableOptions | None = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -179,9 +194,12 @@ def compare(
         second: The second adapter's folder, or its hub id.
         of: Whose directions: of ΔW, or of the factor U or V alone, as the LoRA paper took them.
         site: Draw the whole grid of this site in --html; repeatable [default: the middle layer].
+        overwrite: Replace what is in the folders of --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
+    tables = tables or TableOptions()
+    tables.check(overwrite)
     shapes = [adapter_shapes(name) for name in (first, second)]
     if all(shapes):
         check_alike(*shapes)
@@ -203,10 +221,12 @@ def compare(
         names = (str(first), str(second))
     if html is not None:
         _write(html, lambda: _pages().overlap_page(found, names, site or ()))
+    told = told_overlap(names, found)
+    tables.write({" and ".join(names): told}, overwrite)
     if json:
-        emit_json({"first": str(first), "second": str(second), **found.as_dict()}, lines=True)
+        emit_json({"first": str(first), "second": str(second), **as_json(told)}, lines=True)
     else:
-        print_overlap(names, found)
+        print_overlap(told, found, tables.sites)
 
 
 def relate(
@@ -214,6 +234,8 @@ def relate(
     base: str,
     *,
     against: AgainstBase | None = None,
+    overwrite: bool = False,
+    tables: TableOptions | None = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -222,9 +244,12 @@ def relate(
     Args:
         adapter: The adapter's folder, or its hub id.
         base: A model folder, a hub id or a .gguf file.
+        overwrite: Replace what is in the folders of --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
+    tables = tables or TableOptions()
+    tables.check(overwrite)
     against = against or AgainstBase()
     against.check()
     _check_fit((adapter,), base)
@@ -237,10 +262,12 @@ def relate(
     _tell_of(cache)
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, _name(adapter)))
+    told = told_relation(_name(adapter), found)
+    tables.write({_name(adapter): told}, overwrite)
     if json:
-        emit_json({"adapter": str(adapter), "base": base, **found.as_dict()})
+        emit_json({"adapter": str(adapter), "base": base, **as_json(told)})
     else:
-        print_relation(_name(adapter), found)
+        print_relation(told, found, tables.sites)
 
 
 def intruders(
@@ -253,6 +280,7 @@ def intruders(
     scale: float | None = None,
     overwrite: bool = False,
     against: AgainstBase | None = None,
+    tables: TableOptions | None = None,
     json: bool = False,
     html: Path | None = None,
 ) -> None:
@@ -265,7 +293,7 @@ def intruders(
         threshold: The largest |cosine| with a singular vector of the base that an intruder may have.
         repair: Write the adapter here with its intruders scaled down.
         scale: The factor by which the repair scales an intruder [default: 0.75].
-        overwrite: Replace the adapter in --repair's folder.
+        overwrite: Replace what is in the folders of --repair, --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -277,6 +305,8 @@ def intruders(
 
     if repair is not None:
         refuse_existing(repair.expanduser(), overwrite)
+    tables = tables or TableOptions()
+    tables.check(overwrite)
     against = against or AgainstBase()
     against.check()
     check_intruder_settings(top, threshold)
@@ -302,10 +332,12 @@ def intruders(
         save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
     if html is not None:
         _write(html, lambda: _pages().intruder_page(found, _name(adapter)))
+    told = told_intruders(_name(adapter), found)
+    tables.write({_name(adapter): told}, overwrite)
     if json:
-        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **found.as_dict()})
+        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(told)})
     else:
-        print_intruders(_name(adapter), found, repair)
+        print_intruders(told, found, repair, tables.sites)
 
 
 def _check_fit(adapters: Sequence[Path], base: str | None) -> None:

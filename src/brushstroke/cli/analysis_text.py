@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from brushstroke.cli.console import facts, results, share, table, tell
 
-SAME_START = (
-    "both grew from one random U (the same seed): left φ shows that start; read right φ and the cosine"
-)
-
 if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Spectrum, Truncation
+    from brushstroke.cli.analysis_tables import Told
 
 # What a narrow terminal does without: the least important column, or group of columns, first.
 WITHOUT = {
@@ -40,24 +37,15 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def print_spectrum(name: str, found: "Spectrum", measure: str) -> None:
-    """The spectrum of one adapter: a row for each site, the map, the advice."""
-    from brushstroke.analysis.listing import rank_advice, spectrum_listing
+def print_spectrum(told: "Told", found: "Spectrum", measure: str | None, sites: bool) -> None:
+    """The spectrum of one adapter, with a map of a measure if one is named, and the advice."""
+    from brushstroke.analysis.listing import rank_advice
 
-    console = results()
-    table(console, *spectrum_listing(found), leave_out=WITHOUT["spectrum"])
-    _print_map(found, measure)
-    tell(console, name, style="bold")
-    widest = max(row.rank for row in found.values())
-    facts(
-        console,
-        {
-            "sites": f"{len(found)}, rank {widest}",
-            "size": f"{found.parameters:,} parameters",
-            "norm": f"{found.norm:.4g}",
-            "advice": rank_advice(found),
-        },
-    )
+    _print_summary(told, "spectrum", sites)
+    if measure is not None:
+        _print_map(found, measure)
+    advice = rank_advice(found)
+    facts(results(), {"size": f"{found.parameters:,} parameters", "advice": advice})
 
 
 def _print_map(found: "Spectrum", measure: str) -> None:
@@ -97,23 +85,17 @@ def print_cut(out: Path, cut: "Truncation") -> None:
     )
 
 
-def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
-    """Two adapters, a row for each site."""
-    from brushstroke.analysis.listing import overlap_listing
-
-    console = results()
-    table(console, *overlap_listing(found), leave_out=WITHOUT["overlap"])
-    tell(console, f"{names[0]} and {names[1]}", style="bold")
+def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
+    """Two adapters side by side."""
+    _print_summary(told, "overlap", sites)
     unmatched = found.unmatched
     facts(
-        console,
+        results(),
         {
-            "sites": f"{len(found)}; φ of as many directions as the smaller rank has",
-            "cosine": f"{found.cosine:.4f} over all sites; by chance 0",
+            "φ": "of as many directions as the smaller rank has",
             "only in the first": ", ".join(unmatched.only_first),
             "only in the second": ", ".join(unmatched.only_second),
             "zero": ", ".join(unmatched.zero),
-            "same start": SAME_START if found.same_start else "",
             "note": ""
             if found.of == "delta"
             else f"of {found.of} alone, which is no property of ΔW: other factors of the same ΔW differ",
@@ -121,52 +103,38 @@ def print_overlap(names: tuple[str, str], found: "Overlap") -> None:
     )
 
 
-def print_relation(name: str, found: "Relation") -> None:
-    """An adapter in its base, a row for each site."""
-    from brushstroke.analysis import mean_deciles
-    from brushstroke.analysis.listing import number, relation_listing
+def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
+    """An adapter in its base, with the energy by tenth of W's directions beside chance."""
+    from brushstroke.analysis.listing import decile_listing, number
 
-    console = results()
-    table(console, *relation_listing(found), leave_out=WITHOUT["relation"])
-    told = found.totals()
-    tell(console, name, style="bold")
-    deciles = mean_deciles(found)
-    whole, ratio = number(told["amplification"]), number(told["ratio_to_chance"])
-    facts(
-        console,
-        {
-            "amplification": f"{whole}; {number(told['amplification_random'])} at random",
-            "ratio to chance": f"{ratio}, median {number(told['median_ratio_to_chance'])}",
-            "energy by tenth of W": ""
-            if deciles is None
-            else f"inputs {_shares(deciles.left)}; outputs {_shares(deciles.right)} (strongest first)",
-            "zero": ", ".join(told["zero"]),
-        },
-    )
+    _print_summary(told, "relation", sites)
+    console, totals = results(), found.totals()
+    if told.deciles is not None:
+        tell(console, "energy of ΔW by tenth of W's directions, strongest first", indent=2)
+        table(console, *decile_listing(told.deciles))
+    ratio, median = totals["ratio_to_chance"], totals["median_ratio_to_chance"]
+    told_ratio = "" if median is None else f"{number(ratio)} in all, {number(median)} at the median site"
+    facts(console, {"ratio to chance": told_ratio, "zero": ", ".join(totals["zero"])})
 
 
-def _shares(parts: tuple[float, ...]) -> str:
-    return " ".join(f"{100 * part:.0f}" for part in parts) + " %"
-
-
-def print_intruders(name: str, found: "Intruders", repaired: Path | None) -> None:
-    """The directions that are new or undecided."""
-    from brushstroke.analysis.listing import intruder_listing
-
-    console = results()
-    listing = intruder_listing(found)
-    if listing.rows:
-        table(console, *listing, leave_out=WITHOUT["intruders"])
-    tell(console, name, style="bold")
-    judged = found.totals()["directions"]
+def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sites: bool) -> None:
+    """How many directions are new; with `sites` each that is new or undecided."""
+    _print_summary(told, "intruders", sites)
     covered = max((row.covered_from for row in found.values()), default=0.0)
     facts(
-        console,
+        results(),
         {
-            "judged": f"{judged} directions of {len(found)} sites, threshold {found.threshold}",
-            "intruders": f"{found.count()} at {sum(row.count() > 0 for row in found.values())} sites",
-            "undecided": str(found.count("undecided") or ""),
             "certificates": f"above {share(covered)} of W's largest singular value" if covered else "",
             "repaired": "" if repaired is None else str(repaired),
         },
     )
+
+
+def _print_summary(told: "Told", kind: str, sites: bool) -> None:
+    """What was found in one sentence, the tables by kind of matrix and by layer, the rows of all sites."""
+    console = results()
+    tell(console, told.summary.sentence, style="bold")
+    for listing in told.summary.listings().values():
+        table(console, *listing, leave_out=("sites", "stable"))
+    if sites and told.rows.rows:
+        table(console, *told.rows, leave_out=WITHOUT[kind])

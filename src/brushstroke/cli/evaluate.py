@@ -33,6 +33,7 @@ def evaluate(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: Whole = None,
+    split_turns: bool = False,
     tools: ToolsFile = None,
     chat_template: str | None = None,
     date: str | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens, for the loss [default: the model's context].
+        split_turns: Take the loss of every assistant turn as an example of its own, as in training.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
             training, or the tokenizer's own].
         date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
@@ -78,6 +80,7 @@ def evaluate(
         prompt=prompt,
         completion=completion,
         max_length=max_length,
+        split_turns=split_turns,
         chat_template=template
         or next((a.card.chat_template for a in adapters.values() if a and a.card), None),
         tools=declared,
@@ -94,6 +97,7 @@ def evaluate(
             prompt_column=prompt,
             completion_column=completion,
             max_length=max_length,
+            split_turns=split_turns,
             tools=declared,
             chat_template=template,
             date=date,

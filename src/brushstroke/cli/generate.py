@@ -191,7 +191,10 @@ def _ask(name: str) -> str | None:
 def _turn(session: Any, text: str, json: bool) -> None:
     if json:
         answer = session.say(text)
-        emit_json({"adapter": session.adapter or BASE, "prompt": text, "answer": answer}, lines=True)
+        said = session.messages[-1]
+        further = {"reasoning": said.get("reasoning_content"), "tool_calls": said.get("tool_calls")}
+        told = {"adapter": session.adapter or BASE, "prompt": text, "answer": answer}
+        emit_json(told | {name: value for name, value in further.items() if value}, lines=True)
         return
     try:
         session.say(text, on_text=lambda piece: emit(piece, end=""))

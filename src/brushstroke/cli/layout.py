@@ -14,7 +14,7 @@ GAP, EDGES = 3, 4  # cells between two columns of a table, and beside them
 LEAST_NAME = 20  # cells of a name that is cut
 HEAD_SHARE = 5  # of a name that is cut, one part in so many is its beginning: its end says more
 _WORD = re.compile(r"\S+\s*|^\s+")
-_PART_OF_HEAD = re.compile(r".+?(?:[ .](?=\w)|$)")  # "90 %" is one, "self_attn.q_proj" two
+_PART_OF_HEAD = re.compile(r".+?(?:[ .](?=[\w(])|$)")  # "90 %" is one, "self_attn.q_proj" two
 
 Group = str | Sequence[str]
 

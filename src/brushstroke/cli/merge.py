@@ -77,6 +77,7 @@ def _print(report: "ExportReport") -> None:
             "not measured": report.logit_drift_skipped or "",
             "untied": ", ".join(f"{site} from {other}" for site, other in report.untied),
             "chat template": "the adapter's" if report.chat_template_saved else "",
+            "stop tokens": " ".join(report.stop_tokens_saved),
             "left out": ", ".join(report.left_out),
             "how": f"{'file by file' if report.streamed else 'in memory'}, {report.seconds:.1f} s",
         },

@@ -18,7 +18,7 @@ from brushstroke.cli.early import judge_data
 from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
-from brushstroke.errors import ConfigError, require
+from brushstroke.errors import ConfigError, OutputError, require
 from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ ONLY_FOR = {
     "targets": ("rank", "seeds", "delta", "intrinsic"),
     "scale_rule": ("rank",),
     "alpha": ("rank", "seeds", "targets", "delta", "intrinsic"),
-    "no_whole": ("rank",),
+    "no_whole": ("rank", "delta"),
+    "margin": ("rank", "targets"),
     "other": ("seeds", "paper"),
     "general": ("delta", "paper"),
 }
@@ -65,8 +66,9 @@ class QuestionOptions:
             q_proj,v_proj,q_proj+v_proj,all-linear.
         budget: Number of trained parameters of every set (targets).
         dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
-        no_whole: Leave out the runs that train all of W (rank).
-        tiny: A small model that is trained here, on texts that every Python carries (paper).
+        no_whole: Leave out the runs that train all of W (rank, delta).
+        margin: What equal means, in nats of test loss per trained token (rank, targets) [default: 0.01].
+        tiny: A small model that is trained here, on texts that every Python carries (paper, intrinsic).
         smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
     """
 
@@ -79,6 +81,7 @@ class QuestionOptions:
     budget: Whole = None
     dimensions: str | None = None
     no_whole: Annotated[bool | None, Parameter(negative=())] = None
+    margin: float | None = None
     tiny: bool = False
     smollm2: bool = False
 
@@ -89,7 +92,7 @@ class StudyRunOptions:
     """How every run trains, and how many there are.
 
     Args:
-        seeds: Number of seeds of every arm [default: 3; 5 for paper --tiny].
+        seeds: Number of seeds of every arm [default: 3; 5 with --tiny].
         learning_rates: Learning rates to choose from on the validation data, separated by commas
             [default: four around the default of train].
         epochs: Passes over the data in every run [default: 1].
@@ -97,8 +100,9 @@ class StudyRunOptions:
         batch_size: Examples per optimiser step [default: 8].
         budget_minutes: Plan only the runs that fit into this time, and name those left out.
         workers: Runs at a time, each in a process of one thread; for small models
-            [default: 1; one per core for the presets of paper].
+            [default: 1; one per core with --tiny and --smollm2].
         overwrite: Start over in --out; finished runs there are removed.
+        reread: Read the finished runs in --out again, as this version reads them; nothing is trained.
     """
 
     seeds: Whole = None
@@ -109,6 +113,7 @@ class StudyRunOptions:
     budget_minutes: float | None = None
     workers: Whole = None
     overwrite: bool = False
+    reread: bool = False
 
 
 @Parameter(name="*", group=DATA)
@@ -120,7 +125,7 @@ class StudyDataOptions:
         validation: Data on which learning rates are chosen [default: a tenth of DATA].
         test: Data on which the report's numbers are measured [default: another tenth of DATA].
         other: Data of another task, as the control of seeds.
-        general: General text, to measure how much of it each run unlearns.
+        general: General text, to measure how far each run strays from the base on it.
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
@@ -148,6 +153,8 @@ def study(
     device: Device = "auto",
     trust_remote_code: bool = False,
     png: bool = False,
+    csv: bool = False,
+    latex: bool = False,
     json: bool = False,
 ) -> None:
     """Answer a question of the LoRA paper on a model and data: planned runs, tables, figures, one report.
@@ -157,13 +164,15 @@ def study(
     Args:
         question: rank: what rank is enough; seeds: what seeds share; targets: which matrices deserve the
             parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; paper: the first four.
-        base: A model folder, a hub id or a .gguf file; none for paper --tiny and --smollm2.
-        data: The task, as for train; none for paper --tiny and --smollm2.
+        base: A model folder, a hub id or a .gguf file; none with --tiny and --smollm2.
+        data: The task, as for train; none with --tiny and --smollm2.
         out: The folder of the study: report.html, results.json, and every run.
         dtype: Dtype of the base; auto is float32 here, because bf16 loses small steps when W is trained.
         device: The device to run on.
         trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
-        png: Write the figures as files too.
+        png: Write the figures as PNG and SVG files too.
+        csv: Write the tables as CSV files too.
+        latex: Write the tables as LaTeX files too.
         json: Print results.json on stdout.
     """
     given, settings, files = (
@@ -179,17 +188,27 @@ def study(
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # now, and not after hours of runs
     require("scipy.special", extra="study")
-    from brushstroke.studies import in_process, paper_questions, processes, run_studies, write_report
+    from brushstroke.studies import (
+        finished_only,
+        in_process,
+        paper_questions,
+        processes,
+        run_studies,
+        write_report,
+    )
     from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
     from brushstroke.studies.runner import check_budget
 
     check_budget(settings.budget_minutes)  # now, and not after a model was loaded or trained
+    if settings.reread:
+        _require_finished(out, settings)
     workers, budget = 1 if settings.workers is None else settings.workers, settings.budget_minutes
     if workers < 1:
         raise ConfigError(f"--workers is how many runs there are at a time, at least 1; got {workers}")
     if given.tiny or given.smollm2:
         fixed = {
+            **{name: value for name, value in vars(given).items() if name not in ("tiny", "smollm2")},
             **vars(settings),
             **vars(files),
             "dtype": dtype,
@@ -198,7 +217,7 @@ def study(
             "base": base,
             "data": data,
         }
-        studies, material = _preset("--tiny" if given.tiny else "--smollm2", out, settings, fixed)
+        studies, material = _preset(question, "--tiny" if given.tiny else "--smollm2", out, settings, fixed)
         workers = settings.workers or usable_cores()
         if given.smollm2 and budget is None:
             budget = SMOL_MINUTES
@@ -211,22 +230,23 @@ def study(
         )
         material = _material(base, data, settings, files, loading)
         studies = paper_questions(material) if asked_for is None else [asked_for]
+    execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
-    with _Progress(workers) as progress:
+    with _Progress(workers, settings.reread) as progress:
         report = run_studies(
             studies,
             material,
             out,
             overwrite=settings.overwrite,
             budget_minutes=budget,
-            execute=processes(workers) if workers > 1 else in_process,
+            execute=finished_only if settings.reread else execute,
             workers=workers,
             on_estimate=progress.estimate,
             on_run=progress.run,
         )
     command = shlex.join(["brushstroke", *sys.argv[1:]])
-    page = write_report(report, out, title=TITLES[question], command=command, png=png)
+    page = write_report(report, out, title=TITLES[question], command=command, png=png, csv=csv, latex=latex)
     if json:
         emit_json({**report.as_dict(), "command": command})
         return
@@ -237,20 +257,33 @@ def study(
     say(f"the report is in {page}")
 
 
-def _preset(
-    flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
-) -> "tuple[list[Study], Material]":
-    from brushstroke.studies import smollm2_paper, tiny_paper
+def _require_finished(out: Path, settings: StudyRunOptions) -> None:
+    """Refuse --reread where there is nothing to read, before a model is loaded or trained."""
+    from brushstroke.studies.store import planned_before
 
-    free = ("seeds", "workers", "budget_minutes", "overwrite")
+    if settings.overwrite:
+        raise ConfigError(
+            "give --reread or --overwrite, not both: one keeps the runs, the other removes them"
+        )
+    if planned_before(out) is None:
+        raise OutputError(f"{out} holds no study to read again; leave out --reread to run one there")
+
+
+def _preset(
+    question: str, flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
+) -> "tuple[list[Study], Material]":
+    from brushstroke.studies import smollm2_paper, tiny_intrinsic, tiny_paper
+
+    free = ("seeds", "workers", "budget_minutes", "overwrite", "reread")
     chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
     if chosen:
         surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
-        raise ConfigError(f"paper {flag} brings its own model, data and settings; leave out {surplus}")
+        raise ConfigError(f"{question} {flag} brings its own model, data and settings; leave out {surplus}")
     seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
         return smollm2_paper(**seeds)
-    return tiny_paper(
+    make = tiny_paper if question == "paper" else tiny_intrinsic
+    return make(
         out,
         overwrite=settings.overwrite,
         on_base=lambda: say("a small model is trained first, if it is not there"),
@@ -272,6 +305,8 @@ def _study(question: str, given: QuestionOptions) -> "Study":
         common["ranks"] = _numbers("--ranks", given.ranks, int)
     if given.no_whole:
         common["train_whole"] = False
+    if given.margin is not None:
+        common["margin"] = given.margin
     if given.scale_rule is not None:
         common["scale_rule"] = given.scale_rule
     if given.dimensions is not None:
@@ -347,9 +382,11 @@ def _refuse_misplaced(question: str, given: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{_flag(name)} is for {' and '.join(places)}, not for {question}; leave it out"
             )
-    for name in ("tiny", "smollm2"):
-        if given[name] and question != "paper":
-            raise ConfigError(f"--{name} is for paper: brushstroke study paper --{name} --out DIR")
+    for name, places in (("tiny", ("paper", "intrinsic")), ("smollm2", ("paper",))):
+        if given[name] and question not in places:
+            raise ConfigError(
+                f"--{name} is for {' and '.join(places)}: brushstroke study paper --{name} --out DIR"
+            )
     if given["tiny"] and given["smollm2"]:
         raise ConfigError("give --tiny or --smollm2, not both")
     if given["rank"] is not None and given["budget"] is not None:
@@ -378,16 +415,17 @@ def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
 class _Progress:
     """A line on a terminal that is kept up to date, else a line now and then."""
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, reread: bool) -> None:
+        self._workers, self._reread = workers, reread
         self._console = people()
         self._live: Any = None
         self._last_line = time.monotonic()
 
     def estimate(self, plan: "Estimate") -> None:
         started = ", and the start of the processes" if self._workers > 1 else ""
-        say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
-        if plan.made_before:
+        if not self._reread:
+            say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
+        if plan.made_before and not self._reread:
             say("the study goes on with the plan that it began with; --budget-minutes is ignored now")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.made_before else ''}: {line}")

@@ -4,8 +4,9 @@ Nothing here knows a model, a batch or a tensor.
 """
 
 from brushstroke.data.chat import ChatFormat
+from brushstroke.data.checks import DataWarning
 from brushstroke.data.columns import Columns, find_columns, read_prompt, read_row
-from brushstroke.data.encode import DataWarning, encode
+from brushstroke.data.encode import encode
 from brushstroke.data.examples import EncodedData, EncodingReport, Example, common_length, segments
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.named_templates import Template, find_template

@@ -5,12 +5,13 @@ stands in the text where it should, and what is trained is the assistant's part 
 rows.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from brushstroke.data.checks import Message
+from brushstroke.data.checks import DataWarning, Message
 from brushstroke.data.fitting import (
     EXAMPLES,
     QUESTION,
@@ -30,6 +31,7 @@ from brushstroke.errors import DataError
 from brushstroke.templates import one_template
 
 TRIMMED = "the chat template takes white space off the ends of contents"
+OPENING = "an answer that opens a conversation is context and not trained: the chat template asks for none"
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, as transformers chooses between them
 
 
@@ -80,6 +82,12 @@ class ChatFormat:
         self._templates = {
             name: self._made(with_date(source, date), as_trained) for name, source in sources.items()
         }
+        if date is not None and self.date is None:
+            warnings.warn(
+                f"the date {date} is not used: the chat template prints none that can be given",
+                DataWarning,
+                stacklevel=2,
+            )
         self._question = QUESTION if as_trained else STOCK_QUESTION
         self._fitter = Fitter(self._known_markers)
         self._readers: dict[str, ReplyReader] = {}
@@ -170,7 +178,9 @@ class ChatFormat:
         layouts = [fitted.layout for fitted in fit.texts]
         learnt = [turn for layout in layouts for turn in layout.turns if turn.message in layout.trained]
         ends = tuple(dict.fromkeys(turn.end for turn in learnt if turn.end is not None))
-        notes = (*conversation.notes, *fit.form.notes, *((TRIMMED,) if fit.trimmed else ()))
+        opens = conversation.trained[:1] == (True,) and not any(0 in layout.trained for layout in layouts)
+        told = ((TRIMMED,) if fit.trimmed else ()) + ((OPENING,) if opens else ())
+        notes = (*conversation.notes, *fit.form.notes, *told)
         return Written(rows, ends, fit.unused, notes)
 
     def prompt_tokens(

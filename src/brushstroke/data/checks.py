@@ -11,6 +11,10 @@ from brushstroke.errors import DataError
 Message = Mapping[str, Any]
 
 
+class DataWarning(UserWarning):
+    """Data may teach something else than what was meant."""
+
+
 def check_encodable(text: str, place: str) -> None:
     """Refuse half a surrogate pair: JSON can write it, but it is no character.
 

@@ -16,9 +16,10 @@ from brushstroke.data.read import Rows
 from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
+FUNCTIONS = "functions"  # an older name of tools
 CONTEXT: dict[Kind, tuple[str, ...]] = {  # columns that are used beside the ones that make the kind
-    "messages": (SYSTEM, HISTORY, TOOLS, OPTIONS),
-    "prompt/completion": (SYSTEM, HISTORY, TOOLS, OPTIONS),
+    "messages": (SYSTEM, HISTORY, TOOLS, FUNCTIONS, OPTIONS),
+    "prompt/completion": (SYSTEM, HISTORY, TOOLS, FUNCTIONS, OPTIONS),
     "text": (),
     "tokens": ("weights", "attention_mask"),
 }
@@ -33,7 +34,13 @@ _JUDGEMENTS = {  # names of columns that say what a text is, or how good an answ
     *("label", "labels", "category", "class", "sentiment", "intent", "score", "scores", "rating", "stars"),
     *("rank", "reward", "preference", "chosen", "rejected", "correct", "is_correct", "accepted", "quality"),
     *("feedback", "verdict", "train", "weight", "loss", "mask", "masked", "train_detail", "refusal"),
+    *("loss_weight", "loss_mask", "sample_weight", "is_bad", "skip"),
 }
+_CONTEXTS = {  # names of columns and keys that may hold a part of the conversation
+    *("reasoning", "reasoning_content", "thinking", "thinking_content", "thought", "thoughts", "rationale"),
+    *("system_prompt", "system_message", "instruction", "instructions", "input", "context", "documents"),
+}
+_QUESTIONS = {"prompt", "question", "query"}  # the same beside a text
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
             bad = sum(_is_false(row.get(name)) for row in rows.rows)
             also = f", also the {bad} of {len(rows)} where it says no" if bad else ""
             meaning = f"a judgement: every row is trained as a good answer{also}; take out those that are not"
+        elif name.lower() in _CONTEXTS or (columns.kind == "text" and name.lower() in _QUESTIONS):
+            meaning = "a part of the conversation, which is trained without it; write it into the messages"
         else:
             continue
         told.append(f"{rows.name}: the column {name!r} is not used, and looks like {meaning}")
@@ -136,6 +145,8 @@ def key_doubts(keys: Iterable[str], name: str) -> list[str]:
                 "a judgement: every assistant turn is trained as a good answer; give those that are not "
                 '"weight": 0 or "train": false'
             )
+        elif key.lower() in _CONTEXTS:
+            meaning = "a part of the conversation, which is trained without it"
         else:
             continue
         told.append(f"{name}: the key {key!r} of messages is not used, and looks like {meaning}")
@@ -168,7 +179,9 @@ def read_row(
         answer = _turns(row, columns.names[1], "assistant", where) if answers else []
         context = [*_system(row, prompt, where), *_history(row, where), *prompt]
         whole, learnt_from = [*context, *answer], len(context)
-    declared = row.get(TOOLS) or list(tools)
+    if row.get(TOOLS) and row.get(FUNCTIONS):
+        raise DataError(f"{where}: has the columns 'tools' and 'functions'; keep one of them")
+    declared = row.get(TOOLS) or row.get(FUNCTIONS) or list(tools)
     return read_conversation(
         whole, tools=declared, options=row.get(OPTIONS), where=where, answers_only_from=learnt_from
     )
@@ -185,12 +198,13 @@ def read_prompt(row: Row, where: str, *, tools: Sequence[Any] = ()) -> str | Con
     Raises:
         DataError: it asks nothing, or is malformed.
     """
-    kind: Kind = "messages" if row.get("prompt") is None else "prompt/completion"
+    kind: Kind = "prompt/completion" if row.get("messages") is None else "messages"
     names = ("messages",) if kind == "messages" else ("prompt", "completion")
     if row.get(names[0]) is None:
-        raise DataError(f"{where}: expected a 'prompt' or 'messages' column")
+        raise DataError(f"{where}: expected a 'messages' or 'prompt' column")
     context = tuple(name for name in CONTEXT[kind] if row.get(name))
-    if kind == "prompt/completion" and isinstance(row["prompt"], str) and not context and not tools:
+    is_text = kind == "prompt/completion" and parsed(row["prompt"]) is row["prompt"]
+    if is_text and isinstance(row["prompt"], str) and not context and not tools:
         return read_text(row, "prompt", where)
     asked = read_row(row, Columns(kind, names, context), where, tools=tools, answers=False)
     ends_answered = len(asked.messages) > 1 and asked.messages[-1]["role"] == "assistant"
@@ -230,8 +244,13 @@ def _is_false(value: Any) -> bool:
 
 def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
     """The messages in a column that holds a text or messages."""
-    value = row[column]
-    if isinstance(value, list | tuple) and value and all(isinstance(message, Mapping) for message in value):
+    value = parsed(row[column])
+    keys = {"role"} if isinstance(row[column], str) else set()  # other JSON is what the text says
+    if (
+        isinstance(value, list | tuple)
+        and value
+        and all(isinstance(m, Mapping) and keys <= m.keys() for m in value)
+    ):
         return list(value)
     return [{"role": role, "content": read_text(row, column, where)}]
 
@@ -282,7 +301,11 @@ def _unknown_columns(
     wanted = list(missing) or list(dict.fromkeys(name for _, names in known for name in names))
     hints = []
     for name, value in row.items():
-        if near := did_you_mean(name, wanted, count=1, cutoff=NEAR):
+        if name not in wanted and name.lower() in _ANSWERS and "completion" in missing:
+            hints.append(f" (for this column: --completion {name})")
+        elif name in wanted:
+            continue
+        elif near := did_you_mean(name, wanted, count=1, cutoff=NEAR):
             hints.append(f" ({name!r}: {near[2:-1]})")
         elif isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
             hints.append(

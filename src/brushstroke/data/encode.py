@@ -10,7 +10,7 @@ from itertools import starmap
 from typing import Any
 
 from brushstroke.data.chat import ChatFormat
-from brushstroke.data.checks import kind_of
+from brushstroke.data.checks import DataWarning, kind_of
 from brushstroke.data.columns import (
     Columns,
     doubts,
@@ -31,10 +31,6 @@ from brushstroke.errors import ConfigError, DataError
 
 _SHOWN = 10  # rows named in a message
 NO_END = "the tokenizer has no end token: what is trained has no end, and answers stop at their limit alone"
-
-
-class DataWarning(UserWarning):
-    """Data may teach something else than what was meant."""
 
 
 def encode(

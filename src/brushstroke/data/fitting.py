@@ -210,8 +210,23 @@ class _Attempt:
                 raise Unproven(_change(layout, shape, starts), 1)
             if layout.cut is not None:
                 text = text[: place(layout.outline, starts, layout.cut)]
-            texts.append(FittedText(layout, text, starts))
+            fitted = FittedText(layout, text, starts)
+            self._refuse_second_thoughts(fitted)
+            texts.append(fitted)
         return Fit(self.form, self.told, shape, tuple(texts), unused)
+
+    def _refuse_second_thoughts(self, fitted: FittedText) -> None:
+        """Refuse a form in which the template writes a thought of its own beside the row's.
+
+        Raises:
+            Unproven: naming the message.
+        """
+        for turn in fitted.layout.turns:
+            message = self.told.messages[turn.message]
+            said = message.get("content", "") + message.get("reasoning_content", "")
+            written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
+            if any(written.count(tag) > max(1, said.count(tag)) for tag in ("<think>", "</think>")):
+                raise Unproven(f"it writes a second thought beside the one in message {turn.message + 1}", 1)
 
 
 def _change(layout: Layout, shape: Sketch, segment: int) -> str:

@@ -132,8 +132,8 @@ class LayoutFinder:
         """
         messages = self.conversation.messages
         self.prove_contents(self.outline(len(messages)))
-        turns = [self._turn(index) for index in self.conversation.answers]
-        learnt = frozenset(i for i in self.conversation.answers if self.conversation.trained[i])
+        turns = self._turns()
+        learnt = frozenset(turn.message for turn in turns if self.conversation.trained[turn.message])
         whole = Layout(len(messages), self.outline(len(messages)), tuple(turns), learnt)
         fit = self._fitting(whole.outline.text, turns)
         last = len(messages) - 1  # only there an end can be added to an answer that has none
@@ -229,7 +229,7 @@ class LayoutFinder:
                     found = [s for s in found if not any(a <= s.start < b for a, b in regions.values())]
                 if len(found) < self.sketch.uses[index].count(slot):
                     raise Unproven(self._loss(layout, index, slot, part), proven)
-                self._prove_tags(layout.outline, index, part, found[0], proven)
+                self._prove_tags(layout.outline, index, part, found[0], proven, past=past)
                 proven += 1
             self._prove_arguments(layout.outline.text[start:stop], index, proven)
         self._prove_tools(layout.outline.text, proven)
@@ -275,6 +275,21 @@ class LayoutFinder:
         if not alone.text.endswith(behind) or len(alone.text) - len(behind) < start:
             raise Unproven(f"its text does not tell where the answer in message {index + 1} ends")
         return Turn(index, start, len(alone.text) - len(behind), end)
+
+    def _turns(self) -> list[Turn]:
+        """The answers; one that opens the conversation is left out where nothing tells where it begins.
+
+        Raises:
+            Unproven: the text does not tell where another answer begins or ends.
+        """
+        turns, learnt = [], [i for i in self.conversation.answers if self.conversation.trained[i]]
+        for index in self.conversation.answers:
+            try:
+                turns.append(self._turn(index))
+            except Unproven:
+                if index or learnt == [0]:
+                    raise
+        return turns
 
     def _filled(self, index: int) -> _Outlines:
         """Outlines in which every part of an answer has a placeholder: what follows it can be told."""
@@ -386,15 +401,20 @@ class LayoutFinder:
             return segment.spelling == "plain" or ("json" in segment.spelling and not self.form.parts)
         return True
 
-    def _prove_tags(self, outline: Outline, index: int, part: str, place: Segment, proven: int) -> None:
-        """Check that a thought that was between <think> tags in a content is between them in the text."""
+    def _prove_tags(
+        self, outline: Outline, index: int, part: str, place: Segment, proven: int, *, past: bool
+    ) -> None:
+        """Check that a thought that was between <think> tags in a content is between them in the text.
+
+        An empty one holds nothing that could be lost of an answer that is past.
+        """
         message = self.conversation.messages[index]
         if not message.get(SPLIT):
             return
         before, after = outline.text[: place.start].rstrip(), outline.text[place.stop :].lstrip()
         if part == "reasoning" and self.form.thoughts == "tagged":
             kept = before.endswith("<think>") and after.startswith("</think>")
-        elif part == "content" and "reasoning_content" not in message:
+        elif part == "content" and "reasoning_content" not in message and not past:
             kept = re.search(r"<think>\s*</think>\Z", before) is not None
         else:
             return
@@ -404,18 +424,26 @@ class LayoutFinder:
             )
 
     def _prove_arguments(self, text: str, index: int, proven: int) -> None:
-        """Check names of arguments, and values without a placeholder; nothing as Python writes it."""
+        """Check names of arguments, and values without a placeholder; no list or object as Python's repr."""
         for call in self.conversation.messages[index].get("tool_calls", ()):
-            for key, value in _leaves(call["function"]["arguments"]):
-                spelt = {spell(key) for spell in SPELLINGS.values()}
-                if not any(name in text for name in spelt):
-                    raise Unproven(f"it does not print the argument {key!r} of message {index + 1}", proven)
-                if any(f"{sign}'{name}': " in text for name in spelt for sign in ("{", ", ")):
-                    raise Unproven(
-                        f"it prints the arguments of message {index + 1} as Python writes them", proven
-                    )
-                if (value is None or isinstance(value, bool)) and not _follows(text, spelt, value):
-                    raise Unproven(f"it does not print the value of {key!r} in message {index + 1}", proven)
+            for argument in call["function"]["arguments"].items():
+                is_keyword = re.search(
+                    rf"(?<!\w){re.escape(argument[0])}=[\[{{]", text
+                )  # of a call in Python
+                for key, value in _leaves(dict([argument])):
+                    spelt = {spell(key) for spell in SPELLINGS.values()}
+                    if not any(_stands(name, text) for name in spelt):
+                        raise Unproven(
+                            f"it does not print the argument {key!r} of message {index + 1}", proven
+                        )
+                    if not is_keyword and _as_python(spelt, value, text):
+                        raise Unproven(
+                            f"it prints the arguments of message {index + 1} as Python writes them", proven
+                        )
+                    if (value is None or isinstance(value, bool)) and not _follows(text, spelt, value):
+                        raise Unproven(
+                            f"it does not print the value of {key!r} in message {index + 1}", proven
+                        )
 
     def _prove_tools(self, text: str, proven: int) -> None:
         """Check that tools are declared in the text: names, descriptions, and names of parameters."""
@@ -449,6 +477,21 @@ def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Mapping):
                 yield from _leaves(inner)
+
+
+def _stands(name: str, text: str) -> bool:
+    """Whether a name stands in a text as a word of its own."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+def _as_python(names: Collection[str], value: Any, text: str) -> bool:
+    """Whether an object with one of these names, or this list, is written as Python's repr."""
+    if any(f"{sign}'{name}': " in text for name in names for sign in ("{", ", ")):
+        return True
+    if not isinstance(value, list):
+        return False
+    told = repr(value)
+    return (told != json.dumps(value) and told in text) or re.search(r"[\[,] ?'Qz", text) is not None
 
 
 def _follows(text: str, names: Collection[str], value: Any) -> bool:

@@ -15,7 +15,8 @@ from brushstroke.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that files and templates use for it
-TRAIN_KEYS = ("weight", "train")  # by which a message says whether it is learnt
+TRAIN_KEYS = ("weight", "train", "training", "trainable")  # by which a message says whether it is learnt
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # names that files use for them
 TEXT_PARTS = ("text", "input_text", "output_text", *REASONING)  # types of content parts that hold text
 SPLIT = "thought_was_in_content"  # our own key of messages whose thought is split off
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -120,6 +121,7 @@ class _MessageReader:
             {NULLS} if len(self.given) + (message.get("content", "") is None) < len(message) else set()
         )
         role = self.given.pop("role", None)
+        role = "tool" if role == "function" else role  # its older name
         if role not in ROLES:
             found = f"has the unknown role {role!r}" if isinstance(role, str) else "has no role"
             hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
@@ -212,7 +214,7 @@ class _MessageReader:
 
     def _calls(self, given: dict[str, Any]) -> list[dict[str, Any]]:
         if self.role != "assistant":
-            if given.keys() & {"tool_calls", "function_call"}:
+            if any(given.pop(key, None) for key in ("tool_calls", "function_call")):
                 raise DataError(f"{self.place} has tool calls; only an assistant message can")
             return []
         calls = parsed(given.pop("tool_calls", None)) or []
@@ -230,18 +232,23 @@ class _MessageReader:
         if not isinstance(call, Mapping):
             raise DataError(f"{place} is {kind_of(call)}; expected an object with name and arguments")
         fields = {key: value for key, value in call.items() if value is not None}
-        function = parsed(fields.pop("function", None))
-        if function is None:
-            function = {key: fields.pop(key) for key in ("name", "arguments") if key in fields}
-        if (
-            not isinstance(function, Mapping)
-            or not isinstance(function.get("name"), str)
-            or not function["name"]
-        ):
+        function = parsed(fields.pop("function", {}))
+        if not isinstance(function, Mapping):
+            function = {"name": function}
+        function = {key: value for key, value in function.items() if value is not None}
+        for key in ("name", *ARGUMENTS):
+            if key in fields:
+                function.setdefault(key, fields.pop(key))
+        name = function.pop("name", None)
+        if not isinstance(name, str) or not name:
             raise DataError(f"{place} has no function name; expected an object with name and arguments")
-        check_encodable(function["name"], place)
-        arguments = self._arguments(function.get("arguments"), function["name"], place)
-        return {"type": "function", **fields, "function": {"name": function["name"], "arguments": arguments}}
+        check_encodable(name, place)
+        given = {key: function.pop(key) for key in ARGUMENTS if key in function}
+        if len(given) > 1 or function:
+            further = ", ".join(map(repr, function or given))
+            raise DataError(f"{place} has {further}; expected a name and arguments, and nothing beside them")
+        arguments = self._arguments(next(iter(given.values()), None), name, place)
+        return {"type": "function", **fields, "function": {"name": name, "arguments": arguments}}
 
     def _arguments(self, given: object, name: str, place: str) -> dict[str, Any]:
         arguments: Any = {} if given is None else given

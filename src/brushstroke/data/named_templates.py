@@ -3,6 +3,7 @@
 It renders nothing.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,23 +23,39 @@ def find_template(given: Template) -> str | Mapping[str, str] | None:
     """A chat template: as it is given, from a file, or by its name.
 
     Args:
-        given: the template itself (Jinja has braces), a file with one, the name of one that comes with the
-            library, several templates by their names, or None.
+        given: the template itself (Jinja has braces), a file with one (Jinja, or JSON that holds it under
+            "chat_template"), the name of one that comes with the library, several templates by their names,
+            or None.
 
     Raises:
-        ConfigError: there is no such file or name, or the file cannot be read.
+        ConfigError: there is no such file or name, or the file cannot be read or holds no template.
     """
     if given is None or isinstance(given, Mapping) or (isinstance(given, str) and "{" in given):
         return given
     name, path = str(given), Path(given).expanduser()
     if path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read as a chat template ({error})") from error
+        return _from_file(path)
     if name in template_names():
         return (_FOLDER / f"{name}.jinja").read_text("utf-8")
     raise ConfigError(
         f"there is no chat template {name!r}: no file of that name, and none of ours"
         f"{did_you_mean(name, template_names())}; give a Jinja file, or one of {', '.join(template_names())}"
     )
+
+
+def _from_file(path: Path) -> str:
+    """The template in a Jinja file, or in JSON such as chat_template.json and tokenizer_config.json."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a chat template ({error})") from error
+    if path.suffix == ".json":
+        try:
+            text = json.loads(text)["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} holds no chat template under 'chat_template'; give a Jinja file"
+            ) from error
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{path} holds no chat template; give a Jinja file")
+    return text

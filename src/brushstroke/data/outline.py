@@ -233,7 +233,8 @@ def _following(outline: Outline, index: int) -> str:
 def _length(value: Any, spelling: str, text: str, position: int, following: str) -> int | None:
     """How many characters of the text a value takes at a position."""
     if isinstance(value, str):
-        ways = (value, value.rstrip(), value.lstrip(), value.strip(), value.strip("\n"))
+        ways = (value, value.rstrip(), value.lstrip(), value.strip())
+        ways += (value.strip("\n"), value.lstrip("\n"), value.rstrip("\n"))
         spelt = [SPELLINGS[spelling](way) for way in ways]
     else:
         spelt = [json.dumps(value), str(value)]

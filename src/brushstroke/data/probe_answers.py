@@ -124,10 +124,13 @@ def opening_of(template: ChatTemplate, form: Form) -> str:
     if plain not in template.openings:
         finder = LayoutFinder(template, answered("text"), plain)
         try:
-            asked, bare = finder.outline(1, ask=True).text, finder.outline(1).text
+            asked, bare = finder.outline(1, ask=True), finder.outline(1).text
         except TemplateRefusal:
-            asked, bare = "", "-"
-        template.openings[plain] = asked[len(bare) :] if asked.startswith(bare) else ""
+            template.openings[plain] = ""
+        else:
+            before = max((s.stop for s in asked.segments if s.slot is not None), default=0)
+            common = len(common_start(bare, asked.text))  # without what ends a conversation
+            template.openings[plain] = asked.text[common:] if common >= before else ""
     return template.openings[plain]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os.path import commonpath
 from typing import Any, NamedTuple
 
 from brushstroke.data.layout import LayoutFinder, Unproven
@@ -67,6 +68,7 @@ class _CallFrame:
         lead: what else stands before the first call.
         before: right before the name of every call.
         middle: between the name and the arguments.
+        bare: behind the name of a call without arguments.
         key_end: for pairs, between the name of an argument and its value.
         between: for pairs, between a value and the next name.
         after: behind the arguments of the last call.
@@ -79,6 +81,7 @@ class _CallFrame:
     lead: str
     before: str
     middle: str
+    bare: str
     key_end: str
     between: str
     after: str
@@ -169,6 +172,8 @@ class ReplyReader:
         with_text = _outlined(self.template, [QUESTION, {**_calling(), "content": "x"}])
         name = _last_name(one)
         lead, middle = one[name - 1].text if name else "", one[name + 1].text
+        if two is not None:
+            middle = _with_numbers(middle, two[_last_name(two) + 1].text)
         before = lead if with_text is None else common_end(lead, with_text[_last_name(with_text) - 1].text)
         last = two[_last_name(two) - 1].text if two is not None else before
         many = two is not None and bool(common_end(before, last).strip())
@@ -177,6 +182,7 @@ class ReplyReader:
         shape = {"lead": lead.removesuffix(before), "before": before, "after": after, "many": many}
         shape["spelling"] = one[name + 2].spelling if len(one) > name + 2 else ""
         shape["with_content"] = with_text is not None
+        shape["bare"] = self._without_arguments(before)
         if not before.strip():
             return None
         if (found := _json_place(middle, after)) is not None:
@@ -193,6 +199,18 @@ class ReplyReader:
         opened, key_end = middle.split(_KEY)
         between = further.split(_SECOND_KEY)[0]
         return _CallFrame(middle=opened, key_end=key_end, between=between, is_json=False, **shape)
+
+    def _without_arguments(self, before: str) -> str:
+        """What stands behind the name of a call without arguments, whether another one follows or not."""
+        assert self.template is not None
+        one, two = (_outlined(self.template, [QUESTION, _calling(keys=(), count=count)]) for count in (1, 2))
+        if one is None:
+            return ""
+        last = "".join(part.text for part in one[_last_name(one) + 1 :])
+        names = [place for place, part in enumerate(two or ()) if part.part == "name"]
+        if two is None or len(names) < 2:
+            return last
+        return commonpath([last, two[names[0] + 1].text.removesuffix(before)])
 
 
 def _calling(*, keys: Sequence[str] = (_KEY,), count: int = 1) -> dict[str, Any]:
@@ -251,6 +269,13 @@ def _json_place(middle: str, after: str) -> tuple[int, int] | None:
     return None
 
 
+def _with_numbers(one: str, other: str) -> str:
+    """A text in which numbers that another call has otherwise stand for any number; ids are not looked at."""
+    one, other = (_ID.sub(CALL["id"], text) for text in (one, other))
+    same = re.sub(r"\d+", _NUMBER, one) == re.sub(r"\d+", _NUMBER, other)
+    return re.sub(r"\d+", _NUMBER, one) if one != other and same else one
+
+
 def _find_calls(
     text: str, frame: _CallFrame, tools: Sequence[Any]
 ) -> tuple[str, list[dict[str, Any]], str] | None:
@@ -268,32 +293,41 @@ def _find_calls(
         calls.append(call)
     if closing := re.compile(_flexible(frame.after)).match(text, position):
         position = closing.end()
-    return text[: first.start()].rstrip(), calls, text[position:].strip()
+    behind = text[position:].strip()
+    if behind and not frame.many:  # it may be a further call
+        return None
+    return text[: first.start()].rstrip(), calls, behind
 
 
 def _json_call(
     text: str, start: int, frame: _CallFrame, _: Sequence[Any]
 ) -> tuple[dict[str, Any], int] | None:
-    middle = re.compile(_flexible(frame.middle)).search(text, start)
-    if middle is None:
+    name = _NAME.match(text, start)
+    middle = name and re.compile(_flexible(frame.middle)).match(text, name.end())
+    if name is None or middle is None:
         return None
     try:
         arguments, stop = json.JSONDecoder().raw_decode(text, middle.end())
     except ValueError:
         return None
-    name = text[start : middle.start()].strip()
-    return ({"name": name, "arguments": arguments}, stop) if name and isinstance(arguments, dict) else None
+    return ({"name": name[0], "arguments": arguments}, stop) if isinstance(arguments, dict) else None
 
 
 def _pairs_call(
     text: str, start: int, frame: _CallFrame, tools: Sequence[Any]
 ) -> tuple[dict[str, Any], int] | None:
-    opened = re.compile(_flexible(frame.middle)).search(text, start)
+    name = _NAME.match(text, start)
+    if name is None:
+        return None
+    if frame.bare.strip() and (bare := re.compile(_flexible(frame.bare)).match(text, name.end())):
+        return {"name": name[0], "arguments": {}}, bare.end()
+    opened = re.compile(_flexible(frame.middle)).match(text, name.end())
     if opened is None:
         return None
-    name, arguments, position = text[start : opened.start()].strip(), {}, opened.end()
-    types = dict(_types(tools, name))
-    ending = re.compile(f"(?P<more>{_flexible(frame.between)})|{_flexible(frame.after)}|\\s*$")
+    arguments, position = {}, opened.end()
+    types = dict(_types(tools, name[0]))
+    closing = _flexible(frame.after) if frame.after.strip() else r"\s*$"
+    ending = re.compile(f"(?P<more>{_flexible(frame.between)})|{closing}")
     while True:
         key_end = re.compile(_flexible(frame.key_end)).search(text, position)
         end = key_end and ending.search(text, key_end.end())
@@ -306,7 +340,7 @@ def _pairs_call(
         arguments[key] = _value(value, types.get(key), frame.spelling)
         position = end.end()
         if end["more"] is None:
-            return {"name": name, "arguments": arguments}, position
+            return {"name": name[0], "arguments": arguments}, position
 
 
 def _types(tools: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
@@ -319,6 +353,7 @@ def _types(tools: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
 
 
 _NAME = re.compile(r"[\w.$-]+")
+_NUMBER, _ID = "\0", re.compile(r"call0000\d")
 
 
 def _value(text: str, kind: Any, spelling: str = "plain") -> Any:
@@ -345,4 +380,5 @@ def _comparable(call: Mapping[str, Any], typed: bool) -> str:
 
 def _flexible(literal: str) -> str:
     """A pattern for a template's own text, in which white space may differ."""
-    return r"\s*".join(re.escape(word) for word in re.split(r"\s+", literal))
+    pattern = r"\s*".join(re.escape(word) for word in re.split(r"\s+", literal))
+    return _ID.sub(r"[\\w-]+", pattern).replace(re.escape(_NUMBER), r"\d+")

@@ -13,7 +13,9 @@ from brushstroke.errors import BaseLoadError
 from brushstroke.files import read_json
 
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -101,6 +103,38 @@ def save_template(folder: Path, template: str) -> bool:
     if config.pop("chat_template", None) is not None:
         settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return True
+
+
+def save_stop_tokens(folder: Path, texts: Collection[str]) -> tuple[str, ...]:
+    """Add the tokens that end an adapter's answers to those at which plain transformers stops.
+
+    Args:
+        folder: a model's, whose generation_config.json is written.
+        texts: of the tokens; those that are no single token of the tokenizer are passed over.
+
+    Returns:
+        The texts that were added.
+
+    Raises:
+        BaseLoadError: a file of the base is damaged.
+    """
+    file = folder / GENERATION
+    if not texts or not (folder / TOKENIZER).is_file():
+        return ()
+    with _base_errors(TOKENIZER):
+        tokenizer = read_json(folder / TOKENIZER)
+        known = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
+    with _base_errors(GENERATION):
+        model = read_json(folder / CONFIG)
+        told = {key: model[key] for key in _GENERATION_KEYS if model.get(key) is not None}
+        settings = read_json(file) if file.is_file() else told
+        stops = settings.get("eos_token_id", told.get("eos_token_id"))
+        stops = [stops] if isinstance(stops, int) else list(stops or ())
+        added = {text: known[text] for text in texts if text in known and known[text] not in stops}
+    if added:
+        settings["eos_token_id"] = [*stops, *added.values()]
+        file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    return tuple(added)
 
 
 @contextmanager

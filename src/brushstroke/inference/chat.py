@@ -121,7 +121,10 @@ class ChatSession:
         if answer.reasoning:
             reply["reasoning_content"] = answer.reasoning
         if answer.tool_calls:
-            reply["tool_calls"] = [{"type": "function", "function": dict(c)} for c in answer.tool_calls]
+            reply["tool_calls"] = [
+                {"id": f"call{number:05}", "type": "function", "function": dict(call)}
+                for number, call in enumerate(answer.tool_calls, start=len(self._turns))
+            ]
         self._turns += [turn, reply]
         return answer.text
 

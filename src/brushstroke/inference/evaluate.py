@@ -4,6 +4,7 @@ The scores of answers are defined in `scores`, the loss in `loss`.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from brushstroke.base import Base, check_max_length, context_length, refuse_unkn
 from brushstroke.data import (
     ChatFormat,
     Columns,
+    DataWarning,
     EncodedData,
     Example,
     Reply,
@@ -29,7 +31,7 @@ from brushstroke.errors import ConfigError
 from brushstroke.inference.decode import run_requests
 from brushstroke.inference.generate import ONLY, Prompt, Voices, open_bank, shown_prompt, tools_of
 from brushstroke.inference.loss import Loss, evaluate_loss
-from brushstroke.inference.request import Sampling
+from brushstroke.inference.request import Output, Sampling
 from brushstroke.inference.scores import score
 from brushstroke.layers import Bank
 
@@ -91,6 +93,7 @@ def evaluate(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     max_length: int | None = None,
+    split_turns: bool = False,
     tools: Sequence[Any] = (),
     chat_template: Template = None,
     date: str | None = None,
@@ -112,6 +115,7 @@ def evaluate(
         prompt_column: another name for `prompt`.
         completion_column: another name for `completion`.
         max_length: limit of an example in tokens for the loss; the model's context by default.
+        split_turns: the loss of every assistant turn as an example of its own, as in training.
         tools: declarations of functions, for rows that have none.
         chat_template: used instead of the one that the adapter was trained with.
         date: what chat templates take for today (YYYY-MM-DD); by default the day of the adapter's training.
@@ -120,6 +124,9 @@ def evaluate(
     Raises:
         DataError: rows that cannot be read, or do not fit the model's context.
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
+
+    Warns:
+        DataWarning: rows without an answer to judge.
     """
     results = evaluate_all(
         base,
@@ -132,6 +139,7 @@ def evaluate(
         prompt_column=prompt_column,
         completion_column=completion_column,
         max_length=max_length,
+        split_turns=split_turns,
         tools=tools,
         chat_template=chat_template,
         date=date,
@@ -152,6 +160,7 @@ def evaluate_all(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     max_length: int | None = None,
+    split_turns: bool = False,
     tools: Sequence[Any] = (),
     chat_template: Template = None,
     date: str | None = None,
@@ -182,6 +191,7 @@ def evaluate_all(
                 prompt_column=prompt_column,
                 completion_column=completion_column,
                 max_length=limit,
+                split_turns=split_turns,
                 chat_template=voices.format(slot) if voices else None,
                 tools=tools,
             )
@@ -195,6 +205,13 @@ def evaluate_all(
                 columns = find_columns(source, prompt_column, completion_column)
                 questions = _questions(source, columns, voices.format(slot), tools)
                 answers, right = _answers(questions, voices, slot, sampling, report)
+                if 0 < len(questions) < len(source):
+                    warnings.warn(
+                        f"{len(source) - len(questions)} of {len(source)} rows have no answer to judge; "
+                        "their loss alone counts",
+                        DataWarning,
+                        stacklevel=2,
+                    )
             texts = [record for record in answers if "expected_calls" not in record]
             scores = score(((record["answer"], record["expected"]) for record in texts), right)
             results[name] = Evaluation(
@@ -276,9 +293,17 @@ def _answers(
         }
         if reply.reasoning:
             record["reasoning"] = reply.reasoning
-        if expected.tool_calls:
+        if expected.tool_calls or reply.tool_calls:
             record |= {"expected_calls": list(expected.tool_calls), "calls": list(reply.tool_calls)}
-            same_text = "".join(voices.raw(output).split()) == "".join(question.written.split())
-            right.append(same_text or reply.calls_like(expected))
+            right.append(_same_calls(reply, question, voices, output, slot))
         records.append(record)
     return records, right
+
+
+def _same_calls(reply: Reply, question: _Question, voices: Voices, output: Output, slot: str | None) -> bool:
+    """Whether an answer says and calls what it should; by its text where calls cannot be read back."""
+    expected = question.expected
+    readable = voices.format(slot).read_reply(question.written, tools_of(question.prompt))
+    if not readable.calls_like(expected):
+        return voices.raw(output).strip() == question.written.strip()
+    return reply.calls_like(expected) and reply.content.split() == expected.content.split()

@@ -21,14 +21,22 @@ from brushstroke.base.device import DTYPES
 from brushstroke.errors import BaseLoadError, ConfigError, MergeError, OutputError
 from brushstroke.files import read_json, refuse_existing
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
-from brushstroke.inference.beside import TEMPLATE, TOKENIZER_CONFIG, copy_beside, loaded_files, save_template
+from brushstroke.inference.beside import (
+    CONFIG,
+    GENERATION,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    copy_beside,
+    loaded_files,
+    save_stop_tokens,
+    save_template,
+)
 from brushstroke.inference.merge_check import CheckResult, check_merged
 from brushstroke.inference.merge_stream import merge_files
 from brushstroke.inference.staging import recover, refuse_inside, staged_folder
 from brushstroke.inference.stored import stored_dtypes, widest_dtype
 from brushstroke.layers import MergeReport, SiteDrift, check_base, merge, require_adapter
 
-CONFIG = "config.json"
 MODEL_KEYS = {"model_type", "architectures"}  # by which a model's config is told
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,6 +53,8 @@ class ExportReport:
         logit_drift_skipped: what was not measured, and why: nothing at all, or sites that no input reached.
         compared: the names of these outputs.
         chat_template_saved: whether the adapter's chat template replaced another one, or none.
+        stop_tokens_saved: the tokens that end the adapter's answers, where the base's generation did not stop
+            at them.
         left_out: what of the base's folder was not copied: weights in a form that was not merged, hidden
             files, links to folders.
         streamed: whether the files were merged one tensor at a time, without loading the model.
@@ -57,6 +67,7 @@ class ExportReport:
     logit_drift_skipped: str | None
     compared: tuple[str, ...]
     chat_template_saved: bool
+    stop_tokens_saved: tuple[str, ...]
     left_out: tuple[str, ...]
     streamed: bool
     seconds: float
@@ -93,6 +104,7 @@ class ExportReport:
             "compared": list(self.compared),
             "untied": [list(pair) for pair in self.untied],
             "chat_template_saved": self.chat_template_saved,
+            "stop_tokens_saved": list(self.stop_tokens_saved),
             "left_out": list(self.left_out),
             "streamed": self.streamed,
             "seconds": self.seconds,
@@ -170,11 +182,14 @@ def merge_folder(
             skipped = copy_beside(folder, staging, files)
         if weights is not None:
             merged = merge_files(weights, adapter, staging)
+            if dtype != "auto":
+                _declare_dtype(staging / CONFIG, dtype)
         else:
             assert loaded is not None
             merged = _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size)
         template = adapter.card.chat_template if adapter.card else None
         replaced = bool(template) and save_template(staging, template)
+        stops = save_stop_tokens(staging, adapter.card.stop_tokens if adapter.card else ())
         source = loaded if loaded is not None else str(folder)
         check = _not_asked()
         if verify is not False:
@@ -186,6 +201,7 @@ def merge_folder(
         logit_drift_skipped=check.skipped,
         compared=check.outputs,
         chat_template_saved=replaced,
+        stop_tokens_saved=stops,
         left_out=skipped,
         streamed=weights is not None,
         seconds=time.perf_counter() - started,
@@ -221,7 +237,7 @@ def _refuse_strangers(out: Path, folder: Path | None) -> None:
         config = read_json(out / CONFIG)
         if isinstance(config, dict) and config.keys() & MODEL_KEYS:
             return
-    written = {CONFIG, "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE}
+    written = {CONFIG, GENERATION, "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE}
     written |= {path.name for path in out.iterdir() if _is_ours(path.name)}
     if folder is not None:
         written |= {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -288,6 +304,17 @@ def _as_oserrors() -> Iterator[None]:
         if type(error) is Exception or isinstance(error, SafetensorError):
             raise OSError(str(error)) from error
         raise
+
+
+def _declare_dtype(config: Path, dtype: str) -> None:
+    """Name the dtype of the weights in a config and its parts, under the keys that each has."""
+    settings = read_json(config)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part in parts:
+        part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part}
+    if not settings.keys() & {"dtype", "torch_dtype"}:
+        settings["dtype"] = dtype
+    config.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def _is_ours(name: str) -> bool:

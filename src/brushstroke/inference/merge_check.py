@@ -92,8 +92,9 @@ def _try_inputs(
     Also the sites that none reached, and why.
     """
     trials: list[tuple[Inputs, Outputs]] = []
-    idle, failures = list(attachment.sites), []
+    idle, taken, failures = list(attachment.sites), set[str](), list[tuple[set[str], str]]()
     for make in candidate_inputs(model):
+        inputs: Inputs = {}
         with _reached(attachment) as reached:
             try:
                 inputs = make()
@@ -102,17 +103,26 @@ def _try_inputs(
                 raise
             except Exception as error:  # the model is not ours: it does not take these inputs
                 said = " ".join(str(error).split())[:160]
-                failures.append(f"made-up inputs fail ({type(error).__name__}: {said})")
+                failures.append((set(inputs), f"made-up inputs fail ({type(error).__name__}: {said})"))
                 continue
+        taken |= set(inputs)
         if outputs and reached & set(idle):
             trials.append((inputs, outputs))
             idle = [site for site in idle if site not in reached]
         if not idle:
             break
-    if not failures:
-        takes = ", ".join(inspect.signature(model.forward).parameters)
-        failures.append(f"no made-up input reaches them ({type(model).__name__} takes {takes})")
-    return trials, idle, failures[0]
+    return trials, idle, _why_idle(model, taken, failures)
+
+
+def _why_idle(model: nn.Module, taken: set[str], failures: list[tuple[set[str], str]]) -> str:
+    """Why sites did not run: inputs that failed, and are not just another form of what the model took."""
+    failed = [said for names, said in failures if not names or not names <= taken]
+    if failed:
+        return failed[0]
+    kind = type(model).__name__
+    takes = ", ".join(inspect.signature(model.forward).parameters)
+    ran = ", and runs without them" if taken else ""
+    return f"no made-up input reaches them ({kind} takes {takes}{ran})"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 It computes nothing: it is given tables, texts and series.
 """
 
-from brushstroke.report.figures import bars, curves, heatmaps
+from brushstroke.report.figures import bars, curves, heatmap
 from brushstroke.report.page import Page
 
-__all__ = ["Page", "bars", "curves", "heatmaps"]
+__all__ = ["Page", "bars", "curves", "heatmap"]

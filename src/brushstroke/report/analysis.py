@@ -4,6 +4,7 @@ It computes nothing: the results come from `analysis`, and every number stands i
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from brushstroke.analysis import (
@@ -13,7 +14,6 @@ from brushstroke.analysis import (
     SiteTable,
     Spectrum,
     mean_deciles,
-    random_pair,
 )
 from brushstroke.analysis.listing import (
     intruder_listing,
@@ -22,10 +22,18 @@ from brushstroke.analysis.listing import (
     relation_listing,
     spectrum_listing,
 )
-from brushstroke.report.figures import Panel, bars, curves, heatmaps
+from brushstroke.analysis.summaries import (
+    intruder_summary,
+    overlap_summary,
+    relation_summary,
+    spectrum_summary,
+)
+from brushstroke.analysis.summary import Summary
+from brushstroke.analysis.table import short_names
+from brushstroke.report.charts import lines, overlaps
+from brushstroke.report.figures import Panel, heatmap
+from brushstroke.report.overlaps import CHOICES, SIDES, overlap_records
 from brushstroke.report.page import Page
-
-SHOWN = 4  # sites whose whole grids a page shows unless more are asked for
 
 
 def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
@@ -33,37 +41,43 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
     page = Page(
         "Spectrum", "The singular values of every update, scale included, and the ranks they speak of."
     )
-    page.figure(
-        curves(
-            {name: _energy_curve(spectrum) for name, spectrum in found.items()},
-            x="rank kept at every site",
-            y="share of the energy",
+    page.chart(
+        lines(
+            [
+                {"adapter": name, "rank": rank, "share": share}
+                for name, spectrum in found.items()
+                for rank, share in _energy_curve(spectrum)
+            ],
+            x="rank",
+            y="share",
+            series="adapter",
+            x_title="rank kept at every site",
+            y_title="share of the energy",
         ),
         "Share of ‖ΔW‖² over all sites that the best approximation of each rank keeps.",
     )
     for name, spectrum in found.items():
         page.section(name)
+        _begin(page, spectrum_summary(name, spectrum))
         advice = rank_advice(spectrum)
-        page.text(
-            f"{spectrum.parameters:,} parameters, norm {spectrum.norm:.4g}."
-            + (f" {advice}." if advice else " Every update is zero.")
+        page.text(f"{spectrum.parameters:,} parameters." + (f" Advice: {advice}." if advice else ""))
+        _maps(
+            page,
+            spectrum,
+            Map("rank for 99 % of the energy", lambda row: row.energy_rank(0.99)),
+            Map("norm", lambda row: row.norm),
         )
-        for title, measure in (
-            ("rank for 99 % of the energy", lambda row: row.energy_rank(0.99)),
-            ("norm", lambda row: row.norm),
-        ):
-            _map(page, spectrum, measure, title)
         page.table(*spectrum_listing(spectrum))
     return page
 
 
 def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = ()) -> Page:
-    """φ for two adapters: a map of all sites, and whole grids in the four panels of the paper's figure 3.
+    """φ for two adapters: maps of all sites, and grids as in the paper's figures 3 and 4: q beside v.
 
     Args:
         found: the comparison.
         names: of the first adapter, counted by i, and of the second one, by j.
-        sites: whose grids to show; by default those of the middle layer, four at most.
+        sites: whose grids to show; by default those of the middle layer.
     """
     first, second = names
     page = Page(
@@ -77,29 +91,43 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
             f"The directions are those of {found.of} alone, as the paper took them. They are no property of "
             "ΔW: other factors of the very same ΔW give other numbers."
         )
-    page.text(f"Cosine of the two over all sites: {found.cosine:.4f}; by chance it is 0.")
-    if found.same_start:
-        page.text(
-            "Both grew from one random U, as runs of the same seed do. What their input directions (left) "
-            "share is that start: read the output directions and the cosine."
-        )
-    for side in sides:
-        _map(page, found, lambda row, side=side: row.block()[side], f"φ of all directions, {side}", (0, 1))
-        _map(page, found, lambda row, side=side: row.block()[f"z_{side}"], f"its z-score, {side}")
+    _begin(page, overlap_summary(names, found))
+    _maps(
+        page,
+        found,
+        *(
+            drawn
+            for side in sides
+            for drawn in (
+                Map(f"φ of all directions, {side}", lambda row, side=side: row.block()[side], floor=0.0),
+                Map(f"its z-score, {side}", lambda row, side=side: row.block()[f"z_{side}"], middle=0.0),
+            )
+        ),
+    )
     page.section("Grids")
     page.text(
-        "Above each other: the whole grid, and its lower-left corner where j is no larger than the number of "
-        "rows; cells with j < i are grey, as they say nothing that φ(j, i) does not. Beside them two random "
-        "Gaussian matrices of the same shape and ranks."
+        "φ(i, j) of the first i directions of the adapter with the smaller rank and the first j of the "
+        "other, beside two random Gaussian matrices of the same shape and ranks. Where the ranks differ, "
+        "the lower-left corner is drawn again, enlarged: it asks whether the larger subspace contains the "
+        "smaller one. Its cells with j > i are grey, as there the subspace of j is the larger one."
     )
-    for site in sites or _middle(found):
-        row = found[site]
-        grids = {f"{site.rsplit('.', 1)[-1]}, {side}": getattr(row, side).tolist() for side in sides}
-        grids |= {f"random, {side}": random_pair(row, side).tolist() for side in sides}
-        figures = [[Panel(title, cells) for title, cells in grids.items()]]
-        figures.append([Panel(f"{title}, corner", _corner(cells)) for title, cells in grids.items()])
-        for panels in figures:
-            page.figure(heatmaps(panels, x=f"j, {second}", y=f"i, {first}", limits=(0, 1), width=840), site)
+    for swapped in (False, True):
+        chosen = {
+            site: found[site]
+            for site in sites or _middle(found)
+            if (found[site].ranks[0] > found[site].ranks[1]) is swapped
+        }
+        for side in sides if chosen else ():
+            down, across = (second, first) if swapped else (first, second)
+            spec = overlaps(
+                overlap_records(chosen, side, swapped=swapped),
+                x_title=f"j, {across}",
+                y_title=f"i, {down}",
+                measure=f"{_whose(found)}, {SIDES[side]}",
+                choose=CHOICES,
+                corner=any(row.ranks[0] != row.ranks[1] for row in chosen.values()),
+            )
+            page.chart(spec, f"φ(i, j) of {_whose(found)}, {SIDES[side]}.")
     page.section("All sites")
     page.table(*overlap_listing(found))
     return page
@@ -112,27 +140,38 @@ def relation_page(found: Relation, name: str) -> Page:
         "‖leftᵀ·W·rightᵀ‖ with the directions of ΔW, of W itself and of random matrices, and what the update "
         "amplifies. The amplification falls like 1/r almost by construction: the ratio to chance does not.",
     )
+    _begin(page, relation_summary(name, found))
     told = found.totals()
     page.table(
         ["all sites", "value"],
         [[key.replace("_", " "), f"{value:.4g}"] for key, value in told.items() if isinstance(value, float)],
     )
-    _map(page, found, lambda row: row.ratio_to_chance, "ratio to chance")
-    _map(page, found, lambda row: _finite(row.amplification), "amplification")
+    _maps(
+        page,
+        found,
+        Map("ratio to chance", lambda row: row.ratio_to_chance, middle=1.0),
+        Map("amplification", lambda row: _finite(row.amplification)),
+    )
     share = mean_deciles(found)
     if share is not None:
-        page.figure(
-            bars(
-                {
-                    f"{n + 1}": {
-                        "inputs": share.left[n],
-                        "outputs": share.right[n],
-                        "chance, inputs": share.chance_left[n],
-                        "chance, outputs": share.chance_right[n],
-                    }
-                    for n in range(len(share.left))
-                },
-                y="share of ‖ΔW‖²",
+        sides = {
+            "inputs": share.left,
+            "outputs": share.right,
+            "chance, inputs": share.chance_left,
+            "chance, outputs": share.chance_right,
+        }
+        page.chart(
+            lines(
+                [
+                    {"side": side, "tenth": tenth, "share": value}
+                    for side, values in sides.items()
+                    for tenth, value in enumerate(values, start=1)
+                ],
+                x="tenth",
+                y="share",
+                series="side",
+                x_title="tenth of W's singular directions, strongest first",
+                y_title="share of ‖ΔW‖²",
             ),
             "Energy of ΔW by tenth of W's singular directions, strongest first, over all sites.",
         )
@@ -147,8 +186,8 @@ def intruder_page(found: Intruders, name: str) -> Page:
         f"The first {found.top} output directions of W + ΔW at each site, and whether any singular vector "
         f"of W has a |cosine| of {found.threshold} with them.",
     )
-    page.text(f"{found.count()} intruders, {found.count('undecided')} undecided.")
-    _map(page, found, lambda row: row.count(), "intruders")
+    _begin(page, intruder_summary(name, found))
+    _maps(page, found, Map("intruders", lambda row: row.count(), floor=0.0))
     listing = intruder_listing(found)
     if listing.rows:
         page.section("Directions that are new or undecided")
@@ -156,38 +195,64 @@ def intruder_page(found: Intruders, name: str) -> Page:
     return page
 
 
-def _map(
-    page: Page,
-    found: SiteTable,
-    measure: Callable[[Any], float | None],
-    title: str,
-    limits: tuple[float, float] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Map:
+    """A number of every site as a map of layers and matrices.
+
+    Args:
+        title: what it is.
+        measure: of a site's result; None is drawn grey.
+        floor: the number with the weakest colour; by default the smallest.
+        middle: one colour below it and another above.
+    """
+
+    title: str
+    measure: Callable[[Any], float | None]
+    floor: float | None = None
+    middle: float | None = None
+
+
+def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
+    """All of them that have more than one number, beside each other where there is room."""
     grid = found.grid()
-    cells = [
-        [
-            measure(found[grid.sites[layer, matrix]]) if (layer, matrix) in grid.sites else None
-            for matrix in grid.matrices
+    names = short_names(grid.matrices)
+    figures = []
+    for one in maps if len(found) > 1 else ():
+        cells = [
+            [
+                one.measure(found[grid.sites[layer, matrix]]) if (layer, matrix) in grid.sites else None
+                for matrix in grid.matrices
+            ]
+            for layer in grid.layers
         ]
-        for layer in grid.layers
-    ]
-    if len(found) > 1 and any(value is not None for row in cells for value in row):
-        layers = [layer or "–" for layer in grid.layers]
-        page.figure(
-            heatmaps([Panel(title, cells, layers, list(grid.matrices))], y="layer", limits=limits),
-            f"{title[0].upper()}{title[1:]}, by layer and matrix.",
-        )
+        known = [value for row in cells for value in row if value is not None]
+        if not known:
+            continue
+        top = max(known)
+        limits = None if one.floor is None else (one.floor, top if top > one.floor else one.floor + 1)
+        panel = Panel(one.title, cells, [layer or "–" for layer in grid.layers], [*names.values()])
+        svg = heatmap(panel, y="layer", limits=limits, middle=one.middle)
+        figures.append((svg, f"{one.title[0].upper()}{one.title[1:]}, by layer and matrix."))
+    if figures:
+        page.maps(figures)
 
 
-def _corner(cells: Sequence[Sequence[float]]) -> list[list[float | None]]:
-    size = min(len(cells), len(cells[0]))
-    return [[cells[i][j] if j >= i else None for j in range(size)] for i in range(size)]
+def _begin(page: Page, found: Summary) -> None:
+    """What was found: the sentence, and the tables by kind of matrix and by layer."""
+    page.text(found.sentence)
+    for listing in found.listings().values():
+        page.table(*listing)
+
+
+def _whose(found: Overlap) -> str:
+    """Whose directions are compared, for titles."""
+    return "ΔW" if found.of == "delta" else f"{found.of} alone"
 
 
 def _middle(found: SiteTable) -> list[str]:
     grid = found.grid()
     layer = grid.layers[len(grid.layers) // 2]
-    return [grid.sites[layer, matrix] for matrix in grid.matrices if (layer, matrix) in grid.sites][:SHOWN]
+    return [grid.sites[layer, matrix] for matrix in grid.matrices if (layer, matrix) in grid.sites]
 
 
 def _energy_curve(found: Spectrum) -> list[tuple[int, float]]:

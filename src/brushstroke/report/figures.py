@@ -11,10 +11,16 @@ from brushstroke.errors import require
 
 Number = int | float
 
-PALETTE = ("#0b8a75", "#d9822b", "#5b7fd6", "#b5527f", "#8a8f3c", "#7d8791")
+PALETTE = (
+    *("#0b8a75", "#d9822b", "#5b7fd6", "#b5527f", "#8a8f3c"),
+    *("#7d8791", "#c23b3b", "#7a52c7", "#2e9bc6", "#5f9e3a"),
+)
 COLD, HOT, GREY = "#e8f1ef", "#0b5d50", "#b9bfc6"
 LINE = "#8895a3"
 GRID = f"{LINE}33"
+FONT = 11  # pixels of the smallest text
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])  # of the first ten series, the next ten, …
+COOL = "#3b5aa8"  # below the middle of a scale with two directions
 WIDTH, HEIGHT = 620, 260
 
 
@@ -43,6 +49,7 @@ def curves(
             x=altair.X("x:Q", title=x),
             y=altair.Y("y:Q", title=y, scale=altair.Scale(type="log" if log_y else "linear", zero=False)),
             color=_color(altair, list(series)),
+            strokeDash=_dash(altair, list(series)),
         )
         .properties(width=WIDTH, height=HEIGHT)
     )
@@ -98,36 +105,28 @@ class Panel:
     columns: Sequence[str] | None = None
 
 
-def heatmaps(
-    panels: Sequence[Panel],
+def heatmap(
+    panel: Panel,
     *,
     x: str = "",
     y: str = "",
     limits: tuple[Number, Number] | None = None,
-    width: int = WIDTH,
+    middle: Number | None = None,
 ) -> str:
-    """Maps side by side with one scale of colour; the first row is at the top.
+    """A map of numbers; the first row is at the top.
 
     Args:
-        panels: at least one, none of them empty.
+        panel: not empty.
         x: title of the columns.
         y: title of the rows.
         limits: of the colours; by default from the smallest to the largest number.
-        width: of the whole figure in pixels, without axes.
+        middle: one colour below it, another above, both as far as the largest distance from it.
 
     Raises:
         MissingPackageError: the report extra is not installed.
     """
     altair = require("altair", extra="report")
-    each = width / len(panels)
-    if limits is None:
-        known = [value for panel in panels for row in panel.cells for value in row if value is not None]
-        limits = (min(known, default=0), max(known, default=1))
-    charts = [_heatmap(altair, panel, x, y, limits, each) for panel in panels]
-    return _svg(charts[0] if len(charts) == 1 else altair.hconcat(*charts, spacing=16))
-
-
-def _heatmap(altair: Any, panel: Panel, x: str, y: str, limits: tuple[Number, Number], width: float) -> Any:
+    low, high = limits or _limits([value for row in panel.cells for value in row if value is not None])
     columns = list(panel.columns or map(str, range(1, len(panel.cells[0]) + 1)))
     rows = list(panel.rows or map(str, range(1, len(panel.cells) + 1)))
     values = [
@@ -135,41 +134,93 @@ def _heatmap(altair: Any, panel: Panel, x: str, y: str, limits: tuple[Number, Nu
         for row, cells in zip(rows, panel.cells, strict=True)
         for column, value in zip(columns, cells, strict=True)
     ]
-    scale = altair.Scale(range=[COLD, HOT], domain=list(limits), clamp=True)
-    color = altair.Color("value:Q", scale=scale, legend=altair.Legend(title=None, orient="bottom"))
-    named = panel.columns is not None
-    across = max(2.0, min(70.0 if named else 34.0, width / len(columns)))
-    down = 16.0 if named else across
+    scale = altair.Scale(range=[COLD, HOT], domain=[low, high], clamp=True)
+    if middle is not None:
+        scale = altair.Scale(range=[COOL, COLD, HOT], domain=around(middle, low, high), clamp=True)
+    counts = all(isinstance(cell, int) for row in panel.cells for cell in row if cell is not None)
+    legend = altair.Legend(
+        title=None,
+        orient="bottom",
+        gradientLength=200,
+        tickCount=4,
+        labelOverlap="greedy",
+        labelSeparation=6,
+        **({"tickMinStep": 1, "format": ",d"} if counts else {}),
+    )
+    color = altair.Color("value:Q", scale=scale, legend=legend)
 
-    def axis(title: str, names: list[str], cell: float, angle: int = 0) -> Any:
-        step = 1 if cell >= 14 else -(-18 // int(cell))
+    def axis(title: str, angle: int = 0) -> Any:
+        overlap = False if angle else "greedy"
         return altair.Axis(
-            title=title or None, labelAngle=angle, values=names[::step], grid=False, ticks=False
+            title=title or None, labelAngle=angle, labelOverlap=overlap, grid=False, ticks=False
         )
 
-    return (
-        altair.Chart(altair.Data(values=values), title=panel.title)
+    return _svg(
+        altair.Chart(altair.Data(values=values), title=altair.TitleParams(panel.title, anchor="start"))
         .mark_rect()
         .encode(
-            x=altair.X("x:N", sort=columns, axis=axis(x, columns, across, -40 if named else 0)),
-            y=altair.Y("y:N", sort=rows, axis=axis(y, rows, down)),
+            x=altair.X("x:N", sort=columns, axis=axis(x, -40 if panel.columns else 0)),
+            y=altair.Y("y:N", sort=rows, axis=axis(y)),
             color=altair.condition("datum.shown", color, altair.value(GREY)),
         )
-        .properties(width=across * len(columns), height=down * len(rows))
+        .properties(width={"step": max(16, min(34, 280 / len(columns)))}, height={"step": 16})
+    )
+
+
+def around(middle: Number, low: Number, high: Number) -> list[float]:
+    """The ends and the middle of a scale with two directions; a ratio, whose middle is 1, has no end below 0.
+
+    >>> around(0, -1, 3), around(1, 0.5, 3)
+    ([-3.0, 0.0, 3.0], [0.0, 1.0, 3.0])
+    """
+    far = max(abs(low - middle), abs(high - middle)) or 1.0
+    return [float(max(0.0, middle - far) if middle else -far), float(middle), float(middle + far)]
+
+
+def _limits(known: Sequence[Number]) -> tuple[Number, Number]:
+    """The smallest and the largest number; where all are equal they have the weakest colour, as 0 has."""
+    low, high = min(known, default=0), max(known, default=0)
+    return low, high if high > low else low + 1
+
+
+def style_ranges(count: int) -> tuple[list[str], list[list[int]]]:
+    """A colour and a pattern of dashes for each series, no two of them alike in both."""
+    colors = [PALETTE[i % len(PALETTE)] for i in range(count)]
+    return colors, [DASHES[i // len(PALETTE) % len(DASHES)] for i in range(count)]
+
+
+def configured(chart: Any, **settings: Any) -> Any:
+    """The look of every figure: no background, no text below `FONT` pixels, no text cut."""
+    return (
+        chart.configure(background="#00000000", font="sans-serif", **settings)
+        .configure_view(stroke=None)
+        .configure_axis(
+            gridColor=GRID,
+            domainColor=LINE,
+            tickColor=LINE,
+            titleFontWeight="normal",
+            labelFontSize=FONT,
+            titleFontSize=FONT + 1,
+            labelLimit=0,
+        )
+        .configure_legend(labelFontSize=FONT, labelLimit=0, titleFontSize=FONT)
     )
 
 
 def _color(altair: Any, names: Sequence[str], field: str = "series") -> Any:
-    scale = altair.Scale(domain=list(names), range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
-    legend = altair.Legend(title=None, orient="top") if len(names) > 1 else None
-    return altair.Color(f"{field}:N", scale=scale, legend=legend)
+    scale = altair.Scale(domain=list(names), range=style_ranges(len(names))[0])
+    return altair.Color(f"{field}:N", title=None, scale=scale, legend=_legend(altair, names))
+
+
+def _dash(altair: Any, names: Sequence[str]) -> Any:
+    scale = altair.Scale(domain=list(names), range=style_ranges(len(names))[1])
+    return altair.StrokeDash("series:N", title=None, scale=scale, legend=_legend(altair, names))
+
+
+def _legend(altair: Any, names: Sequence[str]) -> Any:
+    return altair.Legend(title=None, orient="top", columns=3) if len(names) > 1 else None
 
 
 def _svg(chart: Any) -> str:
     convert = require("vl_convert", extra="report")
-    chart = (
-        chart.configure(background="#00000000", font="sans-serif", padding=8, aria=False)
-        .configure_view(stroke=None)
-        .configure_axis(gridColor=GRID, domainColor=LINE, tickColor=LINE, titleFontWeight="normal")
-    )
-    return convert.vegalite_to_svg(chart.to_dict())
+    return convert.vegalite_to_svg(configured(chart, padding=8, aria=False).to_dict())

@@ -13,6 +13,8 @@ from typing import Any
 from brushstroke.errors import require
 from brushstroke.files import output_errors, write_file
 
+FOLDED = 12  # rows of a table above which it is folded
+
 _STYLE = """
 :root {
   color-scheme: light dark;
@@ -25,7 +27,7 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word;
+  margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word;
   background: var(--page); color: var(--text);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif;
 }
@@ -47,10 +49,16 @@ pre {
   font: 0.88rem/1.45 ui-monospace, "SF Mono", Consolas, monospace;
 }
 figure { margin: 1rem 0; }
-figure svg { display: block; max-width: 100%; height: auto; }
+figure svg { display: block; }
 figure svg text { fill: var(--text); }
-.chart svg { max-width: none; }
-.chart .vega-embed { width: 100%; }
+.maps { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
+.maps figure { min-width: 0; max-width: 100%; }
+@media (prefers-color-scheme: dark) {
+  .map svg { filter: invert(0.92) hue-rotate(180deg); }
+  .map svg text { fill: #1d2430; }
+}
+details summary { cursor: pointer; color: var(--accent); }
+.chart .vega-embed { width: 100%; display: flex; flex-direction: column-reverse; }
 .chart .vega-bindings { margin: 0.4rem 0; }
 .chart .vega-bind { display: inline-block; margin-right: 1.2rem; color: var(--soft); }
 .chart select { font: inherit; color: var(--text); background: var(--panel); border: 1px solid var(--line); }
@@ -60,6 +68,7 @@ _DRAW = """
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 for (const place of document.querySelectorAll(".chart [data-spec]")) {
   const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+  if (innerWidth < 700) for (const part of spec.vconcat ?? []) if (part.columns) part.columns = 1;
   const options = { renderer: "svg", actions: false, tooltip: { theme: dark ? "dark" : "light" } };
   vegaEmbed(place, spec, options).then(
     () => { place.dataset.drawn = "yes"; },
@@ -105,7 +114,10 @@ class Page:
         self._parts.append(f"<pre>{_escaped(text)}</pre>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-        """A table; a column of numbers, or of texts that begin like one, stands to the right."""
+        """A table; a column of numbers, or of texts that begin like one, stands to the right.
+
+        One with more than `FOLDED` rows is folded: a click shows it.
+        """
         numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
         classes = [' class="number"' if right else "" for right in numeric]
         head = "".join(f"<th{c}>{_escaped(name)}</th>" for name, c in zip(columns, classes, strict=True))
@@ -117,31 +129,37 @@ class Page:
         )
         above = f"<caption>{_escaped(caption)}</caption>" if caption else ""
         content = f"{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-        self._parts.append(f'<div class="scroll"><table>{content}</table></div>')
+        table = f'<div class="scroll"><table>{content}</table></div>'
+        if len(rows) > FOLDED:
+            table = f"<details><summary>A table of {len(rows)} rows</summary>{table}</details>"
+        self._parts.append(table)
 
     def figure(self, svg: str, caption: str = "") -> None:
-        """An SVG, drawn into the page, with its description below.
+        """An SVG, drawn into the page, with its description below; one that is too wide scrolls.
 
         Raises:
             ValueError: the text is not an SVG, or would run a script.
         """
-        start = svg.find("<svg")
-        if start < 0 or re.search(r"<script|\son\w+\s*=", svg, re.IGNORECASE):
-            raise ValueError(
-                "a figure must be an <svg> element without scripts; draw it with curves() or bars()"
-            )
-        below = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
-        inline = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg[start:])  # HTML needs no namespaces
-        self._parts.append(f"<figure>{inline}{below}</figure>")
+        self._parts.append(_figure(svg, caption))
+
+    def maps(self, figures: Sequence[tuple[str, str]]) -> None:
+        """SVGs of `heatmap` with their descriptions, beside each other as far as the page is wide.
+
+        Raises:
+            ValueError: a text is not an SVG, or would run a script.
+        """
+        drawn = "".join(_figure(svg, caption, "map") for svg, caption in figures)
+        self._parts.append(f'<div class="maps">{drawn}</div>')
 
     def chart(self, spec: Mapping[str, Any], caption: str = "") -> None:
         """A Vega-Lite figure that is drawn by the page itself, offline, with its description below."""
         self._charts += 1
         name = f"spec-{self._charts}"
+        kind = _escaped(f"chart {spec.get('usermeta', {}).get('kind', '')}".rstrip())
         data = json.dumps(spec, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
         below = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
         self._parts.append(
-            f'<figure class="chart"><div class="scroll"><div data-spec="{name}"></div></div>{below}'
+            f'<figure class="{kind}"><div class="scroll"><div data-spec="{name}"></div></div>{below}'
             f'<script type="application/json" id="{name}">{data}</script></figure>'
         )
 
@@ -171,6 +189,16 @@ class Page:
             target.parent.mkdir(parents=True, exist_ok=True)
         write_file(target, self.html())
         return target
+
+
+def _figure(svg: str, caption: str, kind: str = "") -> str:
+    start = svg.find("<svg")
+    if start < 0 or re.search(r"<script|\son\w+\s*=", svg, re.IGNORECASE):
+        raise ValueError("a figure must be an <svg> element without scripts; draw it with curves() or bars()")
+    below = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
+    inline = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg[start:])  # HTML needs no namespaces
+    opening = f'<figure class="{kind}">' if kind else "<figure>"
+    return f'{opening}<div class="scroll">{inline}</div>{below}</figure>'
 
 
 def _drawing_code() -> str:

@@ -108,6 +108,7 @@ class FusedNorm(Fused):
             x is None
             or self.training
             or self.weight.requires_grad
+            or x.shape[-1] != self.weight.shape[0]  # the probe's width, which is not every norm's
             or torch.is_autocast_enabled(x.device.type)
         ):
             return super().forward(*args, **kwargs)
@@ -244,6 +245,7 @@ class Fusion:
     def __init__(self) -> None:
         self._modules: list[Fused] = []
         self._scratch = Scratch()
+        self._failure: str | None = None
 
     @property
     def counts(self) -> Counter[str]:
@@ -271,8 +273,15 @@ class Fusion:
         while self._modules:
             self.drop_last()
 
+    def give_up(self, failure: str) -> None:
+        """Undo all swaps, because the model fails with them."""
+        self.remove()
+        self._failure = failure
+
     def describe(self) -> str:
         """One line, such as "61 norms, 30 feed-forward blocks, 30 attentions"."""
+        if self._failure:
+            return f"none (with them the model fails: {self._failure})"
         return ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "none"
 
     @staticmethod

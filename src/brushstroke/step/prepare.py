@@ -3,6 +3,7 @@
 Decisions follow from the model, the config and the machine's features; nothing is timed.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from brushstroke.step.memory import (
 from brushstroke.step.onekernel import compiled
 from brushstroke.step.pack import unshared
 from brushstroke.step.recompute import Checkpointed
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+MIXED_DTYPES = re.compile(r"dtype|scalar type|not implemented for '(Half|BFloat16)'", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,17 @@ def prepare(
     chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
     fusion = fuse(model)
     try:
-        with unmoved(model):
-            forward, forward_reason = choose_forward(model, share, factors)
-        need = _need(model, forward, factors, widest, checkpointed, device)
+        try:
+            forward, forward_reason, need = _first_pass(model, share, factors, widest, checkpointed)
+        except _CannotRun as failure:
+            if not fusion.counts:
+                raise
+            fusion.give_up(failure.said)
+            forward, forward_reason, need = _first_pass(model, share, factors, widest, checkpointed)
         mode, mode_reason = choose_mode(need, memory, device)
         if mode == "low":
             fusion.keep_less()
-            need = _need(model, forward, factors, widest, checkpointed, device)
+            need = _need(model, forward, factors, widest, checkpointed)
         chosen, reason = choose_micro_tokens(need, mode, device)
     except BaseException:
         fusion.remove()
@@ -135,13 +143,44 @@ def prepare(
     )
 
 
+class _CannotRun(ConfigError):
+    """The model fails in its first pass; `said` is what it raised, in one line."""
+
+    def __init__(self, model: nn.Module, error: Exception) -> None:
+        self.said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        dtype = model_dtype(model)
+        advice = (
+            "Training is for models that predict the next token: for others use attach(model, config, "
+            "trainable=True) and a loop of your own"
+        )
+        if dtype in HALF_DTYPES and MIXED_DTYPES.search(self.said):
+            advice = "parts of it compute in another dtype; load it with --dtype float32 (dtype='float32')"
+        super().__init__(f"{type(model).__name__} cannot be run on tokens ({self.said}); {advice}")
+
+
+def _first_pass(
+    model: nn.Module,
+    share: bool,
+    factors: Sequence[Tensor],
+    widest: int,
+    checkpointed: Checkpointed | None,
+) -> tuple[Forward, str, MemoryNeed]:
+    """The way that passes run, with its reason, and what one of them needs.
+
+    Raises:
+        _CannotRun: the model cannot run even one.
+    """
+    with unmoved(model):
+        forward, reason = choose_forward(model, share, factors)
+    return forward, reason, _need(model, forward, factors, widest, checkpointed)
+
+
 def _need(
     model: nn.Module,
     forward: Forward,
     factors: Sequence[Tensor],
     widest: int,
     checkpointed: Checkpointed | None,
-    device: torch.device,
 ) -> MemoryNeed:
     def run(tokens: int) -> Tensor:
         example = Example((0,) * (tokens + 1), (0.0,) * tokens + (1.0,))
@@ -153,14 +192,10 @@ def _need(
     except (BrushstrokeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model is not ours, and this is the first pass that must succeed
-        raise ConfigError(
-            f"{type(model).__name__} cannot be run on tokens ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]}); Training is for models that predict the next token: for "
-            "others use attach(model, config, trainable=True) and a loop of your own"
-        ) from error
+        raise _CannotRun(model, error) from error
     if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
         hidden = hidden_size(model) or widest
         size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
         kept = kept // len(checkpointed) + len(checkpointed) * hidden * size
     logits = forward.logits_at_once(vocabulary_size(model) or 0)
-    return need_of(model, factors, kept, widest, logits, device)
+    return need_of(model, factors, kept, widest, logits, factors[0].device)

@@ -22,11 +22,13 @@ class NoEmbeddings(Exception):
     """Nothing in the model looks tokens up, so that nothing can be told about what depends on them."""
 
 
-def probe_examples(model: nn.Module, lengths: tuple[int, int, int] = SHORT) -> tuple[Example, Example]:
+def probe_examples(
+    model: nn.Module, lengths: tuple[int, int, int] = SHORT, seed: int = 0
+) -> tuple[Example, Example]:
     """Two examples with a shared beginning; all tokens of their own but the first are trained."""
     vocabulary = vocabulary_size(model) or 16
     prefix, *own = lengths
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shared = torch.randint(0, vocabulary, (prefix,), generator=generator).tolist()
     rows = [
         Example(

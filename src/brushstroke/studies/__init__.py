@@ -5,12 +5,12 @@ Each question is a module: `targets`, `rank`, `seeds`, `delta`, `intrinsic`. `ru
 
 from brushstroke.studies.arms import Arm, Run, rate_grid
 from brushstroke.studies.delta import DeltaStudy
-from brushstroke.studies.executors import Executor, in_process, processes
+from brushstroke.studies.executors import Executor, finished_only, in_process, processes
 from brushstroke.studies.findings import Figure, Finding, Table
 from brushstroke.studies.intrinsic import IntrinsicStudy
 from brushstroke.studies.material import make_material
 from brushstroke.studies.page import write_report
-from brushstroke.studies.presets import paper_questions, smollm2_paper, tiny_paper
+from brushstroke.studies.presets import paper_questions, smollm2_paper, tiny_intrinsic, tiny_paper
 from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.runner import Estimate, Grid, Progress
 from brushstroke.studies.seeds import SeedsStudy
@@ -37,6 +37,7 @@ __all__ = [
     "Table",
     "TargetsStudy",
     "Task",
+    "finished_only",
     "in_process",
     "make_material",
     "paper_questions",
@@ -44,6 +45,7 @@ __all__ = [
     "rate_grid",
     "run_studies",
     "smollm2_paper",
+    "tiny_intrinsic",
     "tiny_paper",
     "write_report",
 ]

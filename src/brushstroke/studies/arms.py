@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from brushstroke.adapter import LoraConfig, Site
@@ -33,6 +34,8 @@ class Arm:
         task: the task that it learns.
         rates: learning rates to choose from; None takes those of the study.
         dimension: learn only a random subspace of this many dimensions of the parameters; None learns all.
+        rate_of: name of the arm whose chosen learning rate this one takes; None chooses its own.
+        steps_share: of the steps of the study's runs, with a schedule of its own length.
 
     Raises:
         ConfigError: a rank or dimension below 1.
@@ -46,6 +49,8 @@ class Arm:
     task: str = TASK
     rates: tuple[float, ...] | None = None
     dimension: int | None = None
+    rate_of: str | None = None
+    steps_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("dimension", self.dimension)):
@@ -60,12 +65,16 @@ class Arm:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON types."""
-        return {
+        """The settings as JSON types; without those of a control where it is none."""
+        told = {
             **asdict(self),
             "targets": list(self.targets),
             "rates": None if self.rates is None else list(self.rates),
         }
+        for name, usual in (("rate_of", None), ("steps_share", 1.0)):
+            if told[name] == usual:
+                del told[name]
+        return told
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,8 @@ class Run:
     def key(self) -> str:
         """A name for files: equal for equal runs, and for no others."""
         settings = self.arm.as_dict()
-        settings.pop("rates")
+        for name in ("rates", "rate_of"):
+            settings.pop(name, None)
         digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
         words = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")[:40]
         return f"{words}-{digest}-lr{exact(self.learning_rate)}-seed{self.seed}"
@@ -256,8 +266,18 @@ def exact(rate: float) -> str:
 
 
 def on_other_task(arm: Arm) -> Arm:
-    """The same arm on the other task: the control of what belongs to the task."""
-    return replace(arm, name=f"{arm.name}, other task", task=OTHER)
+    """The same arm on the other task, at the rate of the task: the control of what belongs to the task."""
+    return replace(arm, name=f"{arm.name}, other task", task=OTHER, rate_of=arm.name, rates=None)
+
+
+def shortened(arm: Arm, share: Fraction) -> Arm:
+    """The same arm, trained for a share of the steps.
+
+    >>> shortened(low_rank("q", ("q",), 4), Fraction(1, 2)).name
+    'q r=4, 1/2 of the steps'
+    """
+    name = f"{arm.name}, {share} of the steps"
+    return replace(arm, name=name, rate_of=arm.name, rates=None, steps_share=float(share))
 
 
 def _names(group: str, sites: Sequence[Site]) -> tuple[str, ...]:

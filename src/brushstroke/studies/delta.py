@@ -1,9 +1,8 @@
-"""Question 3 of the paper: how does ΔW relate to W, and how far did the model stray?"""
+"""Question 3 of the paper: how does ΔW relate to W, and how far does the model stray for a task?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
@@ -16,7 +15,9 @@ from brushstroke.studies.arms import (
     low_rank,
     matrices_name,
     too_large_note,
+    whole,
 )
+from brushstroke.studies.divergence import shortened_arms, stray
 from brushstroke.studies.findings import Figure, Finding, Table, bounds
 from brushstroke.studies.reading import as_interval, limits, places
 from brushstroke.studies.runner import Results
@@ -36,6 +37,7 @@ MEASURES = {  # of the map, as the table calls them
     "norm_delta": "‖ΔW‖",
     "norm_base": "‖W‖",
 }
+RATIOS = ("ratio_to_chance",)  # of them: 1 is what chance gives
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,26 @@ class DeltaStudy:
         targets: the matrices.
         ranks: those whose updates are related to W.
         alpha: the same for all.
+        train_whole: whether an arm that trains W itself is what the others' divergence is compared with,
+            where there is general text.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
     ranks: tuple[int, ...] = (4, 32)
     alpha: float = 16.0
+    train_whole: bool = True
     name: str = "delta"
 
     def arms(self, material: Material) -> list[Arm]:
-        """One for each rank."""
+        """One for each rank; with general text also W itself, and each with fewer steps."""
         matrices = matrices_name(self.targets)
         ranks = allowed_ranks(self.ranks, self.targets, material.sites)
-        return [low_rank(matrices, self.targets, rank, self.alpha) for rank in ranks]
+        arms = [low_rank(matrices, self.targets, rank, self.alpha) for rank in ranks]
+        if not material.general:
+            return arms
+        if self.train_whole:
+            arms.append(whole(matrices, self.targets, material.grid.rates))
+        return [*arms, *shortened_arms(arms)]
 
     def read(self, results: Results, workshop: Workshop) -> Finding:
         """Projection norms, amplification beside its expectation, and how far each arm strayed."""
@@ -98,28 +108,33 @@ class DeltaStudy:
                 Figure(
                     "relation",
                     "ΔW against W by layer and matrix; choose the rank and the number.",
-                    site_map(records, measures=list(MEASURES), words=MEASURES, choose=("rank",)),
+                    site_map(
+                        records, measures=list(MEASURES), words=MEASURES, choose=("rank",), ratios=RATIOS
+                    ),
                 )
             )
             figures += _decile_figure(found)
-        strayed, told, data = _strayed(results, list(ranked.values()), workshop)
+        full = f"{matrices} W itself" if self.train_whole else None
+        names = [*ranked.values(), *([full] if full in results.planned else [])]
+        strayed = stray(results, names, full)
         return Finding(
             "How does ΔW relate to W?",
-            " ".join([*texts, told]) if texts else "No arm is conclusive: the question stays open.",
+            " ".join([*texts, strayed.answer]) if texts else "No arm is conclusive: the question stays open.",
             (
                 Table(
                     f"Frobenius norms, first seed; the first {SHOWN} matrices of each rank.",
                     COLUMNS,
                     tuple(rows),
                 ),
-                *strayed,
+                *strayed.tables,
+                *_general_table(results, workshop),
             ),
-            tuple(figures),
+            (*figures, *strayed.figures),
             (
                 "Amplification falls like 1/rank almost by construction; the number free of the rank is the "
                 "ratio to chance.",
                 *([too_large_note(too_large)] if too_large else []),
-                *limits(results, list(ranked.values())),
+                *limits(results, names),
             ),
             {
                 str(rank): {
@@ -129,7 +144,7 @@ class DeltaStudy:
                 }
                 for rank, relation in found.items()
             }
-            | {"general": data},
+            | {"general": strayed.data or {}},
         )
 
 
@@ -200,29 +215,24 @@ def _decile_figure(found: dict) -> list[Figure]:
     ]
 
 
-def _strayed(
-    results: Results, names: list[str], workshop: Workshop
-) -> tuple[list[Table], str, dict[str, Any]]:
-    """Loss on the general text before and after, beside ‖ΔW‖/‖W‖."""
+def _general_table(results: Results, workshop: Workshop) -> list[Table]:
+    """Loss on the general text before and after, of every arm that learns the task, beside ‖ΔW‖/‖W‖."""
     before = results.untouched.get("general")
     if before is None:
-        return [], "How far the model strayed is not known: no general text was given.", {}
-    rows, told, data = [], [], {}
+        return []
+    rows = []
     for name, found in results.conclusive().items():
         after = [o.general.loss for o in found.outcomes.values() if o.general]
-        if not after or found.arm.task != TASK or found.arm.dimension is not None:
+        shortened = found.arm.rate_of is not None
+        if not after or shortened or found.arm.task != TASK or found.arm.dimension is not None:
             continue
-        seed = found.seeds[0]
-        spectra = spectrum(results.adapter(name, seed), workshop.base, allow_different_base=True)
+        spectra = spectrum(results.adapter(name, found.seeds[0]), workshop.base, allow_different_base=True)
         change = interval([loss - before.loss for loss in after])
-        if name in names or found.arm.rank is None:
-            told.append(f"{name} {bounds(change, 3)}")
         relative = median(row.relative_norm or 0.0 for row in spectra.values())
-        data[name] = {"change": as_interval(change), "relative_norm": relative}
-        rows.append(
-            (name, f"{before.loss:.4f}", bounds(interval(after)), bounds(change, 3), f"{relative:.3f}")
-        )
-    columns = ("arm", "before", "after", "change", "‖ΔW‖/‖W‖")
-    caption = "Loss on the general text, no row of which is in the tasks; median of the norms."
-    table = Table(caption, columns, tuple(rows))
-    return [table], f"Change of the loss on the general text, in nats: {'; '.join(told)}.", data
+        rate = "–" if found.chosen is None else f"{found.chosen:g}"
+        rows.append((name, rate, bounds(interval(after)), bounds(change, 3), f"{relative:.3f}"))
+    caption = (
+        f"Loss on the general text, no row of which is in the tasks; {before.loss:.4f} before. Each arm at a "
+        "rate and a task loss of its own, so that arms cannot be compared here; median of the norms."
+    )
+    return [Table(caption, ("arm", "learning rate", "after", "change", "‖ΔW‖/‖W‖"), tuple(rows))]

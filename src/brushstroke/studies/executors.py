@@ -31,6 +31,21 @@ def in_process(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, O
         yield run, workshop.run(run)
 
 
+def finished_only(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+    """No run at all: a finished study is read again, and nothing is trained.
+
+    Raises:
+        TrainingError: a run is not finished.
+    """
+    if runs:
+        first = runs[0]
+        raise TrainingError(
+            f"{len(runs)} runs of this study are not finished, such as {first.arm.name} at rate "
+            f"{first.learning_rate:g} with seed {first.seed}; leave out --reread, and they are run"
+        )
+    yield from ()
+
+
 def usable_cores() -> int:
     """The cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)

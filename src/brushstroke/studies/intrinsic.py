@@ -1,19 +1,31 @@
 """The background of the paper: how many dimensions does a task need? d90 by training in random subspaces."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import lines
-from brushstroke.studies.arms import Arm, chosen_sites, low_rank, matrices_name, whole
+from brushstroke.studies.arms import (
+    Arm,
+    chosen_sites,
+    low_rank,
+    matrices_name,
+    parameters_per_rank,
+    two_digits,
+    whole,
+)
 from brushstroke.studies.findings import Figure, Finding
 from brushstroke.studies.reading import arms_table, as_interval, limits, test_loss
 from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Score, Workshop
 
 SMALL = 500_000  # weights at the sites up to which the subspace is one of W itself
 SHARE = 0.9
+ALREADY = "not asked, since the untouched base has 90 % of it already"
 
 
 @dataclass(frozen=True)
@@ -36,25 +48,32 @@ class IntrinsicStudy:
     name: str = "intrinsic"
 
     def arms(self, material: Material) -> list[Arm]:
-        """All parameters, and one arm for each dimension.
+        """All parameters, and one arm for each dimension, its rates those of all parameters times √(D/d).
+
+        Adam moves each of the d coordinates by about the rate; the columns of the projection have norm 1, so
+        that each of the D parameters moves by the rate times √(d/D).
 
         Raises:
             ConfigError: a rank or alpha where the subspaces are those of W itself.
         """
-        rates = material.grid.rates
         full = self._full(material)
-        wider = tuple(float(f"{rate * 10:.1e}") for rate in rates)
-        return [
-            full,
-            *(
-                replace(full, name=f"{full.name}, {d} dimensions", dimension=d, rates=wider)
-                for d in sorted(set(self.dimensions))
-            ),
-        ]
+        rates, size = material.grid.of(full), self._parameters(material, full)
+
+        def subspace(d: int) -> Arm:
+            scaled = two_digits([rate * math.sqrt(size / d) for rate in rates])
+            return replace(full, name=f"{full.name}, {d} dimensions", dimension=d, rates=scaled)
+
+        return [full, *map(subspace, sorted(set(self.dimensions)))]
+
+    def _parameters(self, material: Material, full: Arm) -> int:
+        """How many numbers the arm of all parameters trains."""
+        if full.rank is not None:
+            return full.rank * parameters_per_rank(self.targets, material.sites)
+        return _weights(self.targets, material)
 
     def _full(self, material: Material) -> Arm:
         matrices = matrices_name(self.targets)
-        size = sum(site.d * site.h for site in chosen_sites(self.targets, material.sites))
+        size = _weights(self.targets, material)
         if self.of == "W" or (self.of == "auto" and size <= SMALL):
             if self.rank is not None or self.alpha is not None:
                 raise ConfigError(
@@ -81,6 +100,8 @@ class IntrinsicStudy:
             "A random subspace of the parameters (Li et al. 2018); d90 is an upper bound at the dimensions "
             "that were tried, for this training and these matrices.",
             "The accuracy is the share of test tokens that are predicted first.",
+            "Between two dimensions that were tried, the share that is reached is taken as linear in log d; "
+            "the interval is a t-interval over seeds of log d90.",
             *limits(results, [*mine, *([full] if full else [])]),
         )
         table = arms_table(
@@ -96,12 +117,12 @@ class IntrinsicStudy:
             return Finding(question, answer, (table,), (), notes)
         kept = [name for name in mine if name in good]
         losses = {results.arms[name].arm.dimension or 0: _mean_score(results, name) for name in kept}
-        of_gain, of_metric = _d90(before, after, losses)
-        by_seed = {
-            seed: _d90(before, whole_score, _scores(results, kept, seed))
-            for seed, whole_score in _by_seed(results, full).items()
-            if whole_score.loss < before.loss
-        }
+        kept_scores = {seed: _scores(results, kept, seed) for seed in _by_seed(results, full)}
+        of_gain = _d90(_gain, before, after, losses, _by_seed(results, full), kept_scores)
+        asked = before.accuracy < SHARE * after.accuracy
+        of_metric = (
+            _d90(_accuracy, before, after, losses, _by_seed(results, full), kept_scores) if asked else None
+        )
         records = [
             {"dimension": d, "loss": score.loss, "arm": "random subspace"}
             for d, score in sorted(losses.items())
@@ -123,38 +144,107 @@ class IntrinsicStudy:
         return Finding(
             question,
             f"Over the means of {len(results.arms[full].seeds)} seed(s): d90 of the gain in loss over the "
-            f"untouched base ({before.loss:.3f} to {after.loss:.3f} nats): {_told(of_gain, losses)}"
-            f"{_spread(by_seed, 0)}. d90 of the accuracy of full training ({100 * after.accuracy:.1f} %; the "
-            f"untouched base has {100 * before.accuracy:.1f} %): {_told(of_metric, losses)}"
-            f"{_spread(by_seed, 1)}.",
+            f"untouched base ({before.loss:.3f} to {after.loss:.3f} nats): {of_gain}. d90 of the accuracy of "
+            f"full training ({100 * after.accuracy:.1f} %; the untouched base has "
+            f"{100 * before.accuracy:.1f} %): {ALREADY if of_metric is None else of_metric}.",
             (table,),
             (Figure("intrinsic", "Test loss by the dimension of the subspace.", spec),),
             notes,
             {
-                "d90_gain": of_gain,
-                "d90_metric": of_metric,
-                "d90_gain_by_seed": {str(seed): found[0] for seed, found in by_seed.items()},
-                "d90_metric_by_seed": {str(seed): found[1] for seed, found in by_seed.items()},
+                "d90_gain": of_gain.smallest,
+                "d90_gain_by_seed": of_gain.between_by_seed(),
+                "d90_metric": None if of_metric is None else of_metric.smallest,
+                "d90_metric_by_seed": None if of_metric is None else of_metric.between_by_seed(),
                 "test_loss": {n: as_interval(test_loss(good[n])) for n in good},
             },
         )
 
 
-def _d90(before: Score, after: Score, losses: Mapping[int, Score]) -> tuple[int | None, int | None]:
-    """The smallest dimension with 90 % of the gain in loss, and with 90 % of the accuracy."""
-    aim = before.loss - SHARE * (before.loss - after.loss)
-    return (
-        _smallest(losses, lambda score: score.loss <= aim),
-        _smallest(losses, lambda score: score.accuracy >= SHARE * after.accuracy),
-    )
+def _weights(targets: Sequence[str], material: Material) -> int:
+    return sum(site.d * site.h for site in chosen_sites(targets, material.sites))
 
 
-def _spread(by_seed: Mapping[int, tuple[int | None, int | None]], which: int) -> str:
-    """What single seeds say, where there are several; an interval of a step function would say less."""
-    if len(by_seed) < 2:
+def _gain(before: Score, after: Score, score: Score) -> float:
+    """The share of the gain in loss over the untouched base."""
+    return (before.loss - score.loss) / (before.loss - after.loss)
+
+
+def _accuracy(before: Score, after: Score, score: Score) -> float:
+    """The share of the accuracy of full training."""
+    return score.accuracy / after.accuracy
+
+
+@dataclass(frozen=True)
+class _D90:
+    """The dimensions that reach 90 % of something.
+
+    Args:
+        smallest: of those that were tried, over the means of the seeds; None where none reaches it.
+        tried: all of them.
+        between: seed → where it passes 90 % between two of them.
+    """
+
+    smallest: int | None
+    tried: tuple[int, ...]
+    between: Mapping[int, float | None]
+
+    def between_by_seed(self) -> dict[str, float | None]:
+        """JSON types."""
+        return {str(seed): found for seed, found in self.between.items()}
+
+    def __str__(self) -> str:
+        return f"{_told(self.smallest, self.tried)}{_spread(self.between)}"
+
+
+def _d90(
+    share: Callable[[Score, Score, Score], float],
+    before: Score,
+    after: Score,
+    losses: Mapping[int, Score],
+    full: Mapping[int, Score],
+    by_seed: Mapping[int, Mapping[int, Score]],
+) -> _D90:
+    """d90 by one definition.
+
+    Args:
+        share: (untouched, all parameters, subspace) → how much of full training is reached.
+        before: the untouched base.
+        after: all parameters, the mean over seeds.
+        losses: dimension → the mean over seeds.
+        full: seed → all parameters.
+        by_seed: seed → dimension → score.
+    """
+    smallest = next((d for d in sorted(losses) if share(before, after, losses[d]) >= SHARE), None)
+    between = {
+        seed: _crossing({d: share(before, top, score) for d, score in by_seed[seed].items()})
+        for seed, top in full.items()
+        if top.loss < before.loss
+    }
+    return _D90(smallest, tuple(sorted(losses)), between)
+
+
+def _crossing(shares: Mapping[int, float]) -> float | None:
+    """Where a share passes 90 % for the first time, linear in log d; None where that is not between two."""
+    for smaller, larger in pairwise(sorted(shares)):
+        low, high = shares[smaller], shares[larger]
+        if low >= SHARE:
+            return None
+        if high >= SHARE:
+            return smaller * (larger / smaller) ** ((SHARE - low) / (high - low))
+    return None
+
+
+def _spread(between: Mapping[int, float | None]) -> str:
+    """The interval over seeds, or what each seed says where one of them does not pass 90 % between two."""
+    if len(between) < 2:
         return ""
-    found = (pair[which] for pair in by_seed.values())
-    return " (by seed " + ", ".join("none" if d is None else f"{d:,}" for d in found) + ")"
+    passed = [d for d in between.values() if d is not None]
+    if len(passed) < len(between):
+        told = ("none between" if d is None else f"{d:,.0f}" for d in between.values())
+        return f" (by seed {', '.join(told)})"
+    found = interval([math.log(d) for d in passed])
+    mean, low, high = (math.exp(value or 0) for value in (found.mean, found.low, found.high))
+    return f", by interpolation {mean:,.0f} [{low:,.0f}, {high:,.0f}]"
 
 
 def _by_seed(results: Results, name: str) -> dict[int, Score]:
@@ -173,11 +263,7 @@ def _mean_score(results: Results, name: str) -> Score:
     return Score(sum(s.loss for s in scores) / n, sum(s.accuracy for s in scores) / n, scores[0].tokens)
 
 
-def _smallest(losses: Mapping[int, Score], reached) -> int | None:
-    return next((d for d in sorted(losses) if reached(losses[d])), None)
-
-
-def _told(found: int | None, tried: Sequence[int] | Mapping[int, Score]) -> str:
+def _told(found: int | None, tried: Sequence[int]) -> str:
     if found is None:
         return f"above {max(tried):,}, the largest that is conclusive" if tried else "not known"
     smaller = [d for d in tried if d < found]

@@ -1,6 +1,8 @@
-"""A finished study as one self-contained page, one results.json, and its figures as PNG where asked for."""
+"""A finished study as one self-contained page, one results.json; figures and tables as files if asked for."""
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,12 @@ from typing import Any
 from brushstroke.errors import require
 from brushstroke.files import output_errors, write_file
 from brushstroke.report import Page
+from brushstroke.report.charts import choices
+from brushstroke.report.figures import WIDTH
+from brushstroke.report.tables import csv_text, latex_text
 from brushstroke.studies.arms import exact
-from brushstroke.studies.store import FIGURES, REPORT, RESULTS
+from brushstroke.studies.findings import Figure, Table
+from brushstroke.studies.store import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.studies.study import Report
 from brushstroke.training.run import versions
 
@@ -17,16 +23,25 @@ PNG_SCALE = 2.0
 
 
 def write_report(
-    report: Report, folder: str | Path, *, title: str, command: str = "", png: bool = False
+    report: Report,
+    folder: str | Path,
+    *,
+    title: str,
+    command: str = "",
+    png: bool = False,
+    csv: bool = False,
+    latex: bool = False,
 ) -> Path:
-    """Write results.json, report.html, and with `png` the figures; returns the page's path.
+    """Write results.json, report.html, and figures and tables as files if asked for; returns the page's path.
 
     Args:
         report: the finished study.
         folder: that of the study.
         title: the heading.
         command: what runs it again.
-        png: draw every figure as a file too.
+        png: draw every figure as PNG and SVG too.
+        csv: write every table as CSV too.
+        latex: write every table as LaTeX too.
 
     Raises:
         OutputError: a file cannot be written.
@@ -36,22 +51,61 @@ def write_report(
     write_file(folder / RESULTS, json.dumps({**report.as_dict(), "command": command}, indent=1) + "\n")
     file = report_page(report, title=title, command=command).write(folder / REPORT)
     if png:
-        convert = require("vl_convert", extra="report")
-        names = [f"{figure.name}.png" for finding in report.findings for figure in finding.figures]
-        report.results.store.keep_note("figures", names)
-        with output_errors(folder / FIGURES):
-            (folder / FIGURES).mkdir(exist_ok=True)
-        for finding in report.findings:
-            for figure in finding.figures:
-                spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
-                image = convert.vegalite_to_png(_sized(spec), scale=PNG_SCALE)
-                write_file(folder / FIGURES / f"{figure.name}.png", image)
+        _write_figures(report, folder)
+    if csv or latex:
+        _write_tables(report, folder, csv=csv, latex=latex)
     return file
+
+
+def _write_tables(report: Report, folder: Path, *, csv: bool, latex: bool) -> None:
+    """Every table of the page but its settings, named by the question that it answers."""
+    tables = {"learning-rates": _rate_table(report)}
+    for finding in report.findings:
+        for number, table in enumerate(finding.tables, 1):
+            tables[f"{_slug(finding.question)}-{number}"] = table
+    files = {f"{name}.csv": csv_text(table.columns, table.rows) for name, table in tables.items() if csv}
+    files |= {
+        f"{name}.tex": latex_text(table.columns, table.rows, table.caption)
+        for name, table in tables.items()
+        if latex
+    }
+    noted = report.results.store.note(TABLES)
+    report.results.store.keep_note(TABLES, sorted({*(noted if isinstance(noted, list) else ()), *files}))
+    with output_errors(folder / TABLES):
+        (folder / TABLES).mkdir(exist_ok=True)
+    for name, text in files.items():
+        write_file(folder / TABLES / name, text)
+
+
+def _write_figures(report: Report, folder: Path) -> None:
+    """Every figure as PNG and SVG, in the state in which the page shows it first."""
+    convert = require("vl_convert", extra="report")
+    drawn = {file_name(one): _alone(one) for finding in report.findings for one in finding.figures}
+    report.results.store.keep_note(FIGURES, [f"{name}.{kind}" for name in drawn for kind in ("png", "svg")])
+    with output_errors(folder / FIGURES):
+        (folder / FIGURES).mkdir(exist_ok=True)
+    for name, spec in drawn.items():
+        write_file(folder / FIGURES / f"{name}.png", convert.vegalite_to_png(spec, scale=PNG_SCALE))
+        write_file(folder / FIGURES / f"{name}.svg", convert.vegalite_to_svg(spec))
+
+
+def file_name(figure: Figure) -> str:
+    """The name of a figure's file without its ending: what is drawn, the layer, the matrices, the measure.
+
+    >>> file_name(Figure("spectra", "", {}))
+    'spectra'
+    """
+    chosen = (f"{key} {value}" if key == "layer" else value for key, value in choices(figure.spec).items())
+    return "-".join(_slug(str(part)) for part in (figure.name, *chosen))
+
+
+def _slug(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-")
 
 
 def report_page(report: Report, *, title: str, command: str = "") -> Page:
     """The page: each question with its answer, tables and figures; then what it rests on."""
-    results = report.results
     page = Page(title, _lead(report))
     for finding in report.findings:
         page.section(finding.question)
@@ -66,24 +120,29 @@ def report_page(report: Report, *, title: str, command: str = "") -> Page:
         "Each arm's rate was chosen on the validation split with the first seed; everything above is "
         "measured on the test split, at the end of training."
     )
-    rates = sorted({rate for found in results.arms.values() for rate in found.tried})
-    page.table(
-        ["arm", *(exact(rate) for rate in rates), "chosen"],
-        [
-            [
-                name,
-                *(_loss(found.tried, rate) for rate in rates),
-                "–" if found.chosen is None else f"{exact(found.chosen)}{' (edge)' if found.edge else ''}",
-            ]
-            for name, found in results.arms.items()
-        ],
-        "Validation loss by learning rate; × diverged.",
-    )
+    rates = _rate_table(report)
+    page.table(rates.columns, rates.rows, rates.caption)
     page.section("Settings")
     page.table(["setting", "value"], [[name, _brief(value)] for name, value in _settings(report).items()])
     if command:
         page.code(command, "To run it again:")
     return page
+
+
+def _rate_table(report: Report) -> Table:
+    """Every arm's validation loss at every rate that was tried, and the rate that was chosen."""
+    arms = report.results.arms
+    rates = sorted({rate for found in arms.values() for rate in found.tried})
+    rows = [
+        (
+            name,
+            *(_loss(found.tried, rate) for rate in rates),
+            "–" if found.chosen is None else f"{exact(found.chosen)}{' (edge)' if found.edge else ''}",
+        )
+        for name, found in arms.items()
+    ]
+    columns = ("arm", *(exact(rate) for rate in rates), "chosen")
+    return Table("Validation loss by learning rate; × diverged.", columns, tuple(rows))
 
 
 def _lead(report: Report) -> str:
@@ -122,6 +181,9 @@ def _loss(tried: Mapping[float, float | None], rate: float) -> str:
     return "×" if loss is None else f"{loss:.4f}"
 
 
-def _sized(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The same figure with a width of its own, as there is no page around it."""
-    return {**spec, "width": 620} if spec.get("width") == "container" else dict(spec)
+def _alone(figure: Figure) -> dict[str, Any]:
+    """A figure for a file: with width, background and title of its own, as there is no page around it."""
+    spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
+    if spec.get("width") == "container":
+        spec["width"] = WIDTH
+    return {"title": {"text": textwrap.wrap(figure.caption, 90), "anchor": "start"}, **spec}

@@ -1,4 +1,4 @@
-"""The paper's three questions at once: of a model that is trained here, and of a real one."""
+"""Questions of the paper on a model that is trained here, and on a real one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +10,7 @@ from brushstroke.samples import labelled_file, model_path, read_task
 from brushstroke.studies import tiny
 from brushstroke.studies.arms import allowed_ranks, matrix_sets
 from brushstroke.studies.delta import DeltaStudy
+from brushstroke.studies.intrinsic import IntrinsicStudy
 from brushstroke.studies.material import make_material
 from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.runner import Grid
@@ -23,8 +24,9 @@ QV = ("q_proj", "v_proj")
 
 # On the tiny model.
 STEPS = 250
-RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended once where need be
+RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended where need be
 SEEDS = (0, 1, 2, 3, 4)
+TINY_DIMENSIONS = (100, 1_000, 3_000, 10_000, 30_000)  # of 106,496 weights
 
 # On SmolLM2-135M.
 SMOL_MINUTES = 110  # what is planned at most, where no other budget is named
@@ -43,7 +45,32 @@ def tiny_paper(
     overwrite: bool = False,
     on_base: Callable[[], None] | None = None,
 ) -> tuple[list[Study], Material]:
-    """Studies and material of `study paper --tiny`.
+    """Studies and material of `study paper --tiny`; arguments and errors as those of `tiny_material`."""
+    material = tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
+    return paper_questions(material, (1, 2, 4, 8, 16, 32)), material
+
+
+def tiny_intrinsic(
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    overwrite: bool = False,
+    on_base: Callable[[], None] | None = None,
+) -> tuple[list[Study], Material]:
+    """Study and material of `study intrinsic --tiny`; arguments and errors as those of `tiny_material`."""
+    return [IntrinsicStudy(dimensions=TINY_DIMENSIONS)], tiny_material(
+        out, seeds=seeds, overwrite=overwrite, on_base=on_base
+    )
+
+
+def tiny_material(
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    overwrite: bool = False,
+    on_base: Callable[[], None] | None = None,
+) -> Material:
+    """A small model that is trained here, and texts that every Python carries.
 
     Args:
         out: the folder of the study; the model is kept in its `base`.
@@ -64,7 +91,7 @@ def tiny_paper(
     if on_base:
         on_base()
     base = tiny.tiny_base(folder / BASE)
-    material = Material(
+    return Material(
         base,
         tiny.tasks(),
         TrainConfig(max_steps=STEPS, batch_size=16, warmup=20, schedule="linear"),
@@ -77,7 +104,6 @@ def tiny_paper(
             "other task": "the tables of Python's character encodings",
         },
     )
-    return paper_questions(material, (1, 2, 4, 8, 16, 32)), material
 
 
 def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Material]:

@@ -5,8 +5,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from brushstroke.analysis import SiteSpectrum, Spectrum, random_pair, spectrum
-from brushstroke.report.charts import grids, lines
+from brushstroke.analysis import SiteSpectrum, Spectrum, spectrum, subspace
+from brushstroke.report.charts import lines
 from brushstroke.studies.arms import (
     Arm,
     allowed_ranks,
@@ -16,21 +16,24 @@ from brushstroke.studies.arms import (
     too_large_note,
     whole,
 )
-from brushstroke.studies.findings import Figure, Finding, Table, bounds, difference_table, seeds_told
+from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all, compare_with
+from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table
 from brushstroke.studies.reading import (
-    SIDES,
     arms_table,
-    as_differences,
+    as_comparison,
     as_interval,
     band,
+    comparison_notes,
+    difference_figure,
     limits,
+    overlap_figures,
     pair_overlaps,
     places,
     smallest_side_of,
     test_loss,
 )
 from brushstroke.studies.runner import Results
-from brushstroke.studies.statistics import Difference, compare_arms, interval
+from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Workshop
 
@@ -47,6 +50,10 @@ class RankStudy:
         alpha: the same for all ranks, as in the paper.
         scale_rule: "standard" or "rslora".
         train_whole: whether one arm trains W itself.
+        margin: what equal means, in nats of test loss per trained token; stated before the runs.
+
+    Raises:
+        ConfigError: a margin that is no number above 0.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -54,7 +61,11 @@ class RankStudy:
     alpha: float = 16.0
     scale_rule: str = "standard"
     train_whole: bool = True
+    margin: float = MARGIN
     name: str = "rank"
+
+    def __post_init__(self) -> None:
+        check_margin(self.margin)
 
     def arms(self, material: Material) -> list[Arm]:
         """One for each rank, and W itself."""
@@ -78,24 +89,30 @@ class RankStudy:
         tables = [arms_table(results, names, "Loss on the test split by rank, lower is better.")]
         losses = {name: found.losses() for name, found in good.items()}
         figures = _loss_figures(results, kept, full if full in good else None)
-        compared = _neighbours(kept, losses, full if full in good else None)
-        answer = _answer(kept, losses, full if full in good else None, compared)
-        if compared:
-            tables.append(difference_table(compared, "Each rank against the next one, paired over seeds."))
+        rows = results.row_losses(list(good))
+        ranks = compare_all({name: losses[name] for name in kept.values()}, rows)
+        against = compare_with(full, losses, rows) if full in good and kept else None
+        answer = _answer(kept, losses, ranks, against, self.margin)
+        for compared, caption in (
+            (ranks, "All pairs of ranks, nats."),
+            (against, "Ranks against W itself, nats."),
+        ):
+            if compared and compared.differences:
+                tables.append(difference_table(compared, self.margin, caption))
+        figures += difference_figure([c for c in (ranks, against) if c], self.name)
         every = {name: [spectrum(results.adapter(name, seed)) for seed in good[name].seeds] for name in good}
         spectra = {name: found[0] for name, found in every.items()}
         if spectra:
             tables.append(_spectra_table(spectra))
             figures.append(_spectra_figure(spectra))
             answer += " " + _deficiency(every.get(full, []))
-        overlap = _overlap_figure(results, kept)
-        if overlap:
-            figures.append(overlap)
+        figures += _overlap_figures(results, kept)
         notes = (
             "An update of rank r is of rank r by construction: only the spectrum of W's own training says "
             "whether the update of this task is of low rank.",
             f"The scale is {self.scale_rule} with alpha {self.alpha:g} for every rank.",
             *([too_large_note(too_large)] if too_large else []),
+            *comparison_notes(ranks if against is None else against, results, self.name, self.margin),
             *limits(results, names),
         )
         return Finding(
@@ -106,55 +123,71 @@ class RankStudy:
             notes,
             {
                 "test_loss": {name: as_interval(test_loss(found)) for name, found in good.items()},
-                "neighbours": as_differences(compared),
+                "ranks": as_comparison(ranks, self.margin),
+                "against_whole": None if against is None else as_comparison(against, self.margin),
                 "spectra": {name: found.as_dict() for name, found in spectra.items()},
             },
         )
 
 
-def _neighbours(
-    kept: dict[int, str], losses: dict[str, dict[int, float]], full: str | None
-) -> list[Difference]:
-    """Each rank against the next larger one, and the largest against W itself: chosen before any run."""
-    names = [*kept.values(), *([full] if full else [])]
-    return compare_arms(losses, list(pairwise(names)))
-
-
 def _answer(
-    kept: dict[int, str], losses: dict[str, dict[int, float]], full: str | None, compared: list[Difference]
+    kept: dict[int, str],
+    losses: dict[str, dict[int, float]],
+    ranks: Comparison,
+    against: Comparison | None,
+    margin: float,
 ) -> str:
+    """What is shown of the steps between ranks, of equal ranks, and of the ranks against W itself."""
     if not kept:
         return "No rank has a learning rate that could be chosen: the study is inconclusive."
     means = {rank: sum(losses[name].values()) / len(losses[name]) for rank, name in kept.items()}
-    best, counts = min(means, key=lambda rank: means[rank]), [len(losses[name]) for name in kept.values()]
+    best = min(means, key=lambda rank: means[rank])
     text = f"The lowest test loss of {len(kept)} ranks is" if len(kept) > 1 else "The test loss is"
     text += f" {means[best]:.4f}, at rank {best}"
-    if max(counts) < 2:
+    if max(len(losses[name]) for name in kept.values()) < 2:
         return f"{text} (one seed: no interval, and no claim of a difference)."
-    text += f" ({seeds_told(counts)})."
-    steps = {one.first: one for one in compared}
-    apart = [
-        (rank, larger, step.difference.mean > 0)
-        for rank, larger in pairwise(kept)
-        if (step := steps.get(kept[rank])) and step.significant()
-    ]
-    further = [(rank, larger) for rank, larger, lower in apart if lower]
-    if len(kept) > 1:
-        told = ", ".join(f"{rank} to {larger}" for rank, larger in further)
-        text += (
-            f" Steps from one rank to the next that lower the loss at 5 % (paired t, Holm): {told or 'none'}."
-        )
-    if raising := [f"{rank} to {larger}" for rank, larger, lower in apart if not lower]:
+    text += "."
+    if ranks.spread is not None:
+        text += f" {_steps_told(kept, ranks, best)} {_equal_told(kept, ranks, margin)}"
+    if against is not None and against.spread is not None:
+        text += f" {_whole_told(kept, against)}"
+    return text
+
+
+def _steps_told(kept: dict[int, str], ranks: Comparison, best: int) -> str:
+    steps = [(a, b, step) for a, b in pairwise(kept) if (step := ranks.of(kept[a], kept[b]))]
+    apart = [(a, b, step.difference.mean > 0) for a, b, step in steps if step.significant()]
+    lowering = [f"{a} to {b}" for a, b, lowers in apart if lowers]
+    raising = [f"{a} to {b}" for a, b, lowers in apart if not lowers]
+    text = (
+        "Steps from one rank to the next that are shown to lower the loss "
+        f"({basis(ranks)}): {', '.join(lowering) or 'none'}."
+    )
+    if raising:
         text += f" Steps that raise it: {', '.join(raising)}."
-    if best == max(kept) and any(larger == best for _, larger in further):
+    if best == max(kept) and any(lowers and b == best for _, b, lowers in apart):
         text += " The last step still lowers it: a rank beyond which nothing is gained was not reached."
-    if full and (last := steps.get(kept[max(kept)])):
-        where = "no difference that these seeds can tell"
-        if last.significant():
-            where = "apart at 5 %"
-        text += (
-            f" Loss at rank {max(kept)} less that of W's own training: {bounds(last.difference, 3)}, {where}."
-        )
+    return text
+
+
+def _equal_told(kept: dict[int, str], ranks: Comparison, margin: float) -> str:
+    rank_of = {name: rank for rank, name in kept.items()}
+    equal = [
+        f"{rank_of[one.first]} and {rank_of[one.second]}"
+        for one in ranks.differences
+        if one.equal_within(margin)
+    ]
+    return f"Ranks shown to be equal within ±{margin:g} nats: {', '.join(equal) or 'none'}."
+
+
+def _whole_told(kept: dict[int, str], against: Comparison) -> str:
+    """The largest rank against W itself, and which ranks are shown to differ from it."""
+    rank_of = {name: rank for rank, name in kept.items()}
+    told = [f"{rank_of[one.first]}" for one in against.differences if one.significant()]
+    text = f"Ranks shown to differ from W's own training ({basis(against)}): {', '.join(told) or 'none'}."
+    last = next((one for one in against.differences if one.first == kept[max(kept)]), None)
+    if last is not None:
+        text += f" Loss at rank {max(kept)} less that of W's own training: {bounds(last.difference, 3)}."
     return text
 
 
@@ -262,33 +295,22 @@ def _deficiency(found: list[Spectrum]) -> str:
     )
 
 
-def _overlap_figure(results: Results, kept: dict[int, str]) -> Figure | None:
+def _overlap_figures(results: Results, kept: dict[int, str]) -> list[Figure]:
     small = max((rank for rank in kept if rank <= COMPARED_RANK), default=None)
     smallest_side = min((smallest_side_of(results, name) for name in kept.values()), default=0)
     large = max((rank for rank in kept if small and small < rank < smallest_side), default=None)
     if small is None or large is None:
-        return None
+        return []
     seeds = results.seeds(kept[small], kept[large])
     pairs = pair_overlaps(results, kept[small], kept[large], seeds[:2]) if len(seeds) > 1 else {}
     if not pairs:
-        return None
+        return []
     (first, second), found = next(iter(pairs.items()))
-    where = places(list(found))
-    records = []
-    for site in found:
-        row = found[site]
-        layer, matrix = where[site]
-        drawn = {
-            f"{side}: r={small} (seed {first}), r={large} (seed {second})": getattr(row, side)
-            for side in SIDES
-        }
-        drawn |= {f"{side}: two random Gaussian matrices": random_pair(row, side) for side in SIDES}
-        for panel, grid in drawn.items():
-            records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
-    across, down = f"j, rank {large}", f"i, rank {small}"
-    spec = grids(records, x_title=across, y_title=down, choose=("layer", "matrix"))
-    caption = (
-        f"φ(i, j) between ranks {small} and {large}, of the directions of ΔW on the input side (left) and "
-        "the output side (right), and of a random pair. In the corner, cells with j < i are grey."
+    adapters = results.adapter(kept[small], first), results.adapter(kept[large], second)
+    return overlap_figures(
+        {"delta": found, "U": subspace(*adapters, of="U")},
+        "overlap-between-ranks",
+        i=f"i, rank {small} (seed {first})",
+        j=f"j, rank {large} (seed {second})",
+        corner=True,
     )
-    return Figure("overlap-between-ranks", caption, spec)

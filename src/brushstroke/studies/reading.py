@@ -7,20 +7,37 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
+from brushstroke.analysis.table import short_names
 from brushstroke.analysis.weights import low_rank_updates
-from brushstroke.studies.findings import Table, bounds
+from brushstroke.report.charts import dots, overlaps
+from brushstroke.report.overlaps import CHOICES, overlap_records
+from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
+from brushstroke.studies.findings import Figure, Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
-from brushstroke.studies.statistics import Difference, Interval, interval, over_pairs
+from brushstroke.studies.statistics import Interval, interval, over_pairs
 
 SIDES = ("left", "right")
+QUANTITIES = {  # of the overlap figures: name of the file → whose directions, the side, title
+    "dW-input": ("delta", "left", "ΔW, input side"),
+    "A": ("U", "left", "the right-singular vectors of A (our U), as in the paper"),
+    "dW-output": ("delta", "right", "ΔW, output side"),
+}
+ABOUT_A = (
+    "The paper took A alone. It is no property of ΔW, and in a short run A is still near its random start, "
+    "so that two seeds share little of it, whatever ΔW learnt: see how far U moved."
+)
 
 
 def places(sites: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Site → (layer, matrix), for tables and menus."""
+    """Site → (layer, matrix), for tables and menus; of each layer q and v first."""
     grid = arrange(sites)
-    last = {matrix: matrix.rsplit(".", 1)[-1] for matrix in grid.matrices}
-    names = last if len(set(last.values())) == len(last) else {matrix: matrix for matrix in last}
-    return {site: (layer or "–", names[matrix]) for (layer, matrix), site in grid.sites.items()}
+    names = short_names(grid.matrices)
+    return {
+        grid.sites[layer, matrix]: (layer or "–", names[matrix])
+        for layer in grid.layers
+        for matrix in grid.matrices
+        if (layer, matrix) in grid.sites
+    }
 
 
 def test_loss(found: ArmResult) -> Interval | None:
@@ -35,7 +52,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
     for name in names:
         found = results.arms.get(name)
         if found is None:
-            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–"))
+            rows.append((name, "–", "–", "not run: left out by the budget", "–", "–", "–", "–"))
             continue
         first = next(iter(found.outcomes.values()), None)
         loss = test_loss(found)
@@ -50,6 +67,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
                 f"{first.parameters:,}" if first else "–",
                 rate,
                 bounds(loss) if loss else "–",
+                bounds(wider) if loss and (wider := _on_new_rows(results, name, loss)) else "–",
                 f"{100 * fmean(scores):.1f} %" if scores else "–",
                 f"{100 * fmean(moved):.3g} %" if moved else "–",
                 len(found.seeds),
@@ -60,11 +78,16 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
         "parameters",
         "learning rate",
         "test loss [95 %]",
+        "on new rows too",
         "tokens right",
         "U moved by",
         "seeds",
     )
     return Table(caption, columns, tuple(rows))
+
+
+def _on_new_rows(results: Results, name: str, loss: Interval) -> Interval | None:
+    return mean_on_new_rows(loss, results.row_losses([name]), name, results.arms[name].seeds)
 
 
 def pair_overlaps(
@@ -77,6 +100,56 @@ def pair_overlaps(
         if first != second:
             found[b, a] = subspace(results.adapter(first, b), results.adapter(second, a))
     return found
+
+
+def overlap_figures(
+    found: Mapping[str, Mapping[str, SiteOverlap]],
+    name: str,
+    *,
+    i: str,
+    j: str,
+    controls: Mapping[str, Mapping[str, Mapping[str, SiteOverlap]]] | None = None,
+    corner: bool = False,
+) -> list[Figure]:
+    """φ of ΔW on either side and of A, each q beside v and a random pair.
+
+    Args:
+        found: "delta" and "U" → site → φ.
+        name: what the files begin with.
+        i, j: what rows and columns are.
+        controls: name → the same of another pair of runs.
+        corner: also draw the lower-left corners.
+    """
+    figures = []
+    for file, (of, side, title) in QUANTITIES.items():
+        others = {label: rows[of] for label, rows in (controls or {}).items()}
+        spec = overlaps(
+            overlap_records(found[of], side, controls=others),
+            x_title=j,
+            y_title=i,
+            measure=title,
+            choose=CHOICES,
+            corner=corner,
+        )
+        grey = " In the corners, cells with j > i are grey." if corner else ""
+        about = f" {ABOUT_A}" if of == "U" else ""
+        caption = f"φ(i, j) of {title}, and of a random pair.{grey}{about}"
+        figures.append(Figure(f"{name}-{file}", caption, spec))
+    return figures
+
+
+def difference_figure(compared: Sequence[Comparison], study: str) -> list[Figure]:
+    """Differences with their intervals around a line at 0; nothing where there are none."""
+    records = [
+        {"pair": f"{one.first} less {one.second}", "difference": one.difference.mean, **band(one.difference)}
+        for comparison in compared
+        for one in comparison.differences
+    ]
+    if not records:
+        return []
+    spec = dots(records, name="pair", value="difference", title="difference in test loss, nats", zero=True)
+    caption = "Differences with their intervals; those of one table hold together."
+    return [Figure(f"{study}-differences", caption, spec)]
 
 
 def block(row: SiteOverlap, side: str, i: int, j: int) -> float:
@@ -127,7 +200,7 @@ def inconclusive_note(results: Results, names: Sequence[str]) -> tuple[str, ...]
         return ()
     return (
         f"Inconclusive, and left out of every comparison: {', '.join(open_ones)}. The best learning rate "
-        "lies on the edge of the grid, also after the grid was extended once, or all of them diverged; give "
+        "lies on the edge of the grid, however often the grid was extended, or all of them diverged; give "
         "others (--learning-rates).",
     )
 
@@ -146,17 +219,45 @@ def as_interval(found: Interval | None) -> dict[str, Any] | None:
     )
 
 
-def as_differences(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """JSON types of paired differences."""
-    return [
-        {
-            "first": one.first,
-            "second": one.second,
-            "difference": as_interval(one.difference),
-            "p_holm": one.p_holm,
-        }
-        for one in found
-    ]
+def as_comparison(found: Comparison, margin: float) -> dict[str, Any]:
+    """JSON types of differences that were judged together."""
+    return {
+        "procedure": found.procedure,
+        "level": found.level,
+        "seeds": list(found.seeds),
+        "residual_deviation": found.spread,
+        "degrees_of_freedom": found.freedom,
+        "margin": margin,
+        "differences": [
+            {
+                "first": one.first,
+                "second": one.second,
+                "difference": as_interval(one.difference),
+                "on_new_rows": as_interval(one.new_rows),
+                "p": one.p,
+                "apart": one.significant(),
+                "apart_on_new_rows": one.significant_on_new_rows(),
+                "equal_within_margin": one.equal_within(margin),
+            }
+            for one in found.differences
+        ],
+    }
+
+
+def comparison_notes(found: Comparison, results: Results, study: str, margin: float) -> tuple[str, ...]:
+    """What limits a comparison: what was left out, the rows that it speaks of, when the margin was stated."""
+    if found.spread is None:
+        return found.notes
+    rows = "The losses of single test rows were not kept: all differences speak of these test rows only."
+    if any(one.new_rows for one in found.differences):
+        rows = "Intervals on new rows add the spread over test rows (bootstrap) to the spread over seeds."
+    return (
+        *found.notes,
+        rows,
+        "Equal means: two one-sided tests show a difference of less than "
+        f"{margin:g} nats of test loss per trained token, a margin stated "
+        + ("before the runs." if results.margins.get(study) == margin else "after the runs."),
+    )
 
 
 def band(found: Interval) -> dict[str, float]:

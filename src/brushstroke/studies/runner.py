@@ -1,7 +1,9 @@
 """From arms to results: choose each arm's learning rate on the validation split, then run its other seeds.
 
-An arm whose best learning rate lies on the edge of the grid, after the grid was extended once, is
-inconclusive: a better rate may lie beyond. What a run does is in `workshop`, where it runs in `executors`.
+Where the best learning rate of an arm lies on the edge of its grid, the grid is extended until it does not,
+at most `EXTENSIONS` times; an arm for which that is not enough is inconclusive: a better rate may lie beyond.
+A control takes the rate of another arm, so that the two differ in nothing else.
+What a run does is in `workshop`, where it runs in `executors`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +16,12 @@ import torch
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, TrainingError
 from brushstroke.studies.arms import Arm, Run
+from brushstroke.studies.comparisons import RowLosses
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
 from brushstroke.studies.workshop import Outcome, Workshop
+
+EXTENSIONS = 5  # of an arm's grid, by one rate each
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Grid:
     Args:
         rates: learning rates, ascending, for arms that name none of their own.
         seeds: the first one is what rates are chosen with.
-        extend: whether a grid is extended once where its best rate lies on the edge.
+        extend: whether a grid is extended where its best rate lies on the edge.
 
     Raises:
         ConfigError: no rate or no seed, or a rate that is no finite number above 0.
@@ -52,8 +57,14 @@ class Grid:
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def of(self, arm: Arm) -> tuple[float, ...]:
-        """The rates that an arm begins with."""
+        """The rates that an arm begins with; none where it takes that of another arm."""
+        if arm.rate_of is not None:
+            return ()
         return tuple(sorted(arm.rates)) if arm.rates else self.rates
+
+    def runs(self, arm: Arm, seeds: int) -> int:
+        """How many runs an arm takes where its grid is not extended."""
+        return seeds + max(0, len(self.of(arm)) - 1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,8 @@ class ArmResult:
 
     Args:
         arm: the arm.
-        tried: learning rate → validation loss of the first seed; None where it diverged.
+        tried: learning rate → validation loss of the first seed; None where it diverged. Empty where the
+            arm takes the rate of another one.
         chosen: the rate with the lowest; None where all diverged.
         edge: "lowest" or "highest" where the chosen rate is the grid's last one in that direction.
         outcomes: seed → outcome at the chosen rate; a run that diverged has no scores.
@@ -131,6 +143,8 @@ class Results:
     untouched: dict[str, Any]
     estimate: Estimate
     planned: tuple[str, ...] = ()  # every arm that was asked for, whether the budget left it out or not
+    test_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by task, of each test row
+    margins: Mapping[str, float] = field(default_factory=dict)  # of each study, as stated before its runs
     _loaded: dict[tuple[str, int], Adapter] = field(default_factory=dict)
 
     def adapter(self, arm: str, seed: int) -> Adapter:
@@ -140,6 +154,15 @@ class Results:
             assert found.chosen is not None
             self._loaded[arm, seed] = self.store.adapter(Run(found.arm, found.chosen, seed))
         return self._loaded[arm, seed]
+
+    def row_losses(self, names: Sequence[str]) -> RowLosses:
+        """The losses of single test rows of some arms of one task, where they were kept."""
+        sums, tokens = {}, ()
+        for found in (self.arms[name] for name in names):
+            tokens = self.test_tokens.get(found.arm.task, ())
+            runs = {seed: Run(found.arm, found.chosen, seed) for seed in found.seeds if found.chosen}
+            sums[found.arm.name] = {seed: self.store.test_rows(run) for seed, run in runs.items()}
+        return RowLosses(tokens, sums)
 
     def seeds(self, *names: str) -> tuple[int, ...]:
         """The seeds with which every one of these arms has an update."""
@@ -193,8 +216,8 @@ def estimate(
                 each[trains_whole] = workshop.seconds_of(arm)
 
     def cost(some: Sequence[Arm], seeds: int) -> tuple[int, float]:
-        runs = {arm.name: len(grid.of(arm)) + seeds - 1 for arm in some}
-        seconds = sum(runs[arm.name] * each[arm.rank is None] for arm in some)
+        runs = {arm.name: grid.runs(arm, seeds) for arm in some}
+        seconds = sum(runs[arm.name] * arm.steps_share * each[arm.rank is None] for arm in some)
         return sum(runs.values()), seconds / workers
 
     kept, seeds = list(arms), len(grid.seeds)
@@ -254,24 +277,28 @@ def conduct(
         TrainingError: every run of every arm diverged.
     """
     kept = [arm for arm in arms if arm.name in plan.arms]
-    first, *others = plan.seeds
+    first = plan.seeds[0]
+    searched = [arm for arm in kept if arm.rate_of is None]
     rates = {arm.name: list(grid.of(arm)) for arm in kept}
     conductor = _Conductor(workshop, store, execute, workers, plan.runs, on_run)
     conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
-    if grid.extend:
+    for _ in range(EXTENSIONS if grid.extend else 0):
         further = []
-        for arm in kept:
+        for arm in searched:
             if beyond := _beyond(rates[arm.name], _tried(store, arm, rates[arm.name], first)):
                 rates[arm.name].append(beyond)
                 further.append(Run(arm, beyond, first))
+        if not further:
+            break
         conductor.planned += len(further)
         conductor.do("a wider grid", further)
-    chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in kept}
+    chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in searched}
+    chosen |= {arm.name: chosen.get(arm.rate_of, (None, None)) for arm in kept if arm.rate_of is not None}
     again = []
-    for seed in others:
+    for seed in plan.seeds:
         for arm in kept:
             rate, edge = chosen[arm.name]
-            if rate is not None and edge is None:
+            if rate is not None and edge is None and (seed != first or arm not in searched):
                 again.append(Run(arm, rate, seed))
     conductor.planned = conductor.finished + len(again)
     conductor.do("seeds", again)

@@ -1,6 +1,7 @@
 """Question 2 of the paper, second half: do two seeds learn the same directions, and are they the task's own?
 
-Beside chance stand two controls that the paper lacks: another task, and the layers' own inputs.
+Beside chance stand two controls that the paper lacks: another task, learnt at the same rate, and the layers'
+own inputs. What the other task's seeds share with one another says how much a control could share at most.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from brushstroke.analysis import SiteOverlap, random_pair
+from brushstroke.analysis import SiteOverlap, subspace
 from brushstroke.analysis.overlap import overlap_grid
 from brushstroke.analysis.weights import low_rank_updates
-from brushstroke.report.charts import dots, grids
+from brushstroke.report.charts import dots
 from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
 from brushstroke.studies.controls import principal_inputs
-from brushstroke.studies.findings import Figure, Finding, Table
+from brushstroke.studies.findings import Figure, Finding, Table, apart
 from brushstroke.studies.reading import (
     SIDES,
     arms_table,
@@ -22,6 +23,7 @@ from brushstroke.studies.reading import (
     block,
     limits,
     over_seeds,
+    overlap_figures,
     own_ranks,
     pair_overlaps,
     places,
@@ -33,6 +35,10 @@ from brushstroke.studies.workshop import Workshop
 
 SIDE_NAMES = {"left": "input side", "right": "output side"}
 DIFFERENCE = "q more than v"
+CEILING = (
+    " The other task was learnt at the same rate; what its own seeds share is a ceiling: a control that "
+    "shares little with itself shares little with anything."
+)
 Pairs = Mapping[tuple[int, int], Mapping[str, SiteOverlap]]
 
 
@@ -69,18 +75,19 @@ class SeedsStudy:
             "directions change places between runs. The blocks are steady.",
             *limits(results, names),
         )
-        controlled = names[1] in good
-        seeds = results.seeds(*good) if arm.name in good else ()
+        controlled = len(results.seeds(*good)) >= 2 if names[1] in good else False
+        seeds = results.seeds(*(good if controlled else [arm.name])) if arm.name in good else ()
         if len(seeds) < 2:
             answer = "Two seeds of a conclusive arm are needed; the question stays open."
             return Finding(question, answer, (arms_table(results, names[:1], "Runs."),), (), notes)
         same = pair_overlaps(results, arm.name, arm.name, seeds)
         other = pair_overlaps(results, arm.name, names[1], seeds) if controlled else {}
+        ceiling = pair_overlaps(results, names[1], names[1], seeds) if controlled else {}
         sites = list(next(iter(same.values())))
         k = min(self.rank, own_ranks(results.adapter(arm.name, seeds[0])))
         sizes = list(dict.fromkeys([(min(self.inner, k), k), (k, k)]))
         inputs = self._inputs(results, workshop, arm.name, seeds, sites, k)
-        tests = _tests(same, other, sites, sizes)
+        tests = _tests(same, other, ceiling, sites, sizes)
         if untested := [_place(row) for row in tests if "p_chance" not in row]:
             notes = (f"Not tested, as φ is 1 for any two updates there: {', '.join(untested)}.", *notes)
         tables = [
@@ -94,7 +101,7 @@ class SeedsStudy:
             question,
             _answer(tests, controlled, len(seeds), same, other, sites, k),
             tuple(tables),
-            tuple(_figures(same, other, sites, k)),
+            (*_overlap_figures(results, names, same, other), _shared_figure(same, other, sites, k)),
             notes,
             {
                 "blocks": tests,
@@ -126,9 +133,11 @@ class SeedsStudy:
 
 
 def _tests(
-    same: Pairs, other: Pairs, sites: Sequence[str], sizes: Sequence[tuple[int, int]]
+    same: Pairs, other: Pairs, ceiling: Pairs, sites: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
     """For each block and side: φ, chance, control, the excess over both with interval and corrected p.
+
+    Beside the control stands φ of its own pairs of seeds, which a control hardly exceeds.
 
     Where a block fills its side, φ is 1 for any two updates: there is no test.
     """
@@ -157,6 +166,9 @@ def _tests(
                 excess = {pair: means[pair] - control[pair] for pair in means}
                 row |= {
                     "other_task": as_interval(over_seeds(control)),
+                    "within_other": as_interval(
+                        over_seeds({pair: _mean(rows, sites, side, i, j) for pair, rows in ceiling.items()})
+                    ),
                     "above_other": as_interval(over_seeds(excess)),
                     **({} if filled else {"p_other": exceeds(over_pairs(excess), 0.0)}),
                 }
@@ -219,14 +231,16 @@ def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
             _p(row, "p_chance"),
         ]
         if "other_task" in row:
-            told += [_shown(row["other_task"]), _shown(row["above_other"]), _p(row, "p_other")]
+            told += [_shown(row["other_task"]), _shown(row["within_other"])]
+            told += [_shown(row["above_other"]), _p(row, "p_other")]
         rows.append(tuple(told))
     columns = ["block", "side", "φ, same task", "chance", "p above chance"]
-    if rows and len(rows[0]) > len(columns):
-        columns += ["φ, other task", "difference", "p above other task"]
+    controlled = any("other_task" in row for row in tests)
+    if controlled:
+        columns += ["φ, with the other task", "φ within the other task", "difference", "p above other task"]
     return Table(
         "Mean over all matrices and pairs of seeds; 95 % intervals by the jackknife over seeds, p one-sided, "
-        "Holm.",
+        f"Holm.{CEILING if controlled else ''}",
         tuple(columns),
         tuple(rows),
     )
@@ -282,7 +296,7 @@ def _answer(
     def listed(rows: Sequence[Mapping[str, Any]]) -> str:
         return ", ".join(
             f"{_place(row)} {row['phi']['mean']:.3f} (chance {row['chance']:.3f}"
-            + (f", other task {row['other_task']['mean']:.3f})" if "other_task" in row else ")")
+            + (f", {_controls_told(row)})" if "other_task" in row else ")")
             for row in rows
         )
 
@@ -310,24 +324,25 @@ def _answer(
     return text
 
 
-def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Figure]:
-    where = places(sites)
+def _overlap_figures(results: Results, arms: Sequence[str], same: Pairs, other: Pairs) -> list[Figure]:
+    """φ of the first pair of seeds, with the other task where there is one."""
     (a, b), first = next(iter(same.items()))
-    records = []
-    for site in sites:
-        layer, matrix = where[site]
-        drawn = {f"{SIDE_NAMES[side]}: seeds {a} and {b}": getattr(first[site], side) for side in SIDES}
-        if other:
-            drawn |= {f"{SIDE_NAMES[side]}: other task": getattr(other[a, b][site], side) for side in SIDES}
-        drawn |= {
-            f"{SIDE_NAMES[side]}: two random Gaussian matrices": random_pair(first[site], side)
-            for side in SIDES
-        }
-        for panel, grid in drawn.items():
-            records.append({"layer": layer, "matrix": matrix, "panel": panel, "cells": grid.tolist()})
-    spec = grids(records, x_title=f"j, seed {b}", y_title=f"i, seed {a}", choose=("layer", "matrix"))
-    caption = "φ(i, j) of the directions of ΔW between two seeds, with the other task, and of a random pair."
-    figures = [Figure("overlap-between-seeds", caption, spec)]
+
+    def with_factor(second: str, found: Mapping[str, SiteOverlap]) -> dict[str, Mapping[str, SiteOverlap]]:
+        pair = results.adapter(arms[0], a), results.adapter(second, b)
+        return {"delta": found, "U": subspace(*pair, of="U")}
+
+    controls = {"other task": with_factor(arms[1], other[a, b])} if other else {}
+    return overlap_figures(
+        with_factor(arms[0], first),
+        "overlap-between-seeds",
+        i=f"i, seed {a}",
+        j=f"j, seed {b}",
+        controls=controls,
+    )
+
+
+def _shared_figure(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> Figure:
     kinds = _by_matrix(same, other, sites, k)
     dotted = [
         {
@@ -341,8 +356,11 @@ def _figures(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> list[Fi
     ]
     title = f"directions of {k} shared above {'the other task' if other else 'chance'}"
     spec = dots(dotted, name="kind", value="shared", title=title)
-    figures.append(Figure("shared-directions", "By kind of matrix, with 95 % intervals over seeds.", spec))
-    return figures
+    return Figure("shared-directions", "By kind of matrix, with 95 % intervals over seeds.", spec)
+
+
+def _controls_told(row: Mapping[str, Any]) -> str:
+    return f"other task {row['other_task']['mean']:.3f}, within it {row['within_other']['mean']:.3f}"
 
 
 def _place(row: Mapping[str, Any]) -> str:
@@ -352,7 +370,8 @@ def _place(row: Mapping[str, Any]) -> str:
 def _shown(found: Mapping[str, Any], digits: int = 3) -> str:
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
-    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    mean, low, high = apart([found["mean"], found["low"], found["high"]], digits, "f")
+    return f"{mean} [{low}, {high}]"
 
 
 def _sides_shown(sides: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,12 +1,11 @@
-"""Means and differences over seeds with their intervals, and Holm's correction for many comparisons.
+"""Means over seeds and over pairs of seeds with their intervals, and Holm's correction for many tests.
 
-Runs of one seed see the same data in the same order, so arms are compared in pairs.
+How arms are compared is in `comparisons`.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from brushstroke.errors import require
 
@@ -34,28 +33,6 @@ class Interval:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How two arms differ over the seeds that both ran.
-
-    Args:
-        first, second: names of the arms.
-        difference: mean of first − second, with its interval.
-        p: two-sided, of a paired t-test; None with fewer than two seeds.
-        p_holm: the same after Holm's correction over all comparisons that were made together.
-    """
-
-    first: str
-    second: str
-    difference: Interval
-    p: float | None
-    p_holm: float | None
-
-    def significant(self, level: float = 0.05) -> bool:
-        """Whether the corrected p is below the level."""
-        return self.p_holm is not None and self.p_holm < level
-
-
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """The t-interval of a mean: mean ± t·sd/√n with n − 1 degrees of freedom.
 
@@ -72,29 +49,6 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
         return Interval(mean, None, None, 1)
     half = _t_quantile((1 + level) / 2, n - 1) * statistics.stdev(values) / n**0.5
     return Interval(mean, mean - half, mean + half, n)
-
-
-def compare_arms(
-    values: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]] | None = None
-) -> list[Difference]:
-    """Paired differences of arms, Holm-corrected over all of them.
-
-    Args:
-        values: arm → (seed → value).
-        pairs: which arms to compare; all pairs by default.
-    """
-    chosen = list(combinations(values, 2)) if pairs is None else list(pairs)
-    found: list[tuple[str, str, Interval, float | None]] = []
-    for first, second in chosen:
-        seeds = sorted(set(values[first]) & set(values[second]))
-        gaps = [values[first][seed] - values[second][seed] for seed in seeds]
-        if gaps:
-            found.append((first, second, interval(gaps), _paired_p(gaps)))
-    corrected = holm([p for *_, p in found])
-    return [
-        Difference(first, second, gap, p, adjusted)
-        for (first, second, gap, p), adjusted in zip(found, corrected, strict=True)
-    ]
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -152,11 +106,6 @@ def exceeds(values: Sequence[float], level: float) -> float | None:
     if spread == 0:
         return 0.0 if gap > 0 else 1.0
     return 1 - _t_distribution(gap / spread, len(values) - 1)
-
-
-def _paired_p(gaps: Sequence[float]) -> float | None:
-    above, below = exceeds(gaps, 0.0), exceeds([-gap for gap in gaps], 0.0)
-    return None if above is None or below is None else min(1.0, 2 * min(above, below))
 
 
 def _t_quantile(share: float, freedom: int) -> float:

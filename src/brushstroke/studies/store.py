@@ -3,7 +3,6 @@
 A run is finished when its outcome is there; the outcome is written last, at once.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,9 @@ from brushstroke.studies.arms import RUN_KEY, Run
 from brushstroke.studies.workshop import Outcome
 
 STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
-RESULTS, REPORT, FIGURES = "results.json", "report.html", "figures"
+ROWS = "test_rows.json"  # summed loss of each row of the test split; runs of older versions have none
+RESULTS, REPORT = "results.json", "report.html"
+FIGURES, TABLES = "figures", "tables"  # folders, and the notes of which files in them are the study's
 BASE = "base"  # a model that was trained for the study; made before the study begins
 ALWAYS = {"studies", "seeds", "arms"}  # of every study's identity: what tells it from a foreign study.json
 BEFORE_BEGUN = re.compile(rf"{BASE}(\.partial)?|\.partial-\d+-{re.escape(STUDY)}")  # left by a kill till then
@@ -79,13 +80,26 @@ class Store:
         with damaged(file, "remove this file, and the run is done again"):
             return Outcome.from_dict(json.loads(file.read_text("utf-8")))
 
+    def test_rows(self, run: Run) -> tuple[float, ...]:
+        """The summed loss of each row of the test split; empty where it was not kept.
+
+        Raises:
+            OutputError: what is kept is damaged.
+        """
+        file = self.runs / run.key / ROWS
+        if not file.is_file():
+            return ()
+        with damaged(file, "remove this file, and intervals speak of the same rows only"):
+            return tuple(float(loss) for loss in json.loads(file.read_text("utf-8")))
+
     def finish(self, run: Run, outcome: Outcome) -> None:
         """Keep what a run came to; from now on it is never run again."""
         folder = self.runs / run.key
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        told = dataclasses.asdict(outcome)
-        write_file(folder / OUTCOME, json.dumps(told, indent=2, allow_nan=True) + "\n")
+        if rows := outcome.test_rows:
+            write_file(folder / ROWS, json.dumps([float(f"{loss:.7g}") for loss in rows]) + "\n")
+        write_file(folder / OUTCOME, json.dumps(outcome.as_dict(), indent=2, allow_nan=True) + "\n")
 
     def adapter(self, run: Run) -> Adapter:
         """The update of a finished run.
@@ -122,11 +136,10 @@ class Store:
         """Remove what a study has written but study.json; folders go where nothing is left in them."""
         if not (self.folder / STUDY).is_file():
             return
-        noted = self.note("figures")
-        names = noted if isinstance(noted, list) else []
-        drawn = [file for file in (self.folder / FIGURES).glob("*") if file.is_file() and file.name in names]
+        files = [file for kind in (FIGURES, TABLES) for file in self._noted(kind)]
         runs = [run for run in self.runs.glob("*") if RUN_KEY.fullmatch(run.name)]
-        places = (self.runs, self.folder / FIGURES, *runs, *(run / ADAPTER for run in runs))
+        folders = [self.runs, self.folder / FIGURES, self.folder / TABLES]
+        places = (*folders, *runs, *(run / ADAPTER for run in runs))
         if links := [str(place) for place in places if place.is_symlink()]:
             raise OutputError(
                 f"{', '.join(links)}: a link, and what it leads to is not removed; move it away"
@@ -134,12 +147,19 @@ class Store:
         with output_errors(self.folder):
             for run in runs:
                 remove(run / ADAPTER)
-                (run / OUTCOME).unlink(missing_ok=True)
+                for name in (OUTCOME, ROWS):
+                    (run / name).unlink(missing_ok=True)
                 remove_empty(run)
-            for file in (self.folder / RESULTS, self.folder / REPORT, *drawn):
+            for file in (self.folder / RESULTS, self.folder / REPORT, *files):
                 file.unlink(missing_ok=True)
-            remove_empty(self.runs)
-            remove_empty(self.folder / FIGURES)
+            for folder in folders:
+                remove_empty(folder)
+
+    def _noted(self, kind: str) -> list[Path]:
+        """The study's own files in one of its folders."""
+        noted = self.note(kind)
+        names = noted if isinstance(noted, list) else []
+        return [file for file in (self.folder / kind).glob("*") if file.is_file() and file.name in names]
 
 
 def check_folder(folder: Path, *, overwrite: bool = False) -> None:
@@ -153,7 +173,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         return
     if not folder.is_dir() or not all(BEFORE_BEGUN.fullmatch(entry.name) for entry in folder.iterdir()):
         refuse_existing(folder, overwrite)
-    if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES) if (folder / name).exists()]:
+    if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES, TABLES) if (folder / name).exists()]:
         raise OutputError(
             f"{folder} holds {', '.join(found)} without a {STUDY}, and cannot be resumed or replaced; move "
             "them away, or choose another folder"

@@ -104,7 +104,7 @@ class Report:
                     "chosen": found.chosen,
                     "edge": found.edge,
                     "conclusive": found.conclusive,
-                    "outcomes": {str(seed): asdict(o) for seed, o in found.outcomes.items()},
+                    "outcomes": {str(seed): o.as_dict() for seed, o in found.outcomes.items()},
                 }
                 for name, found in self.results.arms.items()
             },
@@ -175,6 +175,11 @@ def run_studies(
                 raise ValueError(f"no arms of this study: {unknown}")
     store = Store(folder, settings, overwrite=overwrite)
     store.keep_note("plan", asdict(planned))
+    stated = store.note("margins")
+    if known is None and stated is None:
+        asked = {study.name: getattr(study, "margin", None) for study in studies}
+        stated = {name: margin for name, margin in asked.items() if margin is not None}
+        store.keep_note("margins", stated)
     if on_estimate:
         on_estimate(planned)
     untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
@@ -190,7 +195,8 @@ def run_studies(
     found = conduct(
         workshop, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
     )
-    results = Results(store, found, scores, planned, tuple(arms))
+    rows = {name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()}
+    results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
     findings = tuple(study.read(results, workshop) for study in studies)
     seconds = spent + time.perf_counter() - began
     store.keep_note("seconds", seconds)

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
-from brushstroke.studies.findings import Figure, Finding, difference_table, seeds_told
-from brushstroke.studies.reading import arms_table, as_differences, as_interval, band, limits, test_loss
+from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all
+from brushstroke.studies.findings import Figure, Finding, difference_table, pairs_told
+from brushstroke.studies.reading import (
+    arms_table,
+    as_comparison,
+    as_interval,
+    band,
+    comparison_notes,
+    difference_figure,
+    limits,
+    test_loss,
+)
 from brushstroke.studies.runner import Results
-from brushstroke.studies.statistics import Difference, compare_arms
 from brushstroke.studies.study import Material
 from brushstroke.studies.workshop import Workshop
 
@@ -25,19 +34,22 @@ class TargetsStudy:
         budget: parameters of each arm; by default what the first set needs at rank 8.
         rank: one rank for all sets instead of a budget; bigger sets then have more parameters.
         alpha: the same for all.
+        margin: what equal means, in nats of test loss per trained token; stated before the runs.
 
     Raises:
-        ConfigError: a budget below 1.
+        ConfigError: a budget below 1, or a margin that is no number above 0.
     """
 
     sets: Mapping[str, tuple[str, ...]] | None = None
     budget: int | None = None
     rank: int | None = None
     alpha: float = 16.0
+    margin: float = MARGIN
     name: str = "targets"
     _found: Budget | None = None
 
     def __post_init__(self) -> None:
+        check_margin(self.margin)
         if self.budget is not None and self.budget < 1:
             raise ConfigError(
                 f"the budget is a number of parameters, at least 1 (--budget); got {self.budget}"
@@ -63,7 +75,7 @@ class TargetsStudy:
         good = results.conclusive(names)
         losses = {name: found.losses() for name, found in good.items()}
         ordered = sorted(losses, key=lambda name: sum(losses[name].values()) / len(losses[name]))
-        compared = compare_arms({name: losses[name] for name in ordered})
+        compared = compare_all({name: losses[name] for name in ordered}, results.row_losses(ordered))
         records = []
         for name in ordered:
             loss = test_loss(good[name])
@@ -82,46 +94,44 @@ class TargetsStudy:
         notes = (
             limit,
             *(f"Left out: {name} {reason}." for name, reason in self._found.left_out.items()),
+            *comparison_notes(compared, results, self.name, self.margin),
             *limits(results, names),
         )
         return Finding(
             "Which matrices deserve the parameters?",
-            _answer(ordered, compared),
+            _answer(ordered, compared, self.margin),
             (
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
-                difference_table(compared, "All pairs, paired over seeds, Holm-corrected over all of them."),
+                *(
+                    [difference_table(compared, self.margin, "All pairs, nats.")]
+                    if compared.differences
+                    else []
+                ),
             ),
-            figures,
+            (*figures, *difference_figure([compared], self.name)),
             notes,
             {
                 "order": ordered,
                 "test_loss": {name: as_interval(test_loss(found)) for name, found in good.items()},
-                "differences": as_differences(compared),
+                "comparison": as_comparison(compared, self.margin),
             },
         )
 
 
-def _answer(ordered: list[str], compared: list[Difference]) -> str:
+def _answer(ordered: list[str], compared: Comparison, margin: float) -> str:
     if not ordered:
         return "No set has a learning rate that could be chosen: the study is inconclusive."
-    best, total = ordered[0], len(compared)
+    best = ordered[0]
     if len(ordered) == 1:
         return (
             f"{best} is the only set with a learning rate that could be chosen: there is nothing to compare."
         )
-    order, counts = " < ".join(ordered), [one.difference.count for one in compared]
-    if max(counts, default=1) < 2:
+    order = " < ".join(ordered)
+    if compared.spread is None:
         return f"By test loss, from one seed and so without any claim: {order}."
-    apart = [one for one in compared if one.significant()]
-    tied = [
-        one.second if one.first == best else one.first
-        for one in compared
-        if best in (one.first, one.second) and not one.significant()
-    ]
-    text = (
-        f"By test loss, lowest first: {order}. Of {total} pairs {len(apart)} are apart at 5 % (paired t over "
-        f"{seeds_told(counts)}, Holm). "
-    )
-    if tied:
-        return text + f"{best} cannot be told from {', '.join(tied)}."
-    return text + f"{best} is better than every other."
+    text = f"By test loss, lowest first: {order}. {pairs_told(compared, margin)} "
+    lower = [one.second for one in compared.differences if one.first == best and one.lower()]
+    if not lower:
+        return text + f"{best} is not shown to be lower than any other."
+    others = "every other" if len(lower) == len(ordered) - 1 else ", ".join(lower)
+    return text + f"{best} is shown to be lower than {others}."

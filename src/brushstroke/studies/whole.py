@@ -1,6 +1,7 @@
 """Training W itself at the chosen sites, with the verbs of `Training`: the arm that no rank limits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class WholeWeights:
         if base.dtype in (torch.float16, torch.bfloat16):
             raise ConfigError(
                 f"the arm {arm.name!r} trains W itself, which needs float32; load the base so "
-                "(--dtype float32)"
+                "(--dtype float32), or leave the arm out (--no-whole)"
             )
         self._sites = chosen_sites(arm.targets, find_sites(base.model))
         self.clip = config.clip
@@ -104,6 +105,20 @@ class WholeWeights:
             root = sigma.sqrt()
             updates[site.path] = LowRank((left * root).float(), (root[:, None] * right).float())
         return Adapter(updates)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is its base again, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Put the kept weights into the model, and keep those that were there."""
+        for weight, old in zip(self.parameters, self._kept, strict=True):
+            weight.data, old.data = old.data, weight.data
 
     def close(self) -> None:
         """Put the old weights back."""

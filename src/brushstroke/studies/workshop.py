@@ -6,7 +6,7 @@ Every run of a study happens on one base that is loaded once, and leaves it bit 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from brushstroke.layers.walk import find_sites
 from brushstroke.lowrank import LowRank
 from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.random_subspace import SubspaceAdamW
-from brushstroke.studies.whole import WholeWeights
+from brushstroke.studies.whole import MICRO_TOKENS, WholeWeights
 from brushstroke.training import TrainConfig, Training
 from brushstroke.training.order import DataOrder
 from brushstroke.training.schedule import factor
 
 SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
+WORDS = 128  # whose distributions are compared at one time
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,20 @@ class Score:
         loss: per trained token, in nats.
         accuracy: share of the trained tokens that are the likeliest ones.
         tokens: trained tokens.
+        divergence: mean over the tokens of KL(base ‖ model), in nats, where it was measured.
     """
 
     loss: float
     accuracy: float
     tokens: int
+    divergence: float | None = None
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Score":
         """The inverse of `dataclasses.asdict`."""
-        return cls(float(told["loss"]), float(told["accuracy"]), int(told["tokens"]))
+        found = told.get("divergence")
+        divergence = None if found is None else float(found)
+        return cls(float(told["loss"]), float(told["accuracy"]), int(told["tokens"]), divergence)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Outcome:
         validation, test: on the task's splits.
         general: on the general text; None where there is none.
         start_change: ‖U − U₀‖/‖U₀‖ over all sites; None where there is no U.
+        test_rows: summed loss of each row of the test split; empty where it was not kept.
     """
 
     arm: str
@@ -95,15 +101,20 @@ class Outcome:
     test: Score | None = None
     general: Score | None = None
     start_change: float | None = None
+    test_rows: tuple[float, ...] = ()
 
     @property
     def diverged(self) -> bool:
         """Whether the loss, or a factor, stopped being a number; then there are no scores and no update."""
         return self.test is None
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types; without the losses of single rows, which are kept in a file of their own."""
+        return {name: value for name, value in asdict(self).items() if name != "test_rows"}
+
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `as_dict`."""
         scores = {
             name: None if told[name] is None else Score.from_dict(told[name])
             for name in ("validation", "test", "general")
@@ -136,13 +147,17 @@ class Workshop:
         session = self._open(run)
         try:
             parameters = run.arm.dimension or sum(p.numel() for p in session.parameters)
-            outcome = Outcome(run.arm.name, run.learning_rate, run.seed, parameters, self.steps(task), 0, 0.0)
+            outcome = Outcome(
+                run.arm.name, run.learning_rate, run.seed, parameters, self.steps(run.arm), 0, 0.0
+            )
             start = _inputs(session.adapter()) if run.arm.rank else {}
             try:
                 losses, tokens = self._train(session, task, run)
-                scores = {"validation": score(session, task.validation), "test": score(session, task.test)}
+                test, by_row = score_rows(session, task.test)
+                scores = {"validation": score(session, task.validation), "test": test}
                 if self.general:
-                    scores["general"] = score(session, self.general)
+                    strayed = divergence(session, self.general)
+                    scores["general"] = replace(score(session, self.general), divergence=strayed)
             except NonFiniteError:
                 return replace(outcome, seconds=time.perf_counter() - began)
             adapter = session.adapter()
@@ -154,16 +169,18 @@ class Workshop:
                 real_tokens=tokens,
                 train_loss=sum(last) / len(last),
                 start_change=_change(start, _inputs(adapter)) if start else None,
+                test_rows=by_row,
                 seconds=time.perf_counter() - began,
                 **scores,
             )
         finally:
             session.close()
 
-    def steps(self, task: Task) -> int:
-        """Optimiser steps of a run."""
-        order = DataOrder(task.train, self.config.batch_size, 0)
-        return order.steps(self.config.epochs, self.config.max_steps)
+    def steps(self, arm: Arm) -> int:
+        """Optimiser steps of a run of this arm."""
+        order = DataOrder(self.tasks[arm.task].train, self.config.batch_size, 0)
+        whole = order.steps(self.config.epochs, self.config.max_steps)
+        return max(1, round(arm.steps_share * whole))
 
     def numbers(self, arm: Arm) -> int:
         """How many weights an arm's sites and its update have: what a step of it costs goes with these.
@@ -217,7 +234,7 @@ class Workshop:
         finally:
             session.close()
         per_step = (stepped - opened) / steps
-        return (opened - began) + per_step * self.steps(task) + (ended - stepped) * len(scored) / len(some)
+        return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(some)
 
     def _open(self, run: Run) -> "Training | WholeWeights":
         config = self.config
@@ -244,7 +261,7 @@ class Workshop:
 
     def _train(self, session: "Training | WholeWeights", task: Task, run: Run) -> tuple[list[float], int]:
         order = DataOrder(task.train, self.config.batch_size, run.seed)
-        steps = self.steps(task)
+        steps = self.steps(run.arm)
         losses, tokens = [], 0
         for step in range(steps):
             result = session.forward_backward(order.batch(step))
@@ -256,15 +273,27 @@ class Workshop:
         return losses, tokens
 
 
-@torch.no_grad()
 def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Score:
     """Loss per trained token and share of tokens that are the likeliest ones.
 
     Raises:
         NonFiniteError: a loss is not a finite number.
     """
+    return score_rows(session, examples)[0]
+
+
+@torch.no_grad()
+def score_rows(
+    session: "Training | WholeWeights", examples: Sequence[Example]
+) -> tuple[Score, tuple[float, ...]]:
+    """The score, and the summed loss of each example, in their order.
+
+    Raises:
+        NonFiniteError: a loss is not a finite number.
+    """
     forward = session.forward if isinstance(session, WholeWeights) else session.step.forward
     total, right, tokens = 0.0, 0, 0
+    by_row: dict[int, float] = {}
     with forward.context():
         for start in range(0, len(examples), SCORED_AT_ONCE):
             passes = session.passes(examples[start : start + SCORED_AT_ONCE])
@@ -278,13 +307,40 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
                 ]
                 targets = torch.tensor([token for token, _ in pairs], device=logits.device)
                 weight = torch.tensor([weight for _, weight in pairs], device=logits.device)
-                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-                total += float((losses * weight).sum())
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weight
+                total += float(losses.sum())
+                rows = losses.cpu().double().split([example.trained for example in part.examples])
+                by_row |= {id(e): float(row.sum()) for e, row in zip(part.examples, rows, strict=True)}
                 right += int((logits.argmax(-1) == targets).sum())
                 tokens += len(pairs)
     if not math.isfinite(total):
         raise NonFiniteError("the loss after training is not a finite number")
-    return Score(total / max(1, tokens), right / max(1, tokens), tokens)
+    found = Score(total / max(1, tokens), right / max(1, tokens), tokens)
+    return found, tuple(by_row[id(example)] for example in examples)
+
+
+@torch.no_grad()
+def divergence(session: "Training | WholeWeights", examples: Sequence[Example]) -> float:
+    """Mean over the trained tokens of KL(base ‖ model) = Σ p·(ln p − ln q), in nats, p those of the base.
+
+    Raises:
+        NonFiniteError: it is not a finite number.
+    """
+    whole = isinstance(session, WholeWeights)
+    forward = session.forward if whole else session.step.forward
+    base = session.disabled if whole else session.attachment.disabled
+    total, tokens = 0.0, 0
+    with forward.context():
+        for part in forward.passes(examples, MICRO_TOKENS, False):
+            with base():
+                before = forward.trained_logits(part)
+            for p, q in zip(before.split(WORDS), forward.trained_logits(part).split(WORDS), strict=True):
+                ln_p, ln_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+                total += float((ln_p.exp() * (ln_p - ln_q)).sum(dtype=torch.float64))
+            tokens += len(before)
+    if not math.isfinite(total):
+        raise NonFiniteError("the divergence from the base is not a finite number")
+    return max(0.0, total / max(1, tokens))
 
 
 def _inputs(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -5,8 +5,17 @@ It knows no terminal: progress goes out through a callback.
 
 from brushstroke.training.callback import AdapterCallback
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.plan import Plan, plan
+from brushstroke.training.plan import Plan, PlanWarning, plan
 from brushstroke.training.run import TrainResult, train
 from brushstroke.training.session import Training
 
-__all__ = ["AdapterCallback", "Plan", "TrainConfig", "TrainResult", "Training", "plan", "train"]
+__all__ = [
+    "AdapterCallback",
+    "Plan",
+    "PlanWarning",
+    "TrainConfig",
+    "TrainResult",
+    "Training",
+    "plan",
+    "train",
+]

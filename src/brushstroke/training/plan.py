@@ -4,6 +4,7 @@ It counts and estimates; it trains nothing and writes nothing.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from brushstroke.training.setup import check_lora, make_chat, open_session, read
 from brushstroke.training.trial import unlearnt_sites
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
+
+
+class PlanWarning(UserWarning):
+    """A run can go on, and a user should know something of it first."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,12 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         date=session.chat.date if session.chat else None,
         warnings=_warnings(data, session, longest, warmup_steps(config.warmup, steps), steps),
     )
+
+
+def warn_of(plan: Plan) -> None:
+    """Warn of what a plan warns of, once, where nobody reads the plan."""
+    if plan.warnings:
+        warnings.warn("; ".join(plan.warnings), PlanWarning, stacklevel=3)
 
 
 def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, steps: int) -> tuple[str, ...]:

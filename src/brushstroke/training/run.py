@@ -30,7 +30,7 @@ from brushstroke.training.identity import identify, refuse_other_run
 from brushstroke.training.interrupt import Interrupts
 from brushstroke.training.order import DataOrder
 from brushstroke.training.ours import EVALUATIONS, METRICS
-from brushstroke.training.plan import Plan, make_plan
+from brushstroke.training.plan import Plan, make_plan, warn_of
 from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
@@ -147,7 +147,8 @@ def train(
         overwrite: replace an earlier run in `out`.
         prompt_column, completion_column: other names for "prompt" and "completion".
         allow_different_base: go on from an adapter although it belongs to another base.
-        on_plan: told the plan and the step resumed from, before the first step.
+        on_plan: told the plan and the step resumed from, before the first step. Without it the plan's
+            warnings are given as a `PlanWarning`.
         on_step: told of every optimiser step.
         on_eval: told of every evaluation.
 
@@ -197,8 +198,11 @@ def train(
         best: Adapter | None = None
         if folder and resumed_from and totals.best_step and config.keep_best:
             best = _load_best(folder, totals)
+        plan = make_plan(session, examples, config)
         if on_plan:
-            on_plan(make_plan(session, examples, config), resumed_from)
+            on_plan(plan, resumed_from)
+        else:
+            warn_of(plan)
         if folder and resumed_from:
             folder.open(resumed_from, totals.evaluated)
 

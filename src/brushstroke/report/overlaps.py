@@ -1,0 +1,54 @@
+"""Grids of φ(i, j) as records for `charts.overlaps`: of each layer q beside v, then o and k, then the rest.
+
+It computes nothing but the pairs of random matrices that are drawn as a control.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from brushstroke.analysis import SiteOverlap, arrange, random_pair
+from brushstroke.analysis.table import natural, short_names, side_by_side
+
+SIDES = {"left": "input side (left)", "right": "output side (right)"}
+CHOICES = ("layer", "matrices")  # the menus of such a figure
+
+
+def overlap_records(
+    found: Mapping[str, SiteOverlap],
+    side: str,
+    *,
+    swapped: bool = False,
+    controls: Mapping[str, Mapping[str, SiteOverlap]] | None = None,
+) -> list[dict[str, Any]]:
+    """Two matrices beside each other and a random pair, for every layer and every two matrices.
+
+    Args:
+        found: site → φ; its first directions are counted by i.
+        side: "left" or "right".
+        swapped: the second directions are counted by i instead.
+        controls: what else is drawn of the same sites: name → site → φ.
+    """
+    grid = arrange(sorted(found, key=natural))
+    names = short_names(grid.matrices)
+    records: list[dict[str, Any]] = []
+    for layer in grid.layers:
+        shown = [matrix for matrix in grid.matrices if (layer, matrix) in grid.sites]
+        for pair in side_by_side(shown):
+            sites = {names[matrix]: grid.sites[layer, matrix] for matrix in pair}
+            place = {"layer": layer or "–", "matrices": " and ".join(sites)}
+
+            def add(panel: str, row: SiteOverlap, cells: Tensor, corner: bool, place: Any = place) -> None:
+                rows = (cells.mT if swapped else cells).tolist()
+                n = row.shape[side == "right"]
+                records.append({**place, "panel": panel, "cells": rows, "n": n, "corner": corner})
+
+            for name, site in sites.items():
+                add(name, found[site], getattr(found[site], side), True)
+            first = found[next(iter(sites.values()))]
+            add("random pair", first, random_pair(first, side), False)
+            for control, rows in (controls or {}).items():
+                for name, site in sites.items():
+                    add(f"{name}, {control}", rows[site], getattr(rows[site], side), False)
+    return records

@@ -1,0 +1,224 @@
+"""How far arms stray from the base on general text, at equal task loss.
+
+An arm that learns more also strays farther, and a higher rate carries it farther for the same loss. So every
+arm is trained for shares of its steps too, each with a whole schedule at the arm's own rate, and the arms are
+compared where their task losses are equal.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from brushstroke.report.charts import lines
+from brushstroke.studies.arms import Arm, shortened
+from brushstroke.studies.comparisons import Comparison, Difference, compare_with
+from brushstroke.studies.findings import Figure, Table, bounds, p_told, rests_on
+from brushstroke.studies.reading import as_interval, band
+from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import Interval, interval
+
+SHARES = (Fraction(1, 4), Fraction(1, 2))  # of the steps
+Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the untouched base to all steps
+
+
+@dataclass(frozen=True)
+class Straying:
+    """What the arms of a study strayed from the base.
+
+    Args:
+        answer: in words.
+        tables, figures: what it rests on.
+        data: JSON types.
+    """
+
+    answer: str
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    data: Mapping[str, Any] | None = None
+
+
+def shortened_arms(arms: Sequence[Arm]) -> list[Arm]:
+    """Every arm with fewer steps."""
+    return [shortened(arm, share) for arm in arms for share in SHARES]
+
+
+def stray(results: Results, names: Sequence[str], reference: str | None) -> Straying:
+    """Divergence from the base at the task loss that all arms reach.
+
+    Args:
+        results: of the arms and of their shortened forms.
+        names: the arms.
+        reference: the one of them that the others are compared with; None compares nothing.
+    """
+    if "general" not in results.untouched:
+        return Straying("How far the model strayed is not known: no general text was given (--general).")
+    curves = {name: found for name in names if (found := _curves(results, name))}
+    levels = _levels(curves)
+    at_level = {
+        name: {seed: at_loss(curve, levels[seed]) for seed, curve in found.items() if seed in levels}
+        for name, found in curves.items()
+    }
+    if not levels:
+        return Straying("How far the arms strayed at equal task loss is not known: see the notes.")
+    logs = {
+        name: {seed: math.log(value) for seed, value in found.items() if value > 0}
+        for name, found in at_level.items()
+    }
+    compared = compare_with(reference, logs) if reference in logs and len(logs) > 1 else None
+    level = interval(list(levels.values()))
+    return Straying(
+        _answer(level, at_level, compared),
+        (_table(results, level, curves, at_level, compared),),
+        (_figure(curves),),
+        {
+            "task_loss": as_interval(level),
+            "divergence": {
+                name: {
+                    "at_equal_loss": as_interval(interval(list(at_level[name].values()))),
+                    "of_all_steps": as_interval(interval([curve[-1][1] for curve in found.values()])),
+                    "curves": {str(seed): [list(point) for point in curve] for seed, curve in found.items()},
+                }
+                for name, found in curves.items()
+            },
+            "ratios": [
+                {"first": one.first, "second": one.second, "p": one.p, "apart": one.significant()}
+                | {"ratio": as_interval(_ratio(one))}
+                for one in (compared.differences if compared else ())
+            ],
+        },
+    )
+
+
+def at_loss(curve: Curve, level: float) -> float:
+    """The divergence where a curve first reaches a task loss; the least that it has where it never does.
+
+    Between two points the root of the divergence is taken to be linear in the loss: both begin at the
+    untouched base, where the loss falls with the update and the divergence with its square.
+
+    >>> at_loss([(3.0, 0.0), (1.0, 0.04)], 2.0)
+    0.01
+    """
+    for (before, near), (after, far) in pairwise(curve):
+        if before >= level >= after:
+            share = (before - level) / (before - after) if before > after else 1.0
+            return round((math.sqrt(near) + share * (math.sqrt(far) - math.sqrt(near))) ** 2, 12)
+    return min(curve)[1]
+
+
+def _curves(results: Results, name: str) -> dict[int, Curve]:
+    """Seed → the curve of an arm; empty where the arm is inconclusive, or its divergence was not measured."""
+    found = results.conclusive([name]).get(name)
+    if found is None:
+        return {}
+    start = (results.untouched[found.arm.task].loss, 0.0)
+    lengths = [*(shortened(found.arm, share).name for share in SHARES), name]
+    outcomes = [results.arms[length].outcomes for length in lengths if length in results.arms]
+    curves = {}
+    for seed in found.seeds:
+        runs = [runs[seed] for runs in outcomes if seed in runs and not runs[seed].diverged]
+        points = [
+            (run.test.loss, run.general.divergence)
+            for run in runs
+            if run.test and run.general and run.general.divergence is not None
+        ]
+        if len(points) == len(lengths):
+            curves[seed] = [start, *points]
+    return curves
+
+
+def _levels(curves: Mapping[str, Mapping[int, Curve]]) -> dict[int, float]:
+    """Seed → the lowest task loss that all arms reach, of the seeds with which all of them learn."""
+    if not curves:
+        return {}
+    common = set.intersection(*(set(found) for found in curves.values()))
+    levels = {seed: max(min(found[seed])[0] for found in curves.values()) for seed in sorted(common)}
+    start = {seed: max(found[seed][0][0] for found in curves.values()) for seed in levels}
+    return {seed: level for seed, level in levels.items() if level < start[seed]}
+
+
+def _ratio(one: Difference) -> Interval:
+    found = one.difference
+    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
+    return Interval(math.exp(found.mean), low, high, found.count)
+
+
+def _answer(level: Interval, at_level: Mapping[str, Mapping[int, float]], compared: Comparison | None) -> str:
+    told = "; ".join(
+        f"{name} {bounds(interval(list(found.values())), 3)}" for name, found in at_level.items()
+    )
+    text = (
+        f"At equal task loss ({level.mean:.4g} nats, which all arms reach), KL from the base on the general "
+        f"text, in nats per token: {told}."
+    )
+    for one in compared.differences if compared else ():
+        verdict = "apart" if one.significant() else "not shown to differ"
+        text += f" {one.first} over {one.second}: {bounds(_ratio(one), 3)} times ({verdict})."
+    return text
+
+
+def _table(
+    results: Results,
+    level: Interval,
+    curves: Mapping[str, Mapping[int, Curve]],
+    at_level: Mapping[str, Mapping[int, float]],
+    compared: Comparison | None,
+) -> Table:
+    rows = []
+    for name, found in curves.items():
+        one = next((one for one in (compared.differences if compared else ()) if one.first == name), None)
+        rate = results.arms[name].chosen
+        rows.append(
+            (
+                name,
+                "–" if rate is None else f"{rate:g}",
+                bounds(interval([curve[-1][0] for curve in found.values()])),
+                bounds(interval([curve[-1][1] for curve in found.values()]), 3),
+                bounds(interval(list(at_level[name].values())), 3),
+                bounds(_ratio(one), 3) if one else "–",
+                "–" if one is None or one.p is None else p_told(one.p),
+            )
+        )
+    against = next((one.second for one in compared.differences), None) if compared else None
+    columns = ("arm", "learning rate", "task loss", "KL", "KL at equal task loss")
+    rests = ""
+    if against and compared:
+        columns += (f"times that of {against}", "p")
+        rests = f" Ratios are compared by their logarithms. {rests_on(compared)}"
+    else:
+        rows = [row[:5] for row in rows]
+    return Table(
+        "KL(base ‖ model) on the general text, nats per token; equal task loss is "
+        f"{bounds(level)} nats on the test split.{rests}",
+        columns,
+        tuple(rows),
+    )
+
+
+def _figure(curves: Mapping[str, Mapping[int, Curve]]) -> Figure:
+    records = []
+    for name, found in curves.items():
+        for points in zip(*found.values(), strict=True):
+            divergences = [divergence for _, divergence in points]
+            records.append(
+                {
+                    "arm": name,
+                    "loss": fmean(loss for loss, _ in points),
+                    "divergence": fmean(divergences),
+                    **band(interval(divergences)),
+                }
+            )
+    spec = lines(
+        records,
+        x="loss",
+        y="divergence",
+        series="arm",
+        x_title="task loss, nats",
+        y_title="KL from the base, nats per token",
+    )
+    shares = ", ".join(map(str, SHARES))
+    caption = f"From the untouched base over {shares} of the steps to all of them, means of the seeds."
+    return Figure("divergence", f"{caption} Lower is less strayed at the same loss.", spec)

@@ -1,0 +1,184 @@
+"""The figures of φ(i, j): what stands at which cell, what is grey, which matrices come first."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+
+from brushstroke.adapter import Adapter
+from brushstroke.analysis import subspace
+from brushstroke.lowrank import LowRank
+from brushstroke.report.analysis import overlap_page
+from brushstroke.report.charts import choices, overlaps
+from brushstroke.report.figures import GREY, HOT
+from brushstroke.report.overlaps import CHOICES, overlap_records
+from brushstroke.studies.page import file_name
+from brushstroke.studies.reading import overlap_figures
+
+pytest.importorskip("altair")
+vl_convert = pytest.importorskip("vl_convert")
+
+PLACES = ("mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj")
+ROUNDED = 0.0006  # a figure carries three digits
+BYTE = 1.5  # of a colour's channel
+
+
+def adapter(rank: int, seed: int, d: int = 12, h: int = 20) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(
+        {
+            f"model.layers.{layer}.{place}": LowRank(
+                torch.randn(d, rank, generator=generator), torch.randn(rank, h, generator=generator)
+            )
+            for layer in range(2)
+            for place in PLACES
+        }
+    )
+
+
+@cache
+def rendered(spec: str) -> str:
+    return vl_convert.vegalite_to_svg(json.loads(spec))
+
+
+def svg_of(spec) -> ElementTree.Element:
+    return ElementTree.fromstring(rendered(json.dumps(spec)))
+
+
+def words_of(spec) -> list[str]:
+    texts = [element for element in svg_of(spec).iter() if element.tag.endswith("text")]
+    return [word for element in texts for word in element.itertext()]
+
+
+def cells_of(spec) -> dict[str, dict[tuple[int, int], tuple[float, str, tuple[float, float]]]]:
+    """Panel → (i, j) → (φ, colour, corner on the drawing), as the SVG draws them."""
+    found: dict = {}
+
+    def walk(element, x, y):
+        moved = re.match(r"translate\(([-\d.e]+),([-\d.e]+)\)", element.get("transform", ""))
+        if moved:
+            x, y = x + float(moved[1]), y + float(moved[2])
+        told = dict(re.findall(r"(panel|i|j|phi): ([^;]+)", element.get("aria-label", "")))
+        if len(told) == 4:
+            at = re.match(r"M([-\d.]+),([-\d.]+)", element.get("d"))
+            place = (round(x + float(at[1]), 1), round(y + float(at[2]), 1))
+            cell = (int(told["i"]), int(told["j"]))
+            found.setdefault(told["panel"], {})[cell] = (float(told["phi"]), element.get("fill"), place)
+        for child in element:
+            walk(child, x, y)
+
+    walk(svg_of(spec), 0.0, 0.0)
+    return found
+
+
+def rgb(color: str) -> list[float]:
+    if color.startswith("#"):
+        return [float(int(color[at : at + 2], 16)) for at in (1, 3, 5)]
+    return [float(part) for part in re.findall(r"[\d.]+", color)]
+
+
+def drawn(found, side="left", corner=True, swapped=False):
+    records = overlap_records(found, side, swapped=swapped)
+    return overlaps(records, x_title="j", y_title="i", measure="ΔW", choose=CHOICES, corner=corner)
+
+
+def test_cells_stand_where_the_paper_draws_them():
+    """φ(i, j) with i of the smaller rank downwards, j across: q beside v, corners grey where j > i."""
+    found = subspace(adapter(3, 1), adapter(7, 2))
+    panels = cells_of(drawn(found))
+    assert list(panels) == [
+        *("q_proj", "v_proj", "random pair"),
+        *("q_proj, lower-left corner", "v_proj, lower-left corner"),
+    ]
+    shown = [found[f"model.layers.0.self_attn.{name}"].left for name in ("q_proj", "v_proj")]
+    shades = []
+    for name, grid in zip(("q_proj", "v_proj"), shown, strict=True):
+        whole, corner = panels[name], panels[f"{name}, lower-left corner"]
+        assert set(whole) == {(i, j) for i in range(1, 4) for j in range(1, 8)}
+        assert set(corner) == {(i, j) for i in range(1, 4) for j in range(1, 4)}
+        for cells in (whole, corner):
+            for (i, j), (phi, color, (x, y)) in cells.items():
+                assert phi == pytest.approx(float(grid[i - 1, j - 1]), abs=ROUNDED)
+                if cells is corner and j > i:
+                    assert rgb(color) == rgb(GREY)
+                else:
+                    shades.append((phi, rgb(color)[0]))
+                assert y > cells[i - 1, j][2][1] if i > 1 else y == cells[1, 1][2][1]
+                assert x > cells[i, j - 1][2][0] if j > 1 else x == cells[1, 1][2][0]
+    shades.sort()
+    assert all(more <= less + BYTE for (_, less), (_, more) in pairwise(shades))  # the darker, the larger
+    assert shades[0][1] - shades[-1][1] > 50
+    drawn_cells = [cell for panel in panels.values() for cell in panel.values()]
+    assert rgb(max(drawn_cells)[1]) == pytest.approx(rgb(HOT), abs=BYTE)
+    beside = [panels[name][1, 1][2] for name in ("q_proj", "v_proj", "random pair")]
+    assert len({y for _, y in beside}) == 1
+    assert beside[0][0] < beside[1][0] < beside[2][0]
+    step = panels["q_proj, lower-left corner"]
+    assert step[1, 2][2][0] - step[1, 1][2][0] > panels["q_proj"][1, 2][2][0] - panels["q_proj"][1, 1][2][0]
+
+
+def test_the_smaller_rank_is_counted_downwards_whichever_comes_first():
+    small, large = adapter(3, 1), adapter(7, 2)
+    page = overlap_page(subspace(large, small), ("large", "small")).html()
+    assert '"i, small"' in page
+    assert '"j, large"' in page
+    turned = cells_of(drawn(subspace(large, small), swapped=True))
+    straight = cells_of(drawn(subspace(small, large)))
+    for name in ("q_proj", "v_proj, lower-left corner"):
+        assert {at: cell[0] for at, cell in turned[name].items()} == pytest.approx(
+            {at: cell[0] for at, cell in straight[name].items()}, abs=ROUNDED
+        )
+
+
+def test_two_seeds_of_one_rank_are_drawn_whole():
+    found = subspace(adapter(4, 1), adapter(4, 2))
+    panels = cells_of(drawn(found, corner=False))
+    assert list(panels) == ["q_proj", "v_proj", "random pair"]
+    assert all(rgb(cell[1]) != rgb(GREY) for cells in panels.values() for cell in cells.values())
+    page = overlap_page(found, ("one", "two")).html()
+    assert 'lower-left corner"' not in page
+
+
+def test_the_scale_ends_at_the_largest_value_and_marks_chance():
+    found = subspace(adapter(3, 1), adapter(7, 2))
+    words = words_of(drawn(found))
+    assert "chance, φ(3, 7): 0.583" in words  # of 12 dimensions
+    assert "chance, φ(3, 3): 0.250" in words
+
+
+def test_q_and_v_come_first_then_o_and_k_then_the_rest():
+    spec = drawn(subspace(adapter(3, 1), adapter(7, 2)))
+    (menu,) = [param["bind"]["options"] for param in spec["params"] if param["name"] == "chosen_matrices"]
+    assert menu == ["q_proj and v_proj", "o_proj and k_proj", "up_proj"]
+    assert choices(spec) == {"layer": "0", "matrices": "q_proj and v_proj"}
+    words = words_of(spec)
+    assert "layer 0, q_proj and v_proj" in words
+    assert "φ(i, j), ΔW" in words
+
+
+def test_studies_draw_the_vectors_of_A_beside_those_of_the_update():
+    pair = adapter(3, 1), adapter(7, 2)
+    found = {of: subspace(*pair, of=of) for of in ("delta", "U")}
+    figures = {one.name: one for one in overlap_figures(found, "ranks", i="i", j="j", corner=True)}
+    assert list(figures) == ["ranks-dW-input", "ranks-A", "ranks-dW-output"]
+    assert file_name(figures["ranks-A"]) == "ranks-A-layer-0-q_proj-and-v_proj"
+    paper = figures["ranks-A"]
+    assert "still near its random start" in paper.caption
+    words = words_of(paper.spec)
+    assert "φ(i, j), the right-singular vectors of A" in words  # a line of the title: a phone cuts none
+    grid = found["U"]["model.layers.0.self_attn.q_proj"].left
+    cells = cells_of(paper.spec)["q_proj"]
+    assert {at: cell[0] for at, cell in cells.items()} == pytest.approx(
+        {(i, j): float(grid[i - 1, j - 1]) for i in range(1, 4) for j in range(1, 8)}, abs=ROUNDED
+    )
+
+
+def test_a_grid_of_8_by_64_has_room_for_every_cell():
+    sites = (adapter(8, 1, 80, 80), adapter(64, 2, 80, 80))
+    cells = cells_of(drawn(subspace(*sites)))["q_proj"]
+    assert cells[1, 2][2][0] - cells[1, 1][2][0] >= 4
+    assert cells[2, 1][2][1] - cells[1, 1][2][1] >= 14
