@@ -22,7 +22,7 @@ from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.cosines import FLOOR, cosine_bounds
 from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, top_svd
 from brushstroke.lowrank.spectra import numerical_rank
-from brushstroke.lowrank.sums import top_of_sum
+from brushstroke.lowrank.sums import PASSES, top_of_sum
 
 WHOLE_PASSES = 40  # on a W that is decomposed whole, the sum is nearly so too
 ROUNDS, STEPS = 8, 3  # of growing the space for directions that are not decided yet, and blocks in each
@@ -246,11 +246,13 @@ def _bounded(
     settled = (own.residual <= least) & (
         own.sigma > least
     )  # below, it may be of the null space, or a mixture
+    # where W's own did not converge, those of the sum that are W's won't: only new ones do, and soon
+    passes = PASSES if bool(settled[:top].all()) else PASSES // 2
     if turned:
-        found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), own.left, top)
+        found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), own.left, top, passes)
         ours = TopSvd(found.top.right.mT, found.top.sigma, found.top.left.mT, found.top.residual)
     else:
-        found = top_of_sum(W, parts, own.right.mT, top)
+        found = top_of_sum(W, parts, own.right.mT, top, passes)
         ours = found.top
     found.space.extend((own.left if turned else own.right.mT)[:, settled])
     cosines = (ours.right.double() @ own.right.mT.double()).abs()
