@@ -157,7 +157,7 @@ def test_relate_and_intruders_print(cli, tiny, adapters):
     done = cli("intruders", adapters / "four", tiny, "--top", "3")
     assert done.status == 0, done.err
     assert "judged" in done.out
-    sentence = r"\d+ of the 42 strongest directions of W \+ four are intruders, at \d+ of 14 sites"
+    sentence = r"\d+ of the 42 strongest directions of W \+ four are intruders \(.*\), at \d+ of 14 sites"
     assert re.match(sentence, done.out)
 
 
@@ -267,6 +267,17 @@ def test_tables_replace_nothing_unasked(cli, commands, tmp_path):
     assert cli(*words, "--latex", tmp_path / "t", "--csv", tmp_path / "t", "--overwrite").status == 0
     left = {f"t/{name}.{kind}" for name in ("matrices", "layers", "sites") for kind in ("csv", "tex")}
     assert files_in(tmp_path) == {"t/mine.txt", *left}  # no deciles of another command
+
+
+def test_tables_and_the_page_may_share_a_folder_but_not_with_a_new_adapter(cli, commands, tmp_path):
+    words, _ = commands["spectrum"]
+    done = cli(*words, "--csv", tmp_path / "t", "--html", tmp_path / "t" / "page.html")
+    assert done.status == 0, done.err
+    assert "t/page.html" in files_in(tmp_path)
+    done = cli(*words, "--csv", tmp_path / "n", "--truncate", tmp_path / "n")
+    assert done.status == 2
+    assert "choose another folder" in done.error
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--latex"])

@@ -78,6 +78,17 @@ def test_sites_outside_of_layers_are_a_row_of_their_own():
     assert list(plain.listings()) == ["matrices"]
 
 
+def test_experts_are_of_one_kind_and_numbered_modules_too():
+    sites = [
+        f"layers.{n}.mlp.experts.{e}.{kind}" for n in range(2) for e in range(20) for kind in ("w1", "w2")
+    ]
+    found = spectrum_summary("a", spectrum(Adapter({site: update() for site in sites})))
+    assert [(part.name, part.sites) for part in found.matrices] == [("w1", 40), ("w2", 40)]
+    plain = spectrum_summary("a", spectrum(Adapter({"0": update(), "2": update()})))
+    assert [(part.name, part.sites) for part in plain.matrices] == [("all", 2)]
+    assert [part.name for part in plain.layers] == ["0", "2"]
+
+
 def test_one_site_has_no_deviation():
     found = spectrum_summary("a", spectrum(Adapter({"fc": update()})))
     assert found.matrices[0].averages["norm"].sd is None
