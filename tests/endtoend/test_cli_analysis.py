@@ -376,9 +376,8 @@ def test_adapters_with_few_common_sites_and_of_other_models(cli, adapters, tmp_p
     bs.save(plain, tmp_path / "mlp")
     done = cli("spectrum", tmp_path / "mlp", "--csv", tmp_path / "t")
     assert done.status == 0, done.err
-    assert [
-        line.split()[0] for line in done.out.splitlines() if " ± " in line or line.startswith("  fc")
-    ] == (["fc1", "fc2"])
+    kinds = [line.split()[0] for line in done.out.splitlines() if line.startswith(("  fc", "  out"))]
+    assert kinds == ["fc1", "fc2", "out"]
     assert [row["layer"] for row in table(tmp_path / "t" / "layers.csv")] == ["–"]
 
 

@@ -16,6 +16,7 @@ from brushstroke.analysis.table import SiteTable, as_plain, kind_names
 MOST_LAYERS = 12  # that a table for people shows one by one
 RANGES = 3  # as which it shows more of them
 NO_LAYER = "–"
+SPREAD = "mean ± standard deviation over the sites"
 MOST_DIGITS = 6  # behind the point of a mean, and before it
 
 Value = Callable[[Any], float | None]

@@ -170,6 +170,7 @@ def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
 
 def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
     from brushstroke.analysis.listing import decile_listing
+    from brushstroke.analysis.summary import SPREAD
     from brushstroke.report.tables import latex_text
 
     columns: dict[str, list[str]] = {}
@@ -182,5 +183,9 @@ def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
         for kind, listing in listings.items():
             columns[kind] = [*(["adapter"] if lead else []), *listing.columns]
             rows.setdefault(kind, []).extend([*lead, *row] for row in listing.rows)
-    caption = "\n".join(told.summary.sentence for told in found.values())
-    return {f"{kind}.tex": latex_text(columns[kind], rows[kind], caption) for kind in rows}
+    sentences = [told.summary.sentence for told in found.values()]
+    captions = {kind: "\n".join([*sentences, SPREAD]) for kind in ("matrices", "layers")}
+    return {
+        f"{kind}.tex": latex_text(columns[kind], rows[kind], captions.get(kind, "\n".join(sentences)))
+        for kind in rows
+    }
