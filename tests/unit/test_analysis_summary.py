@@ -153,7 +153,9 @@ def test_an_update_outside_of_what_the_base_uses_is_infinite_and_breaks_no_table
 
 def test_intruders_are_counted_by_kind():
     adapter = model(4, ("q", "v"))
-    strong = Adapter({site: 100 * one if site.endswith("q") else 0 * one for site, one in adapter.items()})
+    strong = Adapter(
+        {site: 100.0 * one if site.endswith("q") else 0.0 * one for site, one in adapter.items()}
+    )
     W = weights(adapter)
     result = intruders(strong, W, top=2, threshold=0.9)
     found = intruder_summary("a", result)
@@ -162,7 +164,7 @@ def test_intruders_are_counted_by_kind():
     assert found.sentence.startswith(
         f"{result.count()} of the 16 strongest directions of W + a are intruders"
     )
-    none = intruder_summary("a", intruders(Adapter({site: 0 * one for site, one in adapter.items()}), W))
+    none = intruder_summary("a", intruders(Adapter({site: 0.0 * one for site, one in adapter.items()}), W))
     assert none.sentence.startswith("None of the")
 
 
