@@ -78,6 +78,17 @@ def test_sites_outside_of_layers_are_a_row_of_their_own():
     assert list(plain.listings()) == ["matrices"]
 
 
+def test_experts_are_of_one_kind_and_numbered_modules_too():
+    sites = [
+        f"layers.{n}.mlp.experts.{e}.{kind}" for n in range(2) for e in range(20) for kind in ("w1", "w2")
+    ]
+    found = spectrum_summary("a", spectrum(Adapter({site: update() for site in sites})))
+    assert [(part.name, part.sites) for part in found.matrices] == [("w1", 40), ("w2", 40)]
+    plain = spectrum_summary("a", spectrum(Adapter({"0": update(), "2": update()})))
+    assert [(part.name, part.sites) for part in plain.matrices] == [("all", 2)]
+    assert [part.name for part in plain.layers] == ["0", "2"]
+
+
 def test_one_site_has_no_deviation():
     found = spectrum_summary("a", spectrum(Adapter({"fc": update()})))
     assert found.matrices[0].averages["norm"].sd is None
@@ -142,7 +153,9 @@ def test_an_update_outside_of_what_the_base_uses_is_infinite_and_breaks_no_table
 
 def test_intruders_are_counted_by_kind():
     adapter = model(4, ("q", "v"))
-    strong = Adapter({site: 100 * one if site.endswith("q") else 0 * one for site, one in adapter.items()})
+    strong = Adapter(
+        {site: 100.0 * one if site.endswith("q") else 0.0 * one for site, one in adapter.items()}
+    )
     W = weights(adapter)
     result = intruders(strong, W, top=2, threshold=0.9)
     found = intruder_summary("a", result)
@@ -151,7 +164,7 @@ def test_intruders_are_counted_by_kind():
     assert found.sentence.startswith(
         f"{result.count()} of the 16 strongest directions of W + a are intruders"
     )
-    none = intruder_summary("a", intruders(Adapter({site: 0 * one for site, one in adapter.items()}), W))
+    none = intruder_summary("a", intruders(Adapter({site: 0.0 * one for site, one in adapter.items()}), W))
     assert none.sentence.startswith("None of the")
 
 

@@ -69,7 +69,7 @@ class SiteOverlap:
         """φ of the output directions above chance, in standard deviations of chance."""
         return None if self.right is None else overlap.z_scores(self.right, self.shape[1])
 
-    def block(self, size: int | None = None) -> dict[str, float]:
+    def block(self, size: int | None = None) -> dict[str, int | float]:
         """φ(size, size) of either side with its chance level and z-score; by default of the smaller rank.
 
         A block is steadier than φ(1, 1): where two singular values nearly agree, their directions change
@@ -82,7 +82,7 @@ class SiteOverlap:
         if not 1 <= size <= min(self.ranks):
             raise ConfigError(f"a block must be between 1 and {min(self.ranks)} directions; got {size}")
         at = (size - 1, size - 1)
-        told: dict[str, float] = {"size": size}
+        told: dict[str, int | float] = {"size": size}
         for side, grid, z, n in (
             ("left", self.left, self.z_left, self.shape[0]),
             ("right", self.right, self.z_right, self.shape[1]),

@@ -111,13 +111,12 @@ def _relation_sentence(name: str, found: Relation) -> str:
 def _intruder_sentence(name: str, found: Intruders) -> str:
     told, places = found.totals(), sum(row.count() > 0 for row in found.values())
     strongest = f"of the {told['directions']} strongest directions of W + {name}"
+    meaning = f"(|cosine| below {found.threshold:g} with every singular vector of W)"
     if told["intruders"]:
-        many = f"{told['intruders']} {strongest} are intruders, at {places} of {_sites(len(found))}"
+        many = f"{told['intruders']} {strongest} are intruders {meaning}, at {places} of {_sites(len(found))}"
     else:
-        many = f"None {strongest} is an intruder, at {_all_sites(len(found))}"
-    undecided = f"; {told['undecided']} undecided" if told["undecided"] else ""
-    cosine = f"|cosine| below {found.threshold:g} with every singular vector of W"
-    return f"{many}: {cosine}{undecided}."
+        many = f"None {strongest} is an intruder {meaning}, at {_all_sites(len(found))}"
+    return f"{many}; {told['undecided']} undecided." if told["undecided"] else f"{many}."
 
 
 def _share_of_intruders(row: SiteIntruders) -> float | None:

@@ -11,11 +11,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from brushstroke.analysis.listing import Listing, number
-from brushstroke.analysis.table import SiteTable, as_plain, short_names
+from brushstroke.analysis.table import SiteTable, as_plain, kind_names
 
 MOST_LAYERS = 12  # that a table for people shows one by one
 RANGES = 3  # as which it shows more of them
 NO_LAYER = "–"
+SPREAD = "mean ± standard deviation over the sites"
 MOST_DIGITS = 6  # behind the point of a mean, and before it
 
 Value = Callable[[Any], float | None]
@@ -143,13 +144,15 @@ class Summary:
 def summary(sentence: str, measures: Sequence[Measure], found: SiteTable[Any]) -> Summary:
     """The measures of all sites, by kind of matrix and by layer."""
     grid = found.grid()
-    names = short_names(grid.matrices)
+    kinds = kind_names(grid.matrices)
 
     def part(name: str, chosen: Callable[[str, str], bool]) -> Part:
         rows = [found[site] for cell, site in grid.sites.items() if chosen(*cell)]
         return Part(name, len(rows), {one.name: average(one, rows) for one in measures})
 
-    matrices = [part(names[one], lambda _, matrix, one=one: matrix == one) for one in grid.matrices]
+    matrices = [
+        part(one, lambda _, matrix, one=one: kinds[matrix] == one) for one in dict.fromkeys(kinds.values())
+    ]
     layers = [part(one or NO_LAYER, lambda layer, _, one=one: layer == one) for one in grid.layers]
     ranges = [
         part(name, lambda layer, _, some=some: layer in some) for name, some in _ranges(grid.layers).items()

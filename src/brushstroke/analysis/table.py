@@ -163,5 +163,16 @@ def short_names(matrices: Sequence[str]) -> dict[str, str]:
     return last if len({*last.values()}) == len(last) else {name: name for name in matrices}
 
 
+def kind_names(matrices: Sequence[str]) -> dict[str, str]:
+    """Matrix → the name of its kind in a table: the same for all experts, and short as far as kinds differ.
+
+    >>> kind_names(["attn.q", "experts.0.up", "experts.1.up"])
+    {'attn.q': 'q', 'experts.0.up': 'up', 'experts.1.up': 'up'}
+    """
+    kinds = {name: _NUMBER.sub("*", name) for name in matrices}
+    short = short_names(list(dict.fromkeys(kinds.values())))
+    return {name: short[kind] if kind != "*" else "all" for name, kind in kinds.items()}
+
+
 def _words(name: str) -> set[str]:
     return {*re.split(r"[._]", name.lower())}

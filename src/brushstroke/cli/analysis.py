@@ -136,7 +136,7 @@ def spectrum(
     if truncate is not None:
         refuse_existing(truncate.expanduser(), overwrite)
     tables = tables or TableOptions()
-    tables.check(overwrite)
+    tables.check(overwrite, truncate)
     if energy is not None:
         check_share(energy)
     _check_fit(adapters, base)
@@ -160,10 +160,10 @@ def spectrum(
         from brushstroke.formats import save
 
         save(cut.apply(loaded[name]), truncate, overwrite=overwrite)
-    if html is not None:
-        _write(html, lambda: _pages().spectrum_page(found))
     told = {name: told_spectrum(name, one) for name, one in found.items()}
     tables.write(told, overwrite)
+    if html is not None:
+        _write(html, lambda: _pages().spectrum_page(found))
     if json:
         from brushstroke.analysis import as_plain
 
@@ -219,10 +219,10 @@ def compare(
     names = (_name(first), _name(second))
     if names[0] == names[1]:
         names = (str(first), str(second))
-    if html is not None:
-        _write(html, lambda: _pages().overlap_page(found, names, site or ()))
     told = told_overlap(names, found)
     tables.write({" and ".join(names): told}, overwrite)
+    if html is not None:
+        _write(html, lambda: _pages().overlap_page(found, names, site or ()))
     if json:
         emit_json({"first": str(first), "second": str(second), **as_json(told)}, lines=True)
     else:
@@ -260,10 +260,10 @@ def relate(
     cache = against.directions()
     found = measure(value, weights, on_site=_progress(), cache=cache, **against.arguments())
     _tell_of(cache)
-    if html is not None:
-        _write(html, lambda: _pages().relation_page(found, _name(adapter)))
     told = told_relation(_name(adapter), found)
     tables.write({_name(adapter): told}, overwrite)
+    if html is not None:
+        _write(html, lambda: _pages().relation_page(found, _name(adapter)))
     if json:
         emit_json({"adapter": str(adapter), "base": base, **as_json(told)})
     else:
@@ -306,7 +306,7 @@ def intruders(
     if repair is not None:
         refuse_existing(repair.expanduser(), overwrite)
     tables = tables or TableOptions()
-    tables.check(overwrite)
+    tables.check(overwrite, repair)
     against = against or AgainstBase()
     against.check()
     check_intruder_settings(top, threshold)
@@ -330,10 +330,10 @@ def intruders(
         from brushstroke.formats import save
 
         save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
-    if html is not None:
-        _write(html, lambda: _pages().intruder_page(found, _name(adapter)))
     told = told_intruders(_name(adapter), found)
     tables.write({_name(adapter): told}, overwrite)
+    if html is not None:
+        _write(html, lambda: _pages().intruder_page(found, _name(adapter)))
     if json:
         emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(told)})
     else:

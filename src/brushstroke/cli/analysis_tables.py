@@ -36,11 +36,11 @@ class TableOptions:
     csv: Path | None = None
     latex: Path | None = None
 
-    def check(self, overwrite: bool) -> None:
-        """Refuse folders that hold files already, before anything is measured.
+    def check(self, overwrite: bool, adapter: Path | None = None) -> None:
+        """Refuse folders that hold files already, or into which an adapter is written, before all work.
 
         Raises:
-            ConfigError: a file is named.
+            ConfigError: a file is named, or the folder of the adapter.
             OutputError: a folder holds files, and they may not be replaced.
         """
         from brushstroke.files import refuse_existing
@@ -52,6 +52,10 @@ class TableOptions:
                 raise ConfigError(
                     f"{flag} takes a folder, for matrices{ending}, layers{ending} and sites{ending}; "
                     f"got {folder}; name it {folder.with_suffix('')}, say"
+                )
+            if adapter is not None and folder.expanduser().resolve() == adapter.expanduser().resolve():
+                raise ConfigError(
+                    f"{flag} names the folder of the new adapter, {folder}; choose another folder"
                 )
             refuse_existing(folder.expanduser(), overwrite)
 
@@ -142,10 +146,10 @@ def _csv_files(found: Mapping[str, Told]) -> dict[str, str]:
 
 def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
     """Every table as JSON objects; sites with layer, matrix, d and h."""
-    from brushstroke.analysis.table import short_names
+    from brushstroke.analysis.table import kind_names
 
     plain, summary, grid = told.found.as_dict(), told.summary.as_dict(), told.found.grid()
-    names = short_names(grid.matrices)
+    names = kind_names(grid.matrices)
     places = {site: (layer, names[matrix]) for (layer, matrix), site in grid.sites.items()}
     tables = {"matrices": summary["matrices"], "layers": summary["layers"], "sites": []}
     for row in plain["sites"]:
@@ -166,6 +170,7 @@ def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
 
 def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
     from brushstroke.analysis.listing import decile_listing
+    from brushstroke.analysis.summary import SPREAD
     from brushstroke.report.tables import latex_text
 
     columns: dict[str, list[str]] = {}
@@ -178,5 +183,9 @@ def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
         for kind, listing in listings.items():
             columns[kind] = [*(["adapter"] if lead else []), *listing.columns]
             rows.setdefault(kind, []).extend([*lead, *row] for row in listing.rows)
-    caption = "\n".join(told.summary.sentence for told in found.values())
-    return {f"{kind}.tex": latex_text(columns[kind], rows[kind], caption) for kind in rows}
+    sentences = [told.summary.sentence for told in found.values()]
+    captions = {kind: "\n".join([*sentences, SPREAD]) for kind in ("matrices", "layers")}
+    return {
+        f"{kind}.tex": latex_text(columns[kind], rows[kind], captions.get(kind, "\n".join(sentences)))
+        for kind in rows
+    }

@@ -132,8 +132,11 @@ def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sit
 
 def _print_summary(told: "Told", kind: str, sites: bool) -> None:
     """What was found in one sentence, the tables by kind of matrix and by layer, the rows of all sites."""
+    from brushstroke.analysis.summary import SPREAD
+
     console = results()
     tell(console, told.summary.sentence, style="bold")
+    tell(console, SPREAD, style="dim", indent=2)
     for listing in told.summary.listings().values():
         table(console, *listing, leave_out=("sites", "stable"))
     if sites and told.rows.rows:

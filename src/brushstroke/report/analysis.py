@@ -28,7 +28,7 @@ from brushstroke.analysis.summaries import (
     relation_summary,
     spectrum_summary,
 )
-from brushstroke.analysis.summary import Summary
+from brushstroke.analysis.summary import SPREAD, Summary
 from brushstroke.analysis.table import short_names
 from brushstroke.report.charts import lines, overlaps
 from brushstroke.report.figures import Panel, heatmap
@@ -241,7 +241,7 @@ def _begin(page: Page, found: Summary) -> None:
     """What was found: the sentence, and the tables by kind of matrix and by layer."""
     page.text(found.sentence)
     for listing in found.listings().values():
-        page.table(*listing)
+        page.table(*listing, f"{SPREAD[0].upper()}{SPREAD[1:]}.")
 
 
 def _whose(found: Overlap) -> str:
