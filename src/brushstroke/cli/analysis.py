@@ -3,10 +3,7 @@
 The maths are those of `brushstroke.analysis`; the model is never run.
 """
 
-import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,12 +11,19 @@ from cyclopts import Parameter
 
 from brushstroke.checks import (
     check_alike,
-    check_dense_limit,
     check_intruder_settings,
     check_share,
-    check_stored,
 )
-from brushstroke.cli.adapters import load_adapter
+from brushstroke.cli.analysis_inputs import (
+    AgainstBase,
+    Count,
+    check_fit,
+    load_adapters,
+    name_of,
+    open_weights,
+    site_progress,
+    tell_of_cache,
+)
 from brushstroke.cli.analysis_tables import (
     TableOptions,
     as_json,
@@ -37,59 +41,12 @@ from brushstroke.cli.analysis_text import (
     print_spectrum,
 )
 from brushstroke.cli.console import emit_json, say
-from brushstroke.cli.values import Whole, whole
+from brushstroke.cli.values import Whole
 from brushstroke.errors import ConfigError, did_you_mean
 from brushstroke.fetch import adapter_shapes
-from brushstroke.locate import require_base_files, stored_shapes
 
 if TYPE_CHECKING:
-    from brushstroke.adapter import Adapter
-    from brushstroke.analysis import DirectionCache
     from brushstroke.report import Page
-
-Count = Annotated[int, Parameter(converter=whole)]
-PROGRESS_SECONDS = 10.0
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class AgainstBase:
-    """How an adapter is measured against its base.
-
-    Args:
-        seed: Seed of the random directions.
-        dense_limit: Decompose weights in full if their smaller side is at most this [default: 1536].
-        allow_different_base: Measure even if the adapter was trained on another base.
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
-        cache: Keep the base's own directions for the next command, and take them from there.
-    """
-
-    seed: Count = 0
-    dense_limit: Whole = None
-    allow_different_base: bool = False
-    trust_remote_code: bool = False
-    cache: bool = True
-
-    def arguments(self) -> dict[str, Any]:
-        """What `relate` and `intruders` are given."""
-        values = dataclasses.asdict(self)
-        del values["trust_remote_code"], values["cache"]
-        return {name: value for name, value in values.items() if value is not None}
-
-    def check(self) -> None:
-        """Refuse what cannot work, before torch is loaded.
-
-        Raises:
-            ConfigError: a negative limit.
-        """
-        if self.dense_limit is not None:
-            check_dense_limit(self.dense_limit)
-
-    def directions(self) -> "DirectionCache | None":
-        """Where the base's own directions are kept, unless the user wants none."""
-        from brushstroke.analysis import DirectionCache
-
-        return DirectionCache() if self.cache else None
 
 
 def spectrum(
@@ -139,12 +96,12 @@ def spectrum(
     tables.check(overwrite, truncate)
     if energy is not None:
         check_share(energy)
-    _check_fit(adapters, base)
-    loaded = _load(*adapters)
+    check_fit(adapters, base)
+    loaded = load_adapters(*adapters)
     from brushstroke.analysis import fit_budget, keep_energy
     from brushstroke.analysis import spectrum as measure
 
-    weights = _open(base, trust_remote_code) if base is not None else None
+    weights = open_weights(base, trust_remote_code) if base is not None else None
     found = {
         name: measure(adapter, weights, allow_different_base=allow_different_base)
         for name, adapter in loaded.items()
@@ -206,7 +163,7 @@ def compare(
         for path in site or ():
             if all(path not in one for one in shapes):
                 raise ConfigError(f"--site: no result for the site {path!r}{did_you_mean(path, shapes[0])}")
-    one, two = _load(first)[_name(first)], _load(second)[_name(second)]
+    one, two = load_adapters(first)[name_of(first)], load_adapters(second)[name_of(second)]
     from brushstroke.analysis import subspace
 
     found = subspace(one, two, of=of)
@@ -216,7 +173,7 @@ def compare(
                 found[path]
             except KeyError as error:
                 raise ConfigError(f"--site: {error.args[0]}") from None
-    names = (_name(first), _name(second))
+    names = (name_of(first), name_of(second))
     if names[0] == names[1]:
         names = (str(first), str(second))
     told = told_overlap(names, found)
@@ -252,18 +209,18 @@ def relate(
     tables.check(overwrite)
     against = against or AgainstBase()
     against.check()
-    _check_fit((adapter,), base)
-    value = _load(adapter)[_name(adapter)]
+    check_fit((adapter,), base)
+    value = load_adapters(adapter)[name_of(adapter)]
     from brushstroke.analysis import relate as measure
 
-    weights = _open(base, against.trust_remote_code)
+    weights = open_weights(base, against.trust_remote_code)
     cache = against.directions()
-    found = measure(value, weights, on_site=_progress(), cache=cache, **against.arguments())
-    _tell_of(cache)
-    told = told_relation(_name(adapter), found)
-    tables.write({_name(adapter): told}, overwrite)
+    found = measure(value, weights, on_site=site_progress(), cache=cache, **against.arguments())
+    tell_of_cache(cache)
+    told = told_relation(name_of(adapter), found)
+    tables.write({name_of(adapter): told}, overwrite)
     if html is not None:
-        _write(html, lambda: _pages().relation_page(found, _name(adapter)))
+        _write(html, lambda: _pages().relation_page(found, name_of(adapter)))
     if json:
         emit_json({"adapter": str(adapter), "base": base, **as_json(told)})
     else:
@@ -310,92 +267,34 @@ def intruders(
     against = against or AgainstBase()
     against.check()
     check_intruder_settings(top, threshold)
-    _check_fit((adapter,), base)
-    value = _load(adapter)[_name(adapter)]
+    check_fit((adapter,), base)
+    value = load_adapters(adapter)[name_of(adapter)]
     from brushstroke.analysis import intruders as measure
     from brushstroke.analysis import repair as mend
 
-    weights, cache = _open(base, against.trust_remote_code), against.directions()
+    weights, cache = open_weights(base, against.trust_remote_code), against.directions()
     found = measure(
         value,
         weights,
         top=top,
         threshold=threshold,
-        on_site=_progress(),
+        on_site=site_progress(),
         cache=cache,
         **against.arguments(),
     )
-    _tell_of(cache)
+    tell_of_cache(cache)
     if repair is not None:
         from brushstroke.formats import save
 
         save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
-    told = told_intruders(_name(adapter), found)
-    tables.write({_name(adapter): told}, overwrite)
+    told = told_intruders(name_of(adapter), found)
+    tables.write({name_of(adapter): told}, overwrite)
     if html is not None:
-        _write(html, lambda: _pages().intruder_page(found, _name(adapter)))
+        _write(html, lambda: _pages().intruder_page(found, name_of(adapter)))
     if json:
         emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(told)})
     else:
         print_intruders(told, found, repair, tables.sites)
-
-
-def _check_fit(adapters: Sequence[Path], base: str | None) -> None:
-    """Refuse adapters and a base that are not there or do not fit, before torch is loaded."""
-    shapes = [adapter_shapes(name) for name in adapters]
-    if base is not None:
-        require_base_files(base)
-        stored = stored_shapes(base)
-        for sites in shapes:
-            check_stored(sites, stored)
-
-
-def _load(*folders: Path) -> "dict[str, Adapter]":
-    named = {_name(folder): folder for folder in folders}
-    if len(named) < len(folders):
-        named = {str(folder): folder for folder in folders}
-    loaded = {name: load_adapter(folder) for name, folder in named.items()}
-    for name, adapter in loaded.items():
-        if adapter.copies:
-            say(
-                f"{name} holds copies of {', '.join(adapter.copies)}, which are not compared with a base here"
-            )
-    return loaded
-
-
-def _name(folder: Path) -> str:
-    return folder.expanduser().resolve().name
-
-
-def _open(base: str, trust_remote_code: bool) -> Any:
-    from brushstroke.base import open_base
-
-    return open_base(base, trust_remote_code=trust_remote_code)
-
-
-def _progress() -> Callable[[str, int, int], None]:
-    """A line for people now and then, where it takes long."""
-    told = time.monotonic()
-
-    def on_site(site: str, number: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= PROGRESS_SECONDS:
-            told = time.monotonic()
-            say(f"site {number} of {total}: {site}")
-
-    return on_site
-
-
-def _tell_of(cache: "DirectionCache | None") -> None:
-    if cache is None:
-        return
-    if cache.used:
-        say(
-            f"the base's own directions at {cache.used} sites are from {cache.folder} "
-            "(--no-cache computes them anew)"
-        )
-    if cache.failure:
-        say(f"the base's own directions are not kept for the next command: {cache.failure}")
 
 
 def _pages() -> Any:
