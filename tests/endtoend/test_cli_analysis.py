@@ -343,12 +343,12 @@ def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlik
     assert advice in (tmp_path / "mixed.html").read_text("utf-8")
     (told,) = json.loads(cli("spectrum", unlike / "mixed", "--json").out)["adapters"]
     assert told["advised_ranks_99"] == {
-        "self_attn.q_proj": 1,
-        "self_attn.o_proj": 4,
-        "self_attn.k_proj": 2,
-        "mlp.gate_proj": 4,
-        "mlp.up_proj": 4,
-        "mlp.down_proj": 4,
+        "q_proj": 1,
+        "o_proj": 4,
+        "k_proj": 2,
+        "gate_proj": 4,
+        "up_proj": 4,
+        "down_proj": 4,
     }
     done = cli("spectrum", unlike / "untrained", "--html", tmp_path / "zero.html")
     assert done.status == 0, done.err

@@ -133,6 +133,13 @@ def test_zero_updates_get_no_advice():
     assert rank_advice(spectrum(bs.Adapter({"layers.0.q": zero}))) == ""
 
 
+def test_all_experts_get_one_advice():
+    one = LowRank(torch.eye(4, 1), torch.ones(1, 3))
+    two = LowRank(torch.eye(4, 2), torch.eye(2, 3))
+    sites = {"layers.0.mlp.experts.0.up": one, "layers.0.mlp.experts.1.up": two, "layers.0.attn.q": one}
+    assert spectrum(bs.Adapter(sites)).advised_ranks() == {"q": 1, "up": 2}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_factors_in_half_precision_are_judged_at_their_precision(dtype):
     """Rank 3 in factors of 8 columns; rounding gives them rank 8."""

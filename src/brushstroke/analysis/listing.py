@@ -9,7 +9,6 @@ from brushstroke.analysis.intruders import Intruders
 from brushstroke.analysis.relate import Relation, Share
 from brushstroke.analysis.spectrum import Spectrum
 from brushstroke.analysis.subspace import Overlap
-from brushstroke.analysis.table import short_names
 
 
 class Listing(NamedTuple):
@@ -57,9 +56,8 @@ def spectrum_listing(found: Spectrum) -> Listing:
 def rank_advice(found: Spectrum) -> str:
     """The ranks to store an adapter with, by kind of matrix; "" where every update is zero."""
     kinds: dict[int, list[str]] = {}
-    names = short_names(found.grid().matrices)
     for matrix, rank in found.advised_ranks().items():
-        kinds.setdefault(rank, []).append(names[matrix])
+        kinds.setdefault(rank, []).append(matrix)
     told = "; ".join(f"rank {rank} for {', '.join(kinds[rank])}" for rank in sorted(kinds))
     if len(kinds) == 1:
         told = f"rank {min(kinds)}"

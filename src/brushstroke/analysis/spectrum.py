@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
-from brushstroke.analysis.table import SiteTable
+from brushstroke.analysis.table import SiteTable, kind_names
 from brushstroke.analysis.weights import finite_norm, low_rank_updates, walk
 from brushstroke.checks import check_share
 from brushstroke.errors import ConfigError
@@ -103,7 +103,7 @@ class Spectrum(SiteTable[SiteSpectrum]):
     def advised_ranks(self, share: float = 0.99, quantile: float = 0.9) -> dict[str, int]:
         """For each kind of matrix the rank that keeps a share of the energy at most of its sites.
 
-        Sites whose update is zero are passed over; a kind that has no other sites gets no advice.
+        All experts of a mixture are one kind. Sites whose update is zero are passed over; a kind that has no other sites gets no advice.
 
         Args:
             share: of ‖ΔW‖².
@@ -116,13 +116,14 @@ class Spectrum(SiteTable[SiteSpectrum]):
             raise ConfigError(f"a quantile must be above 0 and at most 1; got {quantile}")
         ranks: dict[str, list[int]] = {}
         grid = self.grid()
+        kinds = kind_names(grid.matrices)
         for (_, matrix), site in grid.sites.items():
             if rank := self[site].energy_rank(share):
-                ranks.setdefault(matrix, []).append(rank)
+                ranks.setdefault(kinds[matrix], []).append(rank)
         return {
-            matrix: sorted(ranks[matrix])[math.ceil(quantile * len(ranks[matrix]) - 1e-9) - 1]
-            for matrix in grid.matrices
-            if matrix in ranks
+            kind: sorted(ranks[kind])[math.ceil(quantile * len(ranks[kind]) - 1e-9) - 1]
+            for kind in dict.fromkeys(kinds.values())
+            if kind in ranks
         }
 
     def totals(self) -> dict[str, Any]:
