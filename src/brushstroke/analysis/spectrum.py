@@ -103,7 +103,8 @@ class Spectrum(SiteTable[SiteSpectrum]):
     def advised_ranks(self, share: float = 0.99, quantile: float = 0.9) -> dict[str, int]:
         """For each kind of matrix the rank that keeps a share of the energy at most of its sites.
 
-        All experts of a mixture are one kind. Sites whose update is zero are passed over; a kind that has no other sites gets no advice.
+        All experts of a mixture are one kind. Sites whose update is zero are passed over; a kind that has no
+        other sites gets no advice.
 
         Args:
             share: of ‖ΔW‖².
