@@ -26,7 +26,7 @@ QV = ("q_proj", "v_proj")
 STEPS = 250
 RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended where need be
 SEEDS = (0, 1, 2, 3, 4)
-TINY_DIMENSIONS = (100, 1_000, 3_000, 10_000, 30_000)  # of 106,496 weights
+TINY_DIMENSIONS = (1_000, 3_000, 10_000, 30_000, 60_000)  # of 106,496 weights
 
 # On SmolLM2-135M.
 SMOL_MINUTES = 110  # what is planned at most, where no other budget is named

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from brushstroke.base import Base, load_base
+from brushstroke.base import Base, load_base, quiet_transformers
 from brushstroke.data import Example
 from brushstroke.errors import DataError, OutputError
 from brushstroke.files import output_errors
@@ -60,7 +60,8 @@ def tiny_base(folder: Path, seed: int = 0) -> Base:
         partial = folder.with_name(f"{folder.name}.partial")
         with output_errors(folder):
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
+            with quiet_transformers():
+                model.save_pretrained(partial)
             (partial / MADE).write_text(json.dumps(how) + "\n", "utf-8")
             partial.rename(folder)
     return Base(load_base(folder, dtype="float32", device="cpu").model, None, "a byte model of two layers")
