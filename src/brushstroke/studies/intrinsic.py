@@ -17,7 +17,7 @@ from brushstroke.studies.arms import (
     whole,
 )
 from brushstroke.studies.findings import Figure, Finding
-from brushstroke.studies.reading import arms_table, as_interval, limits, test_loss
+from brushstroke.studies.reading import arms_table, as_interval, band, limits, test_loss
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
@@ -123,24 +123,6 @@ class IntrinsicStudy:
         of_metric = (
             _d90(_accuracy, before, after, losses, _by_seed(results, full), kept_scores) if asked else None
         )
-        records = [
-            {"dimension": d, "loss": score.loss, "arm": "random subspace"}
-            for d, score in sorted(losses.items())
-        ]
-        records += [
-            {"dimension": d, "loss": score.loss, "arm": label}
-            for d in (min(losses, default=1), max(losses, default=1))
-            for label, score in (("all parameters", after), ("untouched base", before))
-        ]
-        spec = lines(
-            records,
-            x="dimension",
-            y="loss",
-            series="arm",
-            x_title="dimensions",
-            y_title="test loss, nats",
-            log_x=True,
-        )
         return Finding(
             question,
             f"Over the means of {len(results.arms[full].seeds)} seed(s): d90 of the gain in loss over the "
@@ -148,7 +130,7 @@ class IntrinsicStudy:
             f"full training ({100 * after.accuracy:.1f} %; the untouched base has "
             f"{100 * before.accuracy:.1f} %): {ALREADY if of_metric is None else of_metric}.",
             (table,),
-            (Figure("intrinsic", "Test loss by the dimension of the subspace.", spec),),
+            (_figure(results, kept, before.loss, after.loss),),
             notes,
             {
                 "d90_gain": of_gain.smallest,
@@ -158,6 +140,37 @@ class IntrinsicStudy:
                 "test_loss": {n: as_interval(test_loss(good[n])) for n in good},
             },
         )
+
+
+def _figure(results: Results, kept: Sequence[str], before: float, after: float) -> Figure:
+    """Loss by dimension with its intervals, between the untouched base and training all parameters."""
+    found = {results.arms[name].arm.dimension or 0: test_loss(results.arms[name]) for name in kept}
+    records = [
+        {"dimension": d, "loss": loss.mean, "arm": "random subspace", **band(loss)}
+        for d, loss in sorted(found.items())
+        if loss
+    ]
+    levels = {
+        "untouched base": before,
+        "90 % of the gain": before - SHARE * (before - after),
+        "all parameters": after,
+    }
+    records += [
+        {"dimension": d, "loss": level, "arm": label}
+        for d in (min(found, default=1), max(found, default=1))
+        for label, level in levels.items()
+    ]
+    spec = lines(
+        records,
+        x="dimension",
+        y="loss",
+        series="arm",
+        x_title="dimensions",
+        y_title="test loss, nats",
+        log_x=True,
+    )
+    caption = "Test loss by the dimension of the subspace, with 95 % intervals over seeds."
+    return Figure("intrinsic", caption, spec)
 
 
 def _weights(targets: Sequence[str], material: Material) -> int:
