@@ -57,7 +57,7 @@ def main(files: list[str]) -> None:
     print("# The committed studies, read again\n")
     print(
         "Written by `benchmarks/reread_results.py` from the test losses of every arm and seed. The losses\n"
-        "of single test rows are not in these files: the differences speak of the test rows of each study only.\n"
+        "of single test rows are not in these files: differences speak of the test rows of each study only.\n"
         f"The margin is {MARGIN:g} nats; the page of a study says whether it was stated before the runs."
     )
     for file in files:
