@@ -5,7 +5,7 @@ import sys
 import tempfile
 
 import brushstroke as bs
-from brushstroke.step.memory import peak_memory
+from brushstroke.packed.memory import peak_memory
 
 settings = json.loads(sys.argv[1])
 base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])

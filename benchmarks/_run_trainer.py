@@ -22,7 +22,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 import brushstroke as bs
 from brushstroke.data import encode
-from brushstroke.step.memory import peak_memory
+from brushstroke.packed.memory import peak_memory
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)

@@ -15,7 +15,7 @@ import torch
 import brushstroke as bs
 from _common import in_own_process, keep
 from brushstroke.analysis.overlap import overlap_grid, random_directions
-from brushstroke.step.memory import peak_memory
+from brushstroke.packed.memory import peak_memory
 
 SIDE = 4096
 SHAPES_7B = {  # of each of 32 layers, d×h

@@ -17,7 +17,7 @@ import torch
 import brushstroke as bs
 from _common import features, keep, prepared, rows_of
 from brushstroke.data import Example, encode
-from brushstroke.lowrank.products import kernels, product
+from brushstroke.lowrank.matmul import kernels, product
 
 KINDS = {  # the beginning of an operator's name → its kind; the first that fits counts
     "aten::addmm": "products",

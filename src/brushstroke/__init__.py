@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from brushstroke.base import Base, load_base
     from brushstroke.data import Example
     from brushstroke.formats import load, save
-    from brushstroke.inference import Answer, ChatSession, Evaluation, evaluate, generate, merge_folder
-    from brushstroke.layers import Attachment, Bank, MergeReport, attach, bank, merge
+    from brushstroke.inference import Answer, ChatSession, Evaluation, evaluate, generate
+    from brushstroke.layers import Attachment, Bank, attach, bank
     from brushstroke.lowrank import LowRank
+    from brushstroke.merging import MergeReport, merge, merge_folder
     from brushstroke.training import AdapterCallback, Plan, TrainConfig, Training, TrainResult, plan, train
 
 __version__ = "0.1.0"
@@ -27,8 +28,9 @@ _HOMES = {
     "brushstroke.base": ("Base", "load_base"),
     "brushstroke.data": ("Example",),
     "brushstroke.formats": ("load", "save"),
-    "brushstroke.inference": ("Answer", "ChatSession", "Evaluation", "evaluate", "generate", "merge_folder"),
-    "brushstroke.layers": ("Attachment", "Bank", "MergeReport", "attach", "bank", "merge"),
+    "brushstroke.inference": ("Answer", "ChatSession", "Evaluation", "evaluate", "generate"),
+    "brushstroke.layers": ("Attachment", "Bank", "attach", "bank"),
+    "brushstroke.merging": ("MergeReport", "merge", "merge_folder"),
     "brushstroke.lowrank": ("LowRank",),
     "brushstroke.training": (
         "AdapterCallback",

@@ -13,7 +13,7 @@ import toys
 from brushstroke.base import load_base
 from brushstroke.errors import BaseLoadError, ConfigError
 from brushstroke.formats import save
-from brushstroke.inference import merge_folder
+from brushstroke.merging import merge_folder
 
 NORM = "model.norm.weight"
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -30,10 +30,12 @@ from brushstroke.adapter import Adapter, Card, Fingerprint, LoraConfig
 from brushstroke.adapter.fingerprint import sample
 from brushstroke.base import Base, FolderWeights, load_base
 from brushstroke.errors import BaseLoadError, BaseMismatchError, MergeError, OutputError, ShapeError
-from brushstroke.inference import export, merge_check, merge_folder, merge_stream
-from brushstroke.inference.shards import Header
 from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
+from brushstroke.merging import export, merge_folder
+from brushstroke.merging import stream as merge_stream
+from brushstroke.merging import verify as merge_check
+from brushstroke.merging.shards import Header
 
 EXACT = 1e-5  # relative, fp32: one rounding of each weight
 BF16 = 2e-2  # relative: 2⁻⁸ of each weight, seen through all layers
@@ -629,7 +631,7 @@ def test_a_folder_without_safetensors_is_loaded(folder, tmp_path, monkeypatch):
 
 MEASURED = """
 import sys
-from brushstroke.inference import merge_folder
+from brushstroke.merging import merge_folder
 import torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])

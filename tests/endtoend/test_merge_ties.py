@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 import kinds
 from brushstroke.adapter import LoraConfig
 from brushstroke.base import load_base
-from brushstroke.inference import merge_folder
-from brushstroke.layers import merge
+from brushstroke.merging import merge, merge_folder
 from toys import random_adapter
 
 EXACT = 1e-5

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import brushstroke as bs
-from brushstroke.step.attend import by_segments
-from brushstroke.step.attention import packed_attention
-from brushstroke.step.layout import lay_out
-from brushstroke.step.pack import plan_passes
+from brushstroke.packed.attention import packed_attention
+from brushstroke.packed.layout import lay_out
+from brushstroke.packed.pack import plan_passes
+from brushstroke.packed.sdpa import by_segments
 from toys import tiny_llama
 from training_kit import examples, randomise
 

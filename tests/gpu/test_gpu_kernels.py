@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from brushstroke.lowrank.apply import LinearParts
-from brushstroke.lowrank.products import scaled_product
-from brushstroke.step import onekernel
-from brushstroke.step.mlp import GELU, GELU_TANH, SILU, Activation, mlp
-from brushstroke.step.norm import rms_norm
-from brushstroke.step.rotary import rotate
+from brushstroke.lowrank.matmul import scaled_product
+from brushstroke.packed import compiled as onekernel
+from brushstroke.packed.mlp import GELU, GELU_TANH, SILU, Activation, mlp
+from brushstroke.packed.norm import rms_norm
+from brushstroke.packed.rotary import rotate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,9 @@ from torch import nn
 
 import toys
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.layers import attach, bank, merge
+from brushstroke.layers import attach, bank
 from brushstroke.lowrank import LowRank
+from brushstroke.merging import merge
 
 GRADIENT = 1e-4  # the promise: each tensor's difference to its own norm, float32
 LOGITS = 1e-5  # relative

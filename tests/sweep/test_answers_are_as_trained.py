@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import brushstroke as bs
 from brushstroke.data import ChatFormat
-from brushstroke.inference import evaluate, generate, merge_folder
+from brushstroke.inference import evaluate, generate
+from brushstroke.merging import merge_folder
 from stock_templates import stock_templates
 
 CITIES = ("Bern", "Oslo", "Lisbon", "Riga", "Paris", "Rome")

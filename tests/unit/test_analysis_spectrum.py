@@ -7,7 +7,7 @@ import torch
 
 import brushstroke as bs
 from brushstroke.analysis import arrange, fit_budget, keep_energy, relate, spectrum, subspace
-from brushstroke.analysis.listing import rank_advice
+from brushstroke.analysis.text_tables import rank_advice
 from brushstroke.errors import ConfigError, ShapeError
 from brushstroke.lowrank import LowRank
 

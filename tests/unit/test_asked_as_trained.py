@@ -14,9 +14,10 @@ from brushstroke.data import ChatFormat, DataWarning, encode, find_template, rea
 from brushstroke.data import template as templates
 from brushstroke.errors import ConfigError, DataError, ResumeError
 from brushstroke.formats import load, save
-from brushstroke.inference import Request, Sampling, evaluate, generate, merge_folder, run_requests
+from brushstroke.inference import Request, Sampling, evaluate, generate, run_requests
 from brushstroke.inference.generate import Voices
 from brushstroke.inference.stops import Stops
+from brushstroke.merging import merge_folder
 
 DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + kit.TEMPLATE
 OPENS = kit.TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")

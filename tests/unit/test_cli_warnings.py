@@ -83,7 +83,7 @@ def test_a_warning_with_a_class_of_ours_is_heard_from_everywhere(module, shown):
 def test_a_compiler_that_fails_is_told(shown, monkeypatch):
     import torch
 
-    from brushstroke.step import onekernel
+    from brushstroke.packed import onekernel
 
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler")

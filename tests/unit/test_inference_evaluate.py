@@ -18,7 +18,8 @@ from brushstroke.inference import (
     loss,
     score,
 )
-from brushstroke.layers import attach, merge
+from brushstroke.layers import attach
+from brushstroke.merging import merge
 
 NATS = 1e-5  # fp32 logits, summed in another order
 PAIRS = [{"prompt": f"q{i}" * (i + 1), "completion": f"answer {i}"} for i in range(5)]

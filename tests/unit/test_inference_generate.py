@@ -9,10 +9,11 @@ from brushstroke.base import context_length
 from brushstroke.data import ChatFormat, Example
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference import Answer, generate
-from brushstroke.inference.decode import run_requests
+from brushstroke.inference.batching import run_requests
 from brushstroke.inference.loss import evaluate_loss
 from brushstroke.inference.request import Request, Sampling
-from brushstroke.layers import attach, bank, merge
+from brushstroke.layers import attach, bank
+from brushstroke.merging import merge
 
 PROMPTS = ["hi", "a much longer prompt than the others, by far", "what?", "tell me more", "x"]
 MODELS = {"llama": llama, "gpt2": gpt2}

@@ -9,8 +9,9 @@ from torch import nn
 import toys
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.errors import AttachError, RouteError, ShapeError
-from brushstroke.layers import attach, bank, merge
+from brushstroke.layers import attach, bank
 from brushstroke.lowrank import LowRank
+from brushstroke.merging import merge
 
 EXACT = 1e-12  # float64, relative
 

@@ -17,7 +17,7 @@ from brushstroke.report.charts import choices, overlaps
 from brushstroke.report.figures import GREY, HOT
 from brushstroke.report.overlaps import CHOICES, overlap_records
 from brushstroke.studies.page import file_name
-from brushstroke.studies.reading import overlap_figures
+from brushstroke.studies.tables import overlap_figures
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import low_rank, shortened, whole
 from brushstroke.studies.divergence import SHARES, at_loss, shortened_arms, stray
 from brushstroke.studies.runner import ArmResult, Estimate, Results
-from brushstroke.studies.workshop import Outcome, Score
 
 QV = ("q_proj", "v_proj")
 FEW, FULL = low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3, 1e-2))

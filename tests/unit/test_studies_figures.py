@@ -10,7 +10,7 @@ from brushstroke.studies.comparisons import compare_all
 from brushstroke.studies.delta import COLUMNS, MEASURES
 from brushstroke.studies.findings import Figure
 from brushstroke.studies.page import file_name
-from brushstroke.studies.reading import difference_figure
+from brushstroke.studies.tables import difference_figure
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from brushstroke.studies.arm_run import Score
 from brushstroke.studies.intrinsic import _accuracy, _crossing, _d90, _gain, _spread
-from brushstroke.studies.workshop import Score
 
 BEFORE, AFTER = Score(3.0, 0.30, 10), Score(1.0, 0.60, 10)
 TRIED = {10: Score(2.5, 0.53, 10), 100: Score(1.3, 0.54, 10), 1000: Score(1.19, 0.58, 10)}

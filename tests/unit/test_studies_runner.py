@@ -9,10 +9,10 @@ import pytest
 from brushstroke.errors import ConfigError, OutputError, ResumeError, TrainingError
 from brushstroke.studies import executors
 from brushstroke.studies import store as store_module
+from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import Arm, Run, on_other_task
 from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, conduct, estimate
 from brushstroke.studies.store import Store, check_folder
-from brushstroke.studies.workshop import Outcome, Score
 
 
 class Ledger:

@@ -31,10 +31,11 @@ from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base, context_length, learnt_positions
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, TargetError, TrainingError
-from brushstroke.layers import attach, merge
+from brushstroke.layers import attach
 from brushstroke.layers.adapted import Adapted
-from brushstroke.step import choose
-from brushstroke.step.attention import NAME
+from brushstroke.merging import merge
+from brushstroke.packed import select as choose
+from brushstroke.packed.attention import NAME
 from brushstroke.training import PlanWarning, TrainConfig, Training, train
 from toys import random_adapter, snapshot, tiny_gpt2, tiny_llama
 from training_kit import examples, padded_loss, randomise

@@ -6,11 +6,11 @@ It computes nothing but totals.
 from collections.abc import Iterable
 
 from brushstroke.analysis.intruders import Intruders, SiteIntruders
-from brushstroke.analysis.listing import number
 from brushstroke.analysis.relate import Relation
 from brushstroke.analysis.spectrum import Spectrum
 from brushstroke.analysis.subspace import Overlap
 from brushstroke.analysis.summary import Measure, Summary, average, summary
+from brushstroke.analysis.text_tables import number
 
 ENDS = {"left": "input", "right": "output"}  # of a side: whose directions it holds
 

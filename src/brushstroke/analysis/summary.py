@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from brushstroke.analysis.listing import Listing, number
 from brushstroke.analysis.table import SiteTable, as_plain, kind_names
+from brushstroke.analysis.text_tables import Listing, number
 
 MOST_LAYERS = 12  # that a table for people shows one by one
 RANGES = 3  # as which it shows more of them

@@ -3,9 +3,9 @@
 from brushstroke.base.architecture import require_language_model
 from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
+from brushstroke.base.dynamic_rope import check_max_length, forget_longest, moving_from, unmoved
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
-from brushstroke.base.moving import check_max_length, forget_longest, moving_from, unmoved
-from brushstroke.base.told import (
+from brushstroke.base.model_facts import (
     context_length,
     embedding_rows,
     hidden_size,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base.moving import moving_from
-from brushstroke.base.told import text_config
+from brushstroke.base.dynamic_rope import moving_from
+from brushstroke.base.model_facts import text_config
 
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
 

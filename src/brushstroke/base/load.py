@@ -21,10 +21,10 @@ from brushstroke.base.architecture import (
     require_language_model,
 )
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches
+from brushstroke.base.dynamic_rope import check_max_length
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
-from brushstroke.base.moving import check_max_length
+from brushstroke.base.model_facts import context_length, model_dtype
 from brushstroke.base.surplus import require_whole
-from brushstroke.base.told import context_length, model_dtype
 from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 from brushstroke.locate import hub_if_needed, locate_base

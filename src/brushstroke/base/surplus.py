@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from brushstroke.base.architecture import is_language_model, unknown_class
-from brushstroke.base.told import text_config
+from brushstroke.base.model_facts import text_config
 from brushstroke.errors import BaseLoadError
 
 # Older releases stored these, which a model makes by itself.

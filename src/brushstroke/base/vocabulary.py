@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from brushstroke.base.told import embedding_rows
+from brushstroke.base.model_facts import embedding_rows
 from brushstroke.errors import DataError
 
 SHOWN = 3  # tokens named in a message

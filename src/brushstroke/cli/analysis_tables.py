@@ -15,8 +15,8 @@ from brushstroke.errors import ConfigError
 
 if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Share, SiteTable, Spectrum
-    from brushstroke.analysis.listing import Listing
     from brushstroke.analysis.summary import Summary
+    from brushstroke.analysis.text_tables import Listing
 
 NAMES = ("matrices", "layers", "sites", "directions", "deciles")
 
@@ -96,16 +96,16 @@ class Told:
 
 def told_spectrum(name: str, found: "Spectrum") -> Told:
     """What is told of an adapter's spectrum."""
-    from brushstroke.analysis.listing import spectrum_listing
     from brushstroke.analysis.summaries import spectrum_summary
+    from brushstroke.analysis.text_tables import spectrum_listing
 
     return Told(found, spectrum_summary(name, found), spectrum_listing(found))
 
 
 def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
     """What is told of two adapters."""
-    from brushstroke.analysis.listing import overlap_listing
     from brushstroke.analysis.summaries import overlap_summary
+    from brushstroke.analysis.text_tables import overlap_listing
 
     return Told(found, overlap_summary(names, found), overlap_listing(found))
 
@@ -113,8 +113,8 @@ def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
 def told_relation(name: str, found: "Relation") -> Told:
     """What is told of an adapter in its base."""
     from brushstroke.analysis import mean_deciles
-    from brushstroke.analysis.listing import relation_listing
     from brushstroke.analysis.summaries import relation_summary
+    from brushstroke.analysis.text_tables import relation_listing
 
     listing = relation_listing(found)
     return Told(found, relation_summary(name, found), listing, deciles=mean_deciles(found))
@@ -122,8 +122,8 @@ def told_relation(name: str, found: "Relation") -> Told:
 
 def told_intruders(name: str, found: "Intruders") -> Told:
     """What is told of an adapter's intruders."""
-    from brushstroke.analysis.listing import intruder_listing
     from brushstroke.analysis.summaries import intruder_summary
+    from brushstroke.analysis.text_tables import intruder_listing
 
     return Told(found, intruder_summary(name, found), intruder_listing(found), "directions")
 
@@ -169,8 +169,8 @@ def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
 
 
 def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
-    from brushstroke.analysis.listing import decile_listing
     from brushstroke.analysis.summary import SPREAD
+    from brushstroke.analysis.text_tables import decile_listing
     from brushstroke.report.tables import latex_text
 
     columns: dict[str, list[str]] = {}

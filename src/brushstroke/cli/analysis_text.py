@@ -39,7 +39,7 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 
 def print_spectrum(told: "Told", found: "Spectrum", measure: str | None, sites: bool) -> None:
     """The spectrum of one adapter, with a map of a measure if one is named, and the advice."""
-    from brushstroke.analysis.listing import rank_advice
+    from brushstroke.analysis.text_tables import rank_advice
 
     _print_summary(told, "spectrum", sites)
     if measure is not None:
@@ -49,7 +49,7 @@ def print_spectrum(told: "Told", found: "Spectrum", measure: str | None, sites: 
 
 
 def _print_map(found: "Spectrum", measure: str) -> None:
-    from brushstroke.analysis.listing import number
+    from brushstroke.analysis.text_tables import number
 
     grid = found.grid()
     if len(grid.layers) < 2:
@@ -105,7 +105,7 @@ def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
 
 def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
     """An adapter in its base, with the energy by tenth of W's directions beside chance."""
-    from brushstroke.analysis.listing import decile_listing, number
+    from brushstroke.analysis.text_tables import decile_listing, number
 
     _print_summary(told, "relation", sites)
     console, totals = results(), found.totals()

@@ -11,7 +11,7 @@ from brushstroke.cli.options import Dtype
 from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
-    from brushstroke.inference import ExportReport
+    from brushstroke.merging import ExportReport
 
 
 def merge(
@@ -44,7 +44,7 @@ def merge(
     refuse_existing(out.expanduser(), overwrite)
     require_base_files(base)
     value = load_adapter(adapter)
-    from brushstroke.inference import merge_folder
+    from brushstroke.merging import merge_folder
 
     report = merge_folder(
         base,

@@ -12,8 +12,8 @@ from brushstroke.cli.console import people, room, size, tell
 from brushstroke.cli.layout import fit
 
 if TYPE_CHECKING:
+    from brushstroke.training.loop import EvalEvent, StepEvent
     from brushstroke.training.plan import Plan
-    from brushstroke.training.run import EvalEvent, StepEvent
 
 LINE_SECONDS = 10.0  # between two plain lines
 WINDOW_SECONDS = 60.0  # of steps that the speed is taken from

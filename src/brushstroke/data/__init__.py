@@ -4,7 +4,6 @@ Nothing here knows a model, a batch or a tensor.
 """
 
 from brushstroke.data.chat import ChatFormat
-from brushstroke.data.checks import DataWarning
 from brushstroke.data.columns import Columns, find_columns, read_prompt, read_row
 from brushstroke.data.encode import encode
 from brushstroke.data.examples import EncodedData, EncodingReport, Example, common_length, segments
@@ -12,6 +11,7 @@ from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.named_templates import Template, find_template
 from brushstroke.data.read import Rows, read_rows
 from brushstroke.data.reply import Reply
+from brushstroke.data.validate import DataWarning
 
 __all__ = [
     "ChatFormat",

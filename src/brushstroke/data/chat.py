@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from brushstroke.data.checks import DataWarning, Message
 from brushstroke.data.fitting import (
     EXAMPLES,
     QUESTION,
@@ -27,6 +26,7 @@ from brushstroke.data.pieces import Piece, PieceTokenizer
 from brushstroke.data.probe_answers import asked_as_answered, closing_markers
 from brushstroke.data.reply import Reply, ReplyReader
 from brushstroke.data.template import ChatTemplate, date_of, with_date
+from brushstroke.data.validate import DataWarning, Message
 from brushstroke.errors import DataError
 from brushstroke.templates import one_template
 

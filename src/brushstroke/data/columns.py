@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from brushstroke.data.checks import check_encodable, kind_of
 from brushstroke.data.examples import Example, Kind
 from brushstroke.data.files import Row
 from brushstroke.data.json_values import parsed
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.read import Rows
+from brushstroke.data.validate import check_encodable, kind_of
 from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"

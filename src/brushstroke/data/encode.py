@@ -10,7 +10,6 @@ from itertools import starmap
 from typing import Any
 
 from brushstroke.data.chat import ChatFormat
-from brushstroke.data.checks import DataWarning, kind_of
 from brushstroke.data.columns import (
     Columns,
     doubts,
@@ -22,11 +21,12 @@ from brushstroke.data.columns import (
 )
 from brushstroke.data.examples import EncodedData, EncodingReport, Example
 from brushstroke.data.files import Row
-from brushstroke.data.limit import keep_within
 from brushstroke.data.named_templates import Template, find_template
 from brushstroke.data.pieces import Piece
 from brushstroke.data.read import Rows, Source, hash_rows, read_rows
 from brushstroke.data.tokenised import read_tokenised
+from brushstroke.data.truncate import keep_within
+from brushstroke.data.validate import DataWarning, kind_of
 from brushstroke.errors import ConfigError, DataError
 
 _SHOWN = 10  # rows named in a message

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from brushstroke.data.checks import kind_of
+from brushstroke.data.validate import kind_of
 from brushstroke.errors import DataError
 
 Row = Mapping[str, Any]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from brushstroke.data.checks import Message
 from brushstroke.data.messages import REASONING, SPLIT, Conversation
+from brushstroke.data.validate import Message
 
 DEVELOPER_AS_SYSTEM = (
     "developer messages are written as system messages: the chat template knows no developer"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from brushstroke.data.checks import check_encodable, kind_of
+from brushstroke.data.validate import check_encodable, kind_of
 from brushstroke.errors import DataError
 
 RESERVED = frozenset(  # what a template is given otherwise

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from brushstroke.data.checks import Message
 from brushstroke.data.forms import Form
 from brushstroke.data.messages import SPLIT, Conversation
 from brushstroke.data.outline import SPELLINGS, Outline, Segment, Sketch, read_outline, sketch
@@ -24,6 +23,7 @@ from brushstroke.data.template import (
     last_marker,
     words_behind_marker,
 )
+from brushstroke.data.validate import Message
 
 KNOWN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", SPLIT)
 MADE_UP_ANSWER: Message = {"role": "assistant", "content": "Yes."}

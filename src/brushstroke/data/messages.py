@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from brushstroke.data.checks import Message, check_encodable, kind_of
 from brushstroke.data.json_values import as_json, parsed, read_options, read_tools, schema_of, without_nulls
+from brushstroke.data.validate import Message, check_encodable, kind_of
 from brushstroke.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool", "developer")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from brushstroke.data.checks import Message
+from brushstroke.data.validate import Message
 
 PROBE = "é'\"\\\n<&>"  # inside a placeholder: told apart in every spelling
 NUMBERS = 73_100_000  # placeholders of whole numbers count from here

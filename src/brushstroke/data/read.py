@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brushstroke.data.checks import kind_of
 from brushstroke.data.files import READERS, Row, endings, read_file
+from brushstroke.data.validate import kind_of
 from brushstroke.errors import DataError, did_you_mean
 from brushstroke.hub import hub_or_cache
 

@@ -5,9 +5,9 @@ It does not cut or count them.
 
 from typing import Any
 
-from brushstroke.data.checks import kind_of
 from brushstroke.data.examples import Example
 from brushstroke.data.files import Row
+from brushstroke.data.validate import kind_of
 from brushstroke.errors import DataError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from brushstroke.base import Base, require_base
 from brushstroke.data import Template
 from brushstroke.errors import DataError
-from brushstroke.inference.decode import run_requests
+from brushstroke.inference.batching import run_requests
 from brushstroke.inference.generate import Adapters, Prompt, Voices, assign_rows, open_bank
 from brushstroke.inference.request import Request, Sampling
 

@@ -28,7 +28,7 @@ from brushstroke.data import (
     read_rows,
 )
 from brushstroke.errors import ConfigError
-from brushstroke.inference.decode import run_requests
+from brushstroke.inference.batching import run_requests
 from brushstroke.inference.generate import ONLY, Prompt, Voices, open_bank, shown_prompt, tools_of
 from brushstroke.inference.loss import Loss, evaluate_loss
 from brushstroke.inference.request import Output, Sampling

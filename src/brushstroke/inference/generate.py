@@ -12,7 +12,7 @@ from brushstroke.adapter import Adapter, Card
 from brushstroke.base import Base, require_base
 from brushstroke.data import ChatFormat, Conversation, Reply, Template, find_template
 from brushstroke.errors import ConfigError, DataError, RouteError
-from brushstroke.inference.decode import run_requests
+from brushstroke.inference.batching import run_requests
 from brushstroke.inference.request import Finish, Output, Request, Sampling
 from brushstroke.layers import Bank, bank, unwrap
 

@@ -17,7 +17,7 @@ from brushstroke.adapter.targets import short_names
 from brushstroke.errors import AttachError, ConfigError
 from brushstroke.layers.adapted import AdaptedLinear, restore_classes, swap_class
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base, is_quantised, plain_weights
-from brushstroke.layers.guard import guard_model, probe, refuse_second
+from brushstroke.layers.probe import guard_model, probe, refuse_second
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_others, find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank

@@ -14,7 +14,7 @@ from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AttachError, RouteError, did_you_mean
 from brushstroke.layers.adapted import Adapted, BankedLinear, restore_classes, swap_class
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base
-from brushstroke.layers.guard import guard_model, probe, refuse_second
+from brushstroke.layers.probe import guard_model, probe, refuse_second
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank

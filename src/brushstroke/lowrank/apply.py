@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from brushstroke.lowrank.once import first_order
-from brushstroke.lowrank.products import in_onednn, product, product_onto, scaled_product
+from brushstroke.lowrank.autograd import first_order
+from brushstroke.lowrank.matmul import in_onednn, product, product_onto, scaled_product
 
 
 class LinearParts(NamedTuple):

@@ -15,13 +15,6 @@ from brushstroke.analysis import (
     Spectrum,
     mean_deciles,
 )
-from brushstroke.analysis.listing import (
-    intruder_listing,
-    overlap_listing,
-    rank_advice,
-    relation_listing,
-    spectrum_listing,
-)
 from brushstroke.analysis.summaries import (
     intruder_summary,
     overlap_summary,
@@ -30,6 +23,13 @@ from brushstroke.analysis.summaries import (
 )
 from brushstroke.analysis.summary import SPREAD, Summary
 from brushstroke.analysis.table import short_names
+from brushstroke.analysis.text_tables import (
+    intruder_listing,
+    overlap_listing,
+    rank_advice,
+    relation_listing,
+    spectrum_listing,
+)
 from brushstroke.report.charts import lines, overlaps
 from brushstroke.report.figures import Panel, heatmap
 from brushstroke.report.overlaps import CHOICES, SIDES, overlap_records

@@ -3,12 +3,13 @@
 Each question is a module: `targets`, `rank`, `seeds`, `delta`, `intrinsic`. `run_studies` runs them.
 """
 
+from brushstroke.studies.arm_run import Task
 from brushstroke.studies.arms import Arm, Run, rate_grid
 from brushstroke.studies.delta import DeltaStudy
 from brushstroke.studies.executors import Executor, finished_only, in_process, processes
 from brushstroke.studies.findings import Figure, Finding, Table
+from brushstroke.studies.inputs import make_material
 from brushstroke.studies.intrinsic import IntrinsicStudy
-from brushstroke.studies.material import make_material
 from brushstroke.studies.page import write_report
 from brushstroke.studies.presets import paper_questions, smollm2_paper, tiny_intrinsic, tiny_paper
 from brushstroke.studies.rank import RankStudy
@@ -16,7 +17,6 @@ from brushstroke.studies.runner import Estimate, Grid, Progress
 from brushstroke.studies.seeds import SeedsStudy
 from brushstroke.studies.study import Material, Report, Study, run_studies
 from brushstroke.studies.targets import TargetsStudy
-from brushstroke.studies.workshop import Task
 
 __all__ = [
     "Arm",

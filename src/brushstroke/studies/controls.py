@@ -9,7 +9,7 @@ from torch import Tensor
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.layers.walk import site_module
-from brushstroke.step.choose import choose_forward
+from brushstroke.packed.select import choose_forward
 
 EXAMPLES = 64  # whose activations are looked at
 MICRO_TOKENS = 1024

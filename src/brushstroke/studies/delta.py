@@ -7,6 +7,7 @@ from statistics import median
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.report.charts import lines, site_map
+from brushstroke.studies.arm_run import Workshop
 from brushstroke.studies.arms import (
     TASK,
     Arm,
@@ -19,11 +20,10 @@ from brushstroke.studies.arms import (
 )
 from brushstroke.studies.divergence import shortened_arms, stray
 from brushstroke.studies.findings import Figure, Finding, Table, bounds
-from brushstroke.studies.reading import as_interval, limits, places
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.workshop import Workshop
+from brushstroke.studies.tables import as_interval, limits, places
 
 SHOWN = 8  # rows of the table by site, for each rank
 COLUMNS = (

@@ -17,9 +17,9 @@ from brushstroke.report.charts import lines
 from brushstroke.studies.arms import Arm, shortened
 from brushstroke.studies.comparisons import Comparison, Difference, compare_with
 from brushstroke.studies.findings import Figure, Table, bounds, p_told, rests_on
-from brushstroke.studies.reading import as_interval, band
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
+from brushstroke.studies.tables import as_interval, band
 
 SHARES = (Fraction(1, 4), Fraction(1, 2))  # of the steps
 Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the untouched base to all steps

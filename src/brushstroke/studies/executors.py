@@ -19,8 +19,8 @@ from multiprocessing.queues import Queue
 import torch
 
 from brushstroke.errors import TrainingError
+from brushstroke.studies.arm_run import Outcome, Workshop
 from brushstroke.studies.arms import Run
-from brushstroke.studies.workshop import Outcome, Workshop
 
 Executor = Callable[[Workshop, Sequence[Run]], Iterator[tuple[Run, Outcome]]]
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import lines
+from brushstroke.studies.arm_run import Score, Workshop
 from brushstroke.studies.arms import (
     Arm,
     chosen_sites,
@@ -17,11 +18,10 @@ from brushstroke.studies.arms import (
     whole,
 )
 from brushstroke.studies.findings import Figure, Finding
-from brushstroke.studies.reading import arms_table, as_interval, band, limits, test_loss
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.workshop import Score, Workshop
+from brushstroke.studies.tables import arms_table, as_interval, band, limits, test_loss
 
 SMALL = 500_000  # weights at the sites up to which the subspace is one of W itself
 SHARE = 0.9

@@ -10,8 +10,8 @@ from brushstroke.samples import labelled_file, model_path, read_task
 from brushstroke.studies import tiny
 from brushstroke.studies.arms import allowed_ranks, matrix_sets
 from brushstroke.studies.delta import DeltaStudy
+from brushstroke.studies.inputs import make_material
 from brushstroke.studies.intrinsic import IntrinsicStudy
-from brushstroke.studies.material import make_material
 from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.seeds import SeedsStudy

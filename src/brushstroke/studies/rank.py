@@ -7,6 +7,7 @@ from typing import Any
 
 from brushstroke.analysis import SiteSpectrum, Spectrum, spectrum, subspace
 from brushstroke.report.charts import lines
+from brushstroke.studies.arm_run import Workshop
 from brushstroke.studies.arms import (
     Arm,
     allowed_ranks,
@@ -18,7 +19,10 @@ from brushstroke.studies.arms import (
 )
 from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all, compare_with
 from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table
-from brushstroke.studies.reading import (
+from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import interval
+from brushstroke.studies.study import Material
+from brushstroke.studies.tables import (
     arms_table,
     as_comparison,
     as_interval,
@@ -32,10 +36,6 @@ from brushstroke.studies.reading import (
     smallest_side_of,
     test_loss,
 )
-from brushstroke.studies.runner import Results
-from brushstroke.studies.statistics import interval
-from brushstroke.studies.study import Material
-from brushstroke.studies.workshop import Workshop
 
 COMPARED_RANK = 8  # the smaller rank of the overlap figures, as in the paper
 

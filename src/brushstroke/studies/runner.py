@@ -15,11 +15,11 @@ import torch
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, TrainingError
+from brushstroke.studies.arm_run import Outcome, Workshop
 from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.comparisons import RowLosses
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
-from brushstroke.studies.workshop import Outcome, Workshop
 
 EXTENSIONS = 5  # of an arm's grid, by one rate each
 

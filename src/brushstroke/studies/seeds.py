@@ -13,10 +13,14 @@ from brushstroke.analysis import SiteOverlap, subspace
 from brushstroke.analysis.overlap import overlap_grid
 from brushstroke.analysis.weights import low_rank_updates
 from brushstroke.report.charts import dots
+from brushstroke.studies.arm_run import Workshop
 from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
 from brushstroke.studies.controls import principal_inputs
 from brushstroke.studies.findings import Figure, Finding, Table, apart
-from brushstroke.studies.reading import (
+from brushstroke.studies.runner import Results
+from brushstroke.studies.statistics import exceeds, holm, over_pairs
+from brushstroke.studies.study import Material
+from brushstroke.studies.tables import (
     SIDES,
     arms_table,
     as_interval,
@@ -28,10 +32,6 @@ from brushstroke.studies.reading import (
     pair_overlaps,
     places,
 )
-from brushstroke.studies.runner import Results
-from brushstroke.studies.statistics import exceeds, holm, over_pairs
-from brushstroke.studies.study import Material
-from brushstroke.studies.workshop import Workshop
 
 SIDE_NAMES = {"left": "input side", "right": "output side"}
 DIFFERENCE = "q more than v"

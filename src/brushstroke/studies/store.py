@@ -14,8 +14,8 @@ from brushstroke.adapter import Adapter
 from brushstroke.errors import AdapterFileError, OutputError, ResumeError
 from brushstroke.files import output_errors, refuse_existing, remove_empty, write_file
 from brushstroke.formats import load, remove
+from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import RUN_KEY, Run
-from brushstroke.studies.workshop import Outcome
 
 STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
 ROWS = "test_rows.json"  # summed loss of each row of the test split; runs of older versions have none

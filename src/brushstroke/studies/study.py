@@ -18,14 +18,14 @@ from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.walk import find_sites
+from brushstroke.studies.arm_run import Score, Task, Workshop
 from brushstroke.studies.arms import Arm, exact
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
 from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
 from brushstroke.studies.store import RUNS, START_OVER, STUDY, Store, check_folder, damaged, planned_before
-from brushstroke.studies.workshop import Score, Task, Workshop
 from brushstroke.training import TrainConfig
-from brushstroke.training.run import versions
+from brushstroke.training.loop import versions
 
 USED = (  # of a training config; rates and seeds come from the grid
     *("epochs", "max_steps", "schedule", "warmup", "weight_decay", "clip", "batch_size"),

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
+from brushstroke.studies.arm_run import Workshop
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all
 from brushstroke.studies.findings import Figure, Finding, difference_table, pairs_told
-from brushstroke.studies.reading import (
+from brushstroke.studies.runner import Results
+from brushstroke.studies.study import Material
+from brushstroke.studies.tables import (
     arms_table,
     as_comparison,
     as_interval,
@@ -18,9 +21,6 @@ from brushstroke.studies.reading import (
     limits,
     test_loss,
 )
-from brushstroke.studies.runner import Results
-from brushstroke.studies.study import Material
-from brushstroke.studies.workshop import Workshop
 
 BUDGET_RANK = 8  # the budget is what the first set needs at this rank, as in the paper's table 5
 

@@ -18,8 +18,8 @@ from brushstroke.base import Base, load_base, quiet_transformers
 from brushstroke.data import Example
 from brushstroke.errors import DataError, OutputError
 from brushstroke.files import output_errors
+from brushstroke.studies.arm_run import Task
 from brushstroke.studies.arms import OTHER, TASK
-from brushstroke.studies.workshop import Task
 from brushstroke.training.schedule import factor
 
 WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 192

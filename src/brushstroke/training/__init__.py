@@ -5,8 +5,8 @@ It knows no terminal: progress goes out through a callback.
 
 from brushstroke.training.callback import AdapterCallback
 from brushstroke.training.config import TrainConfig
+from brushstroke.training.loop import TrainResult, train
 from brushstroke.training.plan import Plan, PlanWarning, plan
-from brushstroke.training.run import TrainResult, train
 from brushstroke.training.session import Training
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from brushstroke.data import Template, find_template
 from brushstroke.data.template import read_date
 from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
-from brushstroke.step.memory import MODES
+from brushstroke.packed.memory import MODES
 from brushstroke.training.schedule import SCHEDULES
 
 MAX_SEED = 2**63 - 1  # of torch's generators, with room for what is added to it

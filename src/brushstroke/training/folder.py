@@ -17,8 +17,9 @@ from brushstroke.formats import ADAPTER_FILES, save
 from brushstroke.formats import restore as restore_adapter
 from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.training.checkpoint import STATE, damaged, moved_away, read_state, restore
+from brushstroke.training.jsonl import append, lines_until
 from brushstroke.training.lock import FolderLock
-from brushstroke.training.ours import (
+from brushstroke.training.run_files import (
     CHECKPOINTS,
     EVALUATIONS,
     METRICS,
@@ -30,7 +31,6 @@ from brushstroke.training.ours import (
     remove_checkpoint,
     remove_leftovers,
 )
-from brushstroke.training.records import append, lines_until
 
 KEPT = 2  # checkpoints
 EXTRA = {"identity", "totals"}  # what a run keeps in its checkpoints beside the session

@@ -16,7 +16,7 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.adapter.fingerprint import sample_positions
 from brushstroke.data import EncodedData, Example
 from brushstroke.errors import ResumeError
-from brushstroke.step.loss import LossFunction
+from brushstroke.packed.cross_entropy import LossFunction
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.session import Training
 

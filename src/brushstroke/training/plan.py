@@ -12,9 +12,9 @@ from typing import Any
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base
 from brushstroke.data import EncodedData
-from brushstroke.step.memory import peak_memory, resident_memory
+from brushstroke.packed.memory import peak_memory, resident_memory
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.order import DataOrder
+from brushstroke.training.sampler import DataOrder
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, make_chat, open_session, read_data

@@ -19,9 +19,9 @@ from brushstroke.data import ChatFormat, Example, Template, encode, find_templat
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach
-from brushstroke.step import LossFunction, Prepared, prepare
-from brushstroke.step.pack import Pass
-from brushstroke.step.recompute import Checkpointed
+from brushstroke.packed import LossFunction, Prepared, prepare
+from brushstroke.packed.pack import Pass
+from brushstroke.packed.recompute import Checkpointed
 from brushstroke.training.check import (
     check_lengths,
     check_loss,

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import nn
 
 from brushstroke.adapter import in_all_layers
-from brushstroke.step.probes import LONG, SHORT, probe_examples
+from brushstroke.packed.probes import LONG, SHORT, probe_examples
 from brushstroke.training.session import Training
 
 TRIALS = 2  # with other tokens each: a router sends them to other experts

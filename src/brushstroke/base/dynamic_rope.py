@@ -1,0 +1,108 @@
+"""Rotary frequencies that move with the longest row of a batch (dynamic, longrope): from where, and back.
+
+Also how long a row may be asked to be: a model whose frequencies follow the length has no last position.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from brushstroke.base.model_facts import context_length, text_config
+from brushstroke.errors import ConfigError
+
+MOVING = ("dynamic", "longrope")
+# How the names end of what rotary modules change.
+REMEMBERED = ("inv_freq", "max_seq_len_cached", "attention_scaling")
+
+
+def moving_from(model: nn.Module) -> int | None:
+    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does.
+
+    Kinds of layers may have parameters of their own: the first of them to move counts.
+    """
+    text = text_config(model)
+    if not any(kind in repr(getattr(text, "rope_parameters", None)) for kind in MOVING):
+        return None
+    context = context_length(text) or 0
+    limits = []
+    for kind, parameters in _rope_sets(text):
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limits.append(parameters.get(name) or getattr(text, name, None) or context)
+        elif "dynamic" in kind:
+            limits.append(context)
+    return min(limits, default=0)
+
+
+def check_max_length(model: Any, max_length: int | None) -> None:
+    """Refuse a limit of examples that is beyond the model's context.
+
+    Frequencies of the kind `dynamic` are made for longer rows too: there any limit may be asked for.
+
+    Args:
+        model: a model, or its config.
+        max_length: the limit in tokens; None asks for none.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    context = context_length(model)
+    if max_length is None or context is None or max_length <= context:
+        return
+    if any("dynamic" in kind for kind, _ in _rope_sets(text_config(model))):
+        return
+    raise ConfigError(
+        f"max_length (--max-length) is {max_length}, and the model's context has {context} tokens; lower it "
+        f"to {context} or leave it out"
+    )
+
+
+def _rope_sets(text: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(kind, parameters) of the rotary frequencies in a text config, and of each kind of layers."""
+    rope = getattr(text, "rope_parameters", None)
+    sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
+    return [(str(parameters.get("rope_type") or parameters.get("type")), parameters) for parameters in sets]
+
+
+def forget_longest(model: nn.Module) -> None:
+    """Give rotary modules that remember the longest row so far (dynamic) their first frequencies again."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            kind = name.removesuffix("max_seq_len_cached")
+            first = getattr(module, f"{kind}original_inv_freq", None)
+            length = getattr(module, "original_max_seq_len", None)
+            if isinstance(first, torch.Tensor) and length is not None:
+                now = getattr(module, f"{kind}inv_freq")
+                module.register_buffer(f"{kind}inv_freq", first.to(now.device, copy=True), persistent=False)
+                setattr(module, name, length)
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Inside, a model begins with its first frequencies; afterwards they are what they were before."""
+    if moving_from(model) is None:
+        yield
+        return
+    stores = [values for module in model.modules() for values in (vars(module), module._buffers)]
+    before = [(values, _remembered(values)) for values in stores]
+    copies = [(x, x.clone()) for _, kept in before for x in kept.values() if isinstance(x, torch.Tensor)]
+    try:
+        forget_longest(model)
+        yield
+    finally:
+        for values, kept in before:
+            for name in _remembered(values).keys() - kept.keys():
+                del values[name]  # transformers makes some only when a row is long
+            values.update(kept)
+        for tensor, copy in copies:
+            if not torch.equal(tensor, copy):  # transformers overwrites some in place
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(copy)
+
+
+def _remembered(values: dict[str, Any]) -> dict[str, Any]:
+    """What a rotary module changes."""
+    return {name: value for name, value in values.items() if name.endswith(REMEMBERED)}

@@ -1,0 +1,138 @@
+"""Prompts that are tokens already, in batches with a route for each row.
+
+It renders no prompt and decodes no answer: `generate` and `chat` do.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from brushstroke.base import (
+    Base,
+    context_length,
+    moving_from,
+    quiet_transformers,
+    refuse_unknown_tokens,
+    unmoved,
+)
+from brushstroke.errors import ConfigError, DataError
+from brushstroke.inference.probes import bears_padding
+from brushstroke.inference.request import Output, Request, Sampling
+from brushstroke.inference.run_batch import pad_id, routed, run_batch
+from brushstroke.layers import Bank, refuse_rows
+
+
+def run_requests(
+    base: Base,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    bank: Bank | None = None,
+    streamer: Any = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Output]:
+    """Answer requests in batches of similar length; the results come in the order of the requests.
+
+    One batch may mix adapters and the base. Requests that end otherwise run in different batches, and those
+    of different lengths where the model does not answer a padded row as it does alone.
+
+    Args:
+        base: a causal language model of transformers.
+        requests: the prompts.
+        sampling: how tokens are chosen.
+        bank: holds the adapters that the requests name.
+        streamer: transformers' streamer, for a single request.
+        on_done: called after each batch with the number of requests that are answered.
+
+    Raises:
+        DataError: a prompt is empty, or with its answer longer than the model's context.
+        RouteError: without a bank, a route in force in the model tells rows apart.
+    """
+    if not hasattr(base.model, "generate"):
+        raise ConfigError(
+            f"{type(base.model).__name__} has no generate(); pass a causal language model of transformers"
+        )
+    _refuse_misfits(base.model, requests, sampling)
+    if bank is None:
+        refuse_rows(base)
+    outputs: dict[int, Output] = {}
+    with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
+        uneven = sampling.batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
+        with routed(bank, [None]), unmoved(base.model):
+            equal = uneven and not _may_be_padded(base, requests, sampling)
+        for batch in _batches(requests, sampling.batch_size, equal):
+            chosen = [requests[index] for index in batch]
+            with unmoved(base.model):
+                answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
+            outputs.update(zip(batch, answers, strict=True))
+            if on_done is not None:
+                on_done(len(outputs))
+    return [outputs[index] for index in range(len(requests))]
+
+
+def _may_be_padded(base: Base, requests: Sequence[Request], sampling: Sampling) -> bool:
+    """Whether rows of different lengths are answered together as each one alone."""
+    longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
+    moving = moving_from(base.model)
+    return (moving is None or longest <= moving) and bears_padding(base.model, pad_id(base))
+
+
+def _refuse_misfits(model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> None:
+    context = context_length(model)
+    for request in requests:
+        if not request.tokens:
+            raise DataError(f"{request.where} is empty; give at least one token to go on from")
+        refuse_unknown_tokens(model, request.tokens, request.where)
+        if context is not None and len(request.tokens) + sampling.max_new_tokens > context:
+            raise DataError(
+                f"{request.where} has {len(request.tokens)} tokens; with room for {sampling.max_new_tokens} "
+                f"new ones that is more than the model's context of {context}: shorten it, or lower "
+                "max_new_tokens (--max-new-tokens)"
+            )
+
+
+def _batches(requests: Sequence[Request], size: int, equal: bool) -> Iterator[list[int]]:
+    """Indices in batches of one set of stops each, and of one length if asked; longest prompts first.
+
+    Within a batch the rows of one adapter stand together, so that no row has to be gathered.
+    """
+    ends = [(sorted(request.stops), sorted(request.stop_strings)) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (ends[i], -len(requests[i].tokens), i))
+    kind = lambda i: (ends[i], len(requests[i].tokens) if equal else None)  # noqa: E731
+    for _, group in groupby(order, key=kind):
+        indices = list(group)
+        for start in range(0, len(indices), size):
+            yield sorted(indices[start : start + size], key=lambda i: requests[i].adapter or "")
+
+
+@contextmanager
+def _ready(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing of the model's own generation defaults holds, and no module is in training mode."""
+    from transformers import GenerationConfig
+
+    training = [module for module in model.modules() if module.training]
+    holder: Any = model
+    defaults = holder.generation_config
+    try:
+        for module in training:
+            module.training = False
+        holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        holder.generation_config = defaults
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _seeded(base: Base, sampling: Sampling) -> Iterator[None]:
+    """Inside, draws come from the seed; the caller's random state is untouched."""
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=sampling.temperature > 0):
+        if sampling.temperature > 0:
+            torch.manual_seed(sampling.seed)
+        yield

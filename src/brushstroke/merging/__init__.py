@@ -1,0 +1,25 @@
+"""Merging: W + ΔW as new weights, in memory or from folder to folder, and the check of the result.
+
+It knows no terminal, and generates nothing.
+"""
+
+from brushstroke.merging.export import ExportReport, merge_folder
+from brushstroke.merging.in_memory import (
+    MergeReport,
+    SiteDrift,
+    check_forward,
+    merge,
+    merge_weight,
+    require_adapter,
+)
+
+__all__ = [
+    "ExportReport",
+    "MergeReport",
+    "SiteDrift",
+    "check_forward",
+    "merge",
+    "merge_folder",
+    "merge_weight",
+    "require_adapter",
+]

@@ -1,0 +1,256 @@
+"""Fold an adapter into weights: W + ΔW in fp32, rounded once, with a report of what the rounding cost.
+
+The base is never changed; files are the part of `inference.export`.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from brushstroke.adapter import Adapter
+from brushstroke.errors import MergeError
+from brushstroke.layers.adapted import Adapted
+from brushstroke.layers.check import check_base
+from brushstroke.layers.probe import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
+from brushstroke.layers.walk import find_sites, has_plain_forward, site_module, unwrap, weight_dxh
+from brushstroke.lowrank import Update
+
+MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
+PROBE_ROWS = 16
+BLOCK_ELEMENTS = 4 * 1024 * 1024  # of W that are summed at a time; 16 MiB in fp32
+
+ModelT = TypeVar("ModelT")
+
+
+@dataclass(frozen=True)
+class SiteDrift:
+    """What merging did at one site.
+
+    Args:
+        survived: ⟨M − W, ΔW⟩ / ‖ΔW‖²: the share of the update that is in the merged weight M; 1 is all of it.
+        error: ‖(M − W) − ΔW‖ / ‖ΔW‖.
+        output: ‖x·M − (x·W + x·ΔW)‖ / ‖x·W + x·ΔW‖ on random x: merged against adapted.
+    """
+
+    survived: float
+    error: float
+    output: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Site path → drift, and the ties that had to be undone."""
+
+    sites: Mapping[str, SiteDrift]
+    untied: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def survived(self) -> float:
+        """The smallest share of an update that survived at any site."""
+        return min(site.survived for site in self.sites.values())
+
+    @property
+    def output(self) -> float:
+        """The largest relative output error of any site."""
+        return max(site.output for site in self.sites.values())
+
+
+def merge_weight(
+    W: Float[Tensor, "d h"], update: Update, path: str
+) -> tuple[Float[Tensor, "d h"], SiteDrift]:
+    """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once to W's dtype.
+
+    Raises:
+        MergeError: less than half of the update would survive the rounding, or numbers are not finite.
+    """
+    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+    update = update.to(dtype=wide, device=W.device)
+    x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
+    merged = torch.empty_like(W)
+    size = kept = lost = output_error = output = 0.0  # squares of norms, but for `kept`
+    columns = max(1, BLOCK_ELEMENTS // W.shape[0])
+    for start in range(0, W.shape[1], columns):
+        stop = min(start + columns, W.shape[1])
+        base = W[:, start:stop].to(wide)
+        # In W's own memory layout: sums over mixed layouts are several times slower.
+        delta = torch.empty_like(base).copy_(update.columns(start, stop).dense(base))
+        merged[:, start:stop] = base + delta
+        rest = torch.sub(merged[:, start:stop], base).sub_(delta)  # what the rounding took and gave
+        size += float(delta.norm()) ** 2
+        kept += float((rest * delta).sum())
+        lost += float(rest.norm()) ** 2
+        output_error += float((x @ rest).norm()) ** 2
+        output += float((x @ base + x @ delta).norm()) ** 2
+    if not all(map(math.isfinite, (size, kept, lost, output_error, output))):
+        raise MergeError(f"{path}: {_why_not_finite(W, merged)}")
+    drift = SiteDrift(
+        survived=1.0 + kept / size if size else 1.0,
+        error=(lost / size) ** 0.5 if size else 0.0,
+        output=(output_error / max(output, 1e-60)) ** 0.5,
+    )
+    if drift.survived < MIN_SURVIVAL:
+        raise MergeError(
+            f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
+            "merge into a wider dtype (float32), or serve the adapter unmerged"
+        )
+    return merged, drift
+
+
+def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> str:
+    """What made a sum go out of bounds, and what to do."""
+    if not torch.isfinite(W).all():
+        return (
+            f"the base's weight holds numbers that are not finite in {W.dtype}; load the base in a wider "
+            "dtype (--dtype float32), or fetch it again"
+        )
+    if W.dtype == torch.float16 and not torch.isfinite(merged).all():
+        return (
+            f"the sum of weight and update holds numbers too large for {W.dtype}; merge into float32 or "
+            "bfloat16 (--dtype), or serve the adapter unmerged"
+        )
+    return "the update is so large that its norm is no finite number; do not use this adapter"
+
+
+def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None:
+    """Check that a module gives x·ΔW more where W becomes W + ΔW; its class's forward may scale or quantise.
+
+    A plain module is believed; another is run on random x and ΔW, with 0 for its tensors on the meta device.
+
+    Raises:
+        MergeError: it does not, so that the merged model would be another than the adapted one.
+    """
+    if has_plain_forward(module):
+        return
+    generator = torch.Generator().manual_seed(0)
+    d, h = W.shape
+    sizes = ((PROBE_ROWS, d), (d, 1), (1, h))
+    x, u, v = (torch.randn(*size, generator=generator).to(W.device, W.dtype) for size in sizes)
+    u /= d**0.5
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {name: torch.zeros_like(t, device=W.device) if t.is_meta else t for name, t in tensors.items()}
+    was_training, module.training = module.training, False
+
+    def run(weight: Tensor) -> Tensor:
+        stored = weight.mT if isinstance(module, nn.Linear) else weight
+        return torch.func.functional_call(module, {**tensors, "weight": stored}, (x,))
+
+    try:
+        base = run(W)
+        v *= base.abs().mean().clamp_min(1e-3)  # as large as the base's output: no rounding hides it
+        expected = (x.double() @ u.double()) @ v.double()
+        error = float((run(W + u @ v).double() - base.double() - expected).norm() / expected.norm())
+        reason = f"does not add x·ΔW where its weight gets ΔW (off by {error:.1e} of it)"
+    except Exception as failure:  # whatever a stranger's forward raises; also where it gives no tensor
+        error, reason = math.inf, f"fails in a trial ({type(failure).__name__}: {failure})"
+    finally:
+        module.training = was_training
+    if not error <= PROBE_TOLERANCE.get(W.dtype, HALF_PROBE_TOLERANCE):
+        raise MergeError(
+            f"{path} ({type(module).__name__}) has a forward of its own, which {reason}: merged, it would be "
+            "another model; serve the adapter unmerged, or leave the site out"
+        )
+
+
+def require_adapter(adapter: object) -> None:
+    """Refuse what is no `Adapter`.
+
+    Raises:
+        MergeError: it is a path, an attachment or something else.
+    """
+    if not isinstance(adapter, Adapter):
+        raise MergeError(f"expected an Adapter; got {type(adapter).__name__}: load one with load(folder)")
+
+
+def merge(
+    model: ModelT,
+    adapter: Adapter,
+    *,
+    allow_different_base: bool = False,
+    report: list[MergeReport] | None = None,
+) -> ModelT:
+    """A new model with W + ΔW in place of W: the base's own classes and no trace of an adapter.
+
+    Merging a Base gives a Base, merging an nn.Module an nn.Module; the one that is given stays as it is. A
+    weight that is tied to another module is untied first, and the report says so.
+
+    Args:
+        model: an nn.Module or a Base, with nothing attached.
+        adapter: the adapter.
+        allow_different_base: pass over the verdict of the fingerprint.
+        report: a list to which the `MergeReport` is appended.
+
+    Raises:
+        BaseMismatchError: another base, or the adapter is merged into it already.
+        MergeError: what is given is no adapter, one is attached, a weight is not stored as a plain matrix, a
+            module's own forward computes something else than x·W, numbers are not finite, or the update would
+            be lost.
+    """
+    require_adapter(adapter)
+    root = unwrap(model)
+    if any(isinstance(module, Adapted) for module in root.modules()):
+        raise MergeError("the model has an adapter attached; detach it, then merge")
+    check_base(root, adapter, allow_different_base=allow_different_base)
+    merged = copy.deepcopy(root)
+    sites = {path: site for site in find_sites(merged, trial=False) for path in site.paths}
+    drifts: dict[str, SiteDrift] = {}
+    untied: list[tuple[str, str]] = []
+    with torch.no_grad():
+        for path, update in adapter.items():
+            site = sites[path]
+            module = site_module(merged, path)
+            weight = module._parameters.get("weight")
+            W = weight_dxh(module, site.kind)
+            if weight is None or W is None:
+                raise MergeError(
+                    f"{path}: its weight is not stored as a plain matrix, but {_storage(module)}; load the "
+                    "base unquantised, remove parametrizations, and merge into that"
+                )
+            check_forward(module, W, path)
+            M, drifts[path] = merge_weight(W, update, path)
+            stored = (M.mT if site.kind == "linear" else M).contiguous()
+            if site.tied_to:
+                untied.append((path, site.tied_to))
+                module.weight = nn.Parameter(stored, requires_grad=weight.requires_grad)
+            else:
+                weight.copy_(stored)
+    if untied:
+        _part_other_ties(merged)
+        _untie_config(merged)
+    if report is not None:
+        report.append(MergeReport(drifts, tuple(untied)))
+    if isinstance(model, nn.Module):
+        return merged  # type: ignore[return-value]
+    return dataclasses.replace(model, model=merged)  # type: ignore[type-var]
+
+
+def _storage(module: nn.Module) -> str:
+    weight = module.weight
+    if "weight" not in module._parameters:
+        return "computed from other tensors"
+    return f"as {weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+
+
+def _part_other_ties(model: Any) -> None:
+    """Give what else an HF model ties a tensor of its own: its config unties all at once."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in ties.items():
+        if target in parameters and parameters[target] is parameters.get(source):
+            owner, _, name = target.rpartition(".")
+            own = nn.Parameter(parameters[target].detach().clone(), parameters[target].requires_grad)
+            setattr(model.get_submodule(owner), name, own)
+
+
+def _untie_config(model: Any) -> None:
+    """Tell an HF model that its head has a weight of its own now, or loading it would tie the two again."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False

@@ -1,0 +1,134 @@
+"""Merging a folder of safetensors into another, without loading the model.
+
+Which tensors and bytes stand where in a file is the part of `shards`.
+"""
+
+import copy
+import ctypes
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brushstroke.adapter import Adapter, Site
+from brushstroke.base import FolderWeights
+from brushstroke.layers import find_sites
+from brushstroke.merging.in_memory import MergeReport, SiteDrift, check_forward, merge_weight
+from brushstroke.merging.shards import DTYPE_NAMES, Edit, update_index, write_shard
+
+_INDEX = "model.safetensors.index.json"
+
+
+def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> MergeReport:
+    """Write the files of a base's weights into another folder, merged; the base was checked already.
+
+    What stands beside them was copied already (`beside`).
+
+    A weight that is tied to another module gets a tensor of its own, and the config says so.
+
+    Raises:
+        MergeError: the update would be lost in the rounding.
+        BaseLoadError: the files are damaged.
+    """
+    _give_back_freed_memory()
+    merging = _Merging(weights, adapter)
+    for file in weights.shards():
+        source = weights.folder / file
+        if file in merging.edits:
+            write_shard(source, target / file, merging.edits[file])
+        else:
+            shutil.copyfile(source, target / file)
+    if (weights.folder / _INDEX).is_file():
+        update_index(weights.folder / _INDEX, target / _INDEX, merging.added)
+    if merging.untied:
+        _untie_file(target / "config.json", type(weights.model.config))
+    return MergeReport({path: merging.drifts[path] for path in adapter}, tuple(merging.untied))
+
+
+class _Merging:
+    """What happens to which file, and what is known afterwards."""
+
+    def __init__(self, weights: FolderWeights, adapter: Adapter) -> None:
+        self._weights, self._adapter = weights, adapter
+        self.edits: dict[str, list[Edit]] = {}
+        self.added: dict[str, tuple[str, int, int]] = {}
+        self.untied: list[tuple[str, str]] = []
+        self.drifts: dict[str, SiteDrift] = {}
+        sites = {path: site for site in find_sites(weights) for path in site.paths}
+        for path in adapter:
+            self._plan(path, sites[path])
+        if self.untied:
+            self._part_other_ties()
+
+    def _plan(self, path: str, site: Site) -> None:
+        file, key = self._weights.key(site.path)
+        own = f"{site.path}.weight"
+        added = False
+        if site.tied_to:
+            self.untied.append((path, site.tied_to))
+            added = not key.endswith(own)
+        dtype = DTYPE_NAMES[self._weights[site.path].dtype]
+        edit = Edit(
+            own if added else key,
+            lambda: self._merged(path, site),
+            added,
+            dtype,
+            (site.h, site.d) if site.kind == "linear" else (site.d, site.h),
+        )
+        self.edits.setdefault(file, []).append(edit)
+        if added:
+            width = self._weights[site.path].dtype.itemsize
+            self.added[own] = (file, width * site.d * site.h, site.d * site.h)
+
+    def _part_other_ties(self) -> None:
+        """Give what else is tied a tensor of its own: the config unties all at once."""
+        ties: dict[str, str] = getattr(self._weights.model, "all_tied_weights_keys", {})
+        edited = {edit.key for edits in self.edits.values() for edit in edits}
+        for name in dict.fromkeys((*ties, *ties.values())):
+            file, key, own = self._weights.tensor(name)
+            if not own and name not in edited:
+                self._add(file, name, partial(self._weights.read, file, key))
+
+    def _add(self, file: str, name: str, make: Callable[[], Tensor]) -> None:
+        tensor = make()
+        dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+        self.edits.setdefault(file, []).append(Edit(name, make, True, dtype, shape))
+        self.added[name] = (file, tensor.nbytes, tensor.numel())
+
+    def _merged(self, path: str, site: Site) -> Tensor:
+        with torch.no_grad():
+            W = self._weights[site.path]
+            check_forward(self._weights.model.get_submodule(site.path), W, path)
+            M, self.drifts[path] = merge_weight(W, self._adapter[path], path)
+        return M.mT if site.kind == "linear" else M
+
+
+def _untie_file(path: Path, kind: Any) -> None:
+    """Say in the config that the head has a weight of its own, or loading would tie the two again."""
+    config = json.loads(path.read_text("utf-8"))
+    untied = {**config, "tie_word_embeddings": False}
+    if text := config.get("text_config"):
+        untied["text_config"] = {**text, "tie_word_embeddings": False}
+    untied |= _consequences(kind, config, untied)
+    path.write_text(json.dumps(untied, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _consequences(kind: Any, config: dict[str, Any], untied: dict[str, Any]) -> dict[str, Any]:
+    """What a class of configs concludes from the tie (T5 scales its outputs), as it was with the tie."""
+    if getattr(kind, "model_type", None) != config.get("model_type"):  # a part of the whole config
+        return {}
+    before, after = (kind.from_dict(copy.deepcopy(stored)).to_dict() for stored in (config, untied))
+    told = {"tie_word_embeddings", "text_config"}
+    return {name: value for name, value in before.items() if name not in told and after.get(name) != value}
+
+
+def _give_back_freed_memory() -> None:
+    """Have glibc map every large tensor by itself, so that freeing it lowers the process's memory at once."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; others lack it

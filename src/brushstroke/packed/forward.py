@@ -1,0 +1,335 @@
+"""Run a pass through the model, packed or in padded batches, up to the loss of its trained tokens.
+
+It changes no weight and steps no optimiser; which of the two a model gets is decided in `choose`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from brushstroke.base import forget_longest, moving_from, unmoved
+from brushstroke.data import Example
+from brushstroke.errors import ConfigError
+from brushstroke.layers.adapted import Adapted
+from brushstroke.packed.attention import AttentionName, UnsupportedAttention
+from brushstroke.packed.cross_entropy import LossFunction, chunked_cross_entropy, summed_loss, words_at_once
+from brushstroke.packed.layout import Layout, lay_out, lay_out_prefix
+from brushstroke.packed.memory import CPU_MICRO_TOKENS
+from brushstroke.packed.pack import Group, Pass, plan_passes, unshared
+from brushstroke.packed.prefix_cache import HeldPrefix
+from brushstroke.packed.probes import probe_examples
+
+
+class Forward(Protocol):
+    """How passes run: planned from examples, then each one's summed loss."""
+
+    name: str
+
+    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Arrange the examples of a step."""
+        ...
+
+    def context(self) -> AbstractContextManager[None]:
+        """What must surround forward and backward."""
+        ...
+
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, "Outputs"]]:
+        """Each pass of a step with what it gives; its backward pass belongs before the next one is taken."""
+        ...
+
+    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll of a pass's trained tokens, with a graph behind it."""
+        ...
+
+    def trained_logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) that predict a pass's trained tokens."""
+        ...
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """How many logits exist at one time, at most."""
+        ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """The way from the decoder's last hidden states to the loss.
+
+    Args:
+        decoder: the model without its head, or None where only the whole model can be run.
+        layer: the head itself.
+        chunked: whether the head is a plain frozen matrix, so that the chunked loss may be used.
+    """
+
+    decoder: nn.Module | None = None
+    layer: nn.Module | None = None
+    chunked: bool = False
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """Those of some words; a full pass's, with softmax and gradient, without the chunked loss."""
+        layer: Any = self.layer
+        if not self.chunked:
+            return 3 * CPU_MICRO_TOKENS * vocabulary
+        return CPU_MICRO_TOKENS * min(vocabulary, words_at_once(CPU_MICRO_TOKENS, layer.weight.device))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass gives for its trained positions: hidden states where there is a head, else logits."""
+
+    values: Tensor
+    targets: Tensor
+    weights: Tensor
+    head: Head | None
+
+    def logits(self) -> Tensor:
+        """The logits (m×v)."""
+        return self.head.layer(self.values) if self.head and self.head.layer else self.values
+
+    def summed_loss(self, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll, in chunks where the head is a plain frozen matrix."""
+        if loss is None and self.head and self.head.chunked:
+            layer: Any = self.head.layer
+            return chunked_cross_entropy(self.values, layer.weight, layer.bias, self.targets, self.weights)
+        return summed_loss(self.logits(), self.targets, self.weights, loss)
+
+
+class _Headed:
+    """What packed and padded passes share: the head makes loss and logits of what `_run` gives."""
+
+    _model: nn.Module
+    _head: Head
+    _moving: int | None  # tokens beyond which a row moves the rotary frequencies of its whole pass
+    _ends: Callable[[Example], int]  # how many tokens of an example run
+
+    def _run(self, packed: Pass) -> Outputs:
+        raise NotImplementedError
+
+    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        raise NotImplementedError
+
+    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Arrange the examples of a step; those that move the frequencies of others run alone."""
+        if self._moving is None:
+            return self._arrange(examples, micro_tokens, share)
+        far = [example for example in examples if self._ends(example) > self._moving]
+        near = [example for example in examples if self._ends(example) <= self._moving]
+        arranged = self._arrange(near, micro_tokens, share) if near else []
+        return [*arranged, *(unshared([example]) for example in far)]
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Frequencies that move are put back in the end."""
+        with unmoved(self._model):
+            yield
+
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
+        """Each pass with what it gives for its trained positions."""
+        for packed in passes:
+            yield packed, self._run(packed)
+
+    def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
+        """Σ weight·nll of the pass."""
+        return self._run(packed).summed_loss(loss)
+
+    def trained_logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) of the pass's trained positions, example by example."""
+        return self._run(packed).logits()
+
+    def logits_at_once(self, vocabulary: int) -> int:
+        """How many logits exist at one time, at most."""
+        return self._head.logits_at_once(vocabulary)
+
+
+class PackedForward(_Headed):
+    """All examples in one row, each with positions of its own, shared prefixes once, no padding."""
+
+    name = "packed"
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self._model = model
+        self._head = head
+        self._moving, self._ends = moving_from(model), attrgetter("reach")
+        self._attention = AttentionName(model)
+        self.windows: set[int | None] = set()  # those that attention calls asked for, so far
+        if chunked := self._attention.chunked:
+            raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
+        self._device = next(model.parameters()).device
+        self.holds = False  # whether a prefix may run once for several passes
+
+    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        return plan_passes(examples, micro_tokens, share, self.holds)
+
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
+        """Each pass with what it gives; the prefix of several runs before the first, and backward last."""
+        held: HeldPrefix | None = None
+        for packed in passes:
+            group = packed.groups[0]
+            if group.part in (None, 0):  # what was held before is over
+                if held is not None:
+                    held.finish()
+                held = self._hold(group) if group.part == 0 else None
+            yield packed, self._run(packed, held)
+        if held is not None:
+            held.finish()
+
+    def _hold(self, group: Group) -> HeldPrefix:
+        """Run a group's prefix and keep its keys and values."""
+        held = HeldPrefix()
+        self._outputs(lay_out_prefix(group, self._device, held))
+        held.close()
+        return held
+
+    @property
+    def lost_window(self) -> int | None:
+        """The sliding window that the model's config declares and none of its attentions asks for."""
+        return self._attention.window if self.windows <= {None} else None
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The packed attention too, also for what gradient checkpointing recomputes in the backward pass."""
+        with super().context(), self._attention.packed():
+            yield
+
+    def _run(self, packed: Pass, held: HeldPrefix | None = None) -> Outputs:
+        return self._outputs(lay_out(packed, self._device, held))
+
+    def _outputs(self, layout: Layout) -> Outputs:
+        if self._moving is not None:
+            forget_longest(self._model)
+        inputs: dict[str, Any] = {
+            "input_ids": layout.tokens,
+            "position_ids": layout.positions,
+            "attention_mask": None,
+            "use_cache": False,
+            "brushstroke_layout": layout,
+        }
+        self.windows = layout.windows
+        if self._head.decoder is not None:
+            hidden = self._head.decoder(**inputs)[0][0]
+            return Outputs(hidden[layout.sources], layout.targets, layout.weights, self._head)
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            logits = _logits(self._model(**inputs, logits_to_keep=layout.sources))[0]
+        else:
+            logits = _logits(self._model(**inputs))[0][layout.sources]
+        return Outputs(logits, layout.targets, layout.weights, None)
+
+
+class PaddedForward(_Headed):
+    """Right-padded batches for models that packing would be wrong for.
+
+    Args:
+        model: the model.
+        head: of the model.
+        whole: run what stands behind an example's last target too, as models that look ahead need it.
+    """
+
+    name = "padded"
+
+    def __init__(self, model: nn.Module, head: Head, whole: bool) -> None:
+        self._model = model
+        self._moving, self._ends = moving_from(model), len if whole else attrgetter("reach")
+        self._head = head
+        self._device = next(model.parameters()).device
+        runner = head.decoder or model
+        self._accepts = _accepted(runner)
+
+    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+        """Batches of similar length of at most `micro_tokens`, padding counted."""
+        passes: list[Pass] = []
+        batch: list[Example] = []
+        for example in sorted(examples, key=self._ends):
+            if batch and (len(batch) + 1) * self._ends(example) > micro_tokens:
+                passes.append(unshared(batch))
+                batch = []
+            batch.append(example)
+        return [*passes, unshared(batch)]
+
+    def _run(self, packed: Pass) -> Outputs:
+        if self._moving is not None:
+            forget_longest(self._model)
+        examples = packed.examples
+        width = max(map(self._ends, examples))
+        tokens, mask, behind = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(3))
+        weights = torch.zeros(len(examples), width)  # of the tokens `behind` each one
+        for i, example in enumerate(examples):
+            end = self._ends(example)
+            tokens[i, :end] = torch.tensor(example.tokens[:end])
+            mask[i, :end] = 1
+            following = min(end, len(example) - 1)
+            behind[i, :following] = torch.tensor(example.tokens[1 : following + 1])
+            weights[i, :following] = torch.tensor(example.weights[1 : following + 1])
+        tokens, mask, behind, weights = (x.to(self._device) for x in (tokens, mask, behind, weights))
+        row, column = weights.nonzero(as_tuple=True)
+        targets, kept = behind[row, column], weights[row, column]
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if "attention_mask" in self._accepts:
+            inputs["attention_mask"] = mask
+        if "use_cache" in self._accepts:
+            inputs["use_cache"] = False
+        if self._head.decoder is not None:
+            hidden = self._head.decoder(**inputs)[0]
+            return Outputs(hidden[row, column], targets, kept, self._head)
+        return Outputs(_logits(self._model(**inputs))[row, column], targets, kept, None)
+
+
+def find_head(model: nn.Module) -> Head:
+    """Decoder and head where running them by hand equals the model's own logits; else an empty `Head`."""
+    prefix = getattr(model, "base_model_prefix", "")
+    decoder = getattr(model, prefix, None) if prefix else None
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        layer = getter() if callable(getter) else None
+        if not isinstance(decoder, nn.Module) or not isinstance(layer, nn.Linear) or decoder is model:
+            return Head()
+        device = next(model.parameters()).device
+        tokens = torch.tensor([probe_examples(model)[0].tokens], device=device)
+        with torch.no_grad():
+            whole = _logits(model(input_ids=tokens, use_cache=False)).double()
+            by_hand = layer(decoder(input_ids=tokens, use_cache=False)[0]).double()
+        same = whole.shape == by_hand.shape and float((whole - by_hand).norm() / whole.norm()) < 1e-5
+    except Exception:  # the model is not ours: run it whole
+        return Head()
+    if not same:
+        return Head()
+    plain = (
+        not isinstance(layer, Adapted)
+        and type(layer).forward is nn.Linear.forward
+        and not layer.weight.requires_grad
+    )
+    return Head(decoder, layer, plain)
+
+
+def _logits(output: Any) -> Float[Tensor, "b n v"]:
+    """The logits in what a model returns.
+
+    Raises:
+        ConfigError: there are none for each token.
+    """
+    logits = output
+    if hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list):
+        logits = output[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+        raise ConfigError(
+            f"the model gives no logits for each token (it gives {found}); load one with a language-model "
+            "head, as AutoModelForCausalLM does"
+        )
+    return logits
+
+
+def _accepted(module: nn.Module) -> set[str]:
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return {"attention_mask", "use_cache", *parameters}
+    return set(parameters)

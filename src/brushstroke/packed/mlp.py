@@ -1,0 +1,158 @@
+"""The feed-forward block as one autograd step that keeps its input and, if asked, what enters the activation.
+
+Gated: down(act(gate(x)) · up(x)), plain: down(act(up(x))), each of the linears with an update or without.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from brushstroke.lowrank.apply import (
+    TENSORS,
+    LinearParts,
+    backward_products,
+    flatten,
+    forward_products,
+    narrow_of,
+    reshaped,
+    unflatten,
+)
+from brushstroke.lowrank.autograd import first_order
+from brushstroke.packed.compiled import OneKernel, pays
+from brushstroke.packed.workspace import Scratch
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function, and its gradient from the gradient of its value.
+
+    Args:
+        name: of torch's operator, whose gradient is `name_backward`.
+        options: of both.
+    """
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def value(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = act(x)."""
+        return getattr(_aten, self.name).out(x, out=out, **dict(self.options))
+
+    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """grad = grad·act′(x)."""
+        backward = getattr(_aten, f"{self.name}_backward")
+        return backward.grad_input(grad, x, grad_input=grad, **dict(self.options))
+
+    @cached_property
+    def gated(self) -> OneKernel:
+        """(gate, up) → act(gate)·up."""
+        function, options = getattr(_aten, self.name), dict(self.options)
+        return OneKernel(lambda gate, up: function(gate, **options) * up)
+
+    @cached_property
+    def gated_gradients(self) -> OneKernel:
+        """(grad, gate, up) → the gradients of gate and up."""
+        function, options = getattr(_aten, self.name), dict(self.options)
+        backward = getattr(_aten, f"{self.name}_backward")
+        return OneKernel(
+            lambda grad, gate, up: (backward(grad * up, gate, **options), function(gate, **options) * grad)
+        )
+
+
+SILU = Activation("silu")
+GELU = Activation("gelu")
+GELU_TANH = Activation("gelu", (("approximate", "tanh"),))
+
+
+class _Middle:
+    """act(gate)·up, or act(up): at once in one kernel where that pays, else in memory that is used again."""
+
+    def __init__(self, act: Activation, entering: Sequence[Tensor], scratch: Scratch) -> None:
+        self._act, self._entering = act, entering
+        first, *self._up = entering
+        self._at_once = bool(self._up) and pays(first)
+        if self._at_once:
+            self.value: Tensor = act.gated(*entering)
+            return
+        self._activated = act.value(first, scratch.take("activated", *first.shape, like=first))
+        self.value = self._activated
+        for up in self._up:
+            self.value = torch.mul(self._activated, up, out=scratch.take("middle", *up.shape, like=up))
+
+    def gradients(self, grad: Tensor) -> list[Tensor]:
+        """Of what entered, from that of the value; they are made in the memory of both, once."""
+        if self._at_once:
+            return [*self._act.gated_gradients(grad, *self._entering)]
+        of_up = [self._activated.mul_(grad) for _ in self._up]
+        for up in self._up:
+            grad.mul_(up)
+        return [self._act.gradient(grad, self._entering[0]), *of_up]
+
+
+class _MLP(torch.autograd.Function):
+    """Parts are (gate, up, down), or (up, down). act(gate)·up is made again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        act: Activation,
+        keep: bool,
+        scratch: Scratch,
+        forms: tuple[Any, ...],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        *inner, down = unflatten(forms, tensors)
+        entering, narrow = forward_products(x, inner)
+        (y,), of_down = forward_products(_Middle(act, entering, scratch).value, [down])
+        ctx.save_for_backward(x, *narrow.tensors, *of_down.tensors, *(entering if keep else ()), *tensors)
+        ctx.act, ctx.keep, ctx.scratch, ctx.forms = act, keep, scratch, forms
+        return reshaped(y, x.shape[:-1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *saved = ctx.saved_tensors
+        narrow, of_down = narrow_of(saved, len(ctx.forms) - 1), narrow_of(saved, 1)
+        kept = len(ctx.forms) - 1 if ctx.keep else 0
+        *inner, down = unflatten(ctx.forms, saved[kept:])
+        entering = saved[:kept] if ctx.keep else forward_products(x, inner)[0]
+        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        split = TENSORS * len(inner)
+
+        middle = _Middle(ctx.act, entering, ctx.scratch)
+        dmiddle, down_gradients = backward_products([dy], middle.value, of_down, [down], True, needs[split:])
+        assert dmiddle is not None
+        dentering = middle.gradients(dmiddle)
+        dx, gradients = backward_products(
+            dentering, x.reshape(-1, x.shape[-1]), narrow, inner, need_x, needs[:split]
+        )
+        return None if dx is None else dx.view(x.shape), None, None, None, None, *gradients, *down_gradients
+
+
+def mlp(
+    x: Float[Tensor, "*b d"],
+    act: Activation,
+    gate: LinearParts | None,
+    up: LinearParts,
+    down: LinearParts,
+    keep: bool = True,
+    scratch: Scratch | None = None,
+) -> Float[Tensor, "*b d"]:
+    """down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate (arXiv:2002.05202, equation 6).
+
+    Keeps x, the narrow x·U, and gate(x) and up(x) where `keep` says so: they are made again in the backward
+    pass else, for a third more of the block's products (a quarter without a gate). W and biases get no
+    gradient. `scratch` is memory that blocks share one after another.
+    """
+    parts = [part for part in (gate, up, down) if part is not None]
+    forms, tensors = flatten(parts)
+    return _MLP.apply(x, act, keep, scratch or Scratch(), forms, *tensors)  # type: ignore[return-value]

@@ -1,0 +1,201 @@
+"""Everything that is decided before the first step: own functions, packed or padded, memory, size of a pass.
+
+Decisions follow from the model, the config and the machine's features; nothing is timed.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.base import (
+    context_length,
+    hidden_size,
+    limit_kernel_caches,
+    model_dtype,
+    unmoved,
+    vocabulary_size,
+)
+from brushstroke.data import Example
+from brushstroke.errors import BrushstrokeError, ConfigError
+from brushstroke.lowrank.matmul import choose_kernels, kernels
+from brushstroke.packed.compiled import compiled
+from brushstroke.packed.forward import Forward
+from brushstroke.packed.fused_modules import Fusion, fuse
+from brushstroke.packed.memory import (
+    MemoryNeed,
+    choose_micro_tokens,
+    choose_mode,
+    kept_per_token,
+    need_of,
+)
+from brushstroke.packed.pack import unshared
+from brushstroke.packed.recompute import Checkpointed
+from brushstroke.packed.select import choose_forward
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+MIXED_DTYPES = re.compile(r"dtype|scalar type|not implemented for '(Half|BFloat16)'", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How the steps of a session run, each choice with its reason in one line.
+
+    Args:
+        forward: packed or padded passes.
+        fusion: the modules that run our own functions, to be removed at the end.
+        mode: "fast" or "low" memory.
+        need: bytes, by part.
+        micro_tokens: computed tokens of one pass.
+        kernels: "onednn" or "torch", for the products.
+        torch_compile: whether what lies between the products is compiled.
+    """
+
+    forward: Forward
+    forward_reason: str
+    fusion: Fusion
+    mode: str
+    mode_reason: str
+    need: MemoryNeed
+    micro_tokens: int
+    micro_reason: str
+    kernels: str
+    kernels_reason: str
+    torch_compile: bool
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What must surround every pass, forward and backward."""
+        with self.forward.context(), kernels(self.kernels), compiled(self.torch_compile):
+            yield
+
+
+def prepare(
+    model: nn.Module,
+    factors: Sequence[Tensor],
+    widest: int,
+    *,
+    share: bool,
+    memory: str,
+    micro_tokens: int | str,
+    checkpointed: Checkpointed | None,
+    torch_compile: bool,
+) -> Prepared:
+    """Decide how steps run on a model with an adapter in it, which is in evaluation mode.
+
+    Args:
+        model: the model.
+        factors: the trained tensors.
+        widest: the largest output width of an adapted site.
+        share: whether shared prefixes are computed once.
+        memory: "low", "fast" or "auto".
+        micro_tokens: computed tokens of one pass, or "auto".
+        checkpointed: recomputes the layers' activations, where that is asked for.
+        torch_compile: whether to compile what lies between the products.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    asked = isinstance(micro_tokens, int) and micro_tokens > 0
+    if micro_tokens != "auto" and not asked:
+        raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
+    device = factors[0].device
+    if torch_compile and device.type != "cuda":
+        raise ConfigError(
+            f"torch_compile makes kernels for a GPU, and the model is on {device.type}; leave it out"
+        )
+    limit_kernel_caches()
+    chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
+    fusion = fuse(model)
+    try:
+        try:
+            forward, forward_reason, need = _first_pass(model, share, factors, widest, checkpointed)
+        except _CannotRun as failure:
+            if not fusion.counts:
+                raise
+            fusion.give_up(failure.said)
+            forward, forward_reason, need = _first_pass(model, share, factors, widest, checkpointed)
+        mode, mode_reason = choose_mode(need, memory, device)
+        if mode == "low":
+            fusion.keep_less()
+            need = _need(model, forward, factors, widest, checkpointed)
+        chosen, reason = choose_micro_tokens(need, mode, device)
+    except BaseException:
+        fusion.remove()
+        raise
+    if asked:
+        chosen, reason = int(micro_tokens), "asked for"
+    return Prepared(
+        forward,
+        forward_reason,
+        fusion,
+        mode,
+        mode_reason,
+        need,
+        chosen,
+        reason,
+        chosen_kernels,
+        kernels_reason,
+        torch_compile,
+    )
+
+
+class _CannotRun(ConfigError):
+    """The model fails in its first pass; `said` is what it raised, in one line."""
+
+    def __init__(self, model: nn.Module, error: Exception) -> None:
+        self.said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        dtype = model_dtype(model)
+        advice = (
+            "Training is for models that predict the next token: for others use attach(model, config, "
+            "trainable=True) and a loop of your own"
+        )
+        if dtype in HALF_DTYPES and MIXED_DTYPES.search(self.said):
+            advice = "parts of it compute in another dtype; load it with --dtype float32 (dtype='float32')"
+        super().__init__(f"{type(model).__name__} cannot be run on tokens ({self.said}); {advice}")
+
+
+def _first_pass(
+    model: nn.Module,
+    share: bool,
+    factors: Sequence[Tensor],
+    widest: int,
+    checkpointed: Checkpointed | None,
+) -> tuple[Forward, str, MemoryNeed]:
+    """The way that passes run, with its reason, and what one of them needs.
+
+    Raises:
+        _CannotRun: the model cannot run even one.
+    """
+    with unmoved(model):
+        forward, reason = choose_forward(model, share, factors)
+    return forward, reason, _need(model, forward, factors, widest, checkpointed)
+
+
+def _need(
+    model: nn.Module,
+    forward: Forward,
+    factors: Sequence[Tensor],
+    widest: int,
+    checkpointed: Checkpointed | None,
+) -> MemoryNeed:
+    def run(tokens: int) -> Tensor:
+        example = Example((0,) * (tokens + 1), (0.0,) * tokens + (1.0,))
+        with forward.context():
+            return forward.summed_loss(unshared([example]), None)
+
+    try:
+        kept = kept_per_token(run, model.parameters(), context_length(model))
+    except (BrushstrokeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model is not ours, and this is the first pass that must succeed
+        raise _CannotRun(model, error) from error
+    if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
+        hidden = hidden_size(model) or widest
+        size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+        kept = kept // len(checkpointed) + len(checkpointed) * hidden * size
+    logits = forward.logits_at_once(vocabulary_size(model) or 0)
+    return need_of(model, factors, kept, widest, logits, factors[0].device)

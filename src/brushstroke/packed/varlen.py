@@ -1,0 +1,121 @@
+"""A packed row as sequences behind one another, for attention kernels that are given their bounds.
+
+Bookkeeping on positions: no kernel here, and no padding. `attend.attend_segments` is what reads it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from brushstroke.lowrank.autograd import first_order
+
+
+class Stretch(Protocol):
+    """What is read of a piece of the row: see `layout.Piece`."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each of its sequences."""
+        ...
+
+    @property
+    def prefix(self) -> int | None:
+        """The index of the piece that all of them continue, if any."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sequences of a packed row of n tokens: queries as they stand, each sequence with keys of its own.
+
+    A sequence's queries belong to the last of its keys, as a causal mask that is aligned at the end has it.
+    Where examples share a prefix its keys are repeated for each of them.
+
+    Args:
+        query_bounds: where each sequence's queries begin, and the end of the last one.
+        key_bounds: the same for the keys.
+        most_queries: of one sequence.
+        most_keys: of one sequence.
+        keys: which token of the row each key is; None where the keys are the row as it stands.
+        own: for each token, its place among the keys as one of its own sequence; None like `keys`.
+        copies: for each shared prefix, its first token and the places of its repetitions (rows×tokens).
+    """
+
+    query_bounds: Int[Tensor, " bounds"]
+    key_bounds: Int[Tensor, " bounds"]
+    most_queries: int
+    most_keys: int
+    keys: Int[Tensor, " m"] | None = None
+    own: Int[Tensor, " n"] | None = None
+    copies: tuple[tuple[int, Int[Tensor, "_ _"]], ...] = ()
+
+    def of_keys(self, x: Float[Tensor, "n heads w"]) -> Float[Tensor, "m heads w"]:
+        """Keys or values of the row's tokens, as the sequences need them."""
+        return x if self.keys is None else _Repeated.apply(x, self)  # type: ignore[return-value]
+
+
+class _Repeated(torch.autograd.Function):
+    """Select keys, some of them several times. The backward pass adds up in one order, and in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
+        assert segments.keys is not None
+        ctx.segments = segments
+        return x.index_select(0, segments.keys)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        segments: Segments = ctx.segments
+        assert segments.own is not None
+        (grad,) = grad_outputs
+        total = grad.index_select(0, segments.own)
+        for first, places in segments.copies:
+            rows, prefix = places.shape
+            repeated = grad.index_select(0, places.flatten()).view(rows, prefix, *grad.shape[1:])
+            own = total[first : first + prefix]
+            wide = repeated.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).add_(own)
+            own.copy_(wide)
+        return total, None
+
+
+def segments_of(pieces: Sequence[Stretch], device: torch.device) -> Segments:
+    """The sequences of a row that is laid out in these pieces."""
+    starts = [0, *accumulate(sum(piece.lengths) for piece in pieces)]
+    sequences: list[tuple[range, range]] = []  # the tokens that are keys of each: of a prefix, and its own
+    for piece, start in zip(pieces, starts, strict=False):
+        i = piece.prefix
+        shared = range(0) if i is None else range(starts[i], starts[i + 1])
+        for length in piece.lengths:
+            sequences.append((shared, range(start, start + length)))
+            start += length
+
+    keys: list[int] = []
+    own: list[int] = []
+    copies: dict[int, list[range]] = {}  # by the first token of a prefix
+    for shared, tokens in sequences:
+        if shared:
+            copies.setdefault(shared.start, []).append(range(len(keys), len(keys) + len(shared)))
+        keys += shared
+        own += range(len(keys), len(keys) + len(tokens))
+        keys += tokens
+
+    def tensor(values: Any, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    queries = [len(tokens) for _, tokens in sequences]
+    counts = [len(shared) + len(tokens) for shared, tokens in sequences]
+    return Segments(
+        query_bounds=tensor([0, *accumulate(queries)], torch.int32),
+        key_bounds=tensor([0, *accumulate(counts)], torch.int32),
+        most_queries=max(queries),
+        most_keys=max(counts),
+        keys=tensor(keys) if copies else None,
+        own=tensor(own) if copies else None,
+        copies=tuple((first, tensor([[*places] for places in found])) for first, found in copies.items()),
+    )

@@ -1,9 +1,0 @@
-"""How one training step is computed: packed rows, exact attention, own functions, the loss.
-
-It knows no run, no file and no optimiser: those are `training`'s.
-"""
-
-from brushstroke.step.loss import LossFunction
-from brushstroke.step.prepare import Prepared, prepare
-
-__all__ = ["LossFunction", "Prepared", "prepare"]

@@ -1,0 +1,354 @@
+"""One run of a study: train an arm at a learning rate with a seed, score it, keep its update.
+
+Every run of a study happens on one base that is loaded once, and leaves it bit for bit as it was.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brushstroke.adapter import Adapter
+from brushstroke.adapter.targets import resolve_targets
+from brushstroke.base import Base
+from brushstroke.data import Example
+from brushstroke.errors import ConfigError, NonFiniteError
+from brushstroke.formats import save
+from brushstroke.layers.walk import find_sites
+from brushstroke.lowrank import LowRank
+from brushstroke.studies.arms import Arm, Run
+from brushstroke.studies.full_finetune import MICRO_TOKENS, WholeWeights
+from brushstroke.studies.random_subspace import SubspaceAdamW
+from brushstroke.training import TrainConfig, Training
+from brushstroke.training.sampler import DataOrder
+from brushstroke.training.schedule import factor
+
+SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
+WORDS = 128  # whose distributions are compared at one time
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of one task; no example is in two of the splits.
+
+    Args:
+        name: as reports call it.
+        train: to learn from.
+        validation: learning rates are chosen on it.
+        test: what is reported.
+        repeated: rows that were left out, as they were there twice or held out too.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    repeated: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well examples are predicted.
+
+    Args:
+        loss: per trained token, in nats.
+        accuracy: share of the trained tokens that are the likeliest ones.
+        tokens: trained tokens.
+        divergence: mean over the tokens of KL(base ‖ model), in nats, where it was measured.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
+    divergence: float | None = None
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Score":
+        """The inverse of `dataclasses.asdict`."""
+        found = told.get("divergence")
+        divergence = None if found is None else float(found)
+        return cls(float(told["loss"]), float(told["accuracy"]), int(told["tokens"]), divergence)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to; without scores where its loss stopped being a number.
+
+    Args:
+        arm, learning_rate, seed: the run.
+        parameters: numbers that learnt.
+        steps, real_tokens, seconds: what it took.
+        train_loss: mean over the last tenth of the steps.
+        validation, test: on the task's splits.
+        general: on the general text; None where there is none.
+        start_change: ‖U − U₀‖/‖U₀‖ over all sites; None where there is no U.
+        test_rows: summed loss of each row of the test split; empty where it was not kept.
+    """
+
+    arm: str
+    learning_rate: float
+    seed: int
+    parameters: int
+    steps: int
+    real_tokens: int
+    seconds: float
+    train_loss: float | None = None
+    validation: Score | None = None
+    test: Score | None = None
+    general: Score | None = None
+    start_change: float | None = None
+    test_rows: tuple[float, ...] = ()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss, or a factor, stopped being a number; then there are no scores and no update."""
+        return self.test is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types; without the losses of single rows, which are kept in a file of their own."""
+        return {name: value for name, value in asdict(self).items() if name != "test_rows"}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
+        """The inverse of `as_dict`."""
+        scores = {
+            name: None if told[name] is None else Score.from_dict(told[name])
+            for name in ("validation", "test", "general")
+        }
+        return cls(**{**told, **scores})
+
+
+@dataclass
+class Workshop:
+    """A base and the tasks that runs happen on.
+
+    Args:
+        base: the frozen model.
+        tasks: name → task, as arms name them.
+        general: text of what the base was made for, to see how far a run strays; may be empty.
+        config: how to train; learning rate and seed are those of each run.
+        folder: where runs leave their updates.
+    """
+
+    base: Base
+    tasks: Mapping[str, Task]
+    general: tuple[Example, ...]
+    config: TrainConfig
+    folder: Path
+
+    def run(self, run: Run) -> Outcome:
+        """Train, score, and keep the update in the run's folder."""
+        task = self.tasks[run.arm.task]
+        began = time.perf_counter()
+        session = self._open(run)
+        try:
+            parameters = run.arm.dimension or sum(p.numel() for p in session.parameters)
+            outcome = Outcome(
+                run.arm.name, run.learning_rate, run.seed, parameters, self.steps(run.arm), 0, 0.0
+            )
+            start = _inputs(session.adapter()) if run.arm.rank else {}
+            try:
+                losses, tokens = self._train(session, task, run)
+                test, by_row = score_rows(session, task.test)
+                scores = {"validation": score(session, task.validation), "test": test}
+                if self.general:
+                    strayed = divergence(session, self.general)
+                    scores["general"] = replace(score(session, self.general), divergence=strayed)
+            except NonFiniteError:
+                return replace(outcome, seconds=time.perf_counter() - began)
+            adapter = session.adapter()
+            if run.arm.dimension is None:
+                save(adapter, self.folder / run.key / "adapter", overwrite=True)
+            last = losses[-max(1, len(losses) // 10) :]
+            return replace(
+                outcome,
+                real_tokens=tokens,
+                train_loss=sum(last) / len(last),
+                start_change=_change(start, _inputs(adapter)) if start else None,
+                test_rows=by_row,
+                seconds=time.perf_counter() - began,
+                **scores,
+            )
+        finally:
+            session.close()
+
+    def steps(self, arm: Arm) -> int:
+        """Optimiser steps of a run of this arm."""
+        order = DataOrder(self.tasks[arm.task].train, self.config.batch_size, 0)
+        whole = order.steps(self.config.epochs, self.config.max_steps)
+        return max(1, round(arm.steps_share * whole))
+
+    def numbers(self, arm: Arm) -> int:
+        """How many weights an arm's sites and its update have: what a step of it costs goes with these.
+
+        Raises:
+            TargetError: a pattern that selects nothing, or a rank that a named site does not allow.
+            ConfigError: a subspace larger than what it lies in.
+        """
+        sites = {site.path: site for site in find_sites(self.base.model)}
+        ranks = resolve_targets(arm.lora, list(sites.values())).ranks
+        whole = sum(sites[path].d * sites[path].h for path in ranks)
+        factors = sum(rank * (sites[path].d + sites[path].h) for path, rank in ranks.items())
+        learnt = whole if arm.rank is None else factors
+        if arm.dimension is not None and arm.dimension > learnt:
+            raise ConfigError(
+                f"a subspace of {arm.dimension:,} dimensions does not fit the {learnt:,} parameters of "
+                f"{arm.name!r}; leave it out of --dimensions"
+            )
+        return whole + (0 if arm.rank is None else factors)
+
+    def untouched(self) -> dict[str, Score]:
+        """The scores of the base itself: on the test split of each task, and "general"."""
+        session = Training(self.base, Arm("none", ("all-linear",), 1).lora)
+        try:
+            scores = {name: score(session, task.test) for name, task in self.tasks.items()}
+            return {**scores, "general": score(session, self.general)} if self.general else scores
+        finally:
+            session.close()
+
+    def seconds_of(self, arm: Arm, steps: int = 4) -> float:
+        """How long a run of this arm will take, from a few of its steps and from its scores."""
+        task = self.tasks[arm.task]
+        run = Run(arm, (arm.rates or (1e-4,))[0], 0)
+        session = self._open(run)  # what is built once in a process is not part of every run
+        session.close()
+        began = time.perf_counter()
+        session = self._open(run)
+        try:
+            order = DataOrder(task.train, self.config.batch_size, 0)
+            session.forward_backward(order.batch(0))
+            session.optim_step(0.0)
+            opened = time.perf_counter()
+            for step in range(1, 1 + steps):
+                session.forward_backward(order.batch(step % order.steps_per_epoch))
+                session.optim_step(0.0)
+            stepped = time.perf_counter()
+            scored = [*task.validation, *task.test, *self.general]
+            some = scored[: max(1, len(scored) // 8)]
+            score(session, some)
+            ended = time.perf_counter()
+        finally:
+            session.close()
+        per_step = (stepped - opened) / steps
+        return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(some)
+
+    def _open(self, run: Run) -> "Training | WholeWeights":
+        config = self.config
+        session: Any
+        if run.arm.rank is None:
+            session = WholeWeights(self.base, run.arm, config, run.learning_rate)
+        else:
+            session = Training(
+                self.base,
+                run.arm.lora,
+                learning_rate=run.learning_rate,
+                weight_decay=config.weight_decay,
+                clip=config.clip,
+                micro_tokens=config.micro_tokens,
+                memory=config.memory,
+                seed=run.start_seed,
+            )
+        if run.arm.dimension is not None:
+            session.clip = 0.0  # the norm of the whole gradient says little about its projection
+            session.optimizer = SubspaceAdamW(
+                session.parameters, run.arm.dimension, run.learning_rate, run.start_seed
+            )
+        return session
+
+    def _train(self, session: "Training | WholeWeights", task: Task, run: Run) -> tuple[list[float], int]:
+        order = DataOrder(task.train, self.config.batch_size, run.seed)
+        steps = self.steps(run.arm)
+        losses, tokens = [], 0
+        for step in range(steps):
+            result = session.forward_backward(order.batch(step))
+            losses.append(result.loss)
+            tokens += result.real_tokens
+            session.optim_step(
+                run.learning_rate * factor(self.config.schedule, step, steps, self.config.warmup)
+            )
+        return losses, tokens
+
+
+def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Score:
+    """Loss per trained token and share of tokens that are the likeliest ones.
+
+    Raises:
+        NonFiniteError: a loss is not a finite number.
+    """
+    return score_rows(session, examples)[0]
+
+
+@torch.no_grad()
+def score_rows(
+    session: "Training | WholeWeights", examples: Sequence[Example]
+) -> tuple[Score, tuple[float, ...]]:
+    """The score, and the summed loss of each example, in their order.
+
+    Raises:
+        NonFiniteError: a loss is not a finite number.
+    """
+    forward = session.forward if isinstance(session, WholeWeights) else session.step.forward
+    total, right, tokens = 0.0, 0, 0
+    by_row: dict[int, float] = {}
+    with forward.context():
+        for start in range(0, len(examples), SCORED_AT_ONCE):
+            passes = session.passes(examples[start : start + SCORED_AT_ONCE])
+            for part, outputs in forward.run(passes):
+                logits = outputs.logits().float()
+                pairs = [
+                    (token, weight)
+                    for example in part.examples
+                    for token, weight in zip(example.tokens, example.weights, strict=True)
+                    if weight != 0
+                ]
+                targets = torch.tensor([token for token, _ in pairs], device=logits.device)
+                weight = torch.tensor([weight for _, weight in pairs], device=logits.device)
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weight
+                total += float(losses.sum())
+                rows = losses.cpu().double().split([example.trained for example in part.examples])
+                by_row |= {id(e): float(row.sum()) for e, row in zip(part.examples, rows, strict=True)}
+                right += int((logits.argmax(-1) == targets).sum())
+                tokens += len(pairs)
+    if not math.isfinite(total):
+        raise NonFiniteError("the loss after training is not a finite number")
+    found = Score(total / max(1, tokens), right / max(1, tokens), tokens)
+    return found, tuple(by_row[id(example)] for example in examples)
+
+
+@torch.no_grad()
+def divergence(session: "Training | WholeWeights", examples: Sequence[Example]) -> float:
+    """Mean over the trained tokens of KL(base ‖ model) = Σ p·(ln p − ln q), in nats, p those of the base.
+
+    Raises:
+        NonFiniteError: it is not a finite number.
+    """
+    whole = isinstance(session, WholeWeights)
+    forward = session.forward if whole else session.step.forward
+    base = session.disabled if whole else session.attachment.disabled
+    total, tokens = 0.0, 0
+    with forward.context():
+        for part in forward.passes(examples, MICRO_TOKENS, False):
+            with base():
+                before = forward.trained_logits(part)
+            for p, q in zip(before.split(WORDS), forward.trained_logits(part).split(WORDS), strict=True):
+                ln_p, ln_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+                total += float((ln_p.exp() * (ln_p - ln_q)).sum(dtype=torch.float64))
+            tokens += len(before)
+    if not math.isfinite(total):
+        raise NonFiniteError("the divergence from the base is not a finite number")
+    return max(0.0, total / max(1, tokens))
+
+
+def _inputs(adapter: Adapter) -> dict[str, torch.Tensor]:
+    updates = ((site, update) for site, update in adapter.items() if isinstance(update, LowRank))
+    return {site: update.U.detach().clone() for site, update in updates}
+
+
+def _change(start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> float:
+    moved = sum(float((end[site] - U).double().square().sum()) for site, U in start.items())
+    size = sum(float(U.double().square().sum()) for U in start.values())
+    return (moved / size) ** 0.5

@@ -1,0 +1,125 @@
+"""From the user's model and files to the material of a study: three splits that share no example."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from brushstroke.base import Base, hidden_size
+from brushstroke.data import Example
+from brushstroke.errors import DataError
+from brushstroke.studies.arm_run import Task
+from brushstroke.studies.arms import OTHER, TASK, rate_grid
+from brushstroke.studies.runner import Grid
+from brushstroke.studies.study import Material
+from brushstroke.training import TrainConfig
+from brushstroke.training.config import default_learning_rate
+from brushstroke.training.setup import read_data
+
+HELD_OUT_SHARE = 0.1  # of the rows, for validation and again for the test, where no file is named
+MOST_HELD_OUT = 256
+
+
+def make_material(
+    base: Base,
+    data: Any,
+    *,
+    validation: Any = None,
+    test: Any = None,
+    other: Any = None,
+    general: Any = None,
+    config: TrainConfig | None = None,
+    learning_rates: Sequence[float] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> Material:
+    """Read the data of a study.
+
+    Args:
+        base: the frozen model.
+        data: what the task is learnt from; anything that `train` takes.
+        validation, test: data of their own; otherwise a tenth of the rows each, always the same.
+        other: data of another task, the control of `SeedsStudy`; rows that the task has too are left out.
+        general: text of what the base was made for, to see how far runs stray; without rows of the tasks.
+        config: how every run trains; one epoch by default.
+        learning_rates: to choose from; by default four around the rule of `TrainConfig`.
+        seeds: of every arm.
+        prompt_column, completion_column: other names for "prompt" and "completion".
+
+    Raises:
+        DataError: data that cannot be read, too few rows to split, or a control that is the task itself.
+        ConfigError: settings that cannot work.
+    """
+    config = config or TrainConfig(epochs=1)
+
+    def read(source: Any) -> tuple[Example, ...]:
+        return read_data(base, source, config, None, prompt_column, completion_column).examples
+
+    found = {
+        TASK: _task(
+            "the given data", read(data), *(None if x is None else read(x) for x in (validation, test))
+        )
+    }
+    told = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
+    used = _tokens(found[TASK])
+    if other is not None:
+        found[OTHER] = _task("the other data", _new(read(other), used, "the other data"), None, None)
+        used |= _tokens(found[OTHER])
+        told["other task"] = _told(found[OTHER])
+    rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden_size(base.model)))
+    texts = () if general is None else _new(read(general), used, "the general text")[:MOST_HELD_OUT]
+    return Material(base, found, config, Grid(rates, tuple(seeds)), texts, told)
+
+
+def _task(
+    name: str,
+    examples: tuple[Example, ...],
+    validation: tuple[Example, ...] | None,
+    test: tuple[Example, ...] | None,
+) -> Task:
+    named = [{example.tokens for example in given or ()} for given in (validation, test)]
+    if shared := named[0] & named[1]:
+        raise DataError(
+            f"{name}: {len(shared)} row(s) of the validation data are in the test data too; take them out of "
+            "one, else the learning rate is chosen on what the report is about"
+        )
+    rest = list({e.tokens: e for e in examples if e.tokens not in named[0] | named[1]}.values())
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
+    share = min(MOST_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(rest))))
+    missing = (validation is None) + (test is None)
+    if len(rest) < missing * share + 1:
+        raise DataError(
+            f"{name}: {len(rest)} different rows are too few for training, validation and test; give more "
+            "rows, or files of their own (--validation, --test)"
+        )
+    parts = {}
+    for split, given in (("validation", validation), ("test", test)):
+        if given is None:
+            chosen, order = order[:share], order[share:]
+            given = tuple(rest[index] for index in sorted(chosen))
+        parts[split] = given
+    train = tuple(rest[index] for index in sorted(order))
+    return Task(name, train, parts["validation"], parts["test"], len(examples) - len(rest))
+
+
+def _tokens(task: Task) -> set[tuple[int, ...]]:
+    return {e.tokens for e in (*task.train, *task.validation, *task.test)}
+
+
+def _new(examples: tuple[Example, ...], used: set[tuple[int, ...]], name: str) -> tuple[Example, ...]:
+    """The examples that no task has.
+
+    Raises:
+        DataError: there is none.
+    """
+    new = tuple(example for example in examples if example.tokens not in used)
+    if not new:
+        raise DataError(f"{name}: every row is in the task's data too, so it is no control; give other rows")
+    return new
+
+
+def _told(task: Task) -> str:
+    parts = (len(task.train), len(task.validation), len(task.test))
+    text = "{} rows to learn from, {} for validation, {} for the test".format(*parts)
+    return text + (f"; {task.repeated} left out that were there twice" if task.repeated else "")

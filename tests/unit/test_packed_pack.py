@@ -1,0 +1,118 @@
+"""Packing: every example once, prefixes that are really shared, no trained token in them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brushstroke.data import Example
+from brushstroke.packed.layout import lay_out
+from brushstroke.packed.pack import MIN_PREFIX, Group, Pass, plan_passes, share_prefixes
+from training_kit import examples
+
+
+def made(prompt: list[int], answer: list[int], tail: list[int] | None = None) -> Example:
+    weights = (0.0,) * len(prompt) + (1.0,) * len(answer) + (0.0,) * len(tail or [])
+    return Example(tuple(prompt + answer + (tail or [])), weights)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Example]:
+    stems = draw(st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=20), min_size=1, max_size=3))
+    rows = []
+    for _ in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from(stems)) + draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+        answer = draw(st.lists(st.integers(0, 3), min_size=1, max_size=6))
+        rows.append(made(prompt, answer, draw(st.lists(st.integers(0, 3), max_size=3))))
+    return rows
+
+
+@given(batches(), st.integers(1, 200), st.booleans())
+def test_passes_hold_every_example_once_and_share_only_what_is_common(
+    rows: list[Example], micro_tokens: int, share: bool
+) -> None:
+    passes = plan_passes(rows, micro_tokens, share)
+    held = [example for part in passes for example in part.examples]
+    assert sorted(id(e) for e in held) == sorted(id(e) for e in rows)
+    for part in passes:
+        assert part.computed_tokens <= micro_tokens or len(part.examples) == 1
+        for group in part.groups:
+            assert len({example.tokens[: group.prefix] for example in group.members}) == 1
+            assert all(group.prefix < example.first_trained for example in group.members)
+            assert not group.prefix or group.prefix >= MIN_PREFIX
+            assert share or not group.prefix
+
+
+@given(batches())
+def test_sharing_never_computes_more(rows: list[Example]) -> None:
+    computed = sum(group.computed_tokens for group in share_prefixes(rows))
+    assert computed <= sum(example.reach for example in rows)
+
+
+def test_two_clusters_each_share_their_own_prefix() -> None:
+    a, b = list(range(20)), list(range(100, 130))
+    rows = [made([*stem, 50 + i], [60 + i]) for i in range(3) for stem in (a, b)]
+    groups = share_prefixes(rows)
+    assert sorted((group.prefix, len(group.members)) for group in groups) == [(20, 3), (30, 3)]
+    assert sum(group.computed_tokens for group in groups) == 20 + 30 + 6 * 1
+
+
+def test_the_last_prompt_token_stays_with_each_example() -> None:
+    rows = [made(list(range(12)), [40]), made(list(range(12)), [41])]
+    (group,) = share_prefixes(rows)
+    assert group.prefix == 11  # token 11 predicts each one's own target
+
+
+def test_texts_trained_whole_share_nothing() -> None:
+    row = Example(tuple(range(30)), (0.0, *(1.0,) * 29))
+    assert all(group.prefix == 0 for group in share_prefixes([row, row]))
+
+
+def test_passes_of_a_step_are_of_about_equal_size() -> None:
+    rows = [made([i] * 50, [1] * 10) for i in range(20)]
+    sizes = [part.computed_tokens for part in plan_passes(rows, 1024, share=False)]
+    assert len(sizes) == 2
+    assert max(sizes) - min(sizes) <= 60
+
+
+@given(batches(), st.booleans())
+def test_a_layout_puts_every_target_behind_the_token_before_it(rows: list[Example], share: bool) -> None:
+    groups = tuple(share_prefixes(rows)) if share else tuple(Group(0, (row,)) for row in rows)
+    layout = lay_out(Pass(groups), torch.device("cpu"))
+    assert layout.tokens.shape[1] == sum(layout.sizes) == Pass(groups).computed_tokens
+    assert len(layout.targets) == sum(row.trained for row in rows)
+    expected = sorted(
+        (i - 1, row.tokens[i - 1], row.tokens[i])
+        for row in rows
+        for i in range(1, len(row))
+        if row.weights[i]
+    )
+    positions, tokens = layout.positions[0, layout.sources], layout.tokens[0, layout.sources]
+    found = sorted(zip(positions.tolist(), tokens.tolist(), layout.targets.tolist(), strict=True))
+    assert found == expected
+
+
+def test_an_example_longer_than_a_pass_gets_its_own() -> None:
+    rows = examples(5)
+    assert all(len(part.examples) == 1 for part in plan_passes(rows, 1, share=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_equal_lengths_need_no_padding(count: int) -> None:
+    rows = [made([i] * 5, [1, 2]) for i in range(count)]
+    layout = lay_out(Pass((Group(0, tuple(rows)),)), torch.device("cpu"))
+    assert [piece.pad for piece in layout.pieces] == [None]
+
+
+def test_examples_of_one_length_that_share_nothing_are_one_call_of_attention() -> None:
+    rows = [made([100 * i + j for j in range(12)], [9, 9, 9]) for i in range(6)]
+    (packed,) = plan_passes(rows, 1024, share=True)
+    layout = lay_out(packed, torch.device("cpu"))
+    assert [(piece.rows, piece.width, piece.pad) for piece in layout.pieces] == [(6, 14, None)]
+
+
+def test_what_follows_the_last_target_is_not_computed() -> None:
+    row = made([1, 2, 3], [4, 5], tail=[6, 7, 8])
+    layout = lay_out(Pass((Group(0, (row,)),)), torch.device("cpu"))
+    assert layout.tokens.tolist() == [[1, 2, 3, 4]]
+    assert layout.targets.tolist() == [4, 5]

@@ -1,0 +1,216 @@
+import pytest
+import torch
+
+import training_kit
+from brushstroke.base import Base
+from brushstroke.errors import ConfigError
+from brushstroke.formats import load
+from brushstroke.layers.walk import site_module, weight_dxh
+from brushstroke.merging import merge
+from brushstroke.studies.arm_run import Task, Workshop, divergence, score, score_rows
+from brushstroke.studies.arms import Arm, Run, low_rank, shortened, whole
+from brushstroke.studies.controls import principal_inputs
+from brushstroke.studies.divergence import SHARES
+from brushstroke.studies.full_finetune import WholeWeights
+from brushstroke.studies.random_subspace import SubspaceAdamW, _Gaussian, _Hashed
+from brushstroke.training import TrainConfig, Training
+from toys import snapshot, tiny_llama
+
+QV = ("q_proj", "v_proj")
+
+
+@pytest.fixture
+def workshop(llama, tmp_path) -> Workshop:
+    rows = training_kit.examples(24)
+    task = Task("toy", tuple(rows[:12]), tuple(rows[12:18]), tuple(rows[18:]))
+    return Workshop(Base(llama), {"task": task}, tuple(rows[:3]), TrainConfig(max_steps=6), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        low_rank("q,v", QV, 4),
+        whole("q,v", QV, (1e-3,)),
+        Arm("few", QV, 4, dimension=5),
+        Arm("few of W", QV, None, dimension=5),
+    ],
+    ids=lambda arm: arm.name,
+)
+def test_a_run_scores_and_leaves_the_base_as_it_was(workshop, arm):
+    before = snapshot(workshop.base.model)
+    outcome = workshop.run(Run(arm, 1e-2, 3))
+    after = snapshot(workshop.base.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
+    assert not outcome.diverged
+    assert outcome.steps == 6
+    assert outcome.test.tokens == sum(example.trained for example in workshop.tasks["task"].test)
+    assert outcome.general is not None
+    assert outcome == workshop_outcome_again(workshop, arm, outcome)
+
+
+def workshop_outcome_again(workshop, arm, outcome):
+    """A run follows from its arm, rate and seed alone, but for the clock."""
+    from dataclasses import replace
+
+    return replace(workshop.run(Run(arm, 1e-2, 3)), seconds=outcome.seconds)
+
+
+@pytest.mark.parametrize(
+    "arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=["low rank", "W itself"]
+)
+def test_the_divergence_is_that_of_the_merged_model_from_the_base(workshop, arm):
+    """Against logits of whole models, of the base as it was and with the update in its weights."""
+    run = Run(arm, 3e-2, 0)
+    model = workshop.base.model
+    examples = workshop.general
+    before = _logits(model, examples)
+    found = workshop.run(run).general.divergence
+    merged = merge(model, load(workshop.folder / run.key / "adapter"), allow_different_base=True)
+    ln_p, ln_q = (logits.double().log_softmax(-1) for logits in (before, _logits(merged, examples)))
+    expected = float((ln_p.exp() * (ln_p - ln_q)).sum(-1).mean())
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-3
+
+
+@torch.no_grad()
+def _logits(model, examples):
+    """Those of all trained tokens."""
+    rows = []
+    for example in examples:
+        logits = model(input_ids=torch.tensor([list(example.tokens)])).logits[0]
+        where = [at - 1 for at, weight in enumerate(example.weights) if weight]
+        rows.append(logits[where])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=lambda arm: arm.name)
+def test_a_model_that_has_learnt_nothing_does_not_diverge(workshop, arm):
+    before = snapshot(workshop.base.model)
+    session = workshop._open(Run(arm, 1e-3, 0))
+    assert divergence(session, workshop.general) == 0
+    session.close()
+    after = snapshot(workshop.base.model)
+    assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
+
+
+def test_a_shortened_arm_trains_for_its_share_of_the_steps(workshop):
+    arm = low_rank("q,v", QV, 4)
+    assert [workshop.run(Run(shortened(arm, share), 1e-2, 0)).steps for share in SHARES] == [2, 3]
+
+
+def test_a_run_learns_and_keeps_its_update(workshop):
+    run = Run(low_rank("q,v", QV, 4), 3e-2, 0)
+    workshop.config = TrainConfig(max_steps=40, batch_size=12)
+    before = workshop.untouched()["task"]
+    outcome = workshop.run(run)
+    assert outcome.train_loss < before.loss - 0.05
+    kept = load(workshop.folder / run.key / "adapter")
+    assert kept.rank == 4
+    assert outcome.start_change > 0
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3, 4, 5], [5, 0, 3]])
+def test_the_losses_of_single_rows_are_those_of_each_row_alone(workshop, rows):
+    """Whatever the order in which a forward pass packs them."""
+    session = Training(workshop.base, low_rank("q,v", QV, 4).lora)
+    examples = [workshop.tasks["task"].test[row] for row in rows]
+    whole, by_row = score_rows(session, examples)
+    alone = [score(session, [example]) for example in examples]
+    assert by_row == pytest.approx([one.loss * one.tokens for one in alone], rel=1e-5)
+    assert sum(by_row) == pytest.approx(whole.loss * whole.tokens, rel=1e-6)
+    session.close()
+
+
+def test_a_run_keeps_the_losses_of_its_test_rows(workshop):
+    for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
+        outcome = workshop.run(Run(arm, 1e-3, 0))
+        assert len(outcome.test_rows) == 6
+        assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
+
+
+def test_a_run_that_diverges_says_so(workshop):
+    workshop.config = TrainConfig(max_steps=6, clip=0.0)
+    outcome = workshop.run(Run(whole("q,v", QV, (1.0,)), 1e30, 0))
+    assert outcome.diverged
+    assert outcome.validation is None
+
+
+def test_the_update_of_whole_weights_is_what_they_moved(llama):
+    rows = training_kit.examples(8)
+    session = WholeWeights(Base(llama), whole("q,v", QV, (1e-3,)), TrainConfig(), 1e-2)
+    path = "model.layers.0.self_attn.q_proj"
+    old = site_module(llama, path).weight.detach().clone()
+    for _ in range(3):
+        session.forward_backward(rows)
+        session.optim_step(1e-2)
+    moved = (weight_dxh(site_module(llama, path), "linear") - old.mT).detach()
+    assert torch.allclose(session.adapter()[path].dense(), moved, atol=1e-6)
+    session.close()
+    assert torch.equal(site_module(llama, path).weight, old)
+
+
+def test_whole_weights_refuse_half_precision():
+    base = Base(tiny_llama(dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match="needs float32"):
+        WholeWeights(base, whole("q", ("q_proj",), (1e-3,)), TrainConfig(), 1e-3)
+
+
+def test_the_score_is_the_loss_of_the_session(llama):
+    rows = training_kit.examples(9)
+    session = Training(Base(llama), low_rank("q,v", QV, 4).lora)
+    found, expected = score(session, rows), session.loss(rows)
+    session.close()
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.tokens == expected.trained_tokens
+    logits = llama(input_ids=torch.tensor([rows[0].tokens])).logits[0, :-1].argmax(-1)
+    right = sum(
+        int(logits[i - 1] == token)
+        for i, (token, weight) in enumerate(zip(rows[0].tokens, rows[0].weights, strict=True))
+        if weight
+    )
+    session = Training(Base(llama), low_rank("q,v", QV, 4).lora)
+    assert score(session, rows[:1]).accuracy == pytest.approx(right / rows[0].trained)
+    session.close()
+
+
+@pytest.mark.parametrize("kind", [_Gaussian, _Hashed])
+def test_a_projection_has_unit_columns_and_its_transpose(kind):
+    P = kind(200, 7, 3, torch.zeros(1, dtype=torch.float64))
+    columns = torch.stack([P.push(e) for e in torch.eye(7, dtype=torch.float64)])
+    assert torch.allclose(columns.norm(dim=1), torch.ones(7, dtype=torch.float64))
+    g = torch.randn(200, dtype=torch.float64)
+    assert torch.allclose(P.pull(g), columns @ g)
+    if kind is _Hashed:
+        assert torch.allclose(columns @ columns.mT, torch.eye(7, dtype=torch.float64), atol=1e-12)
+
+
+def test_a_subspace_moves_within_itself():
+    x = torch.nn.Parameter(torch.zeros(50))
+    optimizer = SubspaceAdamW([x], 3, 0.1, seed=0)
+    target = torch.randn(50)
+    for _ in range(20):
+        optimizer.zero_grad()
+        ((x - target) ** 2).sum().backward()
+        optimizer.step()
+    reached = optimizer._projection.push(optimizer.z)
+    assert torch.allclose(x.detach(), reached)
+    with pytest.raises(ConfigError, match="does not fit"):
+        SubspaceAdamW([x], 51, 0.1, seed=0)
+
+
+def test_principal_inputs_are_those_of_the_inputs_seen(llama):
+    rows = training_kit.examples(6)
+    site = "model.layers.0.self_attn.q_proj"
+    found = principal_inputs(Base(llama), [site], rows, 4)[site]
+    seen = []
+    handle = site_module(llama, site).register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()[0]))
+    with torch.no_grad():
+        for row in rows:
+            llama(input_ids=torch.tensor([row.tokens[: row.reach]]))
+    handle.remove()
+    x = torch.cat(seen).double()
+    _, _, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    overlap = (right[:4] @ found).square().sum() / 4
+    assert float(overlap) == pytest.approx(1.0, abs=1e-5)
+    assert not site_module(llama, site)._forward_pre_hooks
