@@ -15,7 +15,7 @@ from brushstroke.data import template as templates
 from brushstroke.errors import ConfigError, DataError, ResumeError
 from brushstroke.formats import load, save
 from brushstroke.inference import Request, Sampling, evaluate, generate, run_requests
-from brushstroke.inference.generate import Voices
+from brushstroke.inference.generate import PromptEncoder
 from brushstroke.inference.stops import Stops
 from brushstroke.merging import merge_folder
 
@@ -104,14 +104,15 @@ def test_an_adapter_is_asked_as_it_was_trained_and_the_base_as_its_template_asks
     base = kit.base(template=OPENS)
     trained = bs.train(base, ROWS, bs.LoraConfig(rank=2), bs.TrainConfig(max_steps=1)).adapter
     with bs.bank(base, {"a": trained}) as bank:
-        voices = Voices(base, bank)
+        encoder = PromptEncoder(base, bank)
         prompts = {
-            name: base.tokenizer.decode(voices.request("n1", name, where="it").tokens) for name in ("a", None)
+            name: base.tokenizer.decode(encoder.request("n1", name, where="it").tokens)
+            for name in ("a", None)
         }
     assert prompts["a"].endswith("<|im_start|>assistant\n")
     assert prompts[None] == prompts["a"] + "<think>\n"
     example = encode(ROWS[1:2], base.tokenizer)[0]
-    assert prompts["a"] == base.tokenizer.decode(example.tokens[: example.first_trained])
+    assert prompts["a"] == base.tokenizer.decode(example.tokens[: example.first_target])
 
 
 def test_the_stops_of_the_model_the_card_and_the_template_all_count():
@@ -122,7 +123,7 @@ def test_the_stops_of_the_model_the_card_and_the_template_all_count():
     with bs.bank(
         base, {"a": trained.with_card(trained.card.with_changes(stop_tokens=("<|end|>", "STOP")))}
     ) as b:
-        request = Voices(base, b).request("x", "a", where="it")
+        request = PromptEncoder(base, b).request("x", "a", where="it")
     ids = base.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"])
     assert request.stops == (*ids, 5, 6)
     assert request.stop_strings == ("<|halt|>", "STOP")
@@ -150,15 +151,15 @@ def test_generation_halts_at_the_string(count):
     long = next(answer for answer in free if len(answer.tokens) > 12)
     text = base.tokenizer.decode(list(long.tokens))
     string = text[6:9]
-    voices = Voices(base, None)
-    requests = [voices.request(prompt, None, where="it") for prompt in prompts]
+    encoder = PromptEncoder(base, None)
+    requests = [encoder.request(prompt, None, where="it") for prompt in prompts]
     halting = [Request(r.tokens, None, r.stops, r.where, (string,)) for r in requests]
     outputs = run_requests(base, halting, Sampling(max_new_tokens=24))
     for answer, output in zip(free, outputs, strict=True):
         whole = base.tokenizer.decode(list(answer.tokens))
         if string in whole:
             assert (output.finish, output.stop_string) == ("stop", string)
-            assert voices.raw(output) == whole[: whole.find(string)]
+            assert encoder.raw(output) == whole[: whole.find(string)]
         else:
             assert output.tokens == answer.tokens
 
@@ -289,7 +290,7 @@ def test_a_merged_folder_asks_as_training_did(tmp_path: Path):
     turns = [{"role": "user", "content": "n1"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     example = encode(ROWS[1:2], base.tokenizer)[0]
-    assert prompt == list(example.tokens[: example.first_trained])
+    assert prompt == list(example.tokens[: example.first_target])
 
 
 def test_a_date_that_the_template_does_not_print_is_told():

@@ -90,7 +90,7 @@ def test_a_compiler_that_fails_is_told(shown, monkeypatch):
 
     monkeypatch.setattr(onekernel, "pays", lambda _: True)
     monkeypatch.setattr(onekernel, "_fails", False)
-    kernel = onekernel.OneKernel(torch.relu)
+    kernel = onekernel.CompiledFunction(torch.relu)
     monkeypatch.setattr(kernel, "_compiled", broken)
     (line,) = shown(kernel, torch.ones(2))
     assert line.startswith("warning: torch.compile does not work here (no compiler)")

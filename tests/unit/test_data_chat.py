@@ -114,7 +114,7 @@ def test_reasoning_that_a_template_drops_later_is_refused_or_split_by_turns():
     assert "hmm" not in whole_text(tokenizer, data[1])
     chat = ChatFormat(tokenizer)
     for example, index in zip(data, (1, 3), strict=True):
-        assert list(example.tokens[: example.first_trained]) == chat.prompt_tokens(messages[:index])
+        assert list(example.tokens[: example.first_target]) == chat.prompt_tokens(messages[:index])
     assert data.report.rows == 1
     assert data.report.examples == 2
 
@@ -133,7 +133,7 @@ def test_a_model_is_asked_with_what_its_answers_begin_with_in_training():
     example, chat = one(tokenizer, CONVERSATION), ChatFormat(tokenizer)
     assert trained_texts(tokenizer, example) == ["It is noon.<|im_end|>", "noon<|im_end|>"]
     prompt = chat.prompt_tokens(CONVERSATION[:1])
-    assert list(example.tokens[: example.first_trained]) == prompt
+    assert list(example.tokens[: example.first_target]) == prompt
     assert tokenizer.decode(prompt).endswith("<|assistant|>")
     # The template of the adapter asks so in other programs too, and prints all else as before.
     tokenizer.chat_template = chat.template
@@ -163,7 +163,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_adds_none_inside_a_row(
     assert list(example.tokens) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert [text.strip() for text in trained_texts(tokenizer, example)] == ["It is noon. </s>", "noon </s>"]
     chat = ChatFormat(tokenizer)
-    assert list(example.tokens[: example.first_trained]) == chat.prompt_tokens(CONVERSATION[:1])
+    assert list(example.tokens[: example.first_target]) == chat.prompt_tokens(CONVERSATION[:1])
 
 
 def test_stop_tokens_are_the_end_of_turn_and_the_end_token():

@@ -36,8 +36,8 @@ def refused(source, tokenizer, *fragments, **options):
 
 def test_examples_check_themselves():
     example = Example(tokens=(1, 2, 3), weights=(0.0, 0.0, 0.5))
-    assert (example.trained, example.first_trained, len(example)) == (1, 2, 3)
-    assert Example((1, 2), (0.0, 0.0)).first_trained == 2
+    assert (example.trained, example.first_target, len(example)) == (1, 2, 3)
+    assert Example((1, 2), (0.0, 0.0)).first_target == 2
     assert segments(Example((), ())) == []
     with pytest.raises(dataclasses.FrozenInstanceError):
         example.row = 2
@@ -71,7 +71,7 @@ def test_pairs_without_a_template_are_joined_and_ended(plain):
     example = encode(PAIRS, plain)[0]
     prompt, completion = (plain(text)["input_ids"] for text in PAIRS[0].values())
     assert list(example.tokens) == [*prompt, *completion, plain.eos_token_id]
-    assert example.first_trained == len(prompt)
+    assert example.first_target == len(prompt)
     assert example.roles == {"prompt": len(prompt), "completion": len(completion) + 1}
 
 
@@ -193,7 +193,7 @@ def test_a_completion_beyond_the_limit_is_cut_trained_and_reported(plain):
     assert data[:2] == whole[:2]
     assert data[2].tokens == whole[2].tokens[:20]
     assert data[2].cut == len(whole[2]) - 20
-    assert data[2].trained == 20 - data[2].first_trained
+    assert data[2].trained == 20 - data[2].first_target
     assert sum(data[2].roles.values()) == 20
     assert (data.report.cut_rows, data.report.cut_tokens) == ((3,), data[2].cut)
     assert data.report.real_tokens == sum(map(len, data))

@@ -5,7 +5,7 @@ from inference_kit import adapter, base, gpt2, llama
 
 from brushstroke.base import row_cache
 from brushstroke.inference import Request, Sampling, run_requests
-from brushstroke.inference.probes import bears_gap, bears_padding
+from brushstroke.inference.probes import supports_left_padding, supports_masked_gap
 from brushstroke.layers import bank
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 264}
@@ -47,7 +47,7 @@ def asked(seed: int = 0, rows: int = 9) -> list[tuple[int, ...]]:
 
 def sizes_of_passes(model, monkeypatch) -> list[int]:
     """The rows of each `generate` that will be called, trials left out."""
-    bears_padding(model, 0), bears_gap(model, 0, 100)
+    supports_left_padding(model, 0), supports_masked_gap(model, 0, 100)
     seen, generate = [], model.generate
     monkeypatch.setattr(
         model, "generate", lambda *a, **k: seen.append(len(k["input_ids"])) or generate(*a, **k)
@@ -119,8 +119,8 @@ def test_a_window_that_counts_places_is_found_out(window, monkeypatch):
     local = {"attention_types": [[["global", "local"], 1]], "window_size": window, "intermediate_size": 48}
     b = base(family("GPTNeo", num_layers=2, num_heads=4, **local))
     assert row_cache(b.model).gaps
-    assert bears_padding(b.model, 0)
-    assert not bears_gap(b.model, 0, 100)
+    assert supports_left_padding(b.model, 0)
+    assert not supports_masked_gap(b.model, 0, 100)
     beginning = tuple(range(5, 245))[: window + 20]
     requests = [Request(beginning + (200 + i,) * (1 + 9 * i)) for i in range(5)]
     alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
@@ -142,17 +142,17 @@ def test_prompts_of_one_length_run_together_where_padding_is_not_borne(name, mon
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPT-2"])
 def test_half_precision_is_no_reason_to_answer_one_by_one(name, dtype):
     model = CUT[name]().to(dtype)
-    assert bears_padding(model, 0)
-    assert bears_gap(model, 0, 100)
+    assert supports_left_padding(model, 0)
+    assert supports_masked_gap(model, 0, 100)
 
 
 def test_a_trial_knows_the_model_as_it_is_now():
     model = CUT["Llama"]()
-    assert bears_padding(model, 0)
+    assert supports_left_padding(model, 0)
     working, model.generate = model.generate, lambda **_: 1 / 0
-    assert bears_padding(model, 0)  # known already
+    assert supports_left_padding(model, 0)  # known already
     model.config.rope_parameters = {**model.config.rope_parameters, "note": "changed"}
-    assert not bears_padding(model, 0)
+    assert not supports_left_padding(model, 0)
     model.config.rope_parameters = {**model.config.rope_parameters, "note": "again"}
 
     def full(**_):
@@ -160,9 +160,9 @@ def test_a_trial_knows_the_model_as_it_is_now():
 
     model.generate = full
     with pytest.raises(torch.OutOfMemoryError):
-        bears_padding(model, 0)
+        supports_left_padding(model, 0)
     model.generate = working
-    assert bears_padding(model, 0)
+    assert supports_left_padding(model, 0)
 
 
 def test_rows_of_one_length_share_frequencies_that_follow_it(monkeypatch):

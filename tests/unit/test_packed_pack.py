@@ -38,7 +38,7 @@ def test_passes_hold_every_example_once_and_share_only_what_is_common(
         assert part.computed_tokens <= micro_tokens or len(part.examples) == 1
         for group in part.groups:
             assert len({example.tokens[: group.prefix] for example in group.members}) == 1
-            assert all(group.prefix < example.first_trained for example in group.members)
+            assert all(group.prefix < example.first_target for example in group.members)
             assert not group.prefix or group.prefix >= MIN_PREFIX
             assert share or not group.prefix
 

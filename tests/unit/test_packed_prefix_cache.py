@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from brushstroke.adapter import LoraConfig
-from brushstroke.base import Base, forget_longest, unmoved
+from brushstroke.base import Base, preserved_rope, reset_dynamic_rope
 from brushstroke.data import Example
 from brushstroke.errors import NonFiniteError
 from brushstroke.inference.batching import run_requests
@@ -166,7 +166,7 @@ def test_an_interrupt_as_frequencies_are_forgotten_changes_nothing(monkeypatch: 
 
     register = nn.Module.register_buffer
     monkeypatch.setattr(nn.Module, "register_buffer", stopped)
-    with pytest.raises(KeyboardInterrupt), unmoved(model):
+    with pytest.raises(KeyboardInterrupt), preserved_rope(model):
         pass
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name])
@@ -216,7 +216,7 @@ def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tok
         alone = sorted(id(part.examples[0]) for part in run.passes(batch) if len(part.examples) == 1)
         assert set(map(id, far)) <= set(alone)
         for example in batch:
-            forget_longest(reference)
+            reset_dynamic_rope(reference)
             tokens = torch.tensor(example.tokens)
             logits = reference(input_ids=tokens[None, : example.reach], use_cache=False).logits[0]
             targets = tokens[1 : example.reach + 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brushstroke.packed.sdpa import MOST_SCORES, attend, attend_by_products, by_products
+from brushstroke.packed.sdpa import MOST_SCORES, attend, attend_matmul, prefers_matmul
 
 
 def tensors(dtype: torch.dtype, heads: int, kv: int, n: int, m: int, width: int = 8) -> list[Tensor]:
@@ -36,7 +36,7 @@ def test_output_and_gradients(
     grad = torch.randn(2, heads, n, width, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = attend(*exact, mask, scale)
-    found = attend_by_products(*inputs, mask, scale)
+    found = attend_matmul(*inputs, mask, scale)
     ours = [found, *torch.autograd.grad(found, inputs, grad.to(dtype))]
     theirs = [expected, *torch.autograd.grad(expected, exact, grad)]
     for a, b in zip(theirs, ours, strict=True):
@@ -45,16 +45,16 @@ def test_output_and_gradients(
 
 def test_products_are_for_bf16_on_a_cpu_without_dropout_and_while_the_scores_are_few() -> None:
     q, k, _ = tensors(torch.bfloat16, 4, 4, 7, 7)
-    assert by_products(q, k, 0.0)
-    assert not by_products(q, k, 0.1)
-    assert not by_products(q.float(), k.float(), 0.0)
+    assert prefers_matmul(q, k, 0.0)
+    assert not prefers_matmul(q, k, 0.1)
+    assert not prefers_matmul(q.float(), k.float(), 0.0)
     long = q[:1, :1].expand(1, 1, 7, 8)[:, :, :1].expand(1, 1, MOST_SCORES // 7 + 1, 8)
-    assert not by_products(long, k[:1], 0.0)
+    assert not prefers_matmul(long, k[:1], 0.0)
 
 
 def test_a_second_derivative_is_an_error() -> None:
     inputs = tensors(torch.float64, 2, 2, 3, 3)
     mask = torch.ones(3, 3, dtype=torch.bool).tril()
-    found = attend_by_products(*inputs, mask, None)
+    found = attend_matmul(*inputs, mask, None)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(found.sum(), inputs[:1], create_graph=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from brushstroke.data import Example
-from brushstroke.packed import attend as attend_module
+from brushstroke.packed import sdpa as attend_module
 from brushstroke.packed.attention import packed_attention
 from brushstroke.packed.layout import Layout, lay_out
 from brushstroke.packed.pack import plan_passes
@@ -26,10 +26,10 @@ def by_bounds(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_bounds: Tensor,
-    key_bounds: Tensor,
-    most_queries: int,
-    most_keys: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     *,
     scale: float | None,
     window_size: tuple[int, int],
@@ -37,11 +37,11 @@ def by_bounds(
 ) -> Tensor:
     """Each sequence by itself; masks are aligned at the end, a window counts the keys to the left."""
     outputs = []
-    for i in range(len(query_bounds) - 1):
-        own, seen = slice(*query_bounds[i : i + 2].tolist()), slice(*key_bounds[i : i + 2].tolist())
+    for i in range(len(cu_seqlens_q) - 1):
+        own, seen = slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist())
         n, m = own.stop - own.start, seen.stop - seen.start
-        assert n <= most_queries
-        assert m <= most_keys
+        assert n <= max_seqlen_q
+        assert m <= max_seqlen_k
         left, right = window_size
         mask = torch.ones(n, m, dtype=torch.bool).tril(m - n + right)
         if left >= 0:
@@ -104,4 +104,4 @@ def test_a_row_without_shared_prefixes_repeats_no_key() -> None:
     segments = laid_out(rows).segments
     x = torch.randn(10, KV, WIDTH)
     assert segments.of_keys(x) is x
-    assert segments.query_bounds.tolist() == segments.key_bounds.tolist() == [0, 1, 3, 6, 10]
+    assert segments.cu_seqlens_q.tolist() == segments.cu_seqlens_k.tolist() == [0, 1, 3, 6, 10]

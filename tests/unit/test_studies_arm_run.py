@@ -7,11 +7,11 @@ from brushstroke.errors import ConfigError
 from brushstroke.formats import load
 from brushstroke.layers.walk import site_module, weight_dxh
 from brushstroke.merging import merge
-from brushstroke.studies.arm_run import Task, Workshop, divergence, score, score_rows
+from brushstroke.studies.arm_run import ArmRunner, Task, divergence, score, score_rows
 from brushstroke.studies.arms import Arm, Run, low_rank, shortened, whole
 from brushstroke.studies.controls import principal_inputs
 from brushstroke.studies.divergence import SHARES
-from brushstroke.studies.full_finetune import WholeWeights
+from brushstroke.studies.full_finetune import FullFineTuning
 from brushstroke.studies.random_subspace import SubspaceAdamW, _Gaussian, _Hashed
 from brushstroke.training import TrainConfig, Training
 from toys import snapshot, tiny_llama
@@ -20,10 +20,10 @@ QV = ("q_proj", "v_proj")
 
 
 @pytest.fixture
-def workshop(llama, tmp_path) -> Workshop:
+def arm_runner(llama, tmp_path) -> ArmRunner:
     rows = training_kit.examples(24)
     task = Task("toy", tuple(rows[:12]), tuple(rows[12:18]), tuple(rows[18:]))
-    return Workshop(Base(llama), {"task": task}, tuple(rows[:3]), TrainConfig(max_steps=6), tmp_path)
+    return ArmRunner(Base(llama), {"task": task}, tuple(rows[:3]), TrainConfig(max_steps=6), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -36,37 +36,37 @@ def workshop(llama, tmp_path) -> Workshop:
     ],
     ids=lambda arm: arm.name,
 )
-def test_a_run_scores_and_leaves_the_base_as_it_was(workshop, arm):
-    before = snapshot(workshop.base.model)
-    outcome = workshop.run(Run(arm, 1e-2, 3))
-    after = snapshot(workshop.base.model)
+def test_a_run_scores_and_leaves_the_base_as_it_was(arm_runner, arm):
+    before = snapshot(arm_runner.base.model)
+    outcome = arm_runner.run(Run(arm, 1e-2, 3))
+    after = snapshot(arm_runner.base.model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
     assert not outcome.diverged
     assert outcome.steps == 6
-    assert outcome.test.tokens == sum(example.trained for example in workshop.tasks["task"].test)
+    assert outcome.test.tokens == sum(example.trained for example in arm_runner.tasks["task"].test)
     assert outcome.general is not None
-    assert outcome == workshop_outcome_again(workshop, arm, outcome)
+    assert outcome == workshop_outcome_again(arm_runner, arm, outcome)
 
 
-def workshop_outcome_again(workshop, arm, outcome):
+def workshop_outcome_again(arm_runner, arm, outcome):
     """A run follows from its arm, rate and seed alone, but for the clock."""
     from dataclasses import replace
 
-    return replace(workshop.run(Run(arm, 1e-2, 3)), seconds=outcome.seconds)
+    return replace(arm_runner.run(Run(arm, 1e-2, 3)), seconds=outcome.seconds)
 
 
 @pytest.mark.parametrize(
     "arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=["low rank", "W itself"]
 )
-def test_the_divergence_is_that_of_the_merged_model_from_the_base(workshop, arm):
+def test_the_divergence_is_that_of_the_merged_model_from_the_base(arm_runner, arm):
     """Against logits of whole models, of the base as it was and with the update in its weights."""
     run = Run(arm, 3e-2, 0)
-    model = workshop.base.model
-    examples = workshop.general
+    model = arm_runner.base.model
+    examples = arm_runner.general
     before = _logits(model, examples)
-    found = workshop.run(run).general.divergence
-    merged = merge(model, load(workshop.folder / run.key / "adapter"), allow_different_base=True)
+    found = arm_runner.run(run).general.divergence
+    merged = merge(model, load(arm_runner.folder / run.key / "adapter"), allow_different_base=True)
     ln_p, ln_q = (logits.double().log_softmax(-1) for logits in (before, _logits(merged, examples)))
     expected = float((ln_p.exp() * (ln_p - ln_q)).sum(-1).mean())
     assert found == pytest.approx(expected, rel=1e-3)
@@ -85,36 +85,36 @@ def _logits(model, examples):
 
 
 @pytest.mark.parametrize("arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=lambda arm: arm.name)
-def test_a_model_that_has_learnt_nothing_does_not_diverge(workshop, arm):
-    before = snapshot(workshop.base.model)
-    session = workshop._open(Run(arm, 1e-3, 0))
-    assert divergence(session, workshop.general) == 0
+def test_a_model_that_has_learnt_nothing_does_not_diverge(arm_runner, arm):
+    before = snapshot(arm_runner.base.model)
+    session = arm_runner._open(Run(arm, 1e-3, 0))
+    assert divergence(session, arm_runner.general) == 0
     session.close()
-    after = snapshot(workshop.base.model)
+    after = snapshot(arm_runner.base.model)
     assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
 
 
-def test_a_shortened_arm_trains_for_its_share_of_the_steps(workshop):
+def test_a_shortened_arm_trains_for_its_share_of_the_steps(arm_runner):
     arm = low_rank("q,v", QV, 4)
-    assert [workshop.run(Run(shortened(arm, share), 1e-2, 0)).steps for share in SHARES] == [2, 3]
+    assert [arm_runner.run(Run(shortened(arm, share), 1e-2, 0)).steps for share in SHARES] == [2, 3]
 
 
-def test_a_run_learns_and_keeps_its_update(workshop):
+def test_a_run_learns_and_keeps_its_update(arm_runner):
     run = Run(low_rank("q,v", QV, 4), 3e-2, 0)
-    workshop.config = TrainConfig(max_steps=40, batch_size=12)
-    before = workshop.untouched()["task"]
-    outcome = workshop.run(run)
+    arm_runner.config = TrainConfig(max_steps=40, batch_size=12)
+    before = arm_runner.untouched()["task"]
+    outcome = arm_runner.run(run)
     assert outcome.train_loss < before.loss - 0.05
-    kept = load(workshop.folder / run.key / "adapter")
+    kept = load(arm_runner.folder / run.key / "adapter")
     assert kept.rank == 4
     assert outcome.start_change > 0
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3, 4, 5], [5, 0, 3]])
-def test_the_losses_of_single_rows_are_those_of_each_row_alone(workshop, rows):
+def test_the_losses_of_single_rows_are_those_of_each_row_alone(arm_runner, rows):
     """Whatever the order in which a forward pass packs them."""
-    session = Training(workshop.base, low_rank("q,v", QV, 4).lora)
-    examples = [workshop.tasks["task"].test[row] for row in rows]
+    session = Training(arm_runner.base, low_rank("q,v", QV, 4).lora)
+    examples = [arm_runner.tasks["task"].test[row] for row in rows]
     whole, by_row = score_rows(session, examples)
     alone = [score(session, [example]) for example in examples]
     assert by_row == pytest.approx([one.loss * one.tokens for one in alone], rel=1e-5)
@@ -122,23 +122,23 @@ def test_the_losses_of_single_rows_are_those_of_each_row_alone(workshop, rows):
     session.close()
 
 
-def test_a_run_keeps_the_losses_of_its_test_rows(workshop):
+def test_a_run_keeps_the_losses_of_its_test_rows(arm_runner):
     for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
-        outcome = workshop.run(Run(arm, 1e-3, 0))
+        outcome = arm_runner.run(Run(arm, 1e-3, 0))
         assert len(outcome.test_rows) == 6
         assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
 
 
-def test_a_run_that_diverges_says_so(workshop):
-    workshop.config = TrainConfig(max_steps=6, clip=0.0)
-    outcome = workshop.run(Run(whole("q,v", QV, (1.0,)), 1e30, 0))
+def test_a_run_that_diverges_says_so(arm_runner):
+    arm_runner.config = TrainConfig(max_steps=6, clip=0.0)
+    outcome = arm_runner.run(Run(whole("q,v", QV, (1.0,)), 1e30, 0))
     assert outcome.diverged
     assert outcome.validation is None
 
 
 def test_the_update_of_whole_weights_is_what_they_moved(llama):
     rows = training_kit.examples(8)
-    session = WholeWeights(Base(llama), whole("q,v", QV, (1e-3,)), TrainConfig(), 1e-2)
+    session = FullFineTuning(Base(llama), whole("q,v", QV, (1e-3,)), TrainConfig(), 1e-2)
     path = "model.layers.0.self_attn.q_proj"
     old = site_module(llama, path).weight.detach().clone()
     for _ in range(3):
@@ -153,7 +153,7 @@ def test_the_update_of_whole_weights_is_what_they_moved(llama):
 def test_whole_weights_refuse_half_precision():
     base = Base(tiny_llama(dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match="needs float32"):
-        WholeWeights(base, whole("q", ("q_proj",), (1e-3,)), TrainConfig(), 1e-3)
+        FullFineTuning(base, whole("q", ("q_proj",), (1e-3,)), TrainConfig(), 1e-3)
 
 
 def test_the_score_is_the_loss_of_the_session(llama):

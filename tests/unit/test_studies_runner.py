@@ -21,7 +21,7 @@ class Ledger:
     def __init__(self, loss) -> None:
         self.loss, self.asked = loss, []
 
-    def __call__(self, workshop, runs):
+    def __call__(self, arm_runner, runs):
         for run in runs:
             self.asked.append((run.arm.name, run.learning_rate, run.seed))
             value = self.loss(run)
@@ -167,7 +167,7 @@ def test_arms_beyond_the_plan_are_not_run(tmp_path):
 
 
 class Timed:
-    """A workshop whose runs take ten seconds."""
+    """A arm_runner whose runs take ten seconds."""
 
     def seconds_of(self, arm):
         return 10.0
@@ -456,15 +456,15 @@ class Pool:
 
 def test_processes_are_started_once_for_all_stages_of_a_study(monkeypatch):
     monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
-    execute, workshop = executors.processes(3), SimpleNamespace()
+    execute, arm_runner = executors.processes(3), SimpleNamespace()
     for stage in (["a", "b", "c", "d"], [], ["e"], ["f", "g", "h"]):
-        assert sorted(outcome for _, outcome in execute(workshop, stage)) == stage
+        assert sorted(outcome for _, outcome in execute(arm_runner, stage)) == stage
     assert Pool.made == [3]
-    list(execute(SimpleNamespace(), ["a"]))  # another workshop
-    list(execute(workshop, ["a"]))
-    list(execute(workshop, ["a", "b"]))  # more at a time than were needed so far
+    list(execute(SimpleNamespace(), ["a"]))  # another arm_runner
+    list(execute(arm_runner, ["a"]))
+    list(execute(arm_runner, ["a", "b"]))  # more at a time than were needed so far
     assert Pool.made == [3, 1, 1, 2]
     with pytest.raises(KeyError):
-        list(execute(workshop, ["a", KeyError()]))
-    list(execute(workshop, ["a"]))  # after an error
+        list(execute(arm_runner, ["a", KeyError()]))
+    list(execute(arm_runner, ["a"]))  # after an error
     assert Pool.made == [3, 1, 1, 2, 1]

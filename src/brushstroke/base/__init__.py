@@ -3,7 +3,12 @@
 from brushstroke.base.architecture import require_language_model
 from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache
 from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_caches, total_memory
-from brushstroke.base.dynamic_rope import check_max_length, forget_longest, moving_from, unmoved
+from brushstroke.base.dynamic_rope import (
+    check_max_length,
+    dynamic_rope_limit,
+    preserved_rope,
+    reset_dynamic_rope,
+)
 from brushstroke.base.load import Base, load_base, load_tokenizer, quiet_transformers, require_base
 from brushstroke.base.model_facts import (
     context_length,
@@ -32,8 +37,8 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "context_length",
+    "dynamic_rope_limit",
     "embedding_rows",
-    "forget_longest",
     "has_embedding",
     "hidden_size",
     "learnt_positions",
@@ -41,15 +46,15 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "model_dtype",
-    "moving_from",
     "open_base",
+    "preserved_rope",
     "quiet_transformers",
     "refuse_unknown_tokens",
     "require_base",
     "require_language_model",
+    "reset_dynamic_rope",
     "row_cache",
     "text_config",
     "total_memory",
-    "unmoved",
     "vocabulary_size",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.base.dynamic_rope import moving_from
+from brushstroke.base.dynamic_rope import dynamic_rope_limit
 from brushstroke.base.model_facts import text_config
 
 CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to the second
@@ -61,6 +61,6 @@ def row_cache(model: nn.Module) -> RowCache | None:
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
     causal = all(getattr(module, "is_causal", True) for module in model.modules())  # BERT's kin are not
-    fixed = moving_from(model) is None
+    fixed = dynamic_rope_limit(model) is None
     gaps = kinds == {DynamicLayer} and "position_ids" in known and causal and fixed
     return RowCache(name, cache, gaps)

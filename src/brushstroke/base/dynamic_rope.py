@@ -18,7 +18,7 @@ MOVING = ("dynamic", "longrope")
 REMEMBERED = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 
 
-def moving_from(model: nn.Module) -> int | None:
+def dynamic_rope_limit(model: nn.Module) -> int | None:
     """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does.
 
     Kinds of layers may have parameters of their own: the first of them to move counts.
@@ -67,7 +67,7 @@ def _rope_sets(text: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(str(parameters.get("rope_type") or parameters.get("type")), parameters) for parameters in sets]
 
 
-def forget_longest(model: nn.Module) -> None:
+def reset_dynamic_rope(model: nn.Module) -> None:
     """Give rotary modules that remember the longest row so far (dynamic) their first frequencies again."""
     for module in model.modules():
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
@@ -81,16 +81,16 @@ def forget_longest(model: nn.Module) -> None:
 
 
 @contextmanager
-def unmoved(model: nn.Module) -> Iterator[None]:
+def preserved_rope(model: nn.Module) -> Iterator[None]:
     """Inside, a model begins with its first frequencies; afterwards they are what they were before."""
-    if moving_from(model) is None:
+    if dynamic_rope_limit(model) is None:
         yield
         return
     stores = [values for module in model.modules() for values in (vars(module), module._buffers)]
     before = [(values, _remembered(values)) for values in stores]
     copies = [(x, x.clone()) for _, kept in before for x in kept.values() if isinstance(x, torch.Tensor)]
     try:
-        forget_longest(model)
+        reset_dynamic_rope(model)
         yield
     finally:
         for values, kept in before:

@@ -12,7 +12,7 @@ from brushstroke.data.files import Row
 from brushstroke.data.json_values import parsed
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.read import Rows
-from brushstroke.data.validate import check_encodable, kind_of
+from brushstroke.data.validate import check_encodable, describe_type
 from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
@@ -219,7 +219,7 @@ def read_text(row: Row, column: str, where: str) -> str:
     """
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {kind_of(value)}; expected text")
+        raise DataError(f"{where}: {column!r} is {describe_type(value)}; expected text")
     check_encodable(value, f"{where}: {column!r}")
     return value
 
@@ -277,7 +277,7 @@ def _history(row: Row, where: str) -> list[Any]:
         return []
     if not isinstance(given, list | tuple):
         raise DataError(
-            f"{where}: 'history' is {kind_of(given)}; expected a list of [question, answer] pairs"
+            f"{where}: 'history' is {describe_type(given)}; expected a list of [question, answer] pairs"
         )
     turns: list[Any] = []
     for number, turn in enumerate(given, start=1):
@@ -289,7 +289,7 @@ def _history(row: Row, where: str) -> list[Any]:
             turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
         else:
             raise DataError(
-                f"{where}: turn {number} of 'history' is {kind_of(turn)}; expected [question, answer]"
+                f"{where}: turn {number} of 'history' is {describe_type(turn)}; expected [question, answer]"
             )
     return turns
 

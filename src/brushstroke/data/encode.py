@@ -25,8 +25,8 @@ from brushstroke.data.named_templates import Template, find_template
 from brushstroke.data.pieces import Piece
 from brushstroke.data.read import Rows, Source, hash_rows, read_rows
 from brushstroke.data.tokenised import read_tokenised
-from brushstroke.data.truncate import keep_within
-from brushstroke.data.validate import DataWarning, kind_of
+from brushstroke.data.truncate import truncate_examples
+from brushstroke.data.validate import DataWarning, describe_type
 from brushstroke.errors import ConfigError, DataError
 
 _SHOWN = 10  # rows named in a message
@@ -95,7 +95,7 @@ def encode(
         examples = _tokenise(chat, _collect(rows, written.write))
     for doubt in (*doubts(columns, rows), *written.doubts(rows)):
         warnings.warn(doubt, DataWarning, stacklevel=2)
-    kept, skipped = keep_within(rows, examples, max_length, skip_too_long, need_trained)
+    kept, skipped = truncate_examples(rows, examples, max_length, skip_too_long, need_trained)
     report = _report(rows, written, kept, skipped)
     if need_trained and not report.trained_tokens:
         raise DataError(
@@ -117,8 +117,8 @@ def _rows(source: Any) -> Rows:
             for number, example in enumerate(source, start=1):
                 if not isinstance(example, Example):
                     raise DataError(
-                        f"the given examples, row {number}: is {kind_of(example)} among tokenised examples; "
-                        "pass either rows or examples"
+                        f"the given examples, row {number}: is {describe_type(example)} among tokenised "
+                        "examples; pass either rows or examples"
                     )
                 given.append({"example": example})
             content = ({"tokens": row["example"].tokens, "weights": row["example"].weights} for row in given)

@@ -58,7 +58,7 @@ class Example:
         return len(self.weights) - self.weights.count(0.0)
 
     @property
-    def first_trained(self) -> int:
+    def first_target(self) -> int:
         """The index of the first trained token; the number of tokens where none is trained."""
         return next((i for i, weight in enumerate(self.weights) if weight != 0), len(self.tokens))
 

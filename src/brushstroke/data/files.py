@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from brushstroke.data.validate import kind_of
+from brushstroke.data.validate import describe_type
 from brushstroke.errors import DataError
 
 Row = Mapping[str, Any]
@@ -63,7 +63,7 @@ def _read_jsonl(path: Path) -> list[Row]:
         row = _parse_json(line, path, number)
         if not isinstance(row, dict):
             raise DataError(
-                f"{path}: line {number} is {kind_of(row)}; expected an object in braces on every line: "
+                f"{path}: line {number} is {describe_type(row)}; expected an object in braces on every line: "
                 "correct the line"
             )
         rows.append(row)
@@ -86,7 +86,7 @@ def _read_json(path: Path) -> list[Row]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(
-                f"{path}: row {number} is {kind_of(row)}; expected an object in braces: correct the row"
+                f"{path}: row {number} is {describe_type(row)}; expected an object in braces: correct the row"
             )
     return rows
 

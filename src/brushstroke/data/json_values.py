@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from brushstroke.data.validate import check_encodable, kind_of
+from brushstroke.data.validate import check_encodable, describe_type
 from brushstroke.errors import DataError
 
 RESERVED = frozenset(  # what a template is given otherwise
@@ -63,7 +63,7 @@ def read_tools(tools: object, where: str) -> tuple[Any, ...]:
     if given is None or given == "":
         return ()
     if not isinstance(given, list | tuple):
-        raise DataError(f"{where}: 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
+        raise DataError(f"{where}: 'tools' is {describe_type(tools)}; expected a list of JSON schemas")
     declared = []
     for number, tool in enumerate(given, start=1):
         place = f"{where}: tool {number}"
@@ -83,7 +83,7 @@ def read_options(options: object, where: str) -> dict[str, Any]:
     if given is None or given == "":
         return {}
     if not isinstance(given, Mapping):
-        raise DataError(f"{where}: 'chat_template_kwargs' is {kind_of(options)}; expected an object")
+        raise DataError(f"{where}: 'chat_template_kwargs' is {describe_type(options)}; expected an object")
     if taken := sorted(RESERVED & given.keys()):
         raise DataError(f"{where}: 'chat_template_kwargs' cannot hold {taken[0]!r}; take it out")
     return {name: value for name, value in as_json(given, where).items() if value is not None}
@@ -134,10 +134,14 @@ def _check_tool(tool: Any, place: str) -> None:
     """
     function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(function, Mapping):
-        raise DataError(f"{place} is {kind_of(function)}; expected an object with the name of a function")
+        raise DataError(
+            f"{place} is {describe_type(function)}; expected an object with the name of a function"
+        )
     if not isinstance(function.get("name"), str):
         raise DataError(f"{place} has no function name; expected an object with name and parameters")
     for holder, key in ((function, "parameters"), (function.get("parameters") or {}, "properties")):
         held = holder.get(key) if isinstance(holder, Mapping) else None
         if held is not None and not isinstance(held, Mapping):
-            raise DataError(f"{place} ({function['name']}): {key!r} is {kind_of(held)}; expected an object")
+            raise DataError(
+                f"{place} ({function['name']}): {key!r} is {describe_type(held)}; expected an object"
+            )

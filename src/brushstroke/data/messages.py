@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from brushstroke.data.json_values import as_json, parsed, read_options, read_tools, schema_of, without_nulls
-from brushstroke.data.validate import Message, check_encodable, kind_of
+from brushstroke.data.validate import Message, check_encodable, describe_type
 from brushstroke.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -87,7 +87,8 @@ def read_conversation(
     given = parsed(messages)
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise DataError(
-            f"{where}: 'messages' is {kind_of(messages)}; expected a list of objects with role and content"
+            f"{where}: 'messages' is {describe_type(messages)}; expected a list of objects with role and "
+            "content"
         )
     if not given:
         raise DataError(f"{where}: 'messages' is empty; expected at least a user and an assistant turn")
@@ -96,7 +97,7 @@ def read_conversation(
     for index, message in enumerate(given):
         place = f"{where}: message {index + 1}"
         if not isinstance(message, Mapping):
-            raise DataError(f"{place} is {kind_of(message)}; expected an object with role and content")
+            raise DataError(f"{place} is {describe_type(message)}; expected an object with role and content")
         reader = _MessageReader(message, place, declared)
         read.append(reader.message())
         learnt = reader.is_trained()
@@ -180,13 +181,13 @@ class _MessageReader:
             check_encodable(content or "", self.place)
             return content, ""
         if not isinstance(content, Sequence) or isinstance(content, bytes):
-            raise DataError(f"{self.place} has {kind_of(content)} as content; expected text")
+            raise DataError(f"{self.place} has {describe_type(content)} as content; expected text")
         texts, thoughts = [], []
         for part in content:
             fields = {"text": part} if isinstance(part, str) else part
             if not isinstance(fields, Mapping):
                 raise DataError(
-                    f"{self.place} has a part that is {kind_of(part)}; expected an object with text"
+                    f"{self.place} has a part that is {describe_type(part)}; expected an object with text"
                 )
             fields = {key: value for key, value in fields.items() if value is not None}
             found = [name for name in ("text", *REASONING) if isinstance(fields.get(name), str)]
@@ -205,7 +206,7 @@ class _MessageReader:
         for name in REASONING:
             value = given.pop(name, "")
             if not isinstance(value, str):
-                raise DataError(f"{self.place}: {name!r} is {kind_of(value)}; expected text")
+                raise DataError(f"{self.place}: {name!r} is {describe_type(value)}; expected text")
             check_encodable(value, self.place)
             found |= {value} if value.strip() else set()
         if len(found) > 1:
@@ -223,14 +224,14 @@ class _MessageReader:
             raise DataError(f"{self.place} has tool_calls and function_call; keep one of them")
         calls = [{"function": legacy}] if legacy else calls
         if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise DataError(f"{self.place}: 'tool_calls' is {kind_of(calls)}; expected a list of calls")
+            raise DataError(f"{self.place}: 'tool_calls' is {describe_type(calls)}; expected a list of calls")
         return [self._call(call, number) for number, call in enumerate(calls, start=1)]
 
     def _call(self, call: object, number: int) -> dict[str, Any]:
         place = f"{self.place}: tool call {number}"
         call = parsed(call)
         if not isinstance(call, Mapping):
-            raise DataError(f"{place} is {kind_of(call)}; expected an object with name and arguments")
+            raise DataError(f"{place} is {describe_type(call)}; expected an object with name and arguments")
         fields = {key: value for key, value in call.items() if value is not None}
         function = parsed(fields.pop("function", {}))
         if not isinstance(function, Mapping):
@@ -260,7 +261,7 @@ class _MessageReader:
                     f"{place}: the arguments are not valid JSON ({error}); correct them"
                 ) from error
         if not isinstance(arguments, Mapping):
-            raise DataError(f"{place}: the arguments are {kind_of(arguments)}; expected an object")
+            raise DataError(f"{place}: the arguments are {describe_type(arguments)}; expected an object")
         arguments = as_json(arguments, f"{place}: the arguments")
         if isinstance(given, str):  # which no schema has filled with nulls
             return arguments

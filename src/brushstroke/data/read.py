@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.data.files import READERS, Row, endings, read_file
-from brushstroke.data.validate import kind_of
+from brushstroke.data.validate import describe_type
 from brushstroke.errors import DataError, did_you_mean
 from brushstroke.hub import hub_or_cache
 
@@ -183,6 +183,6 @@ def _check_rows(rows: Sequence[object], name: str) -> None:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
             raise DataError(
-                f"{name}, row {number}: is {kind_of(row)}; expected a dict with column names as keys, "
+                f"{name}, row {number}: is {describe_type(row)}; expected a dict with column names as keys, "
                 'such as {"prompt": "...", "completion": "..."}'
             )

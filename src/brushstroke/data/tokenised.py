@@ -7,7 +7,7 @@ from typing import Any
 
 from brushstroke.data.examples import Example
 from brushstroke.data.files import Row
-from brushstroke.data.validate import kind_of
+from brushstroke.data.validate import describe_type
 from brushstroke.errors import DataError
 
 
@@ -55,8 +55,8 @@ def _integers(values: Any, name: str, where: str, also: int = 0) -> list[int]:
 def _numbers(values: Any, name: str, where: str) -> list[int | float]:
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple):
-        raise DataError(f"{where}: {name!r} is {kind_of(values)}; expected a list of numbers")
+        raise DataError(f"{where}: {name!r} is {describe_type(values)}; expected a list of numbers")
     for index, value in enumerate(values):
         if not isinstance(value, int | float):
-            raise DataError(f"{where}: {name}[{index}] is {kind_of(value)}; expected numbers")
+            raise DataError(f"{where}: {name}[{index}] is {describe_type(value)}; expected numbers")
     return list(values)

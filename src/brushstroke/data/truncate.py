@@ -12,7 +12,7 @@ from brushstroke.errors import DataError
 _SHOWN = 10  # rows named in a message
 
 
-def keep_within(
+def truncate_examples(
     rows: Rows, examples: Sequence[Example], max_length: int | None, skip: bool, need_trained: bool
 ) -> tuple[list[Example], list[int]]:
     """The examples within the limit, and the rows left out because of it.
@@ -37,7 +37,7 @@ def keep_within(
     numbers = sorted({example.row for example in filled})
     if filled and not skip:
         count = "1 row has" if len(numbers) == 1 else f"{len(numbers)} rows have"
-        needed = max(example.first_trained for example in filled) + 1
+        needed = max(example.first_target for example in filled) + 1
         raise DataError(
             f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
             f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, where the "

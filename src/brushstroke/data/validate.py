@@ -29,10 +29,10 @@ def check_encodable(text: str, place: str) -> None:
         ) from error
 
 
-def kind_of(value: object) -> str:
+def describe_type(value: object) -> str:
     """What a value is, in words that someone who looks at the file understands.
 
-    >>> kind_of(None), kind_of(3), kind_of([1])
+    >>> describe_type(None), describe_type(3), describe_type([1])
     ('null', 'a number (3)', 'a list')
     """
     match value:

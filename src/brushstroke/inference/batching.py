@@ -14,16 +14,16 @@ from torch import nn
 from brushstroke.base import (
     Base,
     context_length,
-    moving_from,
+    dynamic_rope_limit,
+    preserved_rope,
     quiet_transformers,
     refuse_unknown_tokens,
-    unmoved,
 )
 from brushstroke.errors import ConfigError, DataError
-from brushstroke.inference.probes import bears_padding
+from brushstroke.inference.probes import supports_left_padding
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.inference.run_batch import pad_id, routed, run_batch
-from brushstroke.layers import Bank, refuse_rows
+from brushstroke.layers import Bank, require_uniform_route
 
 
 def run_requests(
@@ -58,15 +58,15 @@ def run_requests(
         )
     _refuse_misfits(base.model, requests, sampling)
     if bank is None:
-        refuse_rows(base)
+        require_uniform_route(base)
     outputs: dict[int, Output] = {}
     with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
         uneven = sampling.batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
-        with routed(bank, [None]), unmoved(base.model):
+        with routed(bank, [None]), preserved_rope(base.model):
             equal = uneven and not _may_be_padded(base, requests, sampling)
         for batch in _batches(requests, sampling.batch_size, equal):
             chosen = [requests[index] for index in batch]
-            with unmoved(base.model):
+            with preserved_rope(base.model):
                 answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
             outputs.update(zip(batch, answers, strict=True))
             if on_done is not None:
@@ -77,8 +77,8 @@ def run_requests(
 def _may_be_padded(base: Base, requests: Sequence[Request], sampling: Sampling) -> bool:
     """Whether rows of different lengths are answered together as each one alone."""
     longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
-    moving = moving_from(base.model)
-    return (moving is None or longest <= moving) and bears_padding(base.model, pad_id(base))
+    moving = dynamic_rope_limit(base.model)
+    return (moving is None or longest <= moving) and supports_left_padding(base.model, pad_id(base))
 
 
 def _refuse_misfits(model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> None:

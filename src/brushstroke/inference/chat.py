@@ -11,7 +11,7 @@ from brushstroke.base import Base, require_base
 from brushstroke.data import Template
 from brushstroke.errors import DataError
 from brushstroke.inference.batching import run_requests
-from brushstroke.inference.generate import Adapters, Prompt, Voices, assign_rows, open_bank
+from brushstroke.inference.generate import Adapters, Prompt, PromptEncoder, assign_rows, open_bank
 from brushstroke.inference.request import Request, Sampling
 
 
@@ -59,7 +59,7 @@ class ChatSession:
         )
         with ExitStack() as undo:
             undo.push(self._stack)
-            self._voices = Voices(base, self._bank, chat_template, date)
+            self._voices = PromptEncoder(base, self._bank, chat_template, date)
             undo.pop_all()
         self._name = self.names[0] if len(self.names) == 1 else None
 
@@ -150,8 +150,8 @@ class ChatSession:
 class _Streamer:
     """What transformers calls with new tokens; hands on the text that is certain already."""
 
-    def __init__(self, voices: Voices, on_text: Callable[[str], None], request: Request) -> None:
-        self._voices, self._on_text, self._request = voices, on_text, request
+    def __init__(self, encoder: PromptEncoder, on_text: Callable[[str], None], request: Request) -> None:
+        self._voices, self._on_text, self._request = encoder, on_text, request
         self._tokens: list[int] = []
         self._prompt = True
         self.emitted = ""

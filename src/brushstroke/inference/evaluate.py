@@ -29,7 +29,7 @@ from brushstroke.data import (
 )
 from brushstroke.errors import ConfigError
 from brushstroke.inference.batching import run_requests
-from brushstroke.inference.generate import ONLY, Prompt, Voices, open_bank, shown_prompt, tools_of
+from brushstroke.inference.generate import ONLY, Prompt, PromptEncoder, open_bank, shown_prompt, tools_of
 from brushstroke.inference.loss import Loss, evaluate_loss
 from brushstroke.inference.request import Output, Sampling
 from brushstroke.inference.scores import score
@@ -181,7 +181,7 @@ def evaluate_all(
     results = {}
     trained = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     with open_bank(base, trained, allow_different_base=allow_different_base) as held:
-        voices = Voices(base, held, chat_template, date) if base.tokenizer is not None else None
+        encoder = PromptEncoder(base, held, chat_template, date) if base.tokenizer is not None else None
         for name, adapter in adapters.items():
             started = time.perf_counter()
             slot = name if adapter is not None else None
@@ -192,7 +192,7 @@ def evaluate_all(
                 completion_column=completion_column,
                 max_length=limit,
                 split_turns=split_turns,
-                chat_template=voices.format(slot) if voices else None,
+                chat_template=encoder.format(slot) if encoder else None,
                 tools=tools,
             )
             for example in encoded:
@@ -201,10 +201,10 @@ def evaluate_all(
             loss = _loss(base, encoded, held, slot, batch_size, report)
             answers: list[dict[str, Any]] = []
             right: list[bool] = []
-            if generate and voices and isinstance(source, Rows):
+            if generate and encoder and isinstance(source, Rows):
                 columns = find_columns(source, prompt_column, completion_column)
-                questions = _questions(source, columns, voices.format(slot), tools)
-                answers, right = _answers(questions, voices, slot, sampling, report)
+                questions = _questions(source, columns, encoder.format(slot), tools)
+                answers, right = _answers(questions, encoder, slot, sampling, report)
                 if 0 < len(questions) < len(source):
                     warnings.warn(
                         f"{len(source) - len(questions)} of {len(source)} rows have no answer to judge; "
@@ -271,18 +271,18 @@ def _questions(rows: Rows, columns: Columns, chat: ChatFormat, tools: Sequence[A
 
 def _answers(
     questions: Sequence[_Question],
-    voices: Voices,
+    encoder: PromptEncoder,
     slot: str | None,
     sampling: Sampling,
     report: Progress | None,
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """A record of every answer, and of those that should call tools whether they call the same."""
-    requests = [voices.request(question.prompt, slot, where=question.where) for question in questions]
+    requests = [encoder.request(question.prompt, slot, where=question.where) for question in questions]
     on_done = None if report is None else lambda done: report("answers", done, len(questions))
-    outputs = run_requests(voices.base, requests, sampling, bank=voices.bank, on_done=on_done)
+    outputs = run_requests(encoder.base, requests, sampling, bank=encoder.bank, on_done=on_done)
     records, right = [], []
     for question, output in zip(questions, outputs, strict=True):
-        reply = voices.reply(output, slot, tools_of(question.prompt))
+        reply = encoder.reply(output, slot, tools_of(question.prompt))
         expected = question.expected
         record = {
             "row": question.row,
@@ -295,15 +295,17 @@ def _answers(
             record["reasoning"] = reply.reasoning
         if expected.tool_calls or reply.tool_calls:
             record |= {"expected_calls": list(expected.tool_calls), "calls": list(reply.tool_calls)}
-            right.append(_same_calls(reply, question, voices, output, slot))
+            right.append(_same_calls(reply, question, encoder, output, slot))
         records.append(record)
     return records, right
 
 
-def _same_calls(reply: Reply, question: _Question, voices: Voices, output: Output, slot: str | None) -> bool:
+def _same_calls(
+    reply: Reply, question: _Question, encoder: PromptEncoder, output: Output, slot: str | None
+) -> bool:
     """Whether an answer says and calls what it should; by its text where calls cannot be read back."""
     expected = question.expected
-    readable = voices.format(slot).read_reply(question.written, tools_of(question.prompt))
+    readable = encoder.format(slot).read_reply(question.written, tools_of(question.prompt))
     if not readable.calls_like(expected):
-        return voices.raw(output).strip() == question.written.strip()
+        return encoder.raw(output).strip() == question.written.strip()
     return reply.calls_like(expected) and reply.content.split() == expected.content.split()

@@ -95,15 +95,15 @@ def generate(
     given = _check_prompts(prompts)
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
         names = assign_rows(len(given), held, adapters, rows)
-        voices = Voices(base, held, chat_template, date)
+        encoder = PromptEncoder(base, held, chat_template, date)
         asked = list(zip(given, names, strict=True))
         requests = [
-            voices.request(prompt, name, tools=tools, where=f"prompt {number}")
+            encoder.request(prompt, name, tools=tools, where=f"prompt {number}")
             for number, (prompt, name) in enumerate(asked, start=1)
         ]
         outputs = run_requests(base, requests, sampling, bank=held)
         return [
-            voices.answer(output, name, tools_of(prompt) or tools)
+            encoder.answer(output, name, tools_of(prompt) or tools)
             for output, (prompt, name) in zip(outputs, asked, strict=True)
         ]
 
@@ -176,7 +176,7 @@ def assign_rows(
     return names
 
 
-class Voices:
+class PromptEncoder:
     """For each adapter in a bank, and the base: its chat format and what ends its answers.
 
     Args:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from brushstroke.base import moving_from, unmoved
+from brushstroke.base import dynamic_rope_limit, preserved_rope
 from brushstroke.data import Example
-from brushstroke.layers import refuse_rows, unwrap
+from brushstroke.layers import require_uniform_route, unwrap
 
 PADDED_TOKENS = 2048  # of one batch: bounds the logits, which are the largest thing here
 ROWS_AT_ONCE = 512  # predictions whose logits are held in fp32
@@ -54,7 +54,7 @@ def evaluate_loss(
     Raises:
         RouteError: a route in force in the model tells rows apart.
     """
-    refuse_rows(model)
+    require_uniform_route(model)
     root = unwrap(model)
     select = "logits_to_keep" in inspect.signature(root.forward).parameters
     total, trained, done = 0.0, 0, 0
@@ -65,11 +65,11 @@ def evaluate_loss(
         # Not inference_mode: what a model caches under it could not be used in training afterwards.
         with torch.no_grad():
             trained_on = [example for example in examples if example.trained]
-            moving = moving_from(root)
+            moving = dynamic_rope_limit(root)
             # Frequencies move by the tokens that run: as in training none does behind the last prediction.
             ends = len if moving is None else attrgetter("reach")
             for batch in _batches(trained_on, batch_size, ends, moving):
-                with unmoved(root):
+                with preserved_rope(root):
                     total += _batch_loss(root, batch, max(map(ends, batch)), select)
                 trained += sum(example.trained for example in batch)
                 done += len(batch)

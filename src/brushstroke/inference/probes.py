@@ -29,12 +29,12 @@ MOST_OF_A_FAULT = 0.1
 _found: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
-def bears_padding(model: nn.Module, pad: int) -> bool:
+def supports_left_padding(model: nn.Module, pad: int) -> bool:
     """Whether a row with masked padding before it is answered as it is alone."""
     return _once(model, "padding", 0, lambda: _padding_is_unseen(model, pad))
 
 
-def bears_gap(model: nn.Module, pad: int, width: int) -> bool:
+def supports_masked_gap(model: nn.Module, pad: int, width: int) -> bool:
     """Whether masked padding may stand behind a row's beginning, whose keys and values are there already.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brushstroke.base import Base, RowCache, has_embedding, row_cache
 from brushstroke.data import common_length
-from brushstroke.inference.probes import bears_gap
+from brushstroke.inference.probes import supports_masked_gap
 from brushstroke.inference.request import Output, Request, Sampling
 from brushstroke.inference.stops import Stops
 from brushstroke.layers import Bank
@@ -86,7 +86,7 @@ def _prefill(
     if shared * (len(batch) - len(first)) < LEAST_SAVED:
         return 0
     with routed(bank, [None]):
-        if not bears_gap(base.model, pad, width):
+        if not supports_masked_gap(base.model, pad, width):
             return 0
     ids = torch.tensor([tokens[:shared] for tokens in first.values()], device=base.device)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, **cache.option}

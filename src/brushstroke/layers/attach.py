@@ -17,7 +17,7 @@ from brushstroke.adapter.targets import short_names
 from brushstroke.errors import AttachError, ConfigError
 from brushstroke.layers.adapted import AdaptedLinear, restore_classes, swap_class
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base, is_quantised, plain_weights
-from brushstroke.layers.probe import guard_model, probe, refuse_second
+from brushstroke.layers.probe import block_bypasses, probe, require_unattached
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_others, find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank
@@ -153,7 +153,7 @@ def attach(
         AttachError: a site has an adapter already, or cannot take one.
     """
     root = unwrap(model)
-    refuse_second(root)
+    require_unattached(root)
     if dropout is not None and not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and below 1; got {dropout!r}")
     sites = {site.path: site for site in find_sites(root, trial=isinstance(what, LoraConfig))}
@@ -180,7 +180,7 @@ def attach(
         for path, update in updates.items():
             module = modules[path] = swap_class(site_module(root, path), path, AdaptedLinear, route)
             _install(module, update, trainable, dropout or 0.0)
-        undo += guard_model(root, modules)
+        undo += block_bypasses(root, modules)
         probe(modules)
     except BaseException:
         restore_classes(modules)

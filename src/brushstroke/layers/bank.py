@@ -14,7 +14,7 @@ from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AttachError, RouteError, did_you_mean
 from brushstroke.layers.adapted import Adapted, BankedLinear, restore_classes, swap_class
 from brushstroke.layers.check import as_low_rank, canonical_path, check_base
-from brushstroke.layers.probe import guard_model, probe, refuse_second
+from brushstroke.layers.probe import block_bypasses, probe, require_unattached
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, site_module, unwrap
 from brushstroke.lowrank import LowRank
@@ -65,7 +65,7 @@ class Bank:
         """
         if not name or not isinstance(name, str):
             raise RouteError(f"an adapter in a bank needs a name; got {name!r}")
-        refuse_second(self.model, self._modules)
+        require_unattached(self.model, self._modules)
         check_base(self.model, adapter, allow_different_base=allow_different_base)
         updates = {canonical_path(path, self._sites): as_low_rank(path, u) for path, u in adapter.items()}
         for path, update in updates.items():
@@ -141,7 +141,7 @@ class Bank:
         if fresh:
             self._modules.update(fresh)
             self._open()
-            self._undo = guard_model(self.model, self._modules)
+            self._undo = block_bypasses(self.model, self._modules)
 
     def _open(self) -> None:
         for undo in reversed(self._undo):
@@ -187,7 +187,7 @@ def bank(
     return made
 
 
-def refuse_rows(model: Any) -> None:
+def require_uniform_route(model: Any) -> None:
     """Check that no route in force in a model tells its rows apart, as batches of another order would mix up.
 
     Raises:

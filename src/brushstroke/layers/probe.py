@@ -17,7 +17,7 @@ HALF_PROBE_TOLERANCE = 0.1
 _ABSENT = object()
 
 
-def refuse_second(root: nn.Module, own: Mapping[str, nn.Module] | None = None) -> None:
+def require_unattached(root: nn.Module, own: Mapping[str, nn.Module] | None = None) -> None:
     """Refuse a model that holds an adapter other than our own.
 
     Raises:
@@ -33,7 +33,7 @@ def refuse_second(root: nn.Module, own: Mapping[str, nn.Module] | None = None) -
             )
 
 
-def guard_model(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
+def block_bypasses(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
     """Close the bypasses of these adapted modules, and `save_pretrained`; returns what opens them again."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:

@@ -161,7 +161,7 @@ def _bypassed(modules: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str
     """Module → why an adapter in it would have no effect: the weight is read without calling the module."""
     found: dict[nn.Module, str] = {}
     for module in modules:
-        if isinstance(module, nn.TransformerEncoderLayer):  # `guard_model` closes its fast path
+        if isinstance(module, nn.TransformerEncoderLayer):  # `block_bypasses` closes its fast path
             continue
         for path, method in weights_read_by(module).items():
             try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import Base, load_base, total_memory, unmoved
+from brushstroke.base import Base, load_base, preserved_rope, total_memory
 from brushstroke.layers import Attachment, attach
 from brushstroke.merging.made_inputs import Inputs, candidate_inputs
 from brushstroke.merging.stored import stored_dtypes
@@ -145,7 +145,7 @@ def _run(model: nn.Module, inputs: Inputs) -> Outputs:
     """Every float tensor that a model gives, by name; what it draws at random is the same every time."""
     device = next(model.parameters()).device
     cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), unmoved(model):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), preserved_rope(model):
         torch.manual_seed(0)
         output = model(**{name: value.to(device) for name, value in inputs.items()}, **cache)
     return dict(_floats(output, ""))

@@ -16,10 +16,10 @@ from transformers import AttentionInterface
 from brushstroke.packed.layout import Layout, Piece
 from brushstroke.packed.sdpa import (
     attend,
-    attend_by_products,
+    attend_matmul,
     attend_segments,
-    by_products,
     by_segments,
+    prefers_matmul,
 )
 
 NAME = "brushstroke_packed"
@@ -112,8 +112,8 @@ def packed_attention(
             )
         windowed = sliding_window is not None and sliding_window < prefix + piece.width
         window = sliding_window if windowed else None
-        if by_products(q, k, dropout):
-            out = attend_by_products(q, k, v, layout.mask(piece.width, prefix, window), scaling)
+        if prefers_matmul(q, k, dropout):
+            out = attend_matmul(q, k, v, layout.mask(piece.width, prefix, window), scaling)
         else:
             mask = layout.mask(piece.width, prefix, window) if prefix or windowed else None
             out = attend(q, k, v, mask, scaling, dropout)

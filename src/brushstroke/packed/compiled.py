@@ -26,7 +26,7 @@ def compiled(on: bool) -> Iterator[None]:
         _compile = before
 
 
-class OneKernel:
+class CompiledFunction:
     """A function of tensors, the first of which decides whether it is compiled.
 
     Compiling takes seconds, once for a kind of input. Where it cannot be done (no Triton, no C compiler) a

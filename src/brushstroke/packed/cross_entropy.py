@@ -27,10 +27,10 @@ WORDS = 1024  # of the vocabulary at a time: with their logits they stay in a pr
 GPU_LOGITS = 128 * 1024 * 1024  # at a time: fewer do not fill a GPU
 
 
-def words_at_once(positions: int, device: torch.device) -> int:
+def vocab_chunk_size(positions: int, device: torch.device) -> int:
     """How many words' logits of so many positions exist at one time.
 
-    >>> words_at_once(300, torch.device("cpu"))
+    >>> vocab_chunk_size(300, torch.device("cpu"))
     1024
     """
     return WORDS if device.type == "cpu" else max(WORDS, GPU_LOGITS // max(1, positions))
@@ -116,9 +116,9 @@ def chunked_cross_entropy(
     """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in fp32 at least, for a frozen head.
 
     Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is the logits of `words` words
-    of the vocabulary (by default `words_at_once`), whatever v. W must be finite.
+    of the vocabulary (by default `vocab_chunk_size`), whatever v. W must be finite.
     """
-    words = words or words_at_once(hidden.shape[0], hidden.device)
+    words = words or vocab_chunk_size(hidden.shape[0], hidden.device)
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights, words)  # type: ignore[return-value]
 
 

@@ -14,16 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from brushstroke.base import forget_longest, moving_from, unmoved
+from brushstroke.base import dynamic_rope_limit, preserved_rope, reset_dynamic_rope
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.packed.attention import AttentionName, UnsupportedAttention
-from brushstroke.packed.cross_entropy import LossFunction, chunked_cross_entropy, summed_loss, words_at_once
+from brushstroke.packed.cross_entropy import (
+    LossFunction,
+    chunked_cross_entropy,
+    summed_loss,
+    vocab_chunk_size,
+)
 from brushstroke.packed.layout import Layout, lay_out, lay_out_prefix
 from brushstroke.packed.memory import CPU_MICRO_TOKENS
 from brushstroke.packed.pack import Group, Pass, plan_passes, unshared
-from brushstroke.packed.prefix_cache import HeldPrefix
+from brushstroke.packed.prefix_cache import PrefixCache
 from brushstroke.packed.probes import probe_examples
 
 
@@ -76,7 +81,7 @@ class Head:
         layer: Any = self.layer
         if not self.chunked:
             return 3 * CPU_MICRO_TOKENS * vocabulary
-        return CPU_MICRO_TOKENS * min(vocabulary, words_at_once(CPU_MICRO_TOKENS, layer.weight.device))
+        return CPU_MICRO_TOKENS * min(vocabulary, vocab_chunk_size(CPU_MICRO_TOKENS, layer.weight.device))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class _Headed:
     @contextmanager
     def context(self) -> Iterator[None]:
         """Frequencies that move are put back in the end."""
-        with unmoved(self._model):
+        with preserved_rope(self._model):
             yield
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
@@ -155,7 +160,7 @@ class PackedForward(_Headed):
     def __init__(self, model: nn.Module, head: Head) -> None:
         self._model = model
         self._head = head
-        self._moving, self._ends = moving_from(model), attrgetter("reach")
+        self._moving, self._ends = dynamic_rope_limit(model), attrgetter("reach")
         self._attention = AttentionName(model)
         self.windows: set[int | None] = set()  # those that attention calls asked for, so far
         if chunked := self._attention.chunked:
@@ -168,7 +173,7 @@ class PackedForward(_Headed):
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
         """Each pass with what it gives; the prefix of several runs before the first, and backward last."""
-        held: HeldPrefix | None = None
+        held: PrefixCache | None = None
         for packed in passes:
             group = packed.groups[0]
             if group.part in (None, 0):  # what was held before is over
@@ -179,9 +184,9 @@ class PackedForward(_Headed):
         if held is not None:
             held.finish()
 
-    def _hold(self, group: Group) -> HeldPrefix:
+    def _hold(self, group: Group) -> PrefixCache:
         """Run a group's prefix and keep its keys and values."""
-        held = HeldPrefix()
+        held = PrefixCache()
         self._outputs(lay_out_prefix(group, self._device, held))
         held.close()
         return held
@@ -197,12 +202,12 @@ class PackedForward(_Headed):
         with super().context(), self._attention.packed():
             yield
 
-    def _run(self, packed: Pass, held: HeldPrefix | None = None) -> Outputs:
+    def _run(self, packed: Pass, held: PrefixCache | None = None) -> Outputs:
         return self._outputs(lay_out(packed, self._device, held))
 
     def _outputs(self, layout: Layout) -> Outputs:
         if self._moving is not None:
-            forget_longest(self._model)
+            reset_dynamic_rope(self._model)
         inputs: dict[str, Any] = {
             "input_ids": layout.tokens,
             "position_ids": layout.positions,
@@ -234,7 +239,7 @@ class PaddedForward(_Headed):
 
     def __init__(self, model: nn.Module, head: Head, whole: bool) -> None:
         self._model = model
-        self._moving, self._ends = moving_from(model), len if whole else attrgetter("reach")
+        self._moving, self._ends = dynamic_rope_limit(model), len if whole else attrgetter("reach")
         self._head = head
         self._device = next(model.parameters()).device
         runner = head.decoder or model
@@ -253,7 +258,7 @@ class PaddedForward(_Headed):
 
     def _run(self, packed: Pass) -> Outputs:
         if self._moving is not None:
-            forget_longest(self._model)
+            reset_dynamic_rope(self._model)
         examples = packed.examples
         width = max(map(self._ends, examples))
         tokens, mask, behind = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(3))

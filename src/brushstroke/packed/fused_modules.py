@@ -258,7 +258,7 @@ class Fusion:
         module.__dict__.update(_fusion=settings, _scratch=self._scratch)
         self._modules.append(cast(Fused, module))
 
-    def keep_less(self) -> None:
+    def recompute_activations(self) -> None:
         """From now on the feed-forward blocks keep their input alone, and make the rest again."""
         for module in self._modules:
             if isinstance(module, FusedMLP):

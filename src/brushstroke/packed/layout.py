@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brushstroke.data import Example
 from brushstroke.packed.pack import Group, Pass
-from brushstroke.packed.prefix_cache import HeldPrefix
+from brushstroke.packed.prefix_cache import PrefixCache
 from brushstroke.packed.varlen import Segments, segments_of
 
 PADDING = 0.25  # largest share of padding inside one attention call: fewer calls are worth some padding
@@ -66,8 +66,8 @@ class Layout:
     pieces: tuple[Piece, ...]
     masks: dict[tuple[int, int, int | None], Bool[Tensor, "q k"]] = field(default_factory=dict)
     windows: set[int | None] = field(default_factory=set)
-    continues: HeldPrefix | None = None
-    begins: HeldPrefix | None = None
+    continues: PrefixCache | None = None
+    begins: PrefixCache | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -96,7 +96,7 @@ class Layout:
         return self.masks[key]
 
 
-def lay_out(packed: Pass, device: torch.device, held: HeldPrefix | None = None) -> Layout:
+def lay_out(packed: Pass, device: torch.device, held: PrefixCache | None = None) -> Layout:
     """Build the tensors of a pass; a part of a group continues the `held` prefix.
 
     Raises:
@@ -119,7 +119,7 @@ def lay_out(packed: Pass, device: torch.device, held: HeldPrefix | None = None) 
     return row.layout(device, continues=held)
 
 
-def lay_out_prefix(group: Group, device: torch.device, held: HeldPrefix) -> Layout:
+def lay_out_prefix(group: Group, device: torch.device, held: PrefixCache) -> Layout:
     """Build the tensors of a group's prefix alone."""
     row = _Row()
     row.add(group.members[0], 0, group.prefix)
@@ -151,8 +151,8 @@ class _Row:
     def layout(
         self,
         device: torch.device,
-        continues: HeldPrefix | None = None,
-        begins: HeldPrefix | None = None,
+        continues: PrefixCache | None = None,
+        begins: PrefixCache | None = None,
     ) -> Layout:
         integers = {"dtype": torch.long, "device": device}
         return Layout(

@@ -23,7 +23,7 @@ from brushstroke.lowrank.apply import (
     unflatten,
 )
 from brushstroke.lowrank.autograd import first_order
-from brushstroke.packed.compiled import OneKernel, pays
+from brushstroke.packed.compiled import CompiledFunction, pays
 from brushstroke.packed.workspace import Scratch
 
 _aten = torch.ops.aten
@@ -51,17 +51,17 @@ class Activation:
         return backward.grad_input(grad, x, grad_input=grad, **dict(self.options))
 
     @cached_property
-    def gated(self) -> OneKernel:
+    def gated(self) -> CompiledFunction:
         """(gate, up) → act(gate)·up."""
         function, options = getattr(_aten, self.name), dict(self.options)
-        return OneKernel(lambda gate, up: function(gate, **options) * up)
+        return CompiledFunction(lambda gate, up: function(gate, **options) * up)
 
     @cached_property
-    def gated_gradients(self) -> OneKernel:
+    def gated_gradients(self) -> CompiledFunction:
         """(grad, gate, up) → the gradients of gate and up."""
         function, options = getattr(_aten, self.name), dict(self.options)
         backward = getattr(_aten, f"{self.name}_backward")
-        return OneKernel(
+        return CompiledFunction(
             lambda grad, gate, up: (backward(grad * up, gate, **options), function(gate, **options) * grad)
         )
 

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.lowrank.autograd import first_order
-from brushstroke.packed.compiled import OneKernel, pays
+from brushstroke.packed.compiled import CompiledFunction, pays
 
 
-@OneKernel
+@CompiledFunction
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """The norm, and what each row is multiplied by."""
     wide = x.float()
@@ -24,7 +24,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
     return y.mul_(_gain(weight, offset)).to(x.dtype) if offset else y.to(x.dtype).mul_(weight), inverse
 
 
-@OneKernel
+@CompiledFunction
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
     wide = x.float()
     g = grad.float() * _gain(weight, offset)

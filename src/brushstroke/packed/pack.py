@@ -167,7 +167,7 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
 
 def _shareable(example: Example) -> int:
     """The longest prefix that leaves the example its last prompt token, which predicts its first target."""
-    return max(0, example.first_trained - 1)
+    return max(0, example.first_target - 1)
 
 
 def _by_length(examples: Sequence[Example]) -> tuple[Example, ...]:

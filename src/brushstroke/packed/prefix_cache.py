@@ -11,7 +11,7 @@ Keys = Float[Tensor, "1 kv p w"]
 Values = Float[Tensor, "1 kv p u"]
 
 
-class HeldPrefix:
+class PrefixCache:
     """The keys and values of a prefix, for each attention module.
 
     It records while its own pass runs. The passes that continue it see copies without a graph behind them, on

@@ -16,7 +16,7 @@ from brushstroke.base import (
     hidden_size,
     limit_kernel_caches,
     model_dtype,
-    unmoved,
+    preserved_rope,
     vocabulary_size,
 )
 from brushstroke.data import Example
@@ -34,7 +34,7 @@ from brushstroke.packed.memory import (
 )
 from brushstroke.packed.pack import unshared
 from brushstroke.packed.recompute import Checkpointed
-from brushstroke.packed.select import choose_forward
+from brushstroke.packed.select import select_forward
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 MIXED_DTYPES = re.compile(r"dtype|scalar type|not implemented for '(Half|BFloat16)'", re.IGNORECASE)
@@ -120,7 +120,7 @@ def prepare(
             forward, forward_reason, need = _first_pass(model, share, factors, widest, checkpointed)
         mode, mode_reason = choose_mode(need, memory, device)
         if mode == "low":
-            fusion.keep_less()
+            fusion.recompute_activations()
             need = _need(model, forward, factors, widest, checkpointed)
         chosen, reason = choose_micro_tokens(need, mode, device)
     except BaseException:
@@ -170,8 +170,8 @@ def _first_pass(
     Raises:
         _CannotRun: the model cannot run even one.
     """
-    with unmoved(model):
-        forward, reason = choose_forward(model, share, factors)
+    with preserved_rope(model):
+        forward, reason = select_forward(model, share, factors)
     return forward, reason, _need(model, forward, factors, widest, checkpointed)
 
 

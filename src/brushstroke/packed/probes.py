@@ -41,7 +41,7 @@ def probe_examples(
 
 
 @contextmanager
-def stirred(trained: Iterable[Tensor]) -> Iterator[None]:
+def perturb_zeros(trained: Iterable[Tensor]) -> Iterator[None]:
     """Inside, trained tensors that are all 0 hold random numbers; afterwards they hold their own bits again.
 
     A factor V that is 0, or a block that begins with weights of 0, hides everything that training will let
@@ -61,7 +61,7 @@ def stirred(trained: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def watched_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
+def capture_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
     """Inside, a forward pass has a graph that begins at the embeddings of a row of so many tokens.
 
     The list fills with them, each (…, tokens, d): those of tokens, and of positions where they are learnt.
@@ -84,7 +84,7 @@ def watched_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def nudged_embeddings(model: nn.Module) -> Iterator[None]:
+def jitter_embeddings(model: nn.Module) -> Iterator[None]:
     """Inside, embeddings are as if rounded once more: about half of the numbers move by one last place."""
     generator = torch.Generator().manual_seed(3)
 

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.lowrank.autograd import first_order
-from brushstroke.packed.compiled import OneKernel
+from brushstroke.packed.compiled import CompiledFunction
 
 
-@OneKernel
+@CompiledFunction
 def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, way: int) -> Tensor:
     """The halves (x₁, x₂) as (x₁·cos − way·x₂·first, x₂·cos + way·x₁·second)."""
     y = x * cos

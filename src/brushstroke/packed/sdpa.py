@@ -28,8 +28,8 @@ _GROUPED: dict[str, Any] = (
 )
 
 
-def by_products(q: Float[Tensor, "b heads n w"], k: Float[Tensor, "b kv m w"], dropout: float) -> bool:
-    """Whether `attend_by_products` is the choice: bf16 on a CPU, where torch's kernel is slow.
+def prefers_matmul(q: Float[Tensor, "b heads n w"], k: Float[Tensor, "b kv m w"], dropout: float) -> bool:
+    """Whether `attend_matmul` is the choice: bf16 on a CPU, where torch's kernel is slow.
 
     Measured at 1.5 to 4 times the kernel's speed for 90 to 900 keys; in fp32 the kernel wins.
     """
@@ -85,7 +85,7 @@ def _probabilities(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor
     return torch.softmax(torch.baddbmm(hidden.expand(q.shape[0], -1, -1), q, k.mT, alpha=scale), dim=-1)
 
 
-def attend_by_products(
+def attend_matmul(
     q: Float[Tensor, "b heads n w"],
     k: Float[Tensor, "b kv m w"],
     v: Float[Tensor, "b kv m u"],
@@ -138,10 +138,10 @@ def attend_segments(
         q,
         keys,
         values,
-        segments.query_bounds,
-        segments.key_bounds,
-        segments.most_queries,
-        segments.most_keys,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        segments.max_seqlen_q,
+        segments.max_seqlen_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         **_GROUPED,
@@ -156,7 +156,7 @@ class _Efficient(torch.autograd.Function):
         shared = q.shape[1] // k.shape[1]
         wide = [q, *(x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (k, v))]
         inputs = [x[None] for x in wide]
-        bounds = segments.query_bounds, segments.key_bounds, segments.most_queries, segments.most_keys
+        bounds = segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k
         out, *rest = torch.ops.aten._efficient_attention_forward(
             *inputs, None, *bounds, 0.0, ALIGNED_AT_THE_END, True, scale=scale
         )

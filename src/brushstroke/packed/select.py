@@ -19,11 +19,11 @@ from brushstroke.packed.pack import Group, Pass, unshared
 from brushstroke.packed.probes import (
     LONG,
     SHORT,
+    capture_embeddings,
     depends,
-    nudged_embeddings,
+    jitter_embeddings,
+    perturb_zeros,
     probe_examples,
-    stirred,
-    watched_embeddings,
 )
 
 TOLERANCE = {  # relative difference of a probe's logits
@@ -38,7 +38,7 @@ MOST_NOISE = 0.15
 MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
 
 
-def choose_forward(model: nn.Module, share: bool, trained: Sequence[Tensor] = ()) -> tuple[Forward, str]:
+def select_forward(model: nn.Module, share: bool, trained: Sequence[Tensor] = ()) -> tuple[Forward, str]:
     """The packed pass where it is exact, else padded batches.
 
     Args:
@@ -49,7 +49,7 @@ def choose_forward(model: nn.Module, share: bool, trained: Sequence[Tensor] = ()
     Returns:
         The forward, and the reason in one line.
     """
-    with stirred(trained):
+    with perturb_zeros(trained):
         return _choose(model, share)
 
 
@@ -93,7 +93,7 @@ def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:
     middle = len(tokens) // 2
     weights = [0.0] * len(tokens)
     weights[middle] = weights[-1] = 1.0  # the last one, so that no way of running it may cut the example
-    with watched_embeddings(model, len(tokens)) as seen:
+    with capture_embeddings(model, len(tokens)) as seen:
         logits = whole.trained_logits(unshared([Example(tokens, tuple(weights))]))
     return not depends(logits[:1], seen, slice(middle, None))
 
@@ -136,7 +136,7 @@ def _largest(differences: Sequence[float]) -> float:
 
 def _shared(examples: Sequence[Example]) -> int:
     """Tokens of the probe's examples before each one's own, the first of which is not trained."""
-    return examples[0].first_trained - 1
+    return examples[0].first_target - 1
 
 
 def _lengths(model: nn.Module) -> tuple[int, int, int]:
@@ -153,7 +153,7 @@ def _rounding_noise(
     padded: PaddedForward, model: nn.Module, examples: Sequence[Example], alone: Sequence[Tensor]
 ) -> float:
     """How far an example's logits move where embeddings are rounded once more; deep models multiply that."""
-    with nudged_embeddings(model):
+    with jitter_embeddings(model):
         moved = _alone(padded, examples)
     return max(_difference(one, other) for one, other in zip(alone, moved, strict=True))
 
@@ -183,7 +183,7 @@ def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts:
         UnsupportedAttention: it does.
     """
     own = slice(arranged.groups[0].prefix, arranged.examples[0].reach)
-    with packed.context(), watched_embeddings(model, arranged.computed_tokens) as seen:
+    with packed.context(), capture_embeddings(model, arranged.computed_tokens) as seen:
         first, second = packed.trained_logits(arranged).split(counts)
         if depends(second, seen, own):
             raise UnsupportedAttention("a packed example depends on another one's tokens")

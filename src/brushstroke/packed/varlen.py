@@ -37,19 +37,19 @@ class Segments:
     Where examples share a prefix its keys are repeated for each of them.
 
     Args:
-        query_bounds: where each sequence's queries begin, and the end of the last one.
-        key_bounds: the same for the keys.
-        most_queries: of one sequence.
-        most_keys: of one sequence.
+        cu_seqlens_q: where each sequence's queries begin, and the end of the last one.
+        cu_seqlens_k: the same for the keys.
+        max_seqlen_q: of one sequence.
+        max_seqlen_k: of one sequence.
         keys: which token of the row each key is; None where the keys are the row as it stands.
         own: for each token, its place among the keys as one of its own sequence; None like `keys`.
         copies: for each shared prefix, its first token and the places of its repetitions (rows×tokens).
     """
 
-    query_bounds: Int[Tensor, " bounds"]
-    key_bounds: Int[Tensor, " bounds"]
-    most_queries: int
-    most_keys: int
+    cu_seqlens_q: Int[Tensor, " bounds"]
+    cu_seqlens_k: Int[Tensor, " bounds"]
+    max_seqlen_q: int
+    max_seqlen_k: int
     keys: Int[Tensor, " m"] | None = None
     own: Int[Tensor, " n"] | None = None
     copies: tuple[tuple[int, Int[Tensor, "_ _"]], ...] = ()
@@ -111,10 +111,10 @@ def segments_of(pieces: Sequence[Stretch], device: torch.device) -> Segments:
     queries = [len(tokens) for _, tokens in sequences]
     counts = [len(shared) + len(tokens) for shared, tokens in sequences]
     return Segments(
-        query_bounds=tensor([0, *accumulate(queries)], torch.int32),
-        key_bounds=tensor([0, *accumulate(counts)], torch.int32),
-        most_queries=max(queries),
-        most_keys=max(counts),
+        cu_seqlens_q=tensor([0, *accumulate(queries)], torch.int32),
+        cu_seqlens_k=tensor([0, *accumulate(counts)], torch.int32),
+        max_seqlen_q=max(queries),
+        max_seqlen_k=max(counts),
         keys=tensor(keys) if copies else None,
         own=tensor(own) if copies else None,
         copies=tuple((first, tensor([[*places] for places in found])) for first, found in copies.items()),

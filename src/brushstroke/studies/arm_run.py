@@ -21,10 +21,10 @@ from brushstroke.formats import save
 from brushstroke.layers.walk import find_sites
 from brushstroke.lowrank import LowRank
 from brushstroke.studies.arms import Arm, Run
-from brushstroke.studies.full_finetune import MICRO_TOKENS, WholeWeights
+from brushstroke.studies.full_finetune import MICRO_TOKENS, FullFineTuning
 from brushstroke.studies.random_subspace import SubspaceAdamW
 from brushstroke.training import TrainConfig, Training
-from brushstroke.training.sampler import DataOrder
+from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import factor
 
 SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
@@ -123,7 +123,7 @@ class Outcome:
 
 
 @dataclass
-class Workshop:
+class ArmRunner:
     """A base and the tasks that runs happen on.
 
     Args:
@@ -178,7 +178,7 @@ class Workshop:
 
     def steps(self, arm: Arm) -> int:
         """Optimiser steps of a run of this arm."""
-        order = DataOrder(self.tasks[arm.task].train, self.config.batch_size, 0)
+        order = BatchSampler(self.tasks[arm.task].train, self.config.batch_size, 0)
         whole = order.steps(self.config.epochs, self.config.max_steps)
         return max(1, round(arm.steps_share * whole))
 
@@ -219,7 +219,7 @@ class Workshop:
         began = time.perf_counter()
         session = self._open(run)
         try:
-            order = DataOrder(task.train, self.config.batch_size, 0)
+            order = BatchSampler(task.train, self.config.batch_size, 0)
             session.forward_backward(order.batch(0))
             session.optim_step(0.0)
             opened = time.perf_counter()
@@ -236,11 +236,11 @@ class Workshop:
         per_step = (stepped - opened) / steps
         return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(some)
 
-    def _open(self, run: Run) -> "Training | WholeWeights":
+    def _open(self, run: Run) -> "Training | FullFineTuning":
         config = self.config
         session: Any
         if run.arm.rank is None:
-            session = WholeWeights(self.base, run.arm, config, run.learning_rate)
+            session = FullFineTuning(self.base, run.arm, config, run.learning_rate)
         else:
             session = Training(
                 self.base,
@@ -259,8 +259,8 @@ class Workshop:
             )
         return session
 
-    def _train(self, session: "Training | WholeWeights", task: Task, run: Run) -> tuple[list[float], int]:
-        order = DataOrder(task.train, self.config.batch_size, run.seed)
+    def _train(self, session: "Training | FullFineTuning", task: Task, run: Run) -> tuple[list[float], int]:
+        order = BatchSampler(task.train, self.config.batch_size, run.seed)
         steps = self.steps(run.arm)
         losses, tokens = [], 0
         for step in range(steps):
@@ -273,7 +273,7 @@ class Workshop:
         return losses, tokens
 
 
-def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Score:
+def score(session: "Training | FullFineTuning", examples: Sequence[Example]) -> Score:
     """Loss per trained token and share of tokens that are the likeliest ones.
 
     Raises:
@@ -284,14 +284,14 @@ def score(session: "Training | WholeWeights", examples: Sequence[Example]) -> Sc
 
 @torch.no_grad()
 def score_rows(
-    session: "Training | WholeWeights", examples: Sequence[Example]
+    session: "Training | FullFineTuning", examples: Sequence[Example]
 ) -> tuple[Score, tuple[float, ...]]:
     """The score, and the summed loss of each example, in their order.
 
     Raises:
         NonFiniteError: a loss is not a finite number.
     """
-    forward = session.forward if isinstance(session, WholeWeights) else session.step.forward
+    forward = session.forward if isinstance(session, FullFineTuning) else session.step.forward
     total, right, tokens = 0.0, 0, 0
     by_row: dict[int, float] = {}
     with forward.context():
@@ -320,13 +320,13 @@ def score_rows(
 
 
 @torch.no_grad()
-def divergence(session: "Training | WholeWeights", examples: Sequence[Example]) -> float:
+def divergence(session: "Training | FullFineTuning", examples: Sequence[Example]) -> float:
     """Mean over the trained tokens of KL(base ‖ model) = Σ p·(ln p − ln q), in nats, p those of the base.
 
     Raises:
         NonFiniteError: it is not a finite number.
     """
-    whole = isinstance(session, WholeWeights)
+    whole = isinstance(session, FullFineTuning)
     forward = session.forward if whole else session.step.forward
     base = session.disabled if whole else session.attachment.disabled
     total, tokens = 0.0, 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.layers.walk import site_module
-from brushstroke.packed.select import choose_forward
+from brushstroke.packed.select import select_forward
 
 EXAMPLES = 64  # whose activations are looked at
 MICRO_TOKENS = 1024
@@ -29,7 +29,7 @@ def principal_inputs(
     """
     moments: dict[str, tuple[Tensor, Tensor, int]] = {}
     model = base.model.eval()
-    forward, _ = choose_forward(model, share=False)
+    forward, _ = select_forward(model, share=False)
     with forward.context(), _watched(model, sites, moments):
         for part in forward.passes(list(examples[:EXAMPLES]), MICRO_TOKENS, False):
             forward.trained_logits(part)

@@ -7,7 +7,7 @@ from statistics import median
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.report.charts import lines, site_map
-from brushstroke.studies.arm_run import Workshop
+from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
     TASK,
     Arm,
@@ -69,14 +69,14 @@ class DeltaStudy:
             arms.append(whole(matrices, self.targets, material.grid.rates))
         return [*arms, *shortened_arms(arms)]
 
-    def read(self, results: Results, workshop: Workshop) -> Finding:
+    def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """Projection norms, amplification beside its expectation, and how far each arm strayed."""
         matrices = matrices_name(self.targets)
         ranked, too_large = by_rank(matrices, self.ranks, results.planned)
         good = results.conclusive(list(ranked.values()))
         related = {
             rank: [
-                relate(results.adapter(name, seed), workshop.base, seed=seed, allow_different_base=True)
+                relate(results.adapter(name, seed), arm_runner.base, seed=seed, allow_different_base=True)
                 for seed in good[name].seeds
             ]
             for rank, name in ranked.items()
@@ -127,7 +127,7 @@ class DeltaStudy:
                     tuple(rows),
                 ),
                 *strayed.tables,
-                *_general_table(results, workshop),
+                *_general_table(results, arm_runner),
             ),
             (*figures, *strayed.figures),
             (
@@ -215,7 +215,7 @@ def _decile_figure(found: dict) -> list[Figure]:
     ]
 
 
-def _general_table(results: Results, workshop: Workshop) -> list[Table]:
+def _general_table(results: Results, arm_runner: ArmRunner) -> list[Table]:
     """Loss on the general text before and after, of every arm that learns the task, beside ‖ΔW‖/‖W‖."""
     before = results.untouched.get("general")
     if before is None:
@@ -226,7 +226,7 @@ def _general_table(results: Results, workshop: Workshop) -> list[Table]:
         shortened = found.arm.rate_of is not None
         if not after or shortened or found.arm.task != TASK or found.arm.dimension is not None:
             continue
-        spectra = spectrum(results.adapter(name, found.seeds[0]), workshop.base, allow_different_base=True)
+        spectra = spectrum(results.adapter(name, found.seeds[0]), arm_runner.base, allow_different_base=True)
         change = interval([loss - before.loss for loss in after])
         relative = median(row.relative_norm or 0.0 for row in spectra.values())
         rate = "–" if found.chosen is None else f"{found.chosen:g}"

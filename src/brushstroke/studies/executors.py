@@ -1,4 +1,4 @@
-"""Where runs happen. An executor is one function: it takes a workshop and runs, and yields what they came to.
+"""Where runs happen: an executor takes an `ArmRunner` and runs, and yields each run with its outcome.
 
 In whatever order the outcomes come, the results of a study are the same.
 """
@@ -19,19 +19,19 @@ from multiprocessing.queues import Queue
 import torch
 
 from brushstroke.errors import TrainingError
-from brushstroke.studies.arm_run import Outcome, Workshop
+from brushstroke.studies.arm_run import ArmRunner, Outcome
 from brushstroke.studies.arms import Run
 
-Executor = Callable[[Workshop, Sequence[Run]], Iterator[tuple[Run, Outcome]]]
+Executor = Callable[[ArmRunner, Sequence[Run]], Iterator[tuple[Run, Outcome]]]
 
 
-def in_process(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+def in_process(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
     """One run after the other, here."""
     for run in runs:
-        yield run, workshop.run(run)
+        yield run, arm_runner.run(run)
 
 
-def finished_only(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+def finished_only(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
     """No run at all: a finished study is read again, and nothing is trained.
 
     Raises:
@@ -55,12 +55,12 @@ def usable_cores() -> int:
 def processes(count: int) -> Executor:
     """An executor of some processes of one thread each, for models so small that threads do not help.
 
-    Each gets a copy of the workshop once, and serves every later call with that workshop: a start takes
+    Each gets a copy of the arm_runner once, and serves every later call with that arm_runner: a start takes
     seconds. They end with the executor, after an error, and when this process does, even if it is killed.
     A script that uses it keeps its own code under `if __name__ == "__main__":`, as each process imports it.
     """
     pool: ProcessPoolExecutor | None = None
-    served: Workshop | None = None
+    served: ArmRunner | None = None
     size = 0
     workers: set[BaseProcess] = set()
 
@@ -74,17 +74,17 @@ def processes(count: int) -> Executor:
         pool = None
         workers.clear()
 
-    def execute(workshop: Workshop, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+    def execute(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
         nonlocal pool, served, size
         if not runs:
             return
-        if pool is None or workshop is not served or size < min(count, len(runs)):
+        if pool is None or arm_runner is not served or size < min(count, len(runs)):
             end()
-            served, size, spawn = workshop, min(count, len(runs)), get_context("spawn")
+            served, size, spawn = arm_runner, min(count, len(runs)), get_context("spawn")
             copies = spawn.Queue()  # filled by a thread: a process takes its copy when it has started
             copies.cancel_join_thread()
             # As bytes: multiprocessing itself would share the weights' memory, and runs train in place.
-            copied = pickle.dumps(workshop)
+            copied = pickle.dumps(arm_runner)
             for _ in range(size):
                 copies.put(copied)
             pool = ProcessPoolExecutor(size, spawn, initializer=_enter, initargs=(copies, os.getpid()))
@@ -127,7 +127,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-_workshop: Workshop | None = None
+_workshop: ArmRunner | None = None
 
 
 def _enter(copies: "Queue[bytes]", parent: int) -> None:

@@ -14,7 +14,7 @@ from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.layers.walk import find_sites, site_module, weight_dxh
 from brushstroke.lowrank import LowRank
 from brushstroke.packed.pack import Pass
-from brushstroke.packed.select import choose_forward
+from brushstroke.packed.select import select_forward
 from brushstroke.studies.arms import Arm, chosen_sites
 from brushstroke.training import TrainConfig
 from brushstroke.training.session import StepResult
@@ -22,7 +22,7 @@ from brushstroke.training.session import StepResult
 MICRO_TOKENS = 1024
 
 
-class WholeWeights:
+class FullFineTuning:
     """A training session on the weights themselves; `close` puts the old ones back, bit for bit.
 
     Args:
@@ -49,7 +49,7 @@ class WholeWeights:
         model = base.model.eval()
         for weight in self.parameters:
             weight.requires_grad_(True)
-        self.forward, _ = choose_forward(model, False, self.parameters)
+        self.forward, _ = select_forward(model, False, self.parameters)
         self.optimizer: Any = torch.optim.AdamW(
             self.parameters, learning_rate, weight_decay=config.weight_decay, fused=True
         )

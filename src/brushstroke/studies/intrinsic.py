@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import lines
-from brushstroke.studies.arm_run import Score, Workshop
+from brushstroke.studies.arm_run import ArmRunner, Score
 from brushstroke.studies.arms import (
     Arm,
     chosen_sites,
@@ -88,7 +88,7 @@ class IntrinsicStudy:
         """Rank and alpha of the update whose factors the subspaces lie in."""
         return 8 if self.rank is None else self.rank, 16.0 if self.alpha is None else self.alpha
 
-    def read(self, results: Results, workshop: Workshop) -> Finding:
+    def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """d90 by both definitions, and the curve."""
         names = list(results.arms)
         mine = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]

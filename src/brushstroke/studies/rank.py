@@ -7,7 +7,7 @@ from typing import Any
 
 from brushstroke.analysis import SiteSpectrum, Spectrum, spectrum, subspace
 from brushstroke.report.charts import lines
-from brushstroke.studies.arm_run import Workshop
+from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
     Arm,
     allowed_ranks,
@@ -78,7 +78,7 @@ class RankStudy:
             arms.append(whole(matrices, self.targets, material.grid.rates))
         return arms
 
-    def read(self, results: Results, workshop: Workshop) -> Finding:
+    def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """Losses by rank, spectra, and φ between a small and a large rank."""
         matrices = matrices_name(self.targets)
         ranked, too_large = by_rank(matrices, self.ranks, results.planned)

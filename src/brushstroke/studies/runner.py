@@ -3,7 +3,7 @@
 Where the best learning rate of an arm lies on the edge of its grid, the grid is extended until it does not,
 at most `EXTENSIONS` times; an arm for which that is not enough is inconclusive: a better rate may lie beyond.
 A control takes the rate of another arm, so that the two differ in nothing else.
-What a run does is in `workshop`, where it runs in `executors`.
+What a run does is in `arm_runner`, where it runs in `executors`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import ConfigError, TrainingError
-from brushstroke.studies.arm_run import Outcome, Workshop
+from brushstroke.studies.arm_run import ArmRunner, Outcome
 from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.comparisons import RowLosses
 from brushstroke.studies.executors import Executor, in_process
@@ -196,7 +196,11 @@ class Progress:
 
 
 def estimate(
-    workshop: Workshop, arms: Sequence[Arm], grid: Grid, workers: int = 1, budget_minutes: float | None = None
+    arm_runner: ArmRunner,
+    arms: Sequence[Arm],
+    grid: Grid,
+    workers: int = 1,
+    budget_minutes: float | None = None,
 ) -> Estimate:
     """Time a few steps, and plan what fits into the budget; wider grids are not foreseen.
 
@@ -210,10 +214,10 @@ def estimate(
     check_budget(budget_minutes)
     each: dict[bool, float] = {}
     with _threads(1 if workers > 1 else torch.get_num_threads()):
-        for arm in sorted(arms, key=workshop.numbers, reverse=True):
+        for arm in sorted(arms, key=arm_runner.numbers, reverse=True):
             trains_whole = arm.rank is None
             if trains_whole not in each:
-                each[trains_whole] = workshop.seconds_of(arm)
+                each[trains_whole] = arm_runner.seconds_of(arm)
 
     def cost(some: Sequence[Arm], seeds: int) -> tuple[int, float]:
         runs = {arm.name: grid.runs(arm, seeds) for arm in some}
@@ -261,7 +265,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def conduct(
-    workshop: Workshop,
+    arm_runner: ArmRunner,
     store: Store,
     arms: Sequence[Arm],
     grid: Grid,
@@ -280,7 +284,7 @@ def conduct(
     first = plan.seeds[0]
     searched = [arm for arm in kept if arm.rate_of is None]
     rates = {arm.name: list(grid.of(arm)) for arm in kept}
-    conductor = _Conductor(workshop, store, execute, workers, plan.runs, on_run)
+    conductor = _Conductor(arm_runner, store, execute, workers, plan.runs, on_run)
     conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
     for _ in range(EXTENSIONS if grid.extend else 0):
         further = []
@@ -321,7 +325,7 @@ def conduct(
 
 @dataclass
 class _Conductor:
-    workshop: Workshop
+    arm_runner: ArmRunner
     store: Store
     execute: Executor
     workers: int
@@ -335,7 +339,7 @@ class _Conductor:
         missing = [run for run in runs if self.store.outcome(run) is None]
         before = len(runs) - len(missing)
         self.finished += before
-        for count, (run, outcome) in enumerate(self.execute(self.workshop, missing), start=1):
+        for count, (run, outcome) in enumerate(self.execute(self.arm_runner, missing), start=1):
             self.store.finish(run, outcome)
             self.finished += 1
             self.ran += 1

@@ -13,7 +13,7 @@ from brushstroke.analysis import SiteOverlap, subspace
 from brushstroke.analysis.overlap import overlap_grid
 from brushstroke.analysis.weights import low_rank_updates
 from brushstroke.report.charts import dots
-from brushstroke.studies.arm_run import Workshop
+from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
 from brushstroke.studies.controls import principal_inputs
 from brushstroke.studies.findings import Figure, Finding, Table, apart
@@ -64,7 +64,7 @@ class SeedsStudy:
         arm = low_rank(matrices_name(self.targets), self.targets, self.rank, self.alpha)
         return [arm, on_other_task(arm)] if OTHER in material.tasks else [arm]
 
-    def read(self, results: Results, workshop: Workshop) -> Finding:
+    def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """φ between seeds against chance, the other task, and the principal directions of the inputs."""
         arm = low_rank(matrices_name(self.targets), self.targets, self.rank, self.alpha)
         names = [arm.name, on_other_task(arm).name]
@@ -86,7 +86,7 @@ class SeedsStudy:
         sites = list(next(iter(same.values())))
         k = min(self.rank, own_ranks(results.adapter(arm.name, seeds[0])))
         sizes = list(dict.fromkeys([(min(self.inner, k), k), (k, k)]))
-        inputs = self._inputs(results, workshop, arm.name, seeds, sites, k)
+        inputs = self._inputs(results, arm_runner, arm.name, seeds, sites, k)
         tests = _tests(same, other, ceiling, sites, sizes)
         if untested := [_place(row) for row in tests if "p_chance" not in row]:
             notes = (f"Not tested, as φ is 1 for any two updates there: {', '.join(untested)}.", *notes)
@@ -113,14 +113,14 @@ class SeedsStudy:
     def _inputs(
         self,
         results: Results,
-        workshop: Workshop,
+        arm_runner: ArmRunner,
         arm: str,
         seeds: Sequence[int],
         sites: Sequence[str],
         k: int,
     ) -> dict[str, float]:
         """Site → φ(k, k) of the update's input directions with the inputs' own, mean over seeds."""
-        own = principal_inputs(workshop.base, sites, workshop.tasks["task"].train, k)
+        own = principal_inputs(arm_runner.base, sites, arm_runner.tasks["task"].train, k)
         updates = {seed: low_rank_updates(results.adapter(arm, seed)) for seed in seeds}
         found = {}
         for site in sites:

@@ -18,7 +18,7 @@ from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.layers.walk import find_sites
-from brushstroke.studies.arm_run import Score, Task, Workshop
+from brushstroke.studies.arm_run import ArmRunner, Score, Task
 from brushstroke.studies.arms import Arm, exact
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
@@ -75,7 +75,7 @@ class Study(Protocol):
         """
         ...
 
-    def read(self, results: Results, workshop: Workshop) -> Finding:
+    def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """What the results say."""
         ...
 
@@ -161,13 +161,13 @@ def run_studies(
             if arms.setdefault(arm.name, arm) != arm:
                 raise ConfigError(f"two studies mean different things by the arm {arm.name!r}")
     every = list(arms.values())
-    workshop = Workshop(material.base, material.tasks, material.general, material.config, folder / RUNS)
+    arm_runner = ArmRunner(material.base, material.tasks, material.general, material.config, folder / RUNS)
     for arm in every:
-        workshop.numbers(arm)  # refuses now what would be refused after hours
+        arm_runner.numbers(arm)  # refuses now what would be refused after hours
     settings = _settings(studies, material, every)
     known = None if overwrite else planned_before(folder)
     if known is None:
-        planned = estimate(workshop, every, material.grid, workers, budget_minutes)
+        planned = estimate(arm_runner, every, material.grid, workers, budget_minutes)
     else:
         with damaged(folder / STUDY, START_OVER):
             planned = replace(Estimate.from_dict(known), made_before=True)
@@ -182,7 +182,7 @@ def run_studies(
         store.keep_note("margins", stated)
     if on_estimate:
         on_estimate(planned)
-    untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in workshop.untouched().items()})
+    untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in arm_runner.untouched().items()})
     with damaged(folder / STUDY, START_OVER):
         scores = {name: Score.from_dict(untouched[name]) for name in (*material.tasks, *untouched)}
         spent = float(store.note("seconds") or 0.0)
@@ -193,11 +193,11 @@ def run_studies(
             on_run(progress)
 
     found = conduct(
-        workshop, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
+        arm_runner, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
     )
     rows = {name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()}
     results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
-    findings = tuple(study.read(results, workshop) for study in studies)
+    findings = tuple(study.read(results, arm_runner) for study in studies)
     seconds = spent + time.perf_counter() - began
     store.keep_note("seconds", seconds)
     return Report(findings, results, settings, seconds)

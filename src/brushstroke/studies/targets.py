@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
-from brushstroke.studies.arm_run import Workshop
+from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all
 from brushstroke.studies.findings import Figure, Finding, difference_table, pairs_told
@@ -68,7 +68,7 @@ class TargetsStudy:
             self._found = equal_budget(sets, sites, self.budget or usual, self.alpha)
         return list(self._found.arms)
 
-    def read(self, results: Results, workshop: Workshop) -> Finding:
+    def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """The order of the sets, and which of them the seeds can tell apart."""
         assert self._found is not None
         names = [arm.name for arm in self._found.arms]

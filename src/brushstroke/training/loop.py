@@ -30,7 +30,7 @@ from brushstroke.training.identity import identify, refuse_other_run
 from brushstroke.training.interrupt import Interrupts
 from brushstroke.training.plan import Plan, make_plan, warn_of
 from brushstroke.training.run_files import EVALUATIONS, METRICS
-from brushstroke.training.sampler import DataOrder
+from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
@@ -193,7 +193,7 @@ def train(
             refuse_other_run(identity, state["extra"]["identity"], checkpoint)
             totals = _Totals(**load_session(session, checkpoint)["totals"])
         resumed_from = session.steps
-        order = DataOrder(examples, config.batch_size, config.seed)
+        order = BatchSampler(examples, config.batch_size, config.seed)
         steps = _steps(order, config)
         best: Adapter | None = None
         if folder and resumed_from and totals.best_step and config.keep_best:
@@ -289,7 +289,7 @@ def train(
         return TrainResult(adapter, summary, resumed_from)
 
 
-def _steps(order: DataOrder, config: TrainConfig) -> int:
+def _steps(order: BatchSampler, config: TrainConfig) -> int:
     with suppress(OverflowError):
         steps = order.steps(config.epochs, config.max_steps)
         if steps <= MAX_STEPS:

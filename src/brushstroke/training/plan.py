@@ -14,7 +14,7 @@ from brushstroke.base import Base
 from brushstroke.data import EncodedData
 from brushstroke.packed.memory import peak_memory, resident_memory
 from brushstroke.training.config import TrainConfig
-from brushstroke.training.sampler import DataOrder
+from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
 from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
@@ -116,7 +116,7 @@ def plan(
 
 def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan:
     """The plan of a session on encoded data."""
-    order = DataOrder(data, config.batch_size, config.seed)
+    order = BatchSampler(data, config.batch_size, config.seed)
     steps = order.steps(config.epochs, config.max_steps)
     report = data.report
     targets = session.attachment.plan

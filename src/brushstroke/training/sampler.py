@@ -11,7 +11,7 @@ import torch
 from brushstroke.data import Example
 
 
-class DataOrder:
+class BatchSampler:
     """The batches of a run.
 
     Args:
