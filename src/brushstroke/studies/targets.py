@@ -134,4 +134,15 @@ def _answer(ordered: list[str], compared: Comparison, margin: float) -> str:
     if not lower:
         return text + f"{best} is not shown to be lower than any other."
     others = "every other" if len(lower) == len(ordered) - 1 else ", ".join(lower)
-    return text + f"{best} is shown to be lower than {others}."
+    return text + f"{best} is shown to be lower than {others}{_on_new_rows(best, compared)}."
+
+
+def _on_new_rows(best: str, compared: Comparison) -> str:
+    """Of the sets that the best one is lower than: with which of them that holds on new test rows."""
+    lower = [one for one in compared.differences if one.first == best and one.lower()]
+    if not any(one.new_rows for one in lower):
+        return " on these test rows"
+    kept = [one.second for one in lower if one.significant_on_new_rows()]
+    if len(kept) == len(lower):
+        return ", on new rows too"
+    return f" on these test rows, on new rows too than {', '.join(kept) if kept else 'none of them'}"
