@@ -121,10 +121,9 @@ def _intruder_sentence(name: str, found: Intruders) -> str:
 
 def vectors_told(found: Intruders) -> str:
     """Which singular vectors of W the verdicts speak of: not the weak ones of a large W of more outputs."""
-    floor = max((row.covered_from for row in found.values()), default=0.0)
-    if not floor:
+    if not found.covered_from:
         return "every singular vector of W"
-    return f"every singular vector of W above {floor:.0%} of its largest singular value".replace("%", " %")
+    return f"every singular vector of W above {100 * found.covered_from:.0f} % of its largest singular value"
 
 
 def _share_of_intruders(row: SiteIntruders) -> float | None:
