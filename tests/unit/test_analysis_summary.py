@@ -186,3 +186,13 @@ def test_what_has_no_value_does_not_count():
     found = average(Measure("x", "x", lambda row: row, chance=lambda row: row / 2), [None, 2, None, 4])
     assert (found.sites, found.mean, found.chance) == (2, 3, 1.5)
     assert average(Measure("x", "x", lambda row: row), [None]).mean is None
+
+
+@pytest.mark.parametrize(("d", "h", "limited"), [(60, 90, True), (90, 60, False)], ids=["wide", "tall"])
+def test_the_sentence_says_which_singular_vectors_of_a_large_weight_are_judged(d, h, limited):
+    """A wide W of low numerical rank has weak directions that no bound covers."""
+    W, adapter = {"q": torch.randn(d, h)}, Adapter({"q": update(d, h)})
+    large = intruder_summary("a", intruders(adapter, W, dense_limit=0)).sentence
+    assert ("above 5 % of its largest singular value" in large) is limited
+    whole = intruder_summary("a", intruders(adapter, W)).sentence
+    assert "with every singular vector of W)" in whole

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brushstroke.analysis import SiteOverlap
-from brushstroke.studies.comparisons import compare_all, compare_with
+from brushstroke.studies.comparisons import RowLosses, compare_all, compare_with
 from brushstroke.studies.rank import _answer
 from brushstroke.studies.seeds import _answer as _seeds_answer
 from brushstroke.studies.seeds import _block_table, _by_matrix, _tests
@@ -113,7 +113,25 @@ def test_the_order_of_sets_is_told_and_what_is_shown_of_them():
     answer = targets_answer(losses)
     assert "a < b < c. Of 3 pairs 2 are shown to be apart, and 1 to be equal within ±0.01 nats" in answer
     assert "(Tukey over 3 seeds; residual standard deviation 0.00" in answer
-    assert answer.endswith("a is shown to be lower than c.")
+    assert answer.endswith("a is shown to be lower than c on these test rows.")
+
+
+def test_what_holds_on_these_test_rows_alone_is_called_that():
+    """Two sets are far below the best on average, one of them on some rows only."""
+    losses = {
+        "a": over_seeds_of(1.0, (0.0, 0.002, 0.001)),
+        "b": over_seeds_of(2.0, (0.001, 0.0, 0.002)),
+        "c": over_seeds_of(2.0, (0.002, 0.001, 0.0)),
+    }
+    even = {name: {seed: [loss] * 8 for seed, loss in seeds.items()} for name, seeds in losses.items()}
+    uneven = {**even, "c": {seed: [8 * loss - 7] + [1.0] * 7 for seed, loss in losses["c"].items()}}
+    told = {}
+    for name, rows in (("even", even), ("uneven", uneven)):
+        compared = compare_all(losses, RowLosses([1] * 8, rows))
+        told[name] = _targets_answer(list(losses), compared, 0.01)
+    assert told["even"].endswith("a is shown to be lower than every other, on new rows too.")
+    expected = "lower than every other on these test rows, on new rows too than b."
+    assert told["uneven"].endswith(expected)
 
 
 def test_a_large_p_is_told_neither_as_a_difference_nor_as_equality():

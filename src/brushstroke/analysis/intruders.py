@@ -92,6 +92,11 @@ class Intruders(SiteTable[SiteIntruders]):
         super().__init__(rows)
         self.top, self.threshold = top, threshold
 
+    @property
+    def covered_from(self) -> float:
+        """The verdicts speak of W's singular vectors above this share of σ₁, at every site; 0 for all."""
+        return max((row.covered_from for row in self.values()), default=0.0)
+
     def count(self, verdict: Verdict = "intruder") -> int:
         """How many directions of all sites have this verdict."""
         return sum(row.count(verdict) for row in self.values())

@@ -120,7 +120,7 @@ def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
 def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sites: bool) -> None:
     """How many directions are new; with `sites` each that is new or undecided."""
     _print_summary(told, "intruders", sites)
-    covered = max((row.covered_from for row in found.values()), default=0.0)
+    covered = found.covered_from
     facts(
         results(),
         {

@@ -20,6 +20,7 @@ from brushstroke.analysis.summaries import (
     overlap_summary,
     relation_summary,
     spectrum_summary,
+    vectors_told,
 )
 from brushstroke.analysis.summary import SPREAD, Summary
 from brushstroke.analysis.table import short_names
@@ -83,7 +84,8 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
     page = Page(
         f"{first} and {second}",
         "How much the leading directions of two adapters share: 1 where the smaller set lies within the "
-        "other, 0 where they are orthogonal. Chance is max(i, j)/d.",
+        "other, 0 where they are orthogonal. Chance is max(i, j)/n in n dimensions: d for the inputs, h for "
+        "the outputs.",
     )
     sides = found.sides
     if found.of != "delta":
@@ -183,8 +185,8 @@ def intruder_page(found: Intruders, name: str) -> Page:
     """Intruders by site, and every judged direction with its certificate."""
     page = Page(
         f"Intruders of {name}",
-        f"The first {found.top} output directions of W + ΔW at each site, and whether any singular vector "
-        f"of W has a |cosine| of {found.threshold} with them.",
+        f"The first {found.top} output directions of W + ΔW at each site, and whether their |cosine| is "
+        f"below {found.threshold:g} with {vectors_told(found)}.",
     )
     _begin(page, intruder_summary(name, found))
     _maps(page, found, Map("intruders", lambda row: row.count(), floor=0.0))

@@ -43,6 +43,7 @@ th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 
 th, td { border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 pre {
   margin: 0.6rem 0; padding: 0.7rem 0.9rem; background: var(--panel); border-left: 3px solid var(--accent);
   white-space: pre-wrap; overflow-wrap: anywhere;

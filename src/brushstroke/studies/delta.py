@@ -23,7 +23,7 @@ from brushstroke.studies.findings import Figure, Finding, Table, bounds
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.tables import as_interval, limits, places
+from brushstroke.studies.tables import as_interval, limits, places, rate_told
 
 SHOWN = 8  # rows of the table by site, for each rank
 COLUMNS = (
@@ -229,8 +229,7 @@ def _general_table(results: Results, arm_runner: ArmRunner) -> list[Table]:
         spectra = spectrum(results.adapter(name, found.seeds[0]), arm_runner.base, allow_different_base=True)
         change = interval([loss - before.loss for loss in after])
         relative = median(row.relative_norm or 0.0 for row in spectra.values())
-        rate = "–" if found.chosen is None else f"{found.chosen:g}"
-        rows.append((name, rate, bounds(interval(after)), bounds(change, 3), f"{relative:.3f}"))
+        rows.append((name, rate_told(found), bounds(interval(after)), bounds(change, 3), f"{relative:.3f}"))
     caption = (
         f"Loss on the general text, no row of which is in the tasks; {before.loss:.4f} before. Each arm at a "
         "rate and a task loss of its own, so that arms cannot be compared here; median of the norms."

@@ -19,7 +19,7 @@ from brushstroke.studies.comparisons import Comparison, Difference, compare_with
 from brushstroke.studies.findings import Figure, Table, bounds, p_told, rests_on
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
-from brushstroke.studies.tables import as_interval, band
+from brushstroke.studies.tables import as_interval, band, rate_told
 
 SHARES = (Fraction(1, 4), Fraction(1, 2))  # of the steps
 Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the untouched base to all steps
@@ -70,15 +70,16 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
     }
     compared = compare_with(reference, logs) if reference in logs and len(logs) > 1 else None
     level = interval(list(levels.values()))
+    means = {name: interval(list(found.values())) for name, found in at_level.items()}
     return Straying(
-        _answer(level, at_level, compared),
-        (_table(results, level, curves, at_level, compared),),
+        _answer(level, means, compared),
+        (_table(results, level, curves, means, compared),),
         (_figure(curves),),
         {
             "task_loss": as_interval(level),
             "divergence": {
                 name: {
-                    "at_equal_loss": as_interval(interval(list(at_level[name].values()))),
+                    "at_equal_loss": as_interval(means[name]),
                     "of_all_steps": as_interval(interval([curve[-1][1] for curve in found.values()])),
                     "curves": {str(seed): [list(point) for point in curve] for seed, curve in found.items()},
                 }
@@ -146,10 +147,8 @@ def _ratio(one: Difference) -> Interval:
     return Interval(math.exp(found.mean), low, high, found.count)
 
 
-def _answer(level: Interval, at_level: Mapping[str, Mapping[int, float]], compared: Comparison | None) -> str:
-    told = "; ".join(
-        f"{name} {bounds(interval(list(found.values())), 3)}" for name, found in at_level.items()
-    )
+def _answer(level: Interval, means: Mapping[str, Interval], compared: Comparison | None) -> str:
+    told = "; ".join(f"{name} {bounds(mean, 3)}" for name, mean in means.items())
     text = (
         f"At equal task loss ({level.mean:.4g} nats, which all arms reach), KL from the base on the general "
         f"text, in nats per token: {told}."
@@ -164,20 +163,19 @@ def _table(
     results: Results,
     level: Interval,
     curves: Mapping[str, Mapping[int, Curve]],
-    at_level: Mapping[str, Mapping[int, float]],
+    means: Mapping[str, Interval],
     compared: Comparison | None,
 ) -> Table:
     rows = []
     for name, found in curves.items():
         one = next((one for one in (compared.differences if compared else ()) if one.first == name), None)
-        rate = results.arms[name].chosen
         rows.append(
             (
                 name,
-                "–" if rate is None else f"{rate:g}",
+                rate_told(results.arms[name]),
                 bounds(interval([curve[-1][0] for curve in found.values()])),
                 bounds(interval([curve[-1][1] for curve in found.values()]), 3),
-                bounds(interval(list(at_level[name].values())), 3),
+                bounds(means[name], 3),
                 bounds(_ratio(one), 3) if one else "–",
                 "–" if one is None or one.p is None else p_told(one.p),
             )

@@ -46,6 +46,11 @@ def test_loss(found: ArmResult) -> Interval | None:
     return interval(values) if values else None
 
 
+def rate_told(found: ArmResult) -> str:
+    """The chosen learning rate for a table."""
+    return "–" if found.chosen is None else f"{found.chosen:g}"
+
+
 def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
     """Arm, parameters, chosen rate and whether it is inside of its grid, losses, accuracy, the way of U."""
     rows = []
@@ -58,7 +63,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
         loss = test_loss(found)
         scores = [o.test.accuracy for o in found.outcomes.values() if o.test]
         moved = [o.start_change for o in found.outcomes.values() if o.start_change is not None]
-        rate = "–" if found.chosen is None else f"{found.chosen:g}"
+        rate = rate_told(found)
         if not found.conclusive:
             rate += f" (inconclusive: the {found.edge} of the grid)" if found.edge else " (diverged)"
         rows.append(

@@ -1,13 +1,13 @@
 """Question 1 of the paper: which matrices deserve a limited budget of parameters?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
-from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all
+from brushstroke.studies.comparisons import MARGIN, Comparison, Difference, check_margin, compare_all
 from brushstroke.studies.findings import Figure, Finding, difference_table, pairs_told
 from brushstroke.studies.runner import Results
 from brushstroke.studies.study import Material
@@ -130,8 +130,19 @@ def _answer(ordered: list[str], compared: Comparison, margin: float) -> str:
     if compared.spread is None:
         return f"By test loss, from one seed and so without any claim: {order}."
     text = f"By test loss, lowest first: {order}. {pairs_told(compared, margin)} "
-    lower = [one.second for one in compared.differences if one.first == best and one.lower()]
+    lower = [one for one in compared.differences if one.first == best and one.lower()]
     if not lower:
         return text + f"{best} is not shown to be lower than any other."
-    others = "every other" if len(lower) == len(ordered) - 1 else ", ".join(lower)
-    return text + f"{best} is shown to be lower than {others}."
+    every = len(lower) == len(ordered) - 1
+    others = "every other" if every else ", ".join(one.second for one in lower)
+    return text + f"{best} is shown to be lower than {others}{_on_new_rows(lower)}."
+
+
+def _on_new_rows(lower: Sequence[Difference]) -> str:
+    """Of the sets that the best one is lower than: with which of them that holds on new test rows."""
+    if not any(one.new_rows for one in lower):
+        return " on these test rows"
+    kept = [one.second for one in lower if one.significant_on_new_rows()]
+    if len(kept) == len(lower):
+        return ", on new rows too"
+    return f" on these test rows, on new rows too than {', '.join(kept) if kept else 'none of them'}"
