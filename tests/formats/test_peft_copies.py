@@ -17,7 +17,7 @@ from brushstroke import attach, bank, load, merge, save
 from brushstroke.adapter import Adapter
 from brushstroke.base import FolderWeights
 from brushstroke.errors import BaseMismatchError
-from brushstroke.layers import ChangedWeightsWarning, check_base
+from brushstroke.sites import ChangedWeightsWarning, check_base
 
 LOGITS = 1e-5  # fp32: the two sides add up in another order
 TOKENS = torch.arange(24).reshape(2, 12) % toys.VOCABULARY

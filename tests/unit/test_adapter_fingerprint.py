@@ -10,9 +10,10 @@ import toys
 from brushstroke.adapter import Adapter, Card, Fingerprint, LoraConfig, Verdict
 from brushstroke.adapter.fingerprint import SAMPLES, sample, sample_positions
 from brushstroke.errors import AdapterFileError, BaseMismatchError
-from brushstroke.layers import QuantisedBaseWarning, attach
+from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
 from brushstroke.merging import merge
+from brushstroke.sites import QuantisedBaseWarning
 
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float32, *HALVES]

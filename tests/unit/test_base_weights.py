@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import toys
-from brushstroke.base import Base, FolderWeights, ModelWeights, open_base, quiet_transformers
+from brushstroke.base import Base, FolderWeights, open_base, quiet_transformers
 from brushstroke.errors import BaseLoadError
+from brushstroke.sites import ModelWeights
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:

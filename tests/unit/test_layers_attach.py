@@ -20,8 +20,9 @@ from brushstroke.errors import (
     ShapeError,
     TargetError,
 )
-from brushstroke.layers import attach, find_sites
+from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
+from brushstroke.sites import find_sites
 
 EXACT = 1e-12  # float64, relative
 FLOAT32 = 1e-5  # float32, relative: sums in another order
@@ -437,7 +438,7 @@ class Gated(nn.Linear):
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (Router, "Router gives a tuple and no tensor"),
+        (Router, "Router returns a tuple, not a tensor"),
         (Heads, r"Heads gives \(2, 2, 2\) for rows of 4"),
         (Gated, r"Gated fails in a trial on rows of 4 \(TypeError"),
     ],
@@ -462,7 +463,7 @@ def test_an_adapter_for_a_module_that_gives_no_tensor_is_refused():
     update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
     net = nn.Sequential(Router(4, 4))
     before = toys.snapshot(net)
-    with pytest.raises(AttachError, match=r"0 \(Router\) gives a tuple and no tensor"):
+    with pytest.raises(AttachError, match=r"0 \(Router\) returns a tuple, not a tensor"):
         attach(net, Adapter({"0": update}))
     assert toys.snapshot(net) == before
 
@@ -488,7 +489,7 @@ def test_the_router_of_llama_4_is_left_out_with_its_experts():
             model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
             assert all(p.grad is not None for p in attachment.parameters())
             skipped = attachment.plan.skipped
-    assert "no tensor" in skipped["model.layers.1.feed_forward.router"]
+    assert "not a tensor" in skipped["model.layers.1.feed_forward.router"]
     assert skipped["model.layers.1.feed_forward.experts.down_proj"] == (
         "a bare 3-D parameter, which cannot be adapted yet"
     )

@@ -157,9 +157,9 @@ def test_load_replace_and_evict(net, adapters, plain):
 
 def test_an_adapter_in_use_is_not_evicted(net, adapters):
     with bank(net, adapters) as b:
-        with b.rows(["both", None]), pytest.raises(RouteError, match="in use"):
+        with b.rows(["both", None]), pytest.raises(RouteError, match="selected by the active route"):
             b.evict("both")
-        with b.rows("both"), b.rows("first"), pytest.raises(RouteError, match="in use"):
+        with b.rows("both"), b.rows("first"), pytest.raises(RouteError, match="selected by the active route"):
             b.evict("both")
         b.evict("both")
         assert b.names == ("first", "second")
@@ -318,7 +318,7 @@ def test_few_rows_and_many_rows_get_the_same(net, adapters, monkeypatch) -> None
     x = torch.randn(4, 5, 6).double()
     with bank(net, adapters) as held, held.rows(["both", None, "second", "first"]), torch.no_grad():
         few = net(x)
-        monkeypatch.setattr("brushstroke.layers.adapted.STACKED_ROWS", 0)
+        monkeypatch.setattr("brushstroke.layers.linear.STACKED_ROWS", 0)
         assert relative(net(x), few) < EXACT
 
 
@@ -326,6 +326,6 @@ def test_numbers_that_are_not_finite_in_the_dtype_of_the_base_are_refused(net, a
     broken = Adapter({"fc1": LowRank(torch.ones(6, 1), torch.full((1, 10), 1e6), 1.0)})
     net.half()
     with bank(net) as held:
-        with pytest.raises(AttachError, match=r"numbers at fc1 that are not finite in torch\.float16"):
+        with pytest.raises(AttachError, match=r"non-finite values at fc1 in torch\.float16"):
             held.load("broken", broken)
         assert held.names == ()

@@ -5,8 +5,8 @@ import training_kit
 from brushstroke.base import Base
 from brushstroke.errors import ConfigError
 from brushstroke.formats import load
-from brushstroke.layers.walk import site_module, weight_dxh
 from brushstroke.merging import merge
+from brushstroke.sites.walk import site_module, weight_dxh
 from brushstroke.studies.arm_run import ArmRunner, Task, divergence, score, score_rows
 from brushstroke.studies.arms import Arm, Run, low_rank, shortened, whole
 from brushstroke.studies.controls import principal_inputs

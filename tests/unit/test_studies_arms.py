@@ -1,7 +1,7 @@
 import pytest
 
-from brushstroke.adapter import Site
 from brushstroke.errors import ConfigError
+from brushstroke.sites import Site
 from brushstroke.studies.arms import (
     RUN_KEY,
     Arm,

@@ -28,6 +28,7 @@ class LoraConfig:
         rank_pattern: rank for single patterns; the first that matches a site counts.
         alpha_pattern: alpha for single patterns, likewise.
         init: rule for the starting U, "kaiming" or "gaussian"; V starts at zero.
+        variant: type of the update, "lora" for scale·U·V.
 
     Raises:
         ConfigError: a value that cannot work, named.
@@ -44,6 +45,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init: str = "kaiming"
+    variant: str = "lora"
 
     def __post_init__(self) -> None:
         named: Any = self.targets

@@ -24,13 +24,12 @@ from brushstroke.base.vocabulary import (
     has_embedding,
     refuse_unknown_tokens,
 )
-from brushstroke.base.weights import FolderWeights, ModelWeights, open_base
+from brushstroke.base.weights import FolderWeights, open_base
 
 __all__ = [
     "CACHE_NAMES",
     "Base",
     "FolderWeights",
-    "ModelWeights",
     "RowCache",
     "VocabularyWarning",
     "check_max_length",

@@ -12,53 +12,18 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from brushstroke.adapter import Site, is_conv1d
 from brushstroke.base.architecture import build_model
 from brushstroke.base.load import Base, load_base, quiet_transformers
 from brushstroke.base.surplus import require_whole
-from brushstroke.errors import BaseLoadError, BrushstrokeError, did_you_mean
+from brushstroke.errors import BaseLoadError, BrushstrokeError
 from brushstroke.files import read_json
 from brushstroke.hub import hub_or_cache
+from brushstroke.sites import Site, find_sites, require_kind
+from brushstroke.sites.weights import known_site
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PATTERNS = ["config.json", "model*.safetensors", _INDEX, "*.py"]  # what `FolderWeights` reads
-
-
-class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
-    """The weights of a live model, as views: torch's `Linear.weight` transposed, HF's `Conv1D.weight` as is.
-
-    Args:
-        model: an nn.Module or a Base.
-
-    >>> weights = ModelWeights(nn.Sequential(nn.Linear(3, 5)))
-    >>> list(weights), tuple(weights["0"].shape)
-    (['0'], (3, 5))
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._root: nn.Module = model if isinstance(model, nn.Module) else model.model
-        self._sites = {site.path: site for site in _sites(self._root)}
-
-    def __getitem__(self, site: str) -> Float[Tensor, "d h"]:
-        known = _known(self._sites, site)
-        weight = self._root.get_submodule(site).weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-            raise BaseLoadError(f"the weight of {site} is packed (quantised); load the base unquantised")
-        return _oriented(weight.detach(), known)
-
-    def __contains__(self, site: object) -> bool:
-        return site in self._sites
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def sites(self) -> tuple[Site, ...]:
-        """Every weight that can be read, in model order."""
-        return tuple(self._sites.values())
 
 
 class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
@@ -79,13 +44,13 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         self.folder = Path(folder).expanduser()
         self._shards = _shards(self.folder)
         self.model = model = _skeleton(self.folder, trust_remote_code)  # without memory: shapes and names
-        self._sites = {site.path: site for site in _sites(model)}
+        self._sites = {site.path: site for site in find_sites(model, trial=False)}
         self._keys = _locate_keys(model, [f"{path}.weight" for path in self._sites], self._shards)
 
     def __getitem__(self, site: str) -> Float[Tensor, "d h"]:
-        known = _known(self._sites, site)
         file, key = self.key(site)
-        stored = (known.h, known.d) if known.kind == "linear" else (known.d, known.h)
+        module: Any = self.model.get_submodule(site)
+        stored = tuple(module.weight.shape)
         try:
             with safe_open(self.folder / file, framework="pt") as shard:
                 header = shard.get_slice(key)
@@ -95,7 +60,7 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
                         f"{key} in {file} should be a float tensor of shape {stored}; it is {dtype} "
                         f"{found}: load the whole model instead"
                     )
-                return _oriented(shard.get_tensor(key), known)
+                return require_kind(module).to_dxh(shard.get_tensor(key))
         except (SafetensorError, OSError) as error:
             if isinstance(error, BaseLoadError):
                 raise
@@ -176,7 +141,7 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         Raises:
             BaseLoadError: no key of the files can be this site's.
         """
-        _known(self._sites, site)
+        known_site(self._sites, site)
         key = self._keys.get(f"{site}.weight")
         if key is None:
             raise BaseLoadError(
@@ -234,34 +199,6 @@ def _snapshot(name: str) -> Path | None:
             return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except Exception:
         return None
-
-
-def _sites(root: nn.Module) -> list[Site]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    sites = []
-    for path, module in root.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear):
-            kind, (d, h) = "linear", (module.in_features, module.out_features)
-        elif is_conv1d(module):
-            kind, (d, h) = "conv1d", weight.shape
-        else:
-            continue
-        twins = [owner for owner in owners.get(id(weight), []) if owner != path]
-        sites.append(Site(path, d, h, kind, tied_to=twins[0] if twins else None))
-    return sites
-
-
-def _known(sites: Mapping[str, Site], site: str) -> Site:
-    if site not in sites:
-        raise KeyError(f"the model has no site {site!r}{did_you_mean(site, sites)}")
-    return sites[site]
-
-
-def _oriented(weight: Tensor, site: Site) -> Float[Tensor, "d h"]:
-    return weight.mT if site.kind == "linear" else weight
 
 
 def _shards(folder: Path) -> dict[str, str]:

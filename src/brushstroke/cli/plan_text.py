@@ -51,7 +51,7 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
 
 def _left_out(plan: "Plan") -> str:
     """What the targets leave out, those of the same name in several layers as one, the largest first."""
-    from brushstroke.adapter import in_all_layers
+    from brushstroke.sites import in_all_layers
 
     groups: dict[tuple[str, str], list[float]] = {}
     for path, why in plan.skipped.items():

@@ -14,7 +14,8 @@ from brushstroke.data import ChatFormat, Conversation, Reply, Template, find_tem
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference.batching import run_requests
 from brushstroke.inference.request import Finish, Output, Request, Sampling
-from brushstroke.layers import Bank, bank, unwrap
+from brushstroke.layers import Bank, bank
+from brushstroke.sites import unwrap
 
 ONLY = "adapter"  # the name of an adapter that is given alone
 

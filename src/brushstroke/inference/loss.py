@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from brushstroke.base import dynamic_rope_limit, preserved_rope
 from brushstroke.data import Example
-from brushstroke.layers import require_uniform_route, unwrap
+from brushstroke.layers import require_uniform_route
+from brushstroke.sites import unwrap
 
 PADDED_TOKENS = 2048  # of one batch: bounds the logits, which are the largest thing here
 ROWS_AT_ONCE = 512  # predictions whose logits are held in fp32

@@ -1,40 +1,65 @@
-"""The forward passes of adapted modules: mixins that a module's class is swapped for.
+"""What all adapted layers have in common, and the class swap that makes a module one.
 
-No hooks, no wrapper modules and no merging here; `attach` and `bank` do the swapping.
+No hooks and no wrapper modules; the forward passes are in a file for each kind of layer.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from brushstroke.errors import AttachError
 from brushstroke.layers.route import Route
-from brushstroke.layers.walk import has_plain_forward
-from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term, stacked_term
+from brushstroke.lowrank import Update
+from brushstroke.lowrank.apply import LinearParts
+from brushstroke.sites import Kind, require_kind
 
-STACKED_ROWS, STACKED_RANKS = 256, 256  # up to here all factors meet all rows: fewer operations count more
+
+class Trial(NamedTuple):
+    """An update to try in an adapted layer, and what the layer should give with it.
+
+    Args:
+        tensors: parameters and buffers for the trial, by name.
+        settings: other attributes for the trial, by name.
+        expected: the output with slot 1.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    expected: Tensor
 
 
 class Adapted(nn.Module):
-    """What every adapted module has: the class that it had, and the route that all sites share."""
+    """A layer with one adapter or several: its own class, the kind of layer, and the route of all sites."""
 
     weight: Tensor
     bias: Tensor | None
     _route: Route
     _base_class: ClassVar[type[nn.Module]]
+    _kind: ClassVar[Kind]
+    _plain: ClassVar[bool]  # whether the base class has the kind's own forward
     _added: ClassVar[tuple[str, ...]]  # the attributes that an adapter adds besides the route
 
     @property
-    def _widths(self) -> tuple[int, int]:
-        """(d, h) of the factors that are installed."""
-        raise NotImplementedError
+    def widths(self) -> tuple[int, int]:
+        """(d, h) of the base's weight W."""
+        return self._kind.shape(self)
 
-    def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and settings with which slot 1 would be U·V, for a probe."""
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """What a fused function needs to run this layer on x, or None where the layer must run itself."""
+        return None
+
+    def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
+        """A random update for a probe.
+
+        Args:
+            x: an input of the layer.
+            base: its output without an adapter.
+            generator: for the update.
+        """
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
@@ -46,172 +71,61 @@ class Adapted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise AttachError(
             "a model with an adapter in it cannot be pickled; save the adapter by itself with "
-            "brushstroke.save(), "
-            "or detach it first"
+            "brushstroke.save(), or detach it first"
         )
 
 
-class AdaptedLinear(Adapted):
-    """y = x·W + scale·(x·U)·V for modules that map the last axis (…, d) → (…, h), with one adapter.
+class Attached(Adapted):
+    """A layer with one adapter, in slot 1 of the route."""
 
-    Parameters `lora_U_rows` (r×d, Uᵀ) and `lora_V` (r×h). Slot 1 of the route is the adapter, slot 0 the
-    base.
-    """
+    dropout: float
 
-    lora_U_rows: nn.Parameter
-    lora_V: nn.Parameter
-    lora_scale: float
-    lora_dropout: float
-    _added = ("lora_U_rows", "lora_V", "lora_scale", "lora_dropout")
-    _fused: ClassVar[bool] = False
-    _weight_is_dxh: ClassVar[bool] = False
+    def install(self, update: Any, *, trainable: bool, dropout: float) -> None:
+        """Take over an update, as parameters of the layer.
 
-    @property
-    def _widths(self) -> tuple[int, int]:
-        """(d, h) of the factors that are installed."""
-        return self.lora_U_rows.shape[1], self.lora_V.shape[1]
-
-    def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and settings with which slot 1 would be U·V, for a probe."""
-        return {"lora_U_rows": U_rows, "lora_V": V}, {"lora_scale": 1.0}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The base's output, plus the low-rank term where the route asks for it."""
-        route = self._route
-        slot = route.uniform
-        if slot == 0:
-            return route.guard(super().forward(x))
-        if (parts := self.parts(x)) is not None:
-            return route.guard(lowrank_linears(x, [parts])[0])
-        U_rows, V, scale = self.lora_U_rows, self.lora_V, self.lora_scale
-        drop = self.lora_dropout if self.training else 0.0
-        y = super().forward(x)
-        if slot is None:
-            return route.guard(_add_segments(y, x, route, {1: (U_rows, V, scale)}, drop))
-        return route.guard(y + lowrank_term(x, U_rows, V, scale, drop, self.training).to(y.dtype))
-
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """What the fused step needs for this input, or None where it would not be the same computation.
-
-        Whoever asks is about to run the module, so that it counts as run.
+        Args:
+            update: of the type that the registry has for this class.
+            trainable: hold it in at least fp32, and let it have gradients.
+            dropout: probability on the input of the low-rank path, while the layer trains.
         """
-        self._route.record(self)
-        dropped = self.lora_dropout if self.training else 0.0
-        frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
-        if not self._fused or self._route.uniform != 1 or dropped or not frozen:
-            return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None
-        return LinearParts(
-            self.weight, self.bias, self.lora_U_rows, self.lora_V, self.lora_scale, self._weight_is_dxh
-        )
+        raise NotImplementedError
+
+    def factors(self) -> Mapping[str, nn.Parameter]:
+        """What an optimiser trains, by name."""
+        raise NotImplementedError
+
+    def update(self) -> Update:
+        """The update as it is now, as a value of its own."""
+        raise NotImplementedError
 
 
-class BankedLinear(Adapted):
-    """y = x·W + (x·U_s)·V_s with the slot s chosen for each row; scales are folded into V.
+class Banked(Adapted):
+    """A layer with several adapters, in the slots of the route."""
 
-    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h); a slot of smaller rank is padded with zeros, its true
-    rank stands in `bank_ranks`. Slot 0 is all zero.
-    """
+    @classmethod
+    def fits(cls, update: Any, dtype: torch.dtype) -> bool:
+        """Whether all numbers of an update are finite in the dtype in which the layer would hold them."""
+        raise NotImplementedError
 
-    bank_U_rows: Tensor
-    bank_V: Tensor
-    bank_ranks: list[int]
-    _added = ("bank_U_rows", "bank_V", "bank_ranks")
+    def prepare(self) -> None:
+        """Make room for slots; all of them are empty."""
+        raise NotImplementedError
 
-    @property
-    def _widths(self) -> tuple[int, int]:
-        """(d, h) of the factors that are installed."""
-        return self.bank_U_rows.shape[2], self.bank_V.shape[2]
-
-    def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and settings with which slot 1 would be U·V, for a probe."""
-        stacks = {"bank_U_rows": U_rows, "bank_V": V}
-        return {name: torch.stack([t * 0, t]) for name, t in stacks.items()}, {"bank_ranks": [0, 1]}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The base's output, plus each row's own low-rank term."""
-        y = super().forward(x)
-        route = self._route
-        if torch.compiler.is_compiling():
-            slots = route.slot_index(x.shape[0], x.device)
-            return y + gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots]).to(y.dtype)
-        slot = route.uniform
-        if slot == 0 or (slot is not None and not self.bank_ranks[slot]):
-            return route.guard(y)
-        if slot is not None:
-            U_rows, V, scale = self._factors(slot)
-            return route.guard(y + lowrank_term(x, U_rows, V, scale).to(y.dtype))
-        slots, rank, _ = self.bank_V.shape
-        if x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS and x.ndim > 1:
-            uses = route.ranks_used(x.shape[0], slots, rank, x.device)
-            return route.guard(y + stacked_term(x, self.bank_U_rows, self.bank_V, uses).to(y.dtype))
-        used = {segment.slot for segment in route.segments(x.shape[0]) if self.bank_ranks[segment.slot]}
-        return route.guard(_add_segments(y, x, route, {slot: self._factors(slot) for slot in used}))
-
-    def _factors(self, slot: int) -> tuple[Tensor, Tensor, float]:
-        rank = self.bank_ranks[slot]
-        return self.bank_U_rows[slot, :rank], self.bank_V[slot, :rank], 1.0
-
-
-def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] | None:
-    """The parts of linears that one fused function may run together; None where one of them must run itself.
-
-    A plain linear takes part where it is frozen; hooks are never passed over.
-    """
-    found = []
-    for module in modules:
-        if hooked(module):
-            return None
-        parts = module.parts(x) if isinstance(module, AdaptedLinear) else _plain_parts(module, x)
-        if parts is None:
-            return None
-        found.append(parts)
-    return found
+    def write(self, slot: int, update: Any) -> None:
+        """Put an update, of the type that the registry has for this class, into a slot; None empties it."""
+        raise NotImplementedError
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody watches this module, so that it must be called."""
+    """Whether hooks watch this module, so that it must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
-    if not has_plain_forward(module):
-        return None
-    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or torch.is_autocast_enabled(x.device.type):
-        return None
-    return LinearParts(weight, bias, weight_is_dxh=not isinstance(module, nn.Linear))
-
-
-def _add_segments(
-    y: Tensor, x: Tensor, route: Route, factors: dict[int, tuple[Tensor, Tensor, float]], dropout: float = 0.0
-) -> Tensor:
-    out = y.clone() if torch.is_grad_enabled() else y
-    for segment in route.segments(x.shape[0]):
-        if segment.slot in factors:
-            rows = segment.rows if isinstance(segment.rows, slice) else segment.rows.to(x.device)
-            term = lowrank_term(x[rows], *factors[segment.slot], dropout, dropout > 0)
-            out[rows] += term.to(y.dtype)
-    return out
-
-
 @cache
-def adapted_class(base: type[nn.Module], mixin: type[Adapted]) -> type[Adapted]:
+def adapted_class(base: type[nn.Module], mixin: type[Adapted], kind: Kind) -> type[Adapted]:
     """The subclass `mixin + base`, made once for each pair."""
-    plain_linear = base.forward is nn.Linear.forward
-    conv1d = base.__name__ == "Conv1D"
-    return type(
-        f"{mixin.__name__}{base.__name__}",
-        (mixin, base),
-        {
-            "_base_class": base,
-            "_fused": plain_linear or conv1d,
-            "_weight_is_dxh": conv1d,
-            "__module__": __name__,
-        },
-    )
+    added = {"_base_class": base, "_kind": kind, "_plain": kind.is_plain(base), "__module__": __name__}
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), added)
 
 
 MixinT = TypeVar("MixinT", bound=Adapted)
@@ -226,10 +140,10 @@ def swap_class(module: nn.Module, path: str, mixin: type[MixinT], route: Route) 
     if "forward" in module.__dict__:
         raise AttachError(
             f"{path} carries a forward of its own (offload and device-map hooks do this), which would "
-            "bypass the "
-            "adapter without a word; load the model without device_map offloading, or remove the hooks first"
+            "silently bypass the adapter; load the model without device_map offloading, or remove the hooks "
+            "first"
         )
-    module.__class__ = adapted_class(type(module), mixin)
+    module.__class__ = adapted_class(type(module), mixin, require_kind(module))
     module.__dict__["_route"] = route
     return cast(MixinT, module)
 
@@ -240,7 +154,7 @@ def restore_classes(modules: Mapping[str, Adapted]) -> None:
     Raises:
         AttachError: something else changed a class since; nothing is changed then.
     """
-    changed = [path for path, module in modules.items() if not _is_ours(module)]
+    changed = [path for path, module in modules.items() if not _has_swapped_class(module)]
     if changed:
         found = type(modules[changed[0]]).__name__
         raise AttachError(
@@ -256,7 +170,5 @@ def restore_classes(modules: Mapping[str, Adapted]) -> None:
         plain.__class__ = module._base_class
 
 
-def _is_ours(module: nn.Module) -> bool:
-    if not isinstance(module, Adapted):
-        return False
-    return any(type(module) is adapted_class(module._base_class, m) for m in (AdaptedLinear, BankedLinear))
+def _has_swapped_class(module: nn.Module) -> bool:
+    return "_base_class" in type(module).__dict__  # of the very class that `adapted_class` made

@@ -11,17 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from brushstroke.adapter import Adapter, Card, LoraConfig, Site, TargetPlan, resolve_targets
+from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint
-from brushstroke.adapter.targets import short_names
 from brushstroke.errors import AttachError, ConfigError
-from brushstroke.layers.adapted import AdaptedLinear, restore_classes, swap_class
-from brushstroke.layers.check import as_low_rank, canonical_path, check_base, is_quantised, plain_weights
+from brushstroke.layers.adapted import Attached, restore_classes, swap_class
 from brushstroke.layers.probe import block_bypasses, probe, require_unattached
+from brushstroke.layers.registry import Start, variant_named, variant_of
 from brushstroke.layers.route import Route
-from brushstroke.layers.walk import find_others, find_sites, site_module, unwrap
-from brushstroke.lowrank import LowRank
-from brushstroke.lowrank.init import INITS
+from brushstroke.lowrank import Update
+from brushstroke.sites import (
+    Site,
+    TargetPlan,
+    canonical_path,
+    check_base,
+    find_others,
+    find_sites,
+    is_quantised,
+    plain_weights,
+    resolve_targets,
+    site_module,
+    unwrap,
+)
+from brushstroke.sites.targets import short_names
 
 
 class Attachment:
@@ -33,7 +44,7 @@ class Attachment:
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, AdaptedLinear],
+        modules: Mapping[str, Attached],
         card: Card | None,
         plan: TargetPlan | None,
         route: Route,
@@ -52,7 +63,7 @@ class Attachment:
         return tuple(self._modules)
 
     @property
-    def modules(self) -> Mapping[str, AdaptedLinear]:
+    def modules(self) -> Mapping[str, Attached]:
         """Path → adapted module."""
         return MappingProxyType(self._modules)
 
@@ -62,28 +73,25 @@ class Attachment:
         return bool(self._modules)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The factors, for an optimiser: of each site Uᵀ (r×d), then V (r×h)."""
+        """The factors, for an optimiser, site by site."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, factor) pairs, such as ("fc1.lora_V", …)."""
         for path, module in self._modules.items():
-            yield f"{path}.lora_U_rows", module.lora_U_rows
-            yield f"{path}.lora_V", module.lora_V
+            for name, factor in module.factors().items():
+                yield f"{path}.{name}", factor
 
     def adapter(self, card: Card | None = None) -> Adapter:
         """The adapter as it is now, as a value of its own: later training does not change it."""
         self._check_attached()
-        updates = {
-            path: LowRank(m.lora_U_rows.detach().clone().mT, m.lora_V.detach().clone(), m.lora_scale)
-            for path, m in self._modules.items()
-        }
+        updates = {path: module.update() for path, module in self._modules.items()}
         return Adapter(updates, card or self._card)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is its base again, bit for bit."""
+        """Context manager: the model is its base again, bit for bit."""
         self._check_attached()
         restore = self._route.set((0,))
         try:
@@ -161,11 +169,11 @@ def attach(
     if isinstance(what, LoraConfig):
         plan = resolve_targets(what, list(sites.values()), find_others(root, list(sites.values())))
         card = _new_card(root, sites, what, plan, getattr(model, "name", None))
-        updates = _fresh_updates(sites, what, plan, seed)
+        updates = _fresh_updates(root, sites, what, plan, seed)
         dropout = what.dropout if dropout is None else dropout
     elif isinstance(what, Adapter):
         check_base(root, what, allow_different_base=allow_different_base)
-        updates = {canonical_path(path, sites): as_low_rank(path, update) for path, update in what.items()}
+        updates = {canonical_path(path, sites): update for path, update in what.items()}
         card = what.card
         if trainable:  # what it becomes belongs to this base
             name = getattr(model, "name", None) or (card.base_name if card else None)
@@ -174,12 +182,13 @@ def attach(
         raise AttachError(f"expected an Adapter or a LoraConfig; got {type(what).__name__}")
 
     undo: list[Callable[[], None]] = []
-    modules: dict[str, AdaptedLinear] = {}
+    modules: dict[str, Attached] = {}
     route = Route((1,))
     try:
         for path, update in updates.items():
-            module = modules[path] = swap_class(site_module(root, path), path, AdaptedLinear, route)
-            _install(module, update, trainable, dropout or 0.0)
+            variant = variant_of(path, update, sites[path].kind)
+            module = modules[path] = swap_class(site_module(root, path), path, variant.attached, route)
+            module.install(update, trainable=trainable, dropout=dropout or 0.0)
         undo += block_bypasses(root, modules)
         probe(modules)
     except BaseException:
@@ -188,33 +197,20 @@ def attach(
             step()
         raise
     if trainable:
-        factors = {id(p) for module in modules.values() for p in (module.lora_U_rows, module.lora_V)}
+        factors = {id(p) for module in modules.values() for p in module.factors().values()}
         undo.append(_freeze(root, factors))
     return Attachment(root, modules, card, plan, route, undo)
 
 
 def _fresh_updates(
-    sites: Mapping[str, Site], config: LoraConfig, plan: TargetPlan, seed: int
-) -> dict[str, LowRank]:
+    root: nn.Module, sites: Mapping[str, Site], config: LoraConfig, plan: TargetPlan, seed: int
+) -> dict[str, Update]:
     generator = torch.Generator().manual_seed(seed)
     updates = {}
     for path, rank in plan.ranks.items():
-        site = sites[path]
-        U_rows = INITS[config.init](site.d, rank, generator)
-        updates[path] = LowRank(U_rows.mT, torch.zeros(rank, site.h), plan.scales[path])
+        start = Start(config, sites[path], site_module(root, path), rank, plan.scales[path], generator)
+        updates[path] = variant_named(config.variant, sites[path]).fresh(start)
     return updates
-
-
-def _install(module: AdaptedLinear, update: LowRank, trainable: bool, dropout: float) -> None:
-    weight = module.weight
-    dtype = update.dtype
-    if trainable:
-        wide = weight.dtype == torch.float64 or dtype == torch.float64
-        dtype = torch.float64 if wide else torch.float32
-    for name, tensor in (("lora_U_rows", update.U.mT), ("lora_V", update.V)):
-        held = tensor.detach().to(weight.device, dtype).clone(memory_format=torch.contiguous_format)
-        module.register_parameter(name, nn.Parameter(held, requires_grad=trainable))
-    module.lora_scale, module.lora_dropout = update.scale, dropout
 
 
 def _freeze(root: nn.Module, factors: set[int]) -> Callable[[], None]:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from brushstroke.adapter import Adapter, Card
 from brushstroke.errors import AttachError, RouteError, did_you_mean
-from brushstroke.layers.adapted import Adapted, BankedLinear, restore_classes, swap_class
-from brushstroke.layers.check import as_low_rank, canonical_path, check_base
+from brushstroke.layers.adapted import Adapted, Banked, restore_classes, swap_class
 from brushstroke.layers.probe import block_bypasses, probe, require_unattached
+from brushstroke.layers.registry import banked_class, variant_of
 from brushstroke.layers.route import Route
-from brushstroke.layers.walk import find_sites, site_module, unwrap
-from brushstroke.lowrank import LowRank
+from brushstroke.lowrank import Update
+from brushstroke.sites import canonical_path, check_base, find_sites, site_module, unwrap
+from brushstroke.sites.kinds import compute_dtype
 
 
 class Bank:
@@ -30,7 +30,7 @@ class Bank:
         self.model = model
         self._sites = {site.path: site for site in find_sites(model, trial=False)}
         self._route = Route((0,))
-        self._modules: dict[str, BankedLinear] = {}
+        self._modules: dict[str, Banked] = {}
         self._slots: dict[str, int] = {}
         self._cards: dict[str, Card | None] = {}
         self._outer: list[tuple[int, ...]] = []
@@ -43,7 +43,7 @@ class Bank:
 
     @property
     def active(self) -> tuple[str | None, ...]:
-        """The adapter of each row of the route in force; None is the base."""
+        """The adapter of each row of the active route; None is the base."""
         names = {slot: name for name, slot in self._slots.items()}
         return tuple(names.get(slot) for slot in self._route.slots)
 
@@ -67,13 +67,12 @@ class Bank:
             raise RouteError(f"an adapter in a bank needs a name; got {name!r}")
         require_unattached(self.model, self._modules)
         check_base(self.model, adapter, allow_different_base=allow_different_base)
-        updates = {canonical_path(path, self._sites): as_low_rank(path, u) for path, u in adapter.items()}
-        for path, update in updates.items():
-            _refuse_infinite(name, path, update, site_module(self.model, path))
-        self._swap([path for path in updates if path not in self._modules])
+        updates = {canonical_path(path, self._sites): update for path, update in adapter.items()}
+        classes = {path: self._banked_class(name, path, update) for path, update in updates.items()}
+        self._swap({path: cls for path, cls in classes.items() if path not in self._modules})
         slot = self._slots.get(name) or self._free_slot()
         for path, module in self._modules.items():
-            _write_slot(module, slot, updates.get(path))
+            module.write(slot, updates.get(path))
         self._slots[name] = slot
         self._cards[name] = adapter.card
 
@@ -81,14 +80,17 @@ class Bank:
         """Take an adapter out of the bank.
 
         Raises:
-            RouteError: there is none of that name, or a row of the route in force uses it.
+            RouteError: there is none of that name, or a row of the active route uses it.
         """
         slot = self._slot(name)
         if any(slot in slots for slots in (self._route.slots, *self._outer)):
-            raise RouteError(f"adapter {name!r} is in use by the route in force; leave its rows() first")
+            raise RouteError(
+                f"adapter {name!r} is selected by the active route; leave the `with bank.rows(...)` block "
+                "before evicting it"
+            )
         del self._slots[name], self._cards[name]
         for module in self._modules.values():
-            _write_slot(module, slot, None)
+            module.write(slot, None)
 
     def use(self, *names: str | None) -> None:
         """Switch for good: one name for the whole batch, or one for each row; None is the base."""
@@ -96,7 +98,7 @@ class Bank:
 
     @contextmanager
     def rows(self, names: Sequence[str | None] | str | None) -> Iterator["Bank"]:
-        """Inside, each row of a batch uses the adapter named for it; None is the base.
+        """Context manager: each row of a batch uses the adapter named for it; None is the base.
 
         One name serves a batch of any size. Beams and repeated samples repeat the route.
         """
@@ -124,16 +126,30 @@ class Bank:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _swap(self, paths: Sequence[str]) -> None:
+    def _banked_class(self, name: str, path: str, update: Update) -> type[Banked]:
+        """The layer class that holds this update; that of the site, where it holds others already."""
+        cls = banked_class(name, path, variant_of(path, update, self._sites[path].kind))
+        module, held = site_module(self.model, path), self._modules.get(path)
+        if held is not None and not isinstance(held, cls):
+            raise AttachError(
+                f"adapter {name!r} has a {type(update).__name__} at {path}, where the bank holds another "
+                "type of update; use a bank of its own"
+            )
+        dtype = compute_dtype(module)
+        if not cls.fits(update, dtype):
+            raise AttachError(
+                f"adapter {name!r} has non-finite values at {path} in {dtype}, in which this base would use "
+                "it; do not serve it, or load the base in float32"
+            )
+        return cls
+
+    def _swap(self, classes: Mapping[str, type[Banked]]) -> None:
         """Turn further modules into banked ones, all of them or none."""
-        fresh: dict[str, BankedLinear] = {}
+        fresh: dict[str, Banked] = {}
         try:
-            for path in paths:
-                site = self._sites[path]
-                module = swap_class(site_module(self.model, path), path, BankedLinear, self._route)
-                fresh[path] = module
-                _set_buffers(module, torch.zeros(1, 0, site.d), torch.zeros(1, 0, site.h))
-                module.bank_ranks = [0]
+            for path, cls in classes.items():
+                fresh[path] = swap_class(site_module(self.model, path), path, cls, self._route)
+                fresh[path].prepare()
             probe(fresh)
         except BaseException:
             restore_classes(fresh)
@@ -188,7 +204,7 @@ def bank(
 
 
 def require_uniform_route(model: Any) -> None:
-    """Check that no route in force in a model tells its rows apart, as batches of another order would mix up.
+    """Check that the active route treats all rows alike, for callers that reorder rows.
 
     Raises:
         RouteError: one does.
@@ -196,54 +212,6 @@ def require_uniform_route(model: Any) -> None:
     for module in unwrap(model).modules():
         if isinstance(module, Adapted) and module._route.uniform is None:
             raise RouteError(
-                f"a route of {len(module._route.slots)} rows is in force in this model, and here rows run in "
-                "an order of their own; pass the bank as adapters= (with rows=), or leave its rows() first"
+                f"the active route assigns adapters to {len(module._route.slots)} rows, but here rows are "
+                "reordered; pass the bank as adapters= (with rows=), or leave its rows() block first"
             )
-
-
-def _write_slot(module: BankedLinear, slot: int, update: LowRank | None) -> None:
-    """Write one slot of one site, growing the stacks where there are too few slots or too small a rank."""
-    U_rows, V = module.bank_U_rows, module.bank_V
-    rank = update.rank if update else 0
-    slots, width = U_rows.shape[0], max(U_rows.shape[1], rank)
-    while slots <= slot:
-        slots *= 2  # room to load more: a compiled graph lives as long as the shapes do
-    if (slots, width) != U_rows.shape[:2]:
-        grown = [stack.new_zeros(slots, width, stack.shape[2]) for stack in (U_rows, V)]
-        for new, old in zip(grown, (U_rows, V), strict=True):
-            new[: old.shape[0], : old.shape[1]] = old
-        U_rows, V = grown
-        _set_buffers(module, U_rows, V)
-    U_rows[slot].zero_()
-    V[slot].zero_()
-    if update:
-        U_rows[slot, :rank] = update.U.mT
-        V[slot, :rank] = _scaled_V(update).to(V.dtype)
-    ranks = list(module.bank_ranks) + [0] * (slots - len(module.bank_ranks))
-    ranks[slot] = rank
-    module.bank_ranks = ranks
-
-
-def _refuse_infinite(name: str, path: str, update: LowRank, module: nn.Module) -> None:
-    """Rows of several adapters share products, so that one that is not finite would spoil the others."""
-    dtype = _factor_dtype(module)
-    if not all(bool(torch.isfinite(factor.to(dtype)).all()) for factor in (update.U, _scaled_V(update))):
-        raise AttachError(
-            f"adapter {name!r} has numbers at {path} that are not finite in {dtype}, in which this base "
-            "would use it; do not serve it, or load the base in float32"
-        )
-
-
-def _scaled_V(update: LowRank) -> torch.Tensor:
-    return update.V.double() * update.scale
-
-
-def _factor_dtype(module: nn.Module) -> torch.dtype:
-    weight: Any = module.weight
-    return weight.dtype if weight.is_floating_point() else torch.float32
-
-
-def _set_buffers(module: BankedLinear, U_rows: torch.Tensor, V: torch.Tensor) -> None:
-    place = {"device": module.weight.device, "dtype": _factor_dtype(module)}
-    module.register_buffer("bank_U_rows", U_rows.to(**place), persistent=False)
-    module.register_buffer("bank_V", V.to(**place), persistent=False)

@@ -11,6 +11,7 @@ from torch import nn
 
 from brushstroke.errors import AttachError
 from brushstroke.layers.adapted import Adapted
+from brushstroke.sites.kinds import compute_dtype, example_input
 
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative; half precision gets the last line
 HALF_PROBE_TOLERANCE = 0.1
@@ -18,18 +19,17 @@ _ABSENT = object()
 
 
 def require_unattached(root: nn.Module, own: Mapping[str, nn.Module] | None = None) -> None:
-    """Refuse a model that holds an adapter other than our own.
+    """Refuse a model that holds an adapter other than these modules.
 
     Raises:
         AttachError: one attachment at a time; the message names the ways to use several adapters.
     """
-    ours = {id(module) for module in (own or {}).values()}
+    known = {id(module) for module in (own or {}).values()}
     for path, module in root.named_modules():
-        if isinstance(module, Adapted) and id(module) not in ours:
+        if isinstance(module, Adapted) and id(module) not in known:
             raise AttachError(
-                f"the model has an adapter attached already (at {path or 'its root'}); detach it "
-                "first, add the two "
-                "adapters (a + b) and attach the sum, or put both into a bank"
+                f"the model has an adapter attached already (at {path or 'its root'}); detach it first, add "
+                "the two adapters (a + b) and attach the sum, or put both into a bank"
             )
 
 
@@ -38,9 +38,8 @@ def block_bypasses(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Ca
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise AttachError(
-            "the model has an adapter in it, and save_pretrained would write its factors into the "
-            "base's files; "
-            "save the adapter with brushstroke.save(), or merge it and save the merged model"
+            "the model has an adapter in it, and save_pretrained would write its factors into the base's "
+            "files; save the adapter with brushstroke.save(), or merge it and save the merged model"
         )
 
     undo: list[Callable[[], None]] = []
@@ -68,25 +67,20 @@ def probe(modules: Mapping[str, Adapted]) -> None:
 
 
 def _probe(module: Adapted, path: str) -> None:
-    weight = module.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    d, h = module._widths
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, d, generator=generator).to(weight.device, dtype)
-    U_rows = torch.randn(1, d, generator=generator).to(weight.device, dtype) / d**0.5
+    dtype, generator = compute_dtype(module), torch.Generator().manual_seed(0)
+    x = example_input(module, 2, generator, module.weight.device, dtype)
     was_training = module.training
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         module.training = False
-        reopen = module._route.set((0,))
+        switch_back = module._route.set((0,))
         try:
             base = module(x)
             if not isinstance(base, torch.Tensor):
                 raise AttachError(
-                    f"{path} ({module._base_class.__name__}) gives a {type(base).__name__} and no tensor, so "
-                    "that it cannot be adapted"
+                    f"{path} ({module._base_class.__name__}) returns a {type(base).__name__}, not a tensor, "
+                    "so it cannot be adapted"
                 )
-            V = torch.full((1, h), max(1.0, float(base.abs().mean())), dtype=dtype, device=x.device)
-            tensors, settings = module._trial(U_rows, V)
+            tensors, settings, expected = module.trial(x, base, generator)
             before = {name: module.__dict__[name] for name in settings}
             module.__dict__.update(settings)
             module._route.set((1,))
@@ -96,9 +90,9 @@ def _probe(module: Adapted, path: str) -> None:
                 module.__dict__.update(before)
         finally:
             module.training = was_training
-            reopen()
-        expected = (x.double() @ U_rows.double().mT) @ V.double()
-    error = float((got.double() - base.double() - expected).norm() / expected.norm())
+            switch_back()
+    change = expected - base.double()
+    error = float((got.double() - expected).norm() / change.norm())
     if not error <= PROBE_TOLERANCE.get(dtype, HALF_PROBE_TOLERANCE):
         raise AttachError(
             f"{path} ({module._base_class.__name__}) does not run the adapted forward: its output is off by "

@@ -6,7 +6,7 @@ It does not know which weight it belongs to, nor any module or file.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from brushstroke.errors import ConfigError, ShapeError
@@ -115,6 +115,13 @@ class LowRank(Update):
     def dense(self, W: Float[Tensor, "d h"] | None = None) -> Float[Tensor, "d h"]:
         """scale·U·V; W is not needed."""
         return self.scale * (self.U @ self.V)
+
+    def entries(
+        self, i: Int[Tensor, " n"], j: Int[Tensor, " n"], W: Float[Tensor, "d h"] | None = None
+    ) -> Float[Tensor, " n"]:
+        """scale·(U·V)[i, j], in float64 on the CPU; W is not needed."""
+        U, V = self.U.to("cpu", torch.float64), self.V.to("cpu", torch.float64)
+        return self.scale * (U[i] * V[:, j].mT).sum(-1)
 
     def apply(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
         """scale·(x·U)·V."""

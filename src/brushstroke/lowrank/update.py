@@ -7,7 +7,7 @@ so code outside the family asks an update and never assumes that it has factors.
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -32,6 +32,12 @@ class Update(ABC):
     @abstractmethod
     def dense(self, W: Float[Tensor, "d h"] | None = None) -> Float[Tensor, "d h"]:
         """ΔW itself; W is needed only by members of the family whose change depends on it."""
+
+    @abstractmethod
+    def entries(
+        self, i: Int[Tensor, " n"], j: Int[Tensor, " n"], W: Float[Tensor, "d h"] | None = None
+    ) -> Float[Tensor, " n"]:
+        """ΔW at the positions (i, j), in float64 on the CPU, without forming ΔW where that can be avoided."""
 
     @abstractmethod
     def columns(self, start: int, stop: int) -> "Update":

@@ -21,7 +21,6 @@ from brushstroke.base.device import DTYPES
 from brushstroke.errors import BaseLoadError, ConfigError, MergeError, OutputError
 from brushstroke.files import read_json, refuse_existing
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
-from brushstroke.layers import check_base
 from brushstroke.merging.in_memory import MergeReport, SiteDrift, merge, require_adapter
 from brushstroke.merging.side_files import (
     CONFIG,
@@ -37,6 +36,7 @@ from brushstroke.merging.staging import recover, refuse_inside, staged_folder
 from brushstroke.merging.stored import stored_dtypes, widest_dtype
 from brushstroke.merging.stream import merge_files
 from brushstroke.merging.verify import CheckResult, check_merged
+from brushstroke.sites import check_base
 
 MODEL_KEYS = {"model_type", "architectures"}  # by which a model's config is told
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -17,10 +17,19 @@ from torch import Tensor, nn
 from brushstroke.adapter import Adapter
 from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
-from brushstroke.layers.check import check_base
 from brushstroke.layers.probe import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
-from brushstroke.layers.walk import find_sites, has_plain_forward, site_module, unwrap, weight_dxh
 from brushstroke.lowrank import Update
+from brushstroke.sites import (
+    KINDS,
+    check_base,
+    find_sites,
+    has_plain_forward,
+    require_kind,
+    site_module,
+    unwrap,
+    weight_dxh,
+)
+from brushstroke.sites.kinds import example_input
 
 MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
 PROBE_ROWS = 16
@@ -128,23 +137,23 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
     """
     if has_plain_forward(module):
         return
-    generator = torch.Generator().manual_seed(0)
-    d, h = W.shape
-    sizes = ((PROBE_ROWS, d), (d, 1), (1, h))
-    x, u, v = (torch.randn(*size, generator=generator).to(W.device, W.dtype) for size in sizes)
-    u /= d**0.5
+    kind, generator, (d, h) = require_kind(module), torch.Generator().manual_seed(0), W.shape
+    x = example_input(module, PROBE_ROWS, generator, W.device, W.dtype)
+    u, v = torch.randn(d, 1, generator=generator).to(W) / d**0.5, torch.randn(1, h, generator=generator).to(W)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     tensors = {name: torch.zeros_like(t, device=W.device) if t.is_meta else t for name, t in tensors.items()}
     was_training, module.training = module.training, False
 
     def run(weight: Tensor) -> Tensor:
-        stored = weight.mT if isinstance(module, nn.Linear) else weight
+        stored = kind.from_dxh(weight, tuple(module.weight.shape))  # type: ignore[union-attr]
         return torch.func.functional_call(module, {**tensors, "weight": stored}, (x,))
 
     try:
         base = run(W)
         v *= base.abs().mean().clamp_min(1e-3)  # as large as the base's output: no rounding hides it
-        expected = (x.double() @ u.double()) @ v.double()
+        wide = W.dtype if W.dtype == torch.float64 else torch.float32
+        exact = x.to(wide) if x.is_floating_point() else x
+        expected = kind.product(module, exact, u.to(wide) @ v.to(wide)).double()
         error = float((run(W + u @ v).double() - base.double() - expected).norm() / expected.norm())
         reason = f"does not add x·ΔW where its weight gets ΔW (off by {error:.1e} of it)"
     except Exception as failure:  # whatever a stranger's forward raises; also where it gives no tensor
@@ -206,7 +215,7 @@ def merge(
             site = sites[path]
             module = site_module(merged, path)
             weight = module._parameters.get("weight")
-            W = weight_dxh(module, site.kind)
+            W = weight_dxh(module)
             if weight is None or W is None:
                 raise MergeError(
                     f"{path}: its weight is not stored as a plain matrix, but {_storage(module)}; load the "
@@ -214,7 +223,7 @@ def merge(
                 )
             check_forward(module, W, path)
             M, drifts[path] = merge_weight(W, update, path)
-            stored = (M.mT if site.kind == "linear" else M).contiguous()
+            stored = KINDS[site.kind].from_dxh(M, weight.shape).contiguous()
             if site.tied_to:
                 untied.append((path, site.tied_to))
                 module.weight = nn.Parameter(stored, requires_grad=weight.requires_grad)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brushstroke.adapter import Adapter, Site
+from brushstroke.adapter import Adapter
 from brushstroke.base import FolderWeights
-from brushstroke.layers import find_sites
 from brushstroke.merging.in_memory import MergeReport, SiteDrift, check_forward, merge_weight
 from brushstroke.merging.shards import DTYPE_NAMES, Edit, update_index, write_shard
+from brushstroke.sites import KINDS, Site
 
 _INDEX = "model.safetensors.index.json"
 
@@ -60,7 +60,7 @@ class _Merging:
         self.added: dict[str, tuple[str, int, int]] = {}
         self.untied: list[tuple[str, str]] = []
         self.drifts: dict[str, SiteDrift] = {}
-        sites = {path: site for site in find_sites(weights) for path in site.paths}
+        sites = {path: site for site in weights.sites() for path in site.paths}
         for path in adapter:
             self._plan(path, sites[path])
         if self.untied:
@@ -79,7 +79,7 @@ class _Merging:
             lambda: self._merged(path, site),
             added,
             dtype,
-            (site.h, site.d) if site.kind == "linear" else (site.d, site.h),
+            self._stored_shape(site),
         )
         self.edits.setdefault(file, []).append(edit)
         if added:
@@ -106,7 +106,10 @@ class _Merging:
             W = self._weights[site.path]
             check_forward(self._weights.model.get_submodule(site.path), W, path)
             M, self.drifts[path] = merge_weight(W, self._adapter[path], path)
-        return M.mT if site.kind == "linear" else M
+        return KINDS[site.kind].from_dxh(M, self._stored_shape(site))
+
+    def _stored_shape(self, site: Site) -> tuple[int, ...]:
+        return tuple(self._weights.model.get_submodule(site.path).weight.shape)  # type: ignore[union-attr]
 
 
 def _untie_file(path: Path, kind: Any) -> None:

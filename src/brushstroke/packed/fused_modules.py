@@ -12,10 +12,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from brushstroke.adapter import is_conv1d
 from brushstroke.base import CACHE_NAMES
 from brushstroke.data import Example
-from brushstroke.layers.adapted import Adapted, hooked, shared_parts
+from brushstroke.layers.adapted import Adapted, hooked
+from brushstroke.layers.linear import shared_parts
 from brushstroke.lowrank.apply import lowrank_linears
 from brushstroke.packed.attention import AttentionName, packed_attention
 from brushstroke.packed.layout import Layout, lay_out
@@ -24,6 +24,7 @@ from brushstroke.packed.norm import rms_norm
 from brushstroke.packed.pack import unshared
 from brushstroke.packed.rotary import rotate
 from brushstroke.packed.workspace import Scratch
+from brushstroke.sites import require_kind
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's output and of each gradient
 HALF_TOLERANCE = 3e-2
@@ -143,7 +144,7 @@ class FusedMLP(Fused):
     def trial(module: nn.Module, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         """Rows of the block's width."""
         first = getattr(module, settings.names[0])
-        return _random_rows(first.weight, first.weight.shape[0 if is_conv1d(first) else 1]), {}
+        return _random_rows(first.weight, require_kind(first).shape(first)[0]), {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The block in one step, where all of its linears are frozen but for low-rank updates."""

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter
-from brushstroke.adapter.targets import resolve_targets
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.formats import save
-from brushstroke.layers.walk import find_sites
 from brushstroke.lowrank import LowRank
+from brushstroke.sites.targets import resolve_targets
+from brushstroke.sites.walk import find_sites
 from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.full_finetune import MICRO_TOKENS, FullFineTuning
 from brushstroke.studies.random_subspace import SubspaceAdamW

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from brushstroke.adapter import LoraConfig, Site
-from brushstroke.adapter.targets import matches_path, resolve_targets
+from brushstroke.adapter import LoraConfig
 from brushstroke.errors import ConfigError
+from brushstroke.sites import Site
+from brushstroke.sites.targets import matches_path, resolve_targets
 
 TASK, OTHER = "task", "other task"
 WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)

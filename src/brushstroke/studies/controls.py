@@ -8,8 +8,8 @@ from torch import Tensor
 
 from brushstroke.base import Base
 from brushstroke.data import Example
-from brushstroke.layers.walk import site_module
 from brushstroke.packed.select import select_forward
+from brushstroke.sites.walk import site_module
 
 EXAMPLES = 64  # whose activations are looked at
 MICRO_TOKENS = 1024

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brushstroke.adapter import Adapter, Site
+from brushstroke.adapter import Adapter
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
-from brushstroke.layers.walk import find_sites, site_module, weight_dxh
 from brushstroke.lowrank import LowRank
 from brushstroke.packed.pack import Pass
 from brushstroke.packed.select import select_forward
+from brushstroke.sites import KINDS, Site, find_sites, site_module, weight_dxh
 from brushstroke.studies.arms import Arm, chosen_sites
 from brushstroke.training import TrainConfig
 from brushstroke.training.session import StepResult
@@ -100,7 +100,7 @@ class FullFineTuning:
         updates = {}
         for site, weight, old in zip(self._sites, self.parameters, self._kept, strict=True):
             delta = (weight.detach().double() - old.double()).cpu()
-            delta = delta.mT if site.kind == "linear" else delta
+            delta = KINDS[site.kind].to_dxh(delta)
             left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
             root = sigma.sqrt()
             updates[site.path] = LowRank((left * root).float(), (root[:, None] * right).float())
@@ -131,7 +131,7 @@ class FullFineTuning:
 
 def _weight(model: torch.nn.Module, site: Site) -> Tensor:
     module = site_module(model, site.path)
-    if weight_dxh(module, site.kind) is None:
+    if weight_dxh(module) is None:
         raise ConfigError(
             f"the weight of {site.path} is stored in a packed form and cannot be trained itself"
         )

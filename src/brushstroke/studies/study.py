@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from brushstroke.adapter import Site
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError
-from brushstroke.layers.walk import find_sites
+from brushstroke.sites import Site
+from brushstroke.sites.walk import find_sites
 from brushstroke.studies.arm_run import ArmRunner, Score, Task
 from brushstroke.studies.arms import Arm, exact
 from brushstroke.studies.executors import Executor, in_process

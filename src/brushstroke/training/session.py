@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
-from brushstroke.adapter.targets import short_names
 from brushstroke.base import Base, check_max_length, context_length, hidden_size
 from brushstroke.data import ChatFormat, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
@@ -22,6 +21,7 @@ from brushstroke.layers import Attachment, attach
 from brushstroke.packed import LossFunction, Prepared, prepare
 from brushstroke.packed.pack import Pass
 from brushstroke.packed.recompute import Checkpointed
+from brushstroke.sites.targets import short_names
 from brushstroke.training.check import (
     check_lengths,
     check_loss,
@@ -160,7 +160,7 @@ class Training:
             module.training = True  # wakes the dropout of the low-rank path, not the base's
         self.parameters = list(self.attachment.parameters())
         self.device = self.parameters[0].device
-        self.drops = any(module.lora_dropout for module in self.attachment.modules.values())
+        self.drops = any(module.dropout for module in self.attachment.modules.values())
         self.share_prefixes = not self.drops if share_prefixes is None else share_prefixes
         checkpointed = Checkpointed(self.model) if gradient_checkpointing else None
         self._checkpointing = checkpointed or nullcontext()
@@ -168,7 +168,7 @@ class Training:
             self._prepared = prepare(
                 self.model,
                 self.parameters,
-                max(module.lora_V.shape[1] for module in self.attachment.modules.values()),
+                max(module.widths[1] for module in self.attachment.modules.values()),
                 share=self.share_prefixes,
                 memory=memory,
                 micro_tokens=micro_tokens,
@@ -396,7 +396,7 @@ class Training:
         return [
             path
             for path in self.ran()
-            if modules[path].lora_U_rows.grad is None or modules[path].lora_V.grad is None
+            if any(factor.grad is None for factor in modules[path].factors().values())
         ]
 
     def _refuse_unreached(self) -> None:

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from brushstroke.adapter import in_all_layers
 from brushstroke.packed.probes import LONG, SHORT, probe_examples
+from brushstroke.sites import in_all_layers
 from brushstroke.training.session import Training
 
 TRIALS = 2  # with other tokens each: a router sends them to other experts

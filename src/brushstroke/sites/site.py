@@ -11,12 +11,13 @@ class Site:
         path: module path in the base model, such as "model.layers.0.self_attn.q_proj".
         d: input width.
         h: output width.
-        kind: "linear" (weight stored h×d) or "conv1d" (HF's Conv1D, stored d×h).
+        kind: name of its `Kind`, such as "linear" (stored h×d) or "conv1d" (HF's Conv1D, stored d×h).
         aliases: further paths of the same module, where a model uses it several times.
         tied_to: another module whose weight is this very tensor, such as the input embedding.
         is_output: the layer that makes the logits; groups such as all-linear leave it out.
         bypassed: why an adapter would have no effect here, or could not be put here, where that is so.
         frozen: why nothing would be learnt here, where that is so.
+        in_groups: whether groups of targets, such as all-linear, select it; else it must be named.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Site:
     is_output: bool = False
     bypassed: str | None = None
     frozen: str | None = None
+    in_groups: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,8 +84,3 @@ def in_all_layers(path: str) -> str:
     'layers.*.experts.*.w1'
     """
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def is_conv1d(module: object) -> bool:
-    """Whether a module is HF's Conv1D, whose weight is stored (d×h); told by the name of its class."""
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from brushstroke.adapter import Other, Site, is_conv1d
 from brushstroke.errors import AttachError, did_you_mean
-from brushstroke.layers.bypass import run_without_gradients_by, weights_read_by
+from brushstroke.sites.bypass import run_without_gradients_by, weights_read_by
+from brushstroke.sites.kinds import Kind, compute_dtype, example_input, kind_of
+from brushstroke.sites.site import Other, Site
 
 _LAZY_REASON = "its weight gets its shape from the first batch; run one through the model, then attach"
 TRIAL_ROWS = 2
@@ -27,30 +28,6 @@ def unwrap(model: Any) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise AttachError(f"expected an nn.Module or a Base; got {type(model).__name__}")
     return getattr(inner, "_orig_mod", inner)
-
-
-def site_kind(module: nn.Module) -> str | None:
-    """ "linear", "conv1d" (HF's, told by its class name), or None for what cannot be adapted yet."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if is_conv1d(module):
-        return "conv1d"
-    return None
-
-
-def has_plain_forward(module: nn.Module) -> bool:
-    """Whether a module runs nn.Linear's forward or HF Conv1D's, and no other of its class or its own."""
-    return _is_plain(type(module)) and "forward" not in module.__dict__
-
-
-def weight_dxh(module: nn.Module, kind: str) -> Tensor | None:
-    """W (d×h) of a site as a view, or None where it is stored in another form (packed, quantised)."""
-    weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-        return None
-    if kind == "linear" and tuple(weight.shape) != (module.out_features, module.in_features):
-        return None
-    return weight.mT if kind == "linear" else weight
 
 
 def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
@@ -74,20 +51,17 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
     unfit: dict[type, str | None] = {}
     sites = []
     for module, (path, *aliases) in paths.items():
-        kind = site_kind(module)
+        kind = kind_of(module)
         if kind is None:
             continue
-        if isinstance(module, nn.Linear):
-            d, h = module.in_features, module.out_features
-        else:
-            d, h = cast(Tensor, module.weight).shape
+        d, h = kind.shape(module)
         reason = bypassed.get(module)
         if isinstance(module.weight, nn.UninitializedParameter):
             reason = _LAZY_REASON
         elif reason is None and trial:
             cls = _own_class(module)
             if cls not in unfit:
-                unfit[cls] = _unfit(module, d, h)
+                unfit[cls] = _unfit(module, kind)
             reason = unfit[cls]
         tied = [owner for owner in owners.get(id(module.weight), []) if owner != path]
         sites.append(
@@ -95,7 +69,8 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
                 path=path,
                 d=d,
                 h=h,
-                kind=kind,
+                kind=kind.name,
+                in_groups=kind.in_groups,
                 aliases=tuple(aliases),
                 tied_to=tied[0] if tied else None,
                 is_output=module is output,
@@ -153,10 +128,6 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_base_class", type(module))
 
 
-def _is_plain(cls: type[nn.Module]) -> bool:
-    return cls.forward is nn.Linear.forward or cls.__name__ == "Conv1D"
-
-
 def _bypassed(modules: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str]:
     """Module → why an adapter in it would have no effect: the weight is read without calling the module."""
     found: dict[nn.Module, str] = {}
@@ -187,25 +158,31 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
     return found
 
 
-def _unfit(module: nn.Module, d: int, h: int) -> str | None:
-    """Why a module with a forward of its own cannot be adapted: it does not map rows of d to rows of h."""
+def _unfit(module: nn.Module, kind: Kind) -> str | None:
+    """Why a module with a forward of its own cannot be adapted: its output has not the shape of x·W."""
     cls, weight = _own_class(module), cast(Tensor, module.weight)
-    if _is_plain(cls) or weight.is_meta:
+    if kind.is_plain(cls) or weight.is_meta:
         return None
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    x = torch.ones(TRIAL_ROWS, d, device=weight.device, dtype=dtype)
+    generator, W = torch.Generator().manual_seed(0), torch.empty(kind.shape(module), device="meta")
+    x = example_input(module, TRIAL_ROWS, generator, weight.device, compute_dtype(module))
     was_training, module.training = module.training, False
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             y = cls.forward(module, x)
     except Exception as error:  # whatever a stranger's forward raises
-        return f"{cls.__name__} fails in a trial on rows of {d} ({type(error).__name__}: {str(error)[:100]})"
+        return (
+            f"{cls.__name__} fails in a trial on rows of {W.shape[0]} "
+            f"({type(error).__name__}: {str(error)[:100]})"
+        )
     finally:
         module.training = was_training
     if not isinstance(y, Tensor):
-        return f"{cls.__name__} gives a {type(y).__name__} and no tensor, so that x·W cannot be told in it"
-    if y.shape != (TRIAL_ROWS, h):
-        return f"{cls.__name__} gives {tuple(y.shape)} for rows of {d}, where x·W has {(TRIAL_ROWS, h)}"
+        return f"{cls.__name__} returns a {type(y).__name__}, not a tensor"
+    expected = kind.product(module, x.to("meta", W.dtype if x.is_floating_point() else None), W).shape
+    if y.shape != expected:
+        return (
+            f"{cls.__name__} gives {tuple(y.shape)} for rows of {W.shape[0]}, where x·W has {tuple(expected)}"
+        )
     return None
 
 

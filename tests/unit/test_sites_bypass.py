@@ -8,9 +8,9 @@ from torch import nn
 from brushstroke import attach
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.errors import TargetError
-from brushstroke.layers import find_sites
-from brushstroke.layers.bypass import run_without_gradients_by, weights_read_by
 from brushstroke.lowrank import LowRank
+from brushstroke.sites import find_sites
+from brushstroke.sites.bypass import run_without_gradients_by, weights_read_by
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from brushstroke.adapter import LoraConfig, Other, Site, resolve_targets
-from brushstroke.adapter.targets import GROUPS, matches_path, short_names
+from brushstroke.adapter import LoraConfig
 from brushstroke.errors import TargetError
+from brushstroke.sites import Other, Site, resolve_targets
+from brushstroke.sites.targets import GROUPS, matches_path, short_names
 
 LLAMA = [
     f"model.layers.{i}.{part}"

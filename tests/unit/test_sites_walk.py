@@ -6,8 +6,7 @@ from torch import nn
 
 import toys
 from brushstroke.errors import AttachError
-from brushstroke.layers import find_sites, unwrap
-from brushstroke.layers.walk import find_others, site_kind, site_module, weight_dxh
+from brushstroke.sites import find_others, find_sites, kind_of, site_module, unwrap, weight_dxh
 
 
 def test_sites_of_a_llama(llama):
@@ -46,13 +45,13 @@ def test_a_class_that_is_only_called_conv1d_is_no_site():
     class Conv1D(nn.Module):
         weight = torch.zeros(3, 3)
 
-    assert site_kind(Conv1D()) is None
-    assert site_kind(toys.Conv1D(4, 6)) == "conv1d"
+    assert kind_of(Conv1D()) is None
+    assert kind_of(toys.Conv1D(4, 6)).name == "conv1d"
 
 
-@pytest.mark.parametrize(("module", "kind"), [(nn.Linear(6, 4), "linear"), (toys.Conv1D(4, 6), "conv1d")])
-def test_weights_are_seen_as_dxh(module, kind):
-    W = weight_dxh(module, kind)
+@pytest.mark.parametrize("module", [nn.Linear(6, 4), toys.Conv1D(4, 6)])
+def test_weights_are_seen_as_dxh(module):
+    W = weight_dxh(module)
     assert W.shape == (6, 4)
     x = torch.randn(3, 6)
     torch.testing.assert_close(x @ W + module.bias, module(x))
@@ -62,9 +61,9 @@ def test_weights_are_seen_as_dxh(module, kind):
 def test_packed_weights_are_none():
     module = nn.Linear(6, 4)
     module.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
-    assert weight_dxh(module, "linear") is None
+    assert weight_dxh(module) is None
     module.weight = nn.Parameter(torch.zeros(12, 1))
-    assert weight_dxh(module, "linear") is None
+    assert weight_dxh(module) is None
 
 
 def test_others_are_all_that_is_no_site(llama):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from brushstroke.adapter.config import LoraConfig
-from brushstroke.adapter.site import Other, Site
 from brushstroke.errors import TargetError, did_you_mean
+from brushstroke.sites.site import Other, Site
 
 _ATTENTION_PART = re.compile(
     r"(^|[._])(attn|attention|self_?attention|cross_?attention|encdecattention)([._]|$)", re.IGNORECASE
@@ -150,7 +150,7 @@ def short_names(selected: Iterable[str], all_paths: Iterable[str]) -> tuple[str,
 
 def _selects(pattern: str, item: Site | Other) -> bool:
     if pattern in GROUPS:
-        return GROUPS[pattern](item.path)
+        return GROUPS[pattern](item.path) and (isinstance(item, Other) or item.in_groups)
     paths = item.paths if isinstance(item, Site) else (item.path,)
     return any(matches_path(pattern, path) for path in paths)
 

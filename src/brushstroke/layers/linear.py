@@ -1,0 +1,227 @@
+"""Low-rank updates in linear layers: y = x·W + scale·(x·U)·V, for one adapter or a bank of them.
+
+Other kinds of layers whose update is U·V derive from these classes, and change how x meets U.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from brushstroke.layers.adapted import Adapted, Attached, Banked, Trial, hooked
+from brushstroke.lowrank import LowRank
+from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term, stacked_term
+from brushstroke.sites import has_plain_forward
+from brushstroke.sites.kinds import CONV1D, compute_dtype
+
+STACKED_ROWS, STACKED_RANKS = 256, 256  # up to here all factors meet all rows: fewer operations count more
+
+Factors = tuple[Tensor, Tensor, float]  # Uᵀ (r×d), V (r×h), scale
+
+
+class _LowRankLayer(Adapted):
+    """What layers with one update U·V and with several have in common."""
+
+    def term(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        """The low-rank term of the output."""
+        return lowrank_term(x, *factors, dropout, dropout > 0)
+
+    def add_segments(self, y: Tensor, x: Tensor, factors: Mapping[int, Factors], dropout: float) -> Tensor:
+        """The output with each row's own term added, for a route whose rows differ."""
+        out = y.clone() if torch.is_grad_enabled() else y
+        for segment in self._route.segments(x.shape[0]):
+            if segment.slot in factors:
+                rows = segment.rows if isinstance(segment.rows, slice) else segment.rows.to(x.device)
+                out[rows] += self.term(x[rows], factors[segment.slot], dropout).to(y.dtype)
+        return out
+
+    def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Uᵀ (1×d) and V (1×h) for a trial, and the expected output (float64) with them."""
+        d, h = self.widths
+        dtype = compute_dtype(self)
+        U_rows = torch.randn(1, d, generator=generator).to(base.device, dtype) / d**0.5
+        V = torch.full((1, h), max(1.0, float(base.abs().mean())), dtype=dtype, device=base.device)
+        wide = x.double() if x.is_floating_point() else x
+        term = self._kind.product(self, wide, U_rows.double().mT) @ V.double()
+        return U_rows, V, base.double() + term
+
+
+class AttachedLinear(_LowRankLayer, Attached):
+    """y = x·W + scale·(x·U)·V for modules that map the last axis (…, d) → (…, h), with one adapter.
+
+    Parameters `lora_U_rows` (r×d, Uᵀ) and `lora_V` (r×h). Slot 1 of the route is the adapter, slot 0 the
+    base.
+    """
+
+    lora_U_rows: nn.Parameter
+    lora_V: nn.Parameter
+    lora_scale: float
+    _added = ("lora_U_rows", "lora_V", "lora_scale", "dropout")
+
+    def install(self, update: LowRank, *, trainable: bool, dropout: float) -> None:
+        """Take over U and V, in the update's dtype or, where they train, in fp32 or float64."""
+        dtype = update.dtype
+        if trainable:
+            dtype = torch.float64 if torch.float64 in (self.weight.dtype, dtype) else torch.float32
+        for name, tensor in (("lora_U_rows", update.U.mT), ("lora_V", update.V)):
+            held = tensor.detach().to(self.weight.device, dtype).clone(memory_format=torch.contiguous_format)
+            self.register_parameter(name, nn.Parameter(held, requires_grad=trainable))
+        self.lora_scale, self.dropout = update.scale, dropout
+
+    def factors(self) -> Mapping[str, nn.Parameter]:
+        """Uᵀ (r×d), then V (r×h)."""
+        return {"lora_U_rows": self.lora_U_rows, "lora_V": self.lora_V}
+
+    def update(self) -> LowRank:
+        """U and V as they are now, copied."""
+        U, V = self.lora_U_rows.detach().clone().mT, self.lora_V.detach().clone()
+        return LowRank(U, V, self.lora_scale)
+
+    def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
+        """One random U·V."""
+        U_rows, V, expected = self.random_factors(x, base, generator)
+        return Trial({"lora_U_rows": U_rows, "lora_V": V}, {"lora_scale": 1.0}, expected)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output, plus the low-rank term where the route asks for it."""
+        route = self._route
+        slot = route.uniform
+        if slot == 0:
+            return route.guard(super().forward(x))
+        if (parts := self.parts(x)) is not None:
+            return route.guard(lowrank_linears(x, [parts])[0])
+        factors = self.lora_U_rows, self.lora_V, self.lora_scale
+        dropout = self.dropout if self.training else 0.0
+        y = super().forward(x)
+        if slot is None:
+            return route.guard(self.add_segments(y, x, {1: factors}, dropout))
+        return route.guard(y + self.term(x, factors, dropout).to(y.dtype))
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """What the fused step needs for this input, or None where it would not be the same computation.
+
+        Whoever asks is about to run the module, so that it counts as run.
+        """
+        self._route.record(self)
+        dropped = self.dropout if self.training else 0.0
+        if self._route.uniform != 1 or dropped or not _is_fusible(self, x):
+            return None
+        return LinearParts(
+            self.weight, self.bias, self.lora_U_rows, self.lora_V, self.lora_scale, self._kind is CONV1D
+        )
+
+
+class BankedLinear(_LowRankLayer, Banked):
+    """y = x·W + (x·U_s)·V_s with the slot s chosen for each row; scales are folded into V.
+
+    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h); a slot of smaller rank is padded with zeros, its true
+    rank is in `bank_ranks`. Slot 0 is all zero.
+    """
+
+    bank_U_rows: Tensor
+    bank_V: Tensor
+    bank_ranks: list[int]
+    _added = ("bank_U_rows", "bank_V", "bank_ranks")
+
+    @classmethod
+    def fits(cls, update: LowRank, dtype: torch.dtype) -> bool:
+        """Whether U and scale·V are finite: rows of several adapters share products."""
+        return all(bool(torch.isfinite(t.to(dtype)).all()) for t in (update.U, _scaled_V(update)))
+
+    def prepare(self) -> None:
+        """One slot, of rank 0."""
+        d, h = self.widths
+        self._set_stacks(torch.zeros(1, 0, d), torch.zeros(1, 0, h))
+        self.bank_ranks = [0]
+
+    def write(self, slot: int, update: LowRank | None) -> None:
+        """Write a slot, growing the stacks where there are too few slots or too small a rank."""
+        U_rows, V = self.bank_U_rows, self.bank_V
+        rank = update.rank if update else 0
+        slots, width = U_rows.shape[0], max(U_rows.shape[1], rank)
+        while slots <= slot:
+            slots *= 2  # room to load more: a compiled graph lives as long as the shapes do
+        if (slots, width) != U_rows.shape[:2]:
+            grown = [stack.new_zeros(slots, width, stack.shape[2]) for stack in (U_rows, V)]
+            for new, old in zip(grown, (U_rows, V), strict=True):
+                new[: old.shape[0], : old.shape[1]] = old
+            U_rows, V = grown
+            self._set_stacks(U_rows, V)
+        U_rows[slot].zero_()
+        V[slot].zero_()
+        if update:
+            U_rows[slot, :rank] = update.U.mT
+            V[slot, :rank] = _scaled_V(update).to(V.dtype)
+        ranks = list(self.bank_ranks) + [0] * (slots - len(self.bank_ranks))
+        ranks[slot] = rank
+        self.bank_ranks = ranks
+
+    def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
+        """One random U·V in slot 1."""
+        U_rows, V, expected = self.random_factors(x, base, generator)
+        stacks = {"bank_U_rows": U_rows, "bank_V": V}
+        tensors = {name: torch.stack([t * 0, t]) for name, t in stacks.items()}
+        return Trial(tensors, {"bank_ranks": [0, 1]}, expected)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output, plus each row's own low-rank term."""
+        y = super().forward(x)
+        route = self._route
+        if torch.compiler.is_compiling():
+            slots = route.slot_index(x.shape[0], x.device)
+            return y + gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots]).to(y.dtype)
+        slot = route.uniform
+        if slot == 0 or (slot is not None and not self.bank_ranks[slot]):
+            return route.guard(y)
+        if slot is not None:
+            return route.guard(y + self.term(x, self._factors(slot)).to(y.dtype))
+        slots, rank, _ = self.bank_V.shape
+        if x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS and x.ndim > 1:
+            uses = route.ranks_used(x.shape[0], slots, rank, x.device)
+            return route.guard(y + stacked_term(x, self.bank_U_rows, self.bank_V, uses).to(y.dtype))
+        used = {segment.slot for segment in route.segments(x.shape[0]) if self.bank_ranks[segment.slot]}
+        return route.guard(self.add_segments(y, x, {slot: self._factors(slot) for slot in used}, 0.0))
+
+    def _factors(self, slot: int) -> Factors:
+        rank = self.bank_ranks[slot]
+        return self.bank_U_rows[slot, :rank], self.bank_V[slot, :rank], 1.0
+
+    def _set_stacks(self, U_rows: Tensor, V: Tensor) -> None:
+        place: dict[str, Any] = {"device": self.weight.device, "dtype": compute_dtype(self)}
+        self.register_buffer("bank_U_rows", U_rows.to(**place), persistent=False)
+        self.register_buffer("bank_V", V.to(**place), persistent=False)
+
+
+def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] | None:
+    """The parts of linears that one fused function may run together; None where one of them must run itself.
+
+    A plain linear takes part where it is frozen; hooks are never passed over.
+    """
+    found = []
+    for module in modules:
+        if hooked(module):
+            return None
+        parts = module.parts(x) if isinstance(module, Adapted) else _plain_parts(module, x)
+        if parts is None:
+            return None
+        found.append(parts)
+    return found
+
+
+def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
+    if not _is_fusible(module, x):
+        return None
+    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    return LinearParts(weight, bias, weight_is_dxh=CONV1D.matches(module))
+
+
+def _is_fusible(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is frozen and computes x·W (+ bias) in the dtype of x."""
+    plain, bias = module._plain if isinstance(module, Adapted) else has_plain_forward(module), module.bias
+    trained = module.weight.requires_grad or (bias is not None and bias.requires_grad)  # type: ignore[union-attr]
+    return plain and not trained and not torch.is_autocast_enabled(x.device.type)
+
+
+def _scaled_V(update: LowRank) -> Tensor:
+    return update.V.double() * update.scale

@@ -1,0 +1,107 @@
+"""Which layer classes run which type of update, by kind of layer: a new variant is one line here.
+
+It holds no layer of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from brushstroke.adapter import LoraConfig
+from brushstroke.errors import AttachError, ConfigError, did_you_mean
+from brushstroke.layers.adapted import Attached, Banked
+from brushstroke.layers.linear import AttachedLinear, BankedLinear
+from brushstroke.lowrank import LowRank, Update
+from brushstroke.lowrank.init import INITS
+from brushstroke.sites import Site
+
+
+class Start(NamedTuple):
+    """What a fresh update is made from."""
+
+    config: LoraConfig
+    site: Site
+    module: nn.Module
+    rank: int
+    scale: float
+    generator: torch.Generator
+
+
+def zero_V(start: Start) -> LowRank:
+    """U by the config's rule and V = 0, so that the model is its base at first."""
+    U_rows = INITS[start.config.init](start.site.d, start.rank, start.generator)
+    return LowRank(U_rows.mT, torch.zeros(start.rank, start.site.h), start.scale)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One type of update in some kinds of layers.
+
+    Args:
+        name: as `LoraConfig.variant` has it.
+        update: the type of the value.
+        kinds: names of the kinds of layers.
+        attached: the layer class for one adapter.
+        banked: the layer class for a bank of them; None where a bank cannot hold this type.
+        fresh: makes a fresh update.
+    """
+
+    name: str
+    update: type[Update]
+    kinds: tuple[str, ...]
+    attached: type[Attached]
+    banked: type[Banked] | None = None
+    fresh: Callable[[Start], Update] = zero_V
+
+
+VARIANTS = [
+    Variant("lora", LowRank, ("linear", "conv1d"), AttachedLinear, BankedLinear),
+]
+
+
+def variant_of(path: str, update: Update, kind: str) -> Variant:
+    """The variant that runs an update in a layer of this kind.
+
+    Raises:
+        AttachError: there is none.
+    """
+    for variant in VARIANTS:
+        if variant.update is type(update) and kind in variant.kinds:
+            return variant
+    raise AttachError(f"{path}: a {type(update).__name__} cannot be attached to a layer of kind {kind!r}")
+
+
+def variant_named(name: str, site: Site) -> Variant:
+    """The variant of this name for a site.
+
+    Raises:
+        ConfigError: there is none of that name, or not for this kind of layer.
+    """
+    known = dict.fromkeys(variant.name for variant in VARIANTS)
+    if name not in known:
+        raise ConfigError(
+            f"variant must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
+        )
+    for variant in VARIANTS:
+        if variant.name == name and site.kind in variant.kinds:
+            return variant
+    raise ConfigError(
+        f"{site.path}: the variant {name!r} cannot adapt a layer of kind {site.kind!r}; leave it out"
+    )
+
+
+def banked_class(name: str, path: str, variant: Variant) -> type[Banked]:
+    """The layer class that holds an adapter's update in a bank.
+
+    Raises:
+        AttachError: a bank cannot hold this type of update.
+    """
+    if variant.banked is None:
+        raise AttachError(
+            f"adapter {name!r} has a {variant.update.__name__} at {path}, which a bank cannot hold; attach "
+            "it by itself, or merge it"
+        )
+    return variant.banked

@@ -1,0 +1,106 @@
+"""The kinds of layers whose weight can be adapted: how a module is recognised, and what its weight means.
+
+What runs an update in a layer of some kind is the part of `layers`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer, with a weight that stands for W (d×h) in y = x·W.
+
+    Args:
+        name: as `Site.kind` has it.
+        matches: whether a module is of this kind.
+        shape: a module's (d, h), also where its weight is packed.
+        to_dxh: the weight as the layer stores it → W, as a view.
+        from_dxh: W and the stored shape → the weight as the layer stores it.
+        is_plain: whether a class has the kind's own forward, y = x·W (+ bias).
+        example: a module, a number of rows and a generator → random input for it.
+        product: a module, an input x and W (d×k) → x·W.
+        in_groups: whether groups of targets, such as all-linear, select it.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    shape: Callable[[Any], tuple[int, int]]
+    to_dxh: Callable[[Tensor], Tensor]
+    from_dxh: Callable[[Tensor, Sequence[int]], Tensor]
+    is_plain: Callable[[type[nn.Module]], bool]
+    example: Callable[[Any, int, torch.Generator], Tensor]
+    product: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, x, W: x @ W
+    in_groups: bool = True
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+
+
+LINEAR = Kind(
+    name="linear",
+    matches=lambda module: isinstance(module, nn.Linear),
+    shape=lambda module: (module.in_features, module.out_features),
+    to_dxh=lambda weight: weight.mT,
+    from_dxh=lambda W, shape: W.mT,
+    is_plain=lambda cls: cls.forward is nn.Linear.forward,
+    example=lambda module, rows, generator: torch.randn(rows, module.in_features, generator=generator),
+)
+CONV1D = Kind(  # HF's, known by its class name: nothing here imports transformers
+    name="conv1d",
+    matches=_is_conv1d,
+    shape=lambda module: tuple(module.weight.shape),
+    to_dxh=lambda weight: weight,
+    from_dxh=lambda W, shape: W,
+    is_plain=lambda cls: cls.__name__ == "Conv1D",
+    example=lambda module, rows, generator: torch.randn(rows, module.weight.shape[0], generator=generator),
+)
+
+KINDS = {kind.name: kind for kind in (LINEAR, CONV1D)}
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a module, or None for one whose weight cannot be adapted."""
+    return next((kind for kind in KINDS.values() if kind.matches(module)), None)
+
+
+def require_kind(module: nn.Module) -> Kind:
+    """The kind of a module that is known to be a site."""
+    kind = kind_of(module)
+    assert kind is not None, type(module)
+    return kind
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its kind, and no other of its class or of its own."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_plain(type(module)) and "forward" not in module.__dict__
+
+
+def weight_dxh(module: nn.Module) -> Float[Tensor, "d h"] | None:
+    """W (d×h) of a site as a view, or None where it is stored in another form (packed, quantised)."""
+    kind, weight = require_kind(module), module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
+        return None
+    W = kind.to_dxh(weight)
+    return W if tuple(W.shape) == kind.shape(module) else None
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype in which a site computes: that of its weight, fp32 where the weight is packed integers."""
+    weight: Any = module.weight
+    return weight.dtype if weight.is_floating_point() else torch.float32
+
+
+def example_input(
+    module: nn.Module, rows: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Random input for a site: of this dtype, or integers where its kind takes those."""
+    x = require_kind(module).example(module, rows, generator)
+    return x.to(device, dtype if x.is_floating_point() else None)

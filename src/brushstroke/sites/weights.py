@@ -1,0 +1,90 @@
+"""Site → W (d×h) of a live model; a mapping that reads files is the part of `base.weights`.
+
+It changes no weight and copies none.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from brushstroke.errors import BaseLoadError, did_you_mean
+from brushstroke.sites.kinds import weight_dxh
+from brushstroke.sites.site import Site
+from brushstroke.sites.walk import find_sites, site_module, unwrap
+
+
+class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
+    """The weights of a live model, as views: torch's `Linear.weight` transposed, HF's `Conv1D.weight` as is.
+
+    Args:
+        model: an nn.Module or a Base.
+
+    >>> weights = ModelWeights(nn.Sequential(nn.Linear(3, 5)))
+    >>> list(weights), tuple(weights["0"].shape)
+    (['0'], (3, 5))
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._root = unwrap(model)
+        self._sites = {site.path: site for site in find_sites(self._root, trial=False)}
+
+    def __getitem__(self, site: str) -> Float[Tensor, "d h"]:
+        W = weight_dxh(self._root.get_submodule(known_site(self._sites, site).path))
+        if W is None:
+            raise BaseLoadError(f"the weight of {site} is packed (quantised); load the base unquantised")
+        return W.detach()
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every weight that can be read, in model order."""
+        return tuple(self._sites.values())
+
+
+def weights_of(base: Any) -> Mapping[str, Tensor]:
+    """Site → W (d×h) of a mapping, which is taken as it is, a Base, or an nn.Module.
+
+    Raises:
+        BaseLoadError: it is none of them.
+    """
+    if isinstance(base, Mapping):
+        return base
+    root = base if isinstance(base, nn.Module) else getattr(base, "model", None)
+    if isinstance(root, nn.Module):
+        return ModelWeights(root)
+    raise BaseLoadError(
+        f"expected a base, a model or a mapping from sites to W (d×h); got a {type(base).__name__}"
+    )
+
+
+def plain_weights(root: nn.Module, sites: Mapping[str, Site]) -> dict[str, Float[Tensor, "d h"]]:
+    """Site → W (d×h) for all sites whose weight is stored as a plain matrix and is there at all."""
+    found = {path: weight_dxh(site_module(root, path)) for path in sites}
+    return {path: W for path, W in found.items() if W is not None and W.device.type != "meta"}
+
+
+def known_site(sites: Mapping[str, Site], path: str) -> Site:
+    """The site of this path.
+
+    Raises:
+        KeyError: there is none, with near misses.
+    """
+    if path not in sites:
+        raise KeyError(f"the model has no site {path!r}{did_you_mean(path, sites)}")
+    return sites[path]
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a model is marked as quantised, by `load_base` or by its own config."""
+    root = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    marked = getattr(root, "brushstroke_quantised", False)
+    return bool(marked) or getattr(getattr(root, "config", None), "quantization_config", None) is not None
