@@ -20,7 +20,7 @@ PICKLE = "adapter_model.bin"
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer_config.json")
 FETCHED = (CONFIG, TENSORS, CARD, *TEMPLATES)
 PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
-FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.[^.]+){0,2}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -109,7 +109,7 @@ def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
     try:
         with safe_open(tensors, framework="numpy") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
-                if match := FACTOR.fullmatch(key):
+                if match := _FACTOR.fullmatch(key):
                     sides.setdefault(match["site"], {})[match["factor"]] = file.get_slice(key).get_shape()
     except SafetensorError as error:
         raise damaged_tensors(tensors, error) from error

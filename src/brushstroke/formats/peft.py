@@ -21,11 +21,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.errors import AdapterFileError, OutputError
+from brushstroke.errors import AdapterFileError, OutputError, ShapeError
 from brushstroke.fetch import (
     CARD,
     CONFIG,
-    FACTOR,
     TENSORS,
     adapter_files,
     damaged_tensors,
@@ -43,8 +42,9 @@ from brushstroke.files import (
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
+from brushstroke.formats.peft_forms import Form, closest_form, form_of, parse_key
 from brushstroke.formats.templates import TEMPLATE, read_template
-from brushstroke.lowrank import LowRank
+from brushstroke.lowrank import Update
 
 README = "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
@@ -64,7 +64,7 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     """Write an adapter so that brushstroke, PEFT and vLLM load it; all of it or nothing.
 
     Args:
-        adapter: of `LowRank` updates only; this format holds no others.
+        adapter: its updates must be of types that PEFT's files can hold.
         folder: made if it is not there.
         overwrite: replace an adapter that the folder holds; files of other names stay.
 
@@ -82,14 +82,14 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     card = adapter.card or Card()
     updates = _writable(adapter)
     tensors = {}
-    for site, update in updates.items():
-        tensors[f"base_model.model.{site}.lora_A.weight"] = _stored(update.U)
-        tensors[f"base_model.model.{site}.lora_B.weight"] = _stored(update.V)
+    for site, (form, update) in updates.items():
+        tensors |= {f"base_model.model.{site}.{end}": t for end, t in form.stored(update).items()}
     for name, copy in adapter.copies.items():
         module, _, last = name.rpartition(".")
         inner = ".base_layer" if module in updates else ""
         tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
-    config = write_config({site: (update.rank, update.scale) for site, update in updates.items()}, card)
+    sizes = {site: (update.rank, update.scale) for site, (_, update) in updates.items()}
+    config = write_config(sizes, card, flags={form.flag for form, _ in updates.values() if form.flag})
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         CARD: json.dumps(card.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
@@ -216,12 +216,14 @@ def _keys_in(file: Path) -> set[str]:
     return set(stored) if isinstance(stored, dict) else set()
 
 
-def _writable(adapter: Adapter) -> dict[str, LowRank]:
-    updates: dict[str, LowRank] = {}
+def _writable(adapter: Adapter) -> dict[str, tuple[Form, Any]]:
+    updates: dict[str, tuple[Form, Any]] = {}
     problems = []
+    update: Any  # every type that has a form has a rank and a scale
     for site, update in adapter.items():
-        if not isinstance(update, LowRank):
-            problems.append(f"{site}: this format cannot hold a {type(update).__name__}, only LowRank")
+        form = form_of(update)
+        if form is None:
+            problems.append(f"{site}: this format cannot hold a {type(update).__name__}")
         elif update.rank < 1:
             problems.append(f"{site}: an update of rank 0; leave the site out")
         elif update.dtype not in _DTYPES:
@@ -229,9 +231,13 @@ def _writable(adapter: Adapter) -> dict[str, LowRank]:
         elif not (
             math.isfinite(update.scale * update.rank) and all(map(_is_finite, update.tensors().values()))
         ):
-            problems.append(f"{site}: numbers that are not finite; do not keep this adapter")
+            problems.append(f"{site}: non-finite values; do not keep this adapter")
         else:
-            updates[site] = update
+            updates[site] = form, update
+    flags = {form.flag for form, _ in updates.values()}
+    if len(flags) > 1:
+        names = ", ".join(sorted({type(update).__name__ for _, update in updates.values()}))
+        problems.append(f"it mixes {names}, and PEFT's config has one setting for all sites")
     if problems:
         raise AdapterFileError("this adapter cannot be saved:\n  " + "\n  ".join(problems))
     return updates
@@ -241,77 +247,83 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _stored(factor: Tensor) -> Tensor:
-    """Uᵀ or Vᵀ as PEFT keeps them: on the CPU, in rows, sharing memory with no other tensor."""
-    return factor.detach().cpu().mT.clone(memory_format=torch.contiguous_format)
-
-
 def _contents(
     tensors: Mapping[str, Tensor], rule: Rule, where: str
-) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """The paired factors, and copies of base weights; every tensor is used, or all faults are listed."""
+) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """The updates, and copies of base weights; every tensor is used, or all faults are listed."""
     problems = []
-    pairs: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
     names: set[str] = set()
     for key, tensor in tensors.items():
         if _TRAINING_STATE.fullmatch(key):
             continue
-        if match := FACTOR.fullmatch(key):
-            names.add(match["name"] or "")
-            if tensor.dtype not in _DTYPES or tensor.ndim != 2:
+        if match := parse_key(key):
+            names.add(match["adapter"] or "")
+            if tensor.dtype not in _DTYPES or tensor.ndim not in (1, 2):
                 problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
             elif not _is_finite(tensor):
-                problems.append(f"{key}: holds numbers that are not finite")
+                problems.append(f"{key}: holds non-finite values")
             else:
-                pairs.setdefault(match["site"], {})[match["factor"]] = tensor
+                parts.setdefault(match["site"], {})[match["stem"]] = tensor
         elif (match := _COPY.fullmatch(key)) and not _ADDED.search(key) and tensor.is_floating_point():
             copies[f"{match['module']}.{match['name']}"] = tensor
         else:
-            problems.append(f"{key} {tuple(tensor.shape)}: not a factor of a linear layer{_hint(key)}")
+            problems.append(
+                f"{key} {tuple(tensor.shape)}: not part of an update that this version knows{_hint(key)}"
+            )
     if len(names) > 1:
-        told = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
-        problems.append(f"it holds several adapters, with keys such as {told}; save one of them by itself")
+        keys = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
+        problems.append(f"it holds several adapters, with keys such as {keys}; save one of them by itself")
     good = {}
-    for site, pair in pairs.items():
-        reason = _misfit(pair, rule.rank_of(site))
+    for site, found in parts.items():
+        form = closest_form(found)
+        reason = _misfit(form, found, rule, site)
         if reason:
             problems.append(f"{site}: {reason}")
         else:
-            good[site] = LowRank(pair["A"].mT, pair["B"].mT.contiguous(), rule.scale_of(site))
-    if not (pairs or problems):
+            good[site] = form.read(found, rule.scale_of(site))
+    if not (parts or problems):
         problems.append("it holds no factors" if tensors else "it holds no tensors")
     if problems:
         raise AdapterFileError(f"{where} is not a whole low-rank adapter:\n  " + "\n  ".join(problems))
     return good, copies
 
 
-def _misfit(pair: Mapping[str, Tensor], rank: int) -> str | None:
-    for factor, other in ("AB", "BA"):
-        if factor not in pair:
-            return f"has lora_{other} but no (usable) lora_{factor}"
-    A, B = pair["A"], pair["B"]
-    if A.shape[0] != rank or B.shape[1] != rank:
+def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str) -> str | None:
+    """Why a site's tensors are no update of this form, or None."""
+    missing = [stem for stem in form.stems if stem not in found]
+    unknown = [stem for stem in found if stem not in form.stems]
+    if missing or unknown:
+        has = ", ".join(found)
+        return f"has {has}, but no (usable) {', '.join(missing)}" if missing else f"cannot have all of {has}"
+    if form.flag and not rule.flags.get(form.flag):
+        return f"has {', '.join(found)}, but {form.flag} is not set in {CONFIG}"
+    if len({tensor.dtype for tensor in found.values()}) > 1:
+        return " but ".join(f"{stem} is {tensor.dtype}" for stem, tensor in found.items())
+    by_name = {name: (stem, tuple(found[stem].shape)) for stem, name in form.stems.items()}
+    rank, (A, A_shape), (B, B_shape) = rule.rank_of(site), by_name["U"], by_name["V"]
+    if A_shape[0] != rank or B_shape[-1] != rank or len(A_shape) != 2 or len(B_shape) != 2:
         return (
-            f"lora_A {tuple(A.shape)} should be ({rank}, d) and lora_B {tuple(B.shape)} should be "
-            f"(h, {rank}), as {CONFIG} gives it rank {rank}"
+            f"{A} {A_shape} should be ({rank}, d) and {B} {B_shape} should be (h, {rank}), as {CONFIG} "
+            f"gives it rank {rank}"
         )
-    return f"lora_A is {A.dtype} but lora_B is {B.dtype}" if A.dtype != B.dtype else None
+    try:
+        form.read(found, 1.0)
+    except ShapeError as error:
+        return str(error)
+    return None
 
 
 def _hint(key: str) -> str:
-    if "lora_embedding_" in key:
-        return " (an adapted embedding, which this version cannot take)"
     if "modules_to_save" in key:
         return " (a module that was trained whole, which this version cannot take)"
-    if "magnitude" in key:
-        return " (a DoRA magnitude, which this version cannot take)"
     if "lora_" in key and not key.startswith("base_model.model."):
         return " (PEFT's keys begin with base_model.model.)"
     return ""
 
 
-def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, LowRank]) -> Card:
+def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, Update]) -> Card:
     file = folder / CARD
     if file.is_file():
         try:
@@ -325,7 +337,7 @@ def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Map
     return card if template is None else card.with_changes(chat_template=template)
 
 
-def _refuse_foreign_card(card: Card, updates: Mapping[str, LowRank], file: Path) -> None:
+def _refuse_foreign_card(card: Card, updates: Mapping[str, Update], file: Path) -> None:
     shapes = card.fingerprint.shapes if card.fingerprint else {}
     foreign = [
         f"{site}: {shapes[site]} and {update.shape}"

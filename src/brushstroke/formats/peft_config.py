@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from brushstroke.adapter import Card
 from brushstroke.errors import AdapterFileError, did_you_mean
+from brushstroke.formats.peft_forms import FLAGS
 
 _RESIDUAL = "its base weights were changed when training began, so the factors alone are not the update"
 _UNKNOWN = (
@@ -72,6 +73,7 @@ class Rule:
         rslora: whether the scale is alpha/√r (arXiv:2312.03732) instead of alpha/r.
         ranks: key → r; the first key that matches a path counts.
         alphas: key → alpha, likewise.
+        flags: the fields that a form of update can have (`FLAGS`), and whether they are set.
     """
 
     rank: int
@@ -79,6 +81,7 @@ class Rule:
     rslora: bool
     ranks: Mapping[str, int]
     alphas: Mapping[str, int | float]
+    flags: Mapping[str, bool]
 
     def rank_of(self, path: str) -> int:
         """The rank of a site."""
@@ -124,11 +127,12 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
         bool(stored.get("use_rslora")),
         stored.get("rank_pattern") or {},
         stored.get("alpha_pattern") or {},
+        {flag: bool(stored.get(flag)) for flag in FLAGS},
     )
 
 
 def card_from(stored: Mapping[str, Any], rule: Rule, paths: Collection[str]) -> Card:
-    """What a PEFT config tells of an adapter's origin."""
+    """What a PEFT config says about an adapter's origin."""
     targets = stored.get("target_modules")
     names = (targets,) if isinstance(targets, str) else tuple(targets or ())
     lora = {
@@ -149,7 +153,9 @@ def card_from(stored: Mapping[str, Any], rule: Rule, paths: Collection[str]) -> 
     )
 
 
-def write_config(sites: Mapping[str, tuple[int, float]], card: Card) -> dict[str, Any]:
+def write_config(
+    sites: Mapping[str, tuple[int, float]], card: Card, flags: Collection[str] = ()
+) -> dict[str, Any]:
     """The fields of PEFT's config for sites with these (rank, scale), in the form that PEFT itself saves.
 
     alpha is chosen so that PEFT computes each site's scale again: exactly wherever a number does so, else to
@@ -192,6 +198,7 @@ def write_config(sites: Mapping[str, tuple[int, float]], card: Card) -> dict[str
         "trainable_token_indices": None,
         "use_dora": False,
         "use_rslora": rslora,
+        **dict.fromkeys(flags, True),
     }
 
 
@@ -243,7 +250,7 @@ def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
         )
     for field, value in stored.items():
         off = not value or (field == "bias" and value == "none")
-        if off or field in _READ or field in _NO_EFFECT:
+        if off or field in _READ or field in _NO_EFFECT or field in FLAGS:
             continue
         problems.append(f"{field} is {value!r:.60}: {_REFUSED.get(field, _UNKNOWN)}")
     return problems
