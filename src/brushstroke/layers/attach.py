@@ -15,8 +15,9 @@ from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.adapter.fingerprint import Fingerprint
 from brushstroke.errors import AttachError, ConfigError
 from brushstroke.layers.adapted import Attached, restore_classes, swap_class
+from brushstroke.layers.fresh import Start
 from brushstroke.layers.probe import block_bypasses, probe, require_unattached
-from brushstroke.layers.registry import Start, variant_named, variant_of
+from brushstroke.layers.registry import variant_named, variant_of
 from brushstroke.layers.route import Route
 from brushstroke.lowrank import Update
 from brushstroke.sites import (
