@@ -117,8 +117,8 @@ def test_an_update_that_rounding_would_eat_is_refused():
         (torch.float16, 60000.0, 100.0, "too large for torch.float16; merge into float32 or bfloat16"),
         (torch.bfloat16, 1.0, 1e10, "the update is so large"),
         (torch.bfloat16, 1.0, 1e20, "the update is so large"),
-        (torch.float32, float("nan"), 1.0, "the base's weight holds numbers that are not finite"),
-        (torch.float32, float("-inf"), 0.0, "the base's weight holds numbers that are not finite"),
+        (torch.float32, float("nan"), 1.0, "the base's weight holds non-finite values"),
+        (torch.float32, float("-inf"), 0.0, "the base's weight holds non-finite values"),
     ],
 )
 def test_numbers_that_are_not_finite_are_refused(dtype, weight, factor, said):

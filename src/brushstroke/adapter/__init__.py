@@ -1,4 +1,4 @@
-"""An adapter is data: site → update, with a card that tells where it comes from.
+"""An adapter is data: site → update, with a card that says where it comes from.
 
 It knows no live model, no file format and no training.
 """

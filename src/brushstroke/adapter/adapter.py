@@ -25,7 +25,7 @@ class Adapter(Mapping[str, Update]):
         updates: site path → update; at least one.
         card: where the adapter comes from. Algebra keeps what is still true of the result: base, template.
         copies: weights of the base that came with the adapter, by parameter name. They are no part of the
-            update: whatever uses the adapter on a base first compares them with the base's own.
+            update: they are compared with the base's own weights before the adapter is used on it.
 
     >>> import torch
     >>> from brushstroke.lowrank import LowRank

@@ -76,9 +76,9 @@ class Fingerprint:
             BaseMismatchError: samples of the same site differ by more than quantising explains.
         """
         for path in self.samples.keys() & other.samples.keys():
-            ours, theirs = (f.samples[path].double() for f in (self, other))
+            own, others = (f.samples[path].double() for f in (self, other))
             same_shape = self.shapes[path] == other.shapes[path]
-            if not same_shape or (ours - theirs).norm() > QUANTISED_TOLERANCE * ours.norm():
+            if not same_shape or (own - others).norm() > QUANTISED_TOLERANCE * own.norm():
                 raise BaseMismatchError(
                     f"these adapters were trained on different bases: the weights at {path} differ; combine "
                     "adapters of one base, or drop a card with adapter.with_card(None) to combine them anyway"
@@ -99,9 +99,9 @@ class Fingerprint:
         """Compare a base with these samples.
 
         Args:
-            weights: path → W (d×h) of the base at hand, for at least one of the sampled paths.
+            weights: path → W (d×h) of the base to compare, for at least one of the sampled paths.
             delta_at: (path, i, j) → the adapter's ΔW at those positions.
-            quantised: whether the base at hand is marked as quantised.
+            quantised: whether that base is marked as quantised.
 
         Returns:
             The verdict, and the relative difference ‖now − then‖ / ‖then‖ of all samples.

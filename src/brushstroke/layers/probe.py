@@ -1,6 +1,6 @@
 """Close the ways by which a model would pass an adapter by, or write it out with the base.
 
-It swaps no class itself; whatever it changes in a model, its undo gives back.
+It swaps no class; everything that it changes in a model can be undone.
 """
 
 from collections.abc import Callable, Mapping

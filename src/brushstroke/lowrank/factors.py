@@ -1,4 +1,4 @@
-"""`LowRank`, the value that stands for one low-rank update.
+"""`LowRank`, the value of one low-rank update.
 
 It does not know which weight it belongs to, nor any module or file.
 """

@@ -81,7 +81,7 @@ class TopSvd:
 
 
 class KrylovSpace:
-    """An orthonormal basis of output directions that grows, with W·basis and Wᵀ·W·basis beside it.
+    """An orthonormal basis of output directions that grows, together with W·basis and Wᵀ·W·basis.
 
     Every block costs one product with W and one with Wᵀ; all that is asked of the space later costs none.
 

@@ -49,12 +49,12 @@ def singular_values(
 def above_rounding(
     sigma: Float[Tensor, " k"], size: int, rounding: Float[Tensor, " k"] | None = None
 ) -> Bool[Tensor, " k"]:
-    """Which singular values of a matrix stand above the rounding of float64 and of what it was made from.
+    """Which singular values of a matrix are above the rounding of float64 and of what it was made from.
 
     Args:
         sigma: descending.
         size: the larger side of the matrix; the threshold is sigma₁·size·2⁻⁵².
-        rounding: a threshold for each of them beside it, such as `product_rounding`.
+        rounding: a further threshold for each of them, such as `product_rounding`.
 
     >>> above_rounding(torch.tensor([2.0, 1.0, 1e-15]), 100).sum()
     tensor(2)
@@ -66,7 +66,7 @@ def above_rounding(
 
 
 def numerical_rank(sigma: Float[Tensor, " k"], size: int, rounding: Float[Tensor, " k"] | None = None) -> int:
-    """How many singular values stand above rounding; see `above_rounding`."""
+    """How many singular values are above rounding; see `above_rounding`."""
     return int(above_rounding(sigma, size, rounding).sum())
 
 

@@ -116,7 +116,7 @@ def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> st
     """What made a sum go out of bounds, and what to do."""
     if not torch.isfinite(W).all():
         return (
-            f"the base's weight holds numbers that are not finite in {W.dtype}; load the base in a wider "
+            f"the base's weight holds non-finite values in {W.dtype}; load the base in a wider "
             "dtype (--dtype float32), or fetch it again"
         )
     if W.dtype == torch.float16 and not torch.isfinite(merged).all():
@@ -156,7 +156,7 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
         expected = kind.product(module, exact, u.to(wide) @ v.to(wide)).double()
         error = float((run(W + u @ v).double() - base.double() - expected).norm() / expected.norm())
         reason = f"does not add x·ΔW where its weight gets ΔW (off by {error:.1e} of it)"
-    except Exception as failure:  # whatever a stranger's forward raises; also where it gives no tensor
+    except Exception as failure:  # a forward that is not ours may raise anything, or return no tensor
         error, reason = math.inf, f"fails in a trial ({type(failure).__name__}: {failure})"
     finally:
         module.training = was_training

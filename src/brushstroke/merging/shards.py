@@ -1,6 +1,6 @@
 """Merging in safetensors files: each is copied, then the bytes of its adapted tensors are replaced.
 
-One tensor is in memory at a time; names, order and metadata stay. It is told what goes where.
+One tensor is in memory at a time; names, order and metadata stay. The caller says which tensor goes where.
 """
 
 import json

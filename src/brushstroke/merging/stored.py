@@ -1,4 +1,4 @@
-"""In which dtypes a model's files hold its weights: their headers tell, never its config.
+"""In which dtypes a model's files hold its weights: read from their headers, never from its config.
 
 It reads no numbers.
 """
@@ -48,7 +48,7 @@ def _dtypes(file: Path) -> set[torch.dtype]:
             return {known[e["dtype"]] for e in entries.values() if e.get("dtype") in known}
         tensors = torch.load(file, map_location="meta", weights_only=True)
         return {x.dtype for x in tensors.values() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    except Exception as error:  # whatever a damaged file makes of its readers
+    except Exception as error:  # a damaged file can make its reader raise anything
         raise BaseLoadError(f"{file} is damaged ({error}); fetch it again") from error
 
 

@@ -1,6 +1,6 @@
 """What a module does with the layers below it that leaves an adapter without effect, or without gradients.
 
-Nothing is run: the source of the class tells, also of kernels that this machine does not have.
+It reads the source of the class and runs nothing, so it also covers kernels that this machine lacks.
 """
 
 import ast
@@ -42,7 +42,7 @@ class _Use(NamedTuple):
 
 
 def weights_read_by(module: nn.Module) -> dict[str, str]:
-    """Path below the module → the method in which the module's class reads that weight by itself.
+    """Path below the module → the method in which the module's class reads that weight directly.
 
     Everything that `forward` can reach in the class and its bases counts. A branch that the module's own
     settings switch off is passed over, but for `training`, which comes and goes; so is one that an optional
@@ -241,7 +241,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _own_settings(test: ast.expr) -> CodeType | None:
-    """A condition that can be judged on a module by itself: no call, and nothing that training switches."""
+    """A condition that depends on a module's settings alone: no call, and nothing that training switches."""
     for node in ast.walk(test):
         if isinstance(node, ast.Call | ast.Await | ast.NamedExpr):
             return None

@@ -30,13 +30,13 @@ def check_copies(adapter: Adapter, parameter: Parameter, *, allow_different_base
     listed = [f"{name}: {problem}" for name, problem in problems.items() if problem]
     if not listed:
         return
-    told = f"this adapter's file holds weights that are not this base's: {', '.join(listed)}"
+    problem = f"this adapter's file holds weights that are not this base's: {', '.join(listed)}"
     if allow_different_base:
-        warnings.warn(f"{told}; they are not used", ChangedWeightsWarning, stacklevel=2)
+        warnings.warn(f"{problem}; they are not used", ChangedWeightsWarning, stacklevel=2)
         return
     raise BaseMismatchError(
-        f"{told}; they were trained besides the factors, or belong to another base, and would be lost: load "
-        "that base, or merge the adapter with the tool that trained it and use the merged model"
+        f"{problem}; they were trained in addition to the factors, or belong to another base, and would be "
+        "lost: load that base, or merge the adapter with the tool that trained it and use the merged model"
     )
 
 
@@ -48,9 +48,9 @@ def _difference(copy: Tensor, own: Tensor | None) -> str | None:
     if copy.shape != own.shape:
         return f"the file's has shape {tuple(copy.shape)}, the base's {tuple(own.shape)}"
     rows = 0
-    for ours, theirs in zip(copy.split(ROWS), own.detach().split(ROWS), strict=True):
-        equal = _equal(ours.cpu(), theirs.cpu())
-        rows += 0 if bool(equal.all()) else int((~equal.reshape(len(ours), -1).all(1)).sum())
+    for stored, base in zip(copy.split(ROWS), own.detach().split(ROWS), strict=True):
+        equal = _equal(stored.cpu(), base.cpu())
+        rows += 0 if bool(equal.all()) else int((~equal.reshape(len(stored), -1).all(1)).sum())
     return f"{rows:,} of {len(copy):,} rows differ" if rows else None
 
 

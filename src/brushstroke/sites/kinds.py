@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of layer, with a weight that stands for W (d×h) in y = x·W.
+    """One kind of layer, whose weight is W (d×h) in y = x·W.
 
     Args:
         name: as `Site.kind` has it.

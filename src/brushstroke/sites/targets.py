@@ -43,7 +43,7 @@ GROUPS: dict[str, Callable[[str], bool]] = {
     "mlp": _is_mlp,
 }
 
-REASONS = 3  # told of one pattern that matches no site
+REASONS = 3  # shown for one pattern that matches no site
 
 Value = TypeVar("Value", int, float)
 
@@ -220,9 +220,9 @@ def _instead(pattern: str, sites: Sequence[Site], others: Sequence[Other]) -> st
     if not found:
         return f"; near it: {_near(pattern, sites)}"
     first = {reason: path for path, reason in reversed(found.items())}  # one path for each reason
-    told = [f"{path} {reason}" for reason, path in reversed(first.items())][:REASONS]
-    more = [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
-    return f": {', '.join(told + more)}"
+    shown = [f"{path} {reason}" for reason, path in reversed(first.items())][:REASONS]
+    more = [f"and {len(found) - len(shown)} more"] if len(found) > len(shown) else []
+    return f": {', '.join(shown + more)}"
 
 
 def _near(pattern: str, sites: Sequence[Site]) -> str:

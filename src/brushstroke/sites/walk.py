@@ -169,7 +169,7 @@ def _unfit(module: nn.Module, kind: Kind) -> str | None:
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             y = cls.forward(module, x)
-    except Exception as error:  # whatever a stranger's forward raises
+    except Exception as error:  # a forward that is not ours may raise anything
         return (
             f"{cls.__name__} fails in a trial on rows of {W.shape[0]} "
             f"({type(error).__name__}: {str(error)[:100]})"
