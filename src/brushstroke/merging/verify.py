@@ -165,7 +165,7 @@ def _floats(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _difference(found: Tensor | None, adapted: Tensor) -> float:
-    """‖found − adapted‖ / ‖adapted‖; non-finite values at the same places, as masks leave them, count as equal."""
+    """‖found − adapted‖ / ‖adapted‖; non-finite values at the same places count as equal."""
     if found is None or found.shape != adapted.shape:
         return math.inf
     same = (found == adapted) | (found.isnan() & adapted.isnan())
