@@ -4,7 +4,7 @@ It knows no files and no training; HF's Conv1D is known by its class name alone.
 """
 
 from brushstroke.layers.attach import Attachment, attach
-from brushstroke.layers.bank import Bank, bank, require_uniform_route
+from brushstroke.layers.bank import Bank, bank, find_route, require_uniform_route
 from brushstroke.layers.check import QuantisedBaseWarning, check_base
 from brushstroke.layers.copies import ChangedWeightsWarning
 from brushstroke.layers.route import Route
@@ -19,6 +19,7 @@ __all__ = [
     "attach",
     "bank",
     "check_base",
+    "find_route",
     "find_sites",
     "require_uniform_route",
     "unwrap",

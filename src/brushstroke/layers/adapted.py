@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from brushstroke.errors import AttachError
-from brushstroke.layers.route import Route
+from brushstroke.layers.route import Route, SlotSpan
 from brushstroke.layers.walk import has_plain_forward
-from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term, stacked_term
+from brushstroke.lowrank.apply import (
+    EVERYTHING,
+    LinearParts,
+    Span,
+    gathered_term,
+    lowrank_linears,
+    lowrank_term,
+    stacked_term,
+)
 
 STACKED_ROWS, STACKED_RANKS = 256, 256  # up to here all factors meet all rows: fewer operations count more
 
@@ -27,6 +35,8 @@ class Adapted(nn.Module):
     _route: Route
     _base_class: ClassVar[type[nn.Module]]
     _added: ClassVar[tuple[str, ...]]  # the attributes that an adapter adds besides the route
+    _fused: ClassVar[bool] = False
+    _weight_is_dxh: ClassVar[bool] = False
 
     @property
     def _widths(self) -> tuple[int, int]:
@@ -35,6 +45,24 @@ class Adapted(nn.Module):
 
     def _trial(self, U_rows: Tensor, V: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and settings with which slot 1 would be U·V, for a probe."""
+        raise NotImplementedError
+
+    def _spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
+        """The tokens of an input that use an adapter, by slot."""
+        slot = self._route.uniform
+        if slot is None:
+            return self._route.spans(x.shape[:-1])
+        return (SlotSpan(slot, EVERYTHING.rows),) if slot else ()
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        """Whether the fused step computes what this module's own forward and its updates would."""
+        return self._fused and _is_frozen(self) and not torch.is_autocast_enabled(x.device.type)
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """What the fused step needs for this input, or None where it would not be the same computation.
+
+        Whoever asks is about to run the module, so that it counts as run.
+        """
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
@@ -63,8 +91,6 @@ class AdaptedLinear(Adapted):
     lora_scale: float
     lora_dropout: float
     _added = ("lora_U_rows", "lora_V", "lora_scale", "lora_dropout")
-    _fused: ClassVar[bool] = False
-    _weight_is_dxh: ClassVar[bool] = False
 
     @property
     def _widths(self) -> tuple[int, int]:
@@ -78,32 +104,27 @@ class AdaptedLinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """The base's output, plus the low-rank term where the route asks for it."""
         route = self._route
-        slot = route.uniform
-        if slot == 0:
+        if route.uniform == 0:
             return route.guard(super().forward(x))
         if (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
-        U_rows, V, scale = self.lora_U_rows, self.lora_V, self.lora_scale
-        drop = self.lora_dropout if self.training else 0.0
-        y = super().forward(x)
-        if slot is None:
-            return route.guard(_add_segments(y, x, route, {1: (U_rows, V, scale)}, drop))
-        return route.guard(y + lowrank_term(x, U_rows, V, scale, drop, self.training).to(y.dtype))
+        factors = {1: (self.lora_U_rows, self.lora_V, self.lora_scale)}
+        return route.guard(_add_terms(super().forward(x), x, self._spans(x), factors, self._drop))
+
+    @property
+    def _drop(self) -> float:
+        """The dropout that is on."""
+        return self.lora_dropout if self.training else 0.0
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """What the fused step needs for this input, or None where it would not be the same computation.
-
-        Whoever asks is about to run the module, so that it counts as run.
-        """
+        """The update in each span that uses it; None with dropout, or where the whole input is the base's."""
         self._route.record(self)
-        dropped = self.lora_dropout if self.training else 0.0
-        frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
-        if not self._fused or self._route.uniform != 1 or dropped or not frozen:
+        if self._route.uniform == 0 or self._drop or not self._may_fuse(x):
             return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None
+        spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self._spans(x))
         return LinearParts(
-            self.weight, self.bias, self.lora_U_rows, self.lora_V, self.lora_scale, self._weight_is_dxh
+            *(self.weight, self.bias, self.lora_U_rows, self.lora_V, self.lora_scale, self._weight_is_dxh),
+            spans,
         )
 
 
@@ -130,24 +151,39 @@ class BankedLinear(Adapted):
         return {name: torch.stack([t * 0, t]) for name, t in stacks.items()}, {"bank_ranks": [0, 1]}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output, plus each row's own low-rank term."""
-        y = super().forward(x)
+        """The base's output, plus the low-rank term of each row, or of each span of a packed row."""
         route = self._route
         if torch.compiler.is_compiling():
             slots = route.slot_index(x.shape[0], x.device)
+            y = super().forward(x)
             return y + gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots]).to(y.dtype)
-        slot = route.uniform
-        if slot == 0 or (slot is not None and not self.bank_ranks[slot]):
-            return route.guard(y)
-        if slot is not None:
-            U_rows, V, scale = self._factors(slot)
-            return route.guard(y + lowrank_term(x, U_rows, V, scale).to(y.dtype))
         slots, rank, _ = self.bank_V.shape
-        if x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS and x.ndim > 1:
+        mixed = route.uniform is None and route.lengths is None and x.ndim > 1
+        if mixed and x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS:
+            y = super().forward(x)
             uses = route.ranks_used(x.shape[0], slots, rank, x.device)
             return route.guard(y + stacked_term(x, self.bank_U_rows, self.bank_V, uses).to(y.dtype))
-        used = {segment.slot for segment in route.segments(x.shape[0]) if self.bank_ranks[segment.slot]}
-        return route.guard(_add_segments(y, x, route, {slot: self._factors(slot) for slot in used}))
+        spans = self._spans(x)
+        if spans and (parts := self.parts(x)) is not None:
+            return route.guard(lowrank_linears(x, [parts])[0])
+        factors = {span.slot: self._factors(span.slot) for span in spans}
+        return route.guard(_add_terms(super().forward(x), x, spans, factors))
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """The stacks, of which each span uses the ranks of its slot."""
+        if not self._may_fuse(x):
+            return None
+        rank = self.bank_V.shape[1]  # ranks of one slot, with its padding
+        spans = tuple(
+            Span(span.tokens, slice(rank * span.slot, rank * span.slot + self.bank_ranks[span.slot]))
+            for span in self._spans(x)
+        )
+        stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
+        return LinearParts(self.weight, self.bias, *stacks, 1.0, self._weight_is_dxh, spans)
+
+    def _spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
+        """Without those whose slot has no update here."""
+        return tuple(span for span in super()._spans(x) if self.bank_ranks[span.slot])
 
     def _factors(self, slot: int) -> tuple[Tensor, Tensor, float]:
         rank = self.bank_ranks[slot]
@@ -163,7 +199,7 @@ def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] |
     for module in modules:
         if hooked(module):
             return None
-        parts = module.parts(x) if isinstance(module, AdaptedLinear) else _plain_parts(module, x)
+        parts = module.parts(x) if isinstance(module, Adapted) else _plain_parts(module, x)
         if parts is None:
             return None
         found.append(parts)
@@ -178,23 +214,33 @@ def hooked(module: nn.Module) -> bool:
 def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
     if not has_plain_forward(module):
         return None
-    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or torch.is_autocast_enabled(x.device.type):
+    if not _is_frozen(module) or torch.is_autocast_enabled(x.device.type):
         return None
+    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
     return LinearParts(weight, bias, weight_is_dxh=not isinstance(module, nn.Linear))
 
 
-def _add_segments(
-    y: Tensor, x: Tensor, route: Route, factors: dict[int, tuple[Tensor, Tensor, float]], dropout: float = 0.0
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether nobody wants a gradient of W and the bias."""
+    own = (module.weight, module.bias)
+    return not torch.is_grad_enabled() or not any(p.requires_grad for p in own if isinstance(p, Tensor))
+
+
+def _add_terms(
+    y: Tensor,
+    x: Tensor,
+    spans: Sequence[SlotSpan],
+    factors: Mapping[int, tuple[Tensor, Tensor, float]],
+    dropout: float = 0.0,
 ) -> Tensor:
-    out = y.clone() if torch.is_grad_enabled() else y
-    for segment in route.segments(x.shape[0]):
-        if segment.slot in factors:
-            rows = segment.rows if isinstance(segment.rows, slice) else segment.rows.to(x.device)
-            term = lowrank_term(x[rows], *factors[segment.slot], dropout, dropout > 0)
-            out[rows] += term.to(y.dtype)
-    return out
+    """Add the low-rank term of each span's slot to the base's output, by plain operations."""
+    if [span.tokens for span in spans] == [EVERYTHING.rows]:
+        return y + lowrank_term(x, *factors[spans[0].slot], dropout, dropout > 0).to(y.dtype)
+    tokens, out = (t.reshape(-1, t.shape[-1]) for t in (x, y.clone() if torch.is_grad_enabled() else y))
+    for span in spans:
+        term = lowrank_term(tokens[span.tokens], *factors[span.slot], dropout, dropout > 0)
+        out[span.tokens] += term.to(y.dtype)
+    return out.view(y.shape)
 
 
 @cache

@@ -13,7 +13,7 @@ from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.layers.walk import find_sites, site_module, weight_dxh
 from brushstroke.lowrank import LowRank
-from brushstroke.packed.pack import Pass
+from brushstroke.packed.pack import Pass, Row
 from brushstroke.packed.select import select_forward
 from brushstroke.studies.arms import Arm, chosen_sites
 from brushstroke.training import TrainConfig
@@ -57,7 +57,7 @@ class FullFineTuning:
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """How examples are arranged over passes."""
-        return self.forward.passes(examples, MICRO_TOKENS, False)
+        return self.forward.passes([Row.of(example) for example in examples], MICRO_TOKENS, False)
 
     def forward_backward(self, examples: Sequence[Example]) -> StepResult:
         """Add the gradients of these examples to those that wait for `optim_step`.
