@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from brushstroke.lowrank.apply import (
     LinearParts,
+    Span,
     gathered_term,
     lowrank_linear,
     lowrank_linears,
@@ -110,3 +111,48 @@ def test_dropout_draws_only_in_training():
     plain = lowrank_term(x, U_rows, V, 0.3)
     assert torch.equal(lowrank_term(x, U_rows, V, 0.3, dropout=0.5, training=False), plain)
     assert not torch.equal(lowrank_term(x, U_rows, V, 0.3, dropout=0.5, training=True), plain)
+
+
+@pytest.mark.parametrize("dxh", [True, False])
+def test_spans_of_rows_use_their_own_ranks_alone(dxh):
+    """Gradients too: one linear has an update in both spans, one in the second, one in none."""
+    double = {"dtype": torch.float64}
+    W = [torch.randn(*((6, h) if dxh else (h, 6)), **double) for h in (4, 3, 2)]
+    x = torch.randn(1, 7, 6, **double, requires_grad=True)
+    factors = [
+        torch.randn(*shape, **double, requires_grad=True) for shape in ((5, 6), (5, 4), (3, 6), (3, 3))
+    ]
+    spans = [
+        (Span(slice(0, 2), slice(0, 1)), Span(slice(3, 7), slice(2, 5))),
+        (Span(slice(3, 7), slice(1, 3)),),
+    ]
+
+    def run(x: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return lowrank_linears(
+            x,
+            [
+                LinearParts(W[0], None, factors[0], factors[1], 0.5, dxh, spans[0]),
+                LinearParts(W[1], None, factors[2], factors[3], 2.0, dxh, spans[1]),
+                LinearParts(W[2], None, weight_is_dxh=dxh),
+            ],
+        )
+
+    found = run(x, *factors)
+    for i, y in enumerate(found):
+        expected = x @ (W[i] if dxh else W[i].mT)
+        for span in spans[i] if i < 2 else ():
+            U_rows, V = (factors[2 * i + j][span.ranks] for j in range(2))
+            expected[:, span.rows] += lowrank_term(x[:, span.rows], U_rows, V, (0.5, 2.0)[i])
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(run, (x, *factors))
+
+
+def test_spans_that_share_ranks_add_up_their_gradients():
+    double = {"dtype": torch.float64}
+    spans = (Span(slice(0, 2), slice(None)), Span(slice(4, 5), slice(None)))
+    x, U_rows, V = (torch.randn(*s, **double, requires_grad=True) for s in ((5, 6), (2, 6), (2, 4)))
+    W = torch.randn(4, 6, **double)
+    assert torch.autograd.gradcheck(
+        lambda *f: lowrank_linears(f[0], [LinearParts(W, None, f[1], f[2], 0.5, spans=spans)])[0],
+        (x, U_rows, V),
+    )

@@ -292,3 +292,22 @@ def test_angles_of_another_precision_run_packed_by_the_attentions_own_code() -> 
         assert run.packed, run.step.forward_reason
         loss = run.forward_backward(batch).loss
     assert loss == pytest.approx(padded_loss(tiny_olmo(dtype=torch.bfloat16), batch).item(), rel=1e-2)
+
+
+@torch.no_grad()
+def test_a_block_that_is_not_ours_is_found_out_without_gradients_too() -> None:
+    """Its parameters want gradients, so that under gradients it would run its own code."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.forward_alpha = 2.0
+
+    class Scaled(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.forward_alpha * super().forward(x)
+
+    model.model.layers[0].mlp.__class__ = Scaled
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    fusion = fuse(model)
+    assert fusion.counts["feed-forward blocks"] == 1
+    assert not isinstance(model.model.layers[0].mlp, Fused)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    fusion.remove()

@@ -7,46 +7,48 @@ from hypothesis import strategies as st
 
 from brushstroke.data import Example
 from brushstroke.packed.layout import lay_out
-from brushstroke.packed.pack import MIN_PREFIX, Group, Pass, plan_passes, share_prefixes
+from brushstroke.packed.pack import MIN_PREFIX, Group, Pass, Row, plan_passes, share_prefixes
 from training_kit import examples
 
 
-def made(prompt: list[int], answer: list[int], tail: list[int] | None = None) -> Example:
+def made(prompt: list[int], answer: list[int], tail: list[int] | None = None, slot: int | None = None) -> Row:
     weights = (0.0,) * len(prompt) + (1.0,) * len(answer) + (0.0,) * len(tail or [])
-    return Example(tuple(prompt + answer + (tail or [])), weights)
+    return Row.of(Example(tuple(prompt + answer + (tail or [])), weights), slot)
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> list[Example]:
+def batches(draw: st.DrawFn) -> list[Row]:
     stems = draw(st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=20), min_size=1, max_size=3))
+    slots = st.just(None) if draw(st.booleans()) else st.integers(0, 2)
     rows = []
     for _ in range(draw(st.integers(1, 12))):
         prompt = draw(st.sampled_from(stems)) + draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
         answer = draw(st.lists(st.integers(0, 3), min_size=1, max_size=6))
-        rows.append(made(prompt, answer, draw(st.lists(st.integers(0, 3), max_size=3))))
+        rows.append(made(prompt, answer, draw(st.lists(st.integers(0, 3), max_size=3)), draw(slots)))
     return rows
 
 
 @given(batches(), st.integers(1, 200), st.booleans())
 def test_passes_hold_every_example_once_and_share_only_what_is_common(
-    rows: list[Example], micro_tokens: int, share: bool
+    rows: list[Row], micro_tokens: int, share: bool
 ) -> None:
     passes = plan_passes(rows, micro_tokens, share)
-    held = [example for part in passes for example in part.examples]
-    assert sorted(id(e) for e in held) == sorted(id(e) for e in rows)
+    held = [row for part in passes for row in part.rows]
+    assert sorted(map(id, held)) == sorted(map(id, rows))
     for part in passes:
-        assert part.computed_tokens <= micro_tokens or len(part.examples) == 1
+        assert part.computed_tokens <= micro_tokens or len(part.rows) == 1
         for group in part.groups:
-            assert len({example.tokens[: group.prefix] for example in group.members}) == 1
-            assert all(group.prefix < example.first_target for example in group.members)
+            assert len({row.tokens[: group.prefix] for row in group.members}) == 1
+            assert len({row.slot for row in group.members}) == 1 or not group.prefix
+            assert all(group.prefix <= row.wanted[0] for row in group.members)
             assert not group.prefix or group.prefix >= MIN_PREFIX
             assert share or not group.prefix
 
 
 @given(batches())
-def test_sharing_never_computes_more(rows: list[Example]) -> None:
+def test_sharing_never_computes_more(rows: list[Row]) -> None:
     computed = sum(group.computed_tokens for group in share_prefixes(rows))
-    assert computed <= sum(example.reach for example in rows)
+    assert computed <= sum(row.input_length for row in rows)
 
 
 def test_two_clusters_each_share_their_own_prefix() -> None:
@@ -64,7 +66,7 @@ def test_the_last_prompt_token_stays_with_each_example() -> None:
 
 
 def test_texts_trained_whole_share_nothing() -> None:
-    row = Example(tuple(range(30)), (0.0, *(1.0,) * 29))
+    row = Row.of(Example(tuple(range(30)), (0.0, *(1.0,) * 29)))
     assert all(group.prefix == 0 for group in share_prefixes([row, row]))
 
 
@@ -76,25 +78,20 @@ def test_passes_of_a_step_are_of_about_equal_size() -> None:
 
 
 @given(batches(), st.booleans())
-def test_a_layout_puts_every_target_behind_the_token_before_it(rows: list[Example], share: bool) -> None:
+def test_a_layout_puts_every_target_behind_the_token_before_it(rows: list[Row], share: bool) -> None:
     groups = tuple(share_prefixes(rows)) if share else tuple(Group(0, (row,)) for row in rows)
     layout = lay_out(Pass(groups), torch.device("cpu"))
     assert layout.tokens.shape[1] == sum(layout.sizes) == Pass(groups).computed_tokens
-    assert len(layout.targets) == sum(row.trained for row in rows)
-    expected = sorted(
-        (i - 1, row.tokens[i - 1], row.tokens[i])
-        for row in rows
-        for i in range(1, len(row))
-        if row.weights[i]
-    )
+    assert len(layout.targets) == sum(len(row.wanted) for row in rows)
+    expected = sorted((i, row.tokens[i], row.tokens[i + 1]) for row in rows for i in row.wanted)
     positions, tokens = layout.positions[0, layout.sources], layout.tokens[0, layout.sources]
     found = sorted(zip(positions.tolist(), tokens.tolist(), layout.targets.tolist(), strict=True))
     assert found == expected
 
 
 def test_an_example_longer_than_a_pass_gets_its_own() -> None:
-    rows = examples(5)
-    assert all(len(part.examples) == 1 for part in plan_passes(rows, 1, share=True))
+    rows = [Row.of(example) for example in examples(5)]
+    assert all(len(part.rows) == 1 for part in plan_passes(rows, 1, share=True))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -116,3 +113,41 @@ def test_what_follows_the_last_target_is_not_computed() -> None:
     layout = lay_out(Pass((Group(0, (row,)),)), torch.device("cpu"))
     assert layout.tokens.tolist() == [[1, 2, 3, 4]]
     assert layout.targets.tolist() == [4, 5]
+
+
+@given(batches(), st.integers(20, 200), st.booleans())
+def test_the_spans_of_a_layout_are_the_tokens_of_each_slot(rows: list[Row], micro: int, share: bool) -> None:
+    for packed in plan_passes(rows, micro, share):
+        layout = lay_out(packed, torch.device("cpu"))
+        if packed.rows[0].slot is None:
+            assert (layout.slots, layout.lengths) == ((), ())
+            continue
+        assert sum(layout.lengths) == layout.tokens.shape[1]
+        of_slot = {
+            slot: sum(g.computed_tokens for g in packed.groups if g.prefix and g.members[0].slot == slot)
+            + sum(r.input_length for g in packed.groups if not g.prefix for r in g.members if r.slot == slot)
+            for slot in {row.slot for row in packed.rows}
+        }
+        found = dict.fromkeys(of_slot, 0)
+        for slot, length in zip(layout.slots, layout.lengths, strict=True):
+            found[slot] += length
+        assert found == of_slot
+
+
+def test_rows_of_one_slot_stand_together() -> None:
+    rows = [made([i] * (3 + i % 4), [1], slot=i % 3) for i in range(12)]
+    (packed,) = plan_passes(rows, 1024, share=True)
+    slots = [row.slot for row in packed.rows]
+    assert slots == sorted(slots)
+
+
+def test_a_prefix_is_shared_by_rows_of_one_slot_alone() -> None:
+    rows = [made([*range(20), 50 + i], [60 + i], slot=i % 2) for i in range(6)]
+    found = [(group.prefix, {row.slot for row in group.members}) for group in share_prefixes(rows)]
+    assert found == [(20, {0}), (20, {1})]
+
+
+def test_a_row_may_want_any_positions_and_have_no_targets() -> None:
+    layout = lay_out(Pass((Group(0, (Row((5, 6, 7, 8), (0, 2)),)),)), torch.device("cpu"))
+    assert layout.tokens.tolist() == [[5, 6, 7]]
+    assert (layout.sources.tolist(), layout.weights.tolist()) == ([0, 2], [0.0, 0.0])

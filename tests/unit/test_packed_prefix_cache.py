@@ -17,7 +17,7 @@ from brushstroke.inference.batching import run_requests
 from brushstroke.inference.loss import evaluate_loss
 from brushstroke.inference.request import Request, Sampling
 from brushstroke.layers import attach
-from brushstroke.packed.pack import HELD_SAVES, plan_passes
+from brushstroke.packed.pack import HELD_SAVES, Row, plan_passes
 from brushstroke.training import Training
 from toys import tiny_gpt2, tiny_llama, tiny_olmo
 from training_kit import examples, padded_loss, peft_twin, randomise
@@ -213,8 +213,8 @@ def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tok
     with ours as run:
         for parameters in (attachment.parameters(), run.parameters):
             randomise(list(parameters))
-        alone = sorted(id(part.examples[0]) for part in run.passes(batch) if len(part.examples) == 1)
-        assert set(map(id, far)) <= set(alone)
+        alone = {part.rows[0] for part in run.passes(batch) if len(part.rows) == 1}
+        assert {Row.of(example) for example in far} <= alone
         for example in batch:
             reset_dynamic_rope(reference)
             tokens = torch.tensor(example.tokens)
@@ -275,11 +275,15 @@ def test_a_prefix_is_dropped_where_a_pass_fails() -> None:
 @given(st.integers(1, 400), st.integers(8, 300), st.lists(st.integers(1, 60), min_size=2, max_size=24))
 def test_a_held_prefix_is_computed_once_and_leaves_room(micro: int, prefix: int, suffixes: list[int]) -> None:
     rows = [
-        Example((*range(prefix), 1000 + i, *range(2000, 2000 + own)), (0.0,) * (prefix + 1) + (1.0,) * own)
+        Row.of(
+            Example(
+                (*range(prefix), 1000 + i, *range(2000, 2000 + own)), (0.0,) * (prefix + 1) + (1.0,) * own
+            )
+        )
         for i, own in enumerate(suffixes)
     ]
     passes = plan_passes(rows, micro, share=True, hold=True)
-    found = [example for part in passes for example in part.examples]
+    found = [row for part in passes for row in part.rows]
     assert sorted(map(id, found)) == sorted(map(id, rows))
     computed = sum(part.computed_tokens for part in passes)
     plain = plan_passes(rows, micro, share=True)
@@ -290,6 +294,6 @@ def test_a_held_prefix_is_computed_once_and_leaves_room(micro: int, prefix: int,
         assert computed == prefix + sum(suffixes)
         assert (len(held) - 1) * prefix >= HELD_SAVES
         for part in held:
-            assert part.kept_tokens <= max(micro, prefix + micro // 2) or len(part.examples) == 1
+            assert part.kept_tokens <= max(micro, prefix + micro // 2) or len(part.rows) == 1
     else:
         assert passes == plain

@@ -16,7 +16,7 @@ from brushstroke.data import Example
 from brushstroke.packed import sdpa as attend_module
 from brushstroke.packed.attention import packed_attention
 from brushstroke.packed.layout import Layout, lay_out
-from brushstroke.packed.pack import plan_passes
+from brushstroke.packed.pack import Row, plan_passes
 from brushstroke.packed.sdpa import attend_segments
 
 HEADS, KV, WIDTH = 4, 2, 8
@@ -65,7 +65,7 @@ def batches(draw: st.DrawFn) -> list[Example]:
 
 
 def laid_out(rows: list[Example]) -> Layout:
-    (whole,) = plan_passes(rows, 10_000, share=True)
+    (whole,) = plan_passes([Row.of(row) for row in rows], 10_000, share=True)
     return lay_out(whole, torch.device("cpu"))
 
 

@@ -53,7 +53,7 @@ class Bank:
         Raises:
             RouteError: there is none of that name.
         """
-        self._slot(name)
+        self.slot(name)
         return self._cards[name]
 
     def load(self, name: str, adapter: Adapter, *, allow_different_base: bool = False) -> None:
@@ -82,7 +82,7 @@ class Bank:
         Raises:
             RouteError: there is none of that name, or a row of the active route uses it.
         """
-        slot = self._slot(name)
+        slot = self.slot(name)
         if any(slot in slots for slots in (self._route.slots, *self._outer)):
             raise RouteError(
                 f"adapter {name!r} is selected by the active route; leave the `with bank.rows(...)` block "
@@ -94,7 +94,7 @@ class Bank:
 
     def use(self, *names: str | None) -> None:
         """Switch for good: one name for the whole batch, or one for each row; None is the base."""
-        self._route.set([self._slot(name) for name in names])
+        self._route.set([self.slot(name) for name in names])
 
     @contextmanager
     def rows(self, names: Sequence[str | None] | str | None) -> Iterator["Bank"]:
@@ -104,7 +104,7 @@ class Bank:
         """
         given = [names] if names is None or isinstance(names, str) else list(names)
         before = self._route.slots
-        restore = self._route.set([self._slot(name) for name in given])
+        restore = self._route.set([self.slot(name) for name in given])
         self._outer.append(before)  # it comes back, so its adapters may not be evicted meanwhile
         try:
             yield self
@@ -164,7 +164,12 @@ class Bank:
             undo()
         self._undo.clear()
 
-    def _slot(self, name: str | None) -> int:
+    def slot(self, name: str | None) -> int:
+        """The slot of an adapter in the bank; 0 is the base, None.
+
+        Raises:
+            RouteError: there is none of that name.
+        """
         if name is None:
             return 0
         if name not in self._slots:
@@ -209,9 +214,14 @@ def require_uniform_route(model: Any) -> None:
     Raises:
         RouteError: one does.
     """
-    for module in unwrap(model).modules():
-        if isinstance(module, Adapted) and module._route.uniform is None:
-            raise RouteError(
-                f"the active route assigns adapters to {len(module._route.slots)} rows, but here rows are "
-                "reordered; pass the bank as adapters= (with rows=), or leave its rows() block first"
-            )
+    route = find_route(model)
+    if route is not None and route.uniform is None:
+        raise RouteError(
+            f"the active route assigns adapters to {len(route.slots)} rows, but here rows are reordered; "
+            "pass the bank as adapters= (with rows=), or leave its rows() block first"
+        )
+
+
+def find_route(model: Any) -> Route | None:
+    """The route that all adapted modules of a model share; None where nothing is adapted."""
+    return next((m._route for m in unwrap(model).modules() if isinstance(m, Adapted)), None)

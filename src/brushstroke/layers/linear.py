@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from brushstroke.layers.adapted import Adapted, Attached, Banked, Trial, hooked
+from brushstroke.layers.route import SlotSpan
 from brushstroke.lowrank import LowRank
-from brushstroke.lowrank.apply import LinearParts, gathered_term, lowrank_linears, lowrank_term, stacked_term
+from brushstroke.lowrank.apply import (
+    EVERYTHING,
+    LinearParts,
+    Span,
+    gathered_term,
+    lowrank_linears,
+    lowrank_term,
+    stacked_term,
+)
 from brushstroke.sites import has_plain_forward
 from brushstroke.sites.kinds import CONV1D, compute_dtype
 
@@ -23,18 +32,47 @@ Factors = tuple[Tensor, Tensor, float]  # Uᵀ (r×d), V (r×h), scale
 class _LowRankLayer(Adapted):
     """What layers with one update U·V and with several have in common."""
 
+    def leading(self, x: Tensor) -> torch.Size:
+        """The shape of an input without its width: a route speaks of these tokens."""
+        return x.shape[:-1]
+
+    def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
+        """The tokens of an input that use an update, by slot."""
+        slot = self._route.uniform
+        if slot is None:
+            return self._route.spans(self.leading(x))
+        return (SlotSpan(slot, EVERYTHING.rows),) if slot else ()
+
     def term(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
-        """The low-rank term of the output."""
+        """The low-rank term of the output, scale·(x·U)·V."""
         return lowrank_term(x, *factors, dropout, dropout > 0)
 
-    def add_segments(self, y: Tensor, x: Tensor, factors: Mapping[int, Factors], dropout: float) -> Tensor:
-        """The output with each row's own term added, for a route whose rows differ."""
-        out = y.clone() if torch.is_grad_enabled() else y
-        for segment in self._route.segments(x.shape[0]):
-            if segment.slot in factors:
-                rows = segment.rows if isinstance(segment.rows, slice) else segment.rows.to(x.device)
-                out[rows] += self.term(x[rows], factors[segment.slot], dropout).to(y.dtype)
-        return out
+    def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
+        """The output with an update: the base's output y, and the low-rank term."""
+        return y + self.term(x, factors, dropout).to(y.dtype)
+
+    def add_updates(
+        self,
+        y: Tensor,
+        x: Tensor,
+        spans: Sequence[SlotSpan],
+        factors: Mapping[int, Factors],
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """The output with the update of each span's slot, by plain operations."""
+        if [span.tokens for span in spans] == [EVERYTHING.rows]:
+            return self.add_update(y, x, factors[spans[0].slot], dropout)
+        tokens = x.reshape(self.leading(x).numel(), *x.shape[len(self.leading(x)) :])
+        base = y.reshape(-1, y.shape[-1])
+        out = base.clone() if torch.is_grad_enabled() else base
+        for span in spans:
+            rows = span.tokens
+            out[rows] = self.add_update(base[rows], tokens[rows], factors[span.slot], dropout)
+        return out.view(y.shape)
+
+    def may_fuse(self, x: Tensor) -> bool:
+        """Whether the fused functions compute what this layer's own forward and its updates would."""
+        return self._plain and _is_frozen(self) and not torch.is_autocast_enabled(x.device.type)
 
     def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Uᵀ (1×d) and V (1×h) for a trial, and the expected output (float64) with them."""
@@ -86,30 +124,27 @@ class AttachedLinear(_LowRankLayer, Attached):
     def forward(self, x: Tensor) -> Tensor:
         """The base's output, plus the low-rank term where the route asks for it."""
         route = self._route
-        slot = route.uniform
-        if slot == 0:
+        if route.uniform == 0:
             return route.guard(super().forward(x))
         if (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
-        factors = self.lora_U_rows, self.lora_V, self.lora_scale
-        dropout = self.dropout if self.training else 0.0
-        y = super().forward(x)
-        if slot is None:
-            return route.guard(self.add_segments(y, x, {1: factors}, dropout))
-        return route.guard(y + self.term(x, factors, dropout).to(y.dtype))
+        factors = {1: (self.lora_U_rows, self.lora_V, self.lora_scale)}
+        return route.guard(
+            self.add_updates(super().forward(x), x, self.spans(x), factors, self._active_dropout)
+        )
+
+    @property
+    def _active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """What the fused step needs for this input, or None where it would not be the same computation.
-
-        Whoever asks is about to run the module, so that it counts as run.
-        """
+        """The update in each span that uses it; None with dropout, or where the whole input is the base's."""
         self._route.record(self)
-        dropped = self.dropout if self.training else 0.0
-        if self._route.uniform != 1 or dropped or not _is_fusible(self, x):
+        if self._route.uniform == 0 or self._active_dropout or not self.may_fuse(x):
             return None
-        return LinearParts(
-            self.weight, self.bias, self.lora_U_rows, self.lora_V, self.lora_scale, self._kind is CONV1D
-        )
+        spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self.spans(x))
+        factors = self.lora_U_rows, self.lora_V, self.lora_scale
+        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans)
 
 
 class BankedLinear(_LowRankLayer, Banked):
@@ -165,23 +200,47 @@ class BankedLinear(_LowRankLayer, Banked):
         return Trial(tensors, {"bank_ranks": [0, 1]}, expected)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output, plus each row's own low-rank term."""
-        y = super().forward(x)
+        """The base's output, plus the low-rank term of each row, or of each span of a packed row."""
         route = self._route
         if torch.compiler.is_compiling():
-            slots = route.slot_index(x.shape[0], x.device)
-            return y + gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots]).to(y.dtype)
-        slot = route.uniform
-        if slot == 0 or (slot is not None and not self.bank_ranks[slot]):
-            return route.guard(y)
-        if slot is not None:
-            return route.guard(y + self.term(x, self._factors(slot)).to(y.dtype))
-        slots, rank, _ = self.bank_V.shape
-        if x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS and x.ndim > 1:
+            y = super().forward(x)
+            return y + self.gathered(x, route.slot_index(x.shape[0], x.device)).to(y.dtype)
+        if self.may_stack(x):
+            y = super().forward(x)
+            slots, rank, _ = self.bank_V.shape
             uses = route.ranks_used(x.shape[0], slots, rank, x.device)
             return route.guard(y + stacked_term(x, self.bank_U_rows, self.bank_V, uses).to(y.dtype))
-        used = {segment.slot for segment in route.segments(x.shape[0]) if self.bank_ranks[segment.slot]}
-        return route.guard(self.add_segments(y, x, {slot: self._factors(slot) for slot in used}, 0.0))
+        spans = self.spans(x)
+        if spans and (parts := self.parts(x)) is not None:
+            return route.guard(lowrank_linears(x, [parts])[0])
+        factors = {span.slot: self._factors(span.slot) for span in spans}
+        return route.guard(self.add_updates(super().forward(x), x, spans, factors))
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """The stacks, of which each span uses the ranks of its slot."""
+        if not self.may_fuse(x):
+            return None
+        rank = self.bank_V.shape[1]  # ranks of one slot, with its padding
+        spans = tuple(
+            Span(span.tokens, slice(rank * span.slot, rank * span.slot + self.bank_ranks[span.slot]))
+            for span in self.spans(x)
+        )
+        stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
+        return LinearParts(self.weight, self.bias, *stacks, 1.0, self._kind is CONV1D, spans)
+
+    def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
+        """Without those whose slot has no update here."""
+        return tuple(span for span in super().spans(x) if self.bank_ranks[span.slot])
+
+    def may_stack(self, x: Tensor) -> bool:
+        """Whether all factors meet all rows, as few rows of a batch with several adapters do."""
+        mixed = self._route.uniform is None and self._route.lengths is None and x.ndim > 1
+        slots, rank, _ = self.bank_V.shape
+        return mixed and x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS
+
+    def gathered(self, x: Tensor, slots: Tensor) -> Tensor:
+        """The low-rank term of rows with these slots, in a compiled graph."""
+        return gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots])
 
     def _factors(self, slot: int) -> Factors:
         rank = self.bank_ranks[slot]
@@ -210,17 +269,16 @@ def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] |
 
 
 def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
-    if not _is_fusible(module, x):
+    if not has_plain_forward(module) or not _is_frozen(module) or torch.is_autocast_enabled(x.device.type):
         return None
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
     return LinearParts(weight, bias, weight_is_dxh=CONV1D.matches(module))
 
 
-def _is_fusible(module: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is frozen and computes x·W (+ bias) in the dtype of x."""
-    plain, bias = module._plain if isinstance(module, Adapted) else has_plain_forward(module), module.bias
-    trained = module.weight.requires_grad or (bias is not None and bias.requires_grad)  # type: ignore[union-attr]
-    return plain and not trained and not torch.is_autocast_enabled(x.device.type)
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether no gradient of W or the bias is wanted."""
+    own = (module.weight, module.bias)
+    return not torch.is_grad_enabled() or not any(p.requires_grad for p in own if isinstance(p, Tensor))
 
 
 def _scaled_V(update: LowRank) -> Tensor:

@@ -6,7 +6,7 @@ Both factors come as contiguous rows, Uᵀ (r×d) and V (r×h): on CPUs the skin
 faster that way than with U as (d×r).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,18 @@ from brushstroke.lowrank.autograd import first_order
 from brushstroke.lowrank.matmul import in_onednn, product, product_onto, scaled_product
 
 
+class Span(NamedTuple):
+    """Rows of the input that share one update, and which of the ranks of the factors it is."""
+
+    rows: slice
+    ranks: slice
+
+
+EVERYTHING = Span(slice(None), slice(None))
+
+
 class LinearParts(NamedTuple):
-    """One frozen linear map and its update, x·W + bias + scale·(x·U)·V, as tensors.
+    """One frozen linear map and its updates, x·W + bias + scale·(x·U)·V, as tensors.
 
     Args:
         weight: (h×d) as torch stores it, or (d×h) as HF's Conv1D does where `weight_is_dxh`.
@@ -27,6 +37,7 @@ class LinearParts(NamedTuple):
         U_rows, V: Uᵀ (r×d) and V (r×h); both None where nothing is added to W.
         scale: in front of the low-rank term.
         weight_is_dxh: the layout of `weight`.
+        spans: which rows use which ranks, where they differ; no two spans have a row in common.
     """
 
     weight: Tensor
@@ -35,6 +46,18 @@ class LinearParts(NamedTuple):
     V: Tensor | None = None
     scale: float = 1.0
     weight_is_dxh: bool = False
+    spans: tuple[Span, ...] = (EVERYTHING,)
+
+    def factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """Uᵀ and V of the update that these rows use, if any."""
+        ranks = self.ranks(rows)
+        if ranks is None or self.U_rows is None or self.V is None:
+            return None
+        return self.U_rows[ranks], self.V[ranks]
+
+    def ranks(self, rows: slice) -> slice | None:
+        """Those of the update that these rows use, if any."""
+        return next((span.ranks for span in self.spans if span.rows == rows), None)
 
 
 TENSORS = 4  # of one LinearParts: what an autograd function is given of it, one after another
@@ -42,12 +65,13 @@ TENSORS = 4  # of one LinearParts: what an autograd function is given of it, one
 
 def flatten(parts: Sequence[LinearParts]) -> tuple[tuple[Any, ...], list[Tensor | None]]:
     """Settings and tensors apart, as `torch.autograd.Function.apply` needs them."""
+    parts = [part if part.U_rows is not None else part._replace(spans=()) for part in parts]
     return tuple(part[TENSORS:] for part in parts), [tensor for part in parts for tensor in part[:TENSORS]]
 
 
-def unflatten(forms: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list[LinearParts]:
+def unflatten(static: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list[LinearParts]:
     """The inverse of `flatten`."""
-    return [LinearParts(*tensors[TENSORS * i : TENSORS * (i + 1)], *form) for i, form in enumerate(forms)]
+    return [LinearParts(*tensors[TENSORS * i : TENSORS * (i + 1)], *own) for i, own in enumerate(static)]
 
 
 def base_product(
@@ -57,17 +81,17 @@ def base_product(
     return product(x, weight.mT if weight_is_dxh else weight, bias)
 
 
-class Narrow(NamedTuple):
-    """What the updates leave for the backward pass, in the dtype of the input; R is the sum of their ranks.
+class LowRankActivations(NamedTuple):
+    """What the updates of a span save for backward, in the dtype of the input; R is the sum of their ranks.
 
     Args:
-        xu: x·U of all of them side by side (n×R), None where there are none.
+        xu: x·U of all linears side by side (n×R).
         U_rows: their Uᵀ below one another (R×d).
         V: of each linear, None where nothing is added to it.
     """
 
-    xu: Tensor | None
-    U_rows: Tensor | None
+    xu: Tensor
+    U_rows: Tensor
     V: Sequence[Tensor | None]
 
     @property
@@ -75,37 +99,58 @@ class Narrow(NamedTuple):
         """One after another, for an autograd function to keep."""
         return self.xu, self.U_rows, *self.V
 
+    def columns(self) -> Iterator[tuple[int, Tensor, slice]]:
+        """For each linear with an update: its number, its V, and where its ranks stand in `xu`."""
+        start = 0
+        for i, V in enumerate(self.V):
+            if V is not None:
+                yield i, V, slice(start, start + len(V))
+                start += len(V)
 
-def narrow_of(saved: list[Any], linears: int) -> Narrow:
-    """Take the `tensors` of as many linears off the beginning of a list."""
-    xu, U_rows, *V = (saved.pop(0) for _ in range(2 + linears))
-    return Narrow(xu, U_rows, V)
+
+def saved_activations(saved: list[Any], static: Sequence[tuple[Any, ...]]) -> list[LowRankActivations]:
+    """Take what `forward_products` saved for parts of these settings off the beginning of a list."""
+    parts = unflatten(static, [None] * (TENSORS * len(static)))
+    return [
+        LowRankActivations(saved.pop(0), saved.pop(0), [saved.pop(0) for _ in parts])
+        for _ in _spanned_rows(parts)
+    ]
 
 
-def forward_products(x: Tensor, parts: Sequence[LinearParts]) -> tuple[list[Tensor], Narrow]:
-    """The outputs (n×h each) of linears that share an input (…×d of n rows), and what is left of them."""
+def _spanned_rows(parts: Sequence[LinearParts]) -> list[slice]:
+    """The rows in which at least one of the parts has an update, span by span."""
+    found: list[slice] = []
+    for part in parts:
+        found += [span.rows for span in part.spans if span.rows not in found]
+    return found
+
+
+def forward_products(
+    x: Tensor, parts: Sequence[LinearParts]
+) -> tuple[list[Tensor], list[LowRankActivations]]:
+    """The outputs (n×h each) of linears that share an input (…×d of n rows), and what each span saves."""
     rows = x.reshape(-1, x.shape[-1])
-    narrow = _narrow(rows, parts)
-    ys, start = [], 0
-    for part, V in zip(parts, narrow.V, strict=True):
+    ys = []
+    for part in parts:
         # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
         dxh = part.weight_is_dxh
         y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
-        y = y.view(-1, y.shape[-1])
-        if V is not None and narrow.xu is not None:
-            y.addmm_(narrow.xu[:, start : start + len(V)], V, alpha=part.scale)
-            start += len(V)
-        ys.append(y)
-    return ys, narrow
+        ys.append(y.view(-1, y.shape[-1]))
+    return ys, [_add_updates(ys, rows, parts, span) for span in _spanned_rows(parts)]
 
 
-def _narrow(rows: Tensor, parts: Sequence[LinearParts]) -> Narrow:
-    factors = [part.U_rows for part in parts if part.U_rows is not None]
-    if not factors:
-        return Narrow(None, None, [None] * len(parts))
-    U_rows = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(rows.dtype)
-    V = [None if part.V is None else part.V.to(rows.dtype) for part in parts]
-    return Narrow(product(rows, U_rows), U_rows, V)
+def _add_updates(
+    ys: Sequence[Tensor], rows: Tensor, parts: Sequence[LinearParts], span: slice
+) -> LowRankActivations:
+    """Add to a span of the outputs what its updates make of the same span of the input."""
+    factors = [part.factors(span) for part in parts]
+    found = [pair[0] for pair in factors if pair is not None]
+    U_rows = (found[0] if len(found) == 1 else torch.cat(found)).to(rows.dtype)
+    V = [None if pair is None else pair[1].to(rows.dtype) for pair in factors]
+    saved = LowRankActivations(product(rows[span], U_rows), U_rows, V)
+    for i, own, columns in saved.columns():
+        ys[i][span].addmm_(saved.xu[:, columns], own, alpha=parts[i].scale)
+    return saved
 
 
 def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
@@ -119,7 +164,7 @@ def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
 def backward_products(
     dys: Sequence[Tensor],
     rows: Tensor,
-    narrow: Narrow,
+    saved: Sequence[LowRankActivations],
     parts: Sequence[LinearParts],
     need_x: bool,
     needs: Sequence[bool],
@@ -129,37 +174,45 @@ def backward_products(
     Args:
         dys: gradients of the outputs (n×h each).
         rows: the input (n×d).
-        narrow: what `forward_products` gave.
+        saved: what `forward_products` gave.
         parts: the linears.
         need_x: whether the gradient of the rows is wanted.
         needs: for each tensor of each part, whether its gradient is wanted.
     """
-    xu, U_rows, Vs = narrow
-    terms = [_of_xu(dy, V, part.scale) for dy, V, part in zip(dys, Vs, parts, strict=True) if V is not None]
     dx = None
     if need_x:
         for dy, part in zip(dys, parts, strict=True):
             weight = part.weight if part.weight_is_dxh else part.weight.mT
             dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
     gradients: list[Tensor | None] = [None] * (TENSORS * len(parts))
-    if xu is None or U_rows is None:
-        return dx, gradients
-    dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
-    if dx is not None:
-        dx.addmm_(dxu, U_rows)
-    dU, start = None, 0
-    for i, (dy, V, part) in enumerate(zip(dys, Vs, parts, strict=True)):
-        if V is None or part.U_rows is None or part.V is None:  # all of them, or none
-            continue
-        span = slice(start, start + len(V))
-        start = span.stop
-        if needs[TENSORS * i + 2]:
-            if dU is None:  # of all at once
-                dU = scaled_product(dxu.mT, rows, 1.0, _widest(parts))
-            gradients[TENSORS * i + 2] = dU[span].to(part.U_rows.dtype)
-        if needs[TENSORS * i + 3]:
-            gradients[TENSORS * i + 3] = scaled_product(xu[:, span].mT, dy, part.scale, part.V.dtype)
+    for span, own in zip(_spanned_rows(parts), saved, strict=True):
+        terms = [_of_xu(dys[i][span], V, parts[i].scale) for i, V, _ in own.columns()]
+        dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
+        if dx is not None:
+            dx[span].addmm_(dxu, own.U_rows)
+        dU = None
+        for i, _, columns in own.columns():
+            part, first = parts[i], TENSORS * i
+            if part.U_rows is None or part.V is None:
+                continue
+            if needs[first + 2]:
+                if dU is None:  # of all at once
+                    dU = scaled_product(dxu.mT, rows[span], 1.0, _widest(parts))
+                own_dU = dU[columns].to(part.U_rows.dtype)
+                gradients[first + 2] = _add_span(gradients[first + 2], own_dU, part.U_rows, part.ranks(span))
+            if needs[first + 3]:
+                dV = scaled_product(own.xu[:, columns].mT, dys[i][span], part.scale, part.V.dtype)
+                gradients[first + 3] = _add_span(gradients[first + 3], dV, part.V, part.ranks(span))
     return dx, gradients
+
+
+def _add_span(total: Tensor | None, found: Tensor, factor: Tensor, ranks: slice | None) -> Tensor:
+    """The gradient of a factor so far, with that of one span of the rows."""
+    if total is None and found.shape == factor.shape:
+        return found
+    total = torch.zeros_like(factor) if total is None else total
+    total[ranks] += found
+    return total
 
 
 def _widest(parts: Sequence[LinearParts]) -> torch.dtype:
@@ -180,21 +233,21 @@ class _LowRankLinears(torch.autograd.Function):
     """The fused step: keeps x and what is narrow for the backward pass, never makes a gradient of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forms: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ys, narrow = forward_products(x, unflatten(forms, tensors))
-        ctx.save_for_backward(x, *narrow.tensors, *tensors)
-        ctx.forms = forms
+    def forward(ctx: Any, x: Tensor, static: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ys, saved = forward_products(x, unflatten(static, tensors))
+        ctx.save_for_backward(x, *(tensor for own in saved for tensor in own.tensors), *tensors)
+        ctx.static = static
         return tuple(reshaped(y, x.shape[:-1]) for y in ys)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *saved = ctx.saved_tensors
-        narrow = narrow_of(saved, len(ctx.forms))
-        parts = unflatten(ctx.forms, saved)
+        x, *kept = ctx.saved_tensors
+        saved = saved_activations(kept, ctx.static)
+        parts = unflatten(ctx.static, kept)
         dys = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         need_x, _, *needs = ctx.needs_input_grad
-        dx, gradients = backward_products(dys, x.reshape(-1, x.shape[-1]), narrow, parts, need_x, needs)
+        dx, gradients = backward_products(dys, x.reshape(-1, x.shape[-1]), saved, parts, need_x, needs)
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 
@@ -206,8 +259,8 @@ def lowrank_linears(x: Float[Tensor, "*b d"], parts: Sequence[LinearParts]) -> t
     Returns:
         One (…×h) tensor for each part.
     """
-    forms, tensors = flatten(parts)
-    return _LowRankLinears.apply(x, forms, *tensors)  # type: ignore[return-value]
+    static, tensors = flatten(parts)
+    return _LowRankLinears.apply(x, static, *tensors)  # type: ignore[return-value]
 
 
 def lowrank_linear(

@@ -1,6 +1,6 @@
-"""How one training step is computed: packed rows, exact attention, own functions, the loss.
+"""How rows run in one pass: packed without padding, exact attention, fused functions, logits and loss.
 
-It knows no run, no file and no optimiser: those are `training`'s.
+It knows no run, no file and no optimiser: those are `training`'s. Prompts and answers are `inference`'s.
 """
 
 from brushstroke.packed.cross_entropy import LossFunction

@@ -89,10 +89,10 @@ def packed_attention(
         brushstroke_record.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
     layout = brushstroke_layout
     layout.windows.add(sliding_window)
-    if layout.begins:
+    if layout.begins is not None:
         layout.begins.record(module, key, value)
     windowed = sliding_window is not None
-    if layout.several and not layout.continues and by_segments(query, value, dropout, windowed):
+    if layout.several and layout.continues is None and by_segments(query, value, dropout, windowed):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attend_segments(q, k, v, layout.segments, scaling, sliding_window)[None], None
     queries, keys, values = (x.split(layout.sizes, dim=2) for x in (query, key, value))
@@ -102,7 +102,7 @@ def packed_attention(
         prefix, before = 0, None
         if piece.prefix is not None:
             before = keys[piece.prefix], values[piece.prefix]
-        elif layout.continues:
+        elif layout.continues is not None:
             before = layout.continues.of(module)
         if before is not None:
             prefix = before[0].shape[2]

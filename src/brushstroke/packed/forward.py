@@ -1,11 +1,11 @@
-"""Run a pass through the model, packed or in padded batches, up to the loss of its trained tokens.
+"""Run a pass through the model, packed or in padded batches, up to the logits or the loss of its rows.
 
-It changes no weight and steps no optimiser; which of the two a model gets is decided in `choose`.
+It changes no weight and steps no optimiser; which of the two a model gets is decided in `select`.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from brushstroke.base import dynamic_rope_limit, preserved_rope, reset_dynamic_rope
-from brushstroke.data import Example
-from brushstroke.errors import ConfigError
+from brushstroke.errors import ConfigError, RouteError
+from brushstroke.layers import find_route
 from brushstroke.layers.adapted import Adapted
 from brushstroke.packed.attention import AttentionName, UnsupportedAttention
 from brushstroke.packed.cross_entropy import (
@@ -27,18 +27,18 @@ from brushstroke.packed.cross_entropy import (
 )
 from brushstroke.packed.layout import Layout, lay_out, lay_out_prefix
 from brushstroke.packed.memory import CPU_MICRO_TOKENS
-from brushstroke.packed.pack import Group, Pass, plan_passes, unshared
+from brushstroke.packed.pack import Group, Pass, Row, plan_passes, unshared
 from brushstroke.packed.prefix_cache import PrefixCache
-from brushstroke.packed.probes import probe_examples
+from brushstroke.packed.probes import probe_rows
 
 
 class Forward(Protocol):
-    """How passes run: planned from examples, then each one's summed loss."""
+    """How passes run: planned from rows, then each one's outputs."""
 
     name: str
 
-    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
-        """Arrange the examples of a step."""
+    def passes(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
+        """Arrange rows over passes."""
         ...
 
     def context(self) -> AbstractContextManager[None]:
@@ -50,11 +50,11 @@ class Forward(Protocol):
         ...
 
     def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
-        """Σ weight·nll of a pass's trained tokens, with a graph behind it."""
+        """Σ weight·nll of a pass's targets, with a graph behind it."""
         ...
 
-    def trained_logits(self, packed: Pass) -> Tensor:
-        """The logits (m×v) that predict a pass's trained tokens."""
+    def logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) of a pass's wanted positions, row by row."""
         ...
 
     def logits_at_once(self, vocabulary: int) -> int:
@@ -86,7 +86,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a pass gives for its trained positions: hidden states where there is a head, else logits."""
+    """What a pass gives for its wanted positions: hidden states where there is a head, else logits."""
 
     values: Tensor
     targets: Tensor
@@ -111,31 +111,46 @@ class _Headed:
     _model: nn.Module
     _head: Head
     _moving: int | None  # tokens beyond which a row moves the rotary frequencies of its whole pass
-    _ends: Callable[[Example], int]  # how many tokens of an example run
+    _ends: Callable[[Row], int]  # how many tokens of a row run
 
     def _run(self, packed: Pass) -> Outputs:
         raise NotImplementedError
 
-    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+    def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
         raise NotImplementedError
 
-    def passes(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
-        """Arrange the examples of a step; those that move the frequencies of others run alone."""
+    def passes(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
+        """Arrange rows over passes; those that move the frequencies of others run alone."""
         if self._moving is None:
-            return self._arrange(examples, micro_tokens, share)
-        far = [example for example in examples if self._ends(example) > self._moving]
-        near = [example for example in examples if self._ends(example) <= self._moving]
+            return self._arrange(rows, micro_tokens, share)
+        far = [row for row in rows if self._ends(row) > self._moving]
+        near = [row for row in rows if self._ends(row) <= self._moving]
         arranged = self._arrange(near, micro_tokens, share) if near else []
-        return [*arranged, *(unshared([example]) for example in far)]
+        return [*arranged, *(unshared([row]) for row in far)]
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Frequencies that move are put back in the end."""
-        with preserved_rope(self._model):
+        """Put frequencies that move, and the active route, back in the end."""
+        route = find_route(self._model)
+        with preserved_rope(self._model), nullcontext() if route is None else route.kept():
             yield
 
+    def _use(self, slots: Sequence[int], lengths: Sequence[int] | None = None) -> None:
+        """Switch to the slots of a pass, until the next pass or the end of the context.
+
+        Raises:
+            RouteError: no bank is in the model.
+        """
+        route = find_route(self._model) if slots else None
+        if route is not None:
+            route.set(slots, lengths)
+        elif any(slots):
+            raise RouteError(
+                "rows name slots of a bank, and the model has none; make one with bank(model, ...)"
+            )
+
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
-        """Each pass with what it gives for its trained positions."""
+        """Each pass with what it gives for its wanted positions."""
         for packed in passes:
             yield packed, self._run(packed)
 
@@ -143,8 +158,8 @@ class _Headed:
         """Σ weight·nll of the pass."""
         return self._run(packed).summed_loss(loss)
 
-    def trained_logits(self, packed: Pass) -> Tensor:
-        """The logits (m×v) of the pass's trained positions, example by example."""
+    def logits(self, packed: Pass) -> Tensor:
+        """The logits (m×v) of the pass's wanted positions, row by row."""
         return self._run(packed).logits()
 
     def logits_at_once(self, vocabulary: int) -> int:
@@ -153,23 +168,23 @@ class _Headed:
 
 
 class PackedForward(_Headed):
-    """All examples in one row, each with positions of its own, shared prefixes once, no padding."""
+    """All rows of a pass in one, each with positions of its own, shared prefixes once, no padding."""
 
     name = "packed"
 
     def __init__(self, model: nn.Module, head: Head) -> None:
         self._model = model
         self._head = head
-        self._moving, self._ends = dynamic_rope_limit(model), attrgetter("reach")
+        self._moving, self._ends = dynamic_rope_limit(model), attrgetter("input_length")
         self._attention = AttentionName(model)
         self.windows: set[int | None] = set()  # those that attention calls asked for, so far
         if chunked := self._attention.chunked:
             raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
         self._device = next(model.parameters()).device
-        self.holds = False  # whether a prefix may run once for several passes
+        self.reuses_prefix = False  # whether a prefix may run once for several passes
 
-    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
-        return plan_passes(examples, micro_tokens, share, self.holds)
+    def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
+        return plan_passes(rows, micro_tokens, share, self.reuses_prefix)
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
         """Each pass with what it gives; the prefix of several runs before the first, and backward last."""
@@ -208,6 +223,7 @@ class PackedForward(_Headed):
     def _outputs(self, layout: Layout) -> Outputs:
         if self._moving is not None:
             reset_dynamic_rope(self._model)
+        self._use(layout.slots, layout.lengths)
         inputs: dict[str, Any] = {
             "input_ids": layout.tokens,
             "position_ids": layout.positions,
@@ -232,47 +248,50 @@ class PaddedForward(_Headed):
     Args:
         model: the model.
         head: of the model.
-        whole: run what stands behind an example's last target too, as models that look ahead need it.
+        whole: run what follows a row's last wanted position too, as models that look ahead need it.
     """
 
     name = "padded"
 
     def __init__(self, model: nn.Module, head: Head, whole: bool) -> None:
         self._model = model
-        self._moving, self._ends = dynamic_rope_limit(model), len if whole else attrgetter("reach")
+        self._moving, self._ends = dynamic_rope_limit(model), len if whole else attrgetter("input_length")
         self._head = head
         self._device = next(model.parameters()).device
         runner = head.decoder or model
         self._accepts = _accepted(runner)
 
-    def _arrange(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Pass]:
+    def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
         """Batches of similar length of at most `micro_tokens`, padding counted."""
         passes: list[Pass] = []
-        batch: list[Example] = []
-        for example in sorted(examples, key=self._ends):
-            if batch and (len(batch) + 1) * self._ends(example) > micro_tokens:
+        batch: list[Row] = []
+        for row in sorted(rows, key=self._ends):
+            if batch and (len(batch) + 1) * self._ends(row) > micro_tokens:
                 passes.append(unshared(batch))
                 batch = []
-            batch.append(example)
-        return [*passes, unshared(batch)]
+            batch.append(row)
+        return [*passes, unshared(batch)] if batch else passes
 
     def _run(self, packed: Pass) -> Outputs:
         if self._moving is not None:
             reset_dynamic_rope(self._model)
-        examples = packed.examples
-        width = max(map(self._ends, examples))
-        tokens, mask, behind = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(3))
-        weights = torch.zeros(len(examples), width)  # of the tokens `behind` each one
-        for i, example in enumerate(examples):
-            end = self._ends(example)
-            tokens[i, :end] = torch.tensor(example.tokens[:end])
-            mask[i, :end] = 1
-            following = min(end, len(example) - 1)
-            behind[i, :following] = torch.tensor(example.tokens[1 : following + 1])
-            weights[i, :following] = torch.tensor(example.weights[1 : following + 1])
-        tokens, mask, behind, weights = (x.to(self._device) for x in (tokens, mask, behind, weights))
-        row, column = weights.nonzero(as_tuple=True)
-        targets, kept = behind[row, column], weights[row, column]
+        rows = packed.rows
+        self._use([row.slot for row in rows if row.slot is not None])
+        tokens = torch.zeros(len(rows), max(map(self._ends, rows)), dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for i, row in enumerate(rows):
+            end = self._ends(row)
+            tokens[i, :end], mask[i, :end] = torch.tensor(row.tokens[:end]), 1
+        terms = [row.loss_terms for row in rows]
+        whole, wide = (
+            {"dtype": torch.long, "device": self._device},
+            {"dtype": torch.float32, "device": self._device},
+        )
+        row = torch.tensor([i for i, row in enumerate(rows) for _ in row.wanted], **whole)
+        column = torch.tensor([position for row in rows for position in row.wanted], **whole)
+        targets = torch.tensor([target for own, _ in terms for target in own], **whole)
+        kept = torch.tensor([weight for _, own in terms for weight in own], **wide)
+        tokens, mask = tokens.to(self._device), mask.to(self._device)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if "attention_mask" in self._accepts:
             inputs["attention_mask"] = mask
@@ -294,7 +313,7 @@ def find_head(model: nn.Module) -> Head:
         if not isinstance(decoder, nn.Module) or not isinstance(layer, nn.Linear) or decoder is model:
             return Head()
         device = next(model.parameters()).device
-        tokens = torch.tensor([probe_examples(model)[0].tokens], device=device)
+        tokens = torch.tensor([probe_rows(model)[0].tokens], device=device)
         with torch.no_grad():
             whole = _logits(model(input_ids=tokens, use_cache=False)).double()
             by_hand = layer(decoder(input_ids=tokens, use_cache=False)[0]).double()

@@ -5,7 +5,8 @@ gradients are those of the module's own forward. Other models are not touched, a
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from brushstroke.base import CACHE_NAMES
-from brushstroke.data import Example
 from brushstroke.layers.adapted import Adapted, hooked
 from brushstroke.layers.linear import shared_parts
 from brushstroke.lowrank.apply import lowrank_linears
@@ -21,7 +21,7 @@ from brushstroke.packed.attention import AttentionName, packed_attention
 from brushstroke.packed.layout import Layout, lay_out
 from brushstroke.packed.mlp import GELU, GELU_TANH, SILU, Activation, mlp
 from brushstroke.packed.norm import rms_norm
-from brushstroke.packed.pack import unshared
+from brushstroke.packed.pack import Row, unshared
 from brushstroke.packed.rotary import rotate
 from brushstroke.packed.workspace import Scratch
 from brushstroke.sites import require_kind
@@ -31,8 +31,8 @@ HALF_TOLERANCE = 3e-2
 NOISE_FACTOR = 3.0  # half precision: how often a gradient may differ by what rounding the input changes in it
 MOST_NOISE = 0.3  # above it a probe could not tell one function from another
 MAGNITUDES = (1e-3, 30.0, *[1.0] * 6)  # of a probe's rows: an eps shows in small ones, a clamp in large ones
-PROBED = [  # examples of the small row, the large one and the rest: beside others they would settle a softmax
-    Example(tokens=(0,) * count, weights=(0.0,) * count) for count in (1, 1, 6)
+PROBED = [  # rows of the small input, the large one and the rest: beside others they would settle a softmax
+    Row((0,) * count, ()) for count in (1, 1, 6)
 ]  # only their lengths matter: modules see no tokens
 
 ACTIVATIONS = {
@@ -108,7 +108,7 @@ class FusedNorm(Fused):
         if (
             x is None
             or self.training
-            or self.weight.requires_grad
+            or (torch.is_grad_enabled() and self.weight.requires_grad)
             or x.shape[-1] != self.weight.shape[0]  # the probe's width, which is not every norm's
             or torch.is_autocast_enabled(x.device.type)
         ):
@@ -292,7 +292,28 @@ class Fusion:
 
 
 def fuse(model: nn.Module) -> Fusion:
-    """Swap what our functions equal, module by module; modules in training mode keep their own code."""
+    """Swap what our functions equal, module by module; modules in training mode keep their own code.
+
+    Where gradients are off nothing is trained, whatever the flags of the parameters say.
+    """
+    with nullcontext() if torch.is_grad_enabled() else _frozen(model):
+        return _fuse(model)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Context manager: no parameter wants a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _fuse(model: nn.Module) -> Fusion:
     fusion = Fusion()
     attention = AttentionName(model)
     for module in model.modules():

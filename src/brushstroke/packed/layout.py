@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from brushstroke.data import Example
-from brushstroke.packed.pack import Group, Pass
-from brushstroke.packed.prefix_cache import PrefixCache
+from brushstroke.packed.pack import Group, Pass, Row
+from brushstroke.packed.prefix_cache import KeyValueCache
 from brushstroke.packed.varlen import Segments, segments_of
 
 PADDING = 0.25  # largest share of padding inside one attention call: fewer calls are worth some padding
@@ -51,11 +50,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a packed pass of n tokens, m of whose outputs predict a trained token.
+    """The tensors of a packed pass of n tokens, m of whose outputs are wanted.
 
-    `sources` are the positions in the row whose outputs are trained, `targets` the tokens that they predict.
-    `windows` collects the sliding windows that the model's attentions asked for; None is no window. The
-    row `continues` a prefix that ran before it, or `begins` one.
+    `sources` are the positions in the row whose outputs are wanted, `targets` the tokens that they predict.
+    `slots` are those of spans of so many `lengths` tokens; none where the model's active route stays. The
+    row `continues` tokens that ran before it, or `begins` a prefix. `windows` collects the sliding windows
+    that the model's attentions asked for; None is no window.
     """
 
     tokens: Int[Tensor, "1 n"]
@@ -64,10 +64,12 @@ class Layout:
     targets: Int[Tensor, " m"]
     weights: Float[Tensor, " m"]
     pieces: tuple[Piece, ...]
+    slots: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     masks: dict[tuple[int, int, int | None], Bool[Tensor, "q k"]] = field(default_factory=dict)
     windows: set[int | None] = field(default_factory=set)
-    continues: PrefixCache | None = None
-    begins: PrefixCache | None = None
+    continues: KeyValueCache | None = None
+    begins: KeyValueCache | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -96,38 +98,36 @@ class Layout:
         return self.masks[key]
 
 
-def lay_out(packed: Pass, device: torch.device, held: PrefixCache | None = None) -> Layout:
+def lay_out(packed: Pass, device: torch.device, held: KeyValueCache | None = None) -> Layout:
     """Build the tensors of a pass; a part of a group continues the `held` prefix.
 
     Raises:
         ValueError: a part without one.
     """
-    row = _Row()
+    made = _PackedRow()
     for group in packed.groups:
         if group.part is not None and held is None:
             raise ValueError("a part of a group needs its prefix; run the passes of a step with `run`")
         prefix = None
         if group.prefix and group.part is None:
-            prefix = len(row.pieces)
-            row.add(group.members[0], 0, group.prefix)
-            row.pieces.append(Piece((group.prefix,)))
+            prefix = len(made.pieces)
+            made.add_prefix(group)
         for block in _blocks(group):
-            for example in block:
-                row.add(example, group.prefix, example.reach)
-            lengths = tuple(example.reach - group.prefix for example in block)
-            row.pieces.append(_piece(lengths, prefix, device))
-    return row.layout(device, continues=held)
+            for row in block:
+                made.add(row, group.prefix)
+            lengths = tuple(row.input_length - group.prefix for row in block)
+            made.pieces.append(_piece(lengths, prefix, device))
+    return made.layout(device, continues=held)
 
 
-def lay_out_prefix(group: Group, device: torch.device, held: PrefixCache) -> Layout:
+def lay_out_prefix(group: Group, device: torch.device, held: KeyValueCache) -> Layout:
     """Build the tensors of a group's prefix alone."""
-    row = _Row()
-    row.add(group.members[0], 0, group.prefix)
-    row.pieces.append(Piece((group.prefix,)))
-    return row.layout(device, begins=held)
+    made = _PackedRow()
+    made.add_prefix(group)
+    return made.layout(device, begins=held)
 
 
-class _Row:
+class _PackedRow:
     """A packed row under construction."""
 
     def __init__(self) -> None:
@@ -137,22 +137,35 @@ class _Row:
         self.targets: list[int] = []
         self.weights: list[float] = []
         self.pieces: list[Piece] = []
+        self.slots: list[int] = []
+        self.lengths: list[int] = []
 
-    def add(self, example: Example, start: int, stop: int) -> None:
-        offset = len(self.tokens) - start
-        self.tokens.extend(example.tokens[start:stop])
+    def add_prefix(self, group: Group) -> None:
+        """The tokens that a group's rows begin with, as a piece."""
+        self._add_tokens(group.members[0], 0, group.prefix)
+        self.pieces.append(Piece((group.prefix,)))
+
+    def add(self, row: Row, prefix: int) -> None:
+        """What a row has after a prefix."""
+        offset = len(self.tokens) - prefix
+        self._add_tokens(row, prefix, row.input_length)
+        targets, weights = row.loss_terms
+        self.sources.extend(offset + position for position in row.wanted)
+        self.targets.extend(targets)
+        self.weights.extend(weights)
+
+    def _add_tokens(self, row: Row, start: int, stop: int) -> None:
+        self.tokens.extend(row.tokens[start:stop])
         self.positions.extend(range(start, stop))
-        for i in range(start + 1, min(stop + 1, len(example))):
-            if example.weights[i]:
-                self.sources.append(offset + i - 1)
-                self.targets.append(example.tokens[i])
-                self.weights.append(example.weights[i])
+        if row.slot is not None:
+            self.slots.append(row.slot)
+            self.lengths.append(stop - start)
 
     def layout(
         self,
         device: torch.device,
-        continues: PrefixCache | None = None,
-        begins: PrefixCache | None = None,
+        continues: KeyValueCache | None = None,
+        begins: KeyValueCache | None = None,
     ) -> Layout:
         integers = {"dtype": torch.long, "device": device}
         return Layout(
@@ -162,22 +175,25 @@ class _Row:
             targets=torch.tensor(self.targets, **integers),
             weights=torch.tensor(self.weights, dtype=torch.float32, device=device),
             pieces=tuple(self.pieces),
+            slots=tuple(self.slots),
+            lengths=tuple(self.lengths),
             continues=continues,
             begins=begins,
         )
 
 
-def _blocks(group: Group) -> list[list[Example]]:
-    """Split a group's members, sorted by length, into blocks with at most `PADDING` in each."""
-    blocks: list[list[Example]] = []
-    block: list[Example] = []
-    tokens = 0
-    for example in group.members:
-        length = example.reach - group.prefix
-        if block and (len(block) + 1) * length > (1 + PADDING) * (tokens + length):
+def _blocks(group: Group) -> list[list[Row]]:
+    """Split a group's members into blocks with at most `PADDING` in each."""
+    blocks: list[list[Row]] = []
+    block: list[Row] = []
+    tokens = widest = 0
+    for row in group.members:
+        length = row.input_length - group.prefix
+        widest = max(widest, length)
+        if block and (len(block) + 1) * widest > (1 + PADDING) * (tokens + length):
             blocks.append(block)
-            block, tokens = [], 0
-        block.append(example)
+            block, tokens, widest = [], 0, length
+        block.append(row)
         tokens += length
     return [*blocks, block]
 

@@ -18,8 +18,8 @@ from brushstroke.lowrank.apply import (
     backward_products,
     flatten,
     forward_products,
-    narrow_of,
     reshaped,
+    saved_activations,
     unflatten,
 )
 from brushstroke.lowrank.autograd import first_order
@@ -106,24 +106,25 @@ class _MLP(torch.autograd.Function):
         act: Activation,
         keep: bool,
         scratch: Scratch,
-        forms: tuple[Any, ...],
+        static: tuple[Any, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
-        *inner, down = unflatten(forms, tensors)
-        entering, narrow = forward_products(x, inner)
+        *inner, down = unflatten(static, tensors)
+        entering, saved = forward_products(x, inner)
         (y,), of_down = forward_products(_Middle(act, entering, scratch).value, [down])
-        ctx.save_for_backward(x, *narrow.tensors, *of_down.tensors, *(entering if keep else ()), *tensors)
-        ctx.act, ctx.keep, ctx.scratch, ctx.forms = act, keep, scratch, forms
+        low_rank = [tensor for own in (*saved, *of_down) for tensor in own.tensors]
+        ctx.save_for_backward(x, *low_rank, *(entering if keep else ()), *tensors)
+        ctx.act, ctx.keep, ctx.scratch, ctx.static = act, keep, scratch, static
         return reshaped(y, x.shape[:-1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *saved = ctx.saved_tensors
-        narrow, of_down = narrow_of(saved, len(ctx.forms) - 1), narrow_of(saved, 1)
-        kept = len(ctx.forms) - 1 if ctx.keep else 0
-        *inner, down = unflatten(ctx.forms, saved[kept:])
-        entering = saved[:kept] if ctx.keep else forward_products(x, inner)[0]
+        x, *kept = ctx.saved_tensors
+        saved, of_down = (saved_activations(kept, own) for own in (ctx.static[:-1], ctx.static[-1:]))
+        count = len(ctx.static) - 1 if ctx.keep else 0
+        *inner, down = unflatten(ctx.static, kept[count:])
+        entering = kept[:count] if ctx.keep else forward_products(x, inner)[0]
         need_x, _, _, _, _, *needs = ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         split = TENSORS * len(inner)
@@ -133,7 +134,7 @@ class _MLP(torch.autograd.Function):
         assert dmiddle is not None
         dentering = middle.gradients(dmiddle)
         dx, gradients = backward_products(
-            dentering, x.reshape(-1, x.shape[-1]), narrow, inner, need_x, needs[:split]
+            dentering, x.reshape(-1, x.shape[-1]), saved, inner, need_x, needs[:split]
         )
         return None if dx is None else dx.view(x.shape), None, None, None, None, *gradients, *down_gradients
 
@@ -154,5 +155,5 @@ def mlp(
     gradient. `scratch` is memory that blocks share one after another.
     """
     parts = [part for part in (gate, up, down) if part is not None]
-    forms, tensors = flatten(parts)
-    return _MLP.apply(x, act, keep, scratch or Scratch(), forms, *tensors)  # type: ignore[return-value]
+    static, tensors = flatten(parts)
+    return _MLP.apply(x, act, keep, scratch or Scratch(), static, *tensors)  # type: ignore[return-value]

@@ -1,29 +1,85 @@
-"""The examples of a step become packed passes: no padding, shared prefixes once, nothing after a last target.
+"""Rows become packed passes: no padding, shared prefixes once, nothing after the last position wanted.
 
 Pure bookkeeping on token lists; tensors and models come later, in `layout` and `forward`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 from brushstroke.data import Example, common_length
 
-MAX_GROUP = 256  # examples; bounds the search for the best grouping
+MAX_GROUP = 256  # rows; bounds the search for the best grouping
 MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
 HELD_SAVES = 128  # tokens that a prefix must save to be worth a pass of its own,
 HELD_SHARE = 0.05  # and as a share of all that its group computes
 
 
 @dataclass(frozen=True)
+class Row:
+    """Tokens to run, and the positions whose outputs are wanted.
+
+    Args:
+        tokens: of the whole row; those after the last position wanted run only where a model looks ahead.
+        wanted: positions in ascending order; where there is none, the whole row runs.
+        targets: the token that follows each position wanted, for a loss.
+        weights: of each target in the loss.
+        slot: of the bank in the model, 0 for the base; None leaves the model's active route as it is.
+    """
+
+    tokens: tuple[int, ...]
+    wanted: tuple[int, ...]
+    targets: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    slot: int | None = None
+
+    @classmethod
+    def of(cls, example: Example, slot: int | None = None) -> "Row":
+        """The row of a training example: wanted is what predicts its trained tokens.
+
+        >>> Row.of(Example(tokens=(5, 6, 7), weights=(0.0, 0.0, 1.0)))
+        Row(tokens=(5, 6, 7), wanted=(1,), targets=(7,), weights=(1.0,), slot=None)
+        """
+        trained = [i for i, weight in enumerate(example.weights) if weight]
+        return cls(
+            example.tokens,
+            tuple(i - 1 for i in trained),
+            tuple(example.tokens[i] for i in trained),
+            tuple(example.weights[i] for i in trained),
+            slot,
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def input_length(self) -> int:
+        """How many tokens run: those up to the last position wanted."""
+        return self.wanted[-1] + 1 if self.wanted else len(self.tokens)
+
+    @property
+    def loss_terms(self) -> tuple[Sequence[int], Sequence[float]]:
+        """Target and weight of each position wanted; without targets any, of no weight."""
+        none = [0] * len(self.wanted)
+        return self.targets or none, self.weights or none
+
+    @property
+    def shareable(self) -> int:
+        """The longest prefix without a position that is wanted, and with at least one token after it."""
+        return self.wanted[0] if self.wanted else max(0, len(self.tokens) - 1)
+
+
+@dataclass(frozen=True)
 class Group:
-    """Examples that begin with the same `prefix` tokens, none of which is trained or predicts a target.
+    """Rows that begin with the same `prefix` tokens, none of which is wanted: rows of one slot.
 
     `part` counts the parts of a group that is spread over passes, from 0: their prefix runs once, by itself,
     before the first of them.
     """
 
     prefix: int
-    members: tuple[Example, ...]
+    members: tuple[Row, ...]
     part: int | None = None
 
     @property
@@ -34,19 +90,19 @@ class Group:
     @property
     def own_tokens(self) -> int:
         """Those behind the prefix."""
-        return sum(example.reach - self.prefix for example in self.members)
+        return sum(row.input_length - self.prefix for row in self.members)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass over a packed row."""
+    """One forward pass over a packed row, and its backward pass in training."""
 
     groups: tuple[Group, ...]
 
-    @property
-    def examples(self) -> tuple[Example, ...]:
-        """All examples of the pass, in the order of the packed row."""
-        return tuple(example for group in self.groups for example in group.members)
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows of the pass, in the order of the packed row."""
+        return tuple(row for group in self.groups for row in group.members)
 
     @property
     def computed_tokens(self) -> int:
@@ -58,22 +114,15 @@ class Pass:
         """Tokens whose activations exist at one time."""
         return sum(group.prefix + group.own_tokens for group in self.groups)
 
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens whose prediction is in the loss."""
-        return sum(example.trained for example in self.examples)
 
+def plan_passes(rows: Sequence[Row], micro_tokens: int, share: bool, hold: bool = False) -> list[Pass]:
+    """Arrange rows over passes of at most `micro_tokens` computed tokens.
 
-def plan_passes(
-    examples: Sequence[Example], micro_tokens: int, share: bool, hold: bool = False
-) -> list[Pass]:
-    """Arrange the examples of one step over passes of at most `micro_tokens` computed tokens.
-
-    An example longer than that gets a pass of its own. A prefix whose members fall into several passes is
+    A row longer than that gets a pass of its own. A prefix whose members fall into several passes is
     computed once in each; with `hold` once for all of them, where that saves enough. Its activations stay
     beside those of each pass, which has half of `micro_tokens` at least. The passes are of about equal size.
     """
-    groups = share_prefixes(examples) if share else [Group(0, (example,)) for example in examples]
+    groups = share_prefixes(rows) if share else [Group(0, (row,)) for row in rows]
     whole: list[Group] = []
     held: list[Pass] = []
     for group in groups:
@@ -90,14 +139,14 @@ def _parts(group: Group, micro_tokens: int) -> list[Group]:
     """A group as parts of about equal size whose prefix is held; its members are sorted by length."""
     room = max(1, micro_tokens - group.prefix, micro_tokens // 2)
     aim = group.own_tokens / max(1, -(-group.own_tokens // room))
-    parts: list[list[Example]] = []
+    parts: list[list[Row]] = []
     used = room
-    for example in group.members:
-        own = example.reach - group.prefix
+    for row in group.members:
+        own = row.input_length - group.prefix
         if used + own > room or used >= aim:
             parts.append([])
             used = 0
-        parts[-1].append(example)
+        parts[-1].append(row)
         used += own
     return [Group(group.prefix, tuple(members), i) for i, members in enumerate(parts)]
 
@@ -110,43 +159,43 @@ def _fill(groups: Sequence[Group], micro_tokens: int) -> list[Pass]:
     pending: list[Group] = []
     used = 0
     for group in groups:
-        members: list[Example] = []
-        for example in group.members:
-            cost = example.reach - (group.prefix if members else 0)
+        members: list[Row] = []
+        for row in group.members:
+            cost = row.input_length - (group.prefix if members else 0)
             if used and (used + cost > micro_tokens or used >= aim):
                 if members:
                     pending.append(Group(group.prefix, tuple(members)))
                 passes.append(_pass(pending))
-                pending, members, used, cost = [], [], 0, example.reach
-            members.append(example)
+                pending, members, used, cost = [], [], 0, row.input_length
+            members.append(row)
             used += cost
         pending.append(Group(group.prefix, tuple(members)))
     return [*passes, _pass(pending)] if pending else passes
 
 
 def _pass(groups: Sequence[Group]) -> Pass:
-    """A pass of these groups. Examples that share nothing come together: attention takes them at once."""
+    """A pass of these groups. Rows that share nothing come together: attention takes them at once."""
     shared = [group for group in groups if group.prefix and len(group.members) > 1]
-    alone = [example for group in groups if group not in shared for example in group.members]
-    return Pass((*shared, Group(0, _by_length(alone)))) if alone else Pass(tuple(shared))
+    alone = [row for group in groups if group not in shared for row in group.members]
+    return Pass((*shared, Group(0, _ordered(alone)))) if alone else Pass(tuple(shared))
 
 
-def share_prefixes(examples: Sequence[Example]) -> list[Group]:
-    """Group examples by common beginnings so that the fewest tokens are computed.
+def share_prefixes(rows: Sequence[Row]) -> list[Group]:
+    """Group rows of one slot by common beginnings so that the fewest tokens are computed.
 
     In lexicographic order every useful group is a run of neighbours, so the best grouping is found by dynamic
     programming over the cuts: a group of n with the common prefix P saves (n − 1)·P tokens. A group's members
     are sorted by length.
     """
-    order = sorted(examples, key=lambda example: example.tokens)
+    order = sorted(rows, key=lambda row: (_slot(row), row.tokens))
     n = len(order)
-    common = [common_length(order[i].tokens, order[i + 1].tokens) for i in range(n - 1)]
+    common = [_common(one, other) for one, other in pairwise(order)]
     best, cut = [0] * (n + 1), list(range(-1, n))
     for stop in range(1, n + 1):
-        prefix = _shareable(order[stop - 1])
+        prefix = order[stop - 1].shareable
         best[stop] = best[stop - 1]
         for start in range(stop - 2, max(-1, stop - 1 - MAX_GROUP), -1):
-            prefix = min(prefix, common[start], _shareable(order[start]))
+            prefix = min(prefix, common[start], order[start].shareable)
             if prefix < MIN_PREFIX:
                 break
             saved = best[start] + (stop - start - 1) * prefix
@@ -157,23 +206,25 @@ def share_prefixes(examples: Sequence[Example]) -> list[Group]:
     while stop:
         start = cut[stop]
         members = order[start:stop]
-        prefix = (
-            min([*common[start : stop - 1], *(_shareable(e) for e in members)]) if len(members) > 1 else 0
-        )
-        groups.append(Group(prefix, _by_length(members)))
+        prefix = min([*common[start : stop - 1], *(r.shareable for r in members)]) if len(members) > 1 else 0
+        groups.append(Group(prefix, _ordered(members)))
         stop = start
     return groups[::-1]
 
 
-def _shareable(example: Example) -> int:
-    """The longest prefix that leaves the example its last prompt token, which predicts its first target."""
-    return max(0, example.first_target - 1)
+def _common(one: Row, other: Row) -> int:
+    return common_length(one.tokens, other.tokens) if one.slot == other.slot else 0
 
 
-def _by_length(examples: Sequence[Example]) -> tuple[Example, ...]:
-    return tuple(sorted(examples, key=lambda example: example.reach))
+def _ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """By length; rows of one slot together, so that each slot is one span."""
+    return tuple(sorted(rows, key=lambda row: (_slot(row), row.input_length)))
 
 
-def unshared(examples: Sequence[Example]) -> Pass:
-    """One pass of these examples, each by itself, in this order."""
-    return Pass(tuple(Group(0, (example,)) for example in examples))
+def _slot(row: Row) -> int:
+    return -1 if row.slot is None else row.slot
+
+
+def unshared(rows: Sequence[Row]) -> Pass:
+    """One pass of these rows, each by itself, in this order."""
+    return Pass(tuple(Group(0, (row,)) for row in rows))

@@ -3,12 +3,27 @@
 Keys and values are all that later tokens take from it, in a model that may run packed.
 """
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 Keys = Float[Tensor, "1 kv p w"]
 Values = Float[Tensor, "1 kv p u"]
+
+
+@runtime_checkable
+class KeyValueCache(Protocol):
+    """Where the attention modules of a pass leave their keys and values, and find those that it continues."""
+
+    def record(self, module: nn.Module, key: Keys, value: Values) -> None:
+        """Take the keys and values of a pass's tokens."""
+        ...
+
+    def of(self, module: nn.Module) -> tuple[Keys, Values]:
+        """The keys and values of the tokens that a pass continues."""
+        ...
 
 
 class PrefixCache:

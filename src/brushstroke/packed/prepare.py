@@ -19,7 +19,6 @@ from brushstroke.base import (
     preserved_rope,
     vocabulary_size,
 )
-from brushstroke.data import Example
 from brushstroke.errors import BrushstrokeError, ConfigError
 from brushstroke.lowrank.matmul import choose_kernels, kernels
 from brushstroke.packed.compiled import compiled
@@ -32,7 +31,7 @@ from brushstroke.packed.memory import (
     kept_per_token,
     need_of,
 )
-from brushstroke.packed.pack import unshared
+from brushstroke.packed.pack import Row, unshared
 from brushstroke.packed.recompute import Checkpointed
 from brushstroke.packed.select import select_forward
 
@@ -183,9 +182,9 @@ def _need(
     checkpointed: Checkpointed | None,
 ) -> MemoryNeed:
     def run(tokens: int) -> Tensor:
-        example = Example((0,) * (tokens + 1), (0.0,) * tokens + (1.0,))
+        row = Row((0,) * tokens, (tokens - 1,), (0,), (1.0,))
         with forward.context():
-            return forward.summed_loss(unshared([example]), None)
+            return forward.summed_loss(unshared([row]), None)
 
     try:
         kept = kept_per_token(run, model.parameters(), context_length(model))

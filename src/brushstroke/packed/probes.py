@@ -1,6 +1,6 @@
 """What a model is tried on before it is trained: made-up examples, and what its predictions depend on.
 
-No judgement here: `choose` draws the conclusions.
+No judgement here: `select` draws the conclusions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from brushstroke.base import vocabulary_size
 from brushstroke.data import Example
+from brushstroke.packed.pack import Row
 
 SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
 LONG = (48, 24, 16)  # for what shows at a distance
@@ -20,6 +21,12 @@ STIRRED = 0.02  # standard deviation of what stands in for zeros: that of many m
 
 class NoEmbeddings(Exception):
     """Nothing in the model looks tokens up, so that nothing can be told about what depends on them."""
+
+
+def probe_rows(model: nn.Module, lengths: tuple[int, int, int] = SHORT, seed: int = 0) -> tuple[Row, Row]:
+    """Two rows with a shared beginning; wanted is what predicts their own tokens but the first."""
+    one, other = probe_examples(model, lengths, seed)
+    return Row.of(one), Row.of(other)
 
 
 def probe_examples(

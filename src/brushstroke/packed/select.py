@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from brushstroke.base import context_length, model_dtype
-from brushstroke.data import Example
 from brushstroke.packed.attention import UnsupportedAttention
 from brushstroke.packed.forward import Forward, PackedForward, PaddedForward, find_head
-from brushstroke.packed.pack import Group, Pass, unshared
+from brushstroke.packed.pack import Group, Pass, Row, unshared
 from brushstroke.packed.probes import (
     LONG,
     SHORT,
@@ -23,7 +22,7 @@ from brushstroke.packed.probes import (
     depends,
     jitter_embeddings,
     perturb_zeros,
-    probe_examples,
+    probe_rows,
 )
 
 TOLERANCE = {  # relative difference of a probe's logits
@@ -62,7 +61,7 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
             raise UnsupportedAttention("tokens behind a prediction change it")
         padded = PaddedForward(model, head, whole=False)
         packed = PackedForward(model, head)
-        examples = probe_examples(model, _lengths(model))
+        examples = probe_rows(model, _lengths(model))
         alone = _alone(padded, examples)
         difference = _packed_difference(packed, model, examples, alone, share)
         leak = _plain_leak(padded, model)
@@ -75,7 +74,7 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
         if difference <= limit and difference <= MAX_SHARE_OF_LEAK * leak:
-            packed.holds = share and _held_difference(packed, examples, alone) <= limit
+            packed.reuses_prefix = share and _held_difference(packed, examples, alone) <= limit
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
         reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
     return padded, f"packing is not shown to be right for this model: {reason}"
@@ -89,19 +88,17 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:
     """Whether a prediction in the middle of an example depends on no token behind it."""
-    tokens = probe_examples(model, SHORT)[0].tokens
+    tokens = probe_rows(model, SHORT)[0].tokens
     middle = len(tokens) // 2
-    weights = [0.0] * len(tokens)
-    weights[middle] = weights[-1] = 1.0  # the last one, so that no way of running it may cut the example
     with capture_embeddings(model, len(tokens)) as seen:
-        logits = whole.trained_logits(unshared([Example(tokens, tuple(weights))]))
-    return not depends(logits[:1], seen, slice(middle, None))
+        logits = whole.logits(unshared([Row(tokens, (middle - 1,))]))
+    return not depends(logits, seen, slice(middle, None))
 
 
 def _packed_difference(
     packed: PackedForward,
     model: nn.Module,
-    examples: tuple[Example, ...],
+    examples: tuple[Row, ...],
     alone: Sequence[Tensor],
     share: bool,
 ) -> float:
@@ -118,7 +115,7 @@ def _packed_difference(
     return _largest(found)
 
 
-def _held_difference(packed: PackedForward, examples: tuple[Example, ...], alone: Sequence[Tensor]) -> float:
+def _held_difference(packed: PackedForward, examples: tuple[Row, ...], alone: Sequence[Tensor]) -> float:
     """As `_packed_difference`, of two examples in passes of their own that continue one held prefix."""
     prefix = _shared(examples)
     passes = [Pass((Group(prefix, (example,), i),)) for i, example in enumerate(examples)]
@@ -134,9 +131,9 @@ def _largest(differences: Sequence[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
-def _shared(examples: Sequence[Example]) -> int:
+def _shared(examples: Sequence[Row]) -> int:
     """Tokens of the probe's examples before each one's own, the first of which is not trained."""
-    return examples[0].first_target - 1
+    return examples[0].shareable
 
 
 def _lengths(model: nn.Module) -> tuple[int, int, int]:
@@ -144,13 +141,13 @@ def _lengths(model: nn.Module) -> tuple[int, int, int]:
     return LONG if context and sum(LONG) <= context else SHORT
 
 
-def _alone(padded: PaddedForward, examples: Sequence[Example]) -> list[Tensor]:
+def _alone(padded: PaddedForward, examples: Sequence[Row]) -> list[Tensor]:
     with torch.no_grad():
-        return [padded.trained_logits(unshared([example])) for example in examples]
+        return [padded.logits(unshared([example])) for example in examples]
 
 
 def _rounding_noise(
-    padded: PaddedForward, model: nn.Module, examples: Sequence[Example], alone: Sequence[Tensor]
+    padded: PaddedForward, model: nn.Module, examples: Sequence[Row], alone: Sequence[Tensor]
 ) -> float:
     """How far an example's logits move where embeddings are rounded once more; deep models multiply that."""
     with jitter_embeddings(model):
@@ -163,10 +160,10 @@ def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:
 
     The examples are short, so that the other one is within every window.
     """
-    first, second = probe_examples(model, SHORT)
-    joined = Example(first.tokens + second.tokens, (0.0,) * len(first) + second.weights)
+    first, second = probe_rows(model, SHORT)
+    joined = Row(first.tokens + second.tokens, tuple(len(first) + position for position in second.wanted))
     with torch.no_grad():
-        alone, leaking = (padded.trained_logits(unshared([example])) for example in (second, joined))
+        alone, leaking = (padded.logits(unshared([example])) for example in (second, joined))
     return _difference(alone, leaking)
 
 
@@ -182,9 +179,9 @@ def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts:
     Raises:
         UnsupportedAttention: it does.
     """
-    own = slice(arranged.groups[0].prefix, arranged.examples[0].reach)
+    own = slice(arranged.groups[0].prefix, arranged.rows[0].input_length)
     with packed.context(), capture_embeddings(model, arranged.computed_tokens) as seen:
-        first, second = packed.trained_logits(arranged).split(counts)
+        first, second = packed.logits(arranged).split(counts)
         if depends(second, seen, own):
             raise UnsupportedAttention("a packed example depends on another one's tokens")
     return [first.detach(), second.detach()]

@@ -18,6 +18,7 @@ from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.formats import save
 from brushstroke.lowrank import LowRank
+from brushstroke.packed.pack import Row
 from brushstroke.sites.targets import resolve_targets
 from brushstroke.sites.walk import find_sites
 from brushstroke.studies.arms import Arm, Run
@@ -293,30 +294,24 @@ def score_rows(
     """
     forward = session.forward if isinstance(session, FullFineTuning) else session.step.forward
     total, right, tokens = 0.0, 0, 0
-    by_row: dict[int, float] = {}
+    by_row: dict[Row, float] = {}
     with forward.context():
         for start in range(0, len(examples), SCORED_AT_ONCE):
             passes = session.passes(examples[start : start + SCORED_AT_ONCE])
             for part, outputs in forward.run(passes):
-                logits = outputs.logits().float()
-                pairs = [
-                    (token, weight)
-                    for example in part.examples
-                    for token, weight in zip(example.tokens, example.weights, strict=True)
-                    if weight != 0
-                ]
-                targets = torch.tensor([token for token, _ in pairs], device=logits.device)
-                weight = torch.tensor([weight for _, weight in pairs], device=logits.device)
-                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weight
+                logits, targets = outputs.logits().float(), outputs.targets
+                losses = (
+                    torch.nn.functional.cross_entropy(logits, targets, reduction="none") * outputs.weights
+                )
                 total += float(losses.sum())
-                rows = losses.cpu().double().split([example.trained for example in part.examples])
-                by_row |= {id(e): float(row.sum()) for e, row in zip(part.examples, rows, strict=True)}
+                of_rows = losses.cpu().double().split([len(row.wanted) for row in part.rows])
+                by_row |= {row: float(own.sum()) for row, own in zip(part.rows, of_rows, strict=True)}
                 right += int((logits.argmax(-1) == targets).sum())
-                tokens += len(pairs)
+                tokens += len(targets)
     if not math.isfinite(total):
         raise NonFiniteError("the loss after training is not a finite number")
     found = Score(total / max(1, tokens), right / max(1, tokens), tokens)
-    return found, tuple(by_row[id(example)] for example in examples)
+    return found, tuple(by_row[Row.of(example)] for example in examples)
 
 
 @torch.no_grad()
@@ -331,10 +326,10 @@ def divergence(session: "Training | FullFineTuning", examples: Sequence[Example]
     base = session.disabled if whole else session.attachment.disabled
     total, tokens = 0.0, 0
     with forward.context():
-        for part in forward.passes(examples, MICRO_TOKENS, False):
+        for part in forward.passes([Row.of(example) for example in examples], MICRO_TOKENS, False):
             with base():
-                before = forward.trained_logits(part)
-            for p, q in zip(before.split(WORDS), forward.trained_logits(part).split(WORDS), strict=True):
+                before = forward.logits(part)
+            for p, q in zip(before.split(WORDS), forward.logits(part).split(WORDS), strict=True):
                 ln_p, ln_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
                 total += float((ln_p.exp() * (ln_p - ln_q)).sum(dtype=torch.float64))
             tokens += len(before)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brushstroke.base import Base
 from brushstroke.data import Example
+from brushstroke.packed.pack import Row
 from brushstroke.packed.select import select_forward
 from brushstroke.sites.walk import site_module
 
@@ -30,9 +31,10 @@ def principal_inputs(
     moments: dict[str, tuple[Tensor, Tensor, int]] = {}
     model = base.model.eval()
     forward, _ = select_forward(model, share=False)
+    rows = [Row.of(example) for example in examples[:EXAMPLES]]
     with forward.context(), _watched(model, sites, moments):
-        for part in forward.passes(list(examples[:EXAMPLES]), MICRO_TOKENS, False):
-            forward.trained_logits(part)
+        for part in forward.passes(rows, MICRO_TOKENS, False):
+            forward.logits(part)
     found = {}
     for site, (second, first, count) in moments.items():
         mean = first / count

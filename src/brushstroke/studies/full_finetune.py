@@ -12,7 +12,7 @@ from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, NonFiniteError
 from brushstroke.lowrank import LowRank
-from brushstroke.packed.pack import Pass
+from brushstroke.packed.pack import Pass, Row
 from brushstroke.packed.select import select_forward
 from brushstroke.sites import KINDS, Site, find_sites, site_module, weight_dxh
 from brushstroke.studies.arms import Arm, chosen_sites
@@ -57,7 +57,7 @@ class FullFineTuning:
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """How examples are arranged over passes."""
-        return self.forward.passes(examples, MICRO_TOKENS, False)
+        return self.forward.passes([Row.of(example) for example in examples], MICRO_TOKENS, False)
 
     def forward_backward(self, examples: Sequence[Example]) -> StepResult:
         """Add the gradients of these examples to those that wait for `optim_step`.

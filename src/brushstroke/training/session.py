@@ -19,7 +19,7 @@ from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
 from brushstroke.layers import Attachment, attach
 from brushstroke.packed import LossFunction, Prepared, prepare
-from brushstroke.packed.pack import Pass
+from brushstroke.packed.pack import Pass, Row
 from brushstroke.packed.recompute import Checkpointed
 from brushstroke.sites.targets import short_names
 from brushstroke.training.check import (
@@ -239,7 +239,8 @@ class Training:
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """How the examples of one step are arranged over passes."""
-        return self.step.forward.passes(examples, self.micro_tokens, self.share_prefixes)
+        rows = [Row.of(example) for example in examples]
+        return self.step.forward.passes(rows, self.micro_tokens, self.share_prefixes)
 
     def optim_step(self, learning_rate: float | None = None) -> float:
         """One AdamW step on the gradients that wait; returns their norm before clipping.
