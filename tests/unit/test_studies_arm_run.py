@@ -94,6 +94,18 @@ def test_a_model_that_has_learnt_nothing_does_not_diverge(arm_runner, arm):
     assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
 
 
+def test_a_run_takes_every_setting_of_a_step(arm_runner):
+    arm_runner.config = TrainConfig(
+        share_prefixes=False, gradient_checkpointing=True, clip=0.5, max_length=99
+    )
+    session = arm_runner._open(Run(low_rank("q,v", QV, 4), 1e-3, 5))
+    expected = {"share_prefixes": False, "gradient_checkpointing": True, "clip": 0.5, "max_length": 99}
+    expected |= {"learning_rate": 1e-3, "seed": Run(low_rank("q,v", QV, 4), 1e-3, 5).start_seed}
+    assert {name: getattr(session.config, name) for name in expected} == expected
+    assert not session.share_prefixes
+    session.close()
+
+
 def test_a_shortened_arm_trains_for_its_share_of_the_steps(arm_runner):
     arm = low_rank("q,v", QV, 4)
     assert [arm_runner.run(Run(shortened(arm, share), 1e-2, 0)).steps for share in SHARES] == [2, 3]

@@ -237,23 +237,15 @@ class ArmRunner:
         return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(some)
 
     def _open(self, run: Run) -> "Training | FullFineTuning":
-        config = self.config
+        config = replace(self.config, learning_rate=run.learning_rate, seed=run.start_seed)
+        if run.arm.dimension is not None:  # the norm of the whole gradient says little about its projection
+            config = replace(config, clip=0.0)
         session: Any
         if run.arm.rank is None:
             session = FullFineTuning(self.base, run.arm, config, run.learning_rate)
         else:
-            session = Training(
-                self.base,
-                run.arm.lora,
-                learning_rate=run.learning_rate,
-                weight_decay=config.weight_decay,
-                clip=config.clip,
-                micro_tokens=config.micro_tokens,
-                memory=config.memory,
-                seed=run.start_seed,
-            )
+            session = Training(self.base, run.arm.lora, config)
         if run.arm.dimension is not None:
-            session.clip = 0.0  # the norm of the whole gradient says little about its projection
             session.optimizer = SubspaceAdamW(
                 session.parameters, run.arm.dimension, run.learning_rate, run.start_seed
             )

@@ -17,7 +17,7 @@ from brushstroke.training.config import TrainConfig
 from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
-from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
+from brushstroke.training.setup import RunRequest, make_chat, open_session, read_data
 from brushstroke.training.trial import unlearnt_sites
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
@@ -106,12 +106,18 @@ def plan(
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: as `train`.
     """
-    config = config or TrainConfig()
-    check_lora(lora)
-    chat = make_chat(base, config, start)
-    encoded = read_data(base, data, config, chat, prompt_column, completion_column)
-    with open_session(base, lora, config, start, allow_different_base, chat) as session:
-        return make_plan(session, encoded, config)
+    request = RunRequest(
+        config or TrainConfig(),
+        lora,
+        start,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        allow_different_base=allow_different_base,
+    )
+    chat = make_chat(base, request)
+    encoded = read_data(base, data, request, chat)
+    with open_session(base, request, chat) as session:
+        return make_plan(session, encoded, request.config)
 
 
 def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan:
