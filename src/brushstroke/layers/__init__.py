@@ -7,6 +7,7 @@ from brushstroke.layers.attach import Attachment, attach
 from brushstroke.layers.bank import Bank, bank, require_uniform_route
 from brushstroke.layers.check import QuantisedBaseWarning, check_base
 from brushstroke.layers.copies import ChangedWeightsWarning
+from brushstroke.layers.full import FullAttachment, FullFineTuning, TrainableAttachment, attach_full
 from brushstroke.layers.route import Route
 from brushstroke.layers.walk import find_sites, unwrap
 
@@ -14,9 +15,13 @@ __all__ = [
     "Attachment",
     "Bank",
     "ChangedWeightsWarning",
+    "FullAttachment",
+    "FullFineTuning",
     "QuantisedBaseWarning",
     "Route",
+    "TrainableAttachment",
     "attach",
+    "attach_full",
     "bank",
     "check_base",
     "find_sites",

@@ -27,7 +27,8 @@ from brushstroke.lowrank.init import INITS
 class Attachment:
     """One adapter inside a model; a context manager that detaches at its end.
 
-    Made by `attach`. `model` is the module that it sits in, `plan` the resolved targets of a new adapter.
+    Made by `attach`. `model` is the module that it sits in, `plan` the resolved targets of a new adapter,
+    `card` where it comes from.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class Attachment:
     ) -> None:
         self.model = model
         self.plan = plan
+        self.card = card
         self._modules = dict(modules)
-        self._card = card
         self._route = route
         self._undo = undo
 
@@ -60,6 +61,21 @@ class Attachment:
     def attached(self) -> bool:
         """Whether the adapter is still in the model."""
         return bool(self._modules)
+
+    @property
+    def widest(self) -> int:
+        """The largest output width of an adapted site."""
+        return max(module._widths[1] for module in self._modules.values())
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether there is dropout on the low-rank path."""
+        return any(module.lora_dropout for module in self._modules.values())
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the dropout of the low-rank path on or off, and not the base's."""
+        for module in self._modules.values():
+            module.training = mode
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The factors, for an optimiser: of each site Uᵀ (r×d), then V (r×h)."""
@@ -79,7 +95,7 @@ class Attachment:
             path: LowRank(m.lora_U_rows.detach().clone().mT, m.lora_V.detach().clone(), m.lora_scale)
             for path, m in self._modules.items()
         }
-        return Adapter(updates, card or self._card)
+        return Adapter(updates, card or self.card)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

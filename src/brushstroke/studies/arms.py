@@ -14,6 +14,7 @@ from typing import Any
 from brushstroke.adapter import LoraConfig, Site
 from brushstroke.adapter.targets import matches_path, resolve_targets
 from brushstroke.errors import ConfigError
+from brushstroke.layers import FullFineTuning
 
 TASK, OTHER = "task", "other task"
 WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)
@@ -56,6 +57,11 @@ class Arm:
         for name, value in (("rank", self.rank), ("dimension", self.dimension)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value}")
+
+    @property
+    def request(self) -> LoraConfig | FullFineTuning:
+        """What is trained."""
+        return FullFineTuning(self.targets) if self.rank is None else self.lora
 
     @property
     def lora(self) -> LoraConfig:

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
 from brushstroke.files import PARTIAL, file_sum, output_errors, read_json
-from brushstroke.layers import Attachment
+from brushstroke.layers import TrainableAttachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
 STATE_KEYS = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
@@ -33,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Resumable(Protocol):
     """What of a training session a checkpoint holds."""
 
-    attachment: Attachment
+    attachment: TrainableAttachment
     optimizer: torch.optim.Optimizer
     steps: int
     micro_tokens: int

@@ -152,6 +152,9 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or isinstance(value, float)
 
 
+LORA_OVER_FULL = 10  # the best learning rate of low-rank factors over that of W itself
+
+
 def default_learning_rate(hidden: int | None) -> float:
     """5e-5·10·(2000 / hidden)^0.781: ten times full fine-tuning's, falling with the width of the model.
 

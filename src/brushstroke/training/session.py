@@ -18,7 +18,7 @@ from brushstroke.base import Base, check_max_length, context_length, hidden_size
 from brushstroke.data import ChatFormat, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
-from brushstroke.layers import Attachment, attach
+from brushstroke.layers import FullFineTuning, TrainableAttachment, attach, attach_full
 from brushstroke.packed import LossFunction, Prepared, prepare
 from brushstroke.packed.pack import Pass
 from brushstroke.packed.recompute import Checkpointed
@@ -29,7 +29,7 @@ from brushstroke.training.check import (
     check_vocabulary,
 )
 from brushstroke.training.checkpoint import load_session, save_session
-from brushstroke.training.config import StepConfig, default_learning_rate
+from brushstroke.training.config import LORA_OVER_FULL, StepConfig, default_learning_rate
 from brushstroke.training.philox import dropout_seed
 
 NAMED_TARGETS = 12  # at most, in an error
@@ -54,14 +54,14 @@ class StepResult:
 
 
 class Training:
-    """A base with a trainable adapter in it, on the packed step; a context manager that detaches at its end.
+    """A base in which an adapter, or some weights themselves, are trained; a context manager that detaches.
 
     Several `forward_backward` calls before one `optim_step` equal one call with all the examples: gradients
     add up, and the step divides them by the trained tokens of all calls.
 
     Args:
         base: the frozen model; a Base, or an nn.Module for examples that are tokenised already.
-        start: the config of a new adapter, or an adapter to go on from.
+        start: the config of a new adapter, an adapter to go on from, or the sites whose W itself is trained.
         config: the settings of a step.
         dropout: on the low-rank path; a config's own by default.
         chat_template: for examples and prompts, in place of that of the config, the adapter or the tokenizer:
@@ -81,7 +81,7 @@ class Training:
     def __init__(
         self,
         base: Any,
-        start: LoraConfig | Adapter | None = None,
+        start: LoraConfig | Adapter | FullFineTuning | None = None,
         config: StepConfig | None = None,
         *,
         dropout: float | None = None,
@@ -95,20 +95,15 @@ class Training:
         check_model(self.model)
         check_max_length(self.model, self.config.max_length)
         self.context = context_length(self.model)  # found once: it looks at every module
-        self.attachment: Attachment = attach(
-            self.base,
-            LoraConfig() if start is None else start,
-            trainable=True,
-            seed=self.config.seed,
-            dropout=dropout,
-            allow_different_base=allow_different_base,
-        )
+        self.attachment = self._attach(start, dropout, allow_different_base)
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._prepared: Prepared | None = None
         self._closed = False
         try:
             self._prepare()
             rule = default_learning_rate(hidden_size(self.model))
+            if isinstance(start, FullFineTuning):
+                rule /= LORA_OVER_FULL
             self.learning_rate = self.config.learning_rate or rule
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 self.parameters, self.learning_rate, weight_decay=self.config.weight_decay, fused=True
@@ -122,14 +117,27 @@ class Training:
         self._pending_tokens = 0
         self._ran: set[object] = set()  # adapted modules that ran since the last step
 
+    def _attach(
+        self, start: LoraConfig | Adapter | FullFineTuning | None, dropout: float | None, different_base: bool
+    ) -> TrainableAttachment:
+        if isinstance(start, FullFineTuning):
+            return attach_full(self.base, start)
+        return attach(
+            self.base,
+            LoraConfig() if start is None else start,
+            trainable=True,
+            seed=self.config.seed,
+            dropout=dropout,
+            allow_different_base=different_base,
+        )
+
     def _prepare(self) -> None:
         config = self.config
         self.model.eval()
-        for module in self.attachment.modules.values():
-            module.training = True  # wakes the dropout of the low-rank path, not the base's
+        self.attachment.train()
         self.parameters = list(self.attachment.parameters())
         self.device = self.parameters[0].device
-        self.has_dropout = any(module.lora_dropout for module in self.attachment.modules.values())
+        self.has_dropout = self.attachment.has_dropout
         self.share_prefixes = not self.has_dropout if config.share_prefixes is None else config.share_prefixes
         checkpointed = Checkpointed(self.model) if config.gradient_checkpointing else None
         self._checkpointing = checkpointed or nullcontext()
@@ -137,7 +145,7 @@ class Training:
             self._prepared = prepare(
                 self.model,
                 self.parameters,
-                max(module.lora_V.shape[1] for module in self.attachment.modules.values()),
+                self.attachment.widest,
                 share=self.share_prefixes,
                 memory=config.memory,
                 micro_tokens=config.micro_tokens,
@@ -267,14 +275,14 @@ class Training:
     @cached_property
     def chat(self) -> ChatFormat | None:
         """How conversations are written; None without a tokenizer."""
-        given, card = self._chat_template, self.attachment.adapter().card
+        given, card = self._chat_template, self.attachment.card
         if self.base.tokenizer is None or isinstance(given, ChatFormat):
             return given if isinstance(given, ChatFormat) else None
         return ChatFormat(self.base.tokenizer, find_template(given) or (card.chat_template if card else None))
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, as a value, with the chat template and the stop tokens in its card."""
-        card, chat = self.attachment.adapter().card, self.chat
+        card, chat = self.attachment.card, self.chat
         if card is not None and chat is not None:
             stops = tuple(dict.fromkeys((*card.stop_tokens, *chat.stop_texts)))
             card = card.with_changes(chat_template=chat.template, stop_tokens=stops, task="CAUSAL_LM")
@@ -361,12 +369,9 @@ class Training:
 
     def unreached(self) -> list[str]:
         """The sites that ran since the last `optim_step` and got no gradient."""
-        modules = self.attachment.modules
-        return [
-            path
-            for path in self.ran()
-            if modules[path].lora_U_rows.grad is None or modules[path].lora_V.grad is None
-        ]
+        named = self.attachment.named_parameters()
+        without = {name.rpartition(".")[0] for name, parameter in named if parameter.grad is None}
+        return [path for path in self.ran() if path in without]
 
     def _refuse_unreached(self) -> None:
         """Check that every site that ran since the last step got a gradient.
@@ -401,16 +406,13 @@ class Training:
 
 
 @contextmanager
-def _no_dropout(attachment: Attachment) -> Iterator[None]:
+def _no_dropout(attachment: TrainableAttachment) -> Iterator[None]:
     """Context manager: switch the dropout of the low-rank path off."""
-    modules = list(attachment.modules.values())
-    for module in modules:
-        module.training = False
+    attachment.train(False)
     try:
         yield
     finally:
-        for module in modules:
-            module.training = True
+        attachment.train()
 
 
 @contextmanager
