@@ -698,7 +698,7 @@ def test_a_loss_that_cannot_be_called_is_refused(loss: object) -> None:
         run.forward_backward(examples(), loss)  # type: ignore[arg-type]
 
 
-def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:
+def test_custom_loss_is_skipped_for_batches_without_targets() -> None:
     batch = [*examples(), Example((1, 2, 3, 4, 5), (0.0,) * 5)]
 
     def own(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Plan:
         parameters: trainable numbers, and `share` of them in the base's.
         memory_bytes: estimated peak of the process (of the device on a GPU).
         memory: "fast" or "low", with `memory_reason`.
-        own_functions: the modules of the model that run brushstroke's own functions, in words.
+        fused_modules: how many modules of each kind run fused functions, in words.
         kernels: "onednn" or "torch", for the products, with `kernels_reason`.
         real_tokens, trained_tokens: of one epoch.
         computed_tokens: of one epoch; `shared_tokens` fewer than without shared prefixes.
@@ -62,7 +62,7 @@ class Plan:
     memory_bytes: int
     memory: str
     memory_reason: str
-    own_functions: str
+    fused_modules: str
     kernels: str
     kernels_reason: str
     examples: int
@@ -165,7 +165,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         ),
         memory=session.step.mode,
         memory_reason=session.step.mode_reason,
-        own_functions=session.step.fusion.describe(),
+        fused_modules=session.step.fusion.describe(),
         kernels=session.step.kernels,
         kernels_reason=session.step.kernels_reason,
         examples=len(data),
