@@ -14,14 +14,20 @@ from brushstroke.base import (
     context_length,
     embedding_rows,
     hidden_size,
+    model_dtype,
     text_config,
     vocabulary_size,
 )
+from brushstroke.data import Example
 from brushstroke.errors import ConfigError
+from brushstroke.formats import load
+from brushstroke.merging import merge
 from brushstroke.studies import make_material
-from brushstroke.studies.arms import rate_grid
+from brushstroke.studies.arm_run import ArmRunner, Task
+from brushstroke.studies.arms import Run, low_rank, rate_grid, whole
 from brushstroke.training import TrainConfig, Training, plan
 from brushstroke.training.config import default_learning_rate
+from training_kit import padded_loss
 
 MPT = {"vocab_size": 48, "d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 24}
 ROWS = [{"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]} for _ in range(8)]
@@ -93,6 +99,39 @@ def test_the_rule_of_the_learning_rate_takes_the_width_of_the_language_model(mak
         assert run.learning_rate == rule
     study = make_material(Base(model), [{**row, "input_ids": [i, 4, 5, 6]} for i, row in enumerate(ROWS * 3)])
     assert study.grid.rates == rate_grid(rule)
+
+
+def test_the_dtype_is_that_of_the_language_model() -> None:
+    """Also where a tower before it has another one."""
+    lora = LoraConfig(rank=2, targets=[r".*language_model.*q_proj"])
+    heads = []
+    for tower in (torch.float32, torch.float64):
+        model = kinds.gemma3().eval()
+        model.model.vision_tower.to(tower)
+        assert next(model.parameters()).dtype == tower
+        assert model_dtype(model) == Base(model).dtype == torch.float32
+        with Training(model, lora, gradient_checkpointing=True) as run:
+            heads.append((run.step.need.head, run.step.need.per_token, run.step.kernels))
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize("make", [kinds.gemma3, kinds.llava, kinds.qwen2_vl])
+def test_a_study_of_a_composite_model_has_the_losses_of_transformers(make, tmp_path) -> None:
+    torch.manual_seed(0)
+    rows = [Example((i, 4, 5, 6, 7 + i), (0.0, 0.0, 1.0, 1.0, 1.0)) for i in range(3, 12)]
+    task = Task("text", tuple(rows[:4]), tuple(rows[4:6]), tuple(rows[6:]))
+    runner = ArmRunner(
+        Base(make().eval()), {"task": task}, tuple(rows[:2]), TrainConfig(max_steps=3), tmp_path
+    )
+    targets = (r".*language_model.*q_proj",)
+    for arm in (low_rank("q", targets, 2), whole("q", targets, (1e-2,))):
+        run = Run(arm, 1e-2, 0)
+        outcome = runner.run(run)
+        merged = merge(runner.base.model, load(tmp_path / run.key / "adapter"), allow_different_base=True)
+        expected = padded_loss(merged, list(task.test)).item()
+        assert outcome.test.loss == pytest.approx(expected, rel=1e-5)
+        assert outcome.general.divergence > 0
+        assert runner.untouched()["task"].loss != outcome.test.loss
 
 
 def test_the_heads_memory_counts_the_vocabulary_of_the_text() -> None:

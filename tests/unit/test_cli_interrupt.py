@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from brushstroke.cli.interrupt import INTERRUPTED, PATIENCE, Interrupts
+from brushstroke.cli.interrupt import INTERRUPTED, PATIENCE, SigintHandler
 
 
 def press() -> None:
@@ -14,9 +14,9 @@ def press() -> None:
 
 
 @pytest.fixture
-def interrupts() -> Iterator[Interrupts]:
+def interrupts() -> Iterator[SigintHandler]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    made = Interrupts()
+    made = SigintHandler()
     made.install()
     yield made
     signal.signal(signal.SIGINT, before)
@@ -49,7 +49,7 @@ def test_what_an_interrupt_undoes_is_not_interrupted_again() -> None:
 
 
 def test_an_end_that_takes_long_can_be_cut_short(
-    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch
+    interrupts: SigintHandler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, now, seen = [], [100.0], []
     monkeypatch.setattr("brushstroke.cli.interrupt.time.monotonic", lambda: now[0])
@@ -69,7 +69,7 @@ def test_an_end_that_takes_long_can_be_cut_short(
 def test_a_process_that_ignores_interrupts_goes_on_to() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        Interrupts().install()
+        SigintHandler().install()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

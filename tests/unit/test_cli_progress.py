@@ -6,7 +6,7 @@ import pytest
 
 from brushstroke.cli import progress
 from brushstroke.cli.progress import TimeLeft, TrainProgress, clock
-from brushstroke.training.loop import StepEvent
+from brushstroke.training.events import StepEvent
 
 CLOSE = 0.1  # of the time that was really left, after a minute
 

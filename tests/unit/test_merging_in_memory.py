@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import kinds
 import toys
 from brushstroke.adapter import Adapter, Card, LoraConfig
+from brushstroke.base import text_config
 from brushstroke.errors import BaseMismatchError, MergeError
 from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
@@ -263,6 +266,17 @@ def test_a_tied_head_is_untied_openly_and_stays_so_on_disk(kind, tmp_path, tied_
         merged.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path)
         assert torch.equal(again(tokens).logits, merged(tokens).logits)
+
+
+def test_a_tied_head_is_untied_in_the_config_of_the_text_part_under_any_name():
+    sizes = {"vocab_size": 120, "n_embd": 32, "n_layer": 1, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = transformers.GPT2Config(**sizes, add_cross_attention=True, is_decoder=True)
+    parts = (transformers.ViTConfig(**kinds.PIXELS), decoder)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    merged = merge(model, toys.random_adapter(model, LoraConfig(rank=2, targets=["lm_head"])))
+    assert text_config(model).tie_word_embeddings
+    assert not text_config(merged).tie_word_embeddings
 
 
 def test_groups_leave_a_tied_head_alone(tied_llama):

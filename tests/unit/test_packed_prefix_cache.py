@@ -262,7 +262,7 @@ def test_a_prefix_is_dropped_where_a_pass_fails() -> None:
         randomise(run.parameters)
         run.forward_backward(batch)
         expected = [parameter.grad.clone() for parameter in run.parameters]
-        run.discard()
+        run.zero_grad()
         calls = iter([1.0, 1.0, float("nan")] + [1.0] * 99)
         with pytest.raises(NonFiniteError):
             run.forward_backward(batch, lambda x, t, w: next(calls) * nn.functional.cross_entropy(x, t))

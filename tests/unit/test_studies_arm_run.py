@@ -6,12 +6,11 @@ from brushstroke.base import Base
 from brushstroke.errors import ConfigError
 from brushstroke.formats import load
 from brushstroke.merging import merge
-from brushstroke.sites.walk import site_module, weight_dxh
+from brushstroke.sites.walk import site_module
 from brushstroke.studies.arm_run import ArmRunner, Task, divergence, score, score_rows
 from brushstroke.studies.arms import Arm, Run, low_rank, shortened, whole
 from brushstroke.studies.controls import principal_inputs
 from brushstroke.studies.divergence import SHARES
-from brushstroke.studies.full_finetune import FullFineTuning
 from brushstroke.studies.random_subspace import SubspaceAdamW, _Gaussian, _Hashed
 from brushstroke.training import TrainConfig, Training
 from toys import snapshot, tiny_llama
@@ -94,6 +93,18 @@ def test_a_model_that_has_learnt_nothing_does_not_diverge(arm_runner, arm):
     assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
 
 
+def test_a_run_takes_every_setting_of_a_step(arm_runner):
+    arm_runner.config = TrainConfig(
+        share_prefixes=False, gradient_checkpointing=True, clip=0.5, max_length=99
+    )
+    session = arm_runner._open(Run(low_rank("q,v", QV, 4), 1e-3, 5))
+    expected = {"share_prefixes": False, "gradient_checkpointing": True, "clip": 0.5, "max_length": 99}
+    expected |= {"learning_rate": 1e-3, "seed": Run(low_rank("q,v", QV, 4), 1e-3, 5).start_seed}
+    assert {name: getattr(session.config, name) for name in expected} == expected
+    assert not session.share_prefixes
+    session.close()
+
+
 def test_a_shortened_arm_trains_for_its_share_of_the_steps(arm_runner):
     arm = low_rank("q,v", QV, 4)
     assert [arm_runner.run(Run(shortened(arm, share), 1e-2, 0)).steps for share in SHARES] == [2, 3]
@@ -136,24 +147,10 @@ def test_a_run_that_diverges_says_so(arm_runner):
     assert outcome.validation is None
 
 
-def test_the_update_of_whole_weights_is_what_they_moved(llama):
-    rows = training_kit.examples(8)
-    session = FullFineTuning(Base(llama), whole("q,v", QV, (1e-3,)), TrainConfig(), 1e-2)
-    path = "model.layers.0.self_attn.q_proj"
-    old = site_module(llama, path).weight.detach().clone()
-    for _ in range(3):
-        session.forward_backward(rows)
-        session.optim_step(1e-2)
-    moved = (weight_dxh(site_module(llama, path), "linear") - old.mT).detach()
-    assert torch.allclose(session.adapter()[path].dense(), moved, atol=1e-6)
-    session.close()
-    assert torch.equal(site_module(llama, path).weight, old)
-
-
-def test_whole_weights_refuse_half_precision():
-    base = Base(tiny_llama(dtype=torch.bfloat16))
-    with pytest.raises(ConfigError, match="needs float32"):
-        FullFineTuning(base, whole("q", ("q_proj",), (1e-3,)), TrainConfig(), 1e-3)
+def test_an_arm_of_whole_weights_refuses_half_precision(arm_runner):
+    arm_runner.base = Base(tiny_llama(dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"needs float32, .* is in bfloat16; .*--no-whole"):
+        arm_runner.run(Run(whole("q", ("q_proj",), (1e-3,)), 1e-3, 0))
 
 
 def test_the_score_is_the_loss_of_the_session(llama):

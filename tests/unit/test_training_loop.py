@@ -1,5 +1,6 @@
 """`train` and `plan` through Python: files, resuming, evaluations, refusals."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -333,9 +334,9 @@ def test_an_evaluation_that_is_made_up_for_twice_is_written_once(
 
 
 def test_a_second_interrupt_waits_for_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from brushstroke.training import run
+    from brushstroke.training import folder
 
-    save_session = run.save_session
+    save_session = folder.save_session
 
     def interrupted_again(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -345,7 +346,7 @@ def test_a_second_interrupt_waits_for_the_checkpoint(tmp_path: Path, monkeypatch
     def stop(event: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(run, "save_session", interrupted_again)
+    monkeypatch.setattr(folder, "save_session", interrupted_again)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"checkpoint saved at .*step-00000001"):
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, on_step=stop)
@@ -583,8 +584,36 @@ def test_lines_after_the_last_checkpoint_may_be_anything(tmp_path: Path, killed:
 def test_a_checkpoint_of_another_version_is_named_as_one(tmp_path: Path, killed: Path) -> None:
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     edit_state(format=1)(tmp_path)
-    with pytest.raises(ResumeError, match="has format 1; this version reads 2: go on with the version that"):
+    with pytest.raises(ResumeError, match="has format 1; this version reads 3: go on with the version that"):
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+
+
+def test_a_checkpoint_with_the_old_order_of_the_data_is_refused_by_name(tmp_path: Path, killed: Path) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    edit_state(format=2)(tmp_path)
+    why = r"has format 2 \(its data order and dropout come from another random generator\); .* start over"
+    with pytest.raises(ResumeError, match=why):
+        bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
+
+
+def test_a_run_without_a_folder_makes_the_same_adapter(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, keep_best=True, eval_every=2)
+    made = [
+        bs.train(base(), examples(10), LORA, config, out=out, eval_data=examples(4, seed=1))
+        for out in (None, tmp_path)
+    ]
+    assert [result.resumed_from for result in made] == [0, 0]
+    one, other = (result.adapter for result in made)
+    assert all(torch.equal(one[site].V, other[site].V) for site in one)  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_without_a_folder_keeps_nothing() -> None:
+    def stop(event: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as told:
+        bs.train(base(), examples(10), LORA, CONFIG, on_step=stop)
+    assert str(told.value) == ""
 
 
 def test_factors_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:

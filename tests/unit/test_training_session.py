@@ -91,7 +91,7 @@ def test_a_model_that_drops_the_plan_falls_back_to_padded_batches(make: type[nn.
             randomise(run.parameters)
             run.forward_backward(batch)
             ours = gradients(run)
-            run.discard()
+            run.zero_grad()
             total = 0.0
             for example in batch:  # each alone: no padding, no neighbours
                 logits = model(torch.tensor([example.tokens]))
@@ -179,7 +179,7 @@ def test_a_block_behind_the_decoder_is_run_though_it_is_0_at_first() -> None:
         randomise(run.parameters)
         run.forward_backward(examples())
         ours = [gradient / sum(example.trained for example in examples()) for gradient in gradients(run)]
-        run.discard()
+        run.zero_grad()
         padded_loss(model, examples()).backward()
         for mine, theirs in zip(ours, gradients(run), strict=True):
             assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
@@ -273,7 +273,7 @@ def test_a_model_that_looks_ahead_keeps_the_tokens_behind_the_last_target() -> N
         randomise(run.parameters)
         run.forward_backward(examples())
         ours = gradients(run)
-        run.discard()
+        run.zero_grad()
         for example in examples():
             logits = model(torch.tensor([example.tokens]))
             loss = F.cross_entropy(logits[0, :-1], torch.tensor(example.tokens[1:]), reduction="none")
@@ -455,6 +455,14 @@ def test_a_saved_session_goes_on_to_the_same_bits(tmp_path: object, dropout: flo
         assert all(torch.equal(a, b) for a, b in zip(whole, run.parameters, strict=True))
 
 
+def test_a_session_takes_the_settings_of_a_run_and_single_ones_in_place_of_them() -> None:
+    config = TrainConfig(learning_rate=1e-2, clip=0.5, micro_tokens=64, seed=3, epochs=5)
+    with Training(tiny_llama(), LoraConfig(rank=4), config, clip=2.0) as run:
+        assert (run.learning_rate, run.micro_tokens, run.config.clip, run.config.seed) == (1e-2, 64, 2.0, 3)
+    with pytest.raises(TypeError, match="epochs"):  # a setting of the loop, which a session has none of
+        Training(tiny_llama(), LoraConfig(rank=4), epochs=5)
+
+
 def test_a_bf16_base_has_fp32_factors() -> None:
     model = tiny_llama(dtype=torch.bfloat16)
     with Training(Base(model), LoraConfig(rank=4)) as run:
@@ -470,7 +478,7 @@ def test_going_on_with_dropout_stays_packed() -> None:
     adapter = random_adapter(model)
     with Training(model, adapter, dropout=0.3) as run:
         assert run.packed
-        assert run.drops
+        assert run.has_dropout
 
 
 def test_a_loss_that_raises_leaves_no_gradient_behind() -> None:
@@ -520,7 +528,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in_in_bf16() -> None:
         randomise(run.parameters)
         built_in = run.forward_backward(examples()).loss
         expected = gradients(run)
-        run.discard()
+        run.zero_grad()
         own = run.forward_backward(
             examples(), lambda logits, targets, _: F.cross_entropy(logits, targets)
         ).loss
@@ -690,7 +698,7 @@ def test_a_loss_that_cannot_be_called_is_refused(loss: object) -> None:
         run.forward_backward(examples(), loss)  # type: ignore[arg-type]
 
 
-def test_a_loss_of_the_users_is_not_asked_about_nothing() -> None:
+def test_custom_loss_is_skipped_for_batches_without_targets() -> None:
     batch = [*examples(), Example((1, 2, 3, 4, 5), (0.0,) * 5)]
 
     def own(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

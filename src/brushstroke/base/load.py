@@ -63,7 +63,7 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's first floating-point parameter."""
+        """The dtype of the language model; see `model_dtype`."""
         return model_dtype(self.model)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

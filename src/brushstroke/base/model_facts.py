@@ -13,7 +13,13 @@ _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_position
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights."""
+    """The dtype of a language model's embeddings; that of the first floating-point weight where it has none.
+
+    The parts of a composite model may have other dtypes.
+    """
+    weight = _embedding(model)
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 

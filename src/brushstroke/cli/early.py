@@ -5,11 +5,11 @@ It keeps nothing: the run reads the data itself.
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brushstroke.data import Rows, Template
+    from brushstroke.data import Rows
 
 ROWS = 5_000  # of each data set, a second or two; the run judges them all
 
@@ -18,28 +18,18 @@ def judge_data(
     base: str,
     sources: "Iterable[Rows | None]",
     *,
-    prompt: str | None = None,
-    completion: str | None = None,
     max_length: int | None = None,
-    skip_too_long: bool = False,
-    split_turns: bool = False,
-    chat_template: "Template" = None,
-    tools: Sequence[Any] = (),
     trust_remote_code: bool = False,
+    **reading: Any,
 ) -> None:
     """Refuse data that a run with this base would refuse.
 
     Args:
         base: what `load_base` takes.
         sources: the rows that were read; None for data that were not given.
-        prompt: another name for the column "prompt".
-        completion: another name for the column "completion".
         max_length: the longest example in tokens; the model's context by default.
-        skip_too_long: whether rows whose prompt fills that limit are left out.
-        split_turns: whether every assistant turn is an example.
-        chat_template: in place of the tokenizer's own.
-        tools: declarations of functions, for rows that have none.
         trust_remote_code: run the code that a base brings along, where it does.
+        reading: how to read the rows: more arguments of `encode`.
 
     Raises:
         DataError: naming the rows and what is wrong with them.
@@ -59,12 +49,7 @@ def judge_data(
             encode(
                 rows if whole else dataclasses.replace(rows, rows=rows.rows[:ROWS]),
                 tokenizer,
-                prompt_column=prompt,
-                completion_column=completion,
                 max_length=max_length or context,
-                skip_too_long=skip_too_long,
-                split_turns=split_turns,
-                chat_template=chat_template,
-                tools=tools,
+                **reading,
                 need_trained=whole,  # what the first rows lack, later ones may have
             )

@@ -77,8 +77,8 @@ def evaluate(
     judge_data(
         base,
         [rows],
-        prompt=prompt,
-        completion=completion,
+        prompt_column=prompt,
+        completion_column=completion,
         max_length=max_length,
         split_turns=split_turns,
         chat_template=template

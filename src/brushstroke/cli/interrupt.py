@@ -14,7 +14,7 @@ INTERRUPTED = 130  # the exit status
 PATIENCE = 5.0  # seconds that the end may take; later a further Ctrl-C ends the process at once
 
 
-class Interrupts:
+class SigintHandler:
     """A handler of SIGINT that raises KeyboardInterrupt, but not while an earlier one is on its way out."""
 
     def __init__(self) -> None:

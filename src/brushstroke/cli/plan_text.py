@@ -30,7 +30,7 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
             "adapter": f"{plan.sites} sites, {plan.parameters:,} trainable parameters "
             f"({share(plan.share)} of the base), {size(plan.adapter_bytes)}",
             "memory": f"about {size(plan.memory_bytes)}; {plan.memory} ({plan.memory_reason})",
-            "own functions": plan.own_functions,
+            "fused modules": plan.fused_modules,
             "products": f"{'oneDNN' if plan.kernels == 'onednn' else 'torch'} ({plan.kernels_reason})",
             "data": f"{plan.examples:,} examples, {plan.real_tokens:,} tokens an epoch, "
             f"{plan.trained_tokens:,} of them trained",

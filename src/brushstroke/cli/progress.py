@@ -12,7 +12,7 @@ from brushstroke.cli.console import people, room, size, tell
 from brushstroke.cli.layout import fit
 
 if TYPE_CHECKING:
-    from brushstroke.training.loop import EvalEvent, StepEvent
+    from brushstroke.training.events import EvalEvent, StepEvent
     from brushstroke.training.plan import Plan
 
 LINE_SECONDS = 10.0  # between two plain lines

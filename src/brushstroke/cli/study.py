@@ -360,8 +360,8 @@ def _material(
     judge_data(
         base,
         read.values(),
-        prompt=files.prompt,
-        completion=files.completion,
+        prompt_column=files.prompt,
+        completion_column=files.completion,
         max_length=files.max_length,
         trust_remote_code=loading.trust_remote_code,
     )

@@ -167,8 +167,8 @@ class _Request:
         judge_data(
             base,
             (self.arguments["data"], self.eval_rows),
-            prompt=self.arguments["prompt_column"],
-            completion=self.arguments["completion_column"],
+            prompt_column=self.arguments["prompt_column"],
+            completion_column=self.arguments["completion_column"],
             max_length=self.config.max_length,
             skip_too_long=self.config.skip_too_long,
             split_turns=self.config.split_turns,

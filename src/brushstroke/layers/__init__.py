@@ -5,6 +5,19 @@ It knows no files and no training; HF's Conv1D is known by its class name alone.
 
 from brushstroke.layers.attach import Attachment, attach
 from brushstroke.layers.bank import Bank, bank, find_route, require_uniform_route
+from brushstroke.layers.full import FullAttachment, FullFineTuning, TrainableAttachment, attach_full
 from brushstroke.layers.route import Route
 
-__all__ = ["Attachment", "Bank", "Route", "attach", "bank", "find_route", "require_uniform_route"]
+__all__ = [
+    "Attachment",
+    "Bank",
+    "FullAttachment",
+    "FullFineTuning",
+    "Route",
+    "TrainableAttachment",
+    "attach",
+    "attach_full",
+    "bank",
+    "find_route",
+    "require_uniform_route",
+]

@@ -39,7 +39,8 @@ from brushstroke.sites.targets import short_names
 class Attachment:
     """One adapter inside a model; a context manager that detaches at its end.
 
-    Made by `attach`. `model` is the module that it sits in, `plan` the resolved targets of a new adapter.
+    Made by `attach`. `model` is the module that it sits in, `plan` the resolved targets of a new adapter,
+    `card` where it comes from.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Attachment:
     ) -> None:
         self.model = model
         self.plan = plan
+        self.card = card
         self._modules = dict(modules)
-        self._card = card
         self._route = route
         self._undo = undo
 
@@ -73,6 +74,21 @@ class Attachment:
         """Whether the adapter is still in the model."""
         return bool(self._modules)
 
+    @property
+    def widest(self) -> int:
+        """The largest output width of an adapted site."""
+        return max(module.widths[1] for module in self._modules.values())
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether there is dropout on the low-rank path."""
+        return any(module.dropout for module in self._modules.values())
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the dropout of the low-rank path on or off, and not the base's."""
+        for module in self._modules.values():
+            module.training = mode
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The factors, for an optimiser, site by site."""
         for _, parameter in self.named_parameters():
@@ -88,7 +104,7 @@ class Attachment:
         """The adapter as it is now, as a value of its own: later training does not change it."""
         self._check_attached()
         updates = {path: module.update() for path, module in self._modules.items()}
-        return Adapter(updates, card or self._card)
+        return Adapter(updates, card or self.card)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from brushstroke.adapter import Adapter
+from brushstroke.base import text_config
 from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.layers.probe import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
@@ -260,6 +261,6 @@ def _part_other_ties(model: Any) -> None:
 def _untie_config(model: Any) -> None:
     """Tell an HF model that its head has a weight of its own now, or loading it would tie the two again."""
     config = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
+    for part in (config, text_config(model)):
         if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import total_memory
+from brushstroke.base import model_dtype, total_memory
 
 CPU_MICRO_TOKENS = 1024  # products of this many rows run at full speed; more only costs memory
 LOW_MICRO_TOKENS = 512
@@ -129,7 +129,7 @@ def need_of(
     """
     weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     trained = sum(factor.numel() * factor.element_size() for factor in factors)
-    size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    size = model_dtype(model).itemsize
     return MemoryNeed(
         weights=sum(weights.values()),
         moments=2 * trained,

@@ -194,7 +194,6 @@ def _need(
         raise _CannotRun(model, error) from error
     if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
         hidden = hidden_size(model) or widest
-        size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
-        kept = kept // len(checkpointed) + len(checkpointed) * hidden * size
+        kept = kept // len(checkpointed) + len(checkpointed) * hidden * model_dtype(model).itemsize
     logits = forward.logits_at_once(vocabulary_size(model) or 0)
     return need_of(model, factors, kept, widest, logits, factors[0].device)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,12 +22,12 @@ from brushstroke.packed.pack import Row
 from brushstroke.sites.targets import resolve_targets
 from brushstroke.sites.walk import find_sites
 from brushstroke.studies.arms import Arm, Run
-from brushstroke.studies.full_finetune import MICRO_TOKENS, FullFineTuning
 from brushstroke.studies.random_subspace import SubspaceAdamW
 from brushstroke.training import TrainConfig, Training
 from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import factor
 
+MICRO_TOKENS = 1024  # of a pass whose predictions are compared with the base's
 SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
 WORDS = 128  # whose distributions are compared at one time
 
@@ -237,30 +237,17 @@ class ArmRunner:
         per_step = (stepped - opened) / steps
         return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(some)
 
-    def _open(self, run: Run) -> "Training | FullFineTuning":
-        config = self.config
-        session: Any
-        if run.arm.rank is None:
-            session = FullFineTuning(self.base, run.arm, config, run.learning_rate)
-        else:
-            session = Training(
-                self.base,
-                run.arm.lora,
-                learning_rate=run.learning_rate,
-                weight_decay=config.weight_decay,
-                clip=config.clip,
-                micro_tokens=config.micro_tokens,
-                memory=config.memory,
-                seed=run.start_seed,
-            )
+    def _open(self, run: Run) -> Training:
+        config = replace(self.config, learning_rate=run.learning_rate, seed=run.start_seed)
+        if run.arm.dimension is not None:  # the norm of the whole gradient says little about its projection
+            config = replace(config, clip=0.0)
+        session = Training(self.base, run.arm.request, config)
         if run.arm.dimension is not None:
-            session.clip = 0.0  # the norm of the whole gradient says little about its projection
-            session.optimizer = SubspaceAdamW(
-                session.parameters, run.arm.dimension, run.learning_rate, run.start_seed
-            )
+            subspace = (session.parameters, run.arm.dimension, run.learning_rate, run.start_seed)
+            session.optimizer = cast(torch.optim.Optimizer, SubspaceAdamW(*subspace))
         return session
 
-    def _train(self, session: "Training | FullFineTuning", task: Task, run: Run) -> tuple[list[float], int]:
+    def _train(self, session: Training, task: Task, run: Run) -> tuple[list[float], int]:
         order = BatchSampler(task.train, self.config.batch_size, run.seed)
         steps = self.steps(run.arm)
         losses, tokens = [], 0
@@ -274,7 +261,7 @@ class ArmRunner:
         return losses, tokens
 
 
-def score(session: "Training | FullFineTuning", examples: Sequence[Example]) -> Score:
+def score(session: Training, examples: Sequence[Example]) -> Score:
     """Loss per trained token and share of tokens that are the likeliest ones.
 
     Raises:
@@ -284,15 +271,13 @@ def score(session: "Training | FullFineTuning", examples: Sequence[Example]) -> 
 
 
 @torch.no_grad()
-def score_rows(
-    session: "Training | FullFineTuning", examples: Sequence[Example]
-) -> tuple[Score, tuple[float, ...]]:
+def score_rows(session: Training, examples: Sequence[Example]) -> tuple[Score, tuple[float, ...]]:
     """The score, and the summed loss of each example, in their order.
 
     Raises:
         NonFiniteError: a loss is not a finite number.
     """
-    forward = session.forward if isinstance(session, FullFineTuning) else session.step.forward
+    forward = session.step.forward
     total, right, tokens = 0.0, 0, 0
     by_row: dict[Row, float] = {}
     with forward.context():
@@ -315,19 +300,17 @@ def score_rows(
 
 
 @torch.no_grad()
-def divergence(session: "Training | FullFineTuning", examples: Sequence[Example]) -> float:
+def divergence(session: Training, examples: Sequence[Example]) -> float:
     """Mean over the trained tokens of KL(base ‖ model) = Σ p·(ln p − ln q), in nats, p those of the base.
 
     Raises:
         NonFiniteError: it is not a finite number.
     """
-    whole = isinstance(session, FullFineTuning)
-    forward = session.forward if whole else session.step.forward
-    base = session.disabled if whole else session.attachment.disabled
+    forward = session.step.forward
     total, tokens = 0.0, 0
     with forward.context():
         for part in forward.passes([Row.of(example) for example in examples], MICRO_TOKENS, False):
-            with base():
+            with session.attachment.disabled():
                 before = forward.logits(part)
             for p, q in zip(before.split(WORDS), forward.logits(part).split(WORDS), strict=True):
                 ln_p, ln_q = p.float().log_softmax(-1), q.float().log_softmax(-1)

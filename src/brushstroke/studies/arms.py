@@ -13,6 +13,7 @@ from typing import Any
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.errors import ConfigError
+from brushstroke.layers import FullFineTuning
 from brushstroke.sites import Site
 from brushstroke.sites.targets import matches_path, resolve_targets
 
@@ -57,6 +58,11 @@ class Arm:
         for name, value in (("rank", self.rank), ("dimension", self.dimension)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value}")
+
+    @property
+    def request(self) -> LoraConfig | FullFineTuning:
+        """What is trained."""
+        return FullFineTuning(self.targets) if self.rank is None else self.lora
 
     @property
     def lora(self) -> LoraConfig:

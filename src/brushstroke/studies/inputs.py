@@ -14,7 +14,7 @@ from brushstroke.studies.runner import Grid
 from brushstroke.studies.study import Material
 from brushstroke.training import TrainConfig
 from brushstroke.training.config import default_learning_rate
-from brushstroke.training.setup import read_data
+from brushstroke.training.setup import RunRequest, read_data
 
 HELD_OUT_SHARE = 0.1  # of the rows, for validation and again for the test, where no file is named
 MOST_HELD_OUT = 256
@@ -52,9 +52,10 @@ def make_material(
         ConfigError: settings that cannot work.
     """
     config = config or TrainConfig(epochs=1)
+    request = RunRequest(config, prompt_column=prompt_column, completion_column=completion_column)
 
     def read(source: Any) -> tuple[Example, ...]:
-        return read_data(base, source, config, None, prompt_column, completion_column).examples
+        return read_data(base, source, request).examples
 
     found = {
         TASK: _task(

@@ -17,7 +17,7 @@ from brushstroke.studies.arms import exact
 from brushstroke.studies.findings import Figure, Table
 from brushstroke.studies.store import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.studies.study import Report
-from brushstroke.training.loop import versions
+from brushstroke.training.summary import versions
 
 PNG_SCALE = 2.0
 

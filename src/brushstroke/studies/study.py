@@ -25,7 +25,7 @@ from brushstroke.studies.findings import Finding
 from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
 from brushstroke.studies.store import RUNS, START_OVER, STUDY, Store, check_folder, damaged, planned_before
 from brushstroke.training import TrainConfig
-from brushstroke.training.loop import versions
+from brushstroke.training.summary import versions
 
 USED = (  # of a training config; rates and seeds come from the grid
     *("epochs", "max_steps", "schedule", "warmup", "weight_decay", "clip", "batch_size"),

@@ -1,7 +1,7 @@
 """Checkpoints: factors, optimiser state and counters in safetensors and JSON, written all or nothing.
 
 No random states are kept, because none are needed: the order of the data and dropout follow from the seed
-and the step.
+and the step (`philox`).
 """
 
 import hashlib
@@ -21,18 +21,19 @@ from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
 from brushstroke.files import PARTIAL, file_sum, output_errors, read_json
-from brushstroke.layers import Attachment
+from brushstroke.layers import TrainableAttachment
 
 STATE, TENSORS = "state.json", "state.safetensors"
 STATE_KEYS = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
-FORMAT = 2
+FORMAT = 3
+OTHER_FORMATS = {2: " (its data order and dropout come from another random generator)"}
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Resumable(Protocol):
     """What of a training session a checkpoint holds."""
 
-    attachment: Attachment
+    attachment: TrainableAttachment
     optimizer: torch.optim.Optimizer
     steps: int
     micro_tokens: int
@@ -161,9 +162,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
         raise damaged(folder, f"its {STATE} lacks fields")
     if state["format"] != FORMAT:
+        found = f"{state['format']!r}{OTHER_FORMATS.get(state['format'], '')}"
         raise ResumeError(
-            f"the checkpoint {folder} has format {state['format']!r}; this version reads {FORMAT}: go on "
-            "with the version that wrote it, or start over with overwrite (--overwrite)"
+            f"the checkpoint {folder} has format {found}; this version reads {FORMAT}: go on with the "
+            "version that wrote it, or start over with overwrite (--overwrite)"
         )
     if state != sealed(state):
         raise damaged(folder, f"{STATE} is not as it was written")

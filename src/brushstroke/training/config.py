@@ -5,7 +5,7 @@ It decides nothing about the adapter: that is `LoraConfig`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -18,19 +18,15 @@ from brushstroke.training.schedule import SCHEDULES
 MAX_SEED = 2**63 - 1  # of torch's generators, with room for what is added to it
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Where a value is not named, the run follows the Hugging Face Trainer.
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What one optimiser step depends on. Where a value is not named, it follows the Hugging Face Trainer.
 
     Args:
-        epochs: passes over the data, where `max_steps` names no number of steps.
-        max_steps: optimiser steps in place of the epochs; None for as many as they have.
-        learning_rate: of AdamW; None takes 5e-4·(2000 / hidden width)^0.781, the published fit for LoRA.
-        schedule: "linear" (to zero over the run), "cosine" or "constant", after the warm-up.
-        warmup: steps of linear warm-up, or a share of the run where it is below 1.
+        learning_rate: of AdamW (betas 0.9 and 0.999, eps 1e-8); None takes 5e-4·(2000 / hidden width)^0.781,
+            the published fit for LoRA.
         weight_decay: of AdamW, on the factors.
         clip: largest norm of the whole gradient; 0 does not clip.
-        batch_size: examples in an optimiser step: what is learnt depends on it.
         micro_tokens: computed tokens in one forward and backward pass: memory and speed depend on it, and
             what dropout draws. "auto" derives it from the machine's total memory, the model and this config.
         memory: "low" keeps less of a pass and makes it again, in smaller passes; "fast" keeps what saves
@@ -38,17 +34,55 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
         torch_compile: on a GPU, compile norms, rotations and gated activations into one kernel each: seconds
             at the start for each new size of pass, and faster steps where the model is large.
+        share_prefixes: compute a prefix that examples of a step have in common once. None does it unless
+            dropout is on: examples would share what it drops.
         max_length: longest example in tokens, at most the model's context, which None stands for.
+        chat_template: in place of the tokenizer's own: a template, a file, or the name of one.
+        seed: of the starting factors, the order of the data and dropout.
+
+    Raises:
+        ConfigError: a value that cannot work, named.
+    """
+
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    micro_tokens: int | str = "auto"
+    memory: str = "auto"
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    share_prefixes: bool | None = None
+    max_length: int | None = None
+    chat_template: Template = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, above_0=("learning_rate", "max_length"), from_0=("weight_decay", "clip", "seed"))
+        _check_whole(self, "max_length", "seed")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
+        object.__setattr__(self, "chat_template", find_template(self.chat_template))
+        if self.micro_tokens != "auto" and not (_is_whole(self.micro_tokens) and self.micro_tokens > 0):
+            raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
+        _check_choice(self, "memory", MODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StepConfig):
+    """How to train: the settings of a step, and those of the run around it.
+
+    Args:
+        epochs: passes over the data, where `max_steps` names no number of steps.
+        max_steps: optimiser steps in place of the epochs; None for as many as they have.
+        schedule: "linear" (to zero over the run), "cosine" or "constant", after the warm-up.
+        warmup: steps of linear warm-up, or a share of the run where it is below 1.
+        batch_size: examples in an optimiser step: what is learnt depends on it.
         skip_too_long: leave out examples whose prompt fills the limit, instead of refusing them.
         split_turns: make an example of every assistant turn, written as the model will see it.
-        chat_template: in place of the tokenizer's own: a template, a file, or the name of one.
         date: what the chat template takes for today (YYYY-MM-DD); None takes the day on which the run began.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
         keep_best: return the adapter with the lowest evaluation loss, not the last one.
         checkpoint_every: optimiser steps between checkpoints; the last two are kept.
-        share_prefixes: compute a prefix that examples of a step have in common once. None does it unless
-            dropout is on: examples would share what it drops.
-        seed: of the starting factors, the order of the data and dropout.
 
     Raises:
         ConfigError: a value that cannot work, named.
@@ -56,53 +90,24 @@ class TrainConfig:
 
     epochs: float = 3.0
     max_steps: int | None = None
-    learning_rate: float | None = None
     schedule: str = "linear"
     warmup: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
     batch_size: int = 8
-    micro_tokens: int | str = "auto"
-    memory: str = "auto"
-    gradient_checkpointing: bool = False
-    torch_compile: bool = False
-    max_length: int | None = None
     skip_too_long: bool = False
     split_turns: bool = False
-    chat_template: Template = None
     date: str | None = None
     eval_every: int | None = None
     keep_best: bool = False
     checkpoint_every: int = 100
-    share_prefixes: bool | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "max_steps", "learning_rate", "batch_size", "eval_every", "checkpoint_every")
-        for name in (*positive, "max_length"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
-                raise ConfigError(f"{name} must be a number above 0; got {value!r}")
-        for name in ("warmup", "weight_decay", "clip", "seed"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < math.inf):
-                raise ConfigError(f"{name} must be a number that is not negative; got {value!r}")
-        for name in ("max_steps", "batch_size", "eval_every", "checkpoint_every", "max_length", "seed"):
-            if getattr(self, name) is not None and not _is_whole(getattr(self, name)):
-                raise ConfigError(f"{name} must be a whole number; got {getattr(self, name)!r}")
-        if self.seed > MAX_SEED:
-            raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
-        object.__setattr__(self, "chat_template", find_template(self.chat_template))
+        super().__post_init__()
+        whole = ("max_steps", "batch_size", "eval_every", "checkpoint_every")
+        _check_numbers(self, above_0=("epochs", *whole), from_0=("warmup",))
+        _check_whole(self, *whole)
         if self.date is not None:
             read_date(self.date)
-        if self.micro_tokens != "auto" and not (_is_whole(self.micro_tokens) and self.micro_tokens > 0):
-            raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
-        if self.memory not in MODES:
-            hint = did_you_mean(str(self.memory), MODES)
-            raise ConfigError(f"memory must be one of {', '.join(MODES)}; got {self.memory!r}{hint}")
-        if self.schedule not in SCHEDULES:
-            hint = did_you_mean(str(self.schedule), SCHEDULES)
-            raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}{hint}")
+        _check_choice(self, "schedule", SCHEDULES)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""
@@ -115,12 +120,39 @@ class TrainConfig:
         return cls(**settings)
 
 
+def _check_numbers(config: StepConfig, *, above_0: tuple[str, ...], from_0: tuple[str, ...]) -> None:
+    for name in above_0:
+        value = getattr(config, name)
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            raise ConfigError(f"{name} must be a number above 0; got {value!r}")
+    for name in from_0:
+        value = getattr(config, name)
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ConfigError(f"{name} must be a number that is not negative; got {value!r}")
+
+
+def _check_whole(config: StepConfig, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and not _is_whole(value):
+            raise ConfigError(f"{name} must be a whole number; got {value!r}")
+
+
+def _check_choice(config: StepConfig, name: str, choices: Collection[str]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+
+
 def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
     return _is_whole(value) or isinstance(value, float)
+
+
+LORA_OVER_FULL = 10  # the best learning rate of low-rank factors over that of W itself
 
 
 def default_learning_rate(hidden: int | None) -> float:

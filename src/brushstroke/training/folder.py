@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.errors import ConfigError, OutputError, ResumeError
-from brushstroke.files import PARTIAL, output_errors, read_json, refuse_existing, write_file
-from brushstroke.formats import ADAPTER_FILES, save
+from brushstroke.errors import AdapterFileError, ConfigError, OutputError, ResumeError
+from brushstroke.files import PARTIAL, file_sum, output_errors, read_json, refuse_existing, write_file
+from brushstroke.formats import ADAPTER_FILES, load, save
 from brushstroke.formats import restore as restore_adapter
 from brushstroke.formats.peft import TENSORS as WEIGHTS
-from brushstroke.training.checkpoint import STATE, damaged, moved_away, read_state, restore
+from brushstroke.training.checkpoint import (
+    STATE,
+    Resumable,
+    damaged,
+    moved_away,
+    read_state,
+    restore,
+    save_session,
+)
 from brushstroke.training.jsonl import append, lines_until
 from brushstroke.training.lock import FolderLock
 from brushstroke.training.run_files import (
@@ -142,6 +150,45 @@ class RunFolder:
     def best(self, step: int) -> Path:
         """Where the best adapter so far is kept, if it is the one of this step."""
         return self.path / CHECKPOINTS / f"best-{step:08d}"
+
+    def save_checkpoint(self, session: Resumable, extra: Mapping[str, Any], best_step: int) -> Path | None:
+        """Write the checkpoint of the session's step and remove older ones; None where there is no step.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if not (self.claimed and session.steps):
+            return None
+        path = self.checkpoint(session.steps)
+        save_session(session, path, extra)
+        self.prune(best_step)
+        return path
+
+    def save_best(self, adapter: Adapter, step: int) -> dict[str, str]:
+        """Write the best adapter so far, of this step; returns the check sums of its files.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        return _sums(save(adapter, self.best(step), overwrite=True))
+
+    def load_best(self, step: int, sums: Mapping[str, str]) -> Adapter:
+        """The best adapter until the last checkpoint.
+
+        Raises:
+            ResumeError: it is missing, or not as it was written.
+        """
+        path = self.best(step)
+        try:
+            best = load(path)
+            if _sums(path) != sums:
+                raise AdapterFileError(f"{path} is not as it was written")
+            return best
+        except AdapterFileError as error:
+            raise ResumeError(
+                f"{self.checkpoints()[-1]} needs the best adapter until then, but {error}; remove that "
+                "checkpoint to go on from an earlier one, or start over with overwrite (--overwrite)"
+            ) from error
 
     def prune(self, best_step: int) -> None:
         """Remove all checkpoints but the last two, and what interrupted writes left.
@@ -282,6 +329,11 @@ def refuse_base(out: str | Path, base: str | Path | None) -> None:
     out = Path(out).expanduser()
     if base and out.is_dir() and os.path.realpath(out) == os.path.realpath(os.path.expanduser(base)):
         raise OutputError(f"{out} is the base's own folder; choose another folder (--out)")
+
+
+def _sums(adapter: Path) -> dict[str, str]:
+    """The check sums of an adapter's files."""
+    return {name: file_sum(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()}
 
 
 def _best_step(checkpoint: Path) -> int:

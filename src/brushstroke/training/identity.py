@@ -16,9 +16,8 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.adapter.fingerprint import sample_positions
 from brushstroke.data import EncodedData, Example
 from brushstroke.errors import ResumeError
-from brushstroke.packed.cross_entropy import LossFunction
-from brushstroke.training.config import TrainConfig
 from brushstroke.training.session import Training
+from brushstroke.training.setup import RunRequest
 
 PLAIN = ("dtype", "device", "dropout", "columns", "loss", "date")  # said with their values
 NAMES = {
@@ -30,16 +29,13 @@ NAMES = {
 
 def identify(
     session: Training,
-    config: TrainConfig,
-    lora: LoraConfig | None,
-    start: Adapter | None,
+    request: RunRequest,
+    date: str | None,
     examples: EncodedData,
     held_out: EncodedData | None,
-    columns: tuple[str | None, str | None],
-    loss: LossFunction | None,
-    date: str | None,
 ) -> dict[str, Any]:
     """The identity of a run, in JSON types; `date` is the one that its chat template prints."""
+    config, lora, start, loss = request.config, request.lora, request.start, request.loss
     return {
         "lora": (lora or LoraConfig()).as_dict() if start is None else None,
         "start": _hash_adapter(start) if start is not None else None,
@@ -53,7 +49,7 @@ def identify(
         "tokens": hash_examples(examples),
         "eval_data": held_out.hash if held_out is not None else None,
         "eval_tokens": hash_examples(held_out) if held_out is not None else None,
-        "columns": list(columns),
+        "columns": [request.prompt_column, request.completion_column],
         "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else None,
     }
 

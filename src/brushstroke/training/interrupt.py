@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Interrupts:
+class DeferredInterrupts:
     """While open, the first SIGINT raises KeyboardInterrupt, but waits for the end of a `held` block.
 
     Later ones do nothing: what is to be kept is being written then.
@@ -22,7 +22,7 @@ class Interrupts:
         self._raised = False
         self._before: Any = None
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> "DeferredInterrupts":
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self

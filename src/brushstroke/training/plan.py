@@ -17,7 +17,7 @@ from brushstroke.training.config import TrainConfig
 from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import warmup_steps
 from brushstroke.training.session import Training
-from brushstroke.training.setup import check_lora, make_chat, open_session, read_data
+from brushstroke.training.setup import RunRequest, make_chat, open_session, read_data
 from brushstroke.training.trial import unlearnt_sites
 
 COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
@@ -39,7 +39,7 @@ class Plan:
         parameters: trainable numbers, and `share` of them in the base's.
         memory_bytes: estimated peak of the process (of the device on a GPU).
         memory: "fast" or "low", with `memory_reason`.
-        own_functions: the modules of the model that run brushstroke's own functions, in words.
+        fused_modules: how many modules of each kind run fused functions, in words.
         kernels: "onednn" or "torch", for the products, with `kernels_reason`.
         real_tokens, trained_tokens: of one epoch.
         computed_tokens: of one epoch; `shared_tokens` fewer than without shared prefixes.
@@ -62,7 +62,7 @@ class Plan:
     memory_bytes: int
     memory: str
     memory_reason: str
-    own_functions: str
+    fused_modules: str
     kernels: str
     kernels_reason: str
     examples: int
@@ -106,12 +106,18 @@ def plan(
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: as `train`.
     """
-    config = config or TrainConfig()
-    check_lora(lora)
-    chat = make_chat(base, config, start)
-    encoded = read_data(base, data, config, chat, prompt_column, completion_column)
-    with open_session(base, lora, config, start, allow_different_base, chat) as session:
-        return make_plan(session, encoded, config)
+    request = RunRequest(
+        config or TrainConfig(),
+        lora,
+        start,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        allow_different_base=allow_different_base,
+    )
+    chat = make_chat(base, request)
+    encoded = read_data(base, data, request, chat)
+    with open_session(base, request, chat) as session:
+        return make_plan(session, encoded, request.config)
 
 
 def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan:
@@ -159,7 +165,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
         ),
         memory=session.step.mode,
         memory_reason=session.step.mode_reason,
-        own_functions=session.step.fusion.describe(),
+        fused_modules=session.step.fusion.describe(),
         kernels=session.step.kernels,
         kernels_reason=session.step.kernels_reason,
         examples=len(data),

@@ -6,9 +6,8 @@ It holds no state: any step can be asked for at any time, so a resumed run needs
 import math
 from collections.abc import Sequence
 
-import torch
-
 from brushstroke.data import Example
+from brushstroke.training.philox import order_of
 
 
 class BatchSampler:
@@ -40,8 +39,7 @@ class BatchSampler:
         """The examples of a step, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % 2**63)
-            self._permutation = torch.randperm(len(self._examples), generator=generator).tolist()
+            self._permutation = order_of(len(self._examples), self._seed, epoch)
             self._epoch = epoch
         chosen = self._permutation[index * self._batch_size : (index + 1) * self._batch_size]
         return [self._examples[i] for i in chosen]

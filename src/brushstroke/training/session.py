@@ -1,11 +1,11 @@
 """`Training`: the verbs of a training run, for loops of one's own.
 
-The loop itself is in `run`; files are in `checkpoint`.
+The loop itself is in `loop`; files are in `checkpoint`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from brushstroke.base import Base, check_max_length, context_length, hidden_size
 from brushstroke.data import ChatFormat, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
-from brushstroke.layers import Attachment, attach
+from brushstroke.layers import FullFineTuning, TrainableAttachment, attach, attach_full
 from brushstroke.packed import LossFunction, Prepared, prepare
 from brushstroke.packed.pack import Pass, Row
 from brushstroke.packed.recompute import Checkpointed
@@ -29,7 +29,8 @@ from brushstroke.training.check import (
     check_vocabulary,
 )
 from brushstroke.training.checkpoint import load_session, save_session
-from brushstroke.training.config import TrainConfig, default_learning_rate
+from brushstroke.training.config import LORA_OVER_FULL, StepConfig, default_learning_rate
+from brushstroke.training.philox import dropout_seed
 
 NAMED_TARGETS = 12  # at most, in an error
 EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
@@ -53,29 +54,20 @@ class StepResult:
 
 
 class Training:
-    """A base with a trainable adapter in it, on the packed step; a context manager that detaches at its end.
+    """A base in which an adapter, or some weights themselves, are trained; a context manager that detaches.
 
     Several `forward_backward` calls before one `optim_step` equal one call with all the examples: gradients
     add up, and the step divides them by the trained tokens of all calls.
 
     Args:
         base: the frozen model; a Base, or an nn.Module for examples that are tokenised already.
-        start: the config of a new adapter, or an adapter to go on from.
-        learning_rate: of AdamW (betas 0.9 and 0.999, eps 1e-8); None takes the rule of `TrainConfig`.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient; 0 does not clip.
-        micro_tokens: computed tokens in one pass, or "auto".
-        memory: "low" keeps less between forward and backward pass and makes it again, "fast" keeps what saves
-            time, "auto" is fast where that fits the machine.
-        gradient_checkpointing: recompute activations in the backward pass.
-        torch_compile: see `TrainConfig`.
-        share_prefixes: compute shared prefixes once; None does unless dropout is on.
-        seed: of the starting factors and of dropout.
+        start: the config of a new adapter, an adapter to go on from, or the sites whose W itself is trained.
+        config: the settings of a step.
         dropout: on the low-rank path; a config's own by default.
-        max_length: longest example in tokens, for examples that `forward_backward` has to tokenise.
-        chat_template: for examples and prompts, in place of that of the adapter or the tokenizer: a template,
-            a file, the name of one, or a chat format.
+        chat_template: for examples and prompts, in place of that of the config, the adapter or the tokenizer:
+            a template, a file, the name of one, or a chat format.
         allow_different_base: go on from an adapter although it belongs to another base.
+        settings: fields of `StepConfig` that replace those of `config`, such as `learning_rate=1e-3`.
 
     Gradients are on inside, whatever the caller's mode. Norms, rotary embeddings and MLPs run through own
     functions until `close`: their outputs are the base's up to rounding, where `attach` keeps every bit.
@@ -89,91 +81,76 @@ class Training:
     def __init__(
         self,
         base: Any,
-        start: LoraConfig | Adapter | None = None,
+        start: LoraConfig | Adapter | FullFineTuning | None = None,
+        config: StepConfig | None = None,
         *,
-        learning_rate: float | None = None,
-        weight_decay: float = 0.0,
-        clip: float = 1.0,
-        micro_tokens: int | str = "auto",
-        memory: str = "auto",
-        gradient_checkpointing: bool = False,
-        torch_compile: bool = False,
-        share_prefixes: bool | None = None,
-        seed: int = 0,
         dropout: float | None = None,
-        max_length: int | None = None,
         chat_template: Template | ChatFormat = None,
         allow_different_base: bool = False,
+        **settings: Any,
     ) -> None:
-        TrainConfig(  # judges the values
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            clip=clip,
-            micro_tokens=micro_tokens,
-            memory=memory,
-            seed=seed,
-            max_length=max_length,
-        )
+        self.config = replace(config or StepConfig(), **settings)
         self.base = base if isinstance(base, Base) else Base(base)
         self.model = self.base.model
         check_model(self.model)
-        check_max_length(self.model, max_length)
+        check_max_length(self.model, self.config.max_length)
         self.context = context_length(self.model)  # found once: it looks at every module
-        self.attachment: Attachment = attach(
-            self.base,
-            LoraConfig() if start is None else start,
-            trainable=True,
-            seed=seed,
-            dropout=dropout,
-            allow_different_base=allow_different_base,
-        )
+        self.attachment = self._attach(start, dropout, allow_different_base)
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._prepared: Prepared | None = None
         self._closed = False
         try:
-            self._prepare(memory, micro_tokens, gradient_checkpointing, torch_compile, share_prefixes)
-            width = hidden_size(self.model)
-            self.learning_rate = default_learning_rate(width) if learning_rate is None else learning_rate
+            self._prepare()
+            rule = default_learning_rate(hidden_size(self.model))
+            if isinstance(start, FullFineTuning):
+                rule /= LORA_OVER_FULL
+            self.learning_rate = self.config.learning_rate or rule
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.parameters, self.learning_rate, weight_decay=weight_decay, fused=True
+                self.parameters, self.learning_rate, weight_decay=self.config.weight_decay, fused=True
             )
         except BaseException:
             self.close()
             raise
-        self.clip, self.seed, self.max_length = clip, seed, max_length
-        self._chat_template = chat_template
+        self._chat_template = chat_template or self.config.chat_template
         self.steps = 0
-        self._calls = 0
+        self._micro_calls = 0
         self._pending_tokens = 0
         self._ran: set[object] = set()  # adapted modules that ran since the last step
 
-    def _prepare(
-        self,
-        memory: str,
-        micro_tokens: int | str,
-        gradient_checkpointing: bool,
-        torch_compile: bool,
-        share_prefixes: bool | None,
-    ) -> None:
+    def _attach(
+        self, start: LoraConfig | Adapter | FullFineTuning | None, dropout: float | None, different_base: bool
+    ) -> TrainableAttachment:
+        if isinstance(start, FullFineTuning):
+            return attach_full(self.base, start)
+        return attach(
+            self.base,
+            LoraConfig() if start is None else start,
+            trainable=True,
+            seed=self.config.seed,
+            dropout=dropout,
+            allow_different_base=different_base,
+        )
+
+    def _prepare(self) -> None:
+        config = self.config
         self.model.eval()
-        for module in self.attachment.modules.values():
-            module.training = True  # wakes the dropout of the low-rank path, not the base's
+        self.attachment.train()
         self.parameters = list(self.attachment.parameters())
         self.device = self.parameters[0].device
-        self.drops = any(module.dropout for module in self.attachment.modules.values())
-        self.share_prefixes = not self.drops if share_prefixes is None else share_prefixes
-        checkpointed = Checkpointed(self.model) if gradient_checkpointing else None
+        self.has_dropout = self.attachment.has_dropout
+        self.share_prefixes = not self.has_dropout if config.share_prefixes is None else config.share_prefixes
+        checkpointed = Checkpointed(self.model) if config.gradient_checkpointing else None
         self._checkpointing = checkpointed or nullcontext()
-        with _asleep(self.attachment):
+        with _no_dropout(self.attachment):
             self._prepared = prepare(
                 self.model,
                 self.parameters,
-                max(module.widths[1] for module in self.attachment.modules.values()),
+                self.attachment.widest,
                 share=self.share_prefixes,
-                memory=memory,
-                micro_tokens=micro_tokens,
+                memory=config.memory,
+                micro_tokens=config.micro_tokens,
                 checkpointed=checkpointed,
-                torch_compile=torch_compile,
+                torch_compile=config.torch_compile,
             )
         self.micro_tokens = self._prepared.micro_tokens
 
@@ -233,7 +210,7 @@ class Training:
                 computed += part.computed_tokens
         self._ran |= ran
         self._pending_tokens += trained
-        self._calls += 1
+        self._micro_calls += 1
         real = sum(len(example) for example in encoded)
         return StepResult(float(total) / max(1, trained), trained, real, computed)
 
@@ -259,9 +236,9 @@ class Training:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self._pending_tokens)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         if not bool(torch.isfinite(norm)):
-            self.discard()
+            self.zero_grad()
             raise NonFiniteError(
                 f"a gradient is not a finite number in step {self.steps + 1}; lower the learning rate "
                 f"(it is {self.learning_rate:g}) or use float32"
@@ -269,7 +246,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate if learning_rate is None else learning_rate
         self.optimizer.step()
-        self.discard()
+        self.zero_grad()
         self.steps += 1
         return float(norm)
 
@@ -280,7 +257,7 @@ class Training:
         self._check_open()
         encoded = self.encode(examples)
         total, computed = 0.0, 0
-        with _asleep(self.attachment), self.step.context():
+        with _no_dropout(self.attachment), self.step.context():
             for start in range(0, len(encoded), EVALUATED_AT_ONCE):
                 some = encoded[start : start + EVALUATED_AT_ONCE]
                 for part, outputs in self.step.forward.run(self.passes(some)):
@@ -292,21 +269,21 @@ class Training:
     def sample(self, prompts: Any, **options: Any) -> list[str]:
         """Answers of the model as it is now; options as `generate`."""
         self._check_open()
-        with _asleep(self.attachment):
+        with _no_dropout(self.attachment):
             options.setdefault("chat_template", self.chat.template if self.chat else None)
             return [answer.text for answer in generate(self.base, prompts, **options)]
 
     @cached_property
     def chat(self) -> ChatFormat | None:
         """How conversations are written; None without a tokenizer."""
-        given, card = self._chat_template, self.attachment.adapter().card
+        given, card = self._chat_template, self.attachment.card
         if self.base.tokenizer is None or isinstance(given, ChatFormat):
             return given if isinstance(given, ChatFormat) else None
         return ChatFormat(self.base.tokenizer, find_template(given) or (card.chat_template if card else None))
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, as a value, with the chat template and the stop tokens in its card."""
-        card, chat = self.attachment.adapter().card, self.chat
+        card, chat = self.attachment.card, self.chat
         if card is not None and chat is not None:
             stops = tuple(dict.fromkeys((*card.stop_tokens, *chat.stop_texts)))
             card = card.with_changes(chat_template=chat.template, stop_tokens=stops, task="CAUSAL_LM")
@@ -321,7 +298,7 @@ class Training:
         self._check_open()
         if self._pending_tokens:
             raise TrainingError(
-                "a gradient waits for optim_step(), and a checkpoint holds none; step first, or discard()"
+                "a gradient waits for optim_step(), and a checkpoint holds none; step first, or zero_grad()"
             )
         save_session(self, Path(folder))
 
@@ -335,7 +312,7 @@ class Training:
         """
         self._check_open()
         load_session(self, Path(folder))
-        self.discard()
+        self.zero_grad()
         return self
 
     def close(self) -> None:
@@ -358,9 +335,9 @@ class Training:
             examples = list(examples)
             if all(isinstance(example, Example) for example in examples):
                 check_vocabulary(examples, self.model)
-                check_lengths(examples, self.context, self.max_length)
+                check_lengths(examples, self.context, self.config.max_length)
                 return examples
-        limit = self.max_length or self.context
+        limit = self.config.max_length or self.context
         encoded = list(encode(examples, self.base.tokenizer, max_length=limit, chat_template=self.chat))
         check_vocabulary(encoded, self.model)
         return encoded
@@ -371,11 +348,11 @@ class Training:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradients that wait for `optim_step`."""
         self.optimizer.zero_grad(set_to_none=True)
         self._pending_tokens = 0
-        self._calls = 0
+        self._micro_calls = 0
         self._ran.clear()
 
     @contextmanager
@@ -384,7 +361,7 @@ class Training:
         try:
             yield
         except BaseException:
-            self.discard()
+            self.zero_grad()
             raise
 
     def ran(self) -> list[str]:
@@ -393,12 +370,9 @@ class Training:
 
     def unreached(self) -> list[str]:
         """The sites that ran since the last `optim_step` and got no gradient."""
-        modules = self.attachment.modules
-        return [
-            path
-            for path in self.ran()
-            if any(factor.grad is None for factor in modules[path].factors().values())
-        ]
+        named = self.attachment.named_parameters()
+        without = {name.rpartition(".")[0] for name, parameter in named if parameter.grad is None}
+        return [path for path in self.ran() if path in without]
 
     def _refuse_unreached(self) -> None:
         """Check that every site that ran since the last step got a gradient.
@@ -408,7 +382,7 @@ class Training:
         """
         lost = self.unreached()
         if lost:
-            self.discard()
+            self.zero_grad()
             more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
             rest = [path for path in self.attachment.sites if path not in lost]
             names = short_names(rest, [path for path, _ in self.model.named_modules()])
@@ -427,25 +401,24 @@ class Training:
 
     def _dropout_seed(self) -> AbstractContextManager[None]:
         """Dropout follows from (seed, step, call): a resumed run draws what the whole run would have."""
-        return _seeded(self.seed, self.steps, self._calls) if self.drops else nullcontext()
+        if not self.has_dropout:
+            return nullcontext()
+        return _seeded(dropout_seed(self.config.seed, self.steps, self._micro_calls))
 
 
 @contextmanager
-def _asleep(attachment: Attachment) -> Iterator[None]:
-    """Within it the dropout of the low-rank path sleeps."""
-    modules = list(attachment.modules.values())
-    for module in modules:
-        module.training = False
+def _no_dropout(attachment: TrainableAttachment) -> Iterator[None]:
+    """Context manager: switch the dropout of the low-rank path off."""
+    attachment.train(False)
     try:
         yield
     finally:
-        for module in modules:
-            module.training = True
+        attachment.train()
 
 
 @contextmanager
-def _seeded(*parts: int) -> Iterator[None]:
-    """Within it torch's generators start from these numbers; afterwards they are as before."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Context manager: start torch's generators from this seed; afterwards they are as before."""
     with torch.random.fork_rng():
-        torch.manual_seed(hash(parts) % 2**63)
+        torch.manual_seed(seed)
         yield

@@ -33,7 +33,7 @@ def unlearnt_sites(session: Training) -> tuple[str, ...]:
     except Exception:  # whatever the model raises; the first step says it
         return ()
     finally:
-        session.discard()
+        session.zero_grad()
     found = []
     if unreached:
         found.append(
@@ -52,7 +52,7 @@ def _trial(session: Training, seed: int) -> tuple[list[str], set[str]]:
     """The sites that ran and got no gradient in a step, and those that ran."""
     context = session.context
     lengths = LONG if context is None or sum(LONG) <= context else SHORT
-    session.discard()
+    session.zero_grad()
     session.forward_backward(probe_examples(session.model, lengths, seed))
     return session.unreached(), set(session.ran())
 

@@ -1,0 +1,67 @@
+"""What a run reports of its steps and evaluations, and their totals.
+
+Nothing is written here.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimiser step, as it is written to `metrics.jsonl`.
+
+    Args:
+        step: counted from 1, of `steps` in the run.
+        loss: per trained token, in nats.
+        real_tokens, trained_tokens, computed_tokens: of this step.
+        seconds: of this step, wall time.
+        learning_rate: that this step used.
+        peak_memory_bytes: of the process so far (of the device on a GPU).
+    """
+
+    step: int
+    steps: int
+    loss: float
+    real_tokens: int
+    trained_tokens: int
+    computed_tokens: int
+    seconds: float
+    learning_rate: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    """One evaluation, as it is written to `eval.jsonl`; `best` where no earlier one had a lower loss."""
+
+    step: int
+    loss: float
+    trained_tokens: int
+    seconds: float
+    best: bool
+
+
+@dataclass
+class Totals:
+    """What a run adds up over its steps; its checkpoints keep it."""
+
+    real_tokens: int = 0
+    trained_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    final_loss: float = float("nan")
+    best_loss: float = float("inf")
+    best_step: int = 0
+    best_sums: dict[str, str] = field(default_factory=dict)  # of the files of that step's adapter
+    evaluated: int = 0
+    peak_memory_bytes: int = 0
+
+    def add(self, event: StepEvent) -> None:
+        """Count one more step."""
+        self.real_tokens += event.real_tokens
+        self.trained_tokens += event.trained_tokens
+        self.computed_tokens += event.computed_tokens
+        self.loss_sum += event.loss
+        self.final_loss = event.loss
+        self.peak_memory_bytes = max(self.peak_memory_bytes, event.peak_memory_bytes)

@@ -1,0 +1,59 @@
+"""What stands for the output folder of a run that has none, so that the loop need not ask.
+
+The folder itself is in `folder`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from brushstroke.adapter import Adapter
+from brushstroke.training.checkpoint import Resumable
+from brushstroke.training.folder import RunFolder, refuse_base
+
+
+class NoFolder(RunFolder):
+    """No output folder: there is nothing to go on from, and writing does nothing."""
+
+    def __init__(self) -> None:
+        self.resuming = False
+
+    def __exit__(self, *exc: object) -> None:
+        """Do nothing."""
+
+    def claim(self) -> None:
+        """Do nothing."""
+
+    def checkpoints(self) -> list[Path]:
+        """There are none."""
+        return []
+
+    def open(self, step: int, evaluated: int = 0) -> None:
+        """Do nothing."""
+
+    def record(self, name: str, line: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def save_checkpoint(self, session: Resumable, extra: Mapping[str, Any], best_step: int) -> None:
+        """Do nothing."""
+
+    def save_best(self, adapter: Adapter, step: int) -> dict[str, str]:
+        """Do nothing."""
+        return {}
+
+    def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+
+def open_folder(
+    out: str | Path | None, base: str | None, *, resume: bool = False, overwrite: bool = False
+) -> RunFolder:
+    """The output folder of a run; one that does nothing where none is asked for.
+
+    Raises:
+        ConfigError, OutputError: as `RunFolder`, or it is the folder of the base.
+    """
+    if out is None:
+        return NoFolder()
+    refuse_base(out, base)
+    return RunFolder(out, resume=resume, overwrite=overwrite)
