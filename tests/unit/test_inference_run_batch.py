@@ -4,7 +4,8 @@ import transformers
 from inference_kit import adapter, answered, base, gpt2, llama
 
 from brushstroke.base import row_cache
-from brushstroke.inference import Request, SamplingParams
+from brushstroke.errors import ConfigError
+from brushstroke.inference import Request, SamplingParams, run_requests
 from brushstroke.inference.probes import supports_left_padding, supports_masked_gap
 from brushstroke.layers import bank
 
@@ -238,3 +239,28 @@ def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
             return self.inner(*args, **kwargs)
 
     assert row_cache(Wrapped(b.model)) is None
+
+
+def test_each_request_has_its_own_sampling_parameters():
+    b = base()
+    kinds = [SamplingParams(4), SamplingParams(9), SamplingParams(6, temperature=1.5, seed=3)]
+    requests = [Request(tokens, sampling=kinds[i % 3]) for i, tokens in enumerate(asked())]
+    expected = {}
+    for kind in kinds:
+        alike = [request for request in requests if request.sampling == kind]
+        expected |= zip(alike, run_requests(b, alike), strict=True)
+    done = []
+    found = run_requests(b, requests, batch_size=2, on_done=done.append)
+    assert [expected[r].tokens for r in requests if not r.sampling.temperature] == [
+        output.tokens for r, output in zip(requests, found, strict=True) if not r.sampling.temperature
+    ]
+    assert run_requests(b, requests) == [expected[request] for request in requests]
+    assert [len(output.tokens) for output in found] == [r.sampling.max_new_tokens for r in requests]
+    assert done == sorted(done)
+    assert done[-1] == len(requests)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 1.5])
+def test_a_batch_holds_at_least_one_request(batch_size):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
+        run_requests(base(), [Request((5, 6))], batch_size=batch_size)
