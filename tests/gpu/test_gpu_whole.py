@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import brushstroke as bs
-from brushstroke.inference import Request, Sampling, run_requests
+from brushstroke.inference import Request, SamplingParams, run_requests
 from toys import random_adapter, tiny_llama
 from training_kit import examples
 
@@ -62,10 +62,15 @@ def test_a_mixed_batch_answers_as_each_prompt_alone(folder: Path) -> None:
     adapters = {name: random_adapter(base.model, seed=i) for i, name in enumerate("ab")}
     begin = tuple(2 + i % 60 for i in range(80))  # long enough to be computed once
     requests = [
-        Request(begin + (5 + i,) * (1 + i % 3), ("a", "b", None)[i % 3], stops=(7, 20)) for i in range(9)
+        Request(
+            begin + (5 + i,) * (1 + i % 3),
+            ("a", "b", None)[i % 3],
+            stop_token_ids=(7, 20),
+            sampling=SamplingParams(max_new_tokens=12),
+        )
+        for i in range(9)
     ]
-    sampling = Sampling(max_new_tokens=12)
     with bs.bank(base, adapters) as bank:
-        together = run_requests(base, requests, sampling, bank=bank)
-        alone = [run_requests(base, [request], sampling, bank=bank)[0] for request in requests]
+        together = run_requests(base, requests, bank=bank)
+        alone = [run_requests(base, [request], bank=bank)[0] for request in requests]
     assert [output.tokens for output in together] == [output.tokens for output in alone]

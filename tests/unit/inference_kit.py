@@ -1,5 +1,7 @@
 """Tiny models, tokenizers and adapters for the tests of inference."""
 
+from dataclasses import replace
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -12,6 +14,7 @@ from transformers import (
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base
+from brushstroke.inference import Output, SamplingParams, run_requests
 from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
 
@@ -23,6 +26,11 @@ OTHER_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+def answered(base: Base, requests, sampling: SamplingParams, **options) -> list[Output]:
+    """`run_requests` with the same sampling parameters for all."""
+    return run_requests(base, [replace(request, sampling=sampling) for request in requests], **options)
 
 
 def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:

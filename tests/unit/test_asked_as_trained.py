@@ -14,7 +14,7 @@ from brushstroke.data import ChatFormat, DataWarning, encode, find_template, rea
 from brushstroke.data import template as templates
 from brushstroke.errors import ConfigError, DataError, ResumeError
 from brushstroke.formats import load, save
-from brushstroke.inference import Request, Sampling, evaluate, generate, run_requests
+from brushstroke.inference import Request, SamplingParams, evaluate, generate
 from brushstroke.inference.generate import PromptEncoder
 from brushstroke.inference.stops import Stops
 from brushstroke.merging import merge_folder
@@ -106,7 +106,7 @@ def test_an_adapter_is_asked_as_it_was_trained_and_the_base_as_its_template_asks
     with bs.bank(base, {"a": trained}) as bank:
         encoder = PromptEncoder(base, bank)
         prompts = {
-            name: base.tokenizer.decode(encoder.request("n1", name, where="it").tokens)
+            name: base.tokenizer.decode(encoder.request("n1", name, source="it").tokens)
             for name in ("a", None)
         }
     assert prompts["a"].endswith("<|im_start|>assistant\n")
@@ -123,15 +123,15 @@ def test_the_stops_of_the_model_the_card_and_the_template_all_count():
     with bs.bank(
         base, {"a": trained.with_card(trained.card.with_changes(stop_tokens=("<|end|>", "STOP")))}
     ) as b:
-        request = PromptEncoder(base, b).request("x", "a", where="it")
+        request = PromptEncoder(base, b).request("x", "a", source="it")
     ids = base.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"])
-    assert request.stops == (*ids, 5, 6)
+    assert request.stop_token_ids == (*ids, 5, 6)
     assert request.stop_strings == ("<|halt|>", "STOP")
 
 
 def test_an_answer_ends_at_a_string_of_several_tokens():
     tokenizer = kit.tokenizer()
-    stops = Stops(tokenizer, Request((1,), stops=(7,), stop_strings=("</s>", "END")))
+    stops = Stops(tokenizer, Request((1,), stop_token_ids=(7,), stop_strings=("</s>", "END")))
     said = tokenizer("noon</s>more")["input_ids"]
     output = stops.output(said)
     assert (output.finish, output.stop_string) == ("stop", "</s>")
@@ -152,9 +152,9 @@ def test_generation_halts_at_the_string(count):
     text = base.tokenizer.decode(list(long.tokens))
     string = text[6:9]
     encoder = PromptEncoder(base, None)
-    requests = [encoder.request(prompt, None, where="it") for prompt in prompts]
-    halting = [Request(r.tokens, None, r.stops, r.where, (string,)) for r in requests]
-    outputs = run_requests(base, halting, Sampling(max_new_tokens=24))
+    requests = [encoder.request(prompt, None, source="it") for prompt in prompts]
+    halting = [Request(r.tokens, None, r.stop_token_ids, r.source, (string,)) for r in requests]
+    outputs = kit.answered(base, halting, SamplingParams(max_new_tokens=24))
     for answer, output in zip(free, outputs, strict=True):
         whole = base.tokenizer.decode(list(answer.tokens))
         if string in whole:

@@ -1,6 +1,7 @@
 """Words of a command line as values; help that tells the truth about the defaults."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -10,7 +11,15 @@ from brushstroke.cli import data, evaluate, generate
 from brushstroke.cli.options import AdapterOptions, DataOptions, TrainingOptions, train_config
 from brushstroke.cli.values import named_adapters, patterns, split
 from brushstroke.errors import ConfigError
-from brushstroke.inference import Sampling
+from brushstroke.inference import SamplingParams
+
+
+@dataclasses.dataclass
+class EvaluateDefaults:
+    """What `bs.evaluate` takes where nothing is said."""
+
+    max_new_tokens: int = inspect.signature(bs.evaluate).parameters["max_new_tokens"].default
+    batch_size: int = inspect.signature(bs.evaluate).parameters["batch_size"].default
 
 
 @pytest.mark.parametrize(
@@ -75,8 +84,8 @@ def test_every_setting_of_a_run_has_a_flag():
     [
         (AdapterOptions.__doc__, bs.LoraConfig()),
         (TrainingOptions.__doc__, bs.TrainConfig()),
-        (generate.SamplingOptions.__doc__, Sampling()),
-        (evaluate.evaluate.__doc__, Sampling()),
+        (generate.SamplingOptions.__doc__, SamplingParams()),
+        (evaluate.evaluate.__doc__, EvaluateDefaults()),
     ],
 )
 def test_the_help_tells_the_defaults_of_the_configs(told, config):

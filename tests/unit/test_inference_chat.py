@@ -2,10 +2,10 @@ import pytest
 from inference_kit import adapter, base
 
 from brushstroke.errors import DataError, RouteError
-from brushstroke.inference import ChatSession, Sampling, generate
+from brushstroke.inference import ChatSession, SamplingParams, generate
 from brushstroke.layers import bank
 
-SHORT = Sampling(max_new_tokens=6)
+SHORT = SamplingParams(max_new_tokens=6)
 
 
 def test_a_session_remembers_its_turns():
@@ -65,7 +65,7 @@ def test_the_only_adapter_speaks_at_first_and_a_given_bank_stays():
 def test_streamed_pieces_make_up_the_answer(num_beams):
     b = base()
     pieces: list[str] = []
-    with ChatSession(b, sampling=Sampling(max_new_tokens=20, num_beams=num_beams)) as chat:
+    with ChatSession(b, sampling=SamplingParams(max_new_tokens=20, num_beams=num_beams)) as chat:
         answer = chat.say("hi", pieces.append)
     assert "".join(pieces) == answer
     assert (len(pieces) > 1) == (num_beams == 1)

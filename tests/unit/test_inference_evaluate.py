@@ -18,7 +18,7 @@ from brushstroke.inference import (
     loss,
     score,
 )
-from brushstroke.layers import attach
+from brushstroke.layers import attach, bank
 from brushstroke.merging import merge
 
 NATS = 1e-5  # fp32 logits, summed in another order
@@ -49,34 +49,55 @@ def plain_loss(model, examples) -> tuple[float, int]:
 
 @pytest.mark.parametrize("model", [llama(), gpt2()], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("budget", [2048, 60])
-def test_the_padded_loss_is_that_of_each_example_alone(model, budget, monkeypatch):
-    monkeypatch.setattr(loss, "PADDED_TOKENS", budget)
-    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 7)
+def test_the_loss_is_that_of_each_example_alone(model, budget, monkeypatch):
+    monkeypatch.setattr(loss, "PASS_TOKENS", budget)
     examples = encode(PAIRS, tokenizer()).examples
     examples = (*examples, dataclasses.replace(examples[0], weights=(0.0, 0.5, *examples[0].weights[2:])))
-    got = evaluate_loss(model, examples, batch_size=3)
+    done = []
+    got = evaluate_loss(model, examples, on_done=done.append)
     total, count = plain_loss(model, examples)
     assert got.total == pytest.approx(total, rel=NATS)
     assert got.trained_tokens == count
     assert got.mean == pytest.approx(total / count, rel=NATS)
+    assert (done[-1], len(done) > 1) == (len(examples), budget == 60)
     assert evaluate_loss(model, []).mean is None
 
 
-def test_a_model_without_logits_to_keep_gives_the_same_loss():
-    model = llama()
+class Whole(torch.nn.Module):
+    """A model that takes nothing but a padded batch, and gives the logits of all of it."""
 
-    class Whole(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
 
-        def forward(self, input_ids, attention_mask, use_cache):
-            return (self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache).logits,)
+    def forward(self, input_ids, attention_mask, use_cache):
+        return (self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache).logits,)
 
+
+def test_a_model_that_cannot_run_packed_gives_the_same_loss():
     examples = encode(PAIRS, tokenizer()).examples
-    assert evaluate_loss(Whole(), examples).total == pytest.approx(
-        evaluate_loss(model, examples).total, rel=NATS
-    )
+    whole = Whole(llama())
+    with loss.loss_forward(whole) as forward:
+        assert forward.name == "padded"
+    assert evaluate_loss(whole, examples).total == pytest.approx(plain_loss(llama(), examples)[0], rel=NATS)
+    assert evaluate_loss(whole, []).mean is None
+
+
+@pytest.mark.parametrize("model", [llama(), gpt2()], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_of_each_slot_of_a_bank_is_that_of_its_merged_model(model, packed):
+    examples = encode(PAIRS, tokenizer()).examples
+    adapters = {name: adapter(model, seed) for seed, name in enumerate("ab", start=1)}
+    expected = [plain_loss(merge(Base(model), adapters[name]).model, examples)[0] for name in "ab"]
+    expected = [plain_loss(model, examples)[0], *expected]
+    with bank(model, adapters) as held, loss.loss_forward(model if packed else Whole(model)) as forward:
+        assert forward.name == ("packed" if packed else "padded")
+        slots = [held.slot(name) for name in (None, *"ab")]
+        found = [loss.total_loss(forward, examples, slot).total for slot in slots]
+        assert held.active != (None,)
+    assert held.active == (None,)
+    assert found == pytest.approx(expected, rel=1e-4)  # fp32 weights with the update folded in
+    assert len({round(value, 3) for value in found}) == 3
 
 
 def test_an_adapter_is_judged_as_the_merged_model():

@@ -2,16 +2,15 @@ import dataclasses
 
 import pytest
 import torch
-from inference_kit import OTHER_TEMPLATE, TEMPLATE, adapter, base, gpt2, llama
+from inference_kit import OTHER_TEMPLATE, TEMPLATE, adapter, answered, base, gpt2, llama
 from transformers import GenerationConfig
 
 from brushstroke.base import context_length
 from brushstroke.data import ChatFormat, Example
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference import Answer, generate
-from brushstroke.inference.batching import run_requests
 from brushstroke.inference.loss import evaluate_loss
-from brushstroke.inference.request import Request, Sampling
+from brushstroke.inference.request import Request, SamplingParams
 from brushstroke.layers import attach, bank
 from brushstroke.merging import merge
 
@@ -104,7 +103,7 @@ def test_each_row_is_written_with_the_template_that_its_adapter_was_trained_with
         prompt = ChatFormat(b.tokenizer, template).prompt_tokens("hi")
         request = Request(tuple(prompt), None if adapters is None else "x", (261,))
         with bank(b, {} if adapters is None else {"x": adapters}) as held:
-            (output,) = run_requests(b, [request], Sampling(6), bank=held)
+            (output,) = answered(b, [request], SamplingParams(6), bank=held)
         assert output.tokens[: len(answer.tokens)] == answer.tokens
 
 
@@ -112,8 +111,8 @@ def test_an_answer_ends_at_the_end_of_turn_and_says_so():
     b = base()
     first = generate(b, "hi", max_new_tokens=5)[0].tokens
     stop = first[2]
-    (output,) = run_requests(
-        b, [Request(tuple(ChatFormat(b.tokenizer).prompt_tokens("hi")), None, (stop,))], Sampling(5)
+    (output,) = answered(
+        b, [Request(tuple(ChatFormat(b.tokenizer).prompt_tokens("hi")), None, (stop,))], SamplingParams(5)
     )
     assert output.tokens == first[: first.index(stop)]
     assert output.finish == "stop"
@@ -123,8 +122,9 @@ def test_an_answer_ends_at_the_end_of_turn_and_says_so():
 def test_rows_with_other_stop_tokens_do_not_stop_each_other():
     b = base()
     prompt = tuple(ChatFormat(b.tokenizer).prompt_tokens("hi"))
-    (free,) = run_requests(b, [Request(prompt)], Sampling(6))
-    stopped, going = run_requests(b, [Request(prompt, None, (free.tokens[1],)), Request(prompt)], Sampling(6))
+    (free,) = answered(b, [Request(prompt)], SamplingParams(6))
+    requests = [Request(prompt, None, (free.tokens[1],)), Request(prompt)]
+    stopped, going = answered(b, requests, SamplingParams(6))
     assert stopped.finish == "stop"
     assert going == free
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
 import transformers
-from inference_kit import adapter, base, gpt2, llama
+from inference_kit import adapter, answered, base, gpt2, llama
 
 from brushstroke.base import row_cache
-from brushstroke.inference import Request, Sampling, run_requests
+from brushstroke.errors import ConfigError
+from brushstroke.inference import Request, SamplingParams, run_requests
 from brushstroke.inference.probes import supports_left_padding, supports_masked_gap
 from brushstroke.layers import bank
 
@@ -68,10 +69,10 @@ def stops_among(answers: list[tuple[int, ...]]) -> tuple[int, ...]:
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
 def test_rows_that_leave_change_no_answer(name, monkeypatch):
     b = base({**CUT, **WHOLE}[name]())
-    free = [x.tokens for x in run_requests(b, [Request(tokens) for tokens in asked()], Sampling(BUDGET))]
+    free = [x.tokens for x in answered(b, [Request(tokens) for tokens in asked()], SamplingParams(BUDGET))]
     stops = stops_among(free)
     sizes = sizes_of_passes(b.model, monkeypatch)
-    found = run_requests(b, [Request(tokens, None, stops) for tokens in asked()], Sampling(BUDGET))
+    found = answered(b, [Request(tokens, None, stops) for tokens in asked()], SamplingParams(BUDGET))
     for output, whole in zip(found, free, strict=True):
         end = next((i for i, token in enumerate(whole) if token in stops), None)
         assert output.tokens == whole[:end]
@@ -90,9 +91,9 @@ def test_a_beginning_that_is_computed_once_changes_no_answer(name, begin, monkey
     b = base({**CUT, **WHOLE}[name]())
     beginning = tuple(range(40, 40 + begin))
     requests = [Request(beginning + tokens, None, (7, *range(90, 110))) for tokens in asked(rows=7)]
-    alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
+    alone = [answered(b, [request], SamplingParams(12))[0] for request in requests]
     sizes = sizes_of_passes(b.model, monkeypatch)
-    assert run_requests(b, requests, Sampling(12)) == alone
+    assert answered(b, requests, SamplingParams(12)) == alone
     once = begin == 20 and name in APART
     assert sizes[0] == (1 if once else len(requests))
 
@@ -104,13 +105,13 @@ def test_each_adapter_has_its_own_beginning(monkeypatch):
     voices = ["b", None, "a", "a", "b", None, "a", "b", None]
     requests = [Request(begins[voice] + tokens, voice) for tokens, voice in zip(asked(), voices, strict=True)]
     with bank(b, adapters) as held:
-        alone = [run_requests(b, [request], Sampling(BUDGET), bank=held)[0] for request in requests]
+        alone = [answered(b, [request], SamplingParams(BUDGET), bank=held)[0] for request in requests]
         sizes = sizes_of_passes(b.model, monkeypatch)
-        assert run_requests(b, requests, Sampling(BUDGET), bank=held) == alone
+        assert answered(b, requests, SamplingParams(BUDGET), bank=held) == alone
         assert sizes == [3, 9]
         same = [Request(requests[0].tokens, voice) for voice in voices]  # nothing is left but a last token
-        alone = [run_requests(b, [request], Sampling(BUDGET), bank=held)[0] for request in same]
-        assert run_requests(b, same, Sampling(BUDGET), bank=held) == alone
+        alone = [answered(b, [request], SamplingParams(BUDGET), bank=held)[0] for request in same]
+        assert answered(b, same, SamplingParams(BUDGET), bank=held) == alone
 
 
 @pytest.mark.parametrize("window", [16, 120])
@@ -123,17 +124,17 @@ def test_a_window_that_counts_places_is_found_out(window, monkeypatch):
     assert not supports_masked_gap(b.model, 0, 100)
     beginning = tuple(range(5, 245))[: window + 20]
     requests = [Request(beginning + (200 + i,) * (1 + 9 * i)) for i in range(5)]
-    alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
-    assert run_requests(b, requests, Sampling(12)) == alone
+    alone = [answered(b, [request], SamplingParams(12))[0] for request in requests]
+    assert answered(b, requests, SamplingParams(12)) == alone
 
 
 @pytest.mark.parametrize("name", [*UNPADDED])
 def test_prompts_of_one_length_run_together_where_padding_is_not_borne(name, monkeypatch):
     b = base(UNPADDED[name]())
     requests = [Request(tokens) for tokens in asked(rows=8)]
-    alone = [run_requests(b, [request], Sampling(12))[0] for request in requests]
+    alone = [answered(b, [request], SamplingParams(12))[0] for request in requests]
     sizes = sizes_of_passes(b.model, monkeypatch)
-    assert run_requests(b, requests, Sampling(12)) == alone
+    assert answered(b, requests, SamplingParams(12)) == alone
     lengths = [len(request.tokens) for request in requests]
     assert sorted(sizes) == sorted(lengths.count(length) for length in set(lengths))
 
@@ -170,11 +171,11 @@ def test_rows_of_one_length_share_frequencies_that_follow_it(monkeypatch):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
     b = base(llama(rope_parameters=rope))
     requests = [Request(tuple(range(9, 9 + length))) for length in (5, 5, 20, 20, 40, 9)]
-    alone = [run_requests(b, [request], Sampling(8))[0] for request in requests]
+    alone = [answered(b, [request], SamplingParams(8))[0] for request in requests]
     sizes = sizes_of_passes(b.model, monkeypatch)
-    assert run_requests(b, requests, Sampling(8)) == alone
+    assert answered(b, requests, SamplingParams(8)) == alone
     assert sizes == [1, 2, 1, 2]
-    assert run_requests(b, requests[:1] + requests[-1:], Sampling(8)) == [alone[0], alone[-1]]
+    assert answered(b, requests[:1] + requests[-1:], SamplingParams(8)) == [alone[0], alone[-1]]
     assert sizes[4:] == [2]  # none of them gets that far
 
 
@@ -197,27 +198,27 @@ def test_a_row_that_stays_keeps_its_adapter(monkeypatch):
     voices = ["a", None, "b", "a", "b", None, "a", "b", None]
     with bank(b, adapters) as held:
         requests = [Request(tokens, voice) for tokens, voice in zip(asked(), voices, strict=True)]
-        free = [x.tokens for x in run_requests(b, requests, Sampling(BUDGET), bank=held)]
+        free = [x.tokens for x in answered(b, requests, SamplingParams(BUDGET), bank=held)]
         stops = stops_among(free)
         sizes = sizes_of_passes(b.model, monkeypatch)
         stopped = [Request(request.tokens, request.adapter, stops) for request in requests]
-        found = run_requests(b, stopped, Sampling(BUDGET), bank=held)
+        found = answered(b, stopped, SamplingParams(BUDGET), bank=held)
         assert len(sizes) > 1
         for request, output in zip(stopped, found, strict=True):
-            assert [output] == run_requests(b, [request], Sampling(BUDGET), bank=held)
+            assert [output] == answered(b, [request], SamplingParams(BUDGET), bank=held)
         assert held.active == (None,)
 
 
 def test_drawn_answers_are_the_same_each_time_and_end_where_they_should(monkeypatch):
     b = base()
-    drawn = Sampling(BUDGET, temperature=1.5, seed=4)
-    free = [x.tokens for x in run_requests(b, [Request(tokens) for tokens in asked()], drawn)]
+    drawn = SamplingParams(BUDGET, temperature=1.5, seed=4)
+    free = [x.tokens for x in answered(b, [Request(tokens) for tokens in asked()], drawn)]
     stops = stops_among(free)
     requests = [Request(tokens, None, stops) for tokens in asked()]
     sizes = sizes_of_passes(b.model, monkeypatch)
-    found = run_requests(b, requests, drawn)
+    found = answered(b, requests, drawn)
     assert len(sizes) > 1
-    assert found == run_requests(b, requests, drawn)
+    assert found == answered(b, requests, drawn)
     assert all(len(x.tokens) == BUDGET for x in found if x.finish == "length")
     assert all(not set(x.tokens) & set(stops) for x in found)
 
@@ -226,7 +227,7 @@ def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
     b = base()
     requests = [Request(tokens, None, (7, 8, 9, *range(20, 90))) for tokens in asked()]
     sizes = sizes_of_passes(b.model, monkeypatch)
-    run_requests(b, requests, Sampling(BUDGET, num_beams=2))
+    answered(b, requests, SamplingParams(BUDGET, num_beams=2))
     assert sizes == [len(requests)]
 
     class Wrapped(torch.nn.Module):
@@ -238,3 +239,28 @@ def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
             return self.inner(*args, **kwargs)
 
     assert row_cache(Wrapped(b.model)) is None
+
+
+def test_each_request_has_its_own_sampling_parameters():
+    b = base()
+    kinds = [SamplingParams(4), SamplingParams(9), SamplingParams(6, temperature=1.5, seed=3)]
+    requests = [Request(tokens, sampling=kinds[i % 3]) for i, tokens in enumerate(asked())]
+    expected = {}
+    for kind in kinds:
+        alike = [request for request in requests if request.sampling == kind]
+        expected |= zip(alike, run_requests(b, alike), strict=True)
+    done = []
+    found = run_requests(b, requests, batch_size=2, on_done=done.append)
+    assert [expected[r].tokens for r in requests if not r.sampling.temperature] == [
+        output.tokens for r, output in zip(requests, found, strict=True) if not r.sampling.temperature
+    ]
+    assert run_requests(b, requests) == [expected[request] for request in requests]
+    assert [len(output.tokens) for output in found] == [r.sampling.max_new_tokens for r in requests]
+    assert done == sorted(done)
+    assert done[-1] == len(requests)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 1.5])
+def test_a_batch_holds_at_least_one_request(batch_size):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
+        run_requests(base(), [Request((5, 6))], batch_size=batch_size)

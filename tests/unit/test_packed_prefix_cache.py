@@ -7,15 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inference_kit import answered
 from torch import nn
 
 from brushstroke.adapter import LoraConfig
 from brushstroke.base import Base, preserved_rope, reset_dynamic_rope
 from brushstroke.data import Example
 from brushstroke.errors import NonFiniteError
-from brushstroke.inference.batching import run_requests
 from brushstroke.inference.loss import evaluate_loss
-from brushstroke.inference.request import Request, Sampling
+from brushstroke.inference.request import Request, SamplingParams
 from brushstroke.layers import attach
 from brushstroke.packed.pack import HELD_SAVES, Row, plan_passes
 from brushstroke.training import Training
@@ -133,7 +133,7 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, 
     evaluate_loss(model, [LONG])
     assert state() == before
     requests = [Request((5, 6, 7)), Request((5, 6, 7, 8, 9))]
-    run_requests(Base(model), requests, Sampling(max_new_tokens=2))
+    answered(Base(model), requests, SamplingParams(max_new_tokens=2))
     assert state() == before
     with Training(model, LoraConfig(rank=2), max_length=128) as run:
         during = state()
@@ -179,7 +179,7 @@ def test_moving_frequencies_stay_usable_after_a_pass_in_inference_mode(kind: str
     expected = moving_model(kind, 60)(input_ids=tokens).logits
     with torch.inference_mode():
         evaluate_loss(model, [LONG])
-        run_requests(Base(model), [Request((5, 6, 7))], Sampling(max_new_tokens=2))
+        answered(Base(model), [Request((5, 6, 7))], SamplingParams(max_new_tokens=2))
     assert not any(buffer.is_inference() for buffer in model.buffers())
     with Training(model, LoraConfig(rank=2), max_length=128) as run:
         run.forward_backward([LONG])

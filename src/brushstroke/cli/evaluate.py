@@ -70,9 +70,12 @@ def evaluate(
     adapters: dict[str, Any] = dict(load_adapters(adapter)) or {BASE: None}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     options = {name: value for name, value in options.items() if value is not None}
-    from brushstroke.inference import Sampling, evaluate_all
+    from brushstroke.inference import SamplingParams, check_batch_size, evaluate_all
 
-    Sampling(**options)
+    if max_new_tokens is not None:
+        SamplingParams(max_new_tokens)
+    if batch_size is not None:
+        check_batch_size(batch_size)
     run = run or BaseOptions()
     judge_data(
         base,

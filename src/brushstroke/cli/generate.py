@@ -51,10 +51,10 @@ class SamplingOptions:
         Raises:
             ConfigError: a value that cannot work.
         """
-        from brushstroke.inference import Sampling
+        from brushstroke.inference import SamplingParams
 
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        Sampling(**values)
+        SamplingParams(**values)
         return values
 
 
@@ -153,7 +153,7 @@ def chat(
     given = (sampling or SamplingOptions()).given()
     options = options or BaseOptions()
     loaded = load(base, options)
-    from brushstroke.inference import ChatSession, Sampling
+    from brushstroke.inference import ChatSession, SamplingParams
 
     with ChatSession(
         loaded,
@@ -162,7 +162,7 @@ def chat(
         tools=declared,
         chat_template=chat_template,
         date=date,
-        sampling=Sampling(**given),
+        sampling=SamplingParams(**given),
         allow_different_base=options.allow_different_base,
     ) as session:
         say(f"{session.adapter or BASE} speaks; {HELP}")

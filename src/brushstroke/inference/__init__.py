@@ -8,7 +8,7 @@ from brushstroke.inference.chat import ChatSession
 from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
 from brushstroke.inference.generate import Answer, generate, shown_prompt
 from brushstroke.inference.loss import Loss, evaluate_loss
-from brushstroke.inference.request import Output, Request, Sampling
+from brushstroke.inference.request import Output, Request, SamplingParams, check_batch_size
 from brushstroke.inference.scores import Scores, json_object, score
 
 __all__ = [
@@ -18,8 +18,9 @@ __all__ = [
     "Loss",
     "Output",
     "Request",
-    "Sampling",
+    "SamplingParams",
     "Scores",
+    "check_batch_size",
     "evaluate",
     "evaluate_all",
     "evaluate_loss",

@@ -21,7 +21,7 @@ from brushstroke.base import (
 )
 from brushstroke.errors import ConfigError, DataError
 from brushstroke.inference.probes import supports_left_padding
-from brushstroke.inference.request import Output, Request, Sampling
+from brushstroke.inference.request import Output, Request, SamplingParams, check_batch_size
 from brushstroke.inference.run_batch import pad_id, routed, run_batch
 from brushstroke.layers import Bank, require_uniform_route
 
@@ -29,26 +29,27 @@ from brushstroke.layers import Bank, require_uniform_route
 def run_requests(
     base: Base,
     requests: Sequence[Request],
-    sampling: Sampling,
     *,
+    batch_size: int = 16,
     bank: Bank | None = None,
     streamer: Any = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Output]:
     """Answer requests in batches of similar length; the results come in the order of the requests.
 
-    One batch may mix adapters and the base. Requests that end otherwise run in different batches, and those
-    of different lengths where the model does not answer a padded row as it does alone.
+    One batch may mix adapters and the base. Requests with other sampling parameters or stops run in different
+    batches, and those of different lengths where the model does not answer a padded row as it does alone.
 
     Args:
         base: a causal language model of transformers.
-        requests: the prompts.
-        sampling: how tokens are chosen.
+        requests: the prompts, and how each is answered.
+        batch_size: most requests in one batch.
         bank: holds the adapters that the requests name.
         streamer: transformers' streamer, for a single request.
         on_done: called after each batch with the number of requests that are answered.
 
     Raises:
+        ConfigError: a model that cannot generate, or a batch of no requests.
         DataError: a prompt is empty, or with its answer longer than the model's context.
         RouteError: without a bank, a route in force in the model tells rows apart.
     """
@@ -56,57 +57,71 @@ def run_requests(
         raise ConfigError(
             f"{type(base.model).__name__} has no generate(); pass a causal language model of transformers"
         )
-    _refuse_misfits(base.model, requests, sampling)
+    check_batch_size(batch_size)
+    _refuse_misfits(base.model, requests)
     if bank is None:
         require_uniform_route(base)
     outputs: dict[int, Output] = {}
-    with torch.no_grad(), quiet_transformers(), _ready(base.model), _seeded(base, sampling):
-        uneven = sampling.batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
+    with torch.no_grad(), quiet_transformers(), _ready(base.model):
+        uneven = batch_size > 1 and len({len(request.tokens) for request in requests}) > 1
         with routed(bank, [None]), preserved_rope(base.model):
-            equal = uneven and not _may_be_padded(base, requests, sampling)
-        for batch in _batches(requests, sampling.batch_size, equal):
-            chosen = [requests[index] for index in batch]
-            with preserved_rope(base.model):
-                answers = run_batch(base, chosen, sampling, bank=bank, streamer=streamer)
-            outputs.update(zip(batch, answers, strict=True))
-            if on_done is not None:
-                on_done(len(outputs))
+            equal = uneven and not _may_be_padded(base, requests)
+        for sampling, indices in _by_sampling(requests):
+            with _seeded(base, sampling):
+                for batch in _batches(requests, indices, batch_size, equal):
+                    chosen = [requests[index] for index in batch]
+                    with preserved_rope(base.model):
+                        answers = run_batch(base, chosen, bank=bank, streamer=streamer)
+                    outputs.update(zip(batch, answers, strict=True))
+                    if on_done is not None:
+                        on_done(len(outputs))
     return [outputs[index] for index in range(len(requests))]
 
 
-def _may_be_padded(base: Base, requests: Sequence[Request], sampling: Sampling) -> bool:
+def _by_sampling(requests: Sequence[Request]) -> Iterator[tuple[SamplingParams, list[int]]]:
+    """The requests with the same sampling parameters, which draw from one generator."""
+    found: dict[SamplingParams, list[int]] = {}
+    for index, request in enumerate(requests):
+        found.setdefault(request.sampling, []).append(index)
+    yield from found.items()
+
+
+def _may_be_padded(base: Base, requests: Sequence[Request]) -> bool:
     """Whether rows of different lengths are answered together as each one alone."""
-    longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
+    longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in requests)
     moving = dynamic_rope_limit(base.model)
     return (moving is None or longest <= moving) and supports_left_padding(base.model, pad_id(base))
 
 
-def _refuse_misfits(model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> None:
+def _refuse_misfits(model: nn.Module, requests: Sequence[Request]) -> None:
     context = context_length(model)
     for request in requests:
         if not request.tokens:
-            raise DataError(f"{request.where} is empty; give at least one token to go on from")
-        refuse_unknown_tokens(model, request.tokens, request.where)
-        if context is not None and len(request.tokens) + sampling.max_new_tokens > context:
+            raise DataError(f"{request.source} is empty; give at least one token to go on from")
+        refuse_unknown_tokens(model, request.tokens, request.source)
+        room = request.sampling.max_new_tokens
+        if context is not None and len(request.tokens) + room > context:
             raise DataError(
-                f"{request.where} has {len(request.tokens)} tokens; with room for {sampling.max_new_tokens} "
+                f"{request.source} has {len(request.tokens)} tokens; with room for {room} "
                 f"new ones that is more than the model's context of {context}: shorten it, or lower "
                 "max_new_tokens (--max-new-tokens)"
             )
 
 
-def _batches(requests: Sequence[Request], size: int, equal: bool) -> Iterator[list[int]]:
-    """Indices in batches of one set of stops each, and of one length if asked; longest prompts first.
+def _batches(
+    requests: Sequence[Request], indices: Sequence[int], size: int, equal: bool
+) -> Iterator[list[int]]:
+    """Some requests in batches of one set of stops each, and of one length if asked; longest prompts first.
 
     Within a batch the rows of one adapter stand together, so that no row has to be gathered.
     """
-    ends = [(sorted(request.stops), sorted(request.stop_strings)) for request in requests]
-    order = sorted(range(len(requests)), key=lambda i: (ends[i], -len(requests[i].tokens), i))
+    ends = [(sorted(request.stop_token_ids), sorted(request.stop_strings)) for request in requests]
+    order = sorted(indices, key=lambda i: (ends[i], -len(requests[i].tokens), i))
     kind = lambda i: (ends[i], len(requests[i].tokens) if equal else None)  # noqa: E731
     for _, group in groupby(order, key=kind):
-        indices = list(group)
-        for start in range(0, len(indices), size):
-            yield sorted(indices[start : start + size], key=lambda i: requests[i].adapter or "")
+        alike = list(group)
+        for start in range(0, len(alike), size):
+            yield sorted(alike[start : start + size], key=lambda i: requests[i].adapter or "")
 
 
 @contextmanager
@@ -129,7 +144,7 @@ def _ready(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(base: Base, sampling: Sampling) -> Iterator[None]:
+def _seeded(base: Base, sampling: SamplingParams) -> Iterator[None]:
     """Inside, draws come from the seed; the caller's random state is untouched."""
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=sampling.temperature > 0):

@@ -12,7 +12,7 @@ from brushstroke.data import Template
 from brushstroke.errors import DataError
 from brushstroke.inference.batching import run_requests
 from brushstroke.inference.generate import Adapters, Prompt, PromptEncoder, assign_rows, open_bank
-from brushstroke.inference.request import Request, Sampling
+from brushstroke.inference.request import Request, SamplingParams
 
 
 class ChatSession:
@@ -42,14 +42,14 @@ class ChatSession:
         adapters: Adapters = None,
         *,
         system: str | None = None,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         tools: Sequence[Any] = (),
         chat_template: Template = None,
         date: str | None = None,
         allow_different_base: bool = False,
     ) -> None:
         require_base(base)
-        self._base, self._sampling = base, sampling or Sampling()
+        self._base, self._sampling = base, sampling or SamplingParams()
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self._turns: list[dict[str, Any]] = []
         self._tools = tools
@@ -110,10 +110,10 @@ class ChatSession:
         request = self._request(turn)
         streamer = (
             _Streamer(self._voices, on_text, request)
-            if on_text is not None and self._sampling.num_beams == 1
+            if on_text is not None and request.sampling.num_beams == 1
             else None
         )
-        (output,) = run_requests(self._base, [request], self._sampling, bank=self._bank, streamer=streamer)
+        (output,) = run_requests(self._base, [request], bank=self._bank, streamer=streamer)
         answer = self._voices.answer(output, self._name, self._tools)
         if on_text is not None:
             _emit_rest(self._voices.written(output), streamer, on_text)
@@ -144,7 +144,9 @@ class ChatSession:
             prompt = "".join(message["content"] for message in prompt)
         if not turn["content"]:
             raise DataError("there is nothing to answer; say something")
-        return self._voices.request(prompt, self._name, tools=self._tools, where="the conversation")
+        return self._voices.request(
+            prompt, self._name, tools=self._tools, source="the conversation", sampling=self._sampling
+        )
 
 
 class _Streamer:
@@ -161,7 +163,9 @@ class _Streamer:
         if self._prompt:
             self._prompt = False
             return
-        self._tokens += [token for token in value.reshape(-1).tolist() if token not in self._request.stops]
+        self._tokens += [
+            token for token in value.reshape(-1).tolist() if token not in self._request.stop_token_ids
+        ]
         text = _before_stop(self._voices.text(self._tokens), self._request.stop_strings)
         # A character of several tokens decodes to the replacement character until it is whole.
         if not text.endswith("\ufffd") and text.startswith(self.emitted) and text != self.emitted:

@@ -5,10 +5,9 @@ The scores of answers are defined in `scores`, the loss in `loss`.
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from brushstroke.adapter import Adapter
@@ -30,10 +29,9 @@ from brushstroke.data import (
 from brushstroke.errors import ConfigError
 from brushstroke.inference.batching import run_requests
 from brushstroke.inference.generate import ONLY, Prompt, PromptEncoder, open_bank, shown_prompt, tools_of
-from brushstroke.inference.loss import Loss, evaluate_loss
-from brushstroke.inference.request import Output, Sampling
+from brushstroke.inference.loss import Loss, loss_forward, total_loss
+from brushstroke.inference.request import Output, SamplingParams, check_batch_size
 from brushstroke.inference.scores import score
-from brushstroke.layers import Bank
 
 Progress = Callable[[str, int, int], None]
 
@@ -109,7 +107,7 @@ def evaluate(
         data: whatever `read_rows` or `encode` reads.
         adapter: None is the base as it is, with whatever is attached to it.
         max_new_tokens: most tokens of an answer.
-        batch_size: rows in one batch.
+        batch_size: rows that are answered in one batch.
         generate: whether to answer at all; without it the loss alone is computed.
         on_progress: called with ("loss" or "answers", done, of).
         prompt_column: another name for `prompt`.
@@ -174,37 +172,49 @@ def evaluate_all(
         raise ConfigError("there is nothing to evaluate; give at least one name (with None for the base)")
     require_base(base)
     check_max_length(base.model, max_length)
-    sampling = Sampling(max_new_tokens, batch_size=batch_size)
+    check_batch_size(batch_size)
+    sampling = SamplingParams(max_new_tokens)
     source = data if isinstance(data, Rows) or _is_tokenised(data) else read_rows(data)
     context = context_length(base.model)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
-    results = {}
     trained = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    seconds = dict.fromkeys(adapters, 0.0)
+    encoded: dict[str, EncodedData] = {}
+    losses: dict[str, Loss] = {}
+    results: dict[str, Evaluation] = {}
     with open_bank(base, trained, allow_different_base=allow_different_base) as held:
         encoder = PromptEncoder(base, held, chat_template, date) if base.tokenizer is not None else None
-        for name, adapter in adapters.items():
-            started = time.perf_counter()
-            slot = name if adapter is not None else None
-            encoded = encode(
+        named = {name: name if name in trained else None for name in adapters}
+        for name, adapter in named.items():
+            encoded[name] = encode(
                 source,
                 base.tokenizer,
                 prompt_column=prompt_column,
                 completion_column=completion_column,
                 max_length=limit,
                 split_turns=split_turns,
-                chat_template=encoder.format(slot) if encoder else None,
+                chat_template=encoder.format(adapter) if encoder else None,
                 tools=tools,
             )
-            for example in encoded:
-                refuse_unknown_tokens(base.model, example.tokens, f"{encoded.name}, row {example.row}")
-            report = partial(on_progress, name) if on_progress is not None else None
-            loss = _loss(base, encoded, held, slot, batch_size, report)
+            for example in encoded[name]:
+                refuse_unknown_tokens(base.model, example.tokens, f"{encoded[name].name}, row {example.row}")
+        with loss_forward(base) as forward:
+            for name, adapter in named.items():
+                with _clock(seconds, name):
+                    examples = encoded[name].examples
+                    count = sum(1 for example in examples if example.trained)
+                    done = _reporter(on_progress, name, "loss", count)
+                    slot = None if held is None else held.slot(adapter)
+                    losses[name] = total_loss(forward, examples, slot, done)
+        for name, adapter in named.items():
             answers: list[dict[str, Any]] = []
             right: list[bool] = []
             if generate and encoder and isinstance(source, Rows):
                 columns = find_columns(source, prompt_column, completion_column)
-                questions = _questions(source, columns, encoder.format(slot), tools)
-                answers, right = _answers(questions, encoder, slot, sampling, report)
+                questions = _questions(source, columns, encoder.format(adapter), tools)
+                done = _reporter(on_progress, name, "answers", len(questions))
+                with _clock(seconds, name):
+                    answers, right = _answers(questions, encoder, adapter, sampling, batch_size, done)
                 if 0 < len(questions) < len(source):
                     warnings.warn(
                         f"{len(source) - len(questions)} of {len(source)} rows have no answer to judge; "
@@ -215,36 +225,36 @@ def evaluate_all(
             texts = [record for record in answers if "expected_calls" not in record]
             scores = score(((record["answer"], record["expected"]) for record in texts), right)
             results[name] = Evaluation(
-                rows=encoded.report.rows,
-                loss=loss.mean,
-                trained_tokens=loss.trained_tokens,
+                rows=encoded[name].report.rows,
+                loss=losses[name].mean,
+                trained_tokens=losses[name].trained_tokens,
                 exact_match=scores.exact_match,
                 valid_json=scores.valid_json,
                 field_f1=scores.field_f1,
-                seconds=time.perf_counter() - started,
+                seconds=seconds[name],
                 answers=tuple(answers),
             )
     return results
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Context manager: add what it takes to the seconds of an adapter."""
+    started = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - started
+
+
+def _reporter(
+    on_progress: Callable[[str, str, int, int], None] | None, name: str, what: str, count: int
+) -> Callable[[int], None] | None:
+    return None if on_progress is None else lambda done: on_progress(name, what, done, count)
 
 
 def _is_tokenised(data: Any) -> bool:
     if isinstance(data, EncodedData):
         return True
     return isinstance(data, Sequence) and bool(data) and isinstance(data[0], Example)
-
-
-def _loss(
-    base: Base,
-    encoded: EncodedData,
-    held: Bank | None,
-    slot: str | None,
-    batch_size: int,
-    report: Progress | None,
-) -> Loss:
-    count = sum(1 for example in encoded if example.trained)
-    on_done = None if report is None else lambda done: report("loss", done, count)
-    with nullcontext() if held is None else held.rows(slot):
-        return evaluate_loss(base, encoded.examples, batch_size=batch_size, on_done=on_done)
 
 
 def _questions(rows: Rows, columns: Columns, chat: ChatFormat, tools: Sequence[Any]) -> list[_Question]:
@@ -272,40 +282,43 @@ def _questions(rows: Rows, columns: Columns, chat: ChatFormat, tools: Sequence[A
 def _answers(
     questions: Sequence[_Question],
     encoder: PromptEncoder,
-    slot: str | None,
-    sampling: Sampling,
-    report: Progress | None,
+    adapter: str | None,
+    sampling: SamplingParams,
+    batch_size: int,
+    on_done: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """A record of every answer, and of those that should call tools whether they call the same."""
-    requests = [encoder.request(question.prompt, slot, where=question.where) for question in questions]
-    on_done = None if report is None else lambda done: report("answers", done, len(questions))
-    outputs = run_requests(encoder.base, requests, sampling, bank=encoder.bank, on_done=on_done)
+    requests = [
+        encoder.request(question.prompt, adapter, source=question.where, sampling=sampling)
+        for question in questions
+    ]
+    outputs = run_requests(encoder.base, requests, batch_size=batch_size, bank=encoder.bank, on_done=on_done)
     records, right = [], []
     for question, output in zip(questions, outputs, strict=True):
-        reply = encoder.reply(output, slot, tools_of(question.prompt))
+        reply = encoder.reply(output, adapter, tools_of(question.prompt))
         expected = question.expected
         record = {
             "row": question.row,
             "prompt": question.shown,
             "expected": expected.content,
             "answer": reply.content,
-            "adapter": slot,
+            "adapter": adapter,
         }
         if reply.reasoning:
             record["reasoning"] = reply.reasoning
         if expected.tool_calls or reply.tool_calls:
             record |= {"expected_calls": list(expected.tool_calls), "calls": list(reply.tool_calls)}
-            right.append(_same_calls(reply, question, encoder, output, slot))
+            right.append(_same_calls(reply, question, encoder, output, adapter))
         records.append(record)
     return records, right
 
 
 def _same_calls(
-    reply: Reply, question: _Question, encoder: PromptEncoder, output: Output, slot: str | None
+    reply: Reply, question: _Question, encoder: PromptEncoder, output: Output, adapter: str | None
 ) -> bool:
     """Whether an answer says and calls what it should; by its text where calls cannot be read back."""
     expected = question.expected
-    readable = encoder.format(slot).read_reply(question.written, tools_of(question.prompt))
+    readable = encoder.format(adapter).read_reply(question.written, tools_of(question.prompt))
     if not readable.calls_like(expected):
         return encoder.raw(output).strip() == question.written.strip()
     return reply.calls_like(expected) and reply.content.split() == expected.content.split()

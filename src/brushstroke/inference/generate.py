@@ -13,7 +13,7 @@ from brushstroke.base import Base, require_base
 from brushstroke.data import ChatFormat, Conversation, Reply, Template, find_template
 from brushstroke.errors import ConfigError, DataError, RouteError
 from brushstroke.inference.batching import run_requests
-from brushstroke.inference.request import Finish, Output, Request, Sampling
+from brushstroke.inference.request import Finish, Output, Request, SamplingParams
 from brushstroke.layers import Bank, bank
 from brushstroke.sites import unwrap
 
@@ -92,17 +92,17 @@ def generate(
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
     """
     require_base(base)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, num_beams, batch_size)
+    sampling = SamplingParams(max_new_tokens, temperature, top_p, seed, num_beams)
     given = _check_prompts(prompts)
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
         names = assign_rows(len(given), held, adapters, rows)
         encoder = PromptEncoder(base, held, chat_template, date)
         asked = list(zip(given, names, strict=True))
         requests = [
-            encoder.request(prompt, name, tools=tools, where=f"prompt {number}")
+            encoder.request(prompt, name, tools=tools, source=f"prompt {number}", sampling=sampling)
             for number, (prompt, name) in enumerate(asked, start=1)
         ]
-        outputs = run_requests(base, requests, sampling, bank=held)
+        outputs = run_requests(base, requests, batch_size=batch_size, bank=held)
         return [
             encoder.answer(output, name, tools_of(prompt) or tools)
             for output, (prompt, name) in zip(outputs, asked, strict=True)
@@ -215,12 +215,20 @@ class PromptEncoder:
             )
         return self._formats[key]
 
-    def request(self, prompt: Prompt, name: str | None, *, tools: Sequence[Any] = (), where: str) -> Request:
+    def request(
+        self,
+        prompt: Prompt,
+        name: str | None,
+        *,
+        tools: Sequence[Any] = (),
+        source: str,
+        sampling: SamplingParams | None = None,
+    ) -> Request:
         """A prompt as tokens, for one adapter; the base alone is asked as its template asks."""
         asked = self.format(name, as_trained=name is not None)
-        tokens = asked.prompt_tokens(prompt, tools=tools or None, where=where)
+        tokens = asked.prompt_tokens(prompt, tools=tools or None, where=source)
         stops, strings = self._stops(name)
-        return Request(tuple(tokens), name, stops, where, strings)
+        return Request(tuple(tokens), name, stops, source, strings, sampling or SamplingParams())
 
     def answer(self, output: Output, name: str | None, tools: Sequence[Any] = ()) -> Answer:
         """What a model said, in its parts."""

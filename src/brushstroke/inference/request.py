@@ -1,6 +1,6 @@
 """What is asked of a model, as tokens: prompts, how tokens are chosen, answers.
 
-It runs nothing: `batch` and `decode` do.
+It runs nothing: `batching` and `run_batch` do.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ MIN_TEMPERATURE = 1e-4  # below it logits overflow when they are divided
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and how many prompts run at once.
+class SamplingParams:
+    """How the tokens of an answer are chosen.
 
     Args:
         max_new_tokens: most tokens of an answer, its stop token included.
@@ -23,7 +23,6 @@ class Sampling:
         top_p: with a temperature, the share of the probability that is drawn from.
         seed: of the draws.
         num_beams: width of a beam search; 1 is none.
-        batch_size: prompts in one batch.
 
     Raises:
         ConfigError: a value that cannot work, named.
@@ -34,13 +33,10 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     num_beams: int = 1
-    batch_size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for name in ("max_new_tokens", "num_beams"):
+            _check_count(name, getattr(self, name))
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -55,18 +51,34 @@ class Sampling:
             raise ConfigError(f"top_p must be above 0 and at most 1; got {self.top_p!r}")
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Check how many rows are to run at once.
+
+    Raises:
+        ConfigError: not a whole number of at least 1.
+    """
+    _check_count("batch_size", batch_size)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
 @dataclass(frozen=True)
 class Request:
-    """One prompt: its tokens, the adapter that answers (None is the base), and what ends an answer.
+    """One prompt: its tokens, the adapter that answers (None is the base), and how.
 
-    `stops` are tokens, `stop_strings` texts of several tokens; `where` names the prompt in messages.
+    `stop_token_ids` and `stop_strings` (texts of several tokens) end an answer; `source` names the prompt in
+    messages.
     """
 
     tokens: tuple[int, ...]
     adapter: str | None = None
-    stops: tuple[int, ...] = ()
-    where: str = "the prompt"
+    stop_token_ids: tuple[int, ...] = ()
+    source: str = "the prompt"
     stop_strings: tuple[str, ...] = ()
+    sampling: SamplingParams = SamplingParams()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from brushstroke.base import Base, RowCache, has_embedding, row_cache
 from brushstroke.data import common_length
 from brushstroke.inference.probes import supports_masked_gap
-from brushstroke.inference.request import Output, Request, Sampling
+from brushstroke.inference.request import Output, Request, SamplingParams
 from brushstroke.inference.stops import Stops
 from brushstroke.layers import Bank
 
@@ -27,21 +27,19 @@ LEAST_SAVED = 64  # tokens: below it computing a shared beginning by itself does
 def run_batch(
     base: Base,
     batch: Sequence[Request],
-    sampling: Sampling,
     *,
     bank: Bank | None = None,
     streamer: Any = None,
 ) -> list[Output]:
-    """Answer prompts that share their stop tokens and strings, in one batch.
+    """Answer prompts that share their sampling parameters, stop tokens and stop strings, in one batch.
 
     Args:
         base: a causal language model of transformers.
         batch: the prompts.
-        sampling: how tokens are chosen; its batch size plays no part here.
         bank: holds the adapters that the prompts name.
         streamer: transformers' streamer, for a single prompt.
     """
-    stops, pad = Stops(base.tokenizer, batch[0]), pad_id(base)
+    sampling, stops, pad = batch[0].sampling, Stops(base.tokenizer, batch[0]), pad_id(base)
     options = _options(sampling, stops.tokens, pad)
     if streamer is not None:
         options["streamer"] = streamer
@@ -101,7 +99,7 @@ def routed(bank: Bank | None, adapters: Sequence[str | None]) -> AbstractContext
     return nullcontext() if bank is None else bank.rows(adapters)
 
 
-def _options(sampling: Sampling, stops: Sequence[int], pad: int) -> dict[str, Any]:
+def _options(sampling: SamplingParams, stops: Sequence[int], pad: int) -> dict[str, Any]:
     """How transformers' `generate` is to choose tokens, and where to end."""
     options = {"num_beams": sampling.num_beams, "pad_token_id": pad, "eos_token_id": list(stops) or None}
     if not sampling.temperature:

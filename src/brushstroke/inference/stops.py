@@ -24,7 +24,7 @@ class Stops:
     """
 
     def __init__(self, tokenizer: Any, request: Request) -> None:
-        self._tokenizer, self.tokens, self.strings = tokenizer, request.stops, request.stop_strings
+        self._tokenizer, self.tokens, self.strings = tokenizer, request.stop_token_ids, request.stop_strings
         self._window = SPARE + max((len(string.encode()) for string in self.strings), default=0)
 
     def reached(self, ids: Tensor, width: int) -> Tensor:

@@ -282,15 +282,11 @@ class PaddedForward(_Headed):
         for i, row in enumerate(rows):
             end = self._ends(row)
             tokens[i, :end], mask[i, :end] = torch.tensor(row.tokens[:end]), 1
-        terms = [row.loss_terms for row in rows]
-        whole, wide = (
-            {"dtype": torch.long, "device": self._device},
-            {"dtype": torch.float32, "device": self._device},
-        )
-        row = torch.tensor([i for i, row in enumerate(rows) for _ in row.wanted], **whole)
-        column = torch.tensor([position for row in rows for position in row.wanted], **whole)
-        targets = torch.tensor([target for own, _ in terms for target in own], **whole)
-        kept = torch.tensor([weight for _, own in terms for weight in own], **wide)
+        wanted = [(i, position) for i, row in enumerate(rows) for position in row.wanted]
+        terms = [term for row in rows for term in zip(*row.loss_terms, strict=True)]
+        row, column = torch.tensor(wanted, dtype=torch.long).view(-1, 2).to(self._device).unbind(1)
+        targets = torch.tensor([target for target, _ in terms], dtype=torch.long, device=self._device)
+        kept = torch.tensor([weight for _, weight in terms], dtype=torch.float32, device=self._device)
         tokens, mask = tokens.to(self._device), mask.to(self._device)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if "attention_mask" in self._accepts:
