@@ -7,13 +7,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import AdapterFileError
-from brushstroke.files import PARTIAL, read_json
+from brushstroke.files import read_json
 from brushstroke.hub import hub_or_cache
+from brushstroke.outputs import OpenFolder, open_folder
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "brushstroke.json"
 PICKLE = "adapter_model.bin"
@@ -21,6 +23,7 @@ TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "tokeni
 FETCHED = (CONFIG, TENSORS, CARD, *TEMPLATES)
 PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
 _FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.[^.]+){0,2}")
+_EXPECTED = f"an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -38,7 +41,26 @@ def find_adapter(name: str | Path) -> Path:
     return path if os.path.lexists(path) or not _ID.fullmatch(text) else _fetch(text)
 
 
-def adapter_files(folder: Path) -> tuple[Path, Path]:
+@contextmanager
+def open_adapter(name: str | Path) -> Iterator[OpenFolder]:
+    """Context manager: the folder of an adapter; what replaces it before the end of the block is not seen.
+
+    Raises:
+        AdapterFileError: see `find_adapter`, or something in it cannot be read.
+    """
+    folder = find_adapter(name)
+    try:
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(open_folder(folder))
+            except FileNotFoundError as error:
+                raise AdapterFileError(f"there is no folder {folder}; {_EXPECTED}") from error
+            yield opened
+    except OSError as error:
+        raise AdapterFileError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def adapter_files(folder: OpenFolder) -> tuple[OpenFolder, OpenFolder]:
     """The config and the tensors of an adapter's folder.
 
     Raises:
@@ -46,13 +68,9 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
     """
     config, tensors = folder / CONFIG, folder / TENSORS
     if not folder.is_dir():
-        said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-        raise AdapterFileError(
-            f"{said}; an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
-        )
+        raise AdapterFileError(f"{folder} is a file; {_EXPECTED}")
     if not config.is_file():
-        named = (entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
-        inner = sorted(name for name in named if not name.startswith(PARTIAL))
+        inner = [entry.name for entry in folder.iterdir() if (entry / CONFIG).is_file()]
         hint = f"; its sub-folder {inner[0]} has one: name that" if len(inner) == 1 else ""
         hint = f"; its sub-folders {', '.join(inner)} have one: name one of them" if len(inner) > 1 else hint
         raise AdapterFileError(f"{folder} has no {CONFIG}, so it is no adapter{hint}")
@@ -67,7 +85,7 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
     return config, tensors
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Traversable) -> dict[str, Any]:
     """The JSON object in a file of an adapter.
 
     Raises:
@@ -85,13 +103,13 @@ def read_object(file: Path) -> dict[str, Any]:
     return stored
 
 
-def damaged_tensors(file: Path, error: Exception) -> AdapterFileError:
+def damaged_tensors(file: Traversable, error: Exception) -> AdapterFileError:
     """The error for a file of tensors that is none."""
     return AdapterFileError(f"{file} is damaged ({error}); copy it again from where it came")
 
 
 def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
-    """Site → (d, h) of an adapter, by the heads of its files; nothing where another process writes them.
+    """Site → (d, h) of an adapter, by the heads of its files.
 
     What is wrong with single factors is left to `load`, which lists all of it.
 
@@ -100,21 +118,17 @@ def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    folder = find_adapter(name)
-    if folder.is_dir() and any(entry.name.startswith(PARTIAL) for entry in folder.iterdir()):
-        return {}
-    config, tensors = adapter_files(folder)
-    read_object(config)
     sides: dict[str, dict[str, tuple[int, ...]]] = {}
-    try:
-        with safe_open(tensors, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping
-                if match := _FACTOR.fullmatch(key):
-                    sides.setdefault(match["site"], {})[match["factor"]] = file.get_slice(key).get_shape()
-    except SafetensorError as error:
-        raise damaged_tensors(tensors, error) from error
-    except OSError as error:
-        raise AdapterFileError(f"{tensors} cannot be read ({error})") from error
+    with open_adapter(name) as folder:
+        config, tensors = adapter_files(folder)
+        read_object(config)
+        try:
+            with safe_open(str(tensors), framework="numpy") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    if match := _FACTOR.fullmatch(key):
+                        sides.setdefault(match["site"], {})[match["factor"]] = file.get_slice(key).get_shape()
+        except SafetensorError as error:
+            raise damaged_tensors(tensors, error) from error
     whole = {site: (pair["A"], pair["B"]) for site, pair in sides.items() if len(pair) == 2}
     return {site: (A[1], B[0]) for site, (A, B) in whole.items() if len(A) == len(B) == 2}
 

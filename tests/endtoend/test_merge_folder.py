@@ -36,6 +36,7 @@ from brushstroke.merging import export, merge_folder
 from brushstroke.merging import stream as merge_stream
 from brushstroke.merging import verify as merge_check
 from brushstroke.merging.shards import Header
+from brushstroke.outputs import replace
 
 EXACT = 1e-5  # relative, fp32: one rounding of each weight
 BF16 = 2e-2  # relative: 2⁻⁸ of each weight, seen through all layers
@@ -294,12 +295,7 @@ def test_nothing_half_written_stays(folder, tmp_path, monkeypatch, error):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
-@pytest.fixture(scope="module")
-def over() -> int:
-    """The number of a process that is over."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+WORK = ".out.partial-0123abcd"  # where a folder `out` is built
 
 
 @pytest.fixture
@@ -310,24 +306,27 @@ def earlier(folder, tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earlier, over):
+def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earlier):
     before, adapter = everything(earlier), adapter_for(llama())
-    earlier.rename(earlier.with_name(f".out.old-{over}"))
+    work = earlier.with_name(WORK)
+    work.mkdir()
+    earlier.rename(work / "old")
     earlier.mkdir()  # an empty folder is as none
-    shutil.copytree(folder, earlier.with_name(f".out.partial-{over}"))
+    shutil.copytree(folder, work / "new")
     with pytest.raises(OutputError, match="holds files already"):
         merge_folder(folder, adapter, earlier, verify=False)
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
-    earlier.rename(earlier.with_name(f".out.old-{over}"))
+    work.mkdir()
+    earlier.rename(work / "old")
     merge_folder(folder, adapter, earlier, overwrite=True, verify=False)
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
 
 
-def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earlier, over):
+def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earlier):
     before = everything(earlier)
-    old = earlier.with_name(f".out.old-{over}")
+    old = earlier.with_name(WORK) / "old"
     shutil.copytree(earlier, old)
     (earlier / "notes.txt").unlink()  # as if another tool had made the folder anew
     (old / "model-00099-of-00099.safetensors").write_bytes(b"of an earlier merge")
@@ -337,24 +336,28 @@ def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earli
 
 
 def test_what_a_living_process_writes_is_left_alone(folder, earlier):
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        names = [f".out.partial-{process.pid}", f".out.old-{process.pid}"]
-        for name in names:
-            (earlier.parent / name).mkdir()
+    holding = "import sys; from pathlib import Path; from brushstroke.outputs.lock import hold\n"
+    holding += "hold(Path(sys.argv[1])); print(flush=True); input()"
+    work = earlier.with_name(WORK)
+    (work / "new").mkdir(parents=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holding, work], **pipes) as process:
+        process.stdout.readline()
         merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
-        assert sorted(p.name for p in earlier.parent.iterdir()) == sorted([*names, "base", "out"])
-        shutil.rmtree(earlier)
+        assert sorted(p.name for p in earlier.parent.iterdir()) == [WORK, "base", "out"]
+        earlier.rename(work / "old")
         with pytest.raises(
-            OutputError, match=rf"another process is replacing .*{names[1]} now; if it is gone"
+            OutputError,
+            match=rf"another process is replacing .*{WORK}/old now; wait for it, or if it is gone",
         ):
             merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
         process.communicate(b"\n")
 
 
-def test_a_link_that_leads_nowhere_is_kept_and_blocks_no_recovery(folder, earlier, over):
+def test_a_link_that_leads_nowhere_is_kept_and_blocks_no_recovery(folder, earlier):
     for number in range(2):
         (earlier / f"link{number}").symlink_to("/not/there")
-    shutil.copytree(earlier, earlier.with_name(f".out.old-{over}"), symlinks=True)
+    shutil.copytree(earlier, earlier.with_name(WORK) / "old", symlinks=True)
     (earlier / "link1").unlink()
     for _ in range(2):
         merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
@@ -390,7 +393,7 @@ def test_a_folder_that_is_filled_while_a_merge_runs_is_left_alone(folder, tmp_pa
     shutil.rmtree(out)
     if there:
         out.mkdir()
-    with pytest.raises(OutputError, match=r"config\.json would be replaced"):
+    with pytest.raises(OutputError, match=r"config\.json is in a folder whose config\.json does not"):
         merge_folder(folder, adapter, out, verify=False, overwrite=True)
     assert everything(out) == {"config.json": b"mine"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
@@ -435,25 +438,35 @@ def test_a_users_file_where_the_model_has_a_folder_is_refused_by_name(folder, ea
 
 
 @pytest.mark.parametrize("call", ["before", "after"])
-@pytest.mark.parametrize("number", [1, 2])
-def test_an_interrupt_at_a_rename_leaves_a_whole_folder(folder, earlier, monkeypatch, call, number):
+@pytest.mark.parametrize("step", ["exchange", "first rename", "second rename"])
+def test_an_interrupt_at_an_exchange_or_a_rename_leaves_a_whole_folder(
+    folder, earlier, monkeypatch, call, step
+):
     smaller = Adapter({site: 0.5 * update for site, update in adapter_for(llama()).items()})
     merge_folder(folder, smaller, earlier.parent / "new", verify=False)
     before, after = everything(earlier), everything(earlier.parent / "new") | {"notes.txt": b"mine"}
-    rename, calls = os.rename, []
+    steps = iter(["exchange"] if step == "exchange" else ["first rename", "second rename"])
 
-    def interrupted(source, target):
-        calls.append(target)
-        if len(calls) == number and call == "before":
-            raise KeyboardInterrupt
-        rename(source, target)
-        if len(calls) == number:
-            raise KeyboardInterrupt
+    def interrupted(action):
+        def run(source, target):
+            now = next(steps, None)
+            if (now, call) == (step, "before"):
+                raise KeyboardInterrupt
+            done = action(source, target)
+            if now == step:
+                raise KeyboardInterrupt
+            return done
 
-    monkeypatch.setattr(os, "rename", interrupted)
+        return run
+
+    if step == "exchange":
+        monkeypatch.setattr(replace, "exchange", interrupted(replace.exchange))
+    else:
+        monkeypatch.setattr(replace, "exchange", lambda *_: False)
+        monkeypatch.setattr(os, "rename", interrupted(os.rename))
     with pytest.raises(KeyboardInterrupt):
         merge_folder(folder, smaller, earlier, overwrite=True, verify=False)
-    assert everything(earlier) == (after if (call, number) == ("after", 2) else before)
+    assert everything(earlier) == (before if call == "before" or step == "first rename" else after)
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "new", "out"]
 
 
@@ -468,7 +481,7 @@ def test_overwriting_a_folder_that_is_no_models_is_refused(folder, tmp_path, nam
     for mine in ("mine", '{"my app": 1}', "[" * 100_000):  # JSON too may be anybody's
         (out / name).write_text(mine)
         with pytest.raises(
-            OutputError, match=rf"out/{name} would be replaced, but the folder's config\.json"
+            OutputError, match=rf"out/{name} is in a folder whose config\.json does not say .* overwritten"
         ):
             merge_folder(folder, adapter, out, overwrite=True, verify=False)
         assert everything(out) == {"notes.txt": b"mine", name: mine.encode()}

@@ -1,13 +1,12 @@
 """What loading and saving refuse, and that a refusal names the place and leaves nothing behind."""
 
+import ctypes
+import errno
 import json
 import os
 import resource
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from brushstroke import errors, files, load, save
+from brushstroke import errors, load, save
 from brushstroke.adapter import Adapter, Card, Fingerprint
 from brushstroke.formats import peft
 from brushstroke.lowrank import LowRank, Update
+from brushstroke.outputs import exchange, lock, replace, write
 
 SITE = "model.layers.0.self_attn.q_proj"
 A_KEY = f"base_model.model.{SITE}.lora_A.weight"
@@ -359,7 +359,7 @@ def test_overwriting_a_strangers_file_is_refused(
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     (other / name).write_text(content)
-    with pytest.raises(errors.OutputError, match=rf"other/{name} is not of an adapter.*; move it"):
+    with pytest.raises(errors.OutputError, match=rf"other/{name} was not written by brushstroke.*; move it"):
         save(load(folder), other, overwrite=True)
     assert {file.name: file.read_text() for file in other.iterdir()} == {"notes.txt": "mine", name: content}
     (other / name).unlink()
@@ -389,41 +389,31 @@ def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
 def test_a_failing_rename_leaves_what_was_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter, replace = load(folder), os.replace
+    def refuse(*_: Any) -> bool:
+        raise PermissionError(13, "Permission denied")
 
-    def refuse_tensors(source: Any, target: Any) -> None:
-        if Path(source).parent.name.startswith(".partial-") and str(target).endswith(".safetensors"):
-            raise PermissionError(13, "Permission denied")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse_tensors)
+    adapter = load(folder)
+    monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(errors.OutputError, match="Permission denied"):
         save(adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(replace, "exchange", refuse)
     with pytest.raises(errors.OutputError, match="Permission denied"):
         save(2.0 * adapter, folder, overwrite=True)
     monkeypatch.undo()
     assert load(folder)[SITE].delta_norm() == adapter[SITE].delta_norm()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-@contextmanager
-def sums_first(scan: Callable[..., Any], *where: Any) -> Iterator[list[Any]]:
-    """What a folder lists, with check sums before all else."""
-    with scan(*where) as found:
-        yield sorted(found, key=lambda entry: entry.name != files.SUMS)
+STEPS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir")  # of `os`
 
 
-def killed_save(adapter: Adapter, folder: Path, renames: int) -> bool:
-    """Whether a save in a process of its own, which dies after so many renames, died."""
-    return killed(lambda: save(adapter, folder, overwrite=True), renames)
-
-
-def killed(action: Callable[[], object], steps: int, *, removes: bool = False) -> bool:
-    """Do something in a process of its own that dies after so many renames or removals; whether it died."""
+def killed(action: Callable[[], object], steps: int) -> bool:
+    """Do something in a process of its own that dies after so many changes of folders; whether it died."""
     child = os.fork()
     if not child:
         done = []
@@ -438,11 +428,9 @@ def killed(action: Callable[[], object], steps: int, *, removes: bool = False) -
 
             return count
 
-        if removes:
-            os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
-            os.scandir = partial(sums_first, os.scandir)
-        else:
-            os.replace, os.rename = counted(os.replace), counted(os.rename)
+        for name in STEPS:
+            setattr(os, name, counted(getattr(os, name)))
+        replace.exchange = counted(replace.exchange)
         try:
             action()
         finally:
@@ -450,160 +438,200 @@ def killed(action: Callable[[], object], steps: int, *, removes: bool = False) -
     return os.waitpid(child, 0)[1] != 0
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a folder is replaced; the second where the system's call answers EINVAL."""
+    if request.param == "two renames":
+        refused = lambda first, second: ctypes.set_errno(errno.EINVAL) or -1  # noqa: E731
+        monkeypatch.setattr(exchange, "_swap", lambda: refused)
+    return request.param
+
+
 @pytest.mark.parametrize("template", ["old", "new"])
 def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
-    folder: Path, tmp_path: Path, template: str
+    folder: Path, tmp_path: Path, template: str, way: str
 ) -> None:
-    adapter = load(folder)
+    adapter, steps, absent = load(folder), 1, 0
     named = adapter.with_card(Card(chat_template="x"))
     old, new = (named, 2.0 * adapter) if template == "old" else (adapter, 2.0 * named)
     wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
-    renames = 1
+    found = set()
     while True:
         save(old, folder, overwrite=True)
         (folder / "notes.txt").write_text("mine")
-        if not killed_save(new, folder, renames):
-            break
-        if renames % 2:
-            load(folder)
+        died = killed(lambda: save(new, folder, overwrite=True), steps)
+        if folder.exists():
+            found.add(digest(load(folder))[SITE])
+            assert contents(folder) in [{**whole, "notes.txt": b"mine"} for whole in wholes]
         else:
-            with pytest.raises(errors.OutputError, match="holds files already"):
-                save(new, folder)
+            absent += 1
+            assert "there is no folder" in refusal(folder)
+        with pytest.raises(errors.OutputError, match="holds files already"):
+            save(new, folder)
         assert contents(folder) in [{**whole, "notes.txt": b"mine"} for whole in wholes]
-        renames += 1
-    assert renames > 9
-
-
-def test_a_save_that_is_killed_while_it_cleans_up_leaves_no_litter(folder: Path, tmp_path: Path) -> None:
-    """In which order a folder lists what is in it is the file system's choice: here its sums come first."""
-    adapter, removals, left = load(folder), 0, 0
-    whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
-    while True:
-        removals += 1
-        save(adapter, folder, overwrite=True)
-        if not killed(lambda: save(2.0 * adapter, folder, overwrite=True), removals, removes=True):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
+        if not died:
             break
-        left += bool(list(folder.glob(".partial-*")))
-        load(folder)
-        assert contents(folder) == whole
-        assert not list(folder.glob(".partial-*"))
-    assert left > 4
+        steps += 1
+    assert steps > 9
+    assert len(found) == 2
+    assert absent == (1 if way == "two renames" else 0)
 
 
-def test_a_load_beside_a_save_cannot_take_its_folder_away(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter, lock, calls = load(folder), files.lock_folder, []
-    whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
-
-    def raced(staging: Path, *, strict: bool = False) -> int:
-        calls.append(staging)
-        if len(calls) == 1:  # the writer, before it has the lock of what it made
-            load(folder)
-            assert not staging.exists()
-        return lock(staging, strict=strict)
-
-    monkeypatch.setattr(files, "lock_folder", raced)
-    save(2.0 * adapter, folder, overwrite=True)
-    assert contents(folder) == whole
-
-
-def test_a_load_beside_saves_reads_one_adapter_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, read = load(folder), peft.load_file
-    new, saves = 3.0 * old, iter([True, False])
-
-    def raced(file: Path) -> object:
-        if next(saves):
-            save(new, folder, overwrite=True)
-        return read(file)
-
-    monkeypatch.setattr(peft, "load_file", raced)
-    found = load(folder)
-    assert digest(found) == digest(new) != digest(old)
-
-
-def test_a_folder_that_never_rests_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, read = load(folder), peft.load_file
-    monkeypatch.setattr(peft, "PAUSE", 0.0)
-    monkeypatch.setattr(peft, "load_file", lambda file: save(adapter, folder, overwrite=True) and read(file))
-    with pytest.raises(errors.AdapterFileError, match="another process keeps writing"):
-        load(folder)
-
-
-def test_a_load_waits_for_a_save_that_is_half_way(folder: Path, tmp_path: Path) -> None:
-    whole = load(folder)
-    script = (
-        "import sys, time; from pathlib import Path; from brushstroke import files, load, save\n"
-        "folder = Path(sys.argv[1]); rename = files.os.rename\n"
-        "def slow(a, b): rename(a, b); print('moved', flush=True); time.sleep(0.7)\n"
-        "adapter = load(folder); files.os.rename = slow; save(2.0 * adapter, folder, overwrite=True)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, folder], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        assert not (folder / peft.TENSORS).exists()
-        found = load(folder)
-    assert digest(found) == digest(2.0 * whole)
-
-
-def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path, way: str) -> None:
     adapter = load(folder)
     old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
     wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
-    for renames in range(1, 10):
-        for again in (1, 2, 3):
+    for steps in range(1, 16):
+        for again in (1, 2, 3, 5):
             save(old, folder, overwrite=True)
-            assert killed_save(new, folder, renames)
-            killed(lambda: load(folder), again)
-            load(folder)
+            killed(lambda: save(new, folder, overwrite=True), steps)
+            killed(lambda: peft.check_output(folder, True), again)
+            peft.check_output(folder, True)
             assert contents(folder) in wholes
-            assert not list(folder.glob(".partial-*"))
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
+
+
+def test_a_save_beside_a_save_cannot_take_its_folder_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, hold, calls = load(folder), write.hold, []
+    whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
+
+    def raced(partial: Path) -> int:
+        calls.append(partial)
+        if len(calls) == 1:  # the writer, before it has the lock of what it made
+            peft.check_output(folder, True)
+            assert not partial.exists()
+        return hold(partial)
+
+    monkeypatch.setattr(write, "hold", raced)
+    save(2.0 * adapter, folder, overwrite=True)
+    assert len(calls) == 2
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("read", ["read_object", "read_rule", "from_bytes", "read_template"])
+def test_a_load_beside_saves_reads_one_adapter_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, read: str, way: str
+) -> None:
+    """Whatever file a load has come to, the folder that it opened stays until it is done."""
+    old, reading = load(folder).with_card(Card(chat_template="old")), getattr(peft, read)
+    new = (3.0 * old).with_card(Card(chat_template="new"))
+    save(old, folder, overwrite=True)
+
+    def raced(*args: Any) -> Any:
+        save(new, folder, overwrite=True)
+        save(new, folder, overwrite=True)
+        return reading(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(peft, read, raced)
+        found = load(folder)
+    assert digest(found) == digest(old) != digest(new)
+    assert found.card is not None
+    assert found.card.chat_template == "old"
+    assert digest(load(folder)) == digest(new)
+    assert len(list(folder.parent.iterdir())) > 1  # the folder that was read
+    save(new, folder, overwrite=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_load_between_two_renames_says_that_there_is_no_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, rename, said = 2.0 * load(folder), os.rename, []
+
+    def watched(source: Path, target: Path) -> None:
+        rename(source, target)
+        if not folder.exists():
+            said.append(refusal(folder))
+
+    monkeypatch.setattr(replace, "exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", watched)
+    save(new, folder, overwrite=True)
+    assert [text.partition(";")[0] for text in said] == [f"there is no folder {folder}"]
+    assert digest(load(folder)) == digest(new)
 
 
 def test_a_users_files_are_no_leftovers(folder: Path, tmp_path: Path) -> None:
-    mine, linked = folder / ".partial-work", tmp_path / "linked"
-    for place in (mine, linked, folder / ".partial-abcdefgh"):
-        (place / "replaced").mkdir(parents=True)
+    linked, adapter = tmp_path / "linked", load(folder)
+    places = [tmp_path / f".adapter.{ending}" for ending in ("partial-work", "partial-0123abcd", "old")]
+    for place in (*places, linked):
+        (place / "old").mkdir(parents=True)
         (place / "thesis.txt").write_text("mine")
-        (place / "replaced" / "README.md").write_text("mine")
-    (folder / ".partial-linkedxx").symlink_to(linked)
-    (folder / "adapter_model.safetensors").unlink()
-    before = [contents(place) for place in (folder, linked)]
-    refusal(folder)
-    assert [contents(place) for place in (folder, linked)] == before
+        (place / "old" / "README.md").write_text("mine")
+    (tmp_path / ".adapter.partial-abcdefab").symlink_to(linked)
+    (tmp_path / ".adapter.partial-0123abce").write_text("mine")
+    before = sorted(path for path in tmp_path.rglob("*") if folder not in path.parents)
+    save(2.0 * adapter, folder, overwrite=True)
+    shutil.rmtree(folder)
+    save(adapter, folder)
+    assert sorted(path for path in tmp_path.rglob("*") if folder not in path.parents) == before
 
 
-def test_a_users_card_that_came_after_a_kill_stays(folder: Path) -> None:
-    adapter = load(folder)
-    assert killed_save(2.0 * adapter, folder, 6)
-    for name in ("README.md", "adapter_config.json"):
-        (folder / name).write_text("mine")
-    refusal(folder)
-    assert (folder / "README.md").read_text() == (folder / "adapter_config.json").read_text() == "mine"
+def test_a_folder_that_a_user_made_after_a_kill_stays_and_so_does_the_old_adapter(folder: Path) -> None:
+    adapter, before = load(folder), contents(folder)
+    old = folder.with_name(".adapter.partial-0123abcd") / "old"
+    (old.parent / "new").mkdir(parents=True)
+    folder.rename(old)
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(errors.OutputError, match=r"README\.md was not written by brushstroke"):
+        save(adapter, folder, overwrite=True)
+    assert contents(folder) == {"README.md": b"mine"}
+    assert contents(old) == before
+
+
+@pytest.mark.parametrize("reason", ["current folder", "parent", "mount point"])
+def test_a_folder_that_cannot_be_renamed_gets_its_files_one_by_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY if reason == "mount point" else errno.EACCES, "no")
+
+    adapter, place = load(folder).with_card(Card(chat_template="old")), folder.stat().st_ino
+    save(adapter, folder, overwrite=True)
+    place = folder.stat().st_ino
+    if reason == "current folder":
+        monkeypatch.chdir(folder)
+    elif reason == "parent":
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    else:
+        monkeypatch.setattr(replace, "exchange", lambda *_: False)
+        monkeypatch.setattr(os, "rename", refuse)
+    (folder / "notes.txt").write_text("mine")
+    save((2.0 * adapter).with_card(Card()), folder, overwrite=True)
+    assert folder.stat().st_ino == place
+    assert digest(load(folder)) == digest(2.0 * adapter)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "chat_template.jinja").exists()
+    assert not [path for path in folder.parent.rglob("*") if ".partial-" in path.name]
 
 
 def test_a_folder_by_the_name_of_a_file_is_refused(folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     (folder / "README.md").mkdir()
     (folder / "README.md" / "mine").write_text("mine")
-    with pytest.raises(errors.OutputError, match=r"README\.md is not of an adapter"):
+    with pytest.raises(errors.OutputError, match=r"README\.md was not written by brushstroke"):
         save(load(folder), folder, overwrite=True)
 
 
-def test_what_a_living_process_saves_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "PAUSE", 0.0)
-    before, staging = contents(folder), folder / ".partial-abcdefgh"
-    (staging / "replaced").mkdir(parents=True)
-    for name in before:
-        (folder / name).rename(staging / "replaced" / name)
-    (staging / "adapter_model.safetensors").write_bytes(b"new")
-    (staging / "sums.json").write_text('{"adapter_model.safetensors": ""}')
-    lock = files.lock_folder(staging)
-    assert "another process keeps writing" in refusal(folder)
-    assert contents(staging / "replaced") == before
-    os.close(lock)
-    load(folder)
+def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
+    adapter, before = load(folder), contents(folder)
+    work = folder.with_name(".adapter.partial-0123abcd")
+    (work / "new").mkdir(parents=True)
+    folder.rename(work / "old")
+    handle = lock.hold(work)
+    assert "there is no folder" in refusal(folder)
+    with pytest.raises(errors.OutputError, match=r"another process is replacing .*abcd/old now; wait for it"):
+        save(adapter, folder)
+    assert contents(work / "old") == before
+    os.close(handle)
+    with pytest.raises(errors.OutputError, match="holds files already"):
+        save(adapter, folder)
     assert contents(folder) == before
+    assert not work.exists()
 
 
 def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path) -> None:
@@ -635,7 +663,7 @@ def test_an_adapter_of_a_view_of_a_larger_tensor_is_written_whole(tmp_path: Path
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be somebody else")
 def test_another_user_reads_beside_a_staging_folder_that_is_not_his(folder: Path) -> None:
-    own, staging = digest(load(folder)), folder / ".partial-abcdefgh"
+    own, staging = digest(load(folder)), folder.with_name(".adapter.partial-0123abcd")
     staging.mkdir(mode=0o700)
     for level in (folder, *folder.parents):
         if level.stat().st_uid == os.getuid() and level != Path("/tmp"):

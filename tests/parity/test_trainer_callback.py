@@ -72,7 +72,7 @@ def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginni
             callback.on_train_begin(arguments, TrainerState(max_steps=20), TrainerControl())
 
         monkeypatch.setenv("HOME", str(tmp_path))
-        with pytest.raises(bs.errors.OutputError, match=r"README\.md is not of an adapter"):
+        with pytest.raises(bs.errors.OutputError, match=r"README\.md was not written by brushstroke"):
             begin("~/first", overwrite=True)
         for written, folder in (("second", "~/second"), ("third-12", "~/third")):
             bs.save(attachment.adapter(), tmp_path / written)
@@ -84,5 +84,5 @@ def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginni
         begin("~/fourth")
         (tmp_path / "third-12" / "README.md").write_text("mine", "utf-8")
         (tmp_path / "third-12" / "brushstroke.json").unlink()
-        with pytest.raises(bs.errors.OutputError, match=r"third-12/README\.md is not of an adapter"):
+        with pytest.raises(bs.errors.OutputError, match=r"third-12/README\.md was not written"):
             begin("~/third", overwrite=True)

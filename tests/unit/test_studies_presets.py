@@ -89,10 +89,9 @@ def test_a_damaged_note_of_how_the_model_was_made_is_one_clear_error(tmp_path, c
 
 
 def test_a_model_that_was_being_saved_is_trained_again(monkeypatch, tmp_path):
-    """Killed then, only base.partial is there; the same command passes and makes the base."""
+    """Interrupted then, nothing is there; after a kill, a hidden folder. The same command makes the base."""
 
     def killed(self, folder, **_):
-        folder.mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tiny, "STEPS", 1)
@@ -102,7 +101,8 @@ def test_a_model_that_was_being_saved_is_trained_again(monkeypatch, tmp_path):
         patch.setattr(type(model), "save_pretrained", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny.tiny_base(tmp_path / "base")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["base.partial"]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".base.partial-0123abcd" / "new").mkdir(parents=True)
     check_folder(tmp_path)
     tiny.tiny_base(tmp_path / "base")
     assert [entry.name for entry in tmp_path.iterdir()] == ["base"]

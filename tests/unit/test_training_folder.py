@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, OutputError
+from brushstroke.outputs import replace
+from brushstroke.outputs.lock import LOCKS
 from brushstroke.training.checkpoint import FORMAT, load_session, save_session, sealed
 from brushstroke.training.folder import RunFolder
-from brushstroke.training.lock import LOCKS
 from toys import tiny_llama
 
 METRIC = '{"step": 1, "loss": 2.5, "real_tokens": 40}\n'
@@ -117,21 +119,24 @@ def test_what_a_user_put_among_the_checkpoints_stays(tmp_path: Path) -> None:
         "checkpoints/best-00000001/notes.txt": "mine",
         "checkpoints/step-00000001/notes.txt": "mine",
         ".partial-download": "mine",
-        ".partial-x/half.bin": "mine",
-        ".partial-abcdefgh/half.bin": "mine",
-        "checkpoints/.partial-abcdefgh/half.bin": "mine",
+        ".thesis.txt.partial-0123abcd": "mine",
+        ".metrics.jsonl.partial-x": "mine",
+        ".metrics.jsonl.partial-0123abcd/half.bin": "mine",
+        "checkpoints/.thesis.partial-0123abcd/new/half.bin": "mine",
+        "checkpoints/.step-00000002.partial-0123abcd/half.bin": "mine",
     }
     ours = {
-        ".partial-12-metrics.jsonl": METRIC,
-        ".partial-abcdefg1/adapter_config.json": PEFT,
-        "checkpoints/.partial-abcdefg1/state.json": state(2),
+        ".metrics.jsonl.partial-1123abcd": METRIC,
+        ".adapter_config.json.partial-0123abcd": PEFT,
+        "checkpoints/.step-00000002.partial-1123abcd/new/state.json": state(2),
+        "checkpoints/.best-00000002.partial-1123abcd/new/adapter_config.json": PEFT,
     }
     write(tmp_path, {**mine, **ours, **RUN_OF_OURS})
     folder = RunFolder(tmp_path, overwrite=True)
     folder.open(0)
     folder.prune(0)
     assert contents(tmp_path) == mine
-    assert not (tmp_path / ".partial-abcdefg1").exists()
+    assert not list((tmp_path / "checkpoints").glob("*.partial-1123abcd"))
 
 
 @pytest.mark.parametrize("flag", ["overwrite", "resume"])
@@ -150,21 +155,39 @@ def test_linked_checkpoints_are_refused_before_anything_is_done(
     assert (out / "metrics.jsonl").read_text() == METRIC
 
 
-def test_the_metrics_go_after_the_checkpoints_the_last_one_first(
+def test_overwrite_deletes_checkpoints_before_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last checkpoint goes first: as long as one stands, all that it needs is there."""
     write(tmp_path, {**RUN_OF_OURS, "checkpoints/step-00000004/state.json": state(4)})
-    gone, unlink = [], Path.unlink
+    swap, unlink, seen = replace.exchange, Path.unlink, [sorted(contents(tmp_path))]
 
-    def watched(path: Path, missing_ok: bool = False) -> None:
-        gone.extend([path.relative_to(tmp_path).as_posix()] if path.exists() else [])
+    def look() -> None:
+        now = [name for name in sorted(contents(tmp_path)) if ".partial-" not in name]
+        if now != seen[-1]:
+            seen.append(now)
+
+    def exchanging(first: Path, second: Path) -> bool:
+        done = swap(first, second)
+        look()
+        return done
+
+    def unlinking(path: Path, missing_ok: bool = False) -> None:
         unlink(path, missing_ok=missing_ok)
+        look()
 
-    monkeypatch.setattr(Path, "unlink", watched)
+    monkeypatch.setattr(replace, "exchange", exchanging)
+    monkeypatch.setattr(Path, "unlink", unlinking)
     RunFolder(tmp_path, overwrite=True).open(0)
-    assert gone[:2] == ["checkpoints/step-00000004/state.json", f"{STEP}/state.json"]
-    assert gone[-3:] == ["eval.jsonl", "metrics.jsonl", "run.json"]
-    assert gone.index("README.md") < gone.index("brushstroke.json")
+    gone = [sorted(set(before) - set(after)) for before, after in pairwise(seen)]
+    assert gone[:2] == [
+        ["checkpoints/step-00000004/state.json"],
+        [f"{STEP}/{n}" for n in ("state.json", "state.safetensors")],
+    ]
+    assert [name for (name,) in gone[-3:]] == ["eval.jsonl", "metrics.jsonl", "run.json"]
+    assert gone.index(["README.md"]) < gone.index(["brushstroke.json"])
+    assert gone[3] == ["adapter_model.safetensors"]
+    assert seen[-1] == []
 
 
 def test_the_best_adapters_of_kept_checkpoints_stay(tmp_path: Path) -> None:
@@ -177,25 +200,32 @@ def test_the_best_adapters_of_kept_checkpoints_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", ["exchange", "first rename", "second rename"])
 def test_a_checkpoint_that_is_saved_again_is_never_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, killed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, killed: bool
 ) -> None:
     write(tmp_path, {"metrics.jsonl": METRIC})
-    folder, replace, calls = RunFolder(tmp_path, resume=True), os.replace, []
+    folder, rename, calls = RunFolder(tmp_path, resume=True), os.rename, []
 
     def failing(source: Path, target: Path) -> None:
         calls.append(source)
-        if len(calls) == at or (killed and len(calls) > at):  # nothing is tidied up after a kill
+        number = 1 if at == "first rename" else 2
+        if len(calls) == number or (killed and len(calls) > number):  # nothing is tidied up after a kill
             raise OSError(5, "no more")
-        replace(source, target)
+        rename(source, target)
+
+    def no_exchange(first: Path, second: Path) -> bool:
+        if at == "exchange":
+            raise OSError(5, "no more")
+        return False
 
     with bs.Training(tiny_llama(), bs.LoraConfig(rank=2)) as session:
         session.steps = 2
         save_session(session, folder.checkpoint(2))
         write(tmp_path, {f"{STEP}/notes.txt": "mine"})
         with monkeypatch.context() as patched:
-            patched.setattr("brushstroke.training.checkpoint.os.replace", failing)
+            patched.setattr(replace, "exchange", no_exchange)
+            patched.setattr(os, "rename", failing)
             with pytest.raises(OSError, match="no more"):
                 save_session(session, folder.checkpoint(2))
         again = RunFolder(tmp_path, resume=True)
@@ -220,7 +250,7 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
         early.claim()
         early.claim()  # a second time changes nothing
         number = rf" \(process {os.getpid()}\)" if LOCKS.exists() else ""
-        told = rf"another run is writing .*out{number}; wait for it"
+        told = rf"another process writes or reads .*out{number}; wait for it"
         for flags in ({}, {"overwrite": True}, {"resume": True}):
             with pytest.raises(OutputError, match=told):
                 RunFolder(out, **flags)
@@ -282,12 +312,12 @@ def test_the_adapter_to_go_on_from_is_not_in_the_folder_that_is_written(
 
 
 def test_an_adapter_whose_replacement_was_killed_is_put_back_and_not_overlooked(tmp_path: Path) -> None:
-    (tmp_path / ".partial-abcdefgh" / "leaving").mkdir(parents=True)
-    (tmp_path / ".partial-abcdefgh" / "leaving" / "adapter_model.safetensors").write_text("whole")
-    (tmp_path / ".partial-abcdefgh" / "sums.json").write_text('{"adapter_model.safetensors": ""}')
+    out, files = tmp_path / "out", {"adapter_model.safetensors": "whole"}
+    write(tmp_path / ".out.partial-0123abcd" / "old", files)
+    write(tmp_path / ".out.partial-0123abcd" / "new", {"adapter_config.json": PEFT})
     with pytest.raises(OutputError, match="holds files already"):
-        RunFolder(tmp_path)
-    assert contents(tmp_path) == {"adapter_model.safetensors": "whole"}
+        RunFolder(out)
+    assert contents(tmp_path) == {f"out/{name}": text for name, text in files.items()}
 
 
 UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswith(("metrics", STEP, BEST))}
@@ -303,7 +333,7 @@ UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswit
             "--overwrite (overwrite=True), which removes its checkpoints and metrics",
         ),
         (
-            {"checkpoints/.partial-step-00000004-before/state.json": state(4), "metrics.jsonl": METRIC},
+            {"checkpoints/.step-00000004.partial-0123abcd/old/state.json": state(4), "metrics.jsonl": METRIC},
             "go on from its checkpoint of step 4 with --resume",
             "choose another folder",
             "--overwrite",
@@ -332,7 +362,10 @@ def test_a_command_given_again_is_told_what_is_there_and_the_safe_way_first(
         RunFolder(tmp_path)
     said = str(refused.value)
     assert said.index(first) < said.index(then) < said.index(lost)
-    assert contents(tmp_path) == files
+    returned = {
+        name.replace(".step-00000004.partial-0123abcd/old", "step-00000004"): files[name] for name in files
+    }
+    assert contents(tmp_path) == returned
 
 
 def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> 
     def second(event: object) -> None:
         step = event.step  # type: ignore[attr-defined]
         if step in (1, 3):
-            with pytest.raises(OutputError, match="another run is writing"):
+            with pytest.raises(OutputError, match="another process writes or reads"):
                 bs.train(base(), examples(4), LORA, CONFIG, out=out, overwrite=step == 1, resume=step == 3)
 
     def during_plan(*_: object) -> None:
@@ -437,12 +437,12 @@ def test_gpt2_trains_too() -> None:
 def test_what_a_killed_write_leaves_does_not_block_resuming(tmp_path: Path) -> None:
     held_out = examples(6, seed=1)
     config = bs.TrainConfig(max_steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, keep_best=True)
-    (tmp_path / ".partial-abc1_xyz").mkdir()
+    (tmp_path / ".adapter_config.json.partial-0123abcd").write_text("half")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "real_tokens": 40}\n')
-    (tmp_path / "checkpoints" / "best-00000002" / ".partial-xyz12345").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".best-00000002.partial-0123abcd" / "new").mkdir(parents=True)
     result = bs.train(base(), examples(10), LORA, config, out=tmp_path, eval_data=held_out, resume=True)
     assert result.resumed_from == 0
-    assert not list(tmp_path.glob(".partial-*"))
+    assert not list(tmp_path.rglob("*.partial-*"))
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 

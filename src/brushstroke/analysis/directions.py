@@ -16,8 +16,8 @@ from torch import Tensor
 
 from brushstroke.analysis.weights import finite_norm
 from brushstroke.errors import BaseLoadError, OutputError
-from brushstroke.files import write_file
 from brushstroke.lowrank.krylov import Shifted, dense_svd, top_svd
+from brushstroke.outputs import write_file
 from brushstroke.samples.assets import cache_folder
 
 STEP = 40  # strongest directions of a large W come in multiples of this, so that all questions share them

@@ -28,6 +28,7 @@ from brushstroke.base.surplus import require_whole
 from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 from brushstroke.locate import hub_if_needed, locate_base
+from brushstroke.outputs import read_unreplaced
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -121,17 +122,20 @@ def load_base(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are refused below, by name
     }
+
+    def read() -> tuple[Any, Any, Any]:
+        if source is not None and source.suffix == ".gguf":
+            return load_gguf(source, trust_remote_code=False, **options)
+        made, config = read_architecture(where)
+        tokenizer = _load_tokenizer(where)
+        return *made.from_pretrained(**where, config=config, **options), tokenizer
+
     with (
         hub_if_needed(str(name), source, revision),
         quiet_transformers(),
         _explained(str(name), source, where),
     ):
-        if source is not None and source.suffix == ".gguf":
-            model, report, tokenizer = load_gguf(source, trust_remote_code=False, **options)
-        else:
-            made, config = read_architecture(where)
-            tokenizer = _load_tokenizer(where)
-            model, report = made.from_pretrained(**where, config=config, **options)
+        model, report, tokenizer = read() if source is None else read_unreplaced(source, read)
     _refuse_other_weights(str(name), model, report)
     quantised = bool(
         (source is not None and source.suffix == ".gguf") or getattr(model, "hf_quantizer", None)

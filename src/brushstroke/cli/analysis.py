@@ -88,7 +88,7 @@ def spectrum(
         raise ConfigError("--map relative is ‖ΔW‖/‖W‖: name the base with --base BASE")
     if truncate is not None and len(adapters) > 1:
         raise ConfigError(f"--truncate takes one adapter; got {len(adapters)}")
-    from brushstroke.files import refuse_existing
+    from brushstroke.outputs import refuse_existing
 
     if truncate is not None:
         refuse_existing(truncate.expanduser(), overwrite)
@@ -258,7 +258,7 @@ def intruders(
         raise ConfigError("--scale is for the repair: name a folder with --repair OUT")
     if scale is not None and not 0 <= scale <= 1:
         raise ConfigError(f"--scale must be between 0 and 1; got {scale}")
-    from brushstroke.files import refuse_existing
+    from brushstroke.outputs import refuse_existing
 
     if repair is not None:
         refuse_existing(repair.expanduser(), overwrite)

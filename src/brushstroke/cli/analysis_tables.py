@@ -43,7 +43,7 @@ class TableOptions:
             ConfigError: a file is named, or the folder of the adapter.
             OutputError: a folder holds files, and they may not be replaced.
         """
-        from brushstroke.files import refuse_existing
+        from brushstroke.outputs import refuse_existing
 
         for flag, folder, ending in (("--csv", self.csv, ".csv"), ("--latex", self.latex, ".tex")):
             if folder is None:
@@ -61,7 +61,7 @@ class TableOptions:
 
     def write(self, found: Mapping[str, "Told"], overwrite: bool) -> None:
         """Write the tables of one or several results: a column names the result where there are several."""
-        from brushstroke.files import write_folder
+        from brushstroke.outputs import refuse_existing, write_files
 
         folders: dict[Path, dict[str, str]] = {}
         if self.csv is not None:
@@ -71,7 +71,8 @@ class TableOptions:
         for folder, files in folders.items():
             kinds = {name.rpartition(".")[2] for name in files}
             owned = [f"{name}.{kind}" for name in NAMES for kind in kinds]
-            write_folder(folder, files, owned=owned, overwrite=overwrite)
+            refuse_existing(folder, overwrite)
+            write_files(folder, files, last=next(iter(files)), owned=owned)
             say(f"wrote {', '.join(files)} into {folder}")
 
 

@@ -131,7 +131,7 @@ def _refuse_out(out: Path, data: str, overwrite: bool) -> None:
 
 
 def _keep(found: Any, out: Path) -> None:
-    from brushstroke.files import write_file
+    from brushstroke.outputs import write_file
 
     lines = [json.dumps(answer, ensure_ascii=False) for one in found.values() for answer in one.answers]
     write_file(out, "".join(f"{line}\n" for line in lines))

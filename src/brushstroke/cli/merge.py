@@ -39,7 +39,7 @@ def merge(
         trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
         json: Print JSON on stdout.
     """
-    from brushstroke.files import refuse_existing
+    from brushstroke.outputs import refuse_existing
 
     refuse_existing(out.expanduser(), overwrite)
     require_base_files(base)

@@ -6,57 +6,55 @@ A folder holds `adapter_config.json`, `adapter_model.safetensors`, and of ours `
 
 import json
 import math
-import os
 import re
-import time
 from collections.abc import Mapping
-from contextlib import suppress
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.errors import AdapterFileError, OutputError, ShapeError
+from brushstroke.errors import AdapterFileError, ShapeError
 from brushstroke.fetch import (
     CARD,
     CONFIG,
     TENSORS,
     adapter_files,
     damaged_tensors,
-    find_adapter,
+    open_adapter,
     read_object,
-)
-from brushstroke.files import (
-    is_being_written,
-    output_errors,
-    put_back,
-    read_json,
-    remove_files,
-    remove_partial,
-    write_folder,
 )
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.formats.peft_forms import Form, closest_form, form_of, parse_key
 from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import Update
+from brushstroke.outputs import (
+    OwnFiles,
+    clear_leftovers,
+    has_keys,
+    refuse_existing,
+    remove_own,
+    replace_files,
+)
 
 README = "README.md"
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
-ADAPTER_KEYS = {CONFIG: {"peft_type"}, CARD: {"format", "base_name", "lora"}}  # by which they are told
+ADAPTER_KEYS = {CONFIG: has_keys("peft_type"), CARD: has_keys("format", "base_name", "lora")}
+OWN_FILES = OwnFiles(  # PEFT's too
+    ADAPTER_FILES, ADAPTER_KEYS, (CONFIG, CARD), {README: (CARD,)}, {README: "library_name: peft"}
+)
 _COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
 _ADDED = re.compile(
     r"\.(lora_|modules_to_save\.|token_adapter\.)"
 )  # in the names of what PEFT adds to a base
 # What VeLoRA's backward pass and MonteCLoRA's noise need in training; the update is U·V without them.
 _TRAINING_STATE = re.compile(r".+\.lora_(velora_embed|monteclora_sampler)(\..+)?")
-READ_FILES = (CONFIG, TENSORS, CARD, TEMPLATE)
-ATTEMPTS, PAUSE = 40, 0.05  # at reading a folder that another process is replacing, and seconds between them
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -73,19 +71,32 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
-        OutputError: the folder holds files already, or a stranger's by our names, or cannot be written.
+        OutputError: the folder holds files already, or others with our names, or cannot be written.
     """
     folder = Path(folder).expanduser()
-    restore(folder)
-    if overwrite:
-        check_overwrite(folder)
+    check_output(folder, overwrite)
+    files = as_files(adapter, folder.resolve().name)
+    replace_files(folder, files, last=TENSORS, owned=ADAPTER_FILES)
+    return folder
+
+
+def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
+    """The files of an adapter: name → content.
+
+    Args:
+        adapter: of `LowRank` updates only.
+        name: of the folder, for the model card.
+
+    Raises:
+        AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
+    """
     card = adapter.card or Card()
     updates = _writable(adapter)
     tensors = {}
     for site, (form, update) in updates.items():
         tensors |= {f"base_model.model.{site}.{end}": t for end, t in form.stored(update).items()}
-    for name, copy in adapter.copies.items():
-        module, _, last = name.rpartition(".")
+    for copied, copy in adapter.copies.items():
+        module, _, last = copied.rpartition(".")
         inner = ".base_layer" if module in updates else ""
         tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
     sizes = {site: (update.rank, update.scale) for site, (_, update) in updates.items()}
@@ -93,127 +104,53 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         CARD: json.dumps(card.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
-        README: model_card(adapter, card, folder.resolve().name),
+        README: model_card(adapter, card, name),
+        TENSORS: to_bytes(tensors, metadata={"format": "pt"}),
     }
-    if card.chat_template is not None:
-        files[TEMPLATE] = card.chat_template
-    files[TENSORS] = to_bytes(tensors, metadata={"format": "pt"})
-    write_folder(folder, files, owned=ADAPTER_FILES, overwrite=overwrite)
-    return folder
+    return files if card.chat_template is None else {**files, TEMPLATE: card.chat_template}
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Check that an adapter may be written into a folder, and remove what a killed `save` left beside it.
+
+    Raises:
+        OutputError: it holds files and `overwrite` is false, or files with our names that may be the user's.
+    """
+    clear_leftovers(folder, ADAPTER_FILES.__contains__)
+    refuse_existing(folder, overwrite)
+    OWN_FILES.refuse_foreign(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove an adapter's files and every partial one, and the folder where nothing else is in it.
+    """Remove an adapter's files in one step, and the folder where nothing else is in it.
 
     Raises:
         OutputError: they cannot be removed.
     """
-    remove_partial(folder)
-    with output_errors(folder):
-        remove_files(folder, ADAPTER_FILES)
+    clear_leftovers(folder, ADAPTER_FILES.__contains__)
+    remove_own(folder, ADAPTER_FILES)
 
 
 def load(folder: str | Path) -> Adapter:
     """Read an adapter that brushstroke or PEFT wrote, on the CPU and in the dtype that it was saved in.
 
     A name such as "owner/name" that is no folder is looked up on the Hugging Face hub. Where another process
-    replaces the adapter meanwhile, it is read again: what comes is the old one or the new.
+    replaces the adapter meanwhile, what comes is the old one or the new, whole.
 
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
-            Or it cannot be read, or another process goes on writing.
+            Or it cannot be read.
     """
-    folder = find_adapter(folder)
-    try:
-        for _ in range(ATTEMPTS):
-            with suppress(OutputError):  # who may not put files back may still read those that are there
-                restore(folder)
-            before, failure = _states(folder), None
-            try:
-                adapter = _load_once(folder)
-            except AdapterFileError as error:
-                adapter, failure = None, error
-            if before == _states(folder):
-                if adapter is not None:
-                    return adapter
-                if failure is not None and not _may_be_written(folder):
-                    raise failure
-            time.sleep(PAUSE)
-    except OSError as error:
-        raise AdapterFileError(f"{folder} cannot be read: {error.strerror or error}") from error
-    raise AdapterFileError(
-        f"another process keeps writing {folder}, or left it half written; load it when that has ended"
-    )
-
-
-def _may_be_written(folder: Path) -> bool:
-    return folder.is_dir() and is_being_written(folder, ADAPTER_FILES)
-
-
-def _states(folder: Path) -> list[tuple[int, ...] | None]:
-    """What tells whether the files that are read were replaced."""
-    found: list[tuple[int, ...] | None] = []
-    for name in READ_FILES:
+    with open_adapter(folder) as opened:
+        config_file, tensor_file = adapter_files(opened)
+        stored = read_object(config_file)
+        rule = read_rule(stored, str(config_file))
         try:
-            state = os.stat(folder / name)
-            found.append((state.st_ino, state.st_mtime_ns, state.st_size))
-        except OSError:
-            found.append(None)
-    return found
-
-
-def _load_once(folder: Path) -> Adapter:
-    config_file, tensor_file = adapter_files(folder)
-    stored = read_object(config_file)
-    rule = read_rule(stored, str(config_file))
-    try:
-        tensors = load_file(tensor_file)
-    except SafetensorError as error:
-        raise damaged_tensors(tensor_file, error) from error
-    except (OSError, RuntimeError) as error:  # safetensors says the second where a file cannot be opened
-        raise AdapterFileError(f"{tensor_file} cannot be read ({error})") from error
-    updates, copies = _contents(tensors, rule, str(tensor_file))
-    return Adapter(updates, _read_card(folder, stored, rule, updates), copies=copies)
-
-
-def restore(folder: Path) -> None:
-    """Put back the adapter that a `save` was replacing when it was killed.
-
-    Raises:
-        OutputError: its files cannot be moved.
-    """
-    put_back(folder, TENSORS, ADAPTER_FILES)
-
-
-def check_overwrite(folder: Path) -> None:
-    """Check that every file by a name that `save` uses is an adapter's: what is in them tells, no name alone.
-
-    Raises:
-        OutputError: it may be the user's, or another program's.
-    """
-    told = {name for name, keys in ADAPTER_KEYS.items() if keys <= _keys_in(folder / name)}
-    for name in ADAPTER_FILES:
-        path = folder / name
-        if name in ADAPTER_KEYS:
-            known = name in told
-        elif name == README:  # PEFT writes one too
-            known = CARD in told or (path.is_file() and b"library_name: peft" in path.read_bytes())
-        else:
-            known = bool(told)
-        if os.path.lexists(path) and not (known and path.is_file()):
-            raise OutputError(
-                f"{path} is not of an adapter, and this one's would replace it; move it, or choose another "
-                "folder"
-            )
-
-
-def _keys_in(file: Path) -> set[str]:
-    """The keys of a JSON object in a file; none where there is no such thing."""
-    try:
-        stored = read_json(file)
-    except (OSError, ValueError):
-        return set()
-    return set(stored) if isinstance(stored, dict) else set()
+            tensors = from_bytes(tensor_file.read_bytes())
+        except SafetensorError as error:
+            raise damaged_tensors(tensor_file, error) from error
+        updates, copies = _contents(tensors, rule, str(tensor_file))
+        return Adapter(updates, _read_card(opened, stored, rule, updates), copies=copies)
 
 
 def _writable(adapter: Adapter) -> dict[str, tuple[Form, Any]]:
@@ -323,7 +260,9 @@ def _hint(key: str) -> str:
     return ""
 
 
-def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, Update]) -> Card:
+def _read_card(
+    folder: Traversable, stored: Mapping[str, Any], rule: Rule, updates: Mapping[str, Update]
+) -> Card:
     file = folder / CARD
     if file.is_file():
         try:
@@ -337,7 +276,7 @@ def _read_card(folder: Path, stored: Mapping[str, Any], rule: Rule, updates: Map
     return card if template is None else card.with_changes(chat_template=template)
 
 
-def _refuse_foreign_card(card: Card, updates: Mapping[str, Update], file: Path) -> None:
+def _refuse_foreign_card(card: Card, updates: Mapping[str, Update], file: Traversable) -> None:
     shapes = card.fingerprint.shapes if card.fingerprint else {}
     foreign = [
         f"{site}: {shapes[site]} and {update.shape}"

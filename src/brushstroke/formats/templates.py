@@ -3,7 +3,7 @@
 It renders nothing.
 """
 
-from pathlib import Path
+from importlib.resources.abc import Traversable
 
 from brushstroke.errors import AdapterFileError
 from brushstroke.files import read_json
@@ -12,7 +12,7 @@ from brushstroke.templates import one_template
 TEMPLATE, OTHERS, SETTINGS = "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"
 
 
-def read_template(folder: Path) -> str | None:
+def read_template(folder: Traversable) -> str | None:
     """The chat template that an adapter was trained with, as far as its folder tells.
 
     Where there are several, it is one that chooses between them as transformers does.
@@ -23,8 +23,8 @@ def read_template(folder: Path) -> str | None:
     file = folder / TEMPLATE
     try:
         if file.is_file():
-            others = sorted((folder / OTHERS).glob("*.jinja"))
-            named = {other.stem: other.read_bytes().decode("utf-8") for other in others}
+            others = [other for other in (folder / OTHERS).iterdir() if other.name.endswith(".jinja")]
+            named = {other.name[:-6]: other.read_bytes().decode("utf-8") for other in others}
             return one_template({**named, "default": file.read_bytes().decode("utf-8")})
         file = folder / SETTINGS
         stored = read_json(file).get("chat_template") if file.is_file() else None

@@ -4,7 +4,6 @@ The sums are made in `layers.merge`; this decides where they come from and go to
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,23 +18,24 @@ from brushstroke.adapter import Adapter
 from brushstroke.base import Base, FolderWeights, load_base, quiet_transformers
 from brushstroke.base.device import DTYPES
 from brushstroke.errors import BaseLoadError, ConfigError, MergeError, OutputError
-from brushstroke.files import read_json, refuse_existing
+from brushstroke.files import read_json
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
 from brushstroke.merging.in_memory import MergeReport, SiteDrift, merge, require_adapter
 from brushstroke.merging.side_files import (
     CONFIG,
     GENERATION,
     TEMPLATE,
+    TOKENIZER,
     TOKENIZER_CONFIG,
     copy_beside,
     loaded_files,
     save_stop_tokens,
     save_template,
 )
-from brushstroke.merging.staging import recover, refuse_inside, staged_folder
 from brushstroke.merging.stored import stored_dtypes, widest_dtype
 from brushstroke.merging.stream import merge_files
 from brushstroke.merging.verify import CheckResult, check_merged
+from brushstroke.outputs import OwnFiles, clear_leftovers, refuse_existing, replace_folder
 from brushstroke.sites import check_base
 
 MODEL_KEYS = {"model_type", "architectures"}  # by which a model's config is told
@@ -154,8 +154,8 @@ def merge_folder(
     require_adapter(adapter)
     started, out = time.perf_counter(), Path(out).expanduser()
     folder = _folder_of(base)
-    recover(out, _is_ours)
-    _judge(out, folder, overwrite)
+    clear_leftovers(out, _is_weights)
+    _check_output(out, folder, overwrite)
     weights = None
     if folder is not None and (dtype == "auto" or {DTYPES.get(dtype)} == stored_dtypes(folder)):
         weights = _readable(folder, adapter, trust_remote_code)
@@ -176,7 +176,17 @@ def merge_folder(
     elif loaded is None:
         chosen = widest_dtype(str(base), folder) if dtype == "auto" else dtype
         loaded = load_base(str(base), dtype=chosen, device="cpu", trust_remote_code=trust_remote_code)
-    with staged_folder(out, lambda: _judge(out, folder, overwrite), is_ours=_is_ours) as staging:
+    before = _identity(out)
+
+    def recheck() -> None:
+        _check_output(out, folder, overwrite)
+        if _identity(out) != before:
+            raise OutputError(
+                f"{out} is another folder than when this began, as another process has made it anew; look at "
+                "it, then give the command again or choose another folder"
+            )
+
+    with replace_folder(out, _is_weights, check=recheck) as staging:
         skipped: tuple[str, ...] = ()
         if folder is not None:
             files = loaded_files(folder) if weights is None else {*weights.shards(), _INDEX}
@@ -209,7 +219,7 @@ def merge_folder(
     )
 
 
-def _judge(out: Path, folder: Path | None, overwrite: bool) -> None:
+def _check_output(out: Path, folder: Path | None, overwrite: bool) -> None:
     """Check that a merge may write a folder.
 
     Raises:
@@ -222,32 +232,32 @@ def _judge(out: Path, folder: Path | None, overwrite: bool) -> None:
             "another folder"
         )
     if folder is not None:
-        refuse_inside(out, folder)
-    _refuse_strangers(out, folder)
-
-
-def _refuse_strangers(out: Path, folder: Path | None) -> None:
-    """Check that what a merge would replace in a folder is a model's: its config tells, never names alone.
-
-    Raises:
-        OutputError: naming a file that may be the user's.
-    """
-    if not out.is_dir():
-        return
-    with suppress(OSError, ValueError):
-        config = read_json(out / CONFIG)
-        if isinstance(config, dict) and config.keys() & MODEL_KEYS:
-            return
-    written = {CONFIG, GENERATION, "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE}
-    written |= {path.name for path in out.iterdir() if _is_ours(path.name)}
+        _refuse_inside(out, folder)
+    written = {CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE}
+    written |= {path.name for path in out.glob("*") if _is_weights(path.name)}
     if folder is not None:
         written |= {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    for name in sorted(written):
-        if os.path.lexists(out / name):
-            raise OutputError(
-                f"{out / name} would be replaced, but the folder's {CONFIG} does not say that it holds a "
-                "model; move the file, or choose another folder"
-            )
+    names = tuple(name for name in sorted(written) if not (out / name).is_dir())
+    OwnFiles(
+        names,
+        {CONFIG: lambda config: bool(config.keys() & MODEL_KEYS)},
+        marks=(CONFIG,),
+        otherwise=f"is in a folder whose {CONFIG} does not say that it holds a model",
+    ).refuse_foreign(out)
+
+
+def _refuse_inside(out: Path, base: Path) -> None:
+    out, base = out.resolve(), base.resolve()
+    if out == base or out in base.parents or base in out.parents:
+        raise OutputError(f"{out} is, holds or lies in the base's own folder; choose a folder of its own")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """By what a folder is told from another one in its place; None where there is none."""
+    with suppress(OSError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _not_asked() -> CheckResult:
@@ -318,6 +328,6 @@ def _declare_dtype(config: Path, dtype: str) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
-def _is_ours(name: str) -> bool:
+def _is_weights(name: str) -> bool:
     """Weights of an earlier merge, which must not stay beside the new ones."""
     return name == _INDEX or bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name))

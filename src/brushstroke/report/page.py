@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import require
-from brushstroke.files import output_errors, write_file
+from brushstroke.outputs import output_errors, write_file
 
 FOLDED = 12  # rows of a table above which it is folded
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import require
-from brushstroke.files import output_errors, write_file
+from brushstroke.outputs import write_file, write_files
 from brushstroke.report import Page
 from brushstroke.report.charts import choices
 from brushstroke.report.figures import WIDTH
@@ -71,22 +71,18 @@ def _write_tables(report: Report, folder: Path, *, csv: bool, latex: bool) -> No
     }
     noted = report.results.store.note(TABLES)
     report.results.store.keep_note(TABLES, sorted({*(noted if isinstance(noted, list) else ()), *files}))
-    with output_errors(folder / TABLES):
-        (folder / TABLES).mkdir(exist_ok=True)
-    for name, text in files.items():
-        write_file(folder / TABLES / name, text)
+    write_files(folder / TABLES, files, last=next(iter(files)))
 
 
 def _write_figures(report: Report, folder: Path) -> None:
     """Every figure as PNG and SVG, in the state in which the page shows it first."""
     convert = require("vl_convert", extra="report")
     drawn = {file_name(one): _alone(one) for finding in report.findings for one in finding.figures}
-    report.results.store.keep_note(FIGURES, [f"{name}.{kind}" for name in drawn for kind in ("png", "svg")])
-    with output_errors(folder / FIGURES):
-        (folder / FIGURES).mkdir(exist_ok=True)
-    for name, spec in drawn.items():
-        write_file(folder / FIGURES / f"{name}.png", convert.vegalite_to_png(spec, scale=PNG_SCALE))
-        write_file(folder / FIGURES / f"{name}.svg", convert.vegalite_to_svg(spec))
+    files = {f"{name}.png": convert.vegalite_to_png(spec, scale=PNG_SCALE) for name, spec in drawn.items()}
+    files |= {f"{name}.svg": convert.vegalite_to_svg(spec) for name, spec in drawn.items()}
+    report.results.store.keep_note(FIGURES, list(files))
+    if files:
+        write_files(folder / FIGURES, files, last=next(iter(files)))
 
 
 def file_name(figure: Figure) -> str:

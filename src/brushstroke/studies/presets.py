@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from brushstroke.base import load_base
-from brushstroke.files import output_errors
+from brushstroke.outputs import output_errors
 from brushstroke.samples import labelled_file, model_path, read_task
 from brushstroke.studies import tiny
 from brushstroke.studies.arms import allowed_ranks, matrix_sets

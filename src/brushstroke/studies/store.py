@@ -4,7 +4,6 @@ A run is finished when its outcome is there; the outcome is written last, at onc
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,8 +11,16 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import AdapterFileError, OutputError, ResumeError
-from brushstroke.files import output_errors, refuse_existing, remove_empty, write_file
 from brushstroke.formats import load, remove
+from brushstroke.outputs import (
+    OwnFiles,
+    output_errors,
+    refuse_existing,
+    remove_empty,
+    remove_files,
+    write_file,
+    write_files,
+)
 from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import RUN_KEY, Run
 
@@ -23,7 +30,7 @@ RESULTS, REPORT = "results.json", "report.html"
 FIGURES, TABLES = "figures", "tables"  # folders, and the notes of which files in them are the study's
 BASE = "base"  # a model that was trained for the study; made before the study begins
 ALWAYS = {"studies", "seeds", "arms"}  # of every study's identity: what tells it from a foreign study.json
-BEFORE_BEGUN = re.compile(rf"{BASE}(\.partial)?|\.partial-\d+-{re.escape(STUDY)}")  # left by a kill till then
+OWN_FILES = OwnFiles((RUNS, RESULTS, REPORT, FIGURES, TABLES), otherwise=f"is there without a {STUDY}")
 START_OVER = "start over (--overwrite), or choose another folder"
 
 
@@ -94,12 +101,10 @@ class Store:
 
     def finish(self, run: Run, outcome: Outcome) -> None:
         """Keep what a run came to; from now on it is never run again."""
-        folder = self.runs / run.key
-        with output_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        files = {OUTCOME: json.dumps(outcome.as_dict(), indent=2, allow_nan=True) + "\n"}
         if rows := outcome.test_rows:
-            write_file(folder / ROWS, json.dumps([float(f"{loss:.7g}") for loss in rows]) + "\n")
-        write_file(folder / OUTCOME, json.dumps(outcome.as_dict(), indent=2, allow_nan=True) + "\n")
+            files[ROWS] = json.dumps([float(f"{loss:.7g}") for loss in rows]) + "\n"
+        write_files(self.runs / run.key, files, last=OUTCOME)
 
     def adapter(self, run: Run) -> Adapter:
         """The update of a finished run.
@@ -147,13 +152,11 @@ class Store:
         with output_errors(self.folder):
             for run in runs:
                 remove(run / ADAPTER)
-                for name in (OUTCOME, ROWS):
-                    (run / name).unlink(missing_ok=True)
+                remove_files(run, (OUTCOME, ROWS))
                 remove_empty(run)
             for file in (self.folder / RESULTS, self.folder / REPORT, *files):
                 file.unlink(missing_ok=True)
-            for folder in folders:
-                remove_empty(folder)
+            remove_empty(*folders)
 
     def _noted(self, kind: str) -> list[Path]:
         """The study's own files in one of its folders."""
@@ -171,13 +174,8 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
     if (folder / STUDY).is_file():
         _read(folder)
         return
-    if not folder.is_dir() or not all(BEFORE_BEGUN.fullmatch(entry.name) for entry in folder.iterdir()):
-        refuse_existing(folder, overwrite)
-    if found := [name for name in (RUNS, RESULTS, REPORT, FIGURES, TABLES) if (folder / name).exists()]:
-        raise OutputError(
-            f"{folder} holds {', '.join(found)} without a {STUDY}, and cannot be resumed or replaced; move "
-            "them away, or choose another folder"
-        )
+    refuse_existing(folder, overwrite, ignoring=(BASE,))
+    OWN_FILES.refuse_foreign(folder)
 
 
 def planned_before(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ Two layers over bytes. It is large enough for the questions of the paper and no 
 
 import ast
 import json
-import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from brushstroke.base import Base, load_base, quiet_transformers
 from brushstroke.data import Example
 from brushstroke.errors import DataError, OutputError
-from brushstroke.files import output_errors
+from brushstroke.outputs import clear_leftovers, replace_folder
 from brushstroke.studies.arm_run import Task
 from brushstroke.studies.arms import OTHER, TASK
 from brushstroke.training.schedule import factor
@@ -57,13 +56,10 @@ def tiny_base(folder: Path, seed: int = 0) -> Base:
             )
     else:
         model = _pretrained(seed)
-        partial = folder.with_name(f"{folder.name}.partial")
-        with output_errors(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-            with quiet_transformers():
-                model.save_pretrained(partial)
-            (partial / MADE).write_text(json.dumps(how) + "\n", "utf-8")
-            partial.rename(folder)
+        clear_leftovers(folder, lambda _: True)
+        with replace_folder(folder, lambda _: True) as new, quiet_transformers():
+            model.save_pretrained(new)
+            (new / MADE).write_text(json.dumps(how) + "\n", "utf-8")
     return Base(load_base(folder, dtype="float32", device="cpu").model, None, "a byte model of two layers")
 
 

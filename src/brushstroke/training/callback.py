@@ -10,8 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from brushstroke.errors import ConfigError
-from brushstroke.files import refuse_existing
-from brushstroke.formats import check_overwrite, restore, save
+from brushstroke.formats import check_output, save
 from brushstroke.layers import Attachment
 
 
@@ -46,9 +45,7 @@ class AdapterCallback(TrainerCallback):
         """
         if state.is_world_process_zero:
             for folder in self._targets(args, state):
-                restore(folder)
-                refuse_existing(folder, self._overwrite or folder in self._written)
-                check_overwrite(folder)
+                check_output(folder, self._overwrite or folder in self._written)
         if args.load_best_model_at_end:
             raise ConfigError(
                 "AdapterCallback cannot serve load_best_model_at_end, as the Trainer saves no model here; "

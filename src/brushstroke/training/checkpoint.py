@@ -6,25 +6,23 @@ and the step (`philox`).
 
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
-from brushstroke.files import PARTIAL, file_sum, output_errors, read_json
+from brushstroke.files import read_json
 from brushstroke.layers import TrainableAttachment
+from brushstroke.outputs import OpenFolder, OwnFiles, clear_leftovers, has_keys, open_folder, replace_files
 
 STATE, TENSORS = "state.json", "state.safetensors"
 STATE_KEYS = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
+OWN_FILES = OwnFiles((STATE, TENSORS), {STATE: has_keys(*STATE_KEYS)}, (STATE,))  # in the order of removal
 FORMAT = 3
 OTHER_FORMATS = {2: " (its data order and dropout come from another random generator)"}
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -60,54 +58,9 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
         "extra": dict(extra or {}),
         "tensors": hashlib.sha256(content).hexdigest(),
     }
-    with output_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-        try:
-            (staging / TENSORS).write_bytes(content)
-            (staging / STATE).write_text(json.dumps(sealed(state), indent=2) + "\n", "utf-8")
-            for file in (staging / TENSORS, staging / STATE):
-                with file.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-            restore(folder)
-            if folder.exists():  # out of the way whole: removing it takes time, in which a kill may come
-                os.replace(folder, _before(folder))
-            os.replace(staging, folder)
-            restore(folder)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            restore(folder)
-            raise
-
-
-def restore(folder: Path) -> None:
-    """Undo or end a replacement that was cut in two: the earlier checkpoint goes back, or away.
-
-    What a user put beside its files goes over to the one that took its place.
-    """
-    before = _before(folder)
-    if not before.is_dir():
-        return
-    if not folder.exists():
-        os.replace(before, folder)
-        return
-    for file in before.iterdir():
-        if file.name in (STATE, TENSORS):
-            file.unlink()
-        else:
-            os.replace(file, folder / file.name)
-    before.rmdir()
-
-
-def moved_away(parent: Path) -> list[Path]:
-    """The checkpoints in a folder that a replacement cut in two left under another name."""
-    named = re.compile(rf"{re.escape(PARTIAL)}(step-\d{{8,}})-before")
-    found = [named.fullmatch(path.name) for path in parent.glob(f"{PARTIAL}*")]
-    return [parent / match[1] for match in found if match]
-
-
-def _before(folder: Path) -> Path:
-    return folder.with_name(f"{PARTIAL}{folder.name}-before")
+    files = {TENSORS: content, STATE: json.dumps(sealed(state), indent=2) + "\n"}
+    clear_leftovers(folder, OWN_FILES.names.__contains__)
+    replace_files(folder, files, last=STATE, owned=OWN_FILES.names)
 
 
 def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
@@ -115,15 +68,14 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
 
     Raises:
         ResumeError: the checkpoint is damaged or belongs to another adapter.
-        OutputError: a replacement of it that was cut in two cannot be undone.
     """
-    with output_errors(folder):
-        restore(folder)
-    state = read_state(folder)
     try:
-        if file_sum(folder / TENSORS) != state["tensors"]:
+        with open_folder(folder) as opened:
+            state = read_state(opened)
+            content = (opened / TENSORS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != state["tensors"]:
             raise damaged(folder, f"{TENSORS} is not as it was written")
-        tensors = load_file(folder / TENSORS)
+        tensors = from_bytes(content)
     except (OSError, SafetensorError) as error:
         raise damaged(folder, str(error)) from error
     named = dict(session.attachment.named_parameters())
@@ -149,7 +101,7 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
     return state["extra"]
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path | OpenFolder) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
@@ -178,7 +130,7 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "sum": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
-def damaged(folder: Path, why: str) -> ResumeError:
+def damaged(folder: Path | OpenFolder, why: str) -> ResumeError:
     """The error for a checkpoint that nothing can go on from."""
     return ResumeError(
         f"the checkpoint {folder} is damaged ({why}); remove it to use an earlier one, or start over with "

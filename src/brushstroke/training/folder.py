@@ -12,32 +12,34 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.errors import AdapterFileError, ConfigError, OutputError, ResumeError
-from brushstroke.files import PARTIAL, file_sum, output_errors, read_json, refuse_existing, write_file
-from brushstroke.formats import ADAPTER_FILES, load, save
-from brushstroke.formats import restore as restore_adapter
+from brushstroke.files import file_sum, read_json
+from brushstroke.formats import ADAPTER_FILES, as_files, load, save
 from brushstroke.formats.peft import TENSORS as WEIGHTS
-from brushstroke.training.checkpoint import (
-    STATE,
-    Resumable,
-    damaged,
-    moved_away,
-    read_state,
-    restore,
-    save_session,
+from brushstroke.outputs import (
+    PARTIAL,
+    RunLock,
+    clear_leftovers,
+    output_errors,
+    read_first,
+    refuse_existing,
+    remove_files,
+    write_file,
+    write_files,
 )
+from brushstroke.training.checkpoint import OWN_FILES as STEP_FILES
+from brushstroke.training.checkpoint import STATE, Resumable, damaged, read_state, save_session
 from brushstroke.training.jsonl import append, lines_until
-from brushstroke.training.lock import FolderLock
 from brushstroke.training.run_files import (
     CHECKPOINTS,
     EVALUATIONS,
     METRICS,
+    OWN_FILES,
     RUN,
-    folders_of,
-    is_damaged,
-    is_ours,
-    refuse_strangers,
+    checkpoint_folders,
+    clear_run,
+    refuse_foreign,
     remove_checkpoint,
-    remove_leftovers,
+    step_of,
 )
 
 KEPT = 2  # checkpoints
@@ -70,7 +72,7 @@ class RunFolder:
             raise ConfigError(f"the output folder {str(path)!r} has a NUL character in its name")
         self.path = Path(path).expanduser()
         self._resume, self._overwrite = resume, overwrite
-        self._lock = FolderLock(self.path)
+        self._lock = RunLock(self.path)
         self._lock.refuse_other()
         self.resuming = self._judge()
 
@@ -93,7 +95,8 @@ class RunFolder:
         Raises:
             OutputError: another run is writing, or the folder is not what it was.
         """
-        self._lock.take()
+        with output_errors(self.path):
+            self._lock.take()
         if self._judge() != self.resuming:
             raise OutputError(
                 f"another run has written {self.path} since this one began; give the command again to go on "
@@ -115,11 +118,15 @@ class RunFolder:
     def complete(self) -> bool:
         """Whether a finished adapter stands in the folder."""
         run = self.path / RUN
-        return (self.path / WEIGHTS).is_file() and run.is_file() and (is_ours(run) or is_damaged(run))
+        return (
+            (self.path / WEIGHTS).is_file()
+            and run.is_file()
+            and (OWN_FILES.is_own(run) or not read_first(run))
+        )
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints in order of their steps."""
-        return [folder for folder in folders_of(self.path, "step") if (folder / STATE).is_file()]
+        return [folder for folder in checkpoint_folders(self.path, "step") if (folder / STATE).is_file()]
 
     def last_state(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint and its state, or None where there is none.
@@ -199,10 +206,10 @@ class RunFolder:
         kept = self.checkpoints()[-KEPT:]
         named = {self.best(step) for step in (best_step, *map(_best_step, kept))}
         with suppress(OSError):
-            for folder in [*folders_of(self.path, "step"), *folders_of(self.path, "best")]:
+            for folder in [*checkpoint_folders(self.path, "step"), *checkpoint_folders(self.path, "best")]:
                 if folder not in kept and folder not in named:
                     remove_checkpoint(folder)
-            remove_leftovers(self.path / CHECKPOINTS)
+            clear_run(self.path)
 
     def open(self, step: int, evaluated: int = 0) -> None:
         """Make the folder ready for the steps after this one: later lines of an interrupted run are cut off.
@@ -219,11 +226,11 @@ class RunFolder:
         evaluations = lines_until(self.path / EVALUATIONS, evaluated) if step else b""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if not step:  # the last checkpoint first: as long as one stands, the metrics belong to it
-                for folder in [*reversed(folders_of(self.path, "step")), *folders_of(self.path, "best")]:
-                    remove_checkpoint(folder)
-            for name in (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))):
-                (self.path / name).unlink(missing_ok=True)
+            steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
+            for folder in () if step else (*reversed(steps), *best):
+                remove_checkpoint(folder)  # before the metrics, which belong to the last one that is there
+            with self._lock.alone():
+                remove_files(self.path, (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))))
             if step:
                 write_file(self.path / METRICS, metrics)
                 if (self.path / EVALUATIONS).exists():
@@ -232,7 +239,7 @@ class RunFolder:
 
     def clean(self) -> None:
         """Remove what an interrupted write left behind."""
-        remove_leftovers(self.path)
+        clear_run(self.path)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
         """Append one line of JSON and flush it to the disk at once; a new file appears with its line.
@@ -243,13 +250,14 @@ class RunFolder:
         append(self.path / name, line)
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
-        """Write the summary, then the adapter; from now on the run is complete.
+        """Write the summary and the adapter; from now on the run is complete.
 
         Raises:
             OutputError: they cannot be written.
         """
-        write_file(self.path / RUN, json.dumps(summary, indent=2, default=str) + "\n")
-        save(adapter, self.path, overwrite=True)
+        files = as_files(adapter, self.path.resolve().name)
+        files[RUN] = json.dumps(summary, indent=2, default=str) + "\n"
+        write_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run.
@@ -267,14 +275,15 @@ class RunFolder:
 
     def _judge(self) -> bool:
         """Whether there is something to go on from; refuses what must not be replaced."""
-        restore_adapter(self.path)
+        clear_leftovers(self.path, ADAPTER_FILES.__contains__)
+        with output_errors(self.path):
+            clear_run(self.path)
         finished = self._resume and self.complete
         if not (self._resume or self._overwrite):
             self._refuse_run()
             refuse_existing(self.path, overwrite=False)
         if not finished:
-            refuse_strangers(self.path)
-            self._restore()
+            refuse_foreign(self.path)
         resuming = finished or (self._resume and bool(self.checkpoints()))
         if not resuming:
             refuse_existing(self.path, self._overwrite or (self._resume and self._only_of_a_run()))
@@ -282,18 +291,15 @@ class RunFolder:
 
     def _refuse_run(self) -> None:
         """Refuse a folder with a run of ours, naming what it holds and what loses nothing first."""
-        marks = {folder: folder / STATE for folder in self.checkpoints()}
-        kept = [folder for folder, mark in marks.items() if is_ours(mark) or is_damaged(mark)]
-        steps = [
-            int(folder.name.partition("-")[2]) for folder in (*kept, *moved_away(self.path / CHECKPOINTS))
-        ]
+        states = {step_of(folder): folder / STATE for folder in self.checkpoints()}
+        steps = [step for step, state in states.items() if STEP_FILES.is_own(state) or not read_first(state)]
         way = "choose another folder"
         if self.complete:
             what, lost = f"a finished run{self._finished_steps()}", "adapter, checkpoints and metrics"
         elif steps:
             what, lost = "a run that is not finished", "checkpoints and metrics"
             way = f"go on from its checkpoint of step {max(steps)} with --resume (resume=True), or {way}"
-        elif is_ours(self.path / METRICS):
+        elif OWN_FILES.is_own(self.path / METRICS):
             what, lost = "a run that stopped before its first checkpoint", "metrics"
         else:
             return
@@ -307,17 +313,11 @@ class RunFolder:
             return f" of {self.summary()['steps']} steps"
         return ""
 
-    def _restore(self) -> None:
-        """Put back what a kill left under the name that a checkpoint has while another takes its place."""
-        for folder in moved_away(self.path / CHECKPOINTS):
-            with output_errors(folder):
-                restore(folder)
-
     def _only_of_a_run(self) -> bool:
         """Whether nothing but what a run leaves before it is complete is here; an adapter needs overwrite."""
         known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {WEIGHTS}
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
-        return all(name in known or name.startswith(PARTIAL) for name in names)
+        return all(name in known or PARTIAL.fullmatch(name) for name in names)
 
 
 def refuse_base(out: str | Path, base: str | Path | None) -> None:

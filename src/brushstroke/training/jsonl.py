@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import ResumeError
-from brushstroke.files import output_errors, write_file
+from brushstroke.outputs import output_errors, write_file
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:

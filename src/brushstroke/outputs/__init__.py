@@ -1,0 +1,48 @@
+"""Writing files and folders, and reading folders that others may be replacing.
+
+It knows nothing of what is in the files.
+"""
+
+from brushstroke.outputs.foreign import OwnFiles, foreign, has_keys, read_first, refuse_existing
+from brushstroke.outputs.lock import RunLock
+from brushstroke.outputs.read import OpenFolder, open_folder, read_unreplaced
+from brushstroke.outputs.replace import (
+    clear_leftovers,
+    clear_leftovers_in,
+    remove_own,
+    replace_files,
+    replace_folder,
+)
+from brushstroke.outputs.write import (
+    PARTIAL,
+    output_errors,
+    remove_empty,
+    remove_files,
+    remove_partial_files,
+    write_file,
+    write_files,
+)
+
+__all__ = [
+    "PARTIAL",
+    "OpenFolder",
+    "OwnFiles",
+    "RunLock",
+    "clear_leftovers",
+    "clear_leftovers_in",
+    "foreign",
+    "has_keys",
+    "open_folder",
+    "output_errors",
+    "read_first",
+    "read_unreplaced",
+    "refuse_existing",
+    "remove_empty",
+    "remove_files",
+    "remove_own",
+    "remove_partial_files",
+    "replace_files",
+    "replace_folder",
+    "write_file",
+    "write_files",
+]

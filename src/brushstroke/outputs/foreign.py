@@ -1,0 +1,111 @@
+"""Whose files are in a folder: refuses to write over what brushstroke did not write.
+
+What is in the files tells, never their names alone.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from brushstroke.errors import OutputError
+from brushstroke.outputs.write import PARTIAL
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """The files that one kind of output consists of, and what tells them from a user's.
+
+    Args:
+        names: of all of them.
+        keys: name → whether the JSON object in that file (or in its first line, of .jsonl) is as we write it.
+        marks: of these, each of which vouches for files that cannot tell themselves, and for damaged ones.
+        vouchers: name → other marks, of which that file needs one.
+        texts: name → a text in the file that vouches for it too.
+        otherwise: what is said of a file that is not known.
+    """
+
+    names: tuple[str, ...]
+    keys: Mapping[str, Callable[[Mapping[str, Any]], bool]] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+    vouchers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str = "was not written by brushstroke"
+
+    def is_own(self, path: Path) -> bool:
+        """Whether a file holds the JSON that we write there."""
+        found = read_first(path)
+        return isinstance(found, dict) and self.keys[path.name](found)
+
+    def refuse_foreign(self, folder: Path, *, vouched: bool = False) -> None:
+        """Check that everything in a folder under one of the names is of this kind.
+
+        Args:
+            folder: may be missing.
+            vouched: whether something else shows the folder to be ours.
+
+        Raises:
+            OutputError: it may be the user's or another program's, or is a folder.
+        """
+        own = {name for name in self.keys if self.is_own(folder / name)}
+        sure = vouched or bool(own.intersection(self.marks))
+        for name in self.names:
+            path = folder / name
+            if not os.path.lexists(path):
+                continue
+            known = name in own or name not in self.keys or not read_first(path)
+            if name in self.vouchers:
+                known = bool(own.intersection(self.vouchers[name])) or self._has_text(path)
+            if not (known and sure and path.is_file()):
+                raise foreign(path, self.otherwise)
+
+    def _has_text(self, path: Path) -> bool:
+        text = self.texts.get(path.name)
+        return text is not None and path.is_file() and text.encode() in path.read_bytes()
+
+
+def has_keys(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether an object has all of these keys."""
+    return lambda found: set(names) <= found.keys()
+
+
+def read_first(path: Path) -> Any:
+    """The JSON of a file, or of its first line where it is a .jsonl; None where there is none to read."""
+    try:
+        text = path.read_text("utf-8")
+        return json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def foreign(path: Path, what: str) -> OutputError:
+    """The error for a file that may be the user's."""
+    what = "is a link" if path.is_symlink() else what
+    return OutputError(f"{path} {what}, and would be overwritten; move it, or choose another folder")
+
+
+def refuse_existing(folder: Path, overwrite: bool, *, ignoring: Collection[str] = ()) -> None:
+    """Check that results may go into a folder: it is new or empty, or its files may be overwritten.
+
+    Args:
+        folder: to write.
+        overwrite: whether the folder may hold files already.
+        ignoring: names in it that count for nothing.
+
+    Raises:
+        OutputError: it holds files and `overwrite` is false, or it, or what it should be in, is no folder.
+    """
+    there = next((level for level in (folder, *folder.parents) if os.path.lexists(level)), folder)
+    if os.path.lexists(there) and not there.is_dir():
+        what = "a file" if there.exists() else "a link to something that is not there"
+        raise OutputError(f"{there} is {what}; name a folder")
+    if overwrite or not folder.is_dir():
+        return
+    names = {entry.name for entry in folder.iterdir()}.difference(ignoring)
+    if not all(map(PARTIAL.fullmatch, names)):
+        raise OutputError(
+            f"{folder} holds files already; choose another folder, or pass overwrite=True (--overwrite), "
+            f"which replaces only the files that brushstroke writes"
+        )

@@ -1,0 +1,164 @@
+"""The one lock of an output folder: on the folder itself, leaving no file, and ending with its process.
+
+Readers share it, and so do runs and writers that build a folder. Whoever removes a folder, or files that a
+reader may be reading, holds it alone. It keeps nobody out where the system (Windows) or the file system (some
+network drives) has no such locks.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from brushstroke.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+PATIENCE, PAUSE = 1.0, 0.01  # seconds to wait for readers of a folder, and between two tries
+LOCKS = Path("/proc/locks")  # Linux lists here who holds what
+
+
+def hold(path: Path) -> int:
+    """Open a folder or file and share its lock: until the handle is closed, it is not removed.
+
+    Raises:
+        OSError: there is none, or it cannot be opened.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    while True:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            _flock(handle, fcntl.LOCK_SH)
+            if is_at(handle, path):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether a path still names what was opened."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
+
+
+def try_alone(handle: int, *, without_locks: bool) -> bool:
+    """Whether the handle holds the lock alone now; `without_locks` is the answer where there are no locks."""
+    if fcntl is None:
+        return without_locks
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return without_locks and not isinstance(error, BlockingIOError)
+    return True
+
+
+@contextmanager
+def alone(folder: Path, handle: int) -> Iterator[None]:
+    """Context manager: nobody else reads or writes a folder; afterwards the handle shares its lock.
+
+    Raises:
+        OutputError: somebody does, and does not end soon.
+    """
+    end = time.monotonic() + PATIENCE
+    while not try_alone(handle, without_locks=True):
+        if time.monotonic() > end:
+            raise _in_use(folder)
+        time.sleep(PAUSE)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            _flock(handle, fcntl.LOCK_SH)
+
+
+class RunLock:
+    """The lock of a folder for as long as a run writes it: shared with readers, not with another run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._handle: int | None = None
+        self._made_folder = False
+
+    @property
+    def held(self) -> bool:
+        """Whether this run may write."""
+        return self._handle is not None
+
+    def refuse_other(self) -> None:
+        """Check that no other run holds the lock; nothing is made.
+
+        Raises:
+            OutputError: one does.
+        """
+        if self._folder.is_dir():
+            with suppress(PermissionError):
+                os.close(self._take())
+
+    def take(self) -> None:
+        """Hold the lock from now on; the folder is made if it is not there.
+
+        Raises:
+            OutputError: another run holds it.
+            OSError: the folder cannot be made.
+        """
+        if self._handle is None:
+            self._made_folder = not self._folder.exists()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._handle = self._take()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context manager: no reader is in a folder that was taken while files of it are removed."""
+        with nullcontext() if self._handle is None else alone(self._folder, self._handle):
+            yield
+
+    def release(self) -> None:
+        """Give the lock back; a folder that was made for it and in which nothing is goes too."""
+        if self._handle is None:
+            return
+        if self._made_folder:
+            with suppress(OSError):
+                self._folder.rmdir()
+        os.close(self._handle)
+        self._handle = None
+
+    def _take(self) -> int:
+        while True:
+            handle = hold(self._folder)
+            try:
+                with alone(self._folder, handle):
+                    pass
+            except BaseException:
+                os.close(handle)
+                raise
+            if fcntl is None or is_at(handle, self._folder):
+                return handle
+            os.close(handle)
+
+
+def _flock(handle: int, operation: int) -> None:
+    assert fcntl is not None
+    with suppress(OSError):  # this file system has no locks
+        fcntl.flock(handle, operation)
+
+
+def _in_use(folder: Path) -> OutputError:
+    """The error for a folder whose lock is held, with the process that holds it where the system tells."""
+    found, holder = folder.stat(), ""
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with suppress(OSError):
+        for line in LOCKS.read_text().splitlines():
+            words = line.split()  # 1: FLOCK ADVISORY WRITE process place 0 EOF
+            if words[1] == "FLOCK" and words[5] == place:
+                holder = f" (process {words[4]})"
+    return OutputError(
+        f"another process writes or reads {folder}{holder}; wait for it, or choose another folder"
+    )

@@ -1,0 +1,223 @@
+"""Files and folders that appear whole, and readers that see one version of a folder."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from brushstroke.errors import BaseLoadError, OutputError
+from brushstroke.outputs import (
+    clear_leftovers,
+    lock,
+    open_folder,
+    output_errors,
+    read_unreplaced,
+    refuse_existing,
+    remove_own,
+    replace_files,
+    replace_folder,
+    write_file,
+    write_files,
+)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_file(file, "ä")
+    write_file(file, b"two")
+    assert file.read_bytes() == b"two"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="nowhere"):
+        write_file(tmp_path / "nowhere" / "a.json", "x")
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OutputError, match=r"a\.json"):
+        write_file(tmp_path / "a.json", "x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+OWNED = ("x", "old", "last")
+
+
+@pytest.mark.parametrize("put", [write_files, replace_files])
+def test_a_folder_gets_its_files_and_nothing_else(tmp_path: Path, put: Callable[..., None]) -> None:
+    folder = tmp_path / "a" / "b"
+    put(folder, {"x": "1", "last": b"2"}, last="last", owned=OWNED)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["last", "x"]
+    (folder / "old").write_text("ours of an earlier time")
+    (folder / "notes").write_text("not ours")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "x").write_text("not ours")
+    folder.chmod(0o770)
+    put(folder, {"last": b"3"}, last="last", owned=OWNED)
+    left = sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*"))
+    assert left == ["inner", "inner/x", "last", "notes"]
+    assert (folder / "last").read_bytes() == b"3"
+    assert folder.stat().st_mode & 0o777 == 0o770
+    assert [entry.name for entry in folder.parent.iterdir()] == ["b"]
+    remove_own(folder, OWNED)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["inner", "notes"]
+
+
+@pytest.mark.parametrize("put", [write_files, replace_files])
+def test_a_failure_removes_only_the_folders_that_were_made(tmp_path: Path, put: Callable[..., None]) -> None:
+    with pytest.raises(OutputError):
+        put(tmp_path / "a" / "b", {"no/such/name": "x", "last": "y"}, last="last", owned=())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_marker_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, {"last": "1", "x": "1"}, last="last")
+    seen, replace = [], os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append((tmp_path / "last").exists())
+        replace(source, target)
+        seen.append((tmp_path / "last").exists())
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_files(tmp_path, {"last": "2", "x": "2", "y": "2"}, last="last")
+    assert seen == [False] * 5 + [True]
+
+
+def test_files_that_are_replaced_one_by_one_wait_for_readers(tmp_path: Path) -> None:
+    write_files(tmp_path, {"x": "1", "last": "1"}, last="last")
+    with open_folder(tmp_path), pytest.raises(OutputError, match="another process writes or reads"):
+        write_files(tmp_path, {"x": "2", "last": "2"}, last="last")
+    assert sorted((entry.name, entry.read_text()) for entry in tmp_path.iterdir()) == [
+        ("last", "1"),
+        ("x", "1"),
+    ]
+
+
+def test_leftovers_of_a_file_go_with_its_next_write_but_not_what_is_being_written(tmp_path: Path) -> None:
+    left, busy, other = (tmp_path / f".{name}.partial-0123abcd" for name in ("a.txt", "b.txt", "c.txt"))
+    for file in (left, busy, other):
+        file.write_text("half")
+    handle = lock.hold(busy)
+    for name in ("a.txt", "b.txt"):
+        write_file(tmp_path / name, "whole")
+    os.close(handle)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [busy.name, other.name, "a.txt", "b.txt"]
+    )
+
+
+def test_a_folder_in_use_stays_until_the_next_write(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    replace_files(folder, {"x": "1", "last": "1"}, last="last", owned=OWNED)
+    with open_folder(folder) as opened:
+        for number in "23":
+            replace_files(folder, {"x": number, "last": number}, last="last", owned=OWNED)
+            clear_leftovers(folder, OWNED.__contains__)
+        assert (opened / "x").read_bytes() == b"1"
+        assert {entry.name for entry in opened.iterdir()} == {"x", "last"}
+        assert len(list(tmp_path.iterdir())) == 2
+    assert (folder / "x").read_text() == "3"
+    clear_leftovers(folder, OWNED.__contains__)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_reader_whose_folder_was_replaced_before_its_lock_opens_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, flock = tmp_path / "a", lock._flock
+    replace_files(folder, {"last": "1"}, last="last", owned=OWNED)
+
+    def raced(handle: int, operation: int) -> None:
+        monkeypatch.setattr(lock, "_flock", flock)
+        replace_files(folder, {"last": "2"}, last="last", owned=OWNED)
+        flock(handle, operation)
+
+    monkeypatch.setattr(lock, "_flock", raced)
+    with open_folder(folder) as opened:
+        assert (opened / "last").read_bytes() == b"2"
+
+
+def test_a_library_reads_again_where_a_folder_was_replaced_meanwhile(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "a", []
+    replace_files(folder, {"x": "1", "last": "1"}, last="last", owned=OWNED)
+
+    def read() -> tuple[str, str]:
+        first = (folder / "x").read_text()
+        calls.append(first)
+        if len(calls) < 3:
+            number = str(len(calls) + 1)
+            replace_files(folder, {"x": number, "last": number}, last="last", owned=OWNED)
+        if len(calls) == 1:
+            raise ValueError("of a mixture")
+        return first, (folder / "last").read_text()
+
+    assert read_unreplaced(folder, read) == ("3", "3")
+    with pytest.raises(ZeroDivisionError):
+        read_unreplaced(folder, lambda: 1 / 0)
+
+
+def write_and_fail(file: Path, error: BaseException) -> None:
+    file.write_text("2")
+    raise error
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write_files(folder, {"x": "1"}, last="x")
+    full, stopped = OSError(28, "No space left on device"), KeyboardInterrupt()
+    for error, expected in ((full, OutputError), (stopped, KeyboardInterrupt)):
+        with pytest.raises(expected), replace_folder(folder, OWNED.__contains__) as new:
+            write_and_fail(new / "x", error)
+    with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "b" / "c", OWNED.__contains__):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (folder / "x").read_text() == "1"
+
+
+def test_without_locks_a_writer_removes_its_own_old_folder_and_no_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EBADF, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    left = tmp_path / ".a.partial-0123abcd"
+    (left / "new").mkdir(parents=True)
+    for number in "12":
+        clear_leftovers(tmp_path / "a", OWNED.__contains__)
+        replace_files(tmp_path / "a", {"last": number}, last="last", owned=OWNED)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "a"]
+    with lock.RunLock(tmp_path / "a").alone(), open_folder(tmp_path / "a") as opened:
+        assert (opened / "last").read_bytes() == b"2"
+
+
+def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
+    refuse_existing(tmp_path, False)
+    refuse_existing(tmp_path / "new", False)
+    (tmp_path / "file").write_text("x")
+    refuse_existing(tmp_path, True)
+    with pytest.raises(OutputError, match="overwrite"):
+        refuse_existing(tmp_path, False)
+    with pytest.raises(OutputError, match="is a file"):
+        refuse_existing(tmp_path / "file", True)
+    with pytest.raises(OutputError, match=r"file is a file; name a folder"):
+        refuse_existing(tmp_path / "file" / "new", True)
+
+
+@pytest.mark.parametrize("target", ["gone", "link"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    for folder in (tmp_path / "link", tmp_path / "link" / "new"):
+        with pytest.raises(
+            OutputError, match=r"link is a link to something that is not there; name a folder"
+        ):
+            refuse_existing(folder, overwrite)
+
+
+def test_an_oserror_becomes_one_message(tmp_path: Path) -> None:
+    with pytest.raises(BaseLoadError, match=r"^the base$"), output_errors(tmp_path):  # an OSError too
+        raise BaseLoadError("the base")
+    with pytest.raises(OutputError, match="No space left"), output_errors(tmp_path):
+        raise OSError(28, "No space left on device")
