@@ -148,7 +148,7 @@ def test_compare_gives_grids_with_chance(cli, adapters):
     assert row["chance_right"][0][1] == pytest.approx(2 / 32)
     one = cli("compare", adapters / "four", adapters / "two", "--of", "U")
     assert "right φ" not in one.out
-    assert "no property of ΔW" in one.out
+    assert "not a property of ΔW" in one.out
     same = json.loads(cli("compare", adapters / "four", adapters / "four", "--json").out)
     assert same["cosine"] == pytest.approx(1)
 
@@ -586,10 +586,10 @@ def test_the_bases_own_directions_are_kept(cli, larger, tmp_path, monkeypatch, c
     plain = cli(*words, "--no-cache")
     assert (plain.status, list(tmp_path.iterdir())) == (0, [])
     first = cli(*words)
-    assert "own directions" not in first.err
+    assert "cached directions" not in first.err
     assert len(list((tmp_path / "directions").iterdir())) == 7
     second = cli(*words)
-    assert "the base's own directions at 7 sites are from" in second.err
+    assert "used cached directions of the base for 7 sites, from" in second.err
     assert "--no-cache" in second.err
     assert plain.out == first.out == second.out
     for file in (tmp_path / "directions").iterdir():

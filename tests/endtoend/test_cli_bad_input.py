@@ -99,7 +99,7 @@ def test_files(refused, tmp_path, case):
 
 def test_many_rows_of_a_file_are_told_with_its_name_once(refused, tmp_path):
     file = write_rows(tmp_path / "train.jsonl", [{"text": ""} for _ in range(12)])
-    assert f"{file}, rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more; take such rows out" in refused(file)
+    assert f"{file}, rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more; remove such rows" in refused(file)
 
 
 def test_a_missing_file_names_its_neighbour(refused, tmp_path):
@@ -174,7 +174,7 @@ def test_adapters_that_are_none(cli, tiny, train_rows, tmp_path):
 
 def test_rank_does_not_go_with_from(refused, train_rows, tmp_path):
     message = refused(train_rows, "--from", tmp_path / "a", "--rank", "4", "--targets", "mlp", status=2)
-    assert "--rank, --targets cannot be given with --from" in message
+    assert "--rank, --targets cannot be combined with --from" in message
 
 
 def test_config_files(refused, train_rows, tmp_path):
@@ -187,11 +187,11 @@ def test_config_files(refused, train_rows, tmp_path):
         "rank: true": "found true",
         "rank: {a: {b: 1}}": "found a mapping",
         "rank: -2": "rank",
-        "rank: 4\nseed: 1\nrank: 8": "'rank' stands there twice",
-        "rank_pattern: {q_proj: 2, q_proj: 4}": "'q_proj' stands there twice",
+        "rank: 4\nseed: 1\nrank: 8": "'rank' appears twice",
+        "rank_pattern: {q_proj: 2, q_proj: 4}": "'q_proj' appears twice",
         "rank: " + "[" * 3000: "nested too deeply",
         "prompt: ''": "the value of --prompt is empty",
-        "max_steps: 3\nmax-steps: 4": "'max_steps' and 'max-steps' are one flag",
+        "max_steps: 3\nmax-steps: 4": "'max_steps' and 'max-steps' are the same flag",
     }
     for text, expected in cases.items():
         file.write_text(text, "utf-8")
@@ -254,7 +254,7 @@ def test_an_adapter_is_not_written_into_the_folder_of_its_base(cli, tiny, train_
 def test_empty_values_are_refused_by_name(cli, tiny, train_rows, flag):
     done = cli("train", tiny, train_rows, *([] if flag == "--out" else ["--out", "out"]), f"{flag}=")
     assert done.status == 2
-    assert f"the value of {flag} is empty; give one, or leave it out" in done.error
+    assert f"the value of {flag} is empty; give a value, or leave the flag out" in done.error
 
 
 def test_empty_and_impossible_paths_are_refused_by_every_command(cli, tiny, tmp_path):

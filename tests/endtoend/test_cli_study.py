@@ -174,27 +174,27 @@ BAD = [
     (("rank", "BASE", "DATA", "--targets", "q_proj", "--ranks", "999"), "give smaller ranks"),
     (("seeds", "BASE", "DATA", "--targets", "q_proj", "--rank", "999"), "is larger than"),
     (("intrinsic", "BASE", "DATA", "--dimensions", "10,999999999"), "a subspace of 999,999,999 dimensions"),
-    (("paper", "--tiny", "BASE", "DATA"), "brings its own model, data and settings; leave out BASE and DATA"),
+    (("paper", "--tiny", "BASE", "DATA"), "has its own model, data and settings; leave out BASE and DATA"),
     (("paper", "--tiny", "--max-steps", "3"), "leave out --max-steps"),
     (
         ("paper", "--smollm2", "BASE"),
-        "--smollm2 brings its own model, data and settings; leave out",
+        "--smollm2 has its own model, data and settings; leave out",
     ),
     (("rank", "BASE", "DATA", "--smollm2"), "--smollm2 is for paper"),
     (("paper", "--smollm2", "--tiny"), "give --tiny or --smollm2, not both"),
     (("rank", "BASE", "DATA", "--dimensions", "3"), "--dimensions is for intrinsic, not for rank"),
-    (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks takes numbers with commas between them; got '1,x'"),
+    (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks expects numbers separated by commas; got '1,x'"),
     (("rank", "BASE", "DATA", "--ranks", "0"), "rank must be a whole number of at least 1; got 0"),
     (("rank", "BASE", "DATA", "--targets", "q_porj"), "matches no site"),
     (("rank", "BASE", "DATA", "--learning-rates", "0,1"), "must be finite numbers above 0"),
-    (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds is how many there are"),
+    (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds must be at least 1"),
     (("targets", "BASE", "DATA", "--rank", "2", "--budget", "9"), "give --rank or --budget, not both"),
     (("targets", "BASE", "DATA", "--budget", "3"), "no set of matrices meets a budget of 3 parameters"),
     (("seeds", "BASE", "DATA", "--tiny"), "--tiny is for paper"),
     (("rank", "BASE", "FEW"), "are too few for training, validation and test"),
     (("rank", "BASE", "DATA", "--budget-minutes", "0.00001"), "one arm takes about"),
     (("rank", "BASE", "DATA", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
-    (("rank", "BASE", "DATA", "--workers", "-1"), "--workers is how many runs there are at a time"),
+    (("rank", "BASE", "DATA", "--workers", "-1"), "--workers must be at least 1"),
     (("rank", "BASE", "DATA", "--learning-rates", "inf,1"), "must be finite numbers above 0"),
     (("seeds", "BASE", "DATA", "--other", "DATA"), "the other data: every row is in the task's data too"),
     (("delta", "BASE", "DATA", "--general", "DATA"), "the general text: every row is in the task's"),
@@ -210,10 +210,10 @@ BAD = [
         "the margin of equality must be a finite number above 0",
     ),
     (("seeds", "BASE", "DATA", "--margin", "1"), "--margin is for rank and targets, not for seeds"),
-    (("rank", "BASE", "DATA", "--reread"), "holds no study to read again; leave out --reread"),
-    (("paper", "--tiny", "--reread"), "holds no study to read again; leave out --reread"),
+    (("rank", "BASE", "DATA", "--reread"), "contains no study to read again; leave out --reread"),
+    (("paper", "--tiny", "--reread"), "contains no study to read again; leave out --reread"),
     (("rank", "BASE", "DATA", "--reread", "--overwrite"), "give --reread or --overwrite, not both"),
-    (("paper", "--tiny", "--seeds", "0"), "--seeds is how many there are"),
+    (("paper", "--tiny", "--seeds", "0"), "--seeds must be at least 1"),
     (("paper", "--tiny", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
 ]
 
@@ -238,7 +238,7 @@ def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, 
     again = cli(*words, "--no-whole", "--workers", "2", "--budget-minutes", "60")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")} == before
-    assert "goes on with the plan that it began with" in again.err
+    assert "continues with its existing plan" in again.err
     other = cli(*words)  # with the arm that trains W itself
     assert other.status == 1
     assert "holds another study (arms:" in other.error

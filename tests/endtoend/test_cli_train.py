@@ -117,7 +117,7 @@ def test_the_plan_comes_before_the_first_step(cli, tiny, train_rows, tmp_path):
         "micro-tokens",
         "products",
         "shared prefixes",
-        "default rule",
+        "the default for this width",
         "float32 (asked for)",
         "packed",
         "<|im_end|>",
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cli, tiny, train_rows, tmp_path, 
     assert kept >= 20
     again = cli("train", tiny, train_rows, "--out", out, *LONG_RUN, "--resume")
     assert again.status == 0, again.err
-    assert f"going on from the checkpoint of step {kept}" in again.err
+    assert f"continuing from the checkpoint of step {kept}" in again.err
     assert (out / "metrics.jsonl").read_bytes().splitlines()[:kept] == before[:kept]
     assert_same_run(out, whole_run)
 
@@ -177,7 +177,7 @@ def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(cli, tiny, train_rows
     assert "Traceback" not in err
     steps = len(lines_of(out / "metrics.jsonl"))
     kept = out / "checkpoints" / f"step-{steps:08d}"
-    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; go on with --resume"
+    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; continue with --resume"
     assert kept.is_dir()
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     same = cli("train", tiny, train_rows, "--out", out, *LONG_RUN)
@@ -205,7 +205,7 @@ def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     kept = out / "checkpoints" / f"step-{len(lines_of(out / 'metrics.jsonl')):08d}"
-    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; go on with --resume"
+    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; continue with --resume"
     assert (kept / "state.json").is_file()
 
 
@@ -229,7 +229,7 @@ def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
     second = cli(*words)
     assert second.status == 0
-    assert "complete already" in second.err
+    assert "already complete" in second.err
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
     other = cli(*words, "--rank", "2")
     assert other.status == 1
@@ -266,7 +266,7 @@ def test_columns_of_other_names_and_going_on_from_an_adapter(cli, tiny, tmp_path
     assert cli("train", *words, "--out", tmp_path / "a", "--rank", "2").status == 0
     done = cli("train", *words, "--out", tmp_path / "b", "--from", tmp_path / "a")
     assert done.status == 0, done.err
-    assert "14 sites of the adapter to go on from" in done.err
+    assert "14 sites of the adapter in --from" in done.err
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 2
 
 

@@ -54,7 +54,7 @@ NEEDED = {
     "plan": ("base", "targets", "memory", "learning rate", "stop tokens"),
     "data": ("rows", "tokens", "stop token", "lengths"),
     "generate": ("loading",),
-    "chat": ("one speaks;", "/use NAME, /base, /reset, /quit"),
+    "chat": ("one answers;", "/use NAME, /base, /reset, /quit"),
     "merge": ("survived", "model drift"),
     "train": ("done:", "mean loss", "the adapter is in", "evaluation after step 2"),
     "study": ("What rank is enough", "The lowest test loss"),
@@ -222,7 +222,7 @@ def zeros(line: str) -> str:
 def lines_without_note(text: str) -> list[str]:
     """What a terminal shows in the end, but for the line that says what was left out."""
     shown = "\n".join(Screen(text).lines)
-    return re.sub(r"  left out for the width:[^;]*;\s+--json\s+has\s+all", "", shown).split("\n")
+    return re.sub(r"  columns\s+left\s+out:[^;]*;\s+--json\s+has\s+all", "", shown).split("\n")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -252,8 +252,7 @@ def test_the_important_is_there(shown, width):
 
 def test_what_is_left_out_is_said_below_its_table_alone(shown):
     said = {
-        width: {name for name, text in shown[width].items() if "left out for the width" in text}
-        for width in shown
+        width: {name for name, text in shown[width].items() if "columns left out" in text} for width in shown
     }
     assert said == {
         60: {"show", *ANALYSES, *SITES},
@@ -261,7 +260,7 @@ def test_what_is_left_out_is_said_below_its_table_alone(shown):
         200: set(),
         None: set(),
     }
-    times = {name: shown[80][name].count("left out for the width") for name in ("spectrum", *SITES)}
+    times = {name: shown[80][name].count("columns left out") for name in ("spectrum", *SITES)}
     assert times == {"spectrum": 2, **dict(zip(SITES, (3, 3, 1, 1), strict=True))}
 
 

@@ -197,7 +197,7 @@ def test_rows_with_tools_take_the_template_for_tools():
     merged = kit.tokenizer(ChatFormat(tokenizer).template)
     assert [merged.decode(encode([row], merged)[0].tokens) for row in (plain, tooled)] == texts
     tokenizer.chat_template = {"rag": "{{ nothing }}"}
-    with pytest.raises(DataError, match="none is called default"):
+    with pytest.raises(DataError, match="none has the name default"):
         encode([plain], tokenizer)
 
 
@@ -303,7 +303,7 @@ def test_a_template_is_read_from_json_and_an_empty_file_is_none(tmp_path: Path):
     assert find_template(tmp_path / "chat_template.json") == kit.TEMPLATE
     for name, text in (("empty.jinja", ""), ("other.json", "{}"), ("bad.json", "{")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match="holds no chat template"):
+        with pytest.raises(ConfigError, match="contains no chat template"):
             find_template(tmp_path / name)
 
 

@@ -114,7 +114,7 @@ GOLDEN = """
   mod…self_attn.q_proj     1.5         0.167
   mod….0.mlp.down_proj   0.001         0.250
 
-  left out for the width: d×h; --json has all
+  columns left out: d×h; --json has all
 """
 
 

@@ -33,7 +33,7 @@ def test_patterns():
     for text in ("q_proj", "q_proj=", "=4", "q_proj=1.5", "q_proj=a"):
         with pytest.raises(ConfigError, match="PATTERN=VALUE"):
             patterns("--rank-pattern", text, int)
-    with pytest.raises(ConfigError, match="--rank-pattern: 'q_proj' stands there twice"):
+    with pytest.raises(ConfigError, match="--rank-pattern: 'q_proj' appears twice"):
         patterns("--rank-pattern", "q_proj=2, k_proj=2, q_proj =4", int)
 
 

@@ -83,14 +83,14 @@ def test_a_warning_with_a_class_of_ours_is_heard_from_everywhere(module, shown):
 def test_a_compiler_that_fails_is_told(shown, monkeypatch):
     import torch
 
-    from brushstroke.packed import onekernel
+    from brushstroke.packed import compiled
 
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(onekernel, "pays", lambda _: True)
-    monkeypatch.setattr(onekernel, "_fails", False)
-    kernel = onekernel.CompiledFunction(torch.relu)
+    monkeypatch.setattr(compiled, "pays", lambda _: True)
+    monkeypatch.setattr(compiled, "_fails", False)
+    kernel = compiled.CompiledFunction(torch.relu)
     monkeypatch.setattr(kernel, "_compiled", broken)
     (line,) = shown(kernel, torch.ones(2))
     assert line.startswith("warning: torch.compile does not work here (no compiler)")

@@ -104,7 +104,7 @@ def test_reasoning_that_a_template_drops_later_is_refused_or_split_by_turns():
         {"role": "user", "content": "and now?"},
         {"role": "assistant", "content": "noon"},
     ]
-    refused(tokenizer, messages, "reasoning of message 2", "once the conversation goes on", "--split-turns")
+    refused(tokenizer, messages, "reasoning of message 2", "once the conversation continues", "--split-turns")
     data = encode([{"messages": messages}], tokenizer, split_turns=True)
     assert [trained_texts(tokenizer, example) for example in data] == [
         ["<think>\nhmm\n</think>\n\nIt is noon.<|im_end|>"],
@@ -278,7 +278,9 @@ def test_a_template_that_refuses_a_row_says_so_with_the_row():
 
 def test_a_template_that_hides_where_the_answer_begins_is_refused():
     hides = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
-    refused(have.byte_level(hides), CONVERSATION[:2], "does not tell where the answer in message 2 begins")
+    refused(
+        have.byte_level(hides), CONVERSATION[:2], "the beginning of the answer in message 2 cannot be found"
+    )
 
 
 def test_messages_without_a_template_name_the_other_ways():

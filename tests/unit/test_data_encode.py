@@ -116,7 +116,7 @@ def test_messages_come_before_pairs_and_pairs_before_texts(chatml):
         kinds.append(encode([row], chatml).report.kind)
         row = {key: value for key, value in row.items() if key != name}
     assert kinds == ["messages", "prompt/completion"]
-    with pytest.warns(DataWarning, match="'prompt' is not used, and looks like a part of the conversation"):
+    with pytest.warns(DataWarning, match="'prompt' is not used, but looks like a part of the conversation"):
         assert encode([row], chatml).report.kind == "text"
 
 
@@ -224,7 +224,7 @@ def test_rows_without_a_trained_token_are_refused_when_there_is_nothing_else(pla
     refused([{"input_ids": [1, 2], "labels": [-100, -100]}], None, "nothing to train on", "row 1")
     refused([{"text": ""}], plain, "nothing to train on")
     rows = [{"prompt": "hello " * 40, "completion": "a"}]
-    refused(rows, plain, "no token", "raise max_length", max_length=4, skip_too_long=True)
+    refused(rows, plain, "has a token to train", "raise max_length", max_length=4, skip_too_long=True)
     assert encode(rows, plain, max_length=4, need_trained=False).report.trained_tokens == 0
 
 

@@ -107,7 +107,7 @@ def test_an_answer_that_goes_on_behind_a_result_is_asked_as_it_was_trained():
 def test_words_that_a_template_writes_behind_every_conversation_are_never_trained():
     behind = "{% endfor %}<|begin|>Answer in one word.<|im_end|>"
     template = OPENED + "{{ m.content }}" + ENDED.replace("{% endfor %}", behind)
-    refused(template, [QUESTION, ANSWER], "'Answer in one word' behind every conversation")
+    refused(template, [QUESTION, ANSWER], "'Answer in one word' after every conversation")
 
 
 def test_a_template_that_looks_into_values_is_outlined_with_them():
@@ -173,7 +173,7 @@ def test_malformed_tools_are_refused(tools, fragment):
 def test_variables_that_a_template_is_given_otherwise_are_refused():
     assert read_options('{"thinking": true, "style": null}', "row 1") == {"thinking": True}
     for name in ("messages", "tools", "add_generation_prompt", "strftime_now"):
-        with pytest.raises(DataError, match=f"cannot hold '{name}'"):
+        with pytest.raises(DataError, match=f"cannot contain '{name}'"):
             read_options({name: 1}, "row 1")
 
 
@@ -207,16 +207,17 @@ def test_an_answer_that_opens_a_conversation_is_context_where_nothing_asks_for_i
     assert trained(template, messages) == [" It is noon.<|im_end|>"]
     tokenizer = have.byte_level(template)
     assert any(
-        "opens a conversation" in note for note in encode([{"messages": messages}], tokenizer).report.notes
+        "at the start of a conversation" in note
+        for note in encode([{"messages": messages}], tokenizer).report.notes
     )
-    refused(template, messages[:1], "where the answer in message 1 begins")
+    refused(template, messages[:1], "the beginning of the answer in message 1 cannot be found")
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        ({"names": ["Ana", "O'Neil"]}, "as Python writes them"),
-        ({"flags": [True, None]}, "as Python writes them"),
+        ({"names": ["Ana", "O'Neil"]}, "in Python's repr, not as JSON"),
+        ({"flags": [True, None]}, "in Python's repr, not as JSON"),
         ({"a": "", "city": "B"}, "does not print the argument 'a'"),
         ({"param": {}, "city": "B"}, "does not print the argument 'param'"),
     ],

@@ -86,7 +86,7 @@ def test_malformed_calls_are_refused(call, fragment):
 
 
 def test_calls_of_a_user_are_refused():
-    refused([{**ASK, "tool_calls": [CALL]}], "only an assistant message")
+    refused([{**ASK, "tool_calls": [CALL]}], "only assistant messages can have them")
 
 
 def test_nulls_are_left_out_and_said():

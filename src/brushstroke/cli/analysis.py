@@ -1,6 +1,6 @@
-"""`spectrum`, `compare`, `relate` and `intruders`: what the numbers of adapters say.
+"""The commands `spectrum`, `compare`, `relate` and `intruders`.
 
-The maths are those of `brushstroke.analysis`; the model is never run.
+`brushstroke.analysis` does the computations; no command runs the model.
 """
 
 from collections.abc import Callable
@@ -63,29 +63,30 @@ def spectrum(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Show the singular values and ranks of adapters' updates, and cut one to the rank that it needs.
+    """Show the singular values and ranks of adapters' updates; truncate an adapter to the rank that it needs.
 
     Args:
-        adapters: The adapters' folders, or their hub ids.
-        base: A model folder, a hub id or a .gguf file, for the norms relative to its weights.
-        map: Print a map of layers and matrices too, of this measure.
-        truncate: Write the (one) adapter here, cut to the ranks of --energy or --budget.
+        adapters: Folders or hub ids of adapters.
+        base: A model folder, a hub id or a .gguf file; adds norms relative to its weights.
+        map: Also print a map of this measure by layer and matrix.
+        truncate: Write the adapter here, truncated to the ranks of --energy or --budget; takes one adapter.
         energy: Share of the energy to keep at every site when truncating [default: 0.99].
-        budget: Parameters to keep in total when truncating, spread over the sites so that least is lost.
-        overwrite: Replace what is in the folders of --truncate, --csv and --latex.
-        allow_different_base: Measure even if the adapter was trained on another base.
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
+        budget: Number of parameters to keep when truncating, distributed over the sites for the smallest
+            loss.
+        overwrite: Replace existing files in the folders of --truncate, --csv and --latex.
+        allow_different_base: Allow an adapter that was trained on another base.
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
     if not adapters:
         raise ConfigError("expected at least one adapter's folder: brushstroke spectrum ADAPTER…")
     if truncate is None and (energy is not None or budget is not None):
-        raise ConfigError("--energy and --budget are for truncating: name a folder with --truncate OUT")
+        raise ConfigError("--energy and --budget need --truncate OUT")
     if energy is not None and budget is not None:
         raise ConfigError("give --energy or --budget, not both")
     if map == "relative" and base is None:
-        raise ConfigError("--map relative is ‖ΔW‖/‖W‖: name the base with --base BASE")
+        raise ConfigError("--map relative shows ‖ΔW‖/‖W‖ and needs --base BASE")
     if truncate is not None and len(adapters) > 1:
         raise ConfigError(f"--truncate takes one adapter; got {len(adapters)}")
     from brushstroke.files import refuse_existing
@@ -144,14 +145,14 @@ def compare(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Show what two adapters share: subspaces of any size, with chance beside them, and cosines.
+    """Show the subspaces that two adapters share, with chance levels, and their cosines.
 
     Args:
-        first: The first adapter's folder, or its hub id.
-        second: The second adapter's folder, or its hub id.
-        of: Whose directions: of ΔW, or of the factor U or V alone, as the LoRA paper took them.
-        site: Draw the whole grid of this site in --html; repeatable [default: the middle layer].
-        overwrite: Replace what is in the folders of --csv and --latex.
+        first: Folder or hub id of the first adapter.
+        second: Folder or hub id of the second adapter.
+        of: Compare the directions of ΔW, or of the factor U or V alone, as in the LoRA paper.
+        site: Draw the full grid of this site in --html; repeatable [default: the middle layer].
+        overwrite: Replace existing files in the folders of --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -196,12 +197,12 @@ def relate(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Show what an adapter amplifies in its base's weights, and what a random one would.
+    """Show which directions of its base's weights an adapter amplifies, compared with a random update.
 
     Args:
-        adapter: The adapter's folder, or its hub id.
+        adapter: Folder or hub id of the adapter.
         base: A model folder, a hub id or a .gguf file.
-        overwrite: Replace what is in the folders of --csv and --latex.
+        overwrite: Replace existing files in the folders of --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -241,21 +242,21 @@ def intruders(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Find strong directions of base and adapter together that the base alone does not have.
+    """Find strong directions of W + ΔW that the base's W does not have.
 
     Args:
-        adapter: The adapter's folder, or its hub id.
+        adapter: Folder or hub id of the adapter.
         base: A model folder, a hub id or a .gguf file.
-        top: How many directions to judge at each site.
-        threshold: The largest |cosine| with a singular vector of the base that an intruder may have.
-        repair: Write the adapter here with its intruders scaled down.
-        scale: The factor by which the repair scales an intruder [default: 0.75].
-        overwrite: Replace what is in the folders of --repair, --csv and --latex.
+        top: Number of directions to test at each site.
+        threshold: A direction is an intruder if its |cosine| with every singular vector of W is below this.
+        repair: Write the adapter here, with its intruders scaled down.
+        scale: Factor by which --repair scales an intruder [default: 0.75].
+        overwrite: Replace existing files in the folders of --repair, --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
     if scale is not None and repair is None:
-        raise ConfigError("--scale is for the repair: name a folder with --repair OUT")
+        raise ConfigError("--scale needs --repair OUT")
     if scale is not None and not 0 <= scale <= 1:
         raise ConfigError(f"--scale must be between 0 and 1; got {scale}")
     from brushstroke.files import refuse_existing

@@ -1,6 +1,6 @@
-"""The tables of an analysis as files: a folder with one for each, as CSV or as LaTeX.
+"""Writes the tables of an analysis into a folder, one file per table, as CSV or as LaTeX.
 
-It computes nothing; what a table holds comes from `analysis`.
+It computes nothing; the contents come from `analysis`.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ NAMES = ("matrices", "layers", "sites", "directions", "deciles")
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """Which tables are printed, and which are written.
+    """Which tables are printed and written.
 
     Args:
-        sites: Print the rows of all sites too.
+        sites: Also print the rows of all sites.
         csv: Write every table as CSV into this folder, unrounded: matrices.csv, layers.csv, sites.csv.
         latex: Write every table as LaTeX into this folder, as printed: matrices.tex, layers.tex, sites.tex.
     """
@@ -37,11 +37,11 @@ class TableOptions:
     latex: Path | None = None
 
     def check(self, overwrite: bool, adapter: Path | None = None) -> None:
-        """Refuse folders that hold files already, or into which an adapter is written, before all work.
+        """Refuse non-empty folders, and the folder of a new adapter, before any work.
 
         Raises:
-            ConfigError: a file is named, or the folder of the adapter.
-            OutputError: a folder holds files, and they may not be replaced.
+            ConfigError: a path is a file, or the folder of the adapter.
+            OutputError: a folder is not empty, and its files may not be replaced.
         """
         from brushstroke.files import refuse_existing
 
@@ -50,17 +50,17 @@ class TableOptions:
                 continue
             if folder.suffix.lower() == ending:
                 raise ConfigError(
-                    f"{flag} takes a folder, for matrices{ending}, layers{ending} and sites{ending}; "
-                    f"got {folder}; name it {folder.with_suffix('')}, say"
+                    f"{flag} takes a folder for matrices{ending}, layers{ending} and sites{ending}; got "
+                    f"{folder}; use for example {folder.with_suffix('')}"
                 )
             if adapter is not None and folder.expanduser().resolve() == adapter.expanduser().resolve():
                 raise ConfigError(
-                    f"{flag} names the folder of the new adapter, {folder}; choose another folder"
+                    f"{flag} and the new adapter have the same folder, {folder}; choose another folder"
                 )
             refuse_existing(folder.expanduser(), overwrite)
 
     def write(self, found: Mapping[str, "Told"], overwrite: bool) -> None:
-        """Write the tables of one or several results: a column names the result where there are several."""
+        """Write the tables of one or several results; if there are several, a column names the result."""
         from brushstroke.files import write_folder
 
         folders: dict[Path, dict[str, str]] = {}
@@ -77,14 +77,14 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class Told:
-    """One result with what is told of it.
+    """One result, with the tables and texts that describe it.
 
     Args:
         found: the result.
         summary: of it.
         rows: of all sites, for people.
-        kind: what these rows are: sites, or the directions of sites.
-        deciles: the energy by tenth of W's directions, where it is known.
+        kind: the kind of these rows: sites, or directions of sites.
+        deciles: the energy by tenth of W's directions, if it is known.
     """
 
     found: "SiteTable[Any]"
@@ -95,7 +95,7 @@ class Told:
 
 
 def told_spectrum(name: str, found: "Spectrum") -> Told:
-    """What is told of an adapter's spectrum."""
+    """The description of an adapter's spectrum."""
     from brushstroke.analysis.summaries import spectrum_summary
     from brushstroke.analysis.text_tables import spectrum_listing
 
@@ -103,7 +103,7 @@ def told_spectrum(name: str, found: "Spectrum") -> Told:
 
 
 def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
-    """What is told of two adapters."""
+    """The description of a comparison of two adapters."""
     from brushstroke.analysis.summaries import overlap_summary
     from brushstroke.analysis.text_tables import overlap_listing
 
@@ -111,7 +111,7 @@ def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
 
 
 def told_relation(name: str, found: "Relation") -> Told:
-    """What is told of an adapter in its base."""
+    """The description of an adapter relative to its base."""
     from brushstroke.analysis import mean_deciles
     from brushstroke.analysis.summaries import relation_summary
     from brushstroke.analysis.text_tables import relation_listing
@@ -121,7 +121,7 @@ def told_relation(name: str, found: "Relation") -> Told:
 
 
 def told_intruders(name: str, found: "Intruders") -> Told:
-    """What is told of an adapter's intruders."""
+    """The description of an adapter's intruders."""
     from brushstroke.analysis.summaries import intruder_summary
     from brushstroke.analysis.text_tables import intruder_listing
 
@@ -129,7 +129,7 @@ def told_intruders(name: str, found: "Intruders") -> Told:
 
 
 def as_json(told: Told) -> dict[str, Any]:
-    """The summary first, then all that the result holds."""
+    """The summary, then all contents of the result."""
     return {"summary": told.summary.as_dict(), **told.found.as_dict()}
 
 

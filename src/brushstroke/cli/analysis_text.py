@@ -1,4 +1,4 @@
-"""The results of an analysis as tables on stdout.
+"""Prints the results of an analysis as tables on stdout.
 
 It computes nothing.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Spectrum, Truncation
     from brushstroke.cli.analysis_tables import Told
 
-# What a narrow terminal does without: the least important column, or group of columns, first.
+# Columns, or groups of columns, that a narrow terminal omits, the least important first.
 WITHOUT = {
     "spectrum": ("d×h", "90 %", "σ₁", "stable", "‖ΔW‖/‖W‖", "effective"),
     "overlap": (
@@ -38,7 +38,7 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 
 
 def print_spectrum(told: "Told", found: "Spectrum", measure: str | None, sites: bool) -> None:
-    """The spectrum of one adapter, with a map of a measure if one is named, and the advice."""
+    """Print the spectrum of one adapter, with a map of a measure if one is named, and the advised ranks."""
     from brushstroke.analysis.text_tables import rank_advice
 
     _print_summary(told, "spectrum", sites)
@@ -71,7 +71,7 @@ def _print_map(found: "Spectrum", measure: str) -> None:
 
 
 def print_cut(out: Path, cut: "Truncation") -> None:
-    """What truncating did."""
+    """Print the effect of a truncation."""
     ranks = sorted(cut.ranks.values())
     facts(
         results(),
@@ -86,7 +86,7 @@ def print_cut(out: Path, cut: "Truncation") -> None:
 
 
 def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
-    """Two adapters side by side."""
+    """Print the comparison of two adapters."""
     _print_summary(told, "overlap", sites)
     unmatched = found.unmatched
     facts(
@@ -98,13 +98,14 @@ def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
             "zero": ", ".join(unmatched.zero),
             "note": ""
             if found.of == "delta"
-            else f"of {found.of} alone, which is no property of ΔW: other factors of the same ΔW differ",
+            else f"{found.of} alone, which is not a property of ΔW: other factors of the same ΔW have other "
+            "directions",
         },
     )
 
 
 def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
-    """An adapter in its base, with the energy by tenth of W's directions beside chance."""
+    """Print an adapter's relation to its base, with the energy by tenth of W's directions and chance."""
     from brushstroke.analysis.text_tables import decile_listing, number
 
     _print_summary(told, "relation", sites)
@@ -118,7 +119,7 @@ def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
 
 
 def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sites: bool) -> None:
-    """How many directions are new; with `sites` each that is new or undecided."""
+    """Print the number of new directions; with `sites`, each one that is new or undecided."""
     _print_summary(told, "intruders", sites)
     covered = found.covered_from
     facts(
@@ -131,7 +132,7 @@ def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sit
 
 
 def _print_summary(told: "Told", kind: str, sites: bool) -> None:
-    """What was found in one sentence, the tables by kind of matrix and by layer, the rows of all sites."""
+    """Print the one-sentence result, the tables by kind of matrix and by layer, and the rows of all sites."""
     from brushstroke.analysis.summary import SPREAD
 
     console = results()

@@ -1,6 +1,6 @@
-"""Data judged by the tokenizer of a base, before its weights are loaded.
+"""Checks data with the tokenizer of a base, before its weights are loaded.
 
-It keeps nothing: the run reads the data itself.
+It returns nothing; the run reads the data again.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from brushstroke.data import Rows, Template
 
-ROWS = 5_000  # of each data set, a second or two; the run judges them all
+ROWS = 5_000  # checked of each data set, in a second or two; the run checks all rows
 
 
 def judge_data(
@@ -31,20 +31,20 @@ def judge_data(
 
     Args:
         base: what `load_base` takes.
-        sources: the rows that were read; None for data that were not given.
-        prompt: another name for the column "prompt".
-        completion: another name for the column "completion".
+        sources: the rows; None for data that was not given.
+        prompt: the column to use instead of "prompt".
+        completion: the column to use instead of "completion".
         max_length: the longest example in tokens; the model's context by default.
-        skip_too_long: whether rows whose prompt fills that limit are left out.
-        split_turns: whether every assistant turn is an example.
-        chat_template: in place of the tokenizer's own.
-        tools: declarations of functions, for rows that have none.
-        trust_remote_code: run the code that a base brings along, where it does.
+        skip_too_long: leave out rows whose prompt fills that limit.
+        split_turns: make an example of every assistant turn.
+        chat_template: a template instead of the tokenizer's own.
+        tools: function declarations for rows that have none.
+        trust_remote_code: run Python code from the base's folder if transformers does not have its class.
 
     Raises:
-        DataError: naming the rows and what is wrong with them.
+        DataError: rows are invalid; the message names them.
         BaseLoadError: there is no such base.
-        ConfigError: it is no language model, or the limit is beyond its context.
+        ConfigError: it is not a language model, or the limit is beyond its context.
     """
     from brushstroke.base import load_tokenizer
     from brushstroke.data import DataWarning, encode
@@ -55,7 +55,7 @@ def judge_data(
             continue
         whole = len(rows) <= ROWS
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # the run gives them
+            warnings.simplefilter("ignore", DataWarning)  # the run shows them
             encode(
                 rows if whole else dataclasses.replace(rows, rows=rows.rows[:ROWS]),
                 tokenizer,
@@ -66,5 +66,5 @@ def judge_data(
                 split_turns=split_turns,
                 chat_template=chat_template,
                 tools=tools,
-                need_trained=whole,  # what the first rows lack, later ones may have
+                need_trained=whole,  # later rows may have trained tokens
             )

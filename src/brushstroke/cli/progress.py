@@ -1,6 +1,6 @@
-"""The progress of a training run: a live line on a terminal, else a plain line now and then.
+"""Shows the progress of a training run: a live line on a terminal, elsewhere plain lines at intervals.
 
-It listens to the run's events and changes nothing.
+It receives the run's events and changes nothing.
 """
 
 import math
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from brushstroke.training.loop import EvalEvent, StepEvent
     from brushstroke.training.plan import Plan
 
-LINE_SECONDS = 10.0  # between two plain lines
-WINDOW_SECONDS = 60.0  # of steps that the speed is taken from
+LINE_SECONDS = 10.0  # least time between two plain lines
+WINDOW_SECONDS = 60.0  # time span of the steps from which the speed is computed
 LEAST_BAR = 4  # cells
-WITHOUT = ("peak", "speed")  # what the live line of a narrow terminal does without, in this order
+WITHOUT = ("peak", "speed")  # parts of the live line that a narrow terminal omits, in this order
 
 
 class TimeLeft:
-    """Seconds until the end of a run, from the computed tokens of its last steps and its evaluations so far.
+    """Estimates the seconds until the end of a run from its last steps and its evaluations so far.
 
     Args:
-        steps: of the whole run.
-        tokens_per_step: computed tokens that a step has on average, from the plan.
-        evaluations: how many the whole run has.
-        done: steps that an earlier part of the run did.
+        steps: number of steps of the whole run.
+        tokens_per_step: average number of computed tokens of a step, from the plan.
+        evaluations: number of evaluations of the whole run.
+        done: number of steps that were done before the run was resumed.
     """
 
     def __init__(self, steps: int, tokens_per_step: float, evaluations: int = 0, done: int = 0) -> None:
@@ -39,7 +39,7 @@ class TimeLeft:
         self._eval_seconds: list[float] = []
 
     def step(self, seconds: float, computed_tokens: int) -> None:
-        """Take in one optimiser step, with everything that belongs to it."""
+        """Record one optimiser step."""
         self._done += 1
         self._tokens += computed_tokens
         self._recent.append((seconds, computed_tokens))
@@ -47,7 +47,7 @@ class TimeLeft:
             self._recent.popleft()
 
     def evaluation(self, seconds: float) -> None:
-        """Take in one evaluation."""
+        """Record one evaluation."""
         self._eval_seconds.append(seconds)
 
     @property
@@ -66,7 +66,7 @@ class TimeLeft:
 
 
 def clock(seconds: float | None) -> str:
-    """A duration in words.
+    """Format a duration.
 
     >>> clock(7.6), clock(252), clock(7300), clock(None)
     ('8 s', '4:12 min', '2:01 h', '?')
@@ -82,7 +82,7 @@ def clock(seconds: float | None) -> str:
 
 
 class TrainProgress:
-    """A context manager whose methods are the callbacks of a run."""
+    """Context manager whose methods are the callbacks of a run."""
 
     def __init__(self) -> None:
         self.steps_done = 0
@@ -93,7 +93,7 @@ class TrainProgress:
         self._recent: deque[tuple[float, int]] = deque(maxlen=16)
 
     def start(self, plan: "Plan", resumed_from: int, evaluations: int = 0) -> None:
-        """Begin, with the plan of the run."""
+        """Begin to show a run with this plan."""
         per_step = plan.computed_tokens * (plan.epochs / max(1, plan.steps))
         self._left = TimeLeft(plan.steps, per_step, evaluations, resumed_from)
         self._last_step = time.monotonic()
@@ -103,7 +103,7 @@ class TrainProgress:
             self._live.start()
 
     def step(self, event: "StepEvent") -> None:
-        """One optimiser step."""
+        """Show one optimiser step."""
         now = time.monotonic()
         seconds, self._last_step = max(event.seconds, now - self._last_step), now
         self.steps_done += 1
@@ -117,7 +117,7 @@ class TrainProgress:
             tell(self._console, f"step {event.step}/{event.steps}  {self._told(event)}")
 
     def evaluation(self, event: "EvalEvent") -> None:
-        """One evaluation."""
+        """Show one evaluation."""
         self._last_step = time.monotonic()
         if self._left is not None:
             self._left.evaluation(event.seconds)

@@ -1,6 +1,6 @@
-"""`train` and `plan`.
+"""The commands `train` and `plan`.
 
-What can be judged without the weights of the base is judged before they are loaded.
+They check everything that needs no weights before they load the base.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def train(
         base: A model folder, a hub id or a .gguf file.
         data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
         out: Folder for the adapter, its metrics and checkpoints.
-        resume: Go on from the last checkpoint in --out; start over where there is none.
-        overwrite: Replace an earlier run in --out; files of other names stay.
+        resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
+        overwrite: Replace an earlier run in --out; files with other names remain.
     """
     run, reading, adapter = run or RunOptions(), reading or DataOptions(), adapter or AdapterOptions()
     require_base_files(base)
@@ -88,7 +88,7 @@ def train(
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{_kept(folder)}") from error
     if complete:
-        say(f"the run in {out} is complete already: {result.summary['steps']} steps; nothing was done")
+        say(f"the run in {out} is already complete: {result.summary['steps']} steps; nothing was done")
     else:
         _say_done(result.summary, out)
     if run.json:
@@ -107,7 +107,7 @@ def plan(
     resume: Annotated[bool, Parameter(show=False)] = False,
     overwrite: Annotated[bool, Parameter(show=False)] = False,
 ) -> None:
-    """Show what train with the same flags would do, and stop.
+    """Show what train with the same flags would do, without training.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
@@ -133,14 +133,14 @@ def plan(
 
 
 class _Request:
-    """Everything of a run that is known without its base: read and judged."""
+    """The inputs of a run that need no base, read and checked."""
 
     def __init__(
         self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, reading: DataOptions
     ) -> None:
         if reading.eval_data is None and training and (training.keep_best or training.eval_every is not None):
             flag = "--keep-best" if training.keep_best else "--eval-every"
-            raise ConfigError(f"{flag} needs data to evaluate on; give it with --eval DATA")
+            raise ConfigError(f"{flag} needs evaluation data; pass --eval DATA")
         from brushstroke.data import find_columns, read_rows
 
         rows = read_rows(data)
@@ -162,7 +162,7 @@ class _Request:
         }
 
     def judge(self, base: str, trust_remote_code: bool) -> None:
-        """Refuse data that this base's tokenizer shows to be wrong; its weights are not loaded."""
+        """Check the data with the base's tokenizer, without loading the weights."""
         start = self.arguments["start"]
         judge_data(
             base,
@@ -179,7 +179,7 @@ class _Request:
 
 
 def _load(base: str, run: RunOptions) -> tuple[Any, str]:
-    """The base, and why it has its dtype."""
+    """Load the base; also return the reason for its dtype."""
     from brushstroke.base import choose_device, choose_dtype
 
     _, why = choose_dtype(run.dtype, choose_device(run.device))
@@ -192,7 +192,7 @@ def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[
         for warning in made.warnings:
             warn(warning)
         if resumed_from:
-            say(f"going on from the checkpoint of step {resumed_from}")
+            say(f"continuing from the checkpoint of step {resumed_from}")
         evaluations = 0
         if request.eval_rows is not None:
             every = request.config.eval_every or max(1, round(made.steps / max(made.epochs, 1e-9)))
@@ -203,15 +203,15 @@ def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[
 
 
 def _interrupted(said: str, folder: "RunFolder") -> str:
-    """What is kept, in the words of the run where it had begun."""
+    """The message after an interrupt: what was saved, and how to continue."""
     if not said and not folder.resuming:
         return "interrupted before the first step; nothing was changed"
-    return f"{said or 'interrupted before a further step'}; go on with --resume"
+    return f"{said or 'interrupted before the next step'}; continue with --resume"
 
 
 def _kept(folder: "RunFolder") -> str:
     kept = folder.checkpoints()
-    return f"; the last good state is kept in {kept[-1]}" if kept else ""
+    return f"; the last good checkpoint is {kept[-1]}" if kept else ""
 
 
 def _say_done(summary: dict[str, Any], out: Path) -> None:
