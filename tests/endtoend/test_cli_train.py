@@ -149,7 +149,7 @@ def test_two_runs_are_identical(cli, tiny, train_rows, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(cli, tiny, train_rows, tmp_path, whole_run):
+def test_killed_run_command_resumes_to_the_same_bits(cli, tiny, train_rows, tmp_path, whole_run):
     out = tmp_path / "out"
     process = start("train", tiny, train_rows, "--out", out, *LONG_RUN)
     catch(process, out, CAUGHT_AT)
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cli, tiny, train_rows, tmp_path, 
     assert_same_run(out, whole_run)
 
 
-def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(cli, tiny, train_rows, tmp_path, whole_run):
+def test_interrupted_run_keeps_a_checkpoint_and_resumes(cli, tiny, train_rows, tmp_path, whole_run):
     out = tmp_path / "out"
     process = start("train", tiny, train_rows, "--out", out, *LONG_RUN)
     catch(process, out, CAUGHT_AT)
@@ -221,7 +221,7 @@ def test_a_burst_of_interrupts_while_the_base_loads_ends_in_one_line(tiny, train
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
+def test_resume_reports_the_state_of_the_folder(cli, tiny, train_rows, tmp_path):
     words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "2", "--resume")
     first = cli(*words)
     assert first.status == 0
@@ -239,7 +239,7 @@ def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
     assert "another data" in more.error
 
 
-def test_a_config_file_has_the_names_of_the_flags_and_the_line_wins(cli, tiny, train_rows, tmp_path):
+def test_config_file_uses_flag_names_and_command_line_takes_precedence(cli, tiny, train_rows, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"base: {tiny}\ndata: {train_rows}\nout: {tmp_path / 'a'}\neval: {train_rows}\n"
@@ -259,7 +259,7 @@ def test_a_config_file_has_the_names_of_the_flags_and_the_line_wins(cli, tiny, t
     assert not json.loads((tmp_path / "c" / "run.json").read_text())["settings"]["config"]["keep_best"]
 
 
-def test_columns_of_other_names_and_going_on_from_an_adapter(cli, tiny, tmp_path):
+def test_renamed_columns_and_continuing_an_adapter(cli, tiny, tmp_path):
     given = [{"question": row["prompt"], "answer": row["completion"]} for row in rows(4)]
     data = write_rows(tmp_path / "train.jsonl", given)
     words = (tiny, data, *PLAIN, "--prompt", "question", "--completion", "answer", "--max-steps", "1")

@@ -234,7 +234,7 @@ def test_no_line_is_wider_than_the_terminal(shown, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_word_is_broken_and_no_number_cut(shown, width):
+def test_no_word_or_number_is_broken(shown, width):
     for name, text in shown[width].items():
         known = known_words(name, shown)
         for line in lines_without_note(text):
@@ -244,13 +244,13 @@ def test_no_word_is_broken_and_no_number_cut(shown, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_important_is_there(shown, width):
+def test_important_parts_are_shown_at_every_width(shown, width):
     for name, needed in NEEDED.items():
         text = " ".join("\n".join(Screen(shown[width][name]).lines).split())
         assert [part for part in needed if part not in text] == [], name
 
 
-def test_what_is_left_out_is_said_below_its_table_alone(shown):
+def test_omitted_columns_are_named_below_their_table(shown):
     said = {
         width: {name for name, text in shown[width].items() if "columns left out" in text} for width in shown
     }

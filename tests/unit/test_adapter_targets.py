@@ -102,7 +102,7 @@ def test_names_suffixes_and_expressions(pattern, count):
 @pytest.mark.parametrize(
     "pattern", ["proj", "_proj", "q_pro", "attn.q_proj", "layers.0", "Q_PROJ", "*.q_proj", "("]
 )
-def test_what_matches_nothing(pattern):
+def test_unmatched_patterns_are_errors(pattern):
     """Neither part of a name nor part of a path is enough, and a glob is no expression."""
     with pytest.raises(TargetError, match="matches no site"):
         picked(pattern, LLAMA)
@@ -121,7 +121,7 @@ def test_all_unmatched_patterns_are_listed_with_near_misses():
     assert "all-linear, attention, mlp" in message
 
 
-def test_matches_are_told_by_pattern_in_model_order():
+def test_matches_are_reported_by_pattern_in_model_order():
     plan = resolve_targets(LoraConfig(rank=2, targets=["v_proj", "attention"]), sites(LLAMA))
     assert plan.matches["v_proj"] == tuple(p for p in LLAMA if p.endswith("v_proj"))
     assert plan.matches["attention"] == tuple(p for p in LLAMA if "self_attn" in p)
@@ -166,7 +166,7 @@ def test_a_rank_too_large_is_refused_by_name_and_lowered_in_groups():
     }
 
 
-def test_heads_and_tied_weights_need_their_name():
+def test_heads_and_tied_weights_must_be_named():
     all_sites = sites(
         LLAMA[:1],
         head=Site("lm_head", 16, 12, is_output=True),
@@ -203,7 +203,7 @@ EXPERTS = [
         (["q_proj", r"layers\.0\..*"], {1, 2}),
     ],
 )
-def test_weights_that_are_no_sites_are_named_where_the_targets_select_them(targets, skipped):
+def test_selected_weights_that_are_not_sites_are_named(targets, skipped):
     others = [Other("tower.conv", "Conv2d", weighs=True), *EXPERTS[1:4], EXPERTS[0], EXPERTS[4]]
     plan = resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA), others)
     assert set(plan.skipped) == {others[i].path for i in skipped}

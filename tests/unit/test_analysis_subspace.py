@@ -200,7 +200,7 @@ def test_a_common_start_shows_in_the_input_side_however_the_factors_are_written(
         assert row.block()["right"] < 0.5
 
 
-def test_rounding_has_no_directions():
+def test_rounding_noise_has_no_directions():
     one = update(r=4)
     padded = LowRank(torch.cat([one.U, one.U], 1), torch.cat([one.V, one.V]), one.scale)
     row = subspace(adapter(padded), adapter(update()))["layers.0.q"]
@@ -218,14 +218,14 @@ def test_a_zero_update_has_no_directions_to_compare():
         subspace(adapter(zero), adapter(update()))
 
 
-def test_sites_that_only_one_has_are_named():
+def test_sites_of_only_one_adapter_are_named():
     found = subspace(adapter(update(), update()), adapter(update()))
     assert found.unmatched.only_first == ("layers.1.q",)
     with pytest.raises(KeyError, match="only one of the adapters"):
         found["layers.1.q"]
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_incomparable_adapters_are_refused():
     with pytest.raises(ShapeError, match=r"no site in common.*did you mean 'layers\.0\.q'"):
         subspace(bs.Adapter({"layers.0.k": update()}), adapter(update()))
     with pytest.raises(ShapeError, match=r"different shapes at 1 sites:\n  layers\.0\.q: \(24, 17\) and"):
@@ -234,7 +234,7 @@ def test_what_cannot_be_compared_is_refused():
         subspace(adapter(update()), adapter(update()), of="A")
 
 
-def test_a_random_pair_beside_them_and_plain_data():
+def test_random_pair_and_plain_data():
     found = subspace(adapter(update()), adapter(update(r=3)))
     row = found["layers.0.q"]
     for side in ("left", "right"):

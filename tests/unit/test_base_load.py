@@ -107,7 +107,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(folder: Path) -
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<end>", 1)
 
 
-def test_loading_is_silent_and_puts_the_settings_back(
+def test_loading_is_silent_and_restores_settings(
     folder: Path, gguf_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
@@ -158,7 +158,7 @@ def refused(name: str | Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_not_there_is_refused_without_the_network(tmp_path: Path) -> None:
+def test_missing_base_is_refused_without_network(tmp_path: Path) -> None:
     assert "no file or folder" in refused(tmp_path / "nothing")
     assert "no file or folder" in refused("./nothing")
     assert "no file or folder" in refused("some/model.gguf")
@@ -170,7 +170,7 @@ def test_an_unreachable_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert "hub" in refused("nobody/brushstroke-has-no-such-model")
 
 
-def test_what_holds_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_folder_without_model_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "found nothing" in refused(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("x")
@@ -197,7 +197,7 @@ def test_a_damaged_model_is_refused(folder: Path, gguf_file: Path) -> None:
     assert "config.json" in refused(folder)
 
 
-def test_a_missing_weight_is_never_made_up(folder: Path) -> None:
+def test_missing_weight_is_refused_not_initialised(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -237,7 +237,7 @@ def test_the_rule_for_devices() -> None:
             choose_device("cuda")
 
 
-def test_quiet_puts_the_levels_back_after_an_error() -> None:
+def test_log_levels_are_restored_after_an_error() -> None:
     level = hf_logging.get_verbosity()
     with contextlib.suppress(RuntimeError), quiet_transformers():
         assert hf_logging.get_verbosity() == logging.ERROR

@@ -32,7 +32,7 @@ def write(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def test_both_numbers_are_told_when_the_base_is_loaded(small: Path) -> None:
+def test_vocabulary_warning_names_both_sizes(small: Path) -> None:
     with pytest.warns(VocabularyWarning, match=r"has 259 tokens, and the model's embedding 250 rows"):
         bs.load_base(small, dtype="float32", device="cpu")
 
@@ -46,7 +46,7 @@ def test_an_embedding_with_more_rows_is_no_reason_for_a_warning(tmp_path: Path, 
         bs.load_base(tmp_path, dtype="float32", device="cpu")
 
 
-def test_a_token_for_padding_that_has_no_row_is_not_used(tmp_path: Path) -> None:
+def test_padding_token_without_embedding_is_not_used(tmp_path: Path) -> None:
     tokenizer = inference_kit.tokenizer()
     inference_kit.llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

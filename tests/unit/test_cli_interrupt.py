@@ -40,7 +40,7 @@ def interrupted_again_and_again(done: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_what_an_interrupt_undoes_is_not_interrupted_again() -> None:
+def test_cleanup_after_an_interrupt_is_not_interrupted() -> None:
     done: list[str] = []
     for _ in range(2):  # and a later one counts again
         with pytest.raises(OSError, match="no room"):
@@ -48,9 +48,7 @@ def test_what_an_interrupt_undoes_is_not_interrupted_again() -> None:
     assert done == ["undone", "told"] * 2
 
 
-def test_an_end_that_takes_long_can_be_cut_short(
-    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_shutdown_can_be_interrupted(interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch) -> None:
     ended, now, seen = [], [100.0], []
     monkeypatch.setattr("brushstroke.cli.interrupt.time.monotonic", lambda: now[0])
     monkeypatch.setattr("brushstroke.cli.interrupt.os._exit", ended.append)
@@ -66,7 +64,7 @@ def test_an_end_that_takes_long_can_be_cut_short(
     press()
 
 
-def test_a_process_that_ignores_interrupts_goes_on_to() -> None:
+def test_process_that_ignores_sigint_keeps_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         Interrupts().install()

@@ -24,7 +24,7 @@ from brushstroke.inference import Sampling
         ("", ()),
     ],
 )
-def test_commas_divide_outside_brackets_only(text, parts):
+def test_commas_inside_brackets_do_not_split(text, parts):
     assert split(text) == parts
 
 
@@ -48,7 +48,7 @@ def test_names_of_adapters():
             named_adapters(given)
 
 
-def test_flags_become_configs_and_what_is_not_given_stays_the_default():
+def test_flags_become_configs_with_defaults_for_the_rest():
     assert train_config(None, None) == bs.TrainConfig()
     assert train_config(TrainingOptions(seed=3), DataOptions(max_length=9)) == bs.TrainConfig(
         seed=3, max_length=9
@@ -79,7 +79,7 @@ def test_every_setting_of_a_run_has_a_flag():
         (evaluate.evaluate.__doc__, Sampling()),
     ],
 )
-def test_the_help_tells_the_defaults_of_the_configs(told, config):
+def test_help_states_the_defaults_of_the_configs(told, config):
     """They are written out, because reading them from the configs would load torch."""
     lines = re.findall(r"^\s+(\w+): ((?:.|\n\s{12})*?)\[default: ([^\]]+)\]", told or "", re.MULTILINE)
     settings = {field.name for field in dataclasses.fields(config)}

@@ -73,7 +73,7 @@ def test_prompt_and_completion_may_be_messages(chatml):
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_tools_and_options_reach_the_template(as_text):
+def test_tools_and_options_are_passed_to_the_template(as_text):
     tokenizer = have.byte_level("{{ mood or '' }}" + WITH_TOOLS)
     options = {"mood": "merry "}
     row = {
@@ -121,7 +121,7 @@ def test_unused_keys_of_messages_are_named(chatml):
         ({**PAIR, "response": "x"}, ("what is trained is 'completion'",)),
     ],
 )
-def test_a_column_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, row, fragments):
+def test_unused_column_that_looks_like_answer_or_rating_is_a_warning(chatml, row, fragments):
     with pytest.warns(DataWarning) as caught:
         encode([row], chatml)
     for fragment in fragments:
@@ -136,7 +136,7 @@ def test_a_column_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, 
         ({"response": "noon"}, ("the key 'response'", "an answer", "'content'")),
     ],
 )
-def test_a_key_of_messages_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, fields, fragments):
+def test_unused_message_key_that_looks_like_answer_or_rating_is_a_warning(chatml, fields, fragments):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "noon", **fields}]
     with pytest.warns(DataWarning) as caught:
         encode([{"messages": messages}], chatml)
@@ -151,12 +151,12 @@ def test_answers_without_a_text_are_noted_with_their_rows(chatml):
     assert not encode(rows[:1], chatml).report.notes
 
 
-def test_conversations_under_another_name_are_told_what_is_read(chatml):
+def test_conversation_column_with_other_name_gets_a_hint(chatml):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     refused(row, chatml, "'conversations' contains objects", "read from 'messages'", "expected 'messages'")
 
 
-def test_a_parquet_file_fills_nulls_that_nobody_trains(tmp_path):
+def test_nulls_added_by_parquet_are_not_trained(tmp_path):
     calls = [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
     rows = [
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]},

@@ -8,7 +8,7 @@ from brushstroke.errors import BaseLoadError, OutputError
 from brushstroke.files import output_errors, refuse_existing, write_file, write_folder
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_file_is_replaced_atomically(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_file(file, "ä")
     write_file(file, b"two")
@@ -56,7 +56,7 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["gone", "link"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
+def test_dangling_link_is_refused(tmp_path: Path, target: str, overwrite: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "new"):
         with pytest.raises(

@@ -208,7 +208,7 @@ def test_low_rank_training_reaches_the_reduced_rank_optimum():
         assert closure().item() == pytest.approx(optimum, rel=1e-6)
 
 
-def test_tuning_by_powers_of_two_leaves_the_trajectory_bit_for_bit():
+def test_scaling_by_powers_of_two_keeps_the_trajectory_bit_for_bit():
     """(alpha/(p·q), p·U, learning rates p and q) is the same run; p, q powers of two, Adam's eps near 0."""
     results = []
     for p, q in [(1.0, 1.0), (4.0, 2.0)]:
@@ -232,7 +232,7 @@ def test_tuning_by_powers_of_two_leaves_the_trajectory_bit_for_bit():
     assert torch.equal(*results)
 
 
-def test_dropout_is_on_the_low_rank_path_alone_and_keeps_the_mean():
+def test_dropout_acts_only_on_the_low_rank_path_and_keeps_the_mean():
     net = nn.Sequential(nn.Linear(64, 8))
     adapter = toys.random_adapter(net, LoraConfig(rank=4, targets=["0"]), size=1.0)
     x = torch.randn(1, 64)
@@ -392,7 +392,7 @@ def test_a_checkpointed_backward_under_another_route_raises(backward_disabled):
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_detach_gives_everything_back(language_model, trainable):
+def test_detach_restores_everything(language_model, trainable):
     model = language_model
     next(iter(model.parameters())).requires_grad_(False)
     before = toys.snapshot(model)
@@ -442,7 +442,7 @@ class Gated(nn.Linear):
         (Gated, r"Gated fails in a trial on rows of 4 \(TypeError"),
     ],
 )
-def test_groups_leave_out_what_does_not_give_rows_and_the_advice_works(cls, why):
+def test_groups_skip_modules_without_tensor_output_and_advice_works(cls, why):
     net = nn.ModuleDict({"mlp": nn.ModuleDict({"router": cls(4, 4), "up_proj": nn.Linear(4, 8)})})
     before = toys.snapshot(net)
     for targets in ("all-linear", "mlp"):
@@ -458,7 +458,7 @@ def test_groups_leave_out_what_does_not_give_rows_and_the_advice_works(cls, why)
     assert toys.snapshot(net) == before
 
 
-def test_an_adapter_for_a_module_that_gives_no_tensor_is_refused():
+def test_module_without_tensor_output_is_refused():
     update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
     net = nn.Sequential(Router(4, 4))
     before = toys.snapshot(net)
@@ -543,7 +543,7 @@ def test_attach_and_adapter_round_trip():
         assert again[path].scale == adapter[path].scale
 
 
-def test_a_class_changed_meanwhile_is_an_error_and_nothing_is_half_detached():
+def test_changed_class_is_an_error_and_detach_is_all_or_nothing():
     class Other(nn.Linear):
         pass
 
@@ -572,7 +572,7 @@ def test_leaving_the_with_block_detaches_also_after_an_error():
 
 
 @pytest.mark.parametrize("targets", [["fc1"], ["fc2"]])
-def test_a_second_attachment_is_refused_with_the_ways_to_do_it(targets):
+def test_second_attachment_is_refused_with_alternatives(targets):
     net = toys.Mlp()
     with attach(net, LoraConfig(rank=2, targets=["fc1"])) as first:
         with pytest.raises(AttachError, match=r"detach it first.*sum.*bank"):
@@ -581,7 +581,7 @@ def test_a_second_attachment_is_refused_with_the_ways_to_do_it(targets):
         assert type(net.fc2) is nn.Linear
 
 
-def test_a_module_with_a_forward_of_its_own_is_refused():
+def test_module_with_instance_forward_is_refused():
     net = toys.Mlp()
     net.fc1.forward = net.fc1.forward
     with pytest.raises(AttachError, match=r"fc1 carries a forward of its own"):
@@ -664,7 +664,7 @@ def test_missing_sites_and_wrong_shapes_are_listed_together():
         attach(net, wrong)
 
 
-def test_a_wrong_kind_of_thing_is_named():
+def test_wrong_argument_type_is_named():
     with pytest.raises(AttachError, match="got dict"):
         attach(toys.Mlp(), {})  # type: ignore[arg-type]
     with pytest.raises(AttachError, match="got str"):
@@ -672,7 +672,7 @@ def test_a_wrong_kind_of_thing_is_named():
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_a_dropout_that_cannot_work_is_refused(dropout):
+def test_invalid_dropout_is_refused(dropout):
     net = toys.Mlp()
     with pytest.raises(ConfigError, match="dropout"):
         attach(net, toys.random_adapter(net), dropout=dropout)
@@ -694,7 +694,7 @@ def test_pickling_and_saving_an_attached_model_is_refused(llama, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_save_pretrained_of_the_users_own_survives(llama):
+def test_custom_save_pretrained_is_kept(llama):
     llama.save_pretrained = own = lambda *args: "mine"
     attach(llama, LoraConfig(rank=2)).detach()
     assert llama.save_pretrained is own
@@ -713,7 +713,7 @@ def test_a_deep_copy_works_and_is_independent():
         assert torch.equal(twin(x), adapted)
 
 
-def test_the_plan_and_the_card_say_what_was_done(llama):
+def test_plan_and_card_describe_the_attachment(llama):
     with attach(llama, LoraConfig(rank=4, targets=["q_proj", "down_proj"])) as attachment:
         assert attachment.plan.matches["q_proj"] == (
             "model.layers.0.self_attn.q_proj",
@@ -741,7 +741,7 @@ def test_a_base_that_is_not_frozen_keeps_its_gradients():
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_going_on_from_an_adapter_makes_one_of_this_base(llama):
+def test_continued_adapter_gets_the_fingerprint_of_this_base(llama):
     stranger = Adapter(dict(toys.random_adapter(llama).items()))
     assert stranger.card is None
     with attach(llama, stranger, trainable=True) as attachment:
@@ -779,7 +779,7 @@ class Vision(nn.Module):
         ("tower.block", r"a ModuleDict that holds other layers: name those \(fc\)"),
     ],
 )
-def test_what_is_no_linear_is_called_what_it_is(path, what):
+def test_error_names_the_kind_of_unsupported_modules(path, what):
     net = nn.ModuleDict({"tower": Vision()})
     name = path.rpartition(".")[2]
     for target in (path, name, f"(?:{name}|nothing)"):

@@ -35,14 +35,14 @@ def test_a_tied_head_knows_its_embedding(tied_llama):
     assert sites["lm_head"].tied_to == "model.embed_tokens"
 
 
-def test_other_modules_are_no_sites():
+def test_other_modules_are_not_sites():
     net = nn.Sequential(
         nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Bilinear(4, 4, 4), nn.ReLU()
     )
     assert find_sites(net) == []
 
 
-def test_a_class_that_is_only_called_conv1d_is_no_site():
+def test_other_class_named_conv1d_is_not_a_site():
     class Conv1D(nn.Module):
         weight = torch.zeros(3, 3)
 
@@ -59,7 +59,7 @@ def test_weights_are_seen_as_dxh(module, kind):
     assert W.data_ptr() == module.weight.data_ptr()
 
 
-def test_packed_weights_are_none():
+def test_quantised_weights_are_none():
     module = nn.Linear(6, 4)
     module.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
     assert weight_dxh(module, "linear") is None
@@ -67,7 +67,7 @@ def test_packed_weights_are_none():
     assert weight_dxh(module, "linear") is None
 
 
-def test_others_are_all_that_is_no_site(llama):
+def test_others_lists_all_weights_that_are_not_sites(llama):
     others = {other.path: other for other in find_others(llama, find_sites(llama))}
     sites = {site.path for site in find_sites(llama)}
     paths = {path for path, _ in llama.named_modules()}
@@ -77,7 +77,7 @@ def test_others_are_all_that_is_no_site(llama):
     assert others["model.embed_tokens"].reason == "an Embedding, which cannot be adapted yet"
 
 
-def test_weights_that_are_no_sites_are_known_by_their_axes():
+def test_other_weights_have_their_axes():
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def test_a_missing_module_has_a_hint():
         site_module(toys.Mlp(), "fc11")
 
 
-def test_walking_changes_nothing(llama):
+def test_finding_sites_changes_nothing(llama):
     before = toys.snapshot(llama)
     find_sites(llama)
     assert toys.snapshot(llama) == before

@@ -33,7 +33,7 @@ def test_the_top_of_a_dense_matrix(d, h):
     torch.testing.assert_close(top.right @ top.right.mT, torch.eye(k, dtype=W.dtype), rtol=0, atol=EXACT)
 
 
-def test_the_residual_is_told_truly_where_the_iteration_is_too_short():
+def test_residual_is_correct_for_too_few_iterations():
     W = torch.randn(300, 300, dtype=torch.float64)
     top, whole = top_svd(Shifted(W), 20, passes=2), dense_svd(W)
     assert top.residual.max() > 1e-2 * top.sigma[0]
@@ -166,7 +166,7 @@ def test_the_top_of_a_sum_is_that_of_the_dense_one(d, h, size, dtype):
     torch.testing.assert_close(found.back, W.mT @ found.top.left, rtol=0, atol=1e-4)
 
 
-def test_the_top_of_a_sum_that_has_not_converged_says_so():
+def test_unconverged_directions_of_a_sum_are_reported():
     W = torch.randn(400, 400, dtype=torch.float64)
     parts = LowRank(torch.randn(400, 2).double(), torch.randn(2, 400).double(), 1e-3).svd()
     found = top_of_sum(W, parts, top_svd(Shifted(W), 10, passes=2).right.mT, 10, passes=2)

@@ -23,7 +23,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def test_merged_is_adapted(language_model):
+def test_merged_model_equals_adapted_model(language_model):
     model = language_model
     adapter = toys.random_adapter(model)
     tokens = torch.randint(0, toys.VOCABULARY, (3, 11))
@@ -101,7 +101,7 @@ def test_blocks_of_columns_give_what_the_whole_gives(monkeypatch, layout):
         assert getattr(blocked, name) == pytest.approx(getattr(drift, name), rel=1e-4)
 
 
-def test_an_update_that_rounding_would_eat_is_refused():
+def test_update_lost_in_rounding_is_refused():
     net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
     with torch.no_grad():
         net[0].weight.fill_(1.0)
@@ -121,7 +121,7 @@ def test_an_update_that_rounding_would_eat_is_refused():
         (torch.float32, float("-inf"), 0.0, "the base's weight holds numbers that are not finite"),
     ],
 )
-def test_numbers_that_are_not_finite_are_refused(dtype, weight, factor, said):
+def test_non_finite_values_are_refused(dtype, weight, factor, said):
     net = nn.Sequential(nn.Linear(6, 5)).to(dtype)
     with torch.no_grad():
         net[0].weight[2, 3] = weight
@@ -157,7 +157,7 @@ def test_merging_the_result_of_two_merges_is_refused(llama):
         merge(twice, adapter)
 
 
-def test_a_path_in_place_of_an_adapter_is_refused(tmp_path):
+def test_path_instead_of_adapter_is_refused(tmp_path):
     for attempt in (
         lambda: merge(nn.Sequential(nn.Linear(2, 2)), "adapter"),
         lambda: merge_folder(tmp_path, tmp_path / "adapter", tmp_path / "out"),
@@ -213,7 +213,7 @@ class Pair(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_forward_of_its_own_is_tried_out(dtype):
+def test_custom_forward_is_tested_before_merging(dtype):
     factors = LowRank(torch.randn(24, 2), torch.randn(2, 16), 0.2).to(dtype)
     x = torch.randn(3, 24, dtype=dtype)
     for kind in (Scaled, Ternary):

@@ -71,7 +71,7 @@ def laid_out(rows: list[Example]) -> Layout:
 
 @settings(deadline=None)
 @given(batches(), st.sampled_from([None, 1, 3, 12]), st.sampled_from([None, 0.3]))
-def test_output_and_gradients_are_those_of_the_pieces(
+def test_varlen_output_and_gradients_equal_those_of_the_blocks(
     rows: list[Example], window: int | None, scale: float | None
 ) -> None:
     layout = laid_out(rows)

@@ -69,7 +69,7 @@ def test_a_map_shows_what_is_missing_in_grey():
 
 @pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize("value", [0, 7.5])
-def test_a_map_of_equal_numbers_has_the_weakest_colour(value):
+def test_map_of_equal_numbers_is_pale(value):
     svg = heatmap(Panel("intruders", [[value] * 3] * 2))
     assert svg.count(f'fill="{COLDEST}"') == 6
 

@@ -125,18 +125,20 @@ def test_the_losses_of_single_rows_are_those_of_each_row_alone(arm_runner, rows)
 def test_a_run_keeps_the_losses_of_its_test_rows(arm_runner):
     for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
         outcome = arm_runner.run(Run(arm, 1e-3, 0))
-        assert len(outcome.test_rows) == 6
-        assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
+        assert len(outcome.test_invalid_rows_are_refused) == 6
+        assert sum(outcome.test_invalid_rows_are_refused) == pytest.approx(
+            outcome.test.loss * outcome.test.tokens, rel=1e-6
+        )
 
 
-def test_a_run_that_diverges_says_so(arm_runner):
+def test_diverged_run_is_marked(arm_runner):
     arm_runner.config = TrainConfig(max_steps=6, clip=0.0)
     outcome = arm_runner.run(Run(whole("q,v", QV, (1.0,)), 1e30, 0))
     assert outcome.diverged
     assert outcome.validation is None
 
 
-def test_the_update_of_whole_weights_is_what_they_moved(llama):
+def test_full_fine_tuning_update_is_the_weight_change(llama):
     rows = training_kit.examples(8)
     session = FullFineTuning(Base(llama), whole("q,v", QV, (1e-3,)), TrainConfig(), 1e-2)
     path = "model.layers.0.self_attn.q_proj"
@@ -150,7 +152,7 @@ def test_the_update_of_whole_weights_is_what_they_moved(llama):
     assert torch.equal(site_module(llama, path).weight, old)
 
 
-def test_whole_weights_refuse_half_precision():
+def test_full_fine_tuning_refuses_half_precision():
     base = Base(tiny_llama(dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match="needs float32"):
         FullFineTuning(base, whole("q", ("q_proj",), (1e-3,)), TrainConfig(), 1e-3)

@@ -170,7 +170,7 @@ def test_arms_that_differ_by_the_margin_are_rarely_called_equal():
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_margin_that_is_none_is_refused(margin):
+def test_invalid_margin_is_refused(margin):
     for kind in (RankStudy, TargetsStudy):
         with pytest.raises(ConfigError, match="margin of equality"):
             kind(margin=margin)
@@ -227,7 +227,7 @@ def test_intervals_on_new_rows_are_wider_and_cover():
         assert one.new_rows.low <= 0 <= one.new_rows.high
 
 
-def test_where_a_runs_rows_are_missing_there_is_no_interval_on_new_rows():
+def test_no_interval_on_new_rows_without_row_losses():
     rows = row_losses(ARMS, 3, 20, 0.5)
     rows.sums["a"][1] = ()
     found = compare_all(study(0), rows)

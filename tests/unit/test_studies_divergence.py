@@ -68,21 +68,21 @@ def test_a_loss_that_rises_again_counts_where_it_was_first_reached():
     assert at_loss([(3.0, 0.0), (1.0, 0.04), (1.5, 0.09), (0.5, 0.16)], 1.0) == pytest.approx(0.04)
 
 
-def test_without_a_reference_every_arm_stands_by_itself():
+def test_arms_without_reference_are_not_compared():
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0))}
     found = stray(results(curves), [FEW.name], None)
     assert found.data["ratios"] == []
     assert len(found.tables[0].columns) == len(found.tables[0].rows[0]) == 5
 
 
-def test_an_arm_that_learnt_nothing_makes_no_level():
+def test_arm_that_learnt_nothing_sets_no_common_level():
     curves = {FEW: [(3.1, 0.1), (3.2, 0.2), (3.3, 0.3)], FULL: quadratic(0.1, (2.5, 2.0, 1.0))}
     found = stray(results(curves), [FEW.name, FULL.name], FULL.name)
     assert "not known" in found.answer
     assert not found.tables
 
 
-def test_without_general_text_nothing_is_known():
+def test_no_divergence_without_general_text():
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0))}
     assert "--general" in stray(results(curves, general=False), [FEW.name], None).answer
 

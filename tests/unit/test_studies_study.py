@@ -36,7 +36,7 @@ def test_a_damaged_plan_is_one_error_that_names_the_file_and_what_to_do(material
 
 
 @pytest.mark.parametrize("notes", [{"untouched": {"task": 5}}, {"untouched": [1]}, {"seconds": "x"}])
-def test_other_damaged_notes_are_told_before_anything_runs(material, tmp_path, notes):
+def test_damaged_study_files_are_reported_before_any_run(material, tmp_path, notes):
     def untold(*_):
         pytest.fail("ran")
 
