@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from brushstroke.cli.interrupt import INTERRUPTED, PATIENCE, Interrupts
+from brushstroke.cli.interrupt import INTERRUPTED, PATIENCE, SigintHandler
 
 
 def press() -> None:
@@ -14,9 +14,9 @@ def press() -> None:
 
 
 @pytest.fixture
-def interrupts() -> Iterator[Interrupts]:
+def interrupts() -> Iterator[SigintHandler]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    made = Interrupts()
+    made = SigintHandler()
     made.install()
     yield made
     signal.signal(signal.SIGINT, before)
@@ -48,7 +48,7 @@ def test_cleanup_after_an_interrupt_is_not_interrupted() -> None:
     assert done == ["undone", "told"] * 2
 
 
-def test_slow_shutdown_can_be_interrupted(interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_shutdown_can_be_interrupted(interrupts: SigintHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     ended, now, seen = [], [100.0], []
     monkeypatch.setattr("brushstroke.cli.interrupt.time.monotonic", lambda: now[0])
     monkeypatch.setattr("brushstroke.cli.interrupt.os._exit", ended.append)
@@ -67,7 +67,7 @@ def test_slow_shutdown_can_be_interrupted(interrupts: Interrupts, monkeypatch: p
 def test_process_that_ignores_sigint_keeps_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        Interrupts().install()
+        SigintHandler().install()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

@@ -21,16 +21,16 @@ from brushstroke.cli.analysis_inputs import (
     load_adapters,
     name_of,
     open_weights,
+    report_cache_use,
     site_progress,
-    tell_of_cache,
 )
 from brushstroke.cli.analysis_tables import (
     TableOptions,
     as_json,
-    told_intruders,
-    told_overlap,
-    told_relation,
-    told_spectrum,
+    describe_intruders,
+    describe_overlap,
+    describe_relation,
+    describe_spectrum,
 )
 from brushstroke.cli.analysis_text import (
     Measure,
@@ -118,17 +118,17 @@ def spectrum(
         from brushstroke.formats import save
 
         save(cut.apply(loaded[name]), truncate, overwrite=overwrite)
-    told = {name: told_spectrum(name, one) for name, one in found.items()}
-    tables.write(told, overwrite)
+    described = {name: describe_spectrum(name, one) for name, one in found.items()}
+    tables.write(described, overwrite)
     if html is not None:
         _write(html, lambda: _pages().spectrum_page(found))
     if json:
         from brushstroke.analysis import as_plain
 
-        plain = [{"name": name, **as_json(one)} for name, one in told.items()]
+        plain = [{"name": name, **as_json(one)} for name, one in described.items()]
         emit_json({"adapters": plain, "truncated": None if cut is None else as_plain(cut)})
         return
-    for name, one in told.items():
+    for name, one in described.items():
         print_spectrum(one, found[name], map, tables.sites)
     if cut is not None and truncate is not None:
         print_cut(truncate, cut)
@@ -177,14 +177,14 @@ def compare(
     names = (name_of(first), name_of(second))
     if names[0] == names[1]:
         names = (str(first), str(second))
-    told = told_overlap(names, found)
-    tables.write({" and ".join(names): told}, overwrite)
+    described = describe_overlap(names, found)
+    tables.write({" and ".join(names): described}, overwrite)
     if html is not None:
         _write(html, lambda: _pages().overlap_page(found, names, site or ()))
     if json:
-        emit_json({"first": str(first), "second": str(second), **as_json(told)}, lines=True)
+        emit_json({"first": str(first), "second": str(second), **as_json(described)}, lines=True)
     else:
-        print_overlap(told, found, tables.sites)
+        print_overlap(described, found, tables.sites)
 
 
 def relate(
@@ -217,15 +217,15 @@ def relate(
     weights = open_weights(base, against.trust_remote_code)
     cache = against.directions()
     found = measure(value, weights, on_site=site_progress(), cache=cache, **against.arguments())
-    tell_of_cache(cache)
-    told = told_relation(name_of(adapter), found)
-    tables.write({name_of(adapter): told}, overwrite)
+    report_cache_use(cache)
+    described = describe_relation(name_of(adapter), found)
+    tables.write({name_of(adapter): described}, overwrite)
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, name_of(adapter)))
     if json:
-        emit_json({"adapter": str(adapter), "base": base, **as_json(told)})
+        emit_json({"adapter": str(adapter), "base": base, **as_json(described)})
     else:
-        print_relation(told, found, tables.sites)
+        print_relation(described, found, tables.sites)
 
 
 def intruders(
@@ -271,7 +271,7 @@ def intruders(
     check_fit((adapter,), base)
     value = load_adapters(adapter)[name_of(adapter)]
     from brushstroke.analysis import intruders as measure
-    from brushstroke.analysis import repair as mend
+    from brushstroke.analysis import repair as scale_down
 
     weights, cache = open_weights(base, against.trust_remote_code), against.directions()
     found = measure(
@@ -283,19 +283,19 @@ def intruders(
         cache=cache,
         **against.arguments(),
     )
-    tell_of_cache(cache)
+    report_cache_use(cache)
     if repair is not None:
         from brushstroke.formats import save
 
-        save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
-    told = told_intruders(name_of(adapter), found)
-    tables.write({name_of(adapter): told}, overwrite)
+        save(scale_down(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
+    described = describe_intruders(name_of(adapter), found)
+    tables.write({name_of(adapter): described}, overwrite)
     if html is not None:
         _write(html, lambda: _pages().intruder_page(found, name_of(adapter)))
     if json:
-        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(told)})
+        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(described)})
     else:
-        print_intruders(told, found, repair, tables.sites)
+        print_intruders(described, found, repair, tables.sites)
 
 
 def _pages() -> Any:

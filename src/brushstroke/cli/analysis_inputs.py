@@ -104,18 +104,18 @@ def open_weights(base: str, trust_remote_code: bool) -> Any:
 
 def site_progress() -> Callable[[str, int, int], None]:
     """Progress messages at intervals, if the analysis takes long."""
-    told = time.monotonic()
+    last = time.monotonic()
 
     def on_site(site: str, number: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= PROGRESS_SECONDS:
-            told = time.monotonic()
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
             say(f"site {number} of {total}: {site}")
 
     return on_site
 
 
-def tell_of_cache(cache: "DirectionCache | None") -> None:
+def report_cache_use(cache: "DirectionCache | None") -> None:
     """Report directions that came from the cache, or that they could not be stored."""
     if cache is None:
         return

@@ -59,7 +59,7 @@ class TableOptions:
                 )
             refuse_existing(folder.expanduser(), overwrite)
 
-    def write(self, found: Mapping[str, "Told"], overwrite: bool) -> None:
+    def write(self, found: Mapping[str, "Description"], overwrite: bool) -> None:
         """Write the tables of one or several results; if there are several, a column names the result."""
         from brushstroke.files import write_folder
 
@@ -76,7 +76,7 @@ class TableOptions:
 
 
 @dataclass(frozen=True)
-class Told:
+class Description:
     """One result, with the tables and texts that describe it.
 
     Args:
@@ -94,61 +94,61 @@ class Told:
     deciles: "Share | None" = None
 
 
-def told_spectrum(name: str, found: "Spectrum") -> Told:
+def describe_spectrum(name: str, found: "Spectrum") -> Description:
     """The description of an adapter's spectrum."""
     from brushstroke.analysis.summaries import spectrum_summary
     from brushstroke.analysis.text_tables import spectrum_listing
 
-    return Told(found, spectrum_summary(name, found), spectrum_listing(found))
+    return Description(found, spectrum_summary(name, found), spectrum_listing(found))
 
 
-def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
+def describe_overlap(names: tuple[str, str], found: "Overlap") -> Description:
     """The description of a comparison of two adapters."""
     from brushstroke.analysis.summaries import overlap_summary
     from brushstroke.analysis.text_tables import overlap_listing
 
-    return Told(found, overlap_summary(names, found), overlap_listing(found))
+    return Description(found, overlap_summary(names, found), overlap_listing(found))
 
 
-def told_relation(name: str, found: "Relation") -> Told:
+def describe_relation(name: str, found: "Relation") -> Description:
     """The description of an adapter relative to its base."""
     from brushstroke.analysis import mean_deciles
     from brushstroke.analysis.summaries import relation_summary
     from brushstroke.analysis.text_tables import relation_listing
 
     listing = relation_listing(found)
-    return Told(found, relation_summary(name, found), listing, deciles=mean_deciles(found))
+    return Description(found, relation_summary(name, found), listing, deciles=mean_deciles(found))
 
 
-def told_intruders(name: str, found: "Intruders") -> Told:
+def describe_intruders(name: str, found: "Intruders") -> Description:
     """The description of an adapter's intruders."""
     from brushstroke.analysis.summaries import intruder_summary
     from brushstroke.analysis.text_tables import intruder_listing
 
-    return Told(found, intruder_summary(name, found), intruder_listing(found), "directions")
+    return Description(found, intruder_summary(name, found), intruder_listing(found), "directions")
 
 
-def as_json(told: Told) -> dict[str, Any]:
+def as_json(described: Description) -> dict[str, Any]:
     """The summary, then all contents of the result."""
-    return {"summary": told.summary.as_dict(), **told.found.as_dict()}
+    return {"summary": described.summary.as_dict(), **described.found.as_dict()}
 
 
-def _csv_files(found: Mapping[str, Told]) -> dict[str, str]:
+def _csv_files(found: Mapping[str, Description]) -> dict[str, str]:
     from brushstroke.report.tables import csv_of_records
 
     tables: dict[str, list[dict[str, Any]]] = {}
-    for name, told in found.items():
+    for name, described in found.items():
         lead = {"adapter": name} if len(found) > 1 else {}
-        for kind, records in _records(told).items():
+        for kind, records in _records(described).items():
             tables.setdefault(kind, []).extend({**lead, **record} for record in records)
     return {f"{kind}.csv": csv_of_records(records) for kind, records in tables.items()}
 
 
-def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
+def _records(described: Description) -> dict[str, list[dict[str, Any]]]:
     """Every table as JSON objects; sites with layer, matrix, d and h."""
     from brushstroke.analysis.table import kind_names
 
-    plain, summary, grid = told.found.as_dict(), told.summary.as_dict(), told.found.grid()
+    plain, summary, grid = described.found.as_dict(), described.summary.as_dict(), described.found.grid()
     names = kind_names(grid.matrices)
     places = {site: (layer, names[matrix]) for (layer, matrix), site in grid.sites.items()}
     tables = {"matrices": summary["matrices"], "layers": summary["layers"], "sites": []}
@@ -159,31 +159,31 @@ def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
         tables["sites"].append({**place, "d": d, "h": h, **{k: v for k, v in row.items() if k != "shape"}})
         for direction in row.get("directions", ()):
             tables.setdefault("directions", []).append({**place, **direction})
-    if told.deciles is not None:
-        parts = vars(told.deciles)
+    if described.deciles is not None:
+        parts = vars(described.deciles)
         tables["deciles"] = [
             {"tenth": n + 1, **{name: part[n] for name, part in parts.items()}}
-            for n in range(len(told.deciles.left))
+            for n in range(len(described.deciles.left))
         ]
     return tables
 
 
-def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
+def _latex_files(found: Mapping[str, Description]) -> dict[str, str]:
     from brushstroke.analysis.summary import SPREAD
     from brushstroke.analysis.text_tables import decile_listing
     from brushstroke.report.tables import latex_text
 
     columns: dict[str, list[str]] = {}
     rows: dict[str, list[list[str]]] = {}
-    for name, told in found.items():
+    for name, described in found.items():
         lead = [name] if len(found) > 1 else []
-        listings = {**told.summary.listings(), told.kind: told.rows}
-        if told.deciles is not None:
-            listings["deciles"] = decile_listing(told.deciles)
+        listings = {**described.summary.listings(), described.kind: described.rows}
+        if described.deciles is not None:
+            listings["deciles"] = decile_listing(described.deciles)
         for kind, listing in listings.items():
             columns[kind] = [*(["adapter"] if lead else []), *listing.columns]
             rows.setdefault(kind, []).extend([*lead, *row] for row in listing.rows)
-    sentences = [told.summary.sentence for told in found.values()]
+    sentences = [described.summary.sentence for described in found.values()]
     captions = {kind: "\n".join([*sentences, SPREAD]) for kind in ("matrices", "layers")}
     return {
         f"{kind}.tex": latex_text(columns[kind], rows[kind], captions.get(kind, "\n".join(sentences)))

@@ -15,7 +15,7 @@ import brushstroke
 from brushstroke.cli.configfile import apply_config_file
 from brushstroke.cli.console import fail, people, replace_closed_streams, say, show_library_warnings
 from brushstroke.cli.help import HelpFormatter
-from brushstroke.cli.interrupt import INTERRUPTED, Interrupts
+from brushstroke.cli.interrupt import INTERRUPTED, SigintHandler
 from brushstroke.cli.values import refuse_empty
 from brushstroke.errors import BrushstrokeError, ConfigError
 
@@ -50,7 +50,7 @@ _QUIET = {
 
 def main(tokens: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status (0 ok, 1 refused or failed, 2 usage, 130 interrupted)."""
-    interrupts = Interrupts()
+    interrupts = SigintHandler()
     if tokens is None:  # started as a process of its own
         interrupts.install()
     for name, value in _QUIET.items():

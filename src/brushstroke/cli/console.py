@@ -94,9 +94,9 @@ def facts(console: "Console", rows: Mapping[str, str]) -> None:
     """Print names and values, one pair per line; empty values are left out."""
     from rich.text import Text
 
-    told = {name: value for name, value in rows.items() if value}
-    longest, width = max(map(len, told), default=0), room(console)
-    for name, value in told.items():
+    shown = {name: value for name, value in rows.items() if value}
+    longest, width = max(map(len, shown), default=0), room(console)
+    for name, value in shown.items():
         lead = f"  {name:<{longest}}  "
         for line in [lead + value] if width is None else hang(lead, value, width):
             console.print(Text(line))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ROWS = 5_000  # checked of each data set, in a second or two; the run checks all rows
 
 
-def judge_data(
+def check_data(
     base: str,
     sources: "Iterable[Rows | None]",
     *,

@@ -9,7 +9,7 @@ from typing import Any
 
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
-from brushstroke.cli.early import judge_data
+from brushstroke.cli.early import check_data
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
@@ -75,7 +75,7 @@ def evaluate(
 
     Sampling(**options)
     run = run or BaseOptions()
-    judge_data(
+    check_data(
         base,
         [rows],
         prompt=prompt,

@@ -196,8 +196,8 @@ def _turn(session: Any, text: str, json: bool) -> None:
         answer = session.say(text)
         said = session.messages[-1]
         further = {"reasoning": said.get("reasoning_content"), "tool_calls": said.get("tool_calls")}
-        told = {"adapter": session.adapter or BASE, "prompt": text, "answer": answer}
-        emit_json(told | {name: value for name, value in further.items() if value}, lines=True)
+        record = {"adapter": session.adapter or BASE, "prompt": text, "answer": answer}
+        emit_json(record | {name: value for name, value in further.items() if value}, lines=True)
         return
     try:
         session.say(text, on_text=lambda piece: emit(piece, end=""))

@@ -14,7 +14,7 @@ INTERRUPTED = 130  # the exit status
 PATIENCE = 5.0  # seconds that the shutdown may take; after that, Ctrl-C ends the process at once
 
 
-class Interrupts:
+class SigintHandler:
     """A SIGINT handler that raises KeyboardInterrupt, but not while an earlier one is being handled."""
 
     def __init__(self) -> None:

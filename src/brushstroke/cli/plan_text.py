@@ -56,11 +56,11 @@ def _left_out(plan: "Plan") -> str:
     groups: dict[tuple[str, str], list[float]] = {}
     for path, why in plan.skipped.items():
         groups.setdefault((in_all_layers(path), why), []).append(plan.skipped_shares[path])
-    told = []
+    entries = []
     for (name, why), shares in sorted(groups.items(), key=lambda group: -sum(group[1])):
         count = f"{len(shares)}, " if len(shares) > 1 else ""
-        told.append(f"{name} ({count}{share(sum(shares))} of the base): {why}")
-    return _some(told, "; ")
+        entries.append(f"{name} ({count}{share(sum(shares))} of the base): {why}")
+    return _some(entries, "; ")
 
 
 def _some(entries: list[str], separator: str = ", ") -> str:

@@ -99,7 +99,7 @@ class TrainProgress:
         self._last_step = time.monotonic()
         if self._console.is_terminal:
             self._live = _live(self._console)
-            self._task = self._live.add_task("", total=plan.steps, completed=resumed_from, told="")
+            self._task = self._live.add_task("", total=plan.steps, completed=resumed_from, status="")
             self._live.start()
 
     def step(self, event: "StepEvent") -> None:
@@ -111,10 +111,10 @@ class TrainProgress:
         if self._left is not None:
             self._left.step(seconds, event.computed_tokens)
         if self._live is not None:
-            self._live.update(self._task, completed=event.step, told=self._told(event))
+            self._live.update(self._task, completed=event.step, status=self._status(event))
         elif event.step == event.steps or self.steps_done == 1 or now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            tell(self._console, f"step {event.step}/{event.steps}  {self._told(event)}")
+            tell(self._console, f"step {event.step}/{event.steps}  {self._status(event)}")
 
     def evaluation(self, event: "EvalEvent") -> None:
         """Show one evaluation."""
@@ -131,7 +131,7 @@ class TrainProgress:
         if self._live is not None:
             self._live.stop()
 
-    def _told(self, event: "StepEvent") -> str:
+    def _status(self, event: "StepEvent") -> str:
         seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True))
         speed = tokens / seconds if seconds else 0.0
         left = clock(self._left.seconds if self._left is not None else None)
@@ -155,7 +155,7 @@ def _live(console: Any) -> Any:
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[status]}"),
         console=console,
         refresh_per_second=4,
     )

@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, results, say, tell
-from brushstroke.cli.early import judge_data
+from brushstroke.cli.early import check_data
 from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
@@ -146,9 +146,9 @@ def study(
     data: str | None = None,
     *,
     out: Path,
-    asked: QuestionOptions | None = None,
-    runs: StudyRunOptions | None = None,
-    measured: StudyDataOptions | None = None,
+    question_options: QuestionOptions | None = None,
+    run_options: StudyRunOptions | None = None,
+    data_options: StudyDataOptions | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: bool = False,
@@ -176,9 +176,9 @@ def study(
         json: Print results.json on stdout.
     """
     given, settings, files = (
-        asked or QuestionOptions(),
-        runs or StudyRunOptions(),
-        measured or StudyDataOptions(),
+        question_options or QuestionOptions(),
+        run_options or StudyRunOptions(),
+        data_options or StudyDataOptions(),
     )
     _refuse_misplaced(question, {**vars(given), **vars(files)})
     if settings.seeds is not None and settings.seeds < 1:
@@ -224,12 +224,12 @@ def study(
     else:
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
-        asked_for = None if question == "paper" else _study(question, given)
+        single = None if question == "paper" else _study(question, given)
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
         material = _material(base, data, settings, files, loading)
-        studies = paper_questions(material) if asked_for is None else [asked_for]
+        studies = paper_questions(material) if single is None else [single]
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers works only on the CPU; on a GPU, leave it out")
@@ -357,7 +357,7 @@ def _material(
             ("general", files.general),
         )
     }
-    judge_data(
+    check_data(
         base,
         read.values(),
         prompt=files.prompt,
@@ -438,17 +438,17 @@ class _Progress:
     def run(self, event: "Progress") -> None:
         outcome = event.outcome
         loss = "diverged" if outcome.validation is None else f"validation {outcome.validation.loss:.4f}"
-        told = (
+        line = (
             f"{event.stage} {event.done}/{event.planned}  {outcome.arm}, rate {outcome.learning_rate:g}, "
             f"seed {outcome.seed}: {loss}  {clock(event.seconds_left)} left"
         )
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text("\n".join(lines(self._console, told))))
+            self._live.update(Text("\n".join(lines(self._console, line))))
         elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            tell(self._console, told)
+            tell(self._console, line)
 
     def __enter__(self) -> "_Progress":
         return self

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load, load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
-from brushstroke.cli.early import judge_data
+from brushstroke.cli.early import check_data
 from brushstroke.cli.options import (
     RUN,
     AdapterOptions,
@@ -39,7 +39,7 @@ def train(
     overwrite: Annotated[bool, Parameter(group=RUN)] = False,
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
-    reading: DataOptions | None = None,
+    data_options: DataOptions | None = None,
     run: RunOptions | None = None,
 ) -> None:
     """Train an adapter on a frozen base.
@@ -51,9 +51,10 @@ def train(
         resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
         overwrite: Replace an earlier run in --out; files with other names remain.
     """
-    run, reading, adapter = run or RunOptions(), reading or DataOptions(), adapter or AdapterOptions()
+    run, adapter = run or RunOptions(), adapter or AdapterOptions()
+    data_options = data_options or DataOptions()
     require_base_files(base)
-    request = _Request(data, adapter, training, reading)
+    request = _Request(data, adapter, training, data_options)
     from brushstroke.training.folder import RunFolder, refuse_base
 
     refuse_base(out, base)
@@ -101,7 +102,7 @@ def plan(
     *,
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
-    reading: DataOptions | None = None,
+    data_options: DataOptions | None = None,
     run: RunOptions | None = None,
     out: Annotated[Path | None, Parameter(show=False)] = None,
     resume: Annotated[bool, Parameter(show=False)] = False,
@@ -116,9 +117,9 @@ def plan(
         resume: As for train.
         overwrite: As for train.
     """
-    run, reading = run or RunOptions(), reading or DataOptions()
+    run, data_options = run or RunOptions(), data_options or DataOptions()
     require_base_files(base)
-    request = _Request(data, adapter or AdapterOptions(), training, reading)
+    request = _Request(data, adapter or AdapterOptions(), training, data_options)
     request.judge(base, run.trust_remote_code)
     loaded, why = _load(base, run)
     from brushstroke.training import plan as make_plan
@@ -136,35 +137,35 @@ class _Request:
     """The inputs of a run that need no base, read and checked."""
 
     def __init__(
-        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, reading: DataOptions
+        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
     ) -> None:
-        if reading.eval_data is None and training and (training.keep_best or training.eval_every is not None):
+        if options.eval_data is None and training and (training.keep_best or training.eval_every is not None):
             flag = "--keep-best" if training.keep_best else "--eval-every"
             raise ConfigError(f"{flag} needs evaluation data; pass --eval DATA")
         from brushstroke.data import find_columns, read_rows
 
         rows = read_rows(data)
-        self.eval_rows = read_rows(reading.eval_data) if reading.eval_data is not None else None
+        self.eval_rows = read_rows(options.eval_data) if options.eval_data is not None else None
         for read in filter(None, (rows, self.eval_rows)):
-            find_columns(read, reading.prompt, reading.completion)
+            find_columns(read, options.prompt, options.completion)
         lora = adapter.config()
         start = None
         if adapter.start is not None:
             start = load_adapter(adapter.start)
-        self.config = train_config(training, reading)
+        self.config = train_config(training, options)
         self.arguments: dict[str, Any] = {
             "data": rows,
             "lora": lora,
             "config": self.config,
             "start": start,
-            "prompt_column": reading.prompt,
-            "completion_column": reading.completion,
+            "prompt_column": options.prompt,
+            "completion_column": options.completion,
         }
 
     def judge(self, base: str, trust_remote_code: bool) -> None:
         """Check the data with the base's tokenizer, without loading the weights."""
         start = self.arguments["start"]
-        judge_data(
+        check_data(
             base,
             (self.arguments["data"], self.eval_rows),
             prompt=self.arguments["prompt_column"],

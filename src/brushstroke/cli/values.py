@@ -29,8 +29,8 @@ def refuse_empty(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         a_text = str in kinds  # not texts in a list, which may be empty
         for token in argument.tokens:
-            told = a_path or (a_text and token.keyword and argument.name not in MAY_BE_EMPTY)
-            if told and not token.value:
+            needs_value = a_path or (a_text and token.keyword and argument.name not in MAY_BE_EMPTY)
+            if needs_value and not token.value:
                 raise ConfigError(
                     f"the value of {argument.name} is empty; give a value, or leave the flag out"
                 )

@@ -182,8 +182,8 @@ class ChatFormat:
         learnt = [turn for layout in layouts for turn in layout.turns if turn.message in layout.trained]
         ends = tuple(dict.fromkeys(turn.end for turn in learnt if turn.end is not None))
         opens = conversation.trained[:1] == (True,) and not any(0 in layout.trained for layout in layouts)
-        told = ((TRIMMED,) if fit.trimmed else ()) + ((OPENING,) if opens else ())
-        notes = (*conversation.notes, *fit.form.notes, *told)
+        added = ((TRIMMED,) if fit.trimmed else ()) + ((OPENING,) if opens else ())
+        notes = (*conversation.notes, *fit.form.notes, *added)
         return Written(rows, ends, fit.unused, notes)
 
     def prompt_tokens(
@@ -229,7 +229,7 @@ class ChatFormat:
             DataError: the template does not print the conversation in full.
         """
         fit = self._fit(conversation, (*EXAMPLES, *SPLIT), where)
-        fitted, message = fit.texts[-1], fit.told.messages[-1]
+        fitted, message = fit.texts[-1], fit.changed.messages[-1]
         turn = fitted.layout.turns[-1]
         written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
         calls = tuple(call["function"] for call in message.get("tool_calls", ()))

@@ -107,7 +107,7 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
 
 def doubts(columns: Columns, rows: Rows) -> list[str]:
     """Warnings about unused columns that look like an answer, a label or a preference."""
-    told = []
+    warnings = []
     for name in columns.unused:
         is_answer, is_judgement = name.lower() in _ANSWERS, name.lower() in _JUDGEMENTS
         if columns.kind == "text" and (is_answer or is_judgement):
@@ -125,8 +125,8 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
             meaning = "a part of the conversation, which is trained without it; add it to the messages"
         else:
             continue
-        told.append(f"{rows.name}: the column {name!r} is not used, but looks like {meaning}")
-    return told
+        warnings.append(f"{rows.name}: the column {name!r} is not used, but looks like {meaning}")
+    return warnings
 
 
 def key_doubts(keys: Iterable[str], name: str) -> list[str]:
@@ -136,7 +136,7 @@ def key_doubts(keys: Iterable[str], name: str) -> list[str]:
         keys: keys of messages that neither brushstroke nor the template uses.
         name: name of the data set.
     """
-    told = []
+    warnings = []
     for key in keys:
         if key.lower() in _ANSWERS:
             meaning = "an answer: what is trained is 'content'"
@@ -149,8 +149,8 @@ def key_doubts(keys: Iterable[str], name: str) -> list[str]:
             meaning = "a part of the conversation, which is trained without it"
         else:
             continue
-        told.append(f"{name}: the key {key!r} of messages is not used, but looks like {meaning}")
-    return told
+        warnings.append(f"{name}: the key {key!r} of messages is not used, but looks like {meaning}")
+    return warnings
 
 
 def read_row(
@@ -256,8 +256,8 @@ def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
 
 
 def _system(row: Row, messages: Any, where: str) -> list[dict[str, str]]:
-    told = row.get(SYSTEM)
-    if not told:
+    given = row.get(SYSTEM)
+    if not given:
         return []
     text = read_text(row, SYSTEM, where)
     first = messages[0] if isinstance(messages, list | tuple) and messages else None

@@ -160,8 +160,8 @@ class _Written:
 
     def doubts(self, rows: Rows) -> list[str]:
         """Warnings about the rows."""
-        told = key_doubts(self.unused_keys, rows.name)
-        return [*told, NO_END] if self.endless else told
+        found = key_doubts(self.unused_keys, rows.name)
+        return [*found, NO_END] if self.endless else found
 
     def said(self) -> tuple[str, ...]:
         """Notes about the rows."""

@@ -62,14 +62,14 @@ class Fit:
 
     Args:
         form: the form that was passed to the template.
-        told: the conversation after the changes of the form.
+        changed: the conversation after the changes of the form.
         sketch: the sketch of its messages.
         texts: the text of each example.
         unused: keys of messages that the template does not print.
     """
 
     form: Form
-    told: Conversation
+    changed: Conversation
     sketch: Sketch
     texts: tuple[FittedText, ...]
     unused: tuple[str, ...]
@@ -83,8 +83,8 @@ class Fit:
 
     def marks(self, fitted: FittedText) -> list[tuple[str, int, int]]:
         """(role, start, stop) of the message values in one of the texts."""
-        told = zip(self.told.messages, self.sketch.uses, strict=True)
-        roles = {slot: message["role"] for message, used in told for slot in used}
+        used_slots = zip(self.changed.messages, self.sketch.uses, strict=True)
+        roles = {slot: message["role"] for message, used in used_slots for slot in used}
         found = zip(fitted.layout.outline.segments, fitted.starts, fitted.starts[1:], strict=False)
         return [(roles[s.slot], start, end) for s, start, end in found if s.slot in roles and end > start]
 
@@ -109,9 +109,9 @@ class Fitter:
             DataError: there is no such form, or the template raises an error in all forms.
         """
         failures: list[tuple[int, Exception]] = []
-        for purpose, (form, told) in product(purposes, forms_for(template, conversation)):
+        for purpose, (form, changed) in product(purposes, forms_for(template, conversation)):
             try:
-                return _Attempt(template, form, told, purpose, self._known_markers).fit(self._kept)
+                return _Attempt(template, form, changed, purpose, self._known_markers).fit(self._kept)
             except (Unproven, TemplateRefusal) as error:
                 failures.append((getattr(error, "proven", -1), error))
         error = max(failures, key=lambda failure: failure[0])[1]
@@ -128,7 +128,7 @@ class _Attempt:
 
     template: ChatTemplate
     form: Form
-    told: Conversation
+    changed: Conversation
     purpose: Purpose
     known_markers: Sequence[str]
 
@@ -139,8 +139,10 @@ class _Attempt:
             Unproven: the template loses part of the conversation.
             TemplateRefusal: the template raises an error.
         """
-        shape, told = sketch(self.told.messages), self.told
-        outlined = json.dumps([shape.messages, told.tools, dict(told.options), told.trained], default=str)
+        shape, changed = sketch(self.changed.messages), self.changed
+        outlined = json.dumps(
+            [shape.messages, changed.tools, dict(changed.options), changed.trained], default=str
+        )
         key = (self.template.source, self.form, self.purpose, outlined)
         if key not in kept:
             if len(kept) >= KEPT:
@@ -159,16 +161,16 @@ class _Attempt:
     def _layouts(self, *, keep_values: bool = False) -> tuple[tuple[Layout, ...], tuple[str, ...]]:
         """The layouts of the examples, and the keys of messages that the template does not print."""
         self._refuse_unprinted()
-        finder = self._finder(self.told, keep_values)
+        finder = self._finder(self.changed, keep_values)
         ask, split, past_reasoning, as_trained = self.purpose
         if ask:
             return (finder.question(past_reasoning=past_reasoning, as_trained=as_trained),), ()
         return finder.whole_or_each(split=split, past_reasoning=past_reasoning), finder.unused_keys()
 
-    def _finder(self, told: Conversation, keep_values: bool = False) -> LayoutFinder:
+    def _finder(self, changed: Conversation, keep_values: bool = False) -> LayoutFinder:
         return LayoutFinder(
             self.template,
-            told,
+            changed,
             self.form,
             known_markers=self.known_markers,
             opening=opening_of(self.template, self.form),
@@ -182,11 +184,11 @@ class _Attempt:
         Raises:
             Unproven: the form does not print such a content.
         """
-        blank = {i for i, m in enumerate(self.told.messages) if not m.get("content", "").strip()}
-        blank -= set(self.told.answers)
+        blank = {i for i, m in enumerate(self.changed.messages) if not m.get("content", "").strip()}
+        blank -= set(self.changed.answers)
         if blank:
-            filled = [{**m, "content": "x"} if i in blank else m for i, m in enumerate(self.told.messages)]
-            finder = self._finder(replace(self.told, messages=tuple(filled)))
+            filled = [{**m, "content": "x"} if i in blank else m for i, m in enumerate(self.changed.messages)]
+            finder = self._finder(replace(self.changed, messages=tuple(filled)))
             finder.prove_contents(finder.outline(len(filled)))
 
     def _aligned(self, shape: Sketch, layouts: Sequence[Layout], unused: tuple[str, ...]) -> Fit:
@@ -197,11 +199,11 @@ class _Attempt:
         """
         texts = []
         for layout in layouts:
-            messages = (*self.told.messages, MADE_UP_ANSWER)[: layout.count]
+            messages = (*self.changed.messages, MADE_UP_ANSWER)[: layout.count]
             text = self.template.render(
                 self.form.messages(messages),
-                tools=self.form.tools(self.told.tools),
-                options=self.told.options,
+                tools=self.form.tools(self.changed.tools),
+                options=self.changed.options,
                 ask=self.purpose.ask and layout.cut is None,
             )
             slots = shape.slots if layout.cut is None else sketch(messages).slots
@@ -213,7 +215,7 @@ class _Attempt:
             fitted = FittedText(layout, text, starts)
             self._refuse_second_thoughts(fitted)
             texts.append(fitted)
-        return Fit(self.form, self.told, shape, tuple(texts), unused)
+        return Fit(self.form, self.changed, shape, tuple(texts), unused)
 
     def _refuse_second_thoughts(self, fitted: FittedText) -> None:
         """Refuse a form in which the template adds its own reasoning to the row's.
@@ -222,7 +224,7 @@ class _Attempt:
             Unproven: a message has a second reasoning.
         """
         for turn in fitted.layout.turns:
-            message = self.told.messages[turn.message]
+            message = self.changed.messages[turn.message]
             said = message.get("content", "") + message.get("reasoning_content", "")
             written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
             if any(written.count(tag) > max(1, said.count(tag)) for tag in ("<think>", "</think>")):

@@ -109,16 +109,16 @@ def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
         ("tagged", (INLINE,)),
         ("any", REASONING),
     ):
-        told = split if thoughts else conversation
-        if told is None:
+        changed = split if thoughts else conversation
+        if changed is None:
             continue
-        messages = told.messages
+        messages = changed.messages
         answers = [message for message in messages if message["role"] == "assistant"]
         calls = any("tool_calls" in message for message in answers)
         empty = any(not m.get("content") and m.keys() & {"tool_calls", "reasoning_content"} for m in answers)
         reasons = any(message.keys() & {"reasoning_content", SPLIT} for message in answers)
         closes = any("</think>" in message.get("content", "") for message in answers)
-        bare = any("function" not in tool for tool in told.tools)
+        bare = any("function" not in tool for tool in changed.tools)
         for choice in product(
             (False, True),
             (False, True) if any(message["role"] == "developer" for message in messages) else (False,),
@@ -129,7 +129,7 @@ def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
             (False, True) if closes else (False,),
         ):
             parts, developer, reasoning, as_text, no_content, wrapped, blank = choice
-            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped, blank), told
+            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped, blank), changed
 
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:

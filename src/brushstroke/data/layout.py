@@ -450,8 +450,8 @@ class LayoutFinder:
             function = tool.get("function", tool)
             parameters = function.get("parameters")
             properties = parameters.get("properties") if isinstance(parameters, dict) else None
-            told = [function.get("name"), function.get("description"), *(properties or {})]
-            for words in (value.strip() for value in told if isinstance(value, str)):
+            declared = [function.get("name"), function.get("description"), *(properties or {})]
+            for words in (value.strip() for value in declared if isinstance(value, str)):
                 if not any(spell(words) in text for spell in SPELLINGS.values()):
                     raise Unproven(f"it does not print the tools ({words[:40]!r} is not in its text)", proven)
 
@@ -489,8 +489,8 @@ def _as_python(names: Collection[str], value: Any, text: str) -> bool:
         return True
     if not isinstance(value, list):
         return False
-    told = repr(value)
-    return (told != json.dumps(value) and told in text) or re.search(r"[\[,] ?'Qz", text) is not None
+    spelled = repr(value)
+    return (spelled != json.dumps(value) and spelled in text) or re.search(r"[\[,] ?'Qz", text) is not None
 
 
 def _follows(text: str, names: Collection[str], value: Any) -> bool:

@@ -28,10 +28,10 @@ ANSWERS = {  # the kinds of answers
 
 def forms_for(template: ChatTemplate, conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
     """The forms to try; reasoning is put into a content only if the template looks for it there."""
-    for form, told in forms(conversation):
+    for form, changed in forms(conversation):
         if form.reasoning == INLINE and not form.thoughts and not reads_think_tags(template):
             continue
-        yield form, told
+        yield form, changed
 
 
 def answered(kind: str) -> Conversation:
@@ -78,10 +78,10 @@ def closing_markers(template: ChatTemplate, known_markers: Sequence[str]) -> tup
     """The end markers of all kinds of answers that a template can print."""
     found = []
     for kind in ("text", "call"):
-        for form, told in forms_for(template, answered(kind)):
+        for form, changed in forms_for(template, answered(kind)):
             finder = LayoutFinder(
                 template,
-                told,
+                changed,
                 form,
                 known_markers=known_markers,
                 opening=opening_of(template, form),
@@ -154,10 +154,10 @@ def _treats_think_tags(template: ChatTemplate) -> bool:
 
 def _readable(template: ChatTemplate, conversation: Conversation) -> Iterator[LayoutFinder]:
     """Layout finders for the forms in which a template prints every value."""
-    for form, told in forms_for(template, conversation):
-        finder = LayoutFinder(template, told, form)
+    for form, changed in forms_for(template, conversation):
+        finder = LayoutFinder(template, changed, form)
         try:
-            outline = finder.outline(len(told.messages))
+            outline = finder.outline(len(changed.messages))
             finder.outline(1, ask=True)
         except TemplateRefusal:
             continue

@@ -231,8 +231,8 @@ class _Part(NamedTuple):
 def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[_Part] | None:
     """The outline of the last answer, without its end; None if the template cannot write it."""
     conversation: Conversation = read_conversation(messages, where="a probe")
-    for form, told in forms_for(template, conversation):
-        finder = LayoutFinder(template, told, form)
+    for form, changed in forms_for(template, conversation):
+        finder = LayoutFinder(template, changed, form)
         try:
             layout = finder.whole_or_each()[-1]
         except (Unproven, TemplateRefusal):

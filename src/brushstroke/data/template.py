@@ -83,8 +83,10 @@ def with_date(source: str, today: str | None = None) -> str:
         ConfigError: it is not a date.
     """
     day = read_date(today) if today is not None else date.today()
-    told = "".join(f" | replace({json.dumps(way)}, {json.dumps(day.strftime(way))})" for way in _DIRECTIVES)
-    macro = f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n"
+    filters = "".join(
+        f" | replace({json.dumps(way)}, {json.dumps(day.strftime(way))})" for way in _DIRECTIVES
+    )
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
     if _DATED.search(source):
         return source if today is None else _DATED.sub(lambda _: macro, source)
     return macro + source if "strftime_now" in source else source

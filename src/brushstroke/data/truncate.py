@@ -52,9 +52,9 @@ def _listed(rows: Rows, numbers: Sequence[int]) -> str:
     for number in numbers[:_SHOWN]:
         file, _, row = rows.where(number).rpartition(", row ")
         places.setdefault(file, []).append(row)
-    told = (f"{file}, row{'s' * (len(found) > 1)} {', '.join(found)}" for file, found in places.items())
+    parts = (f"{file}, row{'s' * (len(found) > 1)} {', '.join(found)}" for file, found in places.items())
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return "; ".join(told) + more
+    return "; ".join(parts) + more
 
 
 def _shortened(example: Example, limit: int) -> Example:

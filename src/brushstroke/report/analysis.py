@@ -144,10 +144,14 @@ def relation_page(found: Relation, name: str) -> Page:
         "the update. The amplification falls like 1/r almost by construction; the ratio to chance does not.",
     )
     _begin(page, relation_summary(name, found))
-    told = found.totals()
+    totals = found.totals()
     page.table(
         ["all sites", "value"],
-        [[key.replace("_", " "), f"{value:.4g}"] for key, value in told.items() if isinstance(value, float)],
+        [
+            [key.replace("_", " "), f"{value:.4g}"]
+            for key, value in totals.items()
+            if isinstance(value, float)
+        ],
     )
     _maps(
         page,

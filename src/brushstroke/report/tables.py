@@ -88,11 +88,11 @@ def latex_text(columns: Sequence[str], rows: Iterable[Sequence[object]], caption
     cells = [[str(cell) for cell in row] for row in rows]
     sides = "".join("r" if _is_numeric([row[at] for row in cells]) else "l" for at in range(len(columns)))
     lines = [" & ".join(map(_cell, row)) + r" \\" for row in cells]
-    told = [f"% {line}" for line in caption.splitlines()]
+    comments = [f"% {line}" for line in caption.splitlines()]
     head = " & ".join(map(latex_escaped, columns)) + r" \\"
     return "\n".join(
         [
-            *told,
+            *comments,
             rf"\begin{{tabular}}{{{sides}}}",
             r"\hline",
             head,
