@@ -148,7 +148,7 @@ def test_a_hub_id_is_fetched_once_and_shown_again_without_a_network(
 
 
 @pytest.mark.slow
-def test_other_commands_take_a_hub_id_too(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_other_commands_accept_hub_ids(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     cached(tmp_path, adapter)
     data = write_rows(tmp_path / "rows.jsonl", rows(2))
     one = run(tmp_path, "generate", tiny, "Hi", "--adapter", ID, "--max-new-tokens", "3", "--json", *PLAIN)

@@ -76,7 +76,7 @@ def assert_same_run(out, whole):
     ]
 
 
-def test_a_run_leaves_its_files_and_totals(cli, tiny, train_rows, tmp_path):
+def test_train_writes_its_files_and_totals(cli, tiny, train_rows, tmp_path):
     out = tmp_path / "out"
     flags = ("--epochs", "2", "--batch-size", "4", "--eval", train_rows, "--checkpoint-every", "2", "--json")
     done = cli("train", tiny, train_rows, "--out", out, *PLAIN, *flags)
@@ -128,7 +128,7 @@ def test_the_plan_comes_before_the_first_step(cli, tiny, train_rows, tmp_path):
     assert done.out == ""
 
 
-def test_plan_says_the_same_and_writes_nothing(cli, tiny, train_rows, tmp_path, monkeypatch):
+def test_plan_command_prints_the_same_plan_and_writes_nothing(cli, tiny, train_rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = (*PLAIN, "--targets", "q_proj,mlp", "--rank-pattern", "q_proj=2", "--learning-rate", "1e-3")
     done = cli("plan", tiny, train_rows, *flags)

@@ -264,7 +264,7 @@ def test_omitted_columns_are_named_below_their_table(shown):
     assert times == {"spectrum": 2, **dict(zip(SITES, (3, 3, 1, 1), strict=True))}
 
 
-def test_a_wide_terminal_shows_what_a_pipe_gets(shown):
+def test_wide_terminal_and_pipe_show_the_same(shown):
     for name in STABLE:
         lines = [line.rstrip() for line in Screen(shown[200][name]).lines]
         assert lines == [line.rstrip() for line in shown[None][name].split("\n")], name

@@ -102,7 +102,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama in shards", "gpt2", "gpt2 without prefix"])
-def test_the_merged_folder_computes_what_the_adapted_base_does(tmp_path, kind):
+def test_merged_folder_equals_the_adapted_base(tmp_path, kind):
     model = gpt2() if "gpt2" in kind else llama()
     model.save_pretrained(tmp_path / "base", **({"max_shard_size": "20KB"} if "shards" in kind else {}))
     if "without" in kind:
@@ -436,7 +436,7 @@ def test_a_users_file_where_the_model_has_a_folder_is_refused_by_name(folder, ea
 
 @pytest.mark.parametrize("call", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_an_interrupt_at_a_rename_leaves_a_whole_folder(folder, earlier, monkeypatch, call, number):
+def test_interrupt_at_a_rename_leaves_a_complete_folder(folder, earlier, monkeypatch, call, number):
     smaller = Adapter({site: 0.5 * update for site, update in adapter_for(llama()).items()})
     merge_folder(folder, smaller, earlier.parent / "new", verify=False)
     before, after = everything(earlier), everything(earlier.parent / "new") | {"notes.txt": b"mine"}
@@ -477,7 +477,7 @@ def test_overwriting_a_folder_without_model_is_refused(folder, tmp_path, name):
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path):
+def test_merged_model_contains_the_adapters_chat_template(folder, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old", "eos_token": "<e>"}))
     adapter = adapter_for(llama())
     same = adapter.with_card(dataclasses.replace(adapter.card, chat_template="old"))
@@ -497,7 +497,7 @@ def test_invalid_config_error_has_advice_for_the_command_line(folder, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "index"])
-def test_a_damaged_file_beside_the_weights_is_a_problem_of_the_base(folder, tmp_path, name, content):
+def test_damaged_side_file_is_reported_as_a_problem_of_the_base(folder, tmp_path, name, content):
     (folder / "tokenizer_config.json").write_text("{}")
     name = "model.safetensors.index.json" if name == "index" else name
     (folder / name).write_bytes(content)

@@ -261,7 +261,7 @@ def test_rank_that_differs_from_the_config_is_refused_with_both_shapes(folder: P
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2, 8, dtype=torch.int8), torch.ones(2, 8, 1)])
-def test_a_factor_that_is_no_float_matrix_is_refused(folder: Path, tensor: torch.Tensor) -> None:
+def test_factor_that_is_not_a_float_matrix_is_refused(folder: Path, tensor: torch.Tensor) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({A_KEY: tensor}))
     assert A_KEY in refusal(folder)
 
@@ -320,7 +320,7 @@ def test_non_adapter_folder_error_suggests_nearby_adapters(folder: Path, tmp_pat
     assert "pickle" in refusal(folder)
 
 
-def test_a_folder_with_files_is_left_alone(folder: Path) -> None:
+def test_non_empty_folder_is_refused_unchanged(folder: Path) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(errors.OutputError, match="overwrite"):
         save(2.0 * load(folder), folder)
@@ -370,7 +370,7 @@ def test_an_adapter_that_peft_wrote_is_overwritten(folder: Path) -> None:
     assert "brushstroke" in (folder / "README.md").read_text()
 
 
-def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
     adapter = load(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -382,7 +382,7 @@ def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_failing_rename_leaves_what_was_there(
+def test_failed_rename_keeps_the_old_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, replace = load(folder), os.replace

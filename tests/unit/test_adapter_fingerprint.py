@@ -94,7 +94,7 @@ def test_small_merged_update_is_not_taken_for_the_base(now, size):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_merged_twice_is_refused(dtype):
+def test_adapter_merged_twice_is_refused(dtype):
     base = to(weights(), dtype)
     deltas = {path: update(seed=int(path)) for path in base}
     twice = merged(merged(base, deltas), deltas)

@@ -128,7 +128,7 @@ def test_matches_are_reported_by_pattern_in_model_order():
     assert list(plan.ranks) == [p for p in LLAMA if "self_attn" in p]
 
 
-def test_the_first_pattern_that_matches_counts():
+def test_first_matching_pattern_applies():
     config = LoraConfig(
         rank=8,
         alpha=16,
@@ -210,7 +210,7 @@ def test_selected_weights_that_are_not_sites_are_named(targets, skipped):
     assert plan.ranks == resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA)).ranks
 
 
-def test_a_pattern_that_selects_no_site_says_what_it_selects():
+def test_error_names_what_a_pattern_without_sites_selects():
     attention = sites(
         [path for path in LLAMA if "attn" in path], gone=Site("mlp.fc1", 8, 8, bypassed="unread")
     )

@@ -58,7 +58,7 @@ def test_one_direction_outside_of_the_weight_is_one_intruder_at_the_top():
 
 
 @pytest.mark.parametrize("flags", [{}, LARGE])
-def test_a_stronger_first_direction_is_no_intruder(flags):
+def test_amplified_first_direction_is_not_an_intruder(flags):
     W = spiked(60, 50)
     left, _, right = torch.linalg.svd(W, full_matrices=False)
     row = found(LowRank(left[:, :1], right[:1], 30.0), W, **flags)["q"]
@@ -210,7 +210,7 @@ def test_the_repair_scales_intruders_and_nothing_else():
     torch.testing.assert_close(repair(adapter, result, 1.0)["q"].dense(), update.dense())
 
 
-def test_without_intruders_the_repair_gives_the_adapter_back():
+def test_repair_without_intruders_returns_the_adapter():
     W, update = spiked(30, 20), LowRank(randn(30, 1) * 1e-4, randn(1, 20))
     adapter = bs.Adapter({"q": update})
     assert repair(adapter, intruders(adapter, {"q": W}))["q"] is update
@@ -230,7 +230,7 @@ def test_invalid_settings_are_refused():
         repair(bs.Adapter({"k": adapter["q"]}), result)
 
 
-def test_as_peft_counts_them():
+def test_intruder_counts_equal_those_of_peft():
     """PEFT 0.21 has the same algorithm on dense weights."""
     peft = pytest.importorskip("peft")
     pytest.importorskip("peft.tuners.lora.intruders")

@@ -33,7 +33,7 @@ def related(update: LowRank, W: torch.Tensor, **flags):
     return relate(bs.Adapter({"q": update}), {"q": W}, **flags)["q"]
 
 
-def test_the_papers_numbers():
+def test_numbers_of_the_paper():
     """arXiv:2106.09685, table 7; the paper prints 21.5, and 0.02 and 0.33 for the random column."""
     assert amplification(6.91, 0.32) == pytest.approx(21.59, abs=0.005)
     assert amplification(3.57, 1.90) == pytest.approx(1.88, abs=0.005)

@@ -67,7 +67,7 @@ def test_an_update_against_itself_and_its_mirror():
     assert subspace(one, -2.0 * one)["layers.0.q"].cosine == pytest.approx(-1)
 
 
-def test_it_is_the_mean_squared_cosine_of_principal_angles():
+def test_phi_is_the_mean_squared_cosine_of_principal_angles():
     """1 − D²/p with D of Ham and Lee; the paper prints (1 − D²)/p."""
     first, second = (torch.linalg.qr(randn(15, n)).Q for n in (4, 6))
     grid = overlap.overlap_grid(first, second)
@@ -106,7 +106,7 @@ def test_the_updates_directions_do_not_depend_on_the_gauge_but_a_factors_do():
     torch.testing.assert_close(alone.left[-1, -1], plain.left[-1, -1])  # the whole space is the same
 
 
-def test_a_factor_alone_is_the_papers_right_vectors_of_a():
+def test_of_u_uses_the_right_singular_vectors_of_a():
     one, two = update(r=3), update(r=5)
     A = [torch.linalg.svd(x.U.mT, full_matrices=False).Vh.mT for x in (one, two)]
     row = subspace(adapter(one), adapter(two), of="U")["layers.0.q"]
@@ -135,7 +135,7 @@ def test_chance_and_its_deviation_against_sampling():
     torch.testing.assert_close(z, (drawn[0] - mean) / deviation)
 
 
-def test_a_subspace_that_is_the_whole_space_has_a_score_of_zero():
+def test_full_space_has_z_score_zero():
     grid = overlap.overlap_grid(torch.eye(3).double(), torch.linalg.qr(randn(3, 3)).Q)
     z = overlap.z_scores(grid, 3)
     assert float(z[2, 2]) == 0
@@ -174,7 +174,7 @@ def test_the_weighted_chance_is_the_mean_of_random_directions():
 
 
 @pytest.mark.parametrize(("side", "size"), [("left", 400), ("right", 40)])
-def test_a_random_pair_shares_what_chance_gives_on_its_own_side(side, size):
+def test_random_pair_has_the_chance_level_of_its_side(side, size):
     row = subspace(adapter(update(400, 40, 16)), adapter(update(400, 40, 16)))["layers.0.q"]
     drawn = fmean(float(random_pair(row, side, seed)[-1, -1]) for seed in range(20))
     assert drawn == pytest.approx(16 / size, rel=0.05)

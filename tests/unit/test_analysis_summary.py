@@ -68,7 +68,7 @@ def test_many_layers_are_ranges_for_people_and_all_of_them_for_programs():
     assert found.listings()["layers"].columns[0] == "layers"
 
 
-def test_sites_outside_of_layers_are_a_row_of_their_own():
+def test_sites_outside_of_layers_have_a_separate_row():
     adapter = Adapter({"lm_head": update(), **model(2, ("q",))})
     found = spectrum_summary("a", spectrum(adapter))
     assert [part.name for part in found.layers] == ["–", "0", "1"]

@@ -186,7 +186,7 @@ def test_the_template_of_another_tools_adapter_is_read(tmp_path: Path, where: st
         assert with_tools.startswith('[{"type": "function"')
 
 
-def test_rows_with_tools_take_the_template_for_tools():
+def test_rows_with_tools_use_the_tool_template():
     tokenizer = kit.tokenizer()
     tokenizer.chat_template = {"default": kit.OTHER_TEMPLATE, "tool_use": CALLS, "rag": "{{ nothing }}"}
     plain, tooled = ({**ROWS[0]}, {**ROWS[0], "tools": TOOLS})
@@ -272,7 +272,7 @@ def test_empty_expected_answer_is_not_scored():
     assert evaluate(kit.base(), [row], max_new_tokens=2).exact_match is None
 
 
-def test_generate_takes_tools_and_conversations_with_their_own():
+def test_generate_accepts_tools_and_conversations_with_tools():
     base = kit.base(template=CALLS)
     with_tools = bs.data.read_conversation([{"role": "user", "content": "hi"}], tools=TOOLS, where="it")
     plain, given, own = (

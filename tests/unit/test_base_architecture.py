@@ -239,7 +239,7 @@ def test_custom_code_needs_trust_remote_code(tmp_path: Path) -> None:
     assert type(FolderWeights(tmp_path, trust_remote_code=True).model).__name__ == "OwnForCausalLM"
 
 
-def test_custom_code_for_a_known_config_is_refused(tmp_path: Path) -> None:
+def test_custom_class_for_a_known_config_is_refused(tmp_path: Path) -> None:
     """It would be loaded as the causal language model of that config, which it is not."""
     toys.tiny_llama(tied=True).save_pretrained(tmp_path)
     edit_config(

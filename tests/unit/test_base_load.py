@@ -74,7 +74,7 @@ def assert_frozen(base: Base) -> None:
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_a_folder_gives_the_saved_weights_frozen(folder: Path, llama: nn.Module) -> None:
+def test_loading_a_folder_gives_frozen_saved_weights(folder: Path, llama: nn.Module) -> None:
     base = load_base(folder, dtype="float32", device="cpu")
     assert_frozen(base)
     assert base.tokenizer is None
@@ -92,7 +92,7 @@ def test_a_tied_head_stays_tied(tmp_path: Path, tied_llama: Any) -> None:
     assert model.dtype == torch.bfloat16
 
 
-def test_generate_is_the_models_own(folder: Path) -> None:
+def test_generate_equals_that_of_the_model(folder: Path) -> None:
     base = load_base(folder, device="cpu")
     assert base.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape == (1, 5)
 

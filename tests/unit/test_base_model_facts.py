@@ -83,7 +83,7 @@ def test_encoder_decoder_facts_come_from_the_decoder() -> None:
     ("make", "width"),
     [(lambda: kinds.gemma3(hidden_size=64), 64), (kinds.llava, 32), (kinds.qwen2_vl, 32), (mpt, 16)],
 )
-def test_the_rule_of_the_learning_rate_takes_the_width_of_the_language_model(make, width) -> None:
+def test_learning_rate_rule_uses_the_language_models_width(make, width) -> None:
     """The whole config of Gemma 3 knows no width, and gave the rate of one of 2,000."""
     rule = default_learning_rate(width)
     assert rule != default_learning_rate(None)

@@ -38,7 +38,7 @@ def test_vocabulary_warning_names_both_sizes(small: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [259, 264, 512])
-def test_an_embedding_with_more_rows_is_no_reason_for_a_warning(tmp_path: Path, rows: int) -> None:
+def test_larger_embedding_gives_no_warning(tmp_path: Path, rows: int) -> None:
     inference_kit.llama(vocab_size=rows).save_pretrained(tmp_path)
     inference_kit.tokenizer().save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def test_texts_without_such_tokens_run(small, tmp_path, capsys) -> None:
     assert "warning: the tokenizer of" in capsys.readouterr().err
 
 
-def test_the_check_takes_any_tokens_and_any_model() -> None:
+def test_vocabulary_check_accepts_any_tokens_and_model() -> None:
     model = inference_kit.llama()
     assert embedding_rows(model) == 264
     refuse_unknown_tokens(model, range(264), "prompt 2")

@@ -86,7 +86,7 @@ def test_names_of_wide_letters_are_measured_in_cells():
     assert block.width <= 40
 
 
-def test_lines_break_between_words_and_long_words_stay_whole():
+def test_lines_break_between_words_and_long_words_stay_complete():
     assert wrap("one  two\n  three", 40) == ["one  two", "  three"]
     assert wrap("a " + "b" * 30 + " c", 10) == ["a", "b" * 30, "c"]
     assert wrap("", 10) == [""]

@@ -94,5 +94,5 @@ def test_help_states_the_defaults_of_the_configs(told, config):
     assert checked >= 2
 
 
-def test_data_shows_as_many_rows_as_its_help_says():
+def test_data_shows_the_number_of_rows_in_its_help():
     assert f"[default: {data.SHOWN}]" in (data.data.__doc__ or "")

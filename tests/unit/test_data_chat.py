@@ -156,7 +156,7 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token_after_every_answer
     assert ChatFormat(tokenizer).stop_texts == ("<|endoftext|>",)
 
 
-def test_a_tokenizer_that_begins_every_text_with_a_space_adds_none_inside_a_row():
+def test_leading_space_of_a_tokenizer_is_not_added_inside_a_row():
     tokenizer = have.sentencepiece_like(have.LLAMA2)
     example = one(tokenizer, CONVERSATION)
     rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
@@ -203,7 +203,7 @@ def test_a_text_as_prompt_is_a_user_turn_or_the_beginning_of_a_text():
     assert ChatFormat(begins).prompt_tokens("hello") == begins("hello")["input_ids"]
 
 
-def test_a_default_system_message_and_the_users_own_are_counted_by_role():
+def test_default_and_given_system_messages_are_counted_by_role():
     tokenizer = have.byte_level(have.CHATML)
     example = one(tokenizer, CONVERSATION[:2])
     assert set(example.roles) == {"template", "user", "assistant"}

@@ -88,7 +88,7 @@ def test_completion_gets_no_leading_space():
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_texts_are_trained_whole_with_the_end_and_begin_as_the_tokenizer_begins_texts(begins):
+def test_texts_are_trained_in_full_with_begin_and_end_tokens(begins):
     tokenizer = have.byte_level(have.CHATML, adds_bos=begins)
     data = encode([{"text": "hello there"}], tokenizer)
     (example,) = data

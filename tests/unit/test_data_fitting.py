@@ -34,7 +34,7 @@ def refused(template, messages, *fragments, **row):
 
 @pytest.mark.parametrize("thought", ["", " \n"])
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_blank_reasoning_is_no_reasoning(thought, name):
+def test_blank_reasoning_is_dropped(thought, name):
     template = OPENED + "{{ m.content }}" + ENDED
     assert trained(template, [QUESTION, ANSWER | {name: thought}]) == ["It is noon.<|im_end|>"]
 

@@ -16,7 +16,7 @@ def test_file_is_replaced_atomically(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="nowhere"):
         write_file(tmp_path / "nowhere" / "a.json", "x")
     (tmp_path / "a.json").mkdir()

@@ -62,7 +62,7 @@ def test_the_padded_loss_is_that_of_each_example_alone(model, budget, monkeypatc
     assert evaluate_loss(model, []).mean is None
 
 
-def test_a_model_without_logits_to_keep_gives_the_same_loss():
+def test_model_without_logits_to_keep_has_the_same_loss():
     model = llama()
 
     class Whole(torch.nn.Module):
@@ -162,7 +162,7 @@ def test_several_adapters_each_with_its_own_template():
         evaluate_all(b, PAIRS, {})
 
 
-def test_a_row_that_leaves_no_room_for_its_answer_is_named():
+def test_row_without_room_for_its_answer_is_named():
     rows = [PAIRS[0], {"prompt": "y" * 200, "completion": "z"}]
     with pytest.raises(DataError, match="row 2"):
         evaluate(base(), rows, max_new_tokens=100)

@@ -129,7 +129,7 @@ def test_rows_with_other_stop_tokens_do_not_stop_each_other():
     assert going == free
 
 
-def test_the_models_own_sampling_defaults_do_not_leak_in(capfd):
+def test_sampling_defaults_of_the_model_are_not_used(capfd):
     b = base()
     greedy = generate(b, PROMPTS, max_new_tokens=8)
     stops = b.model.generation_config.eos_token_id
@@ -142,7 +142,7 @@ def test_the_models_own_sampling_defaults_do_not_leak_in(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_sampling_depends_on_the_seed_alone():
+def test_sampling_depends_only_on_the_seed():
     b = base()
     state = torch.random.get_rng_state()
     draws = [generate(b, PROMPTS, max_new_tokens=8, temperature=1.5, seed=seed) for seed in (1, 1, 2)]

@@ -249,7 +249,7 @@ def test_dropout_acts_only_on_the_low_rank_path_and_keeps_the_mean():
         assert relative(net(x), plain + expected) < FLOAT32
 
 
-def test_autocast_uses_the_low_precision_and_gives_float32_gradients():
+def test_autocast_computes_in_low_precision_with_float32_gradients():
     net = toys.Mlp(32, 64, 16)
     adapter = toys.random_adapter(net)
     x = torch.randn(20, 32)
@@ -405,7 +405,7 @@ def test_detach_restores_everything(language_model, trainable):
     assert toys.snapshot(model) == before
 
 
-def test_a_failed_attach_leaves_nothing_behind():
+def test_failed_attach_changes_nothing():
     class Odd(nn.Linear):
         def __call__(self, x):
             return nn.functional.linear(x, self.weight, self.bias)
@@ -727,7 +727,7 @@ def test_plan_and_card_describe_the_attachment(llama):
     assert not card.conv1d
 
 
-def test_the_same_seed_gives_the_same_start():
+def test_same_seed_gives_the_same_initial_factors():
     first, second, other = (attach(toys.Mlp(), LoraConfig(rank=2), seed=s).adapter() for s in (3, 3, 4))
     assert torch.equal(first["fc1"].U, second["fc1"].U)
     assert not torch.equal(first["fc1"].U, other["fc1"].U)

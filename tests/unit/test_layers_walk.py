@@ -30,7 +30,7 @@ def test_sites_of_a_gpt2(gpt2):
     assert sites["lm_head"].kind == "linear"
 
 
-def test_a_tied_head_knows_its_embedding(tied_llama):
+def test_tied_head_has_its_embedding_as_tie(tied_llama):
     sites = {site.path: site for site in find_sites(tied_llama)}
     assert sites["lm_head"].tied_to == "model.embed_tokens"
 
@@ -89,7 +89,7 @@ def test_other_weights_have_their_axes():
     assert found == {"conv": "Conv1d", "experts": "Experts", "experts.up": "bare 3-D parameter"}
 
 
-def test_what_is_below_a_site_belongs_to_it_and_a_shared_weight_counts_once():
+def test_submodules_of_sites_belong_to_them_and_shared_weights_count_once():
     conv = nn.Conv1d(4, 4, 1)
     net = nn.ModuleDict({"a": conv, "b": conv, "fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
     others = {other.path: other for other in find_others(net, find_sites(net))}
@@ -98,7 +98,7 @@ def test_what_is_below_a_site_belongs_to_it_and_a_shared_weight_counts_once():
     assert not others["b"].weighs
 
 
-def test_a_trial_runs_one_module_of_each_class_with_a_forward_of_its_own():
+def test_trial_runs_one_module_of_each_class_with_custom_forward():
     class Counted(nn.Linear):
         runs = 0
 

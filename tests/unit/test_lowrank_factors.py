@@ -17,7 +17,7 @@ def random(
     return LowRank(torch.randn(d, r, dtype=dtype), torch.randn(r, h, dtype=dtype), scale)
 
 
-def test_it_knows_its_sizes():
+def test_update_has_shape_rank_and_parameters():
     a = random()
     assert isinstance(a, Update)
     assert (a.d, a.h, a.rank, a.shape) == (7, 5, 3, (7, 5))

@@ -55,7 +55,7 @@ def test_a_sum_is_never_formed_but_decomposed():
     torch.testing.assert_close(top.sigma, torch.linalg.svdvals(W - 0.7 * U @ V)[:5], rtol=SIGMA, atol=EXACT)
 
 
-def test_a_matrix_of_small_rank_and_one_of_none():
+def test_matrices_of_small_rank_and_rank_zero():
     W = torch.outer(torch.randn(8), torch.randn(9)).double()
     top = top_svd(Shifted(W), 1)
     assert float(top.sigma[0]) == pytest.approx(frobenius(W), rel=EXACT)
@@ -120,7 +120,7 @@ def test_the_bound_certifies_random_directions():
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_bound_with_the_weights_own_directions_is_better(steps):
+def test_bound_with_singular_directions_of_w_is_tighter(steps):
     W = spiked(300, 200)
     q = torch.linalg.qr(torch.randn(200, 2, dtype=torch.float64)).Q
     spaces = [KrylovSpace(Shifted(W)) for _ in range(2)]

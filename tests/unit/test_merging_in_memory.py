@@ -88,7 +88,7 @@ def test_the_share_that_survives_is_what_was_measured(dtype):
 
 
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_blocks_of_columns_give_what_the_whole_gives(monkeypatch, layout):
+def test_merging_by_column_blocks_equals_merging_at_once(monkeypatch, layout):
     W = torch.randn(48, 64).mT if layout == "linear" else torch.randn(64, 48)
     W = W.to(torch.bfloat16)
     update = LowRank(torch.randn(64, 2), torch.randn(2, 48), 0.3)
@@ -265,7 +265,7 @@ def test_a_tied_head_is_untied_openly_and_stays_so_on_disk(kind, tmp_path, tied_
         assert torch.equal(again(tokens).logits, merged(tokens).logits)
 
 
-def test_groups_leave_a_tied_head_alone(tied_llama):
+def test_groups_do_not_adapt_a_tied_head(tied_llama):
     adapter = toys.random_adapter(tied_llama)
     merged = merge(tied_llama, adapter)
     assert "lm_head" not in adapter

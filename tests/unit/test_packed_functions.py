@@ -75,7 +75,7 @@ def factors(linears):
 
 @pytest.mark.parametrize("ranks", [(2, 3, 1), (2, 0, 3), (0, 0, 4)])
 @pytest.mark.parametrize("dxh", [True, False])
-def test_linears_that_share_an_input(ranks, dxh):
+def test_shared_input_projections_equal_separate_linears(ranks, dxh):
     x = torch.randn(2, 5, 6, **DOUBLE, requires_grad=True)
     linears = [parts(6, h, rank, dxh, bias=h == 4) for h, rank in zip((4, 3, 5), ranks, strict=True)]
     found, expected = lowrank_linears(x, linears), [apart(x, part) for part in linears]

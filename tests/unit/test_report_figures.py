@@ -39,7 +39,7 @@ def test_bars_keep_the_order_of_groups_and_names():
 
 
 @pytest.mark.usefixtures("drawing")
-def test_a_figure_goes_into_a_page():
+def test_page_accepts_a_figure():
     page = Page("Title")
     page.figure(curves({"one": [(0, 1), (1, 0.1)]}, x="x", y="y", log_y=True), "caption")
     assert "<svg" in page.html()

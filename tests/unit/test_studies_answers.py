@@ -63,7 +63,7 @@ def test_where_nothing_can_be_tested_no_block_is_named():
     assert len(_block_table(tests).rows) == 4
 
 
-def test_above_the_other_task_alone_is_not_called_shared():
+def test_overlap_not_above_chance_is_not_called_shared():
     same, other = overlaps((8, 8), 0.1, 0.1), overlaps((8, 8), 0.01, 0.01)  # chance is 0.25
     other |= {(b, a): rows for (a, b), rows in other.items()}
     tests = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])

@@ -36,7 +36,7 @@ def arm_runner(llama, tmp_path) -> ArmRunner:
     ],
     ids=lambda arm: arm.name,
 )
-def test_a_run_scores_and_leaves_the_base_as_it_was(arm_runner, arm):
+def test_run_scores_and_does_not_change_the_base(arm_runner, arm):
     before = snapshot(arm_runner.base.model)
     outcome = arm_runner.run(Run(arm, 1e-2, 3))
     after = snapshot(arm_runner.base.model)
@@ -85,7 +85,7 @@ def _logits(model, examples):
 
 
 @pytest.mark.parametrize("arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=lambda arm: arm.name)
-def test_a_model_that_has_learnt_nothing_does_not_diverge(arm_runner, arm):
+def test_untrained_model_has_no_divergence(arm_runner, arm):
     before = snapshot(arm_runner.base.model)
     session = arm_runner._open(Run(arm, 1e-3, 0))
     assert divergence(session, arm_runner.general) == 0

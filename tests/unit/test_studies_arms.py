@@ -95,7 +95,7 @@ def test_matrices_of_one_name_in_two_places_keep_their_places():
     assert found["c_fc,mlp.c_proj"] == ("c_fc", "mlp.c_proj")
 
 
-def test_rates_that_nearly_agree_have_keys_of_their_own_and_usual_ones_the_keys_of_old():
+def test_nearly_equal_rates_have_distinct_keys_and_old_keys_stay():
     arm = low_rank("q", ("q_proj",), 8)
     rates = (1e-3, 1.0000001e-3, 1e-5, 1.0, 30.0, 1 / 3, 1e30)
     keys = [Run(arm, rate, 0).key for rate in rates]

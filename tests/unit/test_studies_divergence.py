@@ -64,7 +64,7 @@ def test_between_two_points_the_root_is_linear(level, expected):
     assert at_loss([(3.0, 0.0), *quadratic(0.1, (2.0, 1.0))], level) == pytest.approx(expected)
 
 
-def test_a_loss_that_rises_again_counts_where_it_was_first_reached():
+def test_equal_loss_is_taken_where_it_is_first_reached():
     assert at_loss([(3.0, 0.0), (1.0, 0.04), (1.5, 0.09), (0.5, 0.16)], 1.0) == pytest.approx(0.04)
 
 
@@ -87,7 +87,7 @@ def test_no_divergence_without_general_text():
     assert "--general" in stray(results(curves, general=False), [FEW.name], None).answer
 
 
-def test_shortened_arms_take_the_rate_of_the_whole_one():
+def test_shortened_arms_use_the_rate_of_the_full_arm():
     made = shortened_arms([FEW])
     assert [arm.name for arm in made] == ["q,v r=4, 1/4 of the steps", "q,v r=4, 1/2 of the steps"]
     assert {arm.rate_of for arm in made} == {FEW.name}

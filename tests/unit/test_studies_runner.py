@@ -60,7 +60,7 @@ CONTROL = on_other_task(ARM)
 WITH_CONTROL = Estimate(1.0, 6, (ARM.name, CONTROL.name), (0, 1))
 
 
-def test_a_control_runs_at_the_rate_of_its_arm_alone(tmp_path):
+def test_control_runs_only_at_the_rate_of_its_arm(tmp_path):
     """However low its own loss were at another rate."""
     ledger = Ledger(lambda run: best_at(1e-2 if run.arm.name == "a" else 1e-1)(run))
     found = run(tmp_path, ledger, (ARM, CONTROL), plan=WITH_CONTROL)
@@ -176,7 +176,7 @@ class Timed:
         return 1
 
 
-def test_a_budget_leaves_out_seeds_then_arms_and_says_so():
+def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     arms = [Arm(name, ("q",), 2) for name in "abc"]
     grid = Grid((1e-3, 1e-2, 1e-1), (0, 1, 2))
     whole = estimate(Timed(), arms, grid)
@@ -240,7 +240,7 @@ def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
     assert left == {"study.json", "runs/notes.txt", "figures/mine.png"}
 
 
-def test_the_time_that_is_left_counts_the_runs_of_a_wider_grid(tmp_path):
+def test_time_left_includes_runs_of_an_extended_grid(tmp_path):
     left = []
     store = Store(tmp_path, IDENTITY)
     conduct(
@@ -269,7 +269,7 @@ def test_overwrite_refuses_unknown_runs(tmp_path):
         Store(tmp_path, identity(seeds=[0]), overwrite=True)
 
 
-def test_one_rate_is_no_grid():
+def test_single_rate_is_not_extended():
     with pytest.raises(ConfigError, match="at least two learning rates"):
         Grid((1e-3,), (0,))
 
@@ -423,7 +423,7 @@ def test_extended_grid_uses_the_ratio_at_its_edge(tmp_path):
         assert ledger.asked[4][1] == pytest.approx(beyond, rel=0.05)  # the first beyond the four
 
 
-def test_the_time_that_is_left_is_that_of_the_runs_shared_by_the_workers(tmp_path):
+def test_time_left_divides_runs_among_workers(tmp_path):
     """What else passes, such as the start of processes, is not part of a run."""
     left = []
     conduct(

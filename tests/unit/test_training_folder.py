@@ -96,7 +96,7 @@ def test_overwrite_replaces_damaged_runs(tmp_path: Path) -> None:
         assert contents(tmp_path) == {"notes.txt": "mine"}
 
 
-def test_an_adapter_without_a_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_adapter_without_run_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     files = {
         k: v for k, v in RUN_OF_OURS.items() if "/" not in k and not k.endswith("jsonl") and k != "run.json"
     }

@@ -213,7 +213,7 @@ def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> 
     assert whole.summary["steps"] == 6
 
 
-def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
+def test_user_folders_among_checkpoints_are_kept(tmp_path: Path) -> None:
     mine = [tmp_path / "checkpoints" / name / "w.pt" for name in ("step-100", "best-model", "step-00000002x")]
     for file in mine:
         file.parent.mkdir(parents=True)

@@ -136,7 +136,7 @@ def test_a_leak_between_packed_examples_is_seen_however_small(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("size", [1.0, 0.0])  # of its last matrix: blocks that are put in later begin at 0
-def test_a_short_convolution_is_not_packed_whatever_the_size_of_its_weights(size: float) -> None:
+def test_short_convolution_is_not_packed_for_any_weight_size(size: float) -> None:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in(micro_tokens: int) 
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_the_base_is_bit_for_bit_what_it_was(make: object) -> None:
+def test_base_is_restored_bit_for_bit(make: object) -> None:
     model = make().train()  # type: ignore[operator]
     before = snapshot(model)
     modes = [module.training for module in model.modules()]
@@ -396,7 +396,7 @@ def test_a_model_with_soft_capped_logits_uses_its_own_head() -> None:
         assert result.loss == pytest.approx(padded_loss(model, examples()).item(), rel=1e-4)
 
 
-def test_an_adapted_head_learns_too() -> None:
+def test_adapted_head_is_trained() -> None:
     model = tiny_llama()
     with Training(model, LoraConfig(rank=4, targets=["lm_head", "q_proj"])) as run:
         randomise(run.parameters)
@@ -473,7 +473,7 @@ def test_continuing_with_dropout_stays_packed() -> None:
         assert run.drops
 
 
-def test_a_loss_that_raises_leaves_no_gradient_behind() -> None:
+def test_failing_custom_loss_leaves_no_gradients() -> None:
     calls = []
 
     def failing(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -582,7 +582,7 @@ def test_training_does_not_depend_on_the_callers_mode(mode: Callable[[], Abstrac
         assert run.optim_step() == expected
 
 
-def test_what_is_longer_than_the_context_is_named() -> None:
+def test_examples_longer_than_the_context_are_named() -> None:
     context = tiny_gpt2().config.max_position_embeddings
     long = Example((5,) * (context + 2), (0.0,) * (context + 1) + (1.0,), row=7)
     with Training(tiny_gpt2(), LoraConfig(rank=2)) as run, pytest.raises(DataError, match="row 7 needs"):

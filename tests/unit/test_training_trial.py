@@ -99,7 +99,7 @@ def test_a_layer_whose_block_is_replaced_is_named_although_other_layers_run_thei
         assert f"model.layers.1.mlp.{name}" in said
 
 
-def test_experts_of_a_layer_that_runs_none_are_named() -> None:
+def test_experts_of_a_layer_that_runs_no_expert_are_named() -> None:
     made: Any = model()
     made.model.layers[1].mlp.forward = lambda x: x
     with Training(made, LoraConfig(rank=2, targets="experts\\..*")) as run:
