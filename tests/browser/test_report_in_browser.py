@@ -1,4 +1,4 @@
-"""The report of a study in a headless browser: drawn, quiet, offline, with menus that work."""
+"""The report of a study in a headless browser: figures are drawn offline, without errors, and menus work."""
 
 import base64
 import shutil

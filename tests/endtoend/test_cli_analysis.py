@@ -1,4 +1,4 @@
-"""`spectrum`, `compare`, `relate` and `intruders` on small adapters, ours and PEFT's."""
+"""`spectrum`, `compare`, `relate` and `intruders` on small adapters of brushstroke and PEFT."""
 
 import csv
 import io

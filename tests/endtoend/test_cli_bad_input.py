@@ -1,4 +1,4 @@
-"""Every bad input has an exit status and one message, and leaves nothing behind."""
+"""Every bad input gives an exit status and one message, and writes no files."""
 
 import json
 import resource

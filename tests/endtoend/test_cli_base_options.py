@@ -1,4 +1,4 @@
-"""What every command says of its base: whether its own code may run, and how long a row may be."""
+"""Options of the base in every command: custom code, and the maximum length of a row."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`data`, `generate`, `chat`, `evaluate`, `merge` and `show` on an adapter that `train` made."""
+"""`data`, `generate`, `chat`, `evaluate`, `merge` and `show` on an adapter from `train`."""
 
 import io
 import json

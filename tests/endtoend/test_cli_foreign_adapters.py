@@ -1,4 +1,4 @@
-"""Adapters as other tools leave them, from the command line."""
+"""Adapters written by other tools, on the command line."""
 
 import json
 from collections.abc import Callable

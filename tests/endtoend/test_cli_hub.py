@@ -1,4 +1,4 @@
-"""Adapters by their hub id: from a server that stands in for the hub, from the cache, and offline."""
+"""Adapters by their hub id: from a local server instead of the hub, from the cache, and offline."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Data are judged by the tokenizer alone: a base whose weights are not there shows it."""
+"""Data is checked with the tokenizer only, which a base without weights shows."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""What `plan` says is left out, and its share of the base."""
+"""The weights that `plan` reports as left out, with their share of the base."""
 
 import json
 import re

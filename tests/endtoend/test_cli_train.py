@@ -1,4 +1,4 @@
-"""Runs of `train`: their files, their totals, and that killed runs go on to the same bits."""
+"""Runs of `train`: files, totals, and killed runs that resume to the same bits."""
 
 import json
 import signal

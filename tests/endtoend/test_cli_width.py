@@ -1,4 +1,4 @@
-"""Every command on terminals of 60, 80 and 200 columns: nothing wider, no number cut, no word broken."""
+"""Every command on terminals of 60, 80 and 200 columns: lines fit, numbers and words are complete."""
 
 import fcntl
 import json
@@ -220,7 +220,7 @@ def zeros(line: str) -> str:
 
 
 def lines_without_note(text: str) -> list[str]:
-    """What a terminal shows in the end, but for the line that says what was left out."""
+    """The final text on a terminal, without the lines that name omitted columns."""
     shown = "\n".join(Screen(text).lines)
     return re.sub(r"  columns\s+left\s+out:[^;]*;\s+--json\s+has\s+all", "", shown).split("\n")
 

@@ -1,4 +1,4 @@
-"""The demo from beginning to end, with too little training to learn: what it leaves, and what it reuses."""
+"""The complete demo with very short training: the files that it writes, and those that it reuses."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""A base's folder and an adapter become a folder that plain transformers loads."""
+"""Merging a base's folder and an adapter into a folder for plain transformers."""
 
 import dataclasses
 import errno

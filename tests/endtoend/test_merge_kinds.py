@@ -1,4 +1,4 @@
-"""`merge` from the command line, for every kind of model: as PEFT merges it, and verified."""
+"""The command `merge` for every kind of model: equal to PEFT's merge, and verified."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A head that is untied by a merge leaves everything else that was tied to its weight as it was."""
+"""When a merge unties a head, other weights that were tied to it do not change."""
 
 import json
 from pathlib import Path

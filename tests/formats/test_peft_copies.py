@@ -1,4 +1,4 @@
-"""Adapter files that hold more than factors: names of adapters, copies of base weights, training state."""
+"""Adapter files that contain more than factors: names of adapters, copies of base weights, training state."""
 
 import json
 import warnings

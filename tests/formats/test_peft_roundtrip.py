@@ -1,4 +1,4 @@
-"""Our folders in PEFT and PEFT's folders here: the same ΔW, the same logits, the same bits."""
+"""Folders of brushstroke in PEFT and the reverse: the same ΔW, logits and bits."""
 
 import json
 from pathlib import Path

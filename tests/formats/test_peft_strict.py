@@ -1,4 +1,4 @@
-"""What loading and saving refuse, and that a refusal names the place and leaves nothing behind."""
+"""Refusals of load and save: they name the place and write no files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The flash kernel for packed rows equals attention piece by piece; skipped without a GPU."""
+"""The varlen kernel for packed rows equals attention block by block; skipped without a GPU."""
 
 import pytest
 import torch

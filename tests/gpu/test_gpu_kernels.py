@@ -1,4 +1,4 @@
-"""Functions that are compiled to one kernel equal themselves as written; skipped without a GPU."""
+"""Compiled functions equal the uncompiled ones; skipped without a GPU."""
 
 import warnings
 

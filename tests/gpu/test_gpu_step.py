@@ -1,4 +1,4 @@
-"""The packed step, banks and checkpoints on a GPU; skipped where there is none."""
+"""The packed step, banks and checkpoints on a GPU; skipped without one."""
 
 from pathlib import Path
 

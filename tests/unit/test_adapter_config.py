@@ -1,4 +1,4 @@
-"""The request for a new adapter: every value that cannot work is refused by name."""
+"""Settings of a new adapter: every invalid value is refused by name."""
 
 import json
 

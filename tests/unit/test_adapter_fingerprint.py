@@ -1,4 +1,4 @@
-"""What an adapter knows of its base: same, merged, quantised, foreign."""
+"""Comparison of an adapter's fingerprint with a base: same, merged, quantised, foreign."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""From patterns to sites: nothing matches by accident, nothing is skipped in silence."""
+"""Resolution of patterns to sites: no accidental matches, nothing silently skipped."""
 
 import re
 

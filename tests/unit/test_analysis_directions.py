@@ -1,4 +1,4 @@
-"""Directions of base weights: what they are, and the cache that keeps them."""
+"""Singular directions of base weights, and their cache."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Intruders on constructed weights; certificates against dense decompositions; the repair."""
+"""Intruders on constructed weights; bounds against dense decompositions; the repair."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""φ(i, j): identities, closed forms against sampling, and what is refused."""
+"""φ(i, j): identities, closed forms against sampling, and refusals."""
 
 import json
 from statistics import fmean

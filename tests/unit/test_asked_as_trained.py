@@ -1,4 +1,4 @@
-"""What is asked is what was trained: generation prompts, dates, stops, templates of adapters, tools."""
+"""Generation uses the prompts of training: generation prompts, dates, stops, templates, tools."""
 
 import json
 from datetime import date

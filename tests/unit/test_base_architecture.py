@@ -1,4 +1,4 @@
-"""A folder is loaded as the class that its config names, from files that hold this class and no other."""
+"""A folder is loaded as the class that its config names, and its files must match this class."""
 
 import json
 import shutil

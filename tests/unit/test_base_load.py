@@ -1,4 +1,4 @@
-"""Loading a frozen base: what it is afterwards, what is refused, and that it is silent."""
+"""Loading a frozen base: its properties, refusals, and no output."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Tokens without an embedding are told with both numbers, before anything runs."""
+"""Tokens without an embedding are reported with both sizes before anything runs."""
 
 import json
 import re

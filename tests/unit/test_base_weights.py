@@ -1,4 +1,4 @@
-"""W (d×h) of every site, from a live model and from files in every layout that is about."""
+"""W (d×h) of every site, from a live model and from files in every common layout."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line: once is enough, and more do no harm."""
+"""Ctrl-C on the command line: the first one ends the command; others are harmless."""
 
 import os
 import signal

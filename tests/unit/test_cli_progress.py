@@ -1,4 +1,4 @@
-"""The time left, and how a run reports itself without a terminal."""
+"""The estimate of the time left, and progress without a terminal."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Words of a command line as values; help that tells the truth about the defaults."""
+"""Conversion of command-line words to values, and the defaults in help texts."""
 
 import dataclasses
 import re

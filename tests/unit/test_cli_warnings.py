@@ -1,4 +1,4 @@
-"""What our code warns of reaches the terminal, whatever its class; what other packages say to us does not."""
+"""Warnings of brushstroke are printed, whatever their class; those of other packages are not."""
 
 import importlib.util
 import sys

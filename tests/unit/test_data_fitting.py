@@ -1,4 +1,4 @@
-"""A row is written in the first form in which its template prints all of it, or refused with the reason."""
+"""A row is written in the first form that its template prints in full, or refused with the reason."""
 
 import data_tokenizers as have
 import pytest

@@ -1,4 +1,4 @@
-"""Answers are read back as the chat template writes them: reasoning, content and calls."""
+"""Parsing of answers in the chat template's format: reasoning, content and calls."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The docs say what the code says: names, version, layers, files, links."""
+"""The docs agree with the code: names, version, layers, files, links."""
 
 import re
 import tomllib

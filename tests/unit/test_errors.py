@@ -1,4 +1,4 @@
-"""What an error advises works: every extra that the code names is one of ours, and brings the package."""
+"""Install hints of errors work: every extra in the code exists and contains the package."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""One adapter in a live model: what attaching computes, what it refuses, what detaching gives back."""
+"""One adapter in a live model: results and refusals of attach, and what detach restores."""
 
 import copy
 import io

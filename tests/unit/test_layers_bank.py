@@ -1,4 +1,4 @@
-"""Several adapters in one model: every row gets its own, and the base comes back bit for bit."""
+"""Several adapters in one model: every row gets its own, and detaching restores the base bit for bit."""
 
 import copy
 

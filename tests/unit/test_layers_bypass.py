@@ -1,4 +1,4 @@
-"""What the source of a class tells: weights read past their layer, and layers without gradients."""
+"""Facts from the source of a class: weights read without their layer, and layers without gradients."""
 
 import pytest
 import torch

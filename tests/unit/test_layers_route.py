@@ -1,4 +1,4 @@
-"""Which row uses which slot."""
+"""Routes: the slot of each row."""
 
 import pytest
 import torch

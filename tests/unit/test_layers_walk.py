@@ -1,4 +1,4 @@
-"""From a module to its sites."""
+"""Finding the sites of a module."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fused step and its plain twins."""
+"""The fused low-rank step, compared with plain operations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`LowRank` as a value: what it is made of, what it refuses, what it computes for shapes at the edges."""
+"""`LowRank` as a value: its parts, refusals, and results for edge cases of shapes."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Starting factors: their law, and that a seed fixes them."""
+"""Initial factors: their distribution and their seed."""
 
 import pytest
 import torch

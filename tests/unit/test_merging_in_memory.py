@@ -1,4 +1,4 @@
-"""Merging: the sum in wide precision, rounded once; no trace in the result, the base untouched."""
+"""Merging in memory: the sum is rounded once, the result is plain, the base does not change."""
 
 import copy
 import sys

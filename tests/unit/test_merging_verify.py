@@ -1,4 +1,4 @@
-"""A merged model is verified on made-up inputs, whatever its forward takes, and what they miss is told."""
+"""Verification of merged models on generated inputs, and reports of what these do not reach."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross-entropy on whole logits."""
+"""The chunked loss against torch's cross-entropy on full logits."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Our own norm, rotation and feed-forward block against plain operations."""
+"""The fused norm, rotation and feed-forward block against plain operations."""
 
 import pytest
 import torch

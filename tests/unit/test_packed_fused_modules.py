@@ -1,4 +1,4 @@
-"""Which modules our functions take over, and that nothing is left of it afterwards."""
+"""The modules that run fused functions, and their restoration."""
 
 import copy
 

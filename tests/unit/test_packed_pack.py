@@ -1,4 +1,4 @@
-"""Packing: every example once, prefixes that are really shared, no trained token in them."""
+"""Packing: every example once, prefixes contain only shared tokens, none of them trained."""
 
 import pytest
 import torch

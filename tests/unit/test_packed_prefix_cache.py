@@ -1,4 +1,4 @@
-"""A prefix of several passes runs once: the same losses and gradients as rows by themselves."""
+"""A prefix of several passes runs once, with the losses and gradients of separate rows."""
 
 import copy
 from functools import partial

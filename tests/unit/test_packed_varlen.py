@@ -1,6 +1,6 @@
-"""A packed row as sequences: with a kernel that follows their bounds, attention is that of the pieces.
+"""A packed row as sequences: with a varlen kernel, attention equals that of the blocks.
 
-The kernel itself needs a GPU (tests/gpu); here its documented meaning stands in for it.
+The kernel itself needs a GPU (tests/gpu); here, a function with its documented behaviour replaces it.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The figures of φ(i, j): what stands at which cell, what is grey, which matrices come first."""
+"""The figures of φ(i, j): contents of cells, grey cells, order of matrices."""
 
 import json
 import re

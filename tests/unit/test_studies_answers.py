@@ -1,4 +1,4 @@
-"""What the questions claim of given numbers."""
+"""The claims of the studies for given numbers."""
 
 from itertools import combinations
 

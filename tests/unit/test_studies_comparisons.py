@@ -1,4 +1,4 @@
-"""Arms over seeds as blocks, against scipy and a least-squares fit; and what is claimed of them."""
+"""Arms over seeds as blocks, against scipy and a least-squares fit; and the claims made from them."""
 
 import importlib.util
 from pathlib import Path

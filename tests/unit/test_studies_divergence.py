@@ -1,4 +1,4 @@
-"""How far arms stray from the base at equal task loss, of made-up runs."""
+"""Divergence of arms from the base at equal task loss, for made-up runs."""
 
 from fractions import Fraction
 from types import SimpleNamespace

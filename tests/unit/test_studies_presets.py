@@ -1,4 +1,4 @@
-"""The presets: what they plan, and that the tiny one runs from nothing to its findings."""
+"""The presets: their plans, and a complete run of the tiny one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A study's folder and its results as JSON: what is damaged is told, what is nearly equal kept apart."""
+"""A study's folder and its results as JSON: damage is reported, nearly equal rates stay distinct."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The output folder of a run: what is ours is replaced, all else stays, and a kill leaves a way on."""
+"""The output folder of a run: its own files are replaced, others kept, and killed runs can continue."""
 
 import json
 import os

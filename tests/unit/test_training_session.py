@@ -1,4 +1,4 @@
-"""The verbs of a training run on models that can and cannot run packed."""
+"""The operations of `Training` on models that can and cannot run packed."""
 
 import collections
 import copy

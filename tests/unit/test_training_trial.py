@@ -1,4 +1,4 @@
-"""A trial before the first step names what cannot learn, and leaves no trace."""
+"""The trial step before a run names sites without gradients, and changes nothing."""
 
 from typing import Any
 
