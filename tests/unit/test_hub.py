@@ -1,4 +1,4 @@
-"""Without a network a hub id fails in seconds or comes from the cache; a slow network is not a missing one."""
+"""Without a network a hub id fails in seconds or comes from the cache; a slow network still works."""
 
 import http.server
 import socket
