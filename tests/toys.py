@@ -1,4 +1,4 @@
-"""Small random networks and adapters that the tests share."""
+"""Small random networks and adapters for the tests."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Examples and references that the tests of training share."""
+"""Examples and references for the tests of training."""
 
 import random
 

@@ -1,24 +1,24 @@
-"""Every error that brushstroke raises on purpose.
+"""All intended errors of brushstroke.
 
-It does not catch anything: the command line turns these into one message and an exit status.
+Nothing is caught here: the command line turns errors into one message and an exit status.
 
 BrushstrokeError
-├── ConfigError (ValueError)          a setting has a value that cannot work
+├── ConfigError (ValueError)          a setting has an invalid value
 │   └── TargetError                   a target pattern matches no site, or a rank does not fit one
-├── ShapeError (ValueError)           factors, updates or sites whose shapes do not go together
-├── AttachError (RuntimeError)        a model cannot take, or give back, an adapter now
-│   └── RouteError                    a batch and the route of its rows do not go together
-├── AdapterFileError (ValueError)     an adapter on disk is damaged, incomplete or of an unknown kind
-├── BaseMismatchError (ValueError)    an adapter was trained on another base, or is merged in already
+├── ShapeError (ValueError)           shapes of factors, updates or sites do not match
+├── AttachError (RuntimeError)        an adapter cannot be attached or detached
+│   └── RouteError                    a batch does not match the route of its rows
+├── AdapterFileError (ValueError)     an adapter on disk is damaged, incomplete or unknown
+├── BaseMismatchError (ValueError)    an adapter was trained on another base, or is already merged
 ├── BaseLoadError (OSError)           a base model cannot be loaded
 ├── DataError (ValueError)            examples cannot be read or cannot be trained on
-├── TrainingError (RuntimeError)      training cannot go on
-│   ├── NonFiniteError                the loss or a gradient is not a finite number
+├── TrainingError (RuntimeError)      training cannot continue
+│   ├── NonFiniteError                the loss or a gradient is not finite
 │   └── ResumeError                   a checkpoint does not belong to this run
 ├── MergeError (RuntimeError)         a merge would lose the update
 ├── AssetError (RuntimeError)         a sample model or data set cannot be fetched
-├── OutputError (OSError)             results cannot be written where they were asked for
-└── MissingPackageError (ImportError) an optional package is needed and not installed
+├── OutputError (OSError)             results cannot be written to the given place
+└── MissingPackageError (ImportError) a needed optional package is not installed
 """
 
 import difflib
@@ -32,11 +32,11 @@ from types import ModuleType
 
 
 class BrushstrokeError(Exception):
-    """The root of all errors of this library."""
+    """The base class of all errors of this library."""
 
 
 class ConfigError(BrushstrokeError, ValueError):
-    """A setting has a value that cannot work."""
+    """A setting has an invalid value."""
 
 
 class TargetError(ConfigError):
@@ -44,23 +44,23 @@ class TargetError(ConfigError):
 
 
 class ShapeError(BrushstrokeError, ValueError):
-    """Factors, updates or sites whose shapes do not go together."""
+    """Shapes of factors, updates or sites do not match."""
 
 
 class AttachError(BrushstrokeError, RuntimeError):
-    """A model cannot take, or give back, an adapter now."""
+    """An adapter cannot be attached or detached."""
 
 
 class RouteError(AttachError):
-    """A batch and the route of its rows do not go together."""
+    """A batch does not match the route of its rows."""
 
 
 class AdapterFileError(BrushstrokeError, ValueError):
-    """An adapter on disk is damaged, incomplete or of an unknown kind."""
+    """An adapter on disk is damaged, incomplete or unknown."""
 
 
 class BaseMismatchError(BrushstrokeError, ValueError):
-    """An adapter was trained on another base, or is merged in already."""
+    """An adapter was trained on another base, or is already merged."""
 
 
 class BaseLoadError(BrushstrokeError, OSError):
@@ -72,11 +72,11 @@ class DataError(BrushstrokeError, ValueError):
 
 
 class TrainingError(BrushstrokeError, RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class NonFiniteError(TrainingError):
-    """The loss or a gradient is not a finite number."""
+    """The loss or a gradient is not finite."""
 
 
 class ResumeError(TrainingError):
@@ -88,19 +88,19 @@ class MergeError(BrushstrokeError, RuntimeError):
 
 
 class AssetError(BrushstrokeError, RuntimeError):
-    """A sample model or data set cannot be fetched, or is not the one that it should be."""
+    """A sample model or data set cannot be fetched, or has the wrong content."""
 
 
 class OutputError(BrushstrokeError, OSError):
-    """Results cannot be written where they were asked for."""
+    """Results cannot be written to the given place."""
 
 
 class MissingPackageError(BrushstrokeError, ImportError):
-    """An optional package is needed and not installed."""
+    """A needed optional package is not installed."""
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional package, or say how to install what an extra of ours names.
+    """Import an optional package, or raise an error with the command that installs its extra.
 
     Raises:
         MissingPackageError: the package is not installed, or does not work.
@@ -115,17 +115,17 @@ def require(module: str, *, extra: str) -> ModuleType:
 
 
 def _install_command(extra: str) -> str:
-    """For this very environment, wherever brushstroke was installed from: the packages themselves."""
+    """The pip command that installs the extra's packages into this environment."""
     marker = re.compile(rf"""(.+?)\s*;\s*extra\s*==\s*['"]{extra}['"]""")
     try:
         named = [found[1] for line in metadata.requires("brushstroke") or () if (found := marker.match(line))]
-    except metadata.PackageNotFoundError:  # run from its sources
+    except metadata.PackageNotFoundError:  # run from its sources, without being installed
         named = []
     return shlex.join([sys.executable or "python", "-m", "pip", "install", *(named or ["-e", f".[{extra}]"])])
 
 
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.6) -> str:
-    """A hint such as " (did you mean 'q_proj'?)", or an empty string where nothing is near.
+    """A hint such as " (did you mean 'q_proj'?)", or an empty string if no name is similar.
 
     >>> did_you_mean("q_porj", ["q_proj", "mlp"])
     " (did you mean 'q_proj'?)"
@@ -138,7 +138,7 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> Non
     """Refuse a key that a config does not have.
 
     Raises:
-        ConfigError: naming the key, and the one that was probably meant.
+        ConfigError: the key is unknown; the message suggests similar keys.
     """
     known = list(known)
     for key in keys:

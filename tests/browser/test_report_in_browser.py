@@ -1,4 +1,4 @@
-"""The report of a study in a headless browser: drawn, quiet, offline, with menus that work."""
+"""The report of a study in a headless browser: figures are drawn offline, without errors, and menus work."""
 
 import base64
 import shutil
@@ -135,7 +135,7 @@ def test_every_figure_is_drawn_without_network_or_complaint(browser, tmp_path, w
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_maps_stand_side_by_side_where_there_is_room(browser, tmp_path, width):
+def test_maps_are_side_by_side_on_wide_pages(browser, tmp_path, width):
     file = page_with_all_figures().write(tmp_path / "report.html")
     tab, _, _ = look(browser, file, width)
     maps = [box.bounding_box() for box in tab.locator(".maps svg").all()]
@@ -161,7 +161,7 @@ def test_no_label_is_smaller_than_11_pixels(browser, tmp_path, width):
     assert min(sizes) >= 11 - 1e-3
 
 
-def test_a_dark_page_has_no_glaring_map(browser, tmp_path):
+def test_maps_are_dark_in_the_dark_theme(browser, tmp_path):
     """The weakest colour is near the page's own in either theme: it is what most cells have."""
     file = page_with_all_figures().write(tmp_path / "report.html")
     for scheme, dark in (("light", False), ("dark", True)):

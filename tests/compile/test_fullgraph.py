@@ -1,6 +1,6 @@
 """Compiled models: no graph break, and one graph for every route and every adapter loaded later.
 
-The backend is aot_eager: inductor needs a C compiler, which the suite doesn't ask for.
+The backend is aot_eager: inductor needs a C compiler, which the suite does not require.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A tiny base in a folder, rows to train on, and the command line in this process or in one of its own."""
+"""A tiny base, rows to train on, and functions that run the command line in this or another process."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one message; there must be no second one, and no traceback."""
+        """The error message; there must be only one, and no traceback."""
         lines = self.err.splitlines()
         assert "Traceback" not in self.err
         assert sum(line.startswith("error: ") for line in lines) == 1, self.err
@@ -55,7 +55,7 @@ def write_rows(file: Path, given: list[Any]) -> Path:
 
 
 def start(*words: object) -> "subprocess.Popen[str]":
-    """The command in a process of its own, which leads a group of its own, as from a shell."""
+    """Run the command in a separate process and process group, as from a shell."""
     command = [sys.executable, "-c", "import sys; from brushstroke.cli import main; sys.exit(main())"]
     return subprocess.Popen(
         [*command, *map(str, words)],

@@ -1,4 +1,4 @@
-"""`spectrum`, `compare`, `relate` and `intruders` on small adapters, ours and PEFT's."""
+"""`spectrum`, `compare`, `relate` and `intruders` on small adapters of brushstroke and PEFT."""
 
 import csv
 import io
@@ -119,7 +119,7 @@ def test_spectrum_prints_sites_a_map_and_advice(cli, tiny, adapters):
 
 
 @pytest.mark.parametrize("flags", [("--energy", "0.5"), ("--budget", "900"), ()])
-def test_truncating_loses_what_it_said(cli, adapters, tmp_path, flags):
+def test_truncation_loses_the_predicted_energy(cli, adapters, tmp_path, flags):
     out = tmp_path / "cut"
     done = cli("spectrum", adapters / "four", "--truncate", out, *flags, "--json")
     assert done.status == 0, done.err
@@ -148,7 +148,7 @@ def test_compare_gives_grids_with_chance(cli, adapters):
     assert row["chance_right"][0][1] == pytest.approx(2 / 32)
     one = cli("compare", adapters / "four", adapters / "two", "--of", "U")
     assert "right φ" not in one.out
-    assert "no property of ΔW" in one.out
+    assert "not a property of ΔW" in one.out
     same = json.loads(cli("compare", adapters / "four", adapters / "four", "--json").out)
     assert same["cosine"] == pytest.approx(1)
 
@@ -258,7 +258,7 @@ def test_every_table_is_written_as_csv_and_latex(cli, commands, command, tmp_pat
         assert not re.search(r"(?<!\\)_(?!\d)", text.split("\\begin", 1)[1])
 
 
-def test_tables_replace_nothing_unasked(cli, commands, tmp_path):
+def test_tables_replace_files_only_with_overwrite(cli, commands, tmp_path):
     words, _ = commands["relate"]
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "mine.txt").write_text("mine")
@@ -303,7 +303,7 @@ def test_several_adapters_share_tables(cli, adapters, tmp_path):
     assert "adapter & matrix & sites" in (tmp_path / "matrices.tex").read_text("utf-8")
 
 
-def test_the_deciles_stand_beside_their_chance(cli, tiny, adapters):
+def test_deciles_are_shown_with_chance(cli, tiny, adapters):
     lines = cli("relate", adapters / "four", tiny).out.splitlines()
     rows = {name: line.split()[-10:] for line in lines for name in DECILES if line.strip().startswith(name)}
     assert list(rows) == list(DECILES)
@@ -360,7 +360,7 @@ def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlik
     assert told["advised_ranks_99"] == {}
 
 
-def test_untrained_adapters_are_answered_by_every_command(cli, tiny, adapters, unlike):
+def test_every_command_accepts_untrained_adapters(cli, tiny, adapters, unlike):
     assert "amplifies nothing" in cli("relate", unlike / "untrained", tiny).out
     assert cli("intruders", unlike / "untrained", tiny).out.startswith("None of the ")
     assert "no directions to compare" in cli("compare", unlike / "untrained", adapters / "four").error
@@ -445,7 +445,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes_are_answered_in_one_line(cli, tiny, adapters, tmp_path, case):
+def test_errors_are_one_line(cli, tiny, adapters, tmp_path, case):
     words, status, expected = BAD[case]
     places = {
         "four": adapters / "four",
@@ -526,7 +526,7 @@ AT_ONCE = {
 
 
 @pytest.mark.parametrize("case", AT_ONCE)
-def test_wrong_input_is_told_before_torch_is_loaded(tiny, adapters, others, tmp_path, case):
+def test_wrong_input_is_refused_before_torch_is_loaded(tiny, adapters, others, tmp_path, case):
     words, status, expected = AT_ONCE[case]
     names = {"tiny": tiny, "none": tmp_path / "none"}
     names |= {name: adapters / name for name in ("four", "two")}
@@ -580,16 +580,16 @@ def larger(tmp_path_factory):
 
 @pytest.mark.parametrize("command", ["relate", "intruders"])
 @pytest.mark.parametrize("flags", [(), ("--dense-limit", "16")])
-def test_the_bases_own_directions_are_kept(cli, larger, tmp_path, monkeypatch, command, flags):
+def test_directions_of_the_base_are_cached(cli, larger, tmp_path, monkeypatch, command, flags):
     monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path))
     words = (command, larger / "adapter", larger / "base", "--json", *flags)
     plain = cli(*words, "--no-cache")
     assert (plain.status, list(tmp_path.iterdir())) == (0, [])
     first = cli(*words)
-    assert "own directions" not in first.err
+    assert "cached directions" not in first.err
     assert len(list((tmp_path / "directions").iterdir())) == 7
     second = cli(*words)
-    assert "the base's own directions at 7 sites are from" in second.err
+    assert "used cached directions of the base for 7 sites, from" in second.err
     assert "--no-cache" in second.err
     assert plain.out == first.out == second.out
     for file in (tmp_path / "directions").iterdir():

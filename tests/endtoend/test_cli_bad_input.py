@@ -1,4 +1,4 @@
-"""Every bad input has an exit status and one message, and leaves nothing behind."""
+"""Every bad input gives an exit status and one message, and writes no files."""
 
 import json
 import resource
@@ -83,31 +83,31 @@ def refused(cli, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_rows(refused, tmp_path, case):
+def test_invalid_rows_are_refused(refused, tmp_path, case):
     given, *expected = BAD_ROWS[case]
     message = refused(write_rows(tmp_path / "train.jsonl", given))
     assert all(text in message for text in expected), message
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_files(refused, tmp_path, case):
+def test_invalid_files_are_refused(refused, tmp_path, case):
     content, *expected = BAD_FILES[case]
     (tmp_path / "train.jsonl").write_bytes(content)
     message = refused(tmp_path / "train.jsonl")
     assert all(text in message for text in expected), message
 
 
-def test_many_rows_of_a_file_are_told_with_its_name_once(refused, tmp_path):
+def test_many_bad_rows_name_their_file_once(refused, tmp_path):
     file = write_rows(tmp_path / "train.jsonl", [{"text": ""} for _ in range(12)])
-    assert f"{file}, rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more; take such rows out" in refused(file)
+    assert f"{file}, rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more; remove such rows" in refused(file)
 
 
-def test_a_missing_file_names_its_neighbour(refused, tmp_path):
+def test_missing_file_error_suggests_a_similar_file(refused, tmp_path):
     write_rows(tmp_path / "train.jsonl", rows(1))
     assert "did you mean 'train.jsonl'" in refused(tmp_path / "trian.jsonl")
 
 
-def test_names_that_mean_nothing(refused, tmp_path):
+def test_unknown_data_names_are_refused(refused, tmp_path):
     assert "name of the data is empty" in refused("")
     assert "begins with ~" in refused("~nobody-of-this-name/train.jsonl")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
@@ -146,7 +146,7 @@ def test_patterns_that_match_nothing_name_near_ones(cli, tiny, train_rows, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_bases_that_are_none(cli, train_rows, tmp_path):
+def test_missing_base_is_an_error(cli, train_rows, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.gguf").write_bytes(b"nothing")
     for base in (tmp_path / "none", tmp_path / "empty", tmp_path / "a.gguf"):
@@ -156,7 +156,7 @@ def test_bases_that_are_none(cli, train_rows, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_adapters_that_are_none(cli, tiny, train_rows, tmp_path):
+def test_missing_adapter_is_an_error(cli, tiny, train_rows, tmp_path):
     (tmp_path / "empty").mkdir()
     commands = [
         ("train", tiny, train_rows, "--out", tmp_path / "out", "--from", tmp_path / "none"),
@@ -172,9 +172,9 @@ def test_adapters_that_are_none(cli, tiny, train_rows, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_rank_does_not_go_with_from(refused, train_rows, tmp_path):
+def test_rank_with_from_is_refused(refused, train_rows, tmp_path):
     message = refused(train_rows, "--from", tmp_path / "a", "--rank", "4", "--targets", "mlp", status=2)
-    assert "--rank, --targets cannot be given with --from" in message
+    assert "--rank, --targets cannot be combined with --from" in message
 
 
 def test_config_files(refused, train_rows, tmp_path):
@@ -187,11 +187,11 @@ def test_config_files(refused, train_rows, tmp_path):
         "rank: true": "found true",
         "rank: {a: {b: 1}}": "found a mapping",
         "rank: -2": "rank",
-        "rank: 4\nseed: 1\nrank: 8": "'rank' stands there twice",
-        "rank_pattern: {q_proj: 2, q_proj: 4}": "'q_proj' stands there twice",
+        "rank: 4\nseed: 1\nrank: 8": "'rank' appears twice",
+        "rank_pattern: {q_proj: 2, q_proj: 4}": "'q_proj' appears twice",
         "rank: " + "[" * 3000: "nested too deeply",
         "prompt: ''": "the value of --prompt is empty",
-        "max_steps: 3\nmax-steps: 4": "'max_steps' and 'max-steps' are one flag",
+        "max_steps: 3\nmax-steps: 4": "'max_steps' and 'max-steps' are the same flag",
     }
     for text, expected in cases.items():
         file.write_text(text, "utf-8")
@@ -199,7 +199,7 @@ def test_config_files(refused, train_rows, tmp_path):
     assert "none.yaml" in refused(train_rows, "--config", tmp_path / "none.yaml", status=2)
 
 
-def test_an_existing_folder_is_refused_and_overwrite_replaces_only_ours(cli, tiny, train_rows, tmp_path):
+def test_existing_folder_is_refused_and_overwrite_replaces_only_own_files(cli, tiny, train_rows, tmp_path):
     words = ("train", tiny, train_rows, "--out", tmp_path, *PLAIN, "--max-steps", "1")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl").write_text(line := '{"step": 9, "loss": 1.5, "real_tokens": 40}\n')
@@ -214,7 +214,7 @@ def test_an_existing_folder_is_refused_and_overwrite_replaces_only_ours(cli, tin
 
 
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
-def test_a_page_of_the_users_own_is_not_replaced(cli, tiny, train_rows, tmp_path, flag):
+def test_readme_of_the_user_is_not_replaced(cli, tiny, train_rows, tmp_path, flag):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("mine")
     done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1", flag)
@@ -223,7 +223,7 @@ def test_a_page_of_the_users_own_is_not_replaced(cli, tiny, train_rows, tmp_path
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
-def test_an_adapter_is_not_gone_on_from_into_its_own_folder(cli, tiny, train_rows, tmp_path, monkeypatch):
+def test_continuing_an_adapter_into_its_own_folder_is_refused(cli, tiny, train_rows, tmp_path, monkeypatch):
     words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1")
     assert cli(*words).status == 0
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
@@ -254,7 +254,7 @@ def test_an_adapter_is_not_written_into_the_folder_of_its_base(cli, tiny, train_
 def test_empty_values_are_refused_by_name(cli, tiny, train_rows, flag):
     done = cli("train", tiny, train_rows, *([] if flag == "--out" else ["--out", "out"]), f"{flag}=")
     assert done.status == 2
-    assert f"the value of {flag} is empty; give one, or leave it out" in done.error
+    assert f"the value of {flag} is empty; give a value, or leave the flag out" in done.error
 
 
 def test_empty_and_impossible_paths_are_refused_by_every_command(cli, tiny, tmp_path):
@@ -297,14 +297,14 @@ def test_long_prompts_are_left_out_and_long_answers_cut_when_asked(cli, tiny, tm
     assert json.loads((tmp_path / "out" / "run.json").read_text())["examples"] == 3
 
 
-def test_a_warm_up_as_long_as_the_run_is_told(cli, tiny, train_rows):
+def test_warmup_as_long_as_the_run_is_reported(cli, tiny, train_rows):
     for warmup, told in (("2", True), ("1", False), ("0.5", False)):
         done = cli("plan", tiny, train_rows, *PLAIN, "--max-steps", "2", "--warmup", warmup)
         assert done.status == 0, done.err
         assert ("the warm-up has 2 steps and the run 2" in done.err) == told
 
 
-def test_a_loss_that_is_no_number_stops_with_advice(cli, tiny, train_rows, tmp_path):
+def test_nan_loss_stops_with_advice(cli, tiny, train_rows, tmp_path):
     flags = ("--learning-rate", "1e30", "--checkpoint-every", "1", "--max-steps", "9")
     done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, *flags)
     assert done.status == 1
@@ -322,7 +322,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(cli, tiny, train_rows, tmp_p
         ("--weight-decay", "1e308", "or the weight decay (it is 1e+308)"),
     ],
 )
-def test_factors_that_are_no_numbers_at_the_end_come_with_advice(
+def test_non_finite_final_factors_are_refused_with_advice(
     cli, tiny, train_rows, tmp_path, flag, value, advice
 ):
     words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "1")
@@ -345,7 +345,7 @@ def test_a_full_disk_stops_with_one_message(cli, tiny, train_rows, tmp_path):
     assert not [name for name in files_in(tmp_path / "out") if name.startswith(("adapter", ".partial"))]
 
 
-def test_generate_and_data_say_what_is_wrong(cli, tiny, train_rows, tmp_path):
+def test_generate_and_data_errors_are_clear(cli, tiny, train_rows, tmp_path):
     cases = [
         (("generate", tiny, "a", "--max-new-tokens", "0"), 2, "max_new_tokens"),
         (("generate", tiny, "a", "--use", "nobody"), 2, "no such adapter"),
@@ -370,7 +370,7 @@ def test_generate_and_data_say_what_is_wrong(cli, tiny, train_rows, tmp_path):
         assert expected in done.error, words
 
 
-def test_a_bug_is_called_one_and_shows_its_trace_only_when_asked(cli, tiny, train_rows, monkeypatch):
+def test_unexpected_error_is_called_a_bug_and_traced_only_in_debug(cli, tiny, train_rows, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no idea")
 

@@ -1,4 +1,4 @@
-"""What every command says of its base: whether its own code may run, and how long a row may be."""
+"""Options of the base in every command: custom code, and the maximum length of a row."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def commands(base: Path, data: Path, adapter: Path, out: Path) -> dict[str, list
 
 
 @pytest.mark.parametrize("command", commands(Path(), Path(), Path(), Path()))
-def test_code_of_the_base_runs_only_where_the_flag_says_so(cli, own, adapter, tmp_path, monkeypatch, command):
+def test_custom_code_runs_only_with_trust_remote_code(cli, own, adapter, tmp_path, monkeypatch, command):
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
     data = write_rows(tmp_path / "rows.jsonl", rows(4))
     words = commands(own, data, adapter, tmp_path)[command]
@@ -81,7 +81,7 @@ def test_code_of_the_base_runs_only_where_the_flag_says_so(cli, own, adapter, tm
         assert (tmp_path / "merged" / "modeling_own.py").read_text() == CODE
 
 
-def test_a_study_too(cli, own, tmp_path):
+def test_study_needs_trust_remote_code_for_custom_code(cli, own, tmp_path):
     pytest.importorskip("scipy")
     pytest.importorskip("vl_convert")
     data = write_rows(tmp_path / "rows.jsonl", rows(24))

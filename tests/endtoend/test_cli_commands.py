@@ -1,4 +1,4 @@
-"""`data`, `generate`, `chat`, `evaluate`, `merge` and `show` on an adapter that `train` made."""
+"""`data`, `generate`, `chat`, `evaluate`, `merge` and `show` on an adapter from `train`."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def test_data_counts_what_is_left_out_and_cut(cli, tiny, tmp_path):
     assert "1 rows whose prompt fills the limit" in cli("data", tiny, data, *flags).out
 
 
-def test_prompts_of_a_file_are_asked_without_their_answers(cli, tiny, tmp_path):
+def test_prompts_from_a_file_exclude_the_answers(cli, tiny, tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for name in ("rows.ndjson", "ROWS.JSONL"):
         data = write_rows(tmp_path / name, [{"messages": turns}, {"prompt": "c"}])
@@ -63,7 +63,7 @@ def test_prompts_of_a_file_are_asked_without_their_answers(cli, tiny, tmp_path):
         assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == [turns[:1], "c"]
 
 
-def test_a_merge_never_lands_on_an_adapter_and_takes_another_dtype(cli, tiny, adapter, tmp_path):
+def test_merge_refuses_an_adapter_folder_and_accepts_a_dtype(cli, tiny, adapter, tmp_path):
     import shutil
 
     own = shutil.copytree(adapter, tmp_path / "own")
@@ -178,7 +178,7 @@ def test_merge_writes_a_plain_model_and_reports_the_drift(cli, tiny, adapter, tm
     assert not (tmp_path / "twice").exists()
 
 
-def test_show_takes_a_card_that_others_filled(cli, adapter, tmp_path):
+def test_show_accepts_cards_of_other_programs(cli, adapter, tmp_path):
     copy = shutil.copytree(adapter, tmp_path / "copy")
     card = json.loads((copy / "brushstroke.json").read_text())
     for versions in ("0.1", ["0.1"], 3, None):
@@ -209,7 +209,7 @@ def test_show_needs_no_base(cli, adapter):
         assert expected in done.out
 
 
-def test_a_reader_who_leaves_is_no_error(adapter):
+def test_closed_pipe_is_not_a_bug(adapter):
     with start("show", adapter) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -218,7 +218,7 @@ def test_a_reader_who_leaves_is_no_error(adapter):
 
 
 @pytest.mark.parametrize("flag", [(), ("--json",)])
-def test_an_output_that_the_caller_closed_is_no_bug(adapter, flag):
+def test_closed_output_stream_is_not_a_bug(adapter, flag):
     words = (sys.executable, "-m", "brushstroke", "show", str(adapter), *flag)
     done = subprocess.run(words, env=ENVIRONMENT, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""Adapters as other tools leave them, from the command line."""
+"""Adapters written by other tools, on the command line."""
 
 import json
 from collections.abc import Callable
@@ -40,13 +40,13 @@ def test_copies_of_the_base_are_named_and_dropped_where_they_equal_it(
 ) -> None:
     shown = cli("show", folder)
     (line,) = [line for line in shown.out.splitlines() if line.startswith("  copies")]
-    assert "lm_head.weight, model.embed_tokens.weight: compared with the base's own" in line
+    assert "lm_head.weight, model.embed_tokens.weight: will be compared with the base" in line
     assert json.loads(cli("show", folder, "--json").out)["copies"] == [
         "lm_head.weight",
         "model.embed_tokens.weight",
     ]
     spectrum = cli("spectrum", folder)
-    assert spectrum.err.count("made holds copies of lm_head.weight, model.embed_tokens.weight") == 1
+    assert spectrum.err.count("made contains copies of lm_head.weight, model.embed_tokens.weight") == 1
     words = ("--max-new-tokens", "4", *PLAIN)
     data = write_rows(tmp_path / "rows.jsonl", rows(2))
     for command in (

@@ -1,4 +1,4 @@
-"""Adapters by their hub id: from a server that stands in for the hub, from the cache, and offline."""
+"""Adapters by their hub id: from a local server instead of the hub, from the cache, and offline."""
 
 import hashlib
 import json
@@ -148,7 +148,7 @@ def test_a_hub_id_is_fetched_once_and_shown_again_without_a_network(
 
 
 @pytest.mark.slow
-def test_other_commands_take_a_hub_id_too(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_other_commands_accept_hub_ids(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     cached(tmp_path, adapter)
     data = write_rows(tmp_path / "rows.jsonl", rows(2))
     one = run(tmp_path, "generate", tiny, "Hi", "--adapter", ID, "--max-new-tokens", "3", "--json", *PLAIN)
@@ -170,7 +170,7 @@ def test_other_commands_take_a_hub_id_too(tiny: Path, adapter: Path, tmp_path: P
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_a_local_folder_wins(server: StandIn, adapter: Path, tmp_path: Path) -> None:
+def test_local_folder_takes_precedence_over_hub_id(server: StandIn, adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / ID
     folder.mkdir(parents=True)
     shown = run(tmp_path, "show", ID, endpoint=server.url)
@@ -214,7 +214,7 @@ def test_offline_it_fails_in_one_line_before_torch_is_loaded(
     assert loaded.stdout == "False\n", loaded.stderr
 
 
-def test_a_hub_that_does_not_answer_is_given_up_soon(adapter: Path, tmp_path: Path) -> None:
+def test_unresponsive_hub_fails_fast(adapter: Path, tmp_path: Path) -> None:
     import socket
 
     cached(tmp_path, adapter)
@@ -227,7 +227,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(adapter: Path, tmp_path: Pa
         assert run(tmp_path, "show", ID, endpoint=endpoint).returncode == 0  # what the cache has is used
 
 
-def test_a_name_that_the_hub_does_not_know(server: StandIn, tmp_path: Path) -> None:
+def test_unknown_hub_id_is_refused(server: StandIn, tmp_path: Path) -> None:
     done = run(tmp_path, "show", "nobody/nothing", endpoint=server.url)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -245,7 +245,9 @@ def test_a_name_that_the_hub_does_not_know(server: StandIn, tmp_path: Path) -> N
         ({"a/adapter_config.json", "b/adapter_config.json"}, "no adapter_config.json, but adapters in a, b:"),
     ],
 )
-def test_a_model_that_is_no_adapter(server: StandIn, files: set[str], said: str, tmp_path: Path) -> None:
+def test_hub_model_without_adapter_is_refused(
+    server: StandIn, files: set[str], said: str, tmp_path: Path
+) -> None:
     server.files = dict.fromkeys(files, b"{}")
     done = run(tmp_path, "show", ID, endpoint=server.url)
     assert done.returncode == 1
@@ -254,7 +256,7 @@ def test_a_model_that_is_no_adapter(server: StandIn, files: set[str], said: str,
     assert not [path for path in server.asked if "/resolve/" in path]
 
 
-def test_a_cache_that_lacks_a_file_is_no_adapter(adapter: Path, tmp_path: Path) -> None:
+def test_incomplete_hub_cache_is_refused(adapter: Path, tmp_path: Path) -> None:
     cached(tmp_path, adapter, leave_out="adapter_model.safetensors")
     done = run(tmp_path, "show", ID)
     assert done.returncode == 1
@@ -263,16 +265,16 @@ def test_a_cache_that_lacks_a_file_is_no_adapter(adapter: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["/a/b", "./a/b", "~/a/b", "a", "a/b/c", "a/b/", ".a/b", "a/.b", "a b/c"])
-def test_what_is_a_path_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_not_hub_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "_fetch", lambda asked: pytest.fail(f"{asked} was looked up"))
     assert fetch.find_adapter(name) == Path(name).expanduser()
 
 
-def test_what_is_read_is_fetched() -> None:
+def test_all_files_that_are_read_are_fetched() -> None:
     assert {*READ_FILES, SETTINGS, f"{OTHERS}/*.jinja"} <= set(fetch.FETCHED)
 
 
-def test_a_missing_folder_is_no_adapter(tmp_path: Path) -> None:
+def test_missing_adapter_folder_is_refused(tmp_path: Path) -> None:
     from brushstroke import load
 
     with pytest.raises(errors.AdapterFileError, match=r"there is no folder .*or a hub id \(owner/name\)"):

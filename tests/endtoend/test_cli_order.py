@@ -1,4 +1,4 @@
-"""Data are judged by the tokenizer alone: a base whose weights are not there shows it."""
+"""Data is checked with the tokenizer only, which a base without weights shows."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def weightless(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("case", CONTENTS)
-def test_data_are_judged_before_the_weights(cli, weightless, tmp_path, command, case):
+def test_data_is_checked_before_the_weights_are_loaded(cli, weightless, tmp_path, command, case):
     content, expected = CONTENTS[case]
     if content is not None:
         (tmp_path / "bad.jsonl").write_text(content)
@@ -50,13 +50,13 @@ def test_data_are_judged_before_the_weights(cli, weightless, tmp_path, command, 
     assert not (tmp_path / "out").exists()
 
 
-def test_data_that_are_right_come_to_the_weights(cli, weightless, train_rows, tmp_path):
+def test_valid_data_proceeds_to_loading_the_weights(cli, weightless, train_rows, tmp_path):
     done = cli("train", weightless, train_rows, "--out", tmp_path / "out")
     assert done.status == 1
     assert "cannot load the model" in done.error
 
 
-def test_the_template_of_the_adapter_to_go_on_from_is_judged_with(
+def test_data_is_checked_with_the_template_of_the_continued_adapter(
     cli, weightless, tiny, train_rows, tmp_path
 ):
     assert cli("train", tiny, train_rows, "--out", tmp_path / "a", "--max-steps", 1).status == 0
@@ -66,7 +66,7 @@ def test_the_template_of_the_adapter_to_go_on_from_is_judged_with(
     assert "no such talk" in done.error
 
 
-def test_many_rows_are_judged_in_part_and_the_rest_with_the_run(cli, tiny, weightless, tmp_path):
+def test_large_data_is_checked_in_part_before_loading(cli, tiny, weightless, tmp_path):
     from brushstroke.cli.early import ROWS
 
     data = write_rows(tmp_path / "many.jsonl", [*rows(2) * (ROWS // 2), {"prompt": "a", "completion": 3}])

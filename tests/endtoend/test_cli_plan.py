@@ -1,4 +1,4 @@
-"""What `plan` says is left out, and its share of the base."""
+"""The weights that `plan` reports as left out, with their share of the base."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def mamba() -> nn.Module:
         (mamba, "backbone.layers.*.mixer.x_proj", 2, "MambaMixer reads its weight directly"),
     ],
 )
-def test_what_is_left_out_stands_in_the_plan_with_its_share(
+def test_plan_names_left_out_weights_with_their_share(
     cli: Callable[..., Any],
     train_rows: Path,
     tmp_path: Path,
@@ -86,7 +86,7 @@ def test_what_is_left_out_stands_in_the_plan_with_its_share(
     assert plan["skipped"].keys() == plan["skipped_shares"].keys()
 
 
-def test_the_largest_stands_first_and_what_is_not_asked_for_is_not_named(
+def test_plan_names_the_largest_weights_first_and_no_unrequested_ones(
     cli: Callable[..., Any], train_rows: Path, tmp_path: Path
 ) -> None:
     mixtral().save_pretrained(tmp_path / "base")  # type: ignore[operator]

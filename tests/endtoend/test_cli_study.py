@@ -47,7 +47,7 @@ QUESTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_leaves_an_answer_a_page_and_its_numbers(cli, tiny, data, others, tmp_path, question):
+def test_study_writes_answer_page_and_numbers(cli, tiny, data, others, tmp_path, question):
     out = tmp_path / "out"
     extra = {"seeds": ("--other", others), "delta": ("--general", others)}.get(question, ())
     done = cli("study", question, tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS[question], *extra)
@@ -174,27 +174,27 @@ BAD = [
     (("rank", "BASE", "DATA", "--targets", "q_proj", "--ranks", "999"), "give smaller ranks"),
     (("seeds", "BASE", "DATA", "--targets", "q_proj", "--rank", "999"), "is larger than"),
     (("intrinsic", "BASE", "DATA", "--dimensions", "10,999999999"), "a subspace of 999,999,999 dimensions"),
-    (("paper", "--tiny", "BASE", "DATA"), "brings its own model, data and settings; leave out BASE and DATA"),
+    (("paper", "--tiny", "BASE", "DATA"), "has its own model, data and settings; leave out BASE and DATA"),
     (("paper", "--tiny", "--max-steps", "3"), "leave out --max-steps"),
     (
         ("paper", "--smollm2", "BASE"),
-        "--smollm2 brings its own model, data and settings; leave out",
+        "--smollm2 has its own model, data and settings; leave out",
     ),
     (("rank", "BASE", "DATA", "--smollm2"), "--smollm2 is for paper"),
     (("paper", "--smollm2", "--tiny"), "give --tiny or --smollm2, not both"),
     (("rank", "BASE", "DATA", "--dimensions", "3"), "--dimensions is for intrinsic, not for rank"),
-    (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks takes numbers with commas between them; got '1,x'"),
+    (("rank", "BASE", "DATA", "--ranks", "1,x"), "--ranks expects numbers separated by commas; got '1,x'"),
     (("rank", "BASE", "DATA", "--ranks", "0"), "rank must be a whole number of at least 1; got 0"),
     (("rank", "BASE", "DATA", "--targets", "q_porj"), "matches no site"),
     (("rank", "BASE", "DATA", "--learning-rates", "0,1"), "must be finite numbers above 0"),
-    (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds is how many there are"),
+    (("rank", "BASE", "DATA", "--seeds", "0"), "--seeds must be at least 1"),
     (("targets", "BASE", "DATA", "--rank", "2", "--budget", "9"), "give --rank or --budget, not both"),
     (("targets", "BASE", "DATA", "--budget", "3"), "no set of matrices meets a budget of 3 parameters"),
     (("seeds", "BASE", "DATA", "--tiny"), "--tiny is for paper"),
     (("rank", "BASE", "FEW"), "are too few for training, validation and test"),
     (("rank", "BASE", "DATA", "--budget-minutes", "0.00001"), "one arm takes about"),
     (("rank", "BASE", "DATA", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
-    (("rank", "BASE", "DATA", "--workers", "-1"), "--workers is how many runs there are at a time"),
+    (("rank", "BASE", "DATA", "--workers", "-1"), "--workers must be at least 1"),
     (("rank", "BASE", "DATA", "--learning-rates", "inf,1"), "must be finite numbers above 0"),
     (("seeds", "BASE", "DATA", "--other", "DATA"), "the other data: every row is in the task's data too"),
     (("delta", "BASE", "DATA", "--general", "DATA"), "the general text: every row is in the task's"),
@@ -210,16 +210,16 @@ BAD = [
         "the margin of equality must be a finite number above 0",
     ),
     (("seeds", "BASE", "DATA", "--margin", "1"), "--margin is for rank and targets, not for seeds"),
-    (("rank", "BASE", "DATA", "--reread"), "holds no study to read again; leave out --reread"),
-    (("paper", "--tiny", "--reread"), "holds no study to read again; leave out --reread"),
+    (("rank", "BASE", "DATA", "--reread"), "contains no study to read again; leave out --reread"),
+    (("paper", "--tiny", "--reread"), "contains no study to read again; leave out --reread"),
     (("rank", "BASE", "DATA", "--reread", "--overwrite"), "give --reread or --overwrite, not both"),
-    (("paper", "--tiny", "--seeds", "0"), "--seeds is how many there are"),
+    (("paper", "--tiny", "--seeds", "0"), "--seeds must be at least 1"),
     (("paper", "--tiny", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
 ]
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
-def test_a_mistake_is_one_message_and_leaves_nothing(cli, tiny, data, tmp_path, words, message):
+def test_error_is_one_message_and_leaves_no_files(cli, tiny, data, tmp_path, words, message):
     few = write_rows(tmp_path / "few.jsonl", rows(2))
     named = {"BASE": tiny, "DATA": data, "FEW": few}
     done = cli("study", *(named.get(word, word) for word in words), "--out", tmp_path / "out")
@@ -230,7 +230,7 @@ def test_a_mistake_is_one_message_and_leaves_nothing(cli, tiny, data, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, tmp_path):
+def test_study_continues_with_other_workers_and_budget(cli, tiny, data, tmp_path):
     out = tmp_path / "out"
     words = ("study", "rank", tiny, data, "--out", out, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1")
     assert cli(*words, "--no-whole").status == 0
@@ -238,7 +238,7 @@ def test_a_study_goes_on_with_other_workers_and_another_budget(cli, tiny, data, 
     again = cli(*words, "--no-whole", "--workers", "2", "--budget-minutes", "60")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")} == before
-    assert "goes on with the plan that it began with" in again.err
+    assert "continues with its existing plan" in again.err
     other = cli(*words)  # with the arm that trains W itself
     assert other.status == 1
     assert "holds another study (arms:" in other.error
@@ -251,7 +251,7 @@ def test_finished_runs_are_read_again_and_nothing_is_trained(cli, tiny, data, tm
     assert cli(*words).status == 0
     runs = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")}
     before = results(out)
-    assert len([file for file in runs if file.name == "test_rows.json"]) == len(runs) / 2
+    assert len([file for file in runs if file.name == "test_invalid_rows_are_refused.json"]) == len(runs) / 2
     again = cli(*words, "--reread")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")} == runs
@@ -264,12 +264,12 @@ def test_finished_runs_are_read_again_and_nothing_is_trained(cli, tiny, data, tm
 
 
 @pytest.mark.slow
-def test_runs_of_an_older_version_are_read_again_and_speak_of_their_rows_only(cli, tiny, data, tmp_path):
+def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, tiny, data, tmp_path):
     """They kept no losses of single rows, and stated no margin."""
     out = tmp_path / "out"
     words = ("study", "targets", tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS["targets"])
     assert cli(*words).status == 0
-    for file in out.glob("runs/*/test_rows.json"):
+    for file in out.glob("runs/*/test_invalid_rows_are_refused.json"):
         file.unlink()
     study = json.loads((out / "study.json").read_text("utf-8"))
     del study["notes"]["margins"]
@@ -289,7 +289,7 @@ def test_runs_of_an_older_version_are_read_again_and_speak_of_their_rows_only(cl
 @pytest.mark.parametrize("content", ['{"my": 1}', "[1]", "not json"])
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 @pytest.mark.parametrize("preset", [True, False])
-def test_a_study_json_of_the_users_own_is_left_alone(cli, tiny, data, tmp_path, content, overwrite, preset):
+def test_foreign_study_json_is_not_changed(cli, tiny, data, tmp_path, content, overwrite, preset):
     (tmp_path / "runs").mkdir()
     for name, text in (("study.json", content), ("runs/p.txt", "mine"), ("report.html", "mine")):
         (tmp_path / name).write_text(text)
@@ -301,7 +301,7 @@ def test_a_study_json_of_the_users_own_is_left_alone(cli, tiny, data, tmp_path, 
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
 
 
-def test_a_model_that_the_tiny_preset_did_not_train_is_not_taken_for_its_own(cli, tmp_path):
+def test_tiny_preset_refuses_a_foreign_model(cli, tmp_path):
     (tmp_path / "base").mkdir()
     done = cli("study", "paper", "--tiny", "--out", tmp_path)
     assert done.status == 1

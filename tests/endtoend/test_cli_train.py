@@ -1,4 +1,4 @@
-"""Runs of `train`: their files, their totals, and that killed runs go on to the same bits."""
+"""Runs of `train`: files, totals, and killed runs that resume to the same bits."""
 
 import json
 import signal
@@ -76,7 +76,7 @@ def assert_same_run(out, whole):
     ]
 
 
-def test_a_run_leaves_its_files_and_totals(cli, tiny, train_rows, tmp_path):
+def test_train_writes_its_files_and_totals(cli, tiny, train_rows, tmp_path):
     out = tmp_path / "out"
     flags = ("--epochs", "2", "--batch-size", "4", "--eval", train_rows, "--checkpoint-every", "2", "--json")
     done = cli("train", tiny, train_rows, "--out", out, *PLAIN, *flags)
@@ -117,7 +117,7 @@ def test_the_plan_comes_before_the_first_step(cli, tiny, train_rows, tmp_path):
         "micro-tokens",
         "products",
         "shared prefixes",
-        "default rule",
+        "the default for this width",
         "float32 (asked for)",
         "packed",
         "<|im_end|>",
@@ -128,7 +128,7 @@ def test_the_plan_comes_before_the_first_step(cli, tiny, train_rows, tmp_path):
     assert done.out == ""
 
 
-def test_plan_says_the_same_and_writes_nothing(cli, tiny, train_rows, tmp_path, monkeypatch):
+def test_plan_command_prints_the_same_plan_and_writes_nothing(cli, tiny, train_rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = (*PLAIN, "--targets", "q_proj,mlp", "--rank-pattern", "q_proj=2", "--learning-rate", "1e-3")
     done = cli("plan", tiny, train_rows, *flags)
@@ -149,7 +149,7 @@ def test_two_runs_are_identical(cli, tiny, train_rows, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(cli, tiny, train_rows, tmp_path, whole_run):
+def test_killed_run_command_resumes_to_the_same_bits(cli, tiny, train_rows, tmp_path, whole_run):
     out = tmp_path / "out"
     process = start("train", tiny, train_rows, "--out", out, *LONG_RUN)
     catch(process, out, CAUGHT_AT)
@@ -161,12 +161,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(cli, tiny, train_rows, tmp_path, 
     assert kept >= 20
     again = cli("train", tiny, train_rows, "--out", out, *LONG_RUN, "--resume")
     assert again.status == 0, again.err
-    assert f"going on from the checkpoint of step {kept}" in again.err
+    assert f"continuing from the checkpoint of step {kept}" in again.err
     assert (out / "metrics.jsonl").read_bytes().splitlines()[:kept] == before[:kept]
     assert_same_run(out, whole_run)
 
 
-def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(cli, tiny, train_rows, tmp_path, whole_run):
+def test_interrupted_run_keeps_a_checkpoint_and_resumes(cli, tiny, train_rows, tmp_path, whole_run):
     out = tmp_path / "out"
     process = start("train", tiny, train_rows, "--out", out, *LONG_RUN)
     catch(process, out, CAUGHT_AT)
@@ -177,7 +177,7 @@ def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(cli, tiny, train_rows
     assert "Traceback" not in err
     steps = len(lines_of(out / "metrics.jsonl"))
     kept = out / "checkpoints" / f"step-{steps:08d}"
-    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; go on with --resume"
+    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; continue with --resume"
     assert kept.is_dir()
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     same = cli("train", tiny, train_rows, "--out", out, *LONG_RUN)
@@ -205,7 +205,7 @@ def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     kept = out / "checkpoints" / f"step-{len(lines_of(out / 'metrics.jsonl')):08d}"
-    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; go on with --resume"
+    assert err.splitlines()[-1] == f"interrupted; checkpoint saved at {kept}; continue with --resume"
     assert (kept / "state.json").is_file()
 
 
@@ -221,7 +221,7 @@ def test_a_burst_of_interrupts_while_the_base_loads_ends_in_one_line(tiny, train
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
+def test_resume_reports_the_state_of_the_folder(cli, tiny, train_rows, tmp_path):
     words = ("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, "--max-steps", "2", "--resume")
     first = cli(*words)
     assert first.status == 0
@@ -229,7 +229,7 @@ def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
     second = cli(*words)
     assert second.status == 0
-    assert "complete already" in second.err
+    assert "already complete" in second.err
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
     other = cli(*words, "--rank", "2")
     assert other.status == 1
@@ -239,7 +239,7 @@ def test_resume_says_what_there_is(cli, tiny, train_rows, tmp_path):
     assert "another data" in more.error
 
 
-def test_a_config_file_has_the_names_of_the_flags_and_the_line_wins(cli, tiny, train_rows, tmp_path):
+def test_config_file_uses_flag_names_and_command_line_takes_precedence(cli, tiny, train_rows, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"base: {tiny}\ndata: {train_rows}\nout: {tmp_path / 'a'}\neval: {train_rows}\n"
@@ -259,14 +259,14 @@ def test_a_config_file_has_the_names_of_the_flags_and_the_line_wins(cli, tiny, t
     assert not json.loads((tmp_path / "c" / "run.json").read_text())["settings"]["config"]["keep_best"]
 
 
-def test_columns_of_other_names_and_going_on_from_an_adapter(cli, tiny, tmp_path):
+def test_renamed_columns_and_continuing_an_adapter(cli, tiny, tmp_path):
     given = [{"question": row["prompt"], "answer": row["completion"]} for row in rows(4)]
     data = write_rows(tmp_path / "train.jsonl", given)
     words = (tiny, data, *PLAIN, "--prompt", "question", "--completion", "answer", "--max-steps", "1")
     assert cli("train", *words, "--out", tmp_path / "a", "--rank", "2").status == 0
     done = cli("train", *words, "--out", tmp_path / "b", "--from", tmp_path / "a")
     assert done.status == 0, done.err
-    assert "14 sites of the adapter to go on from" in done.err
+    assert "14 sites of the adapter in --from" in done.err
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 2
 
 

@@ -1,4 +1,4 @@
-"""Every command on terminals of 60, 80 and 200 columns: nothing wider, no number cut, no word broken."""
+"""Every command on terminals of 60, 80 and 200 columns: lines fit, numbers and words are complete."""
 
 import fcntl
 import json
@@ -54,7 +54,7 @@ NEEDED = {
     "plan": ("base", "targets", "memory", "learning rate", "stop tokens"),
     "data": ("rows", "tokens", "stop token", "lengths"),
     "generate": ("loading",),
-    "chat": ("one speaks;", "/use NAME, /base, /reset, /quit"),
+    "chat": ("one answers;", "/use NAME, /base, /reset, /quit"),
     "merge": ("survived", "model drift"),
     "train": ("done:", "mean loss", "the adapter is in", "evaluation after step 2"),
     "study": ("What rank is enough", "The lowest test loss"),
@@ -220,9 +220,9 @@ def zeros(line: str) -> str:
 
 
 def lines_without_note(text: str) -> list[str]:
-    """What a terminal shows in the end, but for the line that says what was left out."""
+    """The final text on a terminal, without the lines that name omitted columns."""
     shown = "\n".join(Screen(text).lines)
-    return re.sub(r"  left out for the width:[^;]*;\s+--json\s+has\s+all", "", shown).split("\n")
+    return re.sub(r"  columns\s+left\s+out:[^;]*;\s+--json\s+has\s+all", "", shown).split("\n")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -234,7 +234,7 @@ def test_no_line_is_wider_than_the_terminal(shown, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_word_is_broken_and_no_number_cut(shown, width):
+def test_no_word_or_number_is_broken(shown, width):
     for name, text in shown[width].items():
         known = known_words(name, shown)
         for line in lines_without_note(text):
@@ -244,16 +244,15 @@ def test_no_word_is_broken_and_no_number_cut(shown, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_important_is_there(shown, width):
+def test_important_parts_are_shown_at_every_width(shown, width):
     for name, needed in NEEDED.items():
         text = " ".join("\n".join(Screen(shown[width][name]).lines).split())
         assert [part for part in needed if part not in text] == [], name
 
 
-def test_what_is_left_out_is_said_below_its_table_alone(shown):
+def test_omitted_columns_are_named_below_their_table(shown):
     said = {
-        width: {name for name, text in shown[width].items() if "left out for the width" in text}
-        for width in shown
+        width: {name for name, text in shown[width].items() if "columns left out" in text} for width in shown
     }
     assert said == {
         60: {"show", *ANALYSES, *SITES},
@@ -261,11 +260,11 @@ def test_what_is_left_out_is_said_below_its_table_alone(shown):
         200: set(),
         None: set(),
     }
-    times = {name: shown[80][name].count("left out for the width") for name in ("spectrum", *SITES)}
+    times = {name: shown[80][name].count("columns left out") for name in ("spectrum", *SITES)}
     assert times == {"spectrum": 2, **dict(zip(SITES, (3, 3, 1, 1), strict=True))}
 
 
-def test_a_wide_terminal_shows_what_a_pipe_gets(shown):
+def test_wide_terminal_and_pipe_show_the_same(shown):
     for name in STABLE:
         lines = [line.rstrip() for line in Screen(shown[200][name]).lines]
         assert lines == [line.rstrip() for line in shown[None][name].split("\n")], name

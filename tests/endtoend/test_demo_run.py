@@ -1,4 +1,4 @@
-"""The demo from beginning to end, with too little training to learn: what it leaves, and what it reuses."""
+"""The complete demo with very short training: the files that it writes, and those that it reuses."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def test_results_have_exactly_the_named_keys(finished):
     assert 0 < results["switch_ms"] < 1
 
 
-def test_what_it_leaves(finished, form):
+def test_demo_writes_its_files(finished, form):
     out, _ = finished
     assert {entry.name for entry in out.iterdir()} == {"adapters", "heldout", "report.html", "results.json"}
     for name in NAMES:

@@ -59,7 +59,7 @@ def dtypes(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
 
 @pytest.mark.parametrize("told", ["float32", "bfloat16", None])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_auto_keeps_and_a_name_gives_the_dtype_whatever_the_config_says(cli, tmp_path, adapter, stored, told):
+def test_dtype_follows_files_or_flag_not_the_config(cli, tmp_path, adapter, stored, told):
     folder = base(tmp_path / "base", FLOATS[stored], told)
     for asked in ("auto", "float32", "bfloat16"):
         tensors, streamed = merged(cli, folder, adapter, "--dtype", asked)
@@ -67,7 +67,7 @@ def test_auto_keeps_and_a_name_gives_the_dtype_whatever_the_config_says(cli, tmp
         assert streamed == (asked in ("auto", stored))
 
 
-def test_files_of_several_dtypes_keep_each_or_get_the_one_that_is_asked_for(cli, tmp_path, adapter):
+def test_mixed_dtypes_are_kept_or_converted_to_the_given_one(cli, tmp_path, adapter):
     folder = base(tmp_path / "base", torch.bfloat16, "bfloat16", norm=torch.float32)
     before = load_file(folder / "model.safetensors")
     tensors, streamed = merged(cli, folder, adapter)
@@ -80,7 +80,7 @@ def test_files_of_several_dtypes_keep_each_or_get_the_one_that_is_asked_for(cli,
 
 
 @pytest.mark.parametrize("told", ["float32", "bfloat16"])
-def test_a_base_that_is_loaded_loses_no_number(cli, tmp_path, adapter, told):
+def test_loaded_base_keeps_full_precision(cli, tmp_path, adapter, told):
     folder = pickled(base(tmp_path / "base", torch.bfloat16, told, norm=torch.float32))
     before = torch.load(folder / "pytorch_model.bin", weights_only=True)
     tensors, streamed = merged(cli, folder, adapter)
@@ -94,7 +94,7 @@ def test_a_base_that_is_loaded_loses_no_number(cli, tmp_path, adapter, told):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_hub_id_too(cli, tmp_path, adapter, monkeypatch, form):
+def test_dtype_of_a_hub_base_follows_its_files(cli, tmp_path, adapter, monkeypatch, form):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = base(tmp_path / "hub/models--tiny--half/snapshots" / ("a" * 40), torch.bfloat16, "float32")

@@ -1,4 +1,4 @@
-"""A base's folder and an adapter become a folder that plain transformers loads."""
+"""Merging a base's folder and an adapter into a folder for plain transformers."""
 
 import dataclasses
 import errno
@@ -103,7 +103,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama in shards", "gpt2", "gpt2 without prefix"])
-def test_the_merged_folder_computes_what_the_adapted_base_does(tmp_path, kind):
+def test_merged_folder_equals_the_adapted_base(tmp_path, kind):
     model = gpt2() if "gpt2" in kind else llama()
     model.save_pretrained(tmp_path / "base", **({"max_shard_size": "20KB"} if "shards" in kind else {}))
     if "without" in kind:
@@ -123,7 +123,7 @@ def test_the_merged_folder_computes_what_the_adapted_base_does(tmp_path, kind):
     assert {type(m) for m in merged.modules()} == {type(m) for m in model.modules()}
 
 
-def test_names_headers_and_other_files_stay_and_nothing_tells_of_brushstroke(folder, tmp_path):
+def test_names_headers_and_other_files_are_kept_without_a_trace_of_brushstroke(folder, tmp_path):
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("kept")
     (folder / "pytorch_model.bin").write_bytes(b"unmerged weights")
@@ -209,7 +209,7 @@ def test_the_same_adapter_is_not_merged_twice_and_a_foreign_base_is_refused(fold
     merge_folder(tmp_path / "foreign", adapter, tmp_path / "allowed", allow_different_base=True)
 
 
-def test_an_update_that_rounding_would_lose_is_refused_and_nothing_stays(tmp_path):
+def test_update_lost_in_rounding_is_refused_and_nothing_is_written(tmp_path):
     model = llama().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(MergeError, match="survives the rounding"):
@@ -217,7 +217,7 @@ def test_an_update_that_rounding_would_lose_is_refused_and_nothing_stays(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_sum_that_the_dtype_cannot_hold_is_refused_and_nothing_stays(tmp_path):
+def test_overflowing_sum_is_refused_and_nothing_is_written(tmp_path):
     model = llama().to(torch.float16)
     site = "model.layers.0.mlp.down_proj"
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_a_sum_that_the_dtype_cannot_hold_is_refused_and_nothing_stays(tmp_path)
     assert merged[f"{site}.weight"][0, 0].item() == 68000.0
 
 
-def test_a_forward_of_its_own_is_tried_out_without_loading_the_model(tmp_path, monkeypatch):
+def test_custom_forward_is_tested_without_loading_the_model(tmp_path, monkeypatch):
     sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = FalconForCausalLM(FalconConfig(**sizes))  # its linear layers are of a class of its own
@@ -249,7 +249,7 @@ def test_a_forward_of_its_own_is_tried_out_without_loading_the_model(tmp_path, m
     assert not (tmp_path / "other").exists()
 
 
-def test_existing_folders_are_refused_and_overwriting_keeps_what_is_not_ours(folder, tmp_path):
+def test_existing_folder_is_refused_and_overwrite_keeps_foreign_files(folder, tmp_path):
     adapter, out = adapter_for(llama()), tmp_path / "out"
     merge_folder(folder, adapter, out)
     first = everything(out)
@@ -272,7 +272,7 @@ def test_existing_folders_are_refused_and_overwriting_keeps_what_is_not_ours(fol
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_half_written_stays(folder, tmp_path, monkeypatch, error):
+def test_failed_merge_leaves_no_partial_files(folder, tmp_path, monkeypatch, error):
     adapter, out = adapter_for(llama()), tmp_path / "out"
     merge_folder(folder, adapter, out)
     before, calls = everything(out), []
@@ -378,7 +378,7 @@ def made_meanwhile(monkeypatch, make) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_folder_that_is_filled_while_a_merge_runs_is_left_alone(folder, tmp_path, monkeypatch, there):
+def test_folder_filled_during_a_merge_is_not_replaced(folder, tmp_path, monkeypatch, there):
     out, adapter = tmp_path / "out", adapter_for(llama())
     if there:
         out.mkdir()
@@ -473,7 +473,7 @@ def test_an_interrupt_at_an_exchange_or_a_rename_leaves_a_whole_folder(
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "LICENSE"]
 )
-def test_overwriting_a_folder_that_is_no_models_is_refused(folder, tmp_path, name):
+def test_overwriting_a_folder_without_model_is_refused(folder, tmp_path, name):
     (folder / "LICENSE").write_text("free")
     out, adapter = tmp_path / "out", adapter_for(llama())
     out.mkdir()
@@ -490,7 +490,7 @@ def test_overwriting_a_folder_that_is_no_models_is_refused(folder, tmp_path, nam
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path):
+def test_merged_model_contains_the_adapters_chat_template(folder, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old", "eos_token": "<e>"}))
     adapter = adapter_for(llama())
     same = adapter.with_card(dataclasses.replace(adapter.card, chat_template="old"))
@@ -502,7 +502,7 @@ def test_the_adapters_chat_template_goes_with_the_merged_model(folder, tmp_path)
     assert json.loads((tmp_path / "other" / "tokenizer_config.json").read_text()) == {"eos_token": "<e>"}
 
 
-def test_a_config_that_makes_no_model_comes_with_advice_for_the_command_line_too(folder, tmp_path):
+def test_invalid_config_error_has_advice_for_the_command_line(folder, tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(BaseLoadError, match=r"cannot build the model.*; fetch it again.*\(in Python: "):
         merge_folder(folder, adapter_for(llama()), tmp_path / "out")
@@ -510,7 +510,7 @@ def test_a_config_that_makes_no_model_comes_with_advice_for_the_command_line_too
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "index"])
-def test_a_damaged_file_beside_the_weights_is_a_problem_of_the_base(folder, tmp_path, name, content):
+def test_damaged_side_file_is_reported_as_a_problem_of_the_base(folder, tmp_path, name, content):
     (folder / "tokenizer_config.json").write_text("{}")
     name = "model.safetensors.index.json" if name == "index" else name
     (folder / name).write_bytes(content)
@@ -566,7 +566,7 @@ def test_a_base_that_lacks_a_weight_is_refused_without_loading_it(folder, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_problem_of_the_base_is_none_of_the_output(folder, tmp_path, monkeypatch):
+def test_base_errors_are_not_reported_as_output_errors(folder, tmp_path, monkeypatch):
     def unreadable(*args, **kwargs):
         raise BaseLoadError("cannot load the model")
 
@@ -719,7 +719,7 @@ def test_merging_eight_shards_needs_no_more_than_two_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
-def test_a_dtype_that_is_asked_for_stands_in_the_config_of_files_that_had_it(folder, tmp_path, keys):
+def test_requested_dtype_is_written_to_the_config(folder, tmp_path, keys):
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, "bfloat16")))

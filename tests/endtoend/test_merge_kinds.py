@@ -1,4 +1,4 @@
-"""`merge` from the command line, for every kind of model: as PEFT merges it, and verified."""
+"""The command `merge` for every kind of model: equal to PEFT's merge, and verified."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_another_kind_than_a_language_model_is_refused_by_its_class(cli, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_with_whole_modules_is_refused_by_their_names(cli, tmp_path):
+def test_adapter_with_modules_to_save_is_refused_by_name(cli, tmp_path):
     base = kinds.saved("BERT, classifier", tmp_path / "base")
     peft_adapter(base, tmp_path / "adapter", ["query"], task_type="SEQ_CLS")  # which adds the head
     done = cli("merge", base, tmp_path / "adapter", "--out", tmp_path / "out")

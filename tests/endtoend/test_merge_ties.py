@@ -1,4 +1,4 @@
-"""A head that is untied by a merge leaves everything else that was tied to its weight as it was."""
+"""When a merge unties a head, other weights that were tied to it do not change."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_the_merged_folder_is_the_adapted_model(tmp_path: Path, kind: str, loade
         assert again.untied == ()
 
 
-def test_what_a_config_concludes_from_the_tie_stays(tmp_path: Path) -> None:
+def test_config_values_derived_from_the_tie_are_kept(tmp_path: Path) -> None:
     """T5 scales its outputs where its config says that the head is tied, or says nothing."""
     folder = kinds.saved("T5", tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
@@ -70,7 +70,7 @@ def test_shards_get_the_new_tensors_in_their_index(tmp_path: Path) -> None:
     assert {"lm_head.weight", "model.encoder.embed_tokens.weight"} <= index.keys()
 
 
-def test_merging_in_memory_parts_the_other_ties_and_leaves_the_base() -> None:
+def test_merging_in_memory_unties_other_weights_and_keeps_the_base() -> None:
     model: Any = kinds.made("BART")
     adapter = random_adapter(model, LoraConfig(rank=3, targets=["lm_head"])).with_card(None)
     made = merge(model, adapter)

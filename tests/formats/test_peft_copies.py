@@ -1,4 +1,4 @@
-"""Adapter files that hold more than factors: names of adapters, copies of base weights, training state."""
+"""Adapter files that contain more than factors: names of adapters, copies of base weights, training state."""
 
 import json
 import warnings
@@ -106,7 +106,7 @@ def test_copies_that_equal_the_base_are_dropped(targets: list[str], tmp_path: Pa
     assert (logits(merge(fresh, adapter)) - logits(model)).abs().max() < LOGITS
 
 
-def test_what_is_saved_again_keeps_its_copies(tmp_path: Path) -> None:
+def test_saving_again_keeps_copies(tmp_path: Path) -> None:
     written(tmp_path / "theirs", target_modules=["q_proj", "lm_head"])
     before = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     save(load(tmp_path / "theirs"), tmp_path / "ours")
@@ -216,7 +216,7 @@ def test_copies_are_compared_with_files(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["velora", "monteclora"])
-def test_what_only_training_needed_is_left_aside(kind: str, tmp_path: Path) -> None:
+def test_training_only_entries_are_ignored(kind: str, tmp_path: Path) -> None:
     from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 
     variants: dict[str, Any] = {
@@ -232,7 +232,7 @@ def test_what_only_training_needed_is_left_aside(kind: str, tmp_path: Path) -> N
         assert (logits(base) - logits(model)).abs().max() < LOGITS
 
 
-def test_ties_that_peft_makes_sure_of_are_in_the_file(tmp_path: Path) -> None:
+def test_ensured_ties_of_peft_are_in_the_file(tmp_path: Path) -> None:
     base = toys.tiny_llama(tied=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT finds no tied target

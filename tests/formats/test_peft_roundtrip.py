@@ -1,4 +1,4 @@
-"""Our folders in PEFT and PEFT's folders here: the same ΔW, the same logits, the same bits."""
+"""Folders of brushstroke in PEFT and the reverse: the same ΔW, logits and bits."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MODELS)
-def test_what_peft_wrote_gives_the_same_logits_here(name: str, rule: str, tmp_path: Path) -> None:
+def test_adapters_written_by_peft_give_the_same_logits(name: str, rule: str, tmp_path: Path) -> None:
     base, model = peft_model(name, rule)
     model.save_pretrained(tmp_path)
     untouched = logits(base)
@@ -67,7 +67,7 @@ def test_what_peft_wrote_gives_the_same_logits_here(name: str, rule: str, tmp_pa
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MODELS)
-def test_what_we_write_gives_the_same_logits_in_peft(name: str, rule: str, tmp_path: Path) -> None:
+def test_adapters_read_by_peft_give_the_same_logits(name: str, rule: str, tmp_path: Path) -> None:
     given_rule = {key: value for key, value in RULES[rule].items() if key != "use_rslora"}
     scale_rule = "rslora" if "use_rslora" in RULES[rule] else "standard"
     config = LoraConfig(rank=4, alpha=6, targets=tuple(TARGETS[name]), scale_rule=scale_rule, **given_rule)

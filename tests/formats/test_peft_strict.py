@@ -1,4 +1,4 @@
-"""What loading and saving refuse, and that a refusal names the place and leaves nothing behind."""
+"""Refusals of load and save: they name the place and write no files."""
 
 import ctypes
 import errno
@@ -108,9 +108,7 @@ def refusal(folder: Path) -> str:
         ("task_type", 5),
     ],
 )
-def test_a_field_of_a_wrong_kind_or_that_changes_the_update_is_refused_by_name(
-    folder: Path, field: str, value: Any
-) -> None:
+def test_wrong_or_unsupported_config_fields_are_refused_by_name(folder: Path, field: str, value: Any) -> None:
     edit_config(folder, **{field: value})
     said = refusal(folder)
     assert "adapter_config.json" in said
@@ -124,7 +122,7 @@ def test_an_unknown_field_that_is_off_is_ignored(folder: Path, off: Any) -> None
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
-def test_an_init_that_leaves_the_base_alone_is_taken(folder: Path, init: Any) -> None:
+def test_inits_that_do_not_change_the_base_are_accepted(folder: Path, init: Any) -> None:
     edit_config(folder, init_lora_weights=init, peft_version="9.9", runtime_config={"a": 1})
     assert len(load(folder)) == 2
 
@@ -154,13 +152,13 @@ def test_an_init_that_leaves_the_base_alone_is_taken(folder: Path, init: Any) ->
         ("qalora_group_size", 16),
     ],
 )
-def test_a_field_that_mattered_in_training_alone_is_passed_over(folder: Path, field: str, value: Any) -> None:
+def test_training_only_fields_are_ignored(folder: Path, field: str, value: Any) -> None:
     before = digest(load(folder))
     edit_config(folder, **{field: value})
     assert digest(load(folder)) == before
 
 
-def test_every_field_of_the_installed_peft_is_decided() -> None:
+def test_every_field_of_the_installed_peft_is_handled() -> None:
     import dataclasses
 
     import peft as their_peft
@@ -172,7 +170,7 @@ def test_every_field_of_the_installed_peft_is_decided() -> None:
     assert not peft_config._NO_EFFECT & set(peft_config._REFUSED)
 
 
-def test_an_unknown_field_says_how_to_go_on(folder: Path) -> None:
+def test_unknown_field_error_has_a_next_step(folder: Path) -> None:
     edit_config(folder, a_setting_of_tomorrow={"deep": "x" * 500})
     said = refusal(folder)
     assert "a_setting_of_tomorrow is {'deep': 'xxx" in said
@@ -218,7 +216,7 @@ def test_a_missing_factor_is_named(folder: Path) -> None:
         f"{SITE}.lora_A.weight",
     ],
 )
-def test_a_tensor_that_has_no_place_is_named(folder: Path, key: str) -> None:
+def test_unexpected_tensor_is_named(folder: Path, key: str) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({key: torch.ones(2, 8)}))
     assert key in refusal(folder)
 
@@ -239,7 +237,7 @@ def test_two_adapters_in_one_file_are_refused_by_their_names(folder: Path, kept:
     assert ("lora_A.weight" if kept else "lora_A.first.weight") in said
 
 
-def test_a_file_of_copies_alone_is_no_adapter(folder: Path) -> None:
+def test_file_with_only_copies_is_refused(folder: Path) -> None:
     edit_tensors(
         folder,
         lambda tensors: (tensors.clear(), tensors.update({"base_model.model.a.weight": torch.ones(2)})),
@@ -248,12 +246,12 @@ def test_a_file_of_copies_alone_is_no_adapter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+def test_non_finite_values_are_refused(folder: Path, value: float) -> None:
     edit_tensors(folder, lambda tensors: tensors[A_KEY].view(-1)[3:4].fill_(value))
     assert A_KEY in refusal(folder)
 
 
-def test_a_rank_other_than_the_config_says_is_refused_with_both_shapes(folder: Path) -> None:
+def test_rank_that_differs_from_the_config_is_refused_with_both_shapes(folder: Path) -> None:
     edit_config(folder, r=4)
     said = refusal(folder)
     assert "(2, 8)" in said
@@ -263,7 +261,7 @@ def test_a_rank_other_than_the_config_says_is_refused_with_both_shapes(folder: P
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2, 8, dtype=torch.int8), torch.ones(2, 8, 1)])
-def test_a_factor_that_is_no_float_matrix_is_refused(folder: Path, tensor: torch.Tensor) -> None:
+def test_factor_that_is_not_a_float_matrix_is_refused(folder: Path, tensor: torch.Tensor) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({A_KEY: tensor}))
     assert A_KEY in refusal(folder)
 
@@ -280,7 +278,7 @@ def test_a_damaged_tensor_file_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
-def test_an_alpha_that_no_float_holds_is_refused_in_short(folder: Path, field: str) -> None:
+def test_alpha_too_large_for_float_is_refused_briefly(folder: Path, field: str) -> None:
     edit_config(folder, **{field: 10**400 if field == "lora_alpha" else {"q_proj": 10**400}})
     said = refusal(folder)
     assert field in said
@@ -295,7 +293,7 @@ def test_broken_json_is_refused(folder: Path, name: str, text: str) -> None:
     assert name in refusal(folder)
 
 
-def test_an_unknown_field_of_our_own_card_is_refused_with_a_hint(folder: Path) -> None:
+def test_unknown_card_field_is_refused_with_a_hint(folder: Path) -> None:
     file = folder / "brushstroke.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_nane": "x"}))
     said = refusal(folder)
@@ -312,7 +310,7 @@ def test_a_card_of_another_adapter_is_refused(folder: Path) -> None:
     assert "(8, 6)" in said
 
 
-def test_a_folder_that_is_no_adapter_says_where_one_is(folder: Path, tmp_path: Path) -> None:
+def test_non_adapter_folder_error_suggests_nearby_adapters(folder: Path, tmp_path: Path) -> None:
     assert "sub-folder adapter" in refusal(tmp_path)
     assert "there is no folder" in refusal(tmp_path / "nowhere")
     assert "is a file" in refusal(folder / "README.md")
@@ -322,14 +320,14 @@ def test_a_folder_that_is_no_adapter_says_where_one_is(folder: Path, tmp_path: P
     assert "pickle" in refusal(folder)
 
 
-def test_a_folder_with_files_is_left_alone(folder: Path) -> None:
+def test_non_empty_folder_is_refused_unchanged(folder: Path) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(errors.OutputError, match="overwrite"):
         save(2.0 * load(folder), folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_overwriting_replaces_our_files_and_no_others(folder: Path) -> None:
+def test_overwrite_replaces_only_adapter_files(folder: Path) -> None:
     adapter = load(folder)
     save(adapter.with_card(Card(chat_template="x")), folder, overwrite=True)
     (folder / "notes.txt").write_text("mine")
@@ -352,9 +350,7 @@ def test_overwriting_replaces_our_files_and_no_others(folder: Path) -> None:
         ("chat_template.jinja", "mine"),
     ],
 )
-def test_overwriting_a_strangers_file_is_refused(
-    folder: Path, tmp_path: Path, name: str, content: str
-) -> None:
+def test_overwriting_a_foreign_file_is_refused(folder: Path, tmp_path: Path, name: str, content: str) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
@@ -374,7 +370,7 @@ def test_an_adapter_that_peft_wrote_is_overwritten(folder: Path) -> None:
     assert "brushstroke" in (folder / "README.md").read_text()
 
 
-def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
     adapter = load(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -386,7 +382,7 @@ def test_no_space_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_failing_rename_leaves_what_was_there(
+def test_failed_rename_keeps_the_old_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> bool:
@@ -634,7 +630,7 @@ def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
     assert not work.exists()
 
 
-def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path) -> None:
+def test_unsupported_adapters_are_refused_before_writing(tmp_path: Path) -> None:
     other: Any = type("Dora", (Update,), dict.fromkeys(Update.__abstractmethods__))()
     fine = LowRank(torch.ones(3, 1), torch.ones(1, 2))
     updates = {
@@ -654,7 +650,7 @@ def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_a_view_of_a_larger_tensor_is_written_whole(tmp_path: Path, llama: nn.Module) -> None:
+def test_factors_that_are_views_are_saved_correctly(tmp_path: Path, llama: nn.Module) -> None:
     big = torch.randn(64, 64)
     adapter = Adapter({"fc": LowRank(big[:5, :2], big[:2, 7:13], 1.0)})
     again = load(save(adapter, tmp_path / "out"))["fc"]
@@ -683,5 +679,5 @@ def test_another_user_reads_beside_a_staging_folder_that_is_not_his(folder: Path
     assert staging.is_dir()
 
 
-def test_what_cannot_be_read_is_not_called_damaged(folder: Path) -> None:
+def test_unreadable_files_are_not_called_damaged(folder: Path) -> None:
     assert "cannot be read: File name too long" in refusal(folder / ("x" * 300))

@@ -1,4 +1,4 @@
-"""The flash kernel for packed rows equals attention piece by piece; skipped without a GPU."""
+"""The varlen kernel for packed rows equals attention block by block; skipped without a GPU."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_one_call_for_the_row_equals_the_pieces(dtype, window, heads, kv, width,
         assert (exact - ours.double()).norm() <= ROUNDING[dtype] * exact.norm()
 
 
-def test_dropout_double_precision_odd_widths_and_windows_of_fp32_keep_the_pieces():
+def test_unsupported_varlen_cases_use_blocks():
     x = torch.zeros(1, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
     assert by_segments(x, x, 0.0, False)
     assert not by_segments(x, x, 0.1, False)
@@ -57,7 +57,7 @@ def test_dropout_double_precision_odd_widths_and_windows_of_fp32_keep_the_pieces
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_in_half_precision_is_packed_and_near_the_exact_one(dtype):
+def test_half_precision_step_is_packed_and_close_to_fp32(dtype):
     found = []
     for kind, device in ((torch.float64, "cpu"), (dtype, "cuda")):
         with bs.Training(tiny_llama().to(device, kind), bs.LoraConfig(rank=4)) as run:

@@ -1,4 +1,4 @@
-"""Functions that are compiled to one kernel equal themselves as written; skipped without a GPU."""
+"""Compiled functions equal the uncompiled ones; skipped without a GPU."""
 
 import warnings
 
@@ -45,7 +45,7 @@ def functions(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-def test_one_kernel_equals_several(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernel_equals_separate_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (function, x) in functions(dtype).items():
         plain = outcome(function, x)
         with monkeypatch.context() as patch, warnings.catch_warnings(), onekernel.compiled(True):
@@ -58,7 +58,7 @@ def test_one_kernel_equals_several(dtype: torch.dtype, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("shape", [(1, 300, 64), (1, 30, 4, 64)])
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-def test_torchs_norm_equals_ours(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_torch_norm_equals_the_fused_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, gain = torch.randn(shape, dtype=dtype), torch.randn(64, dtype=dtype)
     found = []
     for device in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""The packed step, banks and checkpoints on a GPU; skipped where there is none."""
+"""The packed step, banks and checkpoints on a GPU; skipped without one."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_a_step_has_the_gradients_of_the_cpu(make):
         assert (ours - theirs).norm() <= GRADIENT * theirs.norm()
 
 
-def test_a_saved_session_goes_on_to_the_same_bits(tmp_path: Path):
+def test_loaded_session_continues_to_the_same_bits(tmp_path: Path):
     with bs.Training(tiny_llama().cuda(), bs.LoraConfig(rank=4), learning_rate=1e-2) as run:
         run.forward_backward(examples())
         run.optim_step()

@@ -1,4 +1,4 @@
-"""Train, save, load, answer and merge on a GPU, through the Python API; skipped without one."""
+"""Train, save, load, generate and merge on a GPU, through the Python API; skipped without one."""
 
 from pathlib import Path
 

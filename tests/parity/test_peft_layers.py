@@ -101,7 +101,7 @@ def test_merged_weights(language_model):
         assert ((p - q).norm() <= LOGITS * q.norm()).item(), name
 
 
-def test_mixed_rows_are_theirs_one_by_one(language_model):
+def test_mixed_rows_equal_peft_one_by_one(language_model):
     names = ["a", None, "b", "a"]
     adapters = {n: toys.random_adapter(language_model, CONFIGS["plain"], seed=i) for i, n in enumerate("ab")}
     twins = {n: twin(language_model, CONFIGS["plain"], a) for n, a in adapters.items()}

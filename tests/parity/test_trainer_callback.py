@@ -57,7 +57,7 @@ def test_the_trainer_trains_an_attached_model(tmp_path: Path, strategy: str) -> 
     assert found == steps
 
 
-def test_a_folder_that_could_not_be_written_at_the_end_is_refused_at_the_beginning(
+def test_unwritable_folder_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import TrainerControl, TrainerState, TrainingArguments

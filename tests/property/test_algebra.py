@@ -129,7 +129,7 @@ def test_the_order_of_a_sum_does_not_matter_and_weights_cancel(d, h, r, order, s
     scales,
     scales,
 )
-def test_adapters_do_it_at_all_sites(first, second, seed, p, q):
+def test_adapter_algebra_acts_at_all_sites(first, second, seed, p, q):
     shape = {"a": (3, 4), "b": (5, 2), "c": (1, 1), "d": (6, 6)}
 
     def make(sites: list[str], s: int) -> Adapter:

@@ -1,4 +1,4 @@
-"""The tiny models and tokenizers of the unit tests serve here too."""
+"""The sweep uses the tiny models and tokenizers of the unit tests."""
 
 import sys
 from pathlib import Path

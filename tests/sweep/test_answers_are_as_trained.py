@@ -42,7 +42,7 @@ def names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
-def test_answers_are_those_that_were_trained(name, tmp_path):
+def test_generated_answers_equal_trained_answers(name, tmp_path):
     torch.manual_seed(SEED)
     model = kit.llama(hidden_size=64, intermediate_size=128, max_position_embeddings=4096, eos_token_id=None)
     base = bs.Base(model, kit.tokenizer(stock_templates()[name]), "tiny")

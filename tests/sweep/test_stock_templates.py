@@ -259,7 +259,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", cells(), ids=lambda cell: "-".join(map(str, cell)))
 
 
-def test_what_a_row_holds_is_trained_and_asked_or_refused(cell):
+def test_row_values_are_trained_and_prompted_or_refused(cell):
     name, kind, seed = cell
     given = KINDS[kind](random.Random(f"{name} {kind} {seed}"))
     tokenizer = tokenizer_for(stock_templates()[name])
@@ -376,7 +376,7 @@ def restated(message, content, arguments, key, as_system):
 
 
 @pytest.mark.skipif(not WHOLE, reason="counts the whole sweep, for make sweep")
-def test_the_refused_cells_are_those_whose_template_cannot_carry_them(capsys):
+def test_refused_cells_are_those_the_template_cannot_write(capsys):
     refused = {}
     for name, kind in itertools.product(sorted(stock_templates()), COMMON):
         given = KINDS[kind](random.Random(f"{name} {kind} {SEED}"))

@@ -18,7 +18,7 @@ def adapter() -> Adapter:
     return Adapter({"x.q": update(), "x.v": update(6, 3, 2)}, Card(base_name="base", chat_template="t"))
 
 
-def test_it_is_a_mapping(adapter):
+def test_adapter_is_a_mapping(adapter):
     assert list(adapter) == ["x.q", "x.v"]
     assert len(adapter) == 2
     assert "x.q" in adapter
@@ -29,7 +29,7 @@ def test_it_is_a_mapping(adapter):
     assert "2 sites, rank 3, 42 parameters of base" in repr(adapter)
 
 
-def test_it_is_immutable(adapter):
+def test_adapter_is_immutable(adapter):
     with pytest.raises(TypeError):
         adapter["x.q"] = update()  # type: ignore[index]
     with pytest.raises(AttributeError):
@@ -40,24 +40,24 @@ def test_it_is_immutable(adapter):
     assert list(copy) == ["a"]
 
 
-def test_an_unknown_site_has_a_hint(adapter):
+def test_unknown_site_error_suggests_similar_names(adapter):
     with pytest.raises(KeyError, match=r"did you mean 'x\.q'"):
         adapter["x.qq"]
     assert adapter.get("nothing") is None
 
 
-def test_it_needs_a_site():
+def test_adapter_needs_at_least_one_site():
     with pytest.raises(ShapeError, match="at least one site"):
         Adapter({})
 
 
-def test_it_is_equal_to_itself_alone(adapter):
+def test_adapter_equals_only_itself(adapter):
     assert adapter == adapter
     assert adapter != Adapter(dict(adapter))
     assert {adapter: 1}[adapter] == 1
 
 
-def test_a_sum_keeps_what_one_side_alone_has(adapter):
+def test_sum_keeps_sites_of_only_one_adapter(adapter):
     other = Adapter({"x.v": update(6, 1, 2), "y": update()})
     total = adapter + other
     assert list(total) == ["x.q", "x.v", "y"]
@@ -68,7 +68,7 @@ def test_a_sum_keeps_what_one_side_alone_has(adapter):
     assert isinstance(adapter.inner(Adapter({"z": update()})), float)
 
 
-def test_shapes_that_differ_are_listed_together(adapter):
+def test_different_shapes_are_listed_in_one_error(adapter):
     other = Adapter({"x.q": update(7), "x.v": update(8)})
     with pytest.raises(ShapeError, match=r"(?s)x\.q: \(5, 4\) and \(7, 4\).*x\.v: \(6, 2\) and \(8, 4\)"):
         adapter + other
@@ -86,7 +86,7 @@ def test_only_numbers_multiply(adapter, factor):
         adapter * factor
 
 
-def test_the_card_of_a_result_says_what_is_still_true(adapter):
+def test_algebra_keeps_only_valid_card_fields(adapter):
     card = Card(
         "base",
         LoraConfig().as_dict(),
@@ -116,7 +116,7 @@ def test_to_moves_every_site(adapter):
     assert adapter.to(device="cpu")["x.q"].dtype == torch.float32
 
 
-def test_a_card_through_json():
+def test_card_round_trips_through_json():
     import json
 
     card = Card("b", {"rank": 2}, ("q",), None, "kept elsewhere", ("</s>",), "CAUSAL_LM", True, {"steps": 1})
@@ -125,7 +125,7 @@ def test_a_card_through_json():
     assert Card.from_dict(stored) == card.with_changes(chat_template=None)
 
 
-def test_a_strange_card_is_refused():
+def test_card_with_unknown_fields_is_refused():
     stored = Card().as_dict()
     with pytest.raises(AdapterFileError, match=r"unknown field 'base_nam'.*did you mean 'base_name'"):
         Card.from_dict(stored | {"base_nam": "x"})
@@ -150,13 +150,13 @@ def test_a_strange_card_is_refused():
         ("conv1d", "false", "true or false"),
     ],
 )
-def test_a_field_of_a_wrong_kind_is_refused(field, value, wanted):
+def test_field_of_wrong_type_is_refused(field, value, wanted):
     with pytest.raises(AdapterFileError, match=rf"the card's '{field}' is .*, expected {wanted}; save"):
         Card.from_dict({**Card().as_dict(), field: value})
     assert Card.from_dict({**Card().as_dict(), field: None}) == Card()
 
 
-def test_a_sum_knows_both_bases_and_refuses_two_of_them() -> None:
+def test_sum_of_adapters_of_different_bases_is_refused() -> None:
     model, other = tiny_llama(seed=0), tiny_llama(seed=1)
     a = random_adapter(model, LoraConfig(rank=2, targets="q_proj"))
     b = random_adapter(model, LoraConfig(rank=2, targets="v_proj"))

@@ -1,4 +1,4 @@
-"""The request for a new adapter: every value that cannot work is refused by name."""
+"""Settings of a new adapter: every invalid value is refused by name."""
 
 import json
 
@@ -8,7 +8,7 @@ from brushstroke.adapter import LoraConfig
 from brushstroke.errors import ConfigError
 
 
-def test_one_name_is_one_target_and_never_letters():
+def test_target_string_is_one_name_not_letters():
     assert LoraConfig().targets == ("all-linear",)
     assert LoraConfig(targets="q_proj").targets == ("q_proj",)
     assert LoraConfig(targets=["q", "v"]).targets == ("q", "v")
@@ -53,7 +53,7 @@ def test_one_name_is_one_target_and_never_letters():
         ({"init": "gausian"}, r"init must be one of .*did you mean 'gaussian'"),
     ],
 )
-def test_values_that_cannot_work(settings, message):
+def test_invalid_values_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**settings)
 
@@ -63,7 +63,7 @@ def test_the_two_scale_rules():
     assert LoraConfig(scale_rule="rslora").scale(16, 8) == 2.0
 
 
-def test_json_and_back():
+def test_json_round_trip():
     config = LoraConfig(4, 8.0, ("q", "v"), "rslora", 0.1, {"q": 2}, {"v": 3.0}, "gaussian")
     assert LoraConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
     assert LoraConfig.from_dict({}) == LoraConfig()

@@ -1,4 +1,4 @@
-"""What an adapter knows of its base: same, merged, quantised, foreign."""
+"""Comparison of an adapter's fingerprint with a base: same, merged, quantised, foreign."""
 
 import json
 
@@ -46,14 +46,14 @@ def merged(base, deltas, dtype=None):
 @pytest.mark.parametrize("then", FLOATS)
 @pytest.mark.parametrize("now", FLOATS)
 @pytest.mark.parametrize("size", [1e-6, 0.05, 3.0])
-def test_the_same_base_in_another_dtype(then, now, size):
+def test_same_base_in_another_dtype_matches(then, now, size):
     base = weights(size=size)
     assert judge(Fingerprint.of(to(base, then)), to(base, now)) is Verdict.SAME
 
 
 @pytest.mark.parametrize("then", HALVES)
 @pytest.mark.parametrize("now", FLOATS)
-def test_a_base_that_was_published_in_half_precision(then, now):
+def test_base_published_in_half_precision_matches(then, now):
     base = to(weights(), then)
     assert judge(Fingerprint.of(base), to(base, now)) is Verdict.SAME
 
@@ -83,7 +83,7 @@ def test_a_merged_adapter_is_recognised(then, now, size):
 
 @pytest.mark.parametrize("now", [torch.float32, *HALVES])
 @pytest.mark.parametrize("size", [3e-5, 3e-6])
-def test_a_faint_merge_is_never_taken_for_the_base_where_it_shows(now, size):
+def test_small_merged_update_is_not_taken_for_the_base(now, size):
     """A few steps of training: entries a thousand times smaller than the weights'."""
     base = weights(sites=30)
     deltas = {path: update(seed=int(path), size=size) for path in base}
@@ -95,7 +95,7 @@ def test_a_faint_merge_is_never_taken_for_the_base_where_it_shows(now, size):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_merged_twice_is_refused(dtype):
+def test_adapter_merged_twice_is_refused(dtype):
     base = to(weights(), dtype)
     deltas = {path: update(seed=int(path)) for path in base}
     twice = merged(merged(base, deltas), deltas)
@@ -115,7 +115,7 @@ def int4(W):
 
 @pytest.mark.parametrize("quantise", [int8, int4])
 @pytest.mark.parametrize("direction", ["trained on it", "used on it"])
-def test_a_quantised_base_needs_its_mark(quantise, direction):
+def test_quantised_base_must_be_marked(quantise, direction):
     base = weights()
     coarse = {path: quantise(W) for path, W in base.items()}
     if direction == "used on it":
@@ -166,7 +166,7 @@ def test_positions_are_distinct_and_spread(d, h):
         assert len(set(j.tolist())) > 150
 
 
-def test_json_and_back():
+def test_json_round_trip():
     fingerprint = Fingerprint.of(to(weights(), torch.float16) | {"small": torch.randn(3, 4)}, quantised=True)
     again = Fingerprint.from_dict(json.loads(json.dumps(fingerprint.as_dict())))
     assert again.shapes == fingerprint.shapes
@@ -197,7 +197,7 @@ def test_a_damaged_form_is_an_error(damage):
 # Through the public surface
 
 
-def test_attaching_judges_the_base(llama):
+def test_attach_compares_fingerprints(llama):
     adapter = toys.random_adapter(llama)
     attach(llama, adapter).detach()
     with pytest.raises(BaseMismatchError, match=r"another base.*--allow-different-base"):
@@ -213,7 +213,7 @@ def test_an_adapter_trained_in_float32_attaches_in_half_precision_and_back(dtype
     attach(toys.tiny_llama(), toys.random_adapter(toys.tiny_llama(dtype=dtype))).detach()
 
 
-def test_a_quantised_base_is_said_once(llama):
+def test_quantised_base_warns_once(llama):
     adapter = toys.random_adapter(llama)
     with torch.no_grad():
         for module in llama.modules():
@@ -242,7 +242,7 @@ def test_a_few_steps_of_training_are_recognised_after_a_merge(llama, steps):
     attach(llama, adapter).detach()
 
 
-def test_a_card_without_a_fingerprint_judges_nothing():
+def test_card_without_fingerprint_skips_the_check():
     net = toys.Mlp()
     adapter = toys.random_adapter(net)
     attach(toys.Mlp(), adapter.with_card(Card())).detach()

@@ -1,4 +1,4 @@
-"""Directions of base weights: what they are, and the cache that keeps them."""
+"""Singular directions of base weights, and their cache."""
 
 import os
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_results_from_the_cache_are_those_without_it(base, adapter, tmp_path, fl
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_another_adapter_seed_or_base(base, adapter, tmp_path):
+def test_cache_key_depends_on_seed_and_base_not_on_adapter(base, adapter, tmp_path):
     flags = {"dense_limit": 0}
     relate(adapter, base, cache=DirectionCache(tmp_path), **flags)
     other = DirectionCache(tmp_path)
@@ -74,7 +74,7 @@ def test_another_adapter_seed_or_base(base, adapter, tmp_path):
     assert (once.used, once.kept) == (1, 1)
 
 
-def test_a_weight_and_its_transpose_are_two(tmp_path):
+def test_weight_and_transpose_have_separate_cache_files(tmp_path):
     W, cache = torch.randn(300, 300), DirectionCache(tmp_path)
     one = base_directions("q", W, 4, whole=True, cache=cache)
     two = base_directions("q", W.mT, 4, whole=True, cache=cache)
@@ -98,7 +98,7 @@ def damage(file: Path, how: str, other: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "one byte", "zeros", "another weight's", "text"])
-def test_a_wrong_or_damaged_file_is_computed_anew(base, adapter, tmp_path, how):
+def test_wrong_or_damaged_cache_file_is_recomputed(base, adapter, tmp_path, how):
     plain = relate(adapter, base).as_dict()
     relate(adapter, base, cache=DirectionCache(tmp_path))
     first, second = sorted(tmp_path.iterdir())
@@ -132,13 +132,13 @@ def test_the_cache_is_of_bounded_size(adapter, tmp_path):
         assert (left.used > before) == expected
 
 
-def test_small_weights_are_not_worth_a_file(tmp_path):
+def test_small_weights_are_not_cached(tmp_path):
     cache = DirectionCache(tmp_path / "none")
     base_directions("q", torch.randn(100, 100), 4, whole=True, cache=cache)
     assert not (tmp_path / "none").exists()
 
 
-def test_a_place_that_cannot_be_written_changes_no_result(base, adapter, tmp_path):
+def test_unwritable_cache_does_not_change_results(base, adapter, tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = DirectionCache(tmp_path / "file" / "directions")
     assert relate(adapter, base, cache=cache).as_dict() == relate(adapter, base).as_dict()
@@ -146,12 +146,12 @@ def test_a_place_that_cannot_be_written_changes_no_result(base, adapter, tmp_pat
     assert cache.failure
 
 
-def test_the_folder_is_that_of_the_library(monkeypatch, tmp_path):
+def test_cache_folder_is_the_library_default(monkeypatch, tmp_path):
     monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path))
     assert DirectionCache().folder == tmp_path / "directions"
 
 
-def test_numbers_that_are_none_are_not_kept(tmp_path):
+def test_non_finite_results_are_not_cached(tmp_path):
     W = torch.randn(300, 300)
     W[1, 2] = torch.nan
     with pytest.raises(BaseLoadError, match="q: the base's weight holds NaN"):

@@ -1,4 +1,4 @@
-"""Intruders on constructed weights; certificates against dense decompositions; the repair."""
+"""Intruders on constructed weights; bounds against dense decompositions; the repair."""
 
 import json
 
@@ -37,7 +37,7 @@ def dense_cosines(update: LowRank, W: torch.Tensor, top: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("flags", [{}, LARGE])
-def test_no_update_no_intruder(flags):
+def test_zero_update_has_no_intruder(flags):
     W = spiked(60, 50)
     row = found(LowRank(randn(60, 2), torch.zeros(2, 50).double()), W, **flags)["q"]
     assert row.count() == 0
@@ -58,7 +58,7 @@ def test_one_direction_outside_of_the_weight_is_one_intruder_at_the_top():
 
 
 @pytest.mark.parametrize("flags", [{}, LARGE])
-def test_a_stronger_first_direction_is_no_intruder(flags):
+def test_amplified_first_direction_is_not_an_intruder(flags):
     W = spiked(60, 50)
     left, _, right = torch.linalg.svd(W, full_matrices=False)
     row = found(LowRank(left[:, :1], right[:1], 30.0), W, **flags)["q"]
@@ -67,7 +67,7 @@ def test_a_stronger_first_direction_is_no_intruder(flags):
 
 
 @pytest.mark.parametrize(("d", "h"), [(70, 50), (50, 70)])
-def test_the_output_side_is_judged(d, h):
+def test_intruders_are_output_directions(d, h):
     """A new input direction that writes to W's own first output is nothing new; the reverse is."""
     W = spiked(d, h)
     left, _, right = torch.linalg.svd(W, full_matrices=False)
@@ -148,7 +148,7 @@ def weight(kind: str, d: int, h: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "kind", ["random", "spiked", "of small rank", "with equal values", "of fast decay", "of zeros"]
 )
-def test_no_verdict_is_false(kind, d, h, dtype):
+def test_verdicts_agree_with_the_dense_decomposition(kind, d, h, dtype):
     """Against a dense float64 decomposition, with updates of every alignment and size."""
     W = weight(kind, d, h).to(dtype)
     left, sigma, right = torch.linalg.svd(W.double(), full_matrices=False)
@@ -210,13 +210,13 @@ def test_the_repair_scales_intruders_and_nothing_else():
     torch.testing.assert_close(repair(adapter, result, 1.0)["q"].dense(), update.dense())
 
 
-def test_without_intruders_the_repair_gives_the_adapter_back():
+def test_repair_without_intruders_returns_the_adapter():
     W, update = spiked(30, 20), LowRank(randn(30, 1) * 1e-4, randn(1, 20))
     adapter = bs.Adapter({"q": update})
     assert repair(adapter, intruders(adapter, {"q": W}))["q"] is update
 
 
-def test_settings_that_cannot_work_are_refused():
+def test_invalid_settings_are_refused():
     adapter, W = bs.Adapter({"q": LowRank(randn(4, 1), randn(1, 3))}), {"q": randn(4, 3)}
     for flags in ({"top": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
         with pytest.raises(ConfigError, match="top must be"):
@@ -230,7 +230,7 @@ def test_settings_that_cannot_work_are_refused():
         repair(bs.Adapter({"k": adapter["q"]}), result)
 
 
-def test_as_peft_counts_them():
+def test_intruder_counts_equal_those_of_peft():
     """PEFT 0.21 has the same algorithm on dense weights."""
     peft = pytest.importorskip("peft")
     pytest.importorskip("peft.tuners.lora.intruders")

@@ -33,7 +33,7 @@ def related(update: LowRank, W: torch.Tensor, **flags):
     return relate(bs.Adapter({"q": update}), {"q": W}, **flags)["q"]
 
 
-def test_the_papers_numbers():
+def test_numbers_of_the_paper():
     """arXiv:2106.09685, table 7; the paper prints 21.5, and 0.02 and 0.33 for the random column."""
     assert amplification(6.91, 0.32) == pytest.approx(21.59, abs=0.005)
     assert amplification(3.57, 1.90) == pytest.approx(1.88, abs=0.005)
@@ -98,7 +98,7 @@ def test_the_random_column_against_sampling():
     assert abs(float(sampled.mean()) - expected) < OUTLIER * float(sampled.std()) / 40**0.5
 
 
-def test_a_large_weight_goes_by_krylov_with_its_residual():
+def test_large_weight_uses_krylov_and_reports_its_residual():
     left, right = (torch.linalg.qr(randn(n, 40)).Q for n in (120, 90))
     W = ((left * (20 * torch.arange(1, 41).double() ** -0.7)) @ right.mT).float()
     update = LowRank(torch.randn(120, 4), torch.randn(4, 90))
@@ -175,7 +175,7 @@ def test_a_live_model_and_a_base(gpt2, llama):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_related_is_refused():
+def test_mismatched_inputs_are_refused():
     adapter = bs.Adapter({"q": LowRank(randn(5, 2), randn(2, 4))})
     with pytest.raises(ShapeError, match="transpose"):
         relate(adapter, {"q": randn(4, 5)})
@@ -186,7 +186,7 @@ def test_what_cannot_be_related_is_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_named(value):
+def test_non_finite_weights_are_named(value):
     W = randn(5, 4)
     adapter = bs.Adapter({"q": LowRank(randn(5, 2), randn(2, 4))})
     W[1, 2] = value

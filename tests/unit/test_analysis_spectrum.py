@@ -90,7 +90,7 @@ def test_a_base_that_does_not_fit_is_refused():
         spectrum(adapter, {"layer.v": torch.ones(6, 5)})
 
 
-def test_cutting_keeps_the_energy():
+def test_truncation_keeps_the_energy():
     adapter = bs.Adapter(
         {"a": with_spectrum(20, 20, [4.0, 2.0, 1.0]), "b": with_spectrum(20, 20, [5.0, 0.1, 0.1])}
     )
@@ -141,7 +141,7 @@ def test_all_experts_get_one_advice():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_factors_in_half_precision_are_judged_at_their_precision(dtype):
+def test_rounding_of_half_precision_factors_is_not_rank(dtype):
     """Rank 3 in factors of 8 columns; rounding gives them rank 8."""
     generator = torch.Generator().manual_seed(3)
     U, V = (torch.randn(*shape, generator=generator).double() for shape in ((400, 3), (3, 300)))
@@ -187,13 +187,13 @@ def test_the_budget_weighs_the_cost_of_a_site():
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.01, math.nan])
-def test_shares_that_are_none_are_refused(share):
+def test_invalid_energy_shares_are_refused(share):
     found = spectrum(bs.Adapter({"a": with_spectrum(4, 4, [1.0])}))
     with pytest.raises(ConfigError, match="share"):
         keep_energy(found, share)
 
 
-def test_budgets_that_pay_for_nothing_are_refused():
+def test_too_small_budgets_are_refused():
     found = spectrum(bs.Adapter({"a": with_spectrum(4, 4, [1.0])}))
     with pytest.raises(ConfigError, match="cheapest costs 8"):
         fit_budget(found, 7)

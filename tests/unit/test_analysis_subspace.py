@@ -1,4 +1,4 @@
-"""φ(i, j): identities, closed forms against sampling, and what is refused."""
+"""φ(i, j): identities, closed forms against sampling, and refusals."""
 
 import json
 from statistics import fmean
@@ -67,7 +67,7 @@ def test_an_update_against_itself_and_its_mirror():
     assert subspace(one, -2.0 * one)["layers.0.q"].cosine == pytest.approx(-1)
 
 
-def test_it_is_the_mean_squared_cosine_of_principal_angles():
+def test_phi_is_the_mean_squared_cosine_of_principal_angles():
     """1 − D²/p with D of Ham and Lee; the paper prints (1 − D²)/p."""
     first, second = (torch.linalg.qr(randn(15, n)).Q for n in (4, 6))
     grid = overlap.overlap_grid(first, second)
@@ -106,7 +106,7 @@ def test_the_updates_directions_do_not_depend_on_the_gauge_but_a_factors_do():
     torch.testing.assert_close(alone.left[-1, -1], plain.left[-1, -1])  # the whole space is the same
 
 
-def test_a_factor_alone_is_the_papers_right_vectors_of_a():
+def test_of_u_uses_the_right_singular_vectors_of_a():
     one, two = update(r=3), update(r=5)
     A = [torch.linalg.svd(x.U.mT, full_matrices=False).Vh.mT for x in (one, two)]
     row = subspace(adapter(one), adapter(two), of="U")["layers.0.q"]
@@ -135,7 +135,7 @@ def test_chance_and_its_deviation_against_sampling():
     torch.testing.assert_close(z, (drawn[0] - mean) / deviation)
 
 
-def test_a_subspace_that_is_the_whole_space_has_a_score_of_zero():
+def test_full_space_has_z_score_zero():
     grid = overlap.overlap_grid(torch.eye(3).double(), torch.linalg.qr(randn(3, 3)).Q)
     z = overlap.z_scores(grid, 3)
     assert float(z[2, 2]) == 0
@@ -174,7 +174,7 @@ def test_the_weighted_chance_is_the_mean_of_random_directions():
 
 
 @pytest.mark.parametrize(("side", "size"), [("left", 400), ("right", 40)])
-def test_a_random_pair_shares_what_chance_gives_on_its_own_side(side, size):
+def test_random_pair_has_the_chance_level_of_its_side(side, size):
     row = subspace(adapter(update(400, 40, 16)), adapter(update(400, 40, 16)))["layers.0.q"]
     drawn = fmean(float(random_pair(row, side, seed)[-1, -1]) for seed in range(20))
     assert drawn == pytest.approx(16 / size, rel=0.05)
@@ -200,7 +200,7 @@ def test_a_common_start_shows_in_the_input_side_however_the_factors_are_written(
         assert row.block()["right"] < 0.5
 
 
-def test_rounding_has_no_directions():
+def test_rounding_noise_has_no_directions():
     one = update(r=4)
     padded = LowRank(torch.cat([one.U, one.U], 1), torch.cat([one.V, one.V]), one.scale)
     row = subspace(adapter(padded), adapter(update()))["layers.0.q"]
@@ -218,14 +218,14 @@ def test_a_zero_update_has_no_directions_to_compare():
         subspace(adapter(zero), adapter(update()))
 
 
-def test_sites_that_only_one_has_are_named():
+def test_sites_of_only_one_adapter_are_named():
     found = subspace(adapter(update(), update()), adapter(update()))
     assert found.unmatched.only_first == ("layers.1.q",)
     with pytest.raises(KeyError, match="only one of the adapters"):
         found["layers.1.q"]
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_incomparable_adapters_are_refused():
     with pytest.raises(ShapeError, match=r"no site in common.*did you mean 'layers\.0\.q'"):
         subspace(bs.Adapter({"layers.0.k": update()}), adapter(update()))
     with pytest.raises(ShapeError, match=r"different shapes at 1 sites:\n  layers\.0\.q: \(24, 17\) and"):
@@ -234,7 +234,7 @@ def test_what_cannot_be_compared_is_refused():
         subspace(adapter(update()), adapter(update()), of="A")
 
 
-def test_a_random_pair_beside_them_and_plain_data():
+def test_random_pair_and_plain_data():
     found = subspace(adapter(update()), adapter(update(r=3)))
     row = found["layers.0.q"]
     for side in ("left", "right"):

@@ -36,7 +36,7 @@ def means(parts, name):
     return {part.name: part.averages[name].mean for part in parts}
 
 
-def test_kinds_stand_in_reading_order_and_layers_in_theirs():
+def test_kinds_and_layers_are_in_reading_order():
     found = spectrum_summary("a", spectrum(model(11)))
     assert [part.name for part in found.matrices] == IN_ORDER
     assert [part.name for part in found.layers] == [str(n) for n in range(11)]
@@ -68,7 +68,7 @@ def test_many_layers_are_ranges_for_people_and_all_of_them_for_programs():
     assert found.listings()["layers"].columns[0] == "layers"
 
 
-def test_sites_outside_of_layers_are_a_row_of_their_own():
+def test_sites_outside_of_layers_have_a_separate_row():
     adapter = Adapter({"lm_head": update(), **model(2, ("q",))})
     found = spectrum_summary("a", spectrum(adapter))
     assert [part.name for part in found.layers] == ["–", "0", "1"]
@@ -96,7 +96,7 @@ def test_one_site_has_no_deviation():
     assert "over 1 site;" in found.sentence
 
 
-def test_chance_stands_beside_every_number_that_has_one():
+def test_numbers_have_their_chance_level():
     adapter, other = model(3), model(3)
     overlap = subspace(adapter, other)
     found = overlap_summary(("a", "b"), overlap)
@@ -119,7 +119,7 @@ def test_chance_stands_beside_every_number_that_has_one():
     assert f"{relation.totals()['ratio_to_chance']:.4g} times what it does in random" in summary.sentence
 
 
-def test_zero_updates_count_for_no_rank():
+def test_zero_updates_have_no_rank():
     zero = LowRank(torch.randn(12, 2).double(), torch.zeros(2, 9).double())
     adapter = Adapter(
         {"layers.0.q": update(), "layers.0.v": zero, "layers.1.q": update(), "layers.1.v": zero}
@@ -140,7 +140,7 @@ def test_zero_updates_count_for_no_rank():
     assert summary.listings()["matrices"].rows == [["q", "2", "–", "–", "–"]]
 
 
-def test_an_update_outside_of_what_the_base_uses_is_infinite_and_breaks_no_table():
+def test_infinite_amplification_breaks_no_table():
     W = torch.diag(torch.tensor([3.0, 0, 0, 0]).double())
     outside = LowRank(torch.eye(4)[:, 1:2].double(), torch.eye(4)[2:3].double())
     found = relation_summary(
@@ -182,14 +182,14 @@ def test_a_mean_has_the_digits_of_its_deviation(mean, sd, expected):
     assert with_deviation(mean, sd, ".3g") == expected
 
 
-def test_what_has_no_value_does_not_count():
+def test_missing_values_are_left_out_of_means():
     found = average(Measure("x", "x", lambda row: row, chance=lambda row: row / 2), [None, 2, None, 4])
     assert (found.sites, found.mean, found.chance) == (2, 3, 1.5)
     assert average(Measure("x", "x", lambda row: row), [None]).mean is None
 
 
 @pytest.mark.parametrize(("d", "h", "limited"), [(60, 90, True), (90, 60, False)], ids=["wide", "tall"])
-def test_the_sentence_says_which_singular_vectors_of_a_large_weight_are_judged(d, h, limited):
+def test_sentence_names_the_covered_singular_vectors_of_large_weights(d, h, limited):
     """A wide W of low numerical rank has weak directions that no bound covers."""
     W, adapter = {"q": torch.randn(d, h)}, Adapter({"q": update(d, h)})
     large = intruder_summary("a", intruders(adapter, W, dense_limit=0)).sentence

@@ -1,4 +1,4 @@
-"""What is asked is what was trained: generation prompts, dates, stops, templates of adapters, tools."""
+"""Generation uses the prompts of training: generation prompts, dates, stops, templates, tools."""
 
 import json
 from datetime import date
@@ -46,7 +46,7 @@ def asked(tokenizer, *, template=None, **options) -> str:
     return tokenizer.decode(ChatFormat(tokenizer, template, **options).prompt_tokens("hi"))
 
 
-def test_a_date_in_a_template_is_the_day_that_it_is_given(monkeypatch):
+def test_template_prints_the_given_date(monkeypatch):
     on(monkeypatch, "2026-03-04")
     tokenizer = kit.tokenizer(DATED)
     assert asked(tokenizer).startswith("Today: 04 Mar 2026\n")
@@ -69,7 +69,7 @@ def test_every_directive_of_a_date_prints_as_strftime_prints_it():
     assert printed.split("|")[:-1] == [day.strftime(form) for form in forms]
 
 
-def test_a_run_that_goes_on_the_next_day_trains_the_same_bits(monkeypatch, tmp_path: Path):
+def test_resuming_on_the_next_day_trains_the_same_bits(monkeypatch, tmp_path: Path):
     config = bs.TrainConfig(max_steps=4, batch_size=2, checkpoint_every=2, learning_rate=1e-2)
     base = lambda: kit.base(template=DATED)  # noqa: E731
     on(monkeypatch, "2026-03-04")
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_the_next_day_trains_the_same_bits(monkeypatch, tmp_p
     assert tokenizer.apply_chat_template(turn, tokenize=False).startswith("Today: 04 Mar 2026\n")
 
 
-def test_an_adapter_is_asked_as_it_was_trained_and_the_base_as_its_template_asks():
+def test_adapter_uses_training_prompt_and_base_its_own_template():
     base = kit.base(template=OPENS)
     trained = bs.train(base, ROWS, bs.LoraConfig(rank=2), bs.TrainConfig(max_steps=1)).adapter
     with bs.bank(base, {"a": trained}) as bank:
@@ -115,7 +115,7 @@ def test_an_adapter_is_asked_as_it_was_trained_and_the_base_as_its_template_asks
     assert prompts["a"] == base.tokenizer.decode(example.tokens[: example.first_target])
 
 
-def test_the_stops_of_the_model_the_card_and_the_template_all_count():
+def test_stop_tokens_of_model_card_and_template_are_all_used():
     base = kit.base(template=kit.OTHER_TEMPLATE.replace("<|end|>", "<|halt|>"))
     base.model.generation_config.eos_token_id = [5, 6]
     trained = bs.train(base, ROWS, bs.LoraConfig(rank=2), bs.TrainConfig(max_steps=1)).adapter
@@ -186,7 +186,7 @@ def test_the_template_of_another_tools_adapter_is_read(tmp_path: Path, where: st
         assert with_tools.startswith('[{"type": "function"')
 
 
-def test_rows_with_tools_take_the_template_for_tools():
+def test_rows_with_tools_use_the_tool_template():
     tokenizer = kit.tokenizer()
     tokenizer.chat_template = {"default": kit.OTHER_TEMPLATE, "tool_use": CALLS, "rag": "{{ nothing }}"}
     plain, tooled = ({**ROWS[0]}, {**ROWS[0], "tools": TOOLS})
@@ -197,12 +197,12 @@ def test_rows_with_tools_take_the_template_for_tools():
     merged = kit.tokenizer(ChatFormat(tokenizer).template)
     assert [merged.decode(encode([row], merged)[0].tokens) for row in (plain, tooled)] == texts
     tokenizer.chat_template = {"rag": "{{ nothing }}"}
-    with pytest.raises(DataError, match="none is called default"):
+    with pytest.raises(DataError, match="none has the name default"):
         encode([plain], tokenizer)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "alpaca"])
-def test_our_own_templates_carry_conversations(name):
+def test_included_templates_write_conversations(name):
     tokenizer = kit.tokenizer(None)
     messages = [
         {"role": "system", "content": "Be short."},
@@ -215,7 +215,7 @@ def test_our_own_templates_carry_conversations(name):
     assert "Be short." in tokenizer.decode(example.tokens)
 
 
-def test_our_chatml_carries_tools_and_reasoning():
+def test_included_chatml_writes_tools_and_reasoning():
     tokenizer = kit.tokenizer(None)
     call = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
     messages = [
@@ -233,7 +233,7 @@ def test_our_chatml_carries_tools_and_reasoning():
     assert reply.tool_calls == ()  # without the template nobody knows what a call is
 
 
-def test_a_template_file_or_name_that_is_none_is_told(tmp_path: Path):
+def test_unknown_template_file_or_name_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"no chat template 'chatm'.*did you mean 'chatml'"):
         encode(ROWS, kit.tokenizer(), chat_template="chatm")
     file = tmp_path / "own.jinja"
@@ -243,7 +243,7 @@ def test_a_template_file_or_name_that_is_none_is_told(tmp_path: Path):
     assert tokenizer.decode(example.tokens) == "[user]n0<|end|>[assistant]0<|end|>"
 
 
-def test_evaluate_judges_tool_calls_as_calls():
+def test_evaluate_compares_tool_calls_by_value():
     base = kit.base(template=CALLS)
     call = {"function": {"name": "clock", "arguments": {"zone": "UTC", "n": 1}}}
     row = {
@@ -267,12 +267,12 @@ def test_evaluate_judges_tool_calls_as_calls():
     assert not chat.read_reply(other.replace("UTC", "CET"), TOOLS).calls_like(expected)
 
 
-def test_an_expected_answer_that_is_empty_is_not_judged():
+def test_empty_expected_answer_is_not_scored():
     row = {"messages": [{"role": "user", "content": "time?"}, {"role": "assistant", "content": ""}]}
     assert evaluate(kit.base(), [row], max_new_tokens=2).exact_match is None
 
 
-def test_generate_takes_tools_and_conversations_with_their_own():
+def test_generate_accepts_tools_and_conversations_with_tools():
     base = kit.base(template=CALLS)
     with_tools = bs.data.read_conversation([{"role": "user", "content": "hi"}], tools=TOOLS, where="it")
     plain, given, own = (
@@ -282,7 +282,7 @@ def test_generate_takes_tools_and_conversations_with_their_own():
     assert given == own != plain
 
 
-def test_a_merged_folder_asks_as_training_did(tmp_path: Path):
+def test_merged_folder_uses_the_training_prompt(tmp_path: Path):
     base = kit.base(template=OPENS)
     trained = bs.train(base, ROWS, bs.LoraConfig(rank=2), bs.TrainConfig(max_steps=1)).adapter
     bs.merge_folder(base, trained, tmp_path / "merged", verify=False)
@@ -293,21 +293,21 @@ def test_a_merged_folder_asks_as_training_did(tmp_path: Path):
     assert prompt == list(example.tokens[: example.first_target])
 
 
-def test_a_date_that_the_template_does_not_print_is_told():
+def test_unused_date_is_reported():
     with pytest.warns(DataWarning, match="2026-01-31 is not used"):
         ChatFormat(kit.tokenizer(), date="2026-01-31")
 
 
-def test_a_template_is_read_from_json_and_an_empty_file_is_none(tmp_path: Path):
+def test_template_is_read_from_json_and_empty_file_is_refused(tmp_path: Path):
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": kit.TEMPLATE}))
     assert find_template(tmp_path / "chat_template.json") == kit.TEMPLATE
     for name, text in (("empty.jinja", ""), ("other.json", "{}"), ("bad.json", "{")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match="holds no chat template"):
+        with pytest.raises(ConfigError, match="contains no chat template"):
             find_template(tmp_path / name)
 
 
-def test_generation_and_training_read_a_row_alike():
+def test_generation_and_training_read_rows_equally():
     messages = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "a"}]
     row = {"prompt": "other", "messages": messages}
     assert read_prompt(row, "row 1").messages == ({"role": "user", "content": "first"},)
@@ -325,7 +325,7 @@ def test_plain_transformers_stop_where_the_adapters_answers_end(tmp_path: Path):
     assert "<|end|>" in report.stop_tokens_saved
 
 
-def test_evaluate_takes_a_call_more_or_another_value_for_wrong():
+def test_evaluate_scores_extra_calls_and_other_values_as_wrong():
     tokenizer = kit.tokenizer(CALLS)
     chat = ChatFormat(tokenizer)
     expected = chat.read_reply('<call>{"name": "clock", "arguments": {"city": "New York"}}</call>')

@@ -1,4 +1,4 @@
-"""A folder is loaded as the class that its config names, from files that hold this class and no other."""
+"""A folder is loaded as the class that its config names, and its files must match this class."""
 
 import json
 import shutil
@@ -96,13 +96,13 @@ def test_the_class_of_a_text_model_takes_the_texts_part_of_a_config(tmp_path: Pa
         assert type(FolderWeights(tmp_path).model).__name__ == name
 
 
-def test_a_module_of_ones_own_is_taken_for_what_it_is() -> None:
+def test_custom_module_is_accepted() -> None:
     require_base(Base(torch.nn.Linear(2, 2)))  # whether it predicts tokens, only running it shows
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"]])
-def test_a_classifier_that_is_called_a_language_model_is_refused(
+def test_classifier_named_as_language_model_is_refused(
     tmp_path: Path, tied: bool, architectures: Any
 ) -> None:
     config = transformers.LlamaConfig(num_labels=3, tie_word_embeddings=tied, **kinds.DECODER)
@@ -118,7 +118,7 @@ def test_a_classifier_that_is_called_a_language_model_is_refused(
 
 
 @pytest.mark.parametrize("architectures", [None, ["SentenceTransformer"], "Trainer"])
-def test_files_of_no_known_class_are_sent_to_the_config_and_never_fetched_again(
+def test_unknown_class_error_points_to_config_and_refetches_nothing(
     tmp_path: Path, architectures: Any
 ) -> None:
     kinds.saved("BERT, classifier", tmp_path)
@@ -137,7 +137,7 @@ def test_a_class_given_as_a_plain_string_is_that_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["surplus", "shape", "layer", "missing"])
-def test_headers_alone_refuse_what_loading_refuses(tmp_path: Path, change: str) -> None:
+def test_headers_refuse_the_same_folders_as_loading(tmp_path: Path, change: str) -> None:
     toys.tiny_llama().save_pretrained(tmp_path)
     if change == "surplus":
         edit_tensors(tmp_path, {"score.weight": torch.ones(3, 32)})
@@ -153,7 +153,7 @@ def test_headers_alone_refuse_what_loading_refuses(tmp_path: Path, change: str) 
         assert "model.norm.weight: (5) in the files, (32) by the config" in str(by_headers.value)
 
 
-def test_one_layer_more_and_a_bias_more_are_refused_in_every_class(tmp_path: Path) -> None:
+def test_extra_layers_and_biases_are_refused_in_every_class(tmp_path: Path) -> None:
     kinds.saved("BERT, classifier", tmp_path / "layers")
     assert "bert.encoder.layer.1." in refused(edit_config(tmp_path / "layers", num_hidden_layers=1))
     kinds.saved("BERT, embeddings", tmp_path / "bare")
@@ -164,7 +164,7 @@ def test_one_layer_more_and_a_bias_more_are_refused_in_every_class(tmp_path: Pat
     assert name in refused(edit_tensors(tmp_path / "bias", {name: torch.ones(32)}))
 
 
-def test_what_a_language_model_makes_by_itself_may_be_in_its_files(tmp_path: Path) -> None:
+def test_buffers_of_language_models_may_be_in_files(tmp_path: Path) -> None:
     toys.tiny_gpt2().save_pretrained(tmp_path / "gpt2")
     mask = torch.ones(1, 1, 128, 128).tril()
     old = {
@@ -190,7 +190,7 @@ def test_what_a_language_model_makes_by_itself_may_be_in_its_files(tmp_path: Pat
     load_base(edit_tensors(tmp_path / "llama", {**old, **head}), device="cpu")
 
 
-def test_layers_that_predict_further_ahead_may_be_there_if_the_config_says_so(
+def test_multi_token_prediction_layers_need_the_config(
     tmp_path: Path,
 ) -> None:
     toys.tiny_llama().save_pretrained(tmp_path)
@@ -201,7 +201,7 @@ def test_layers_that_predict_further_ahead_may_be_there_if_the_config_says_so(
     assert "model.layers.3.norm" in refused(tmp_path)
 
 
-def test_an_encoders_files_may_hold_heads_that_its_class_lacks(tmp_path: Path) -> None:
+def test_encoder_files_may_contain_unused_heads(tmp_path: Path) -> None:
     """As those of bert-base-uncased, which hold two heads and a pooler."""
     whole = transformers.BertForPreTraining(transformers.BertConfig(**kinds.ENCODER))
     for name in ("BertForMaskedLM", "BertForNextSentencePrediction", "BertModel"):
@@ -210,7 +210,7 @@ def test_an_encoders_files_may_hold_heads_that_its_class_lacks(tmp_path: Path) -
         assert type(base.model).__name__ == name
 
 
-def test_what_a_class_makes_itself_may_be_missing(tmp_path: Path) -> None:
+def test_recomputable_tensors_may_be_missing(tmp_path: Path) -> None:
     tokens = {"pad_token_id": 119, "decoder_start_token_id": 119, "eos_token_id": 0}
     config = transformers.MarianConfig(**kinds.PAIR, max_position_embeddings=64, **tokens)
     transformers.MarianMTModel(config).save_pretrained(tmp_path)  # without its sinusoidal positions
@@ -223,7 +223,7 @@ def test_what_a_class_makes_itself_may_be_missing(tmp_path: Path) -> None:
         FolderWeights(tmp_path).check_complete()
 
 
-def test_a_folders_own_code_runs_only_where_it_may(tmp_path: Path) -> None:
+def test_custom_code_needs_trust_remote_code(tmp_path: Path) -> None:
     toys.tiny_llama().save_pretrained(tmp_path)
     with_own_code(tmp_path)
     for load in (load_base, load_tokenizer, FolderWeights):
@@ -239,7 +239,7 @@ def test_a_folders_own_code_runs_only_where_it_may(tmp_path: Path) -> None:
     assert type(FolderWeights(tmp_path, trust_remote_code=True).model).__name__ == "OwnForCausalLM"
 
 
-def test_own_code_for_a_class_of_a_known_config_is_refused_by_the_class(tmp_path: Path) -> None:
+def test_custom_class_for_a_known_config_is_refused(tmp_path: Path) -> None:
     """It would be loaded as the causal language model of that config, which it is not."""
     toys.tiny_llama(tied=True).save_pretrained(tmp_path)
     edit_config(
@@ -252,14 +252,14 @@ def test_own_code_for_a_class_of_a_known_config_is_refused_by_the_class(tmp_path
     require_base(loaded)
 
 
-def test_a_class_that_transformers_has_needs_no_code_of_the_folder(tmp_path: Path) -> None:
+def test_known_class_runs_no_custom_code(tmp_path: Path) -> None:
     toys.tiny_llama().save_pretrained(tmp_path)
     (tmp_path / "modeling_own.py").write_text("raise RuntimeError('this must not run')")
     edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"})
     assert type(load_base(tmp_path, device="cpu").model) is transformers.LlamaForCausalLM
 
 
-def test_a_tokenizers_own_code_is_refused_with_the_same_words(tmp_path: Path) -> None:
+def test_custom_tokenizer_code_is_refused_with_the_same_message(tmp_path: Path) -> None:
     toys.tiny_llama().save_pretrained(tmp_path)
     stored = {
         "tokenizer_class": "OwnTokenizer",

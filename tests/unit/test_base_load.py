@@ -1,4 +1,4 @@
-"""Loading a frozen base: what it is afterwards, what is refused, and that it is silent."""
+"""Loading a frozen base: its properties, refusals, and no output."""
 
 import contextlib
 import logging
@@ -74,7 +74,7 @@ def assert_frozen(base: Base) -> None:
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_a_folder_gives_the_saved_weights_frozen(folder: Path, llama: nn.Module) -> None:
+def test_loading_a_folder_gives_frozen_saved_weights(folder: Path, llama: nn.Module) -> None:
     base = load_base(folder, dtype="float32", device="cpu")
     assert_frozen(base)
     assert base.tokenizer is None
@@ -92,7 +92,7 @@ def test_a_tied_head_stays_tied(tmp_path: Path, tied_llama: Any) -> None:
     assert model.dtype == torch.bfloat16
 
 
-def test_generate_is_the_models_own(folder: Path) -> None:
+def test_generate_equals_that_of_the_model(folder: Path) -> None:
     base = load_base(folder, device="cpu")
     assert base.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape == (1, 5)
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(folder: Path) -
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<end>", 1)
 
 
-def test_loading_is_silent_and_puts_the_settings_back(
+def test_loading_is_silent_and_restores_settings(
     folder: Path, gguf_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
@@ -158,7 +158,7 @@ def refused(name: str | Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_not_there_is_refused_without_the_network(tmp_path: Path) -> None:
+def test_missing_base_is_refused_without_network(tmp_path: Path) -> None:
     assert "no file or folder" in refused(tmp_path / "nothing")
     assert "no file or folder" in refused("./nothing")
     assert "no file or folder" in refused("some/model.gguf")
@@ -170,7 +170,7 @@ def test_an_unreachable_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert "hub" in refused("nobody/brushstroke-has-no-such-model")
 
 
-def test_what_holds_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_folder_without_model_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "found nothing" in refused(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("x")
@@ -197,7 +197,7 @@ def test_a_damaged_model_is_refused(folder: Path, gguf_file: Path) -> None:
     assert "config.json" in refused(folder)
 
 
-def test_a_missing_weight_is_never_made_up(folder: Path) -> None:
+def test_missing_weight_is_refused_not_initialised(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -237,7 +237,7 @@ def test_the_rule_for_devices() -> None:
             choose_device("cuda")
 
 
-def test_quiet_puts_the_levels_back_after_an_error() -> None:
+def test_log_levels_are_restored_after_an_error() -> None:
     level = hf_logging.get_verbosity()
     with contextlib.suppress(RuntimeError), quiet_transformers():
         assert hf_logging.get_verbosity() == logging.ERROR

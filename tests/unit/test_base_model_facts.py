@@ -59,7 +59,7 @@ def test_the_facts_of_every_shape_of_config(make, width, vocabulary, context) ->
     assert context_length(model.config) == context
 
 
-def test_a_model_whose_config_says_nothing_tells_by_its_embeddings() -> None:
+def test_facts_come_from_embeddings_if_config_is_empty() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -74,7 +74,7 @@ def test_a_model_whose_config_says_nothing_tells_by_its_embeddings() -> None:
     assert (hidden_size(clip), embedding_rows(clip)) == (32, None)
 
 
-def test_a_config_with_an_encoder_of_text_and_a_decoder_is_told_by_its_decoder() -> None:
+def test_encoder_decoder_facts_come_from_the_decoder() -> None:
     music = transformers.MusicgenConfig(
         text_encoder=transformers.T5Config(**kinds.SMALL_T5),
         audio_encoder=transformers.EncodecConfig(),
@@ -89,7 +89,7 @@ def test_a_config_with_an_encoder_of_text_and_a_decoder_is_told_by_its_decoder()
     ("make", "width"),
     [(lambda: kinds.gemma3(hidden_size=64), 64), (kinds.llava, 32), (kinds.qwen2_vl, 32), (mpt, 16)],
 )
-def test_the_rule_of_the_learning_rate_takes_the_width_of_the_language_model(make, width) -> None:
+def test_learning_rate_rule_uses_the_language_models_width(make, width) -> None:
     """The whole config of Gemma 3 knows no width, and gave the rate of one of 2,000."""
     rule = default_learning_rate(width)
     assert rule != default_learning_rate(None)
@@ -162,7 +162,7 @@ def test_plan_refuses_it_before_it_reads_the_data(tmp_path) -> None:
         plan(Base(toys.tiny_llama()), tmp_path / "no file", config=TrainConfig(max_length=129))
 
 
-def test_frequencies_that_follow_the_length_have_no_last_position() -> None:
+def test_dynamic_rope_has_no_maximum_length() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     config = transformers.LlamaConfig(**{**kinds.DECODER, "rope_parameters": rope})
     check_max_length(config, 1000)

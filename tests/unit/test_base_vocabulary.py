@@ -1,4 +1,4 @@
-"""Tokens without an embedding are told with both numbers, before anything runs."""
+"""Tokens without an embedding are reported with both sizes before anything runs."""
 
 import json
 import re
@@ -32,13 +32,13 @@ def write(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def test_both_numbers_are_told_when_the_base_is_loaded(small: Path) -> None:
+def test_vocabulary_warning_names_both_sizes(small: Path) -> None:
     with pytest.warns(VocabularyWarning, match=r"has 259 tokens, and the model's embedding 250 rows"):
         bs.load_base(small, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("rows", [259, 264, 512])
-def test_an_embedding_with_more_rows_is_no_reason_for_a_warning(tmp_path: Path, rows: int) -> None:
+def test_larger_embedding_gives_no_warning(tmp_path: Path, rows: int) -> None:
     inference_kit.llama(vocab_size=rows).save_pretrained(tmp_path)
     inference_kit.tokenizer().save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -46,7 +46,7 @@ def test_an_embedding_with_more_rows_is_no_reason_for_a_warning(tmp_path: Path, 
         bs.load_base(tmp_path, dtype="float32", device="cpu")
 
 
-def test_a_token_for_padding_that_has_no_row_is_not_used(tmp_path: Path) -> None:
+def test_padding_token_without_embedding_is_not_used(tmp_path: Path) -> None:
     tokenizer = inference_kit.tokenizer()
     inference_kit.llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -76,7 +76,7 @@ def test_texts_without_such_tokens_run(small, tmp_path, capsys) -> None:
     assert "warning: the tokenizer of" in capsys.readouterr().err
 
 
-def test_the_check_takes_any_tokens_and_any_model() -> None:
+def test_vocabulary_check_accepts_any_tokens_and_model() -> None:
     model = inference_kit.llama()
     assert embedding_rows(model) == 264
     refuse_unknown_tokens(model, range(264), "prompt 2")

@@ -1,4 +1,4 @@
-"""W (d×h) of every site, from a live model and from files in every layout that is about."""
+"""W (d×h) of every site, from a live model and from files in every common layout."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def assert_same(folder: Path, model: nn.Module) -> FolderWeights:
     return files
 
 
-def test_live_weights_are_views_in_our_orientation() -> None:
+def test_live_weights_are_views_of_shape_d_by_h() -> None:
     model = toys.tiny_gpt2()
     weights = ModelWeights(Base(model))
     c_attn: Any = model.get_submodule("transformer.h.0.attn.c_attn")
@@ -76,7 +76,7 @@ def test_shards(language_model: nn.Module, tmp_path: Path) -> None:
     assert key in load_file(tmp_path / file)
 
 
-def test_a_tied_head_is_its_twin(tied_llama: nn.Module, tmp_path: Path) -> None:
+def test_tied_head_reads_the_embedding(tied_llama: nn.Module, tmp_path: Path) -> None:
     files = assert_same(saved(tied_llama, tmp_path), tied_llama)
     assert files.key("lm_head") == ("model.safetensors", "model.embed_tokens.weight")
     assert files.sites()[-1].tied_to == "model.embed_tokens"
@@ -94,7 +94,7 @@ def test_keys_with_a_prefix_that_the_model_lacks(llama: Any, tmp_path: Path) -> 
     assert_same(tmp_path, inner)
 
 
-def test_a_site_that_the_files_do_not_hold(llama: nn.Module, tmp_path: Path) -> None:
+def test_site_missing_in_files_is_an_error(llama: nn.Module, tmp_path: Path) -> None:
     rename(saved(llama, tmp_path), "model.layers.1.mlp.up_proj", "model.layers.1.mlp.other")
     files = FolderWeights(tmp_path)
     site = "model.layers.1.mlp.up_proj"
@@ -104,7 +104,7 @@ def test_a_site_that_the_files_do_not_hold(llama: nn.Module, tmp_path: Path) -> 
             ask(site)
 
 
-def test_what_the_files_lack_is_told_where_every_tensor_is_known(
+def test_missing_weights_are_reported_if_all_tensors_are_known(
     language_model: nn.Module, tmp_path: Path
 ) -> None:
     FolderWeights(saved(language_model, tmp_path)).check_complete()
@@ -118,7 +118,7 @@ def test_what_the_files_lack_is_told_where_every_tensor_is_known(
     FolderWeights(tmp_path).check_complete()  # it may be renamed on loading
 
 
-def test_a_weight_that_only_the_index_lacks_is_there(llama: nn.Module, tmp_path: Path) -> None:
+def test_weight_missing_only_in_the_index_is_found(llama: nn.Module, tmp_path: Path) -> None:
     index = saved(llama, tmp_path, max_shard_size="20KB") / "model.safetensors.index.json"
     stored = json.loads(index.read_text())
     del stored["weight_map"]["model.norm.weight"]
@@ -193,7 +193,7 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path, llama):
         open_base(folder)
 
 
-def test_what_is_no_base_is_refused(tmp_path):
+def test_invalid_base_argument_is_refused(tmp_path):
     with pytest.raises(BaseLoadError, match="none"):
         open_base(tmp_path / "none")
     (tmp_path / "adapter").mkdir()
@@ -203,9 +203,7 @@ def test_what_is_no_base_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "moved"])
-def test_a_shard_is_whole_and_holds_what_the_index_says(
-    llama: nn.Module, tmp_path: Path, damage: str
-) -> None:
+def test_shards_are_complete_and_match_the_index(llama: nn.Module, tmp_path: Path, damage: str) -> None:
     """Also one that no adapted weight is in: a merge copies it."""
     folder = saved(llama, tmp_path, max_shard_size="20KB")
     index = folder / "model.safetensors.index.json"
@@ -223,7 +221,7 @@ def test_a_shard_is_whole_and_holds_what_the_index_says(
 
 
 @pytest.mark.parametrize("weight_map", [[], None, "model.safetensors"])
-def test_an_index_that_is_none(llama: nn.Module, tmp_path: Path, weight_map: object) -> None:
+def test_invalid_index_is_refused(llama: nn.Module, tmp_path: Path, weight_map: object) -> None:
     folder = saved(llama, tmp_path, max_shard_size="20KB")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(BaseLoadError, match="are damaged"):

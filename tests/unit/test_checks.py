@@ -1,4 +1,4 @@
-"""What can be told of an adapter and a base from the heads of their files, and what must be left open."""
+"""Checks of an adapter and a base from the headers of their files, and cases that headers cannot decide."""
 
 import pytest
 

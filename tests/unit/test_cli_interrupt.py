@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line: once is enough, and more do no harm."""
+"""Ctrl-C on the command line: the first one ends the command; others are harmless."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def interrupted_again_and_again(done: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_what_an_interrupt_undoes_is_not_interrupted_again() -> None:
+def test_cleanup_after_an_interrupt_is_not_interrupted() -> None:
     done: list[str] = []
     for _ in range(2):  # and a later one counts again
         with pytest.raises(OSError, match="no room"):
@@ -66,7 +66,7 @@ def test_an_end_that_takes_long_can_be_cut_short(
     press()
 
 
-def test_a_process_that_ignores_interrupts_goes_on_to() -> None:
+def test_process_that_ignores_sigint_keeps_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         SigintHandler().install()

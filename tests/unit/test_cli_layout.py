@@ -31,7 +31,7 @@ def printed(console):
 
 
 @pytest.mark.parametrize("width", range(20, 130, 7))
-def test_numbers_are_whole_at_any_width(width):
+def test_numbers_are_complete_at_any_width(width):
     blocks, gone = arrange(COLUMNS, ROWS, width, ["d×h", "left chance", "99 %"])
     assert gone == ["d×h", "left chance", "99 %"][: len(gone)]
     for block in blocks:
@@ -42,24 +42,24 @@ def test_numbers_are_whole_at_any_width(width):
     assert {*heads, *gone} == set(COLUMNS)
 
 
-def test_a_wide_terminal_has_the_table_as_it_is():
+def test_wide_terminal_shows_the_full_table():
     (block,), gone = arrange(COLUMNS, ROWS, 200, ["d×h"])
     assert (block.heads, block.rows, gone) == (COLUMNS, ROWS, [])
 
 
-def test_a_table_without_rows_has_its_heads():
+def test_table_without_rows_has_headings():
     (block,), gone = arrange(["site", "norm"], [], 80, ["norm"])
     assert (block.heads, block.rows, gone) == (["site", "norm"], [], [])
 
 
-def test_columns_go_in_the_order_that_is_stated_and_in_groups():
+def test_columns_are_omitted_in_the_stated_order_and_in_groups():
     order = [("rank", "norm"), "d×h", "99 %"]
     told = [tuple(arrange(COLUMNS, ROWS, width, order)[1]) for width in range(100, 20, -1)]
     steps = [(), ("rank", "norm"), ("rank", "norm", "d×h"), ("rank", "norm", "d×h", "99 %")]
     assert list(dict.fromkeys(told)) == steps
 
 
-def test_what_may_not_be_left_out_goes_on_below_with_its_names():
+def test_required_columns_continue_in_a_table_below():
     columns = ["layer, rank99", *(f"mlp.experts.{n}.down_proj" for n in range(9))]
     blocks, gone = arrange(columns, [[str(n), *["13"] * 9] for n in range(3)], 60, ())
     assert gone == []
@@ -69,7 +69,7 @@ def test_what_may_not_be_left_out_goes_on_below_with_its_names():
     assert sum(len(block.heads) - 1 for block in blocks) == 9
 
 
-def test_names_are_cut_in_the_middle_and_still_differ():
+def test_names_are_shortened_in_the_middle_and_still_differ():
     (block,), _ = arrange(COLUMNS, ROWS, 60, COLUMNS[1:3])
     names = [row[0] for row in block.rows]
     assert len(set(names)) == len(SITES)
@@ -86,7 +86,7 @@ def test_names_of_wide_letters_are_measured_in_cells():
     assert block.width <= 40
 
 
-def test_lines_break_between_words_and_long_words_stay_whole():
+def test_lines_break_between_words_and_long_words_stay_complete():
     assert wrap("one  two\n  three", 40) == ["one  two", "  three"]
     assert wrap("a " + "b" * 30 + " c", 10) == ["a", "b" * 30, "c"]
     assert wrap("", 10) == [""]
@@ -96,7 +96,7 @@ def test_lines_break_between_words_and_long_words_stay_whole():
     assert wrap("模型 模型 模型", 9) == ["模型 模型", "模型"]
 
 
-def test_a_word_that_is_too_long_beside_its_name_begins_below_it():
+def test_word_too_long_for_its_line_begins_on_the_next():
     assert hang("  hash  ", "f" * 14, 20) == ["  hash", "    " + "f" * 14]
     assert hang("  hash  ", "one two three four", 18) == ["  hash  one two", "        three four"]
 
@@ -114,7 +114,7 @@ GOLDEN = """
   mod…self_attn.q_proj     1.5         0.167
   mod….0.mlp.down_proj   0.001         0.250
 
-  left out for the width: d×h; --json has all
+  columns left out: d×h; --json has all
 """
 
 
@@ -139,7 +139,7 @@ def test_facts_on_a_narrow_terminal():
     ]
 
 
-def test_what_is_not_printed_on_a_terminal_is_not_cut(capsys):
+def test_output_to_a_file_is_not_shortened(capsys):
     console = cli_console.results()
     rows = [["model." * 300, *["0.5"] * 400]]
     cli_console.table(console, ["site", *(f"column{n}" for n in range(400))], rows, leave_out=["column3"])
@@ -153,7 +153,7 @@ def test_what_is_not_printed_on_a_terminal_is_not_cut(capsys):
     assert len(told.err.splitlines()) == 1
 
 
-def test_no_markup_and_no_emoji_is_read_into_names(capsys):
+def test_names_are_not_interpreted_as_markup_or_emoji(capsys):
     console = cli_console.results()
     cli_console.table(console, ["site", "norm"], [["a[red]b", "1"], [":star:", "2"]])
     cli_console.facts(console, {"base": "[bold]x:smile:"})

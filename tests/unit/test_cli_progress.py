@@ -1,4 +1,4 @@
-"""The time left, and how a run reports itself without a terminal."""
+"""The estimate of the time left, and progress without a terminal."""
 
 import random
 
@@ -42,7 +42,7 @@ def test_the_time_left_is_close_after_a_minute(seed, evaluations):
     assert left.seconds == 0.0
 
 
-def test_a_machine_that_slows_down_is_noticed():
+def test_time_left_follows_a_slower_machine():
     left = TimeLeft(400, 100)
     for _ in range(100):
         left.step(1.0, 100)
@@ -51,7 +51,7 @@ def test_a_machine_that_slows_down_is_noticed():
     assert left.seconds == pytest.approx(2.0 * 235, rel=CLOSE)
 
 
-def test_a_resumed_run_counts_only_what_is_ahead():
+def test_time_left_of_resumed_run_counts_remaining_steps():
     left = TimeLeft(100, 50, done=90)
     assert left.seconds is None
     left.step(2.0, 50)
@@ -66,7 +66,7 @@ def test_clock(seconds, words):
     assert clock(seconds) == words
 
 
-def test_lines_without_a_terminal_are_few(capsys, monkeypatch):
+def test_progress_lines_without_terminal_are_rate_limited(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with TrainProgress() as told:

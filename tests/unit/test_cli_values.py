@@ -1,4 +1,4 @@
-"""Words of a command line as values; help that tells the truth about the defaults."""
+"""Conversion of command-line words to values, and the defaults in help texts."""
 
 import dataclasses
 import inspect
@@ -33,7 +33,7 @@ class EvaluateDefaults:
         ("", ()),
     ],
 )
-def test_commas_divide_outside_brackets_only(text, parts):
+def test_commas_inside_brackets_do_not_split(text, parts):
     assert split(text) == parts
 
 
@@ -42,7 +42,7 @@ def test_patterns():
     for text in ("q_proj", "q_proj=", "=4", "q_proj=1.5", "q_proj=a"):
         with pytest.raises(ConfigError, match="PATTERN=VALUE"):
             patterns("--rank-pattern", text, int)
-    with pytest.raises(ConfigError, match="--rank-pattern: 'q_proj' stands there twice"):
+    with pytest.raises(ConfigError, match="--rank-pattern: 'q_proj' appears twice"):
         patterns("--rank-pattern", "q_proj=2, k_proj=2, q_proj =4", int)
 
 
@@ -57,7 +57,7 @@ def test_names_of_adapters():
             named_adapters(given)
 
 
-def test_flags_become_configs_and_what_is_not_given_stays_the_default():
+def test_flags_become_configs_with_defaults_for_the_rest():
     assert train_config(None, None) == bs.TrainConfig()
     assert train_config(TrainingOptions(seed=3), DataOptions(max_length=9)) == bs.TrainConfig(
         seed=3, max_length=9
@@ -88,7 +88,7 @@ def test_every_setting_of_a_run_has_a_flag():
         (evaluate.evaluate.__doc__, EvaluateDefaults()),
     ],
 )
-def test_the_help_tells_the_defaults_of_the_configs(told, config):
+def test_help_states_the_defaults_of_the_configs(told, config):
     """They are written out, because reading them from the configs would load torch."""
     lines = re.findall(r"^\s+(\w+): ((?:.|\n\s{12})*?)\[default: ([^\]]+)\]", told or "", re.MULTILINE)
     settings = {field.name for field in dataclasses.fields(config)}
@@ -103,5 +103,5 @@ def test_the_help_tells_the_defaults_of_the_configs(told, config):
     assert checked >= 2
 
 
-def test_data_shows_as_many_rows_as_its_help_says():
+def test_data_shows_the_number_of_rows_in_its_help():
     assert f"[default: {data.SHOWN}]" in (data.data.__doc__ or "")

@@ -1,4 +1,4 @@
-"""What our code warns of reaches the terminal, whatever its class; what other packages say to us does not."""
+"""Warnings of brushstroke are printed, whatever their class; those of other packages are not."""
 
 import importlib.util
 import sys
@@ -57,7 +57,7 @@ KINDS = (UserWarning, RuntimeWarning, FutureWarning, DeprecationWarning, Vocabul
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stacklevel", [1, 2, 3])
-def test_our_own_arrive_whatever_their_class_and_whomever_they_point_at(module, shown, kind, stacklevel):
+def test_brushstroke_warnings_are_shown_for_every_class_and_stacklevel(module, shown, kind, stacklevel):
     ours, theirs = module("brushstroke.made_up"), module("somebody.else")
     lines = shown(theirs.call, ours.say, "a\n  b", kind, stacklevel)
     assert lines == ["warning: a b"]
@@ -65,38 +65,38 @@ def test_our_own_arrive_whatever_their_class_and_whomever_they_point_at(module, 
 
 @pytest.mark.parametrize("name", ["transformers.made_up", "torch.made_up", "brushstrokes", "__main__"])
 @pytest.mark.parametrize("stacklevel", [1, 2])
-def test_other_packages_stay_quiet_though_we_call_them(module, shown, name, stacklevel):
+def test_warnings_of_other_packages_are_not_shown(module, shown, name, stacklevel):
     ours, theirs = module("brushstroke.made_up"), module(name)
     assert shown(ours.call, theirs.say, "nothing to you", UserWarning, stacklevel) == []
 
 
-def test_torch_on_a_gpu_that_cannot_be_used_is_heard(module, shown):
+def test_torch_warning_about_unusable_gpu_is_shown(module, shown):
     assert shown(module("torch.cuda.made_up").say, "the driver is too old") == [
         "warning: the driver is too old"
     ]
 
 
-def test_a_warning_with_a_class_of_ours_is_heard_from_everywhere(module, shown):
+def test_warning_classes_of_brushstroke_are_shown_from_everywhere(module, shown):
     assert shown(module("somebody.else").say, "x", VocabularyWarning) == ["warning: x"]
 
 
-def test_a_compiler_that_fails_is_told(shown, monkeypatch):
+def test_failing_compiler_is_a_warning(shown, monkeypatch):
     import torch
 
-    from brushstroke.packed import onekernel
+    from brushstroke.packed import compiled
 
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(onekernel, "pays", lambda _: True)
-    monkeypatch.setattr(onekernel, "_fails", False)
-    kernel = onekernel.CompiledFunction(torch.relu)
+    monkeypatch.setattr(compiled, "pays", lambda _: True)
+    monkeypatch.setattr(compiled, "_fails", False)
+    kernel = compiled.CompiledFunction(torch.relu)
     monkeypatch.setattr(kernel, "_compiled", broken)
     (line,) = shown(kernel, torch.ones(2))
     assert line.startswith("warning: torch.compile does not work here (no compiler)")
 
 
-def test_the_filters_of_the_caller_are_put_back():
+def test_warning_filters_are_restored():
     before = warnings.filters[:], warnings.showwarning
     with show_library_warnings():
         pass

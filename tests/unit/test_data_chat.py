@@ -61,7 +61,7 @@ def test_the_end_token_is_trained_though_it_is_the_pad_token():
     assert [example.weights[i] for i in ends] == [0.0, 0.0, 1.0, 0.0, 1.0]
 
 
-def test_what_follows_the_end_of_the_turn_is_not_trained():
+def test_tokens_after_the_end_of_turn_are_not_trained():
     tokenizer = have.byte_level(have.CHATML)
     example = one(tokenizer, CONVERSATION[:2])
     assert tokenizer.decode(example.tokens[-1:]) == "\n"
@@ -82,7 +82,7 @@ def test_an_answer_that_spells_the_end_token_is_trained_to_its_true_end():
         st.tuples(*[st.text(st.sampled_from("ab \n{<|'"), max_size=8)] * 2), min_size=1, max_size=3
     )
 )
-def test_training_sees_the_prompts_that_generation_sees(name, turns):
+def test_training_and_generation_use_the_same_prompts(name, turns):
     tokenizer = have.byte_level(STOCK[name][0])
     messages = [
         {"role": role, "content": text}
@@ -104,7 +104,7 @@ def test_reasoning_that_a_template_drops_later_is_refused_or_split_by_turns():
         {"role": "user", "content": "and now?"},
         {"role": "assistant", "content": "noon"},
     ]
-    refused(tokenizer, messages, "reasoning of message 2", "once the conversation goes on", "--split-turns")
+    refused(tokenizer, messages, "reasoning of message 2", "once the conversation continues", "--split-turns")
     data = encode([{"messages": messages}], tokenizer, split_turns=True)
     assert [trained_texts(tokenizer, example) for example in data] == [
         ["<think>\nhmm\n</think>\n\nIt is noon.<|im_end|>"],
@@ -128,7 +128,7 @@ def test_another_end_for_the_last_answer_makes_an_example_of_every_turn():
     ]
 
 
-def test_a_model_is_asked_with_what_its_answers_begin_with_in_training():
+def test_prompt_ends_with_the_common_beginning_of_trained_answers():
     tokenizer = have.byte_level(have.OPENS_THOUGHT)
     example, chat = one(tokenizer, CONVERSATION), ChatFormat(tokenizer)
     assert trained_texts(tokenizer, example) == ["It is noon.<|im_end|>", "noon<|im_end|>"]
@@ -156,7 +156,7 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token_after_every_answer
     assert ChatFormat(tokenizer).stop_texts == ("<|endoftext|>",)
 
 
-def test_a_tokenizer_that_begins_every_text_with_a_space_adds_none_inside_a_row():
+def test_leading_space_of_a_tokenizer_is_not_added_inside_a_row():
     tokenizer = have.sentencepiece_like(have.LLAMA2)
     example = one(tokenizer, CONVERSATION)
     rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
@@ -174,7 +174,7 @@ def test_stop_tokens_are_the_end_of_turn_and_the_end_token():
     assert ChatFormat(have.byte_level()).stop_texts == ("<|im_end|>",)
 
 
-def test_an_end_of_turn_that_the_tokenizer_has_no_token_for_is_a_stop_string():
+def test_end_marker_that_is_not_a_token_is_a_stop_string():
     tokenizer = have.byte_level(have.CHATML.replace("<|im_end|>", "<|stop|>"), eos="<|endoftext|>")
     chat = ChatFormat(tokenizer)
     assert (chat.stop_strings, chat.stop_token_ids) == (("<|stop|>",), (tokenizer.eos_token_id,))
@@ -203,7 +203,7 @@ def test_a_text_as_prompt_is_a_user_turn_or_the_beginning_of_a_text():
     assert ChatFormat(begins).prompt_tokens("hello") == begins("hello")["input_ids"]
 
 
-def test_a_default_system_message_and_the_users_own_are_counted_by_role():
+def test_default_and_given_system_messages_are_counted_by_role():
     tokenizer = have.byte_level(have.CHATML)
     example = one(tokenizer, CONVERSATION[:2])
     assert set(example.roles) == {"template", "user", "assistant"}
@@ -221,7 +221,7 @@ def test_a_conversation_may_begin_with_an_answer_and_end_with_a_question():
     assert whole_text(tokenizer, example).endswith("time?<|im_end|>\n")
 
 
-def test_other_keys_and_tools_reach_the_template():
+def test_extra_keys_and_tools_are_passed_to_the_template():
     written = "(message['content'] or '') + (message.tool_calls | tojson if message.tool_calls else '')"
     template = have.CHATML.replace("message['content']", f"{written} + (message.mood or '')")
     template = "{{ tools | tojson if tools else '' }}" + template
@@ -268,7 +268,7 @@ def test_a_malformed_conversation_is_refused_with_its_row(messages, fragments):
     refused(have.byte_level(have.CHATML), messages, *fragments, before=[CONVERSATION])
 
 
-def test_a_template_that_refuses_a_row_says_so_with_the_row():
+def test_template_error_names_the_row():
     tokenizer = have.byte_level(have.GEMMA)
     system = {"role": "system", "content": "a"}
     refused(tokenizer, [system, *CONVERSATION], "System role not supported", before=[CONVERSATION])
@@ -276,10 +276,12 @@ def test_a_template_that_refuses_a_row_says_so_with_the_row():
     refused(have.byte_level("{% if %}"), CONVERSATION, "chat template refuses", "--chat-template")
 
 
-def test_a_template_that_hides_where_the_answer_begins_is_refused():
+def test_template_without_clear_answer_start_is_refused():
     hides = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
-    refused(have.byte_level(hides), CONVERSATION[:2], "does not tell where the answer in message 2 begins")
+    refused(
+        have.byte_level(hides), CONVERSATION[:2], "the beginning of the answer in message 2 cannot be found"
+    )
 
 
-def test_messages_without_a_template_name_the_other_ways():
+def test_messages_without_template_error_suggests_alternatives():
     refused(have.byte_level(), CONVERSATION, "no chat template", "prompt and completion")

@@ -73,7 +73,7 @@ def test_prompt_and_completion_may_be_messages(chatml):
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_tools_and_options_reach_the_template(as_text):
+def test_tools_and_options_are_passed_to_the_template(as_text):
     tokenizer = have.byte_level("{{ mood or '' }}" + WITH_TOOLS)
     options = {"mood": "merry "}
     row = {
@@ -114,14 +114,14 @@ def test_unused_keys_of_messages_are_named(chatml):
     [
         ({"text": "hello there, you", "category": "greeting"}, ("'category'", "--completion category")),
         ({"text": "hello there, you", "answer": "hi"}, ("'answer'", "looks like an answer")),
-        ({**PAIR, "label": False}, ("'label'", "also the 1 of 1 where it says no")),
-        ({**PAIR, "label": "false"}, ("also the 1 of 1",)),
-        ({**PAIR, "label": True}, ("looks like a judgement",)),
+        ({**PAIR, "label": False}, ("'label'", "including 1 of 1 rows where it is negative")),
+        ({**PAIR, "label": "false"}, ("including 1 of 1",)),
+        ({**PAIR, "label": True}, ("looks like a rating",)),
         ({**PAIR, "chosen": "x", "rejected": "y"}, ("'chosen'",)),
         ({**PAIR, "response": "x"}, ("what is trained is 'completion'",)),
     ],
 )
-def test_a_column_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, row, fragments):
+def test_unused_column_that_looks_like_answer_or_rating_is_a_warning(chatml, row, fragments):
     with pytest.warns(DataWarning) as caught:
         encode([row], chatml)
     for fragment in fragments:
@@ -131,12 +131,12 @@ def test_a_column_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, 
 @pytest.mark.parametrize(
     ("fields", "fragments"),
     [
-        ({"label": False}, ("the key 'label'", "judgement", '"weight": 0')),
-        ({"rating": 1}, ("the key 'rating'", "judgement")),
+        ({"label": False}, ("the key 'label'", "a rating", '"weight": 0')),
+        ({"rating": 1}, ("the key 'rating'", "a rating")),
         ({"response": "noon"}, ("the key 'response'", "an answer", "'content'")),
     ],
 )
-def test_a_key_of_messages_that_looks_like_an_answer_or_a_judgement_is_a_warning(chatml, fields, fragments):
+def test_unused_message_key_that_looks_like_answer_or_rating_is_a_warning(chatml, fields, fragments):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "noon", **fields}]
     with pytest.warns(DataWarning) as caught:
         encode([{"messages": messages}], chatml)
@@ -147,16 +147,16 @@ def test_a_key_of_messages_that_looks_like_an_answer_or_a_judgement_is_a_warning
 def test_answers_without_a_text_are_noted_with_their_rows(chatml):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}]
     (note,) = encode(rows, chatml).report.notes
-    assert "their end alone (rows 2)" in note
+    assert "only the end is trained (rows 2)" in note
     assert not encode(rows[:1], chatml).report.notes
 
 
-def test_conversations_under_another_name_are_told_what_is_read(chatml):
+def test_conversation_column_with_other_name_gets_a_hint(chatml):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    refused(row, chatml, "'conversations' holds objects", "read from 'messages'", "expected 'messages'")
+    refused(row, chatml, "'conversations' contains objects", "read from 'messages'", "expected 'messages'")
 
 
-def test_a_parquet_file_fills_nulls_that_nobody_trains(tmp_path):
+def test_nulls_added_by_parquet_are_not_trained(tmp_path):
     calls = [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
     rows = [
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]},

@@ -75,20 +75,20 @@ def test_pairs_without_a_template_are_joined_and_ended(plain):
     assert example.roles == {"prompt": len(prompt), "completion": len(completion) + 1}
 
 
-def test_a_begin_token_stands_before_a_prompt_only_if_the_tokenizer_puts_it_there(plain):
+def test_begin_token_is_used_only_if_the_tokenizer_adds_it(plain):
     begins = have.byte_level(adds_bos=True)
     with_begin, without = (encode(PAIRS, tokenizer)[0].tokens for tokenizer in (begins, plain))
     assert with_begin == (begins.bos_token_id, *without)
 
 
-def test_a_completion_goes_on_without_the_space_of_a_new_text():
+def test_completion_gets_no_leading_space():
     tokenizer = have.sentencepiece_like()
     example = encode([{"prompt": "hello", "completion": " there"}], tokenizer)[0]
     assert list(example.tokens) == [*tokenizer("hello there")["input_ids"], tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_texts_are_trained_whole_with_the_end_and_begin_as_the_tokenizer_begins_texts(begins):
+def test_texts_are_trained_in_full_with_begin_and_end_tokens(begins):
     tokenizer = have.byte_level(have.CHATML, adds_bos=begins)
     data = encode([{"text": "hello there"}], tokenizer)
     (example,) = data
@@ -100,7 +100,7 @@ def test_texts_are_trained_whole_with_the_end_and_begin_as_the_tokenizer_begins_
     assert data.report.stop_tokens == ("<|im_end|>",)
 
 
-def test_a_tokenizer_without_an_end_token_is_told(plain):
+def test_tokenizer_without_end_token_is_a_warning(plain):
     plain.eos_token = None
     for row in ({"text": "hello there, what is the time?"}, PAIRS[0]):
         with pytest.warns(DataWarning, match="no end token"):
@@ -116,7 +116,7 @@ def test_messages_come_before_pairs_and_pairs_before_texts(chatml):
         kinds.append(encode([row], chatml).report.kind)
         row = {key: value for key, value in row.items() if key != name}
     assert kinds == ["messages", "prompt/completion"]
-    with pytest.warns(DataWarning, match="'prompt' is not used, and looks like a part of the conversation"):
+    with pytest.warns(DataWarning, match="'prompt' is not used, but looks like a part of the conversation"):
         assert encode([row], chatml).report.kind == "text"
 
 
@@ -162,7 +162,7 @@ def test_a_bad_row_is_named(row, fragments, template):
     refused([PAIRS[0], row, PAIRS[1]], have.byte_level(template), "row 2", *fragments)
 
 
-def test_columns_that_mean_nothing_are_refused_with_what_is_possible(plain):
+def test_unknown_columns_error_lists_possible_columns(plain):
     rows = [{"instruction": "a", "mesages": []}]
     refused(
         rows,
@@ -174,7 +174,7 @@ def test_columns_that_mean_nothing_are_refused_with_what_is_possible(plain):
     )
 
 
-def test_all_bad_rows_are_told_at_once(plain):
+def test_one_error_lists_all_bad_rows(plain):
     message = refused([{"text": None}, {"text": "a"}, {"text": 3}], plain, "row 1", "rows 3")
     assert "more" not in message
     refused([{"text": None}] * 50, plain, "rows 2, 3, 4, 5, 6, 7, 8, 9, 10, more")
@@ -200,7 +200,7 @@ def test_a_completion_beyond_the_limit_is_cut_trained_and_reported(plain):
     assert data.report.trained_tokens == sum(example.trained for example in data)
 
 
-def test_untrained_tokens_beyond_the_limit_are_no_cut(chatml):
+def test_untrained_tokens_beyond_the_limit_do_not_count_as_cut(chatml):
     whole = encode(PAIRS[:1], chatml)
     data = encode(PAIRS[:1], chatml, max_length=len(whole[0]) - 1)
     assert data[0].trained == whole[0].trained
@@ -224,7 +224,7 @@ def test_rows_without_a_trained_token_are_refused_when_there_is_nothing_else(pla
     refused([{"input_ids": [1, 2], "labels": [-100, -100]}], None, "nothing to train on", "row 1")
     refused([{"text": ""}], plain, "nothing to train on")
     rows = [{"prompt": "hello " * 40, "completion": "a"}]
-    refused(rows, plain, "no token", "raise max_length", max_length=4, skip_too_long=True)
+    refused(rows, plain, "has a token to train", "raise max_length", max_length=4, skip_too_long=True)
     assert encode(rows, plain, max_length=4, need_trained=False).report.trained_tokens == 0
 
 
@@ -234,12 +234,12 @@ def test_questions_without_an_answer_can_be_read_where_nothing_is_trained(chatml
     assert encode(rows, chatml, need_trained=False)[0].trained == 0
 
 
-def test_a_limit_too_low_for_anything_is_a_wrong_setting(plain):
+def test_too_small_max_length_is_a_config_error(plain):
     with pytest.raises(ConfigError, match="max_length is 1"):
         encode(PAIRS, plain, max_length=1)
 
 
-def test_examples_tokenised_already_are_taken_as_they_are():
+def test_tokenised_examples_are_used_unchanged():
     examples = [Example((5, 6, 7), (0.0, 0.0, 2.0)), Example((5, 6), (0.0, 1.0), row=9)]
     data = encode(examples, None)
     assert data[0].weights == (0.0, 0.0, 2.0)

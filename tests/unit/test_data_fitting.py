@@ -1,4 +1,4 @@
-"""A row is written in the first form in which its template prints all of it, or refused with the reason."""
+"""A row is written in the first form that its template prints in full, or refused with the reason."""
 
 import data_tokenizers as have
 import pytest
@@ -34,12 +34,12 @@ def refused(template, messages, *fragments, **row):
 
 @pytest.mark.parametrize("thought", ["", " \n"])
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_a_blank_thought_is_no_thought(thought, name):
+def test_blank_reasoning_is_dropped(thought, name):
     template = OPENED + "{{ m.content }}" + ENDED
     assert trained(template, [QUESTION, ANSWER | {name: thought}]) == ["It is noon.<|im_end|>"]
 
 
-def test_a_blank_message_is_refused_where_the_template_would_lose_what_it_could_say():
+def test_blank_message_is_refused_if_the_template_ignores_contents():
     template = OPENED.replace("messages", "messages if m.role != 'system'") + "{{ m.content }}" + ENDED
     for content in ("", " "):
         messages = [{"role": "system", "content": content}, QUESTION, ANSWER]
@@ -47,7 +47,7 @@ def test_a_blank_message_is_refused_where_the_template_would_lose_what_it_could_
     assert trained(template, [QUESTION, ANSWER]) == ["It is noon.<|im_end|>"]
 
 
-def test_a_template_that_never_asks_otherwise_is_cut_behind_the_header_of_its_answers():
+def test_template_with_constant_header_ends_prompts_after_the_header():
     """A header after every turn, whoever speaks next, as where `add_generation_prompt` is not read."""
     header = "{% if m.role == 'user' %}<|assistant|>{% endif %}"
     template = "{% for m in messages %}{{ m.content }}<|im_end|>" + header + "{% endfor %}"
@@ -56,14 +56,14 @@ def test_a_template_that_never_asks_otherwise_is_cut_behind_the_header_of_its_an
     assert chat.tokenizer.decode(chat.prompt_tokens([QUESTION])) == "What time is it?<|im_end|><|assistant|>"
 
 
-def test_a_header_that_is_repeated_behind_every_answer_is_not_trained():
+def test_header_repeated_after_every_answer_is_not_trained():
     template = "{% for m in messages %}{{ m.content }}<|im_end|><|assistant|>{% endfor %}"
     tokenizer = have.byte_level(template)
     assert trained(template, [QUESTION, ANSWER]) == ["It is noon.<|im_end|>"]
     assert ChatFormat(tokenizer).stop_texts == ("<|im_end|>",)
 
 
-def test_a_header_that_no_prompt_has_is_left_to_the_answer():
+def test_header_missing_in_prompts_belongs_to_the_answer():
     """The template alone writes it, together with the answer: a model that is asked has to write it too."""
     template = OPENED + "{{ m.content }}<|im_end|>\n{% endfor %}"
     assert trained(template, [QUESTION, ANSWER]) == ["<|im_start|>assistant\nIt is noon.<|im_end|>"]
@@ -73,7 +73,7 @@ def test_a_header_that_no_prompt_has_is_left_to_the_answer():
     assert chat.read_reply("<|im_start|>assistant\nIt is noon.").content == "It is noon."
 
 
-def test_a_prompt_that_lacks_a_line_end_is_asked_as_it_was_trained():
+def test_prompt_without_line_end_equals_the_trained_prompt():
     """Between a question and the header of its answer a line end stands only if the answer is there too."""
     template = (
         "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{% if not loop.last %}\n\n{% endif %}"
@@ -85,7 +85,7 @@ def test_a_prompt_that_lacks_a_line_end_is_asked_as_it_was_trained():
     assert prompt == "### user:\nWhat time is it?\n### assistant:\n"
 
 
-def test_an_answer_that_goes_on_behind_a_result_is_asked_as_it_was_trained():
+def test_answer_after_tool_result_uses_the_trained_prompt():
     """The template opens a turn when it asks, and not where it writes what follows the result of a tool."""
     template = (
         "{{ tools | tojson if tools else '' }}{% for m in messages %}"
@@ -104,13 +104,13 @@ def test_an_answer_that_goes_on_behind_a_result_is_asked_as_it_was_trained():
     assert asked.endswith("12:00")
 
 
-def test_words_that_a_template_writes_behind_every_conversation_are_never_trained():
+def test_text_after_every_conversation_is_never_trained():
     behind = "{% endfor %}<|begin|>Answer in one word.<|im_end|>"
     template = OPENED + "{{ m.content }}" + ENDED.replace("{% endfor %}", behind)
-    refused(template, [QUESTION, ANSWER], "'Answer in one word' behind every conversation")
+    refused(template, [QUESTION, ANSWER], "'Answer in one word' after every conversation")
 
 
-def test_a_template_that_looks_into_values_is_outlined_with_them():
+def test_template_that_inspects_values_is_outlined_with_values():
     template = OPENED + "{% if 'noon' in m.content %}<|begin|>{% endif %}{{ m.content }}" + ENDED
     assert trained(template, [QUESTION, ANSWER]) == ["<|begin|>It is noon.<|im_end|>"]
     assert trained(template, [QUESTION, ANSWER | {"content": "Late."}]) == ["Late.<|im_end|>"]
@@ -123,7 +123,7 @@ def test_a_template_that_changes_a_content_is_refused(change):
     refused(OPENED + "{{ m.content " + change + " }}" + ENDED, [QUESTION, ANSWER], "cannot write this row")
 
 
-def test_white_space_that_a_template_takes_off_is_said():
+def test_stripped_white_space_is_reported():
     tokenizer = have.byte_level(OPENED + "{{ m.content | trim }}" + ENDED)
     spaced = [QUESTION, ANSWER | {"content": "  It is noon.\n"}]
     assert any("white space" in note for note in encode([{"messages": spaced}], tokenizer).report.notes)
@@ -139,7 +139,7 @@ def test_white_space_that_a_template_takes_off_is_said():
         (None, None),
     ],
 )
-def test_nulls_of_objects_are_left_out_and_no_other_value(value, expected):
+def test_only_null_keys_of_objects_are_removed(value, expected):
     assert without_nulls(value) == expected
 
 
@@ -170,14 +170,14 @@ def test_malformed_tools_are_refused(tools, fragment):
         read_tools(tools, "row 1")
 
 
-def test_variables_that_a_template_is_given_otherwise_are_refused():
+def test_reserved_template_variables_are_refused():
     assert read_options('{"thinking": true, "style": null}', "row 1") == {"thinking": True}
     for name in ("messages", "tools", "add_generation_prompt", "strftime_now"):
-        with pytest.raises(DataError, match=f"cannot hold '{name}'"):
+        with pytest.raises(DataError, match=f"cannot contain '{name}'"):
             read_options({name: 1}, "row 1")
 
 
-def test_half_a_character_is_refused_wherever_it_stands():
+def test_half_surrogate_pair_is_refused_everywhere():
     with pytest.raises(DataError, match="surrogate"):
         as_json({"a": ["\ud800"]}, "row 1")
 
@@ -185,13 +185,13 @@ def test_half_a_character_is_refused_wherever_it_stands():
 EMPTY = "<think>\n\n</think>\n\n"
 
 
-def test_an_empty_thought_in_a_content_is_written_once():
+def test_empty_reasoning_in_a_content_is_written_once():
     first, last = ANSWER | {"content": EMPTY + "Four."}, ANSWER | {"content": EMPTY + "Welcome."}
     expected = [f"{EMPTY}Four.<|im_end|>", f"{EMPTY}Welcome.<|im_end|>"]
     assert trained(have.QWEN3, [QUESTION, first, QUESTION, last]) == expected
 
 
-def test_a_form_in_which_a_template_adds_a_second_thought_is_not_taken():
+def test_form_with_a_second_reasoning_is_not_used():
     template = (
         OPENED.replace("\n", "\n{{ '<think></think>' if m.role == 'assistant' }}") + "{{ m.content }}" + ENDED
     )
@@ -200,23 +200,24 @@ def test_a_form_in_which_a_template_adds_a_second_thought_is_not_taken():
     )
 
 
-def test_an_answer_that_opens_a_conversation_is_context_where_nothing_asks_for_it():
+def test_answer_at_start_without_prompt_is_context():
     answer = "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     template = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]" + answer
     messages = [ANSWER | {"content": "Welcome!"}, QUESTION, ANSWER]
     assert trained(template, messages) == [" It is noon.<|im_end|>"]
     tokenizer = have.byte_level(template)
     assert any(
-        "opens a conversation" in note for note in encode([{"messages": messages}], tokenizer).report.notes
+        "at the start of a conversation" in note
+        for note in encode([{"messages": messages}], tokenizer).report.notes
     )
-    refused(template, messages[:1], "where the answer in message 1 begins")
+    refused(template, messages[:1], "the beginning of the answer in message 1 cannot be found")
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        ({"names": ["Ana", "O'Neil"]}, "as Python writes them"),
-        ({"flags": [True, None]}, "as Python writes them"),
+        ({"names": ["Ana", "O'Neil"]}, "in Python's repr, not as JSON"),
+        ({"flags": [True, None]}, "in Python's repr, not as JSON"),
         ({"a": "", "city": "B"}, "does not print the argument 'a'"),
         ({"param": {}, "city": "B"}, "does not print the argument 'param'"),
     ],

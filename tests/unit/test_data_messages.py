@@ -46,7 +46,7 @@ def test_reasoning_has_one_name(name):
     assert answer(content=parts) == {"role": "assistant", "content": "noon", "reasoning_content": "look"}
 
 
-def test_empty_reasoning_is_none_and_two_that_differ_are_refused():
+def test_empty_reasoning_is_dropped_and_two_different_ones_are_refused():
     assert "reasoning_content" not in answer(content="noon", reasoning_content=" ", thinking=None)
     both = {"role": "assistant", "content": "noon", "reasoning": "a", "thinking": "b"}
     refused([ASK, both], "message 2 (assistant)", "two places")
@@ -86,10 +86,10 @@ def test_malformed_calls_are_refused(call, fragment):
 
 
 def test_calls_of_a_user_are_refused():
-    refused([{**ASK, "tool_calls": [CALL]}], "only an assistant message")
+    refused([{**ASK, "tool_calls": [CALL]}], "only assistant messages can have them")
 
 
-def test_nulls_are_left_out_and_said():
+def test_removed_nulls_are_reported():
     filled = {"role": "assistant", "content": "noon", "name": None, "tool_calls": None, "weight": None}
     read_once = read(ASK, filled)
     assert read_once.messages[1] == {"role": "assistant", "content": "noon"}
@@ -139,7 +139,7 @@ def test_messages_may_be_json_text():
         ({"weight": None}, True),
     ],
 )
-def test_weight_and_train_say_what_is_learnt(fields, trained):
+def test_weight_and_train_keys_select_trained_messages(fields, trained):
     told = read(ASK, {"role": "assistant", "content": "noon", **fields})
     assert told.trained == (False, trained)
     assert (UNTRAINED in told.notes) == (not trained)
@@ -166,7 +166,7 @@ def test_a_result_gets_the_name_of_the_call_that_it_answers():
     assert "name" not in read(ASK, calling, {**result, "tool_call_id": "c2"}).messages[2]
 
 
-def test_a_leading_thought_is_split_off():
+def test_leading_think_block_becomes_reasoning():
     told = read(ASK, {"role": "assistant", "content": "<think>\nlook\n</think>\n\nnoon"})
     split = told.with_thoughts_split()
     answer = {"role": "assistant", "content": "noon", SPLIT: True}
@@ -207,17 +207,17 @@ def test_arguments_have_one_name(call):
         ({"function": {"name": "tide", "arguments": {}, "values": {"a": 1}}}, "'values'"),
     ],
 )
-def test_what_a_call_holds_beside_its_arguments_is_refused(call, fragment):
+def test_unknown_keys_of_a_call_are_refused(call, fragment):
     with pytest.raises(DataError, match=f"tool call 1 has {fragment}"):
         read_conversation([CALLER, {"role": "assistant", "tool_calls": [call]}], where="row 1")
 
 
-def test_no_calls_of_a_user_are_none():
+def test_empty_tool_calls_of_a_user_are_accepted():
     messages = [CALLER | {"tool_calls": [], "function_call": None}, {"role": "assistant", "content": "a"}]
     assert "tool_calls" not in read_conversation(messages, where="row 1").messages[0]
 
 
 @pytest.mark.parametrize("key", ["training", "trainable"])
-def test_other_tools_names_for_what_is_learnt(key):
+def test_other_names_of_the_train_key_are_read(key):
     messages = [CALLER, {"role": "assistant", "content": "a", key: False}]
     assert read_conversation(messages, where="row 1").trained == (False, False)

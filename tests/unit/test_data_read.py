@@ -68,7 +68,7 @@ def test_every_format_gives_the_same_rows_and_hash(tmp_path):
     assert read[0].name == "a.jsonl"
 
 
-def test_the_hash_knows_content_and_order_but_not_the_order_of_columns():
+def test_hash_depends_on_content_and_row_order_not_column_order():
     first = read_rows([{"a": 1, "b": 2}, {"a": 3}])
     assert first.hash == read_rows([{"b": 2, "a": 1}, {"a": 3}]).hash
     assert first.hash != read_rows([{"a": 3}, {"a": 1, "b": 2}]).hash
@@ -113,7 +113,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
     assert len(read_rows(path)) == 2
 
 
-def test_a_missing_file_is_named_with_what_is_near(tmp_path):
+def test_missing_file_error_suggests_similar_names(tmp_path):
     write(tmp_path / "train.jsonl", jsonl(ROWS))
     refused(tmp_path / "trian.jsonl", "trian.jsonl: no such file", "did you mean 'train.jsonl'")
     refused(str(tmp_path / "nowhere" / "train"), "no such file or folder")
@@ -176,7 +176,7 @@ def test_a_file_without_rows_is_refused(tmp_path, name, text):
     refused(write(tmp_path / name, text), name, "no rows")
 
 
-def test_what_is_not_utf8_is_refused_with_its_line(tmp_path):
+def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
     refused(path, str(path), "line 2", "not UTF-8", "save the file as UTF-8")
@@ -220,7 +220,7 @@ def test_lists_are_checked_row_by_row():
     refused({"text": ["a"]}, "dict", "list of dicts")
 
 
-def test_a_dictionary_of_splits_asks_for_one():
+def test_dictionary_of_splits_is_refused():
     import datasets
 
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})

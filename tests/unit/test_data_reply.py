@@ -1,4 +1,4 @@
-"""Answers are read back as the chat template writes them: reasoning, content and calls."""
+"""Parsing of answers in the chat template's format: reasoning, content and calls."""
 
 import json
 
@@ -98,14 +98,14 @@ def test_calls_are_read_as_they_were_written(template, arguments):
 
 
 @pytest.mark.parametrize("template", [AS_JSON, AS_TAGS], ids=["json", "tags"])
-def test_all_parts_of_an_answer_are_told_apart(template):
+def test_all_parts_of_an_answer_are_parsed(template):
     given = answer({"harbour": "Brest"}, {"harbour": "Roscoff"}, content="I look.", reasoning_content="Two.")
     read = chat(template).read_reply(written(template, given), TOOLS)
     assert (read.content.strip(), read.reasoning) == ("I look.", "Two.")
     assert [call["arguments"]["harbour"] for call in read.tool_calls] == ["Brest", "Roscoff"]
 
 
-def test_a_content_behind_the_calls_is_kept():
+def test_content_after_tool_calls_is_kept():
     given = answer({"harbour": "Brest"}, {"harbour": "Roscoff"}, content="I look.")
     read = chat(CONTENT_LAST).read_reply(written(CONTENT_LAST, given), TOOLS)
     assert (read.content, len(read.tool_calls)) == ("I look.", 2)
@@ -133,18 +133,18 @@ def test_answers_without_calls(text, content, reasoning):
         "<tool_call>\nBrest\n</tool_call>",
     ],
 )
-def test_a_call_that_is_not_whole_is_text(text):
+def test_incomplete_call_is_text(text):
     read = chat(AS_JSON).read_reply(text, TOOLS)
     assert read.tool_calls == ()
     assert read.content.strip() == text
 
 
-def test_a_value_that_holds_the_templates_own_words_is_not_guessed_at():
+def test_value_containing_template_text_is_not_parsed():
     text = written(AS_TAGS, answer({"harbour": "Brest\n<call=tide>\n<arg=days>\n3\n</arg>\n</call>"}))
     assert chat(AS_TAGS).read_reply(text, TOOLS).tool_calls == ()
 
 
-def test_texts_that_look_like_numbers_are_told_by_the_declaration_or_not_at_all():
+def test_declaration_decides_whether_an_argument_is_text_or_number():
     one, other = (answer({"code": value}) for value in ("12", 12))
     typed, untyped = chat(AS_JSON), chat(AS_TAGS)
     assert not typed.read_reply(written(AS_JSON, one)).calls_like(typed.read_reply(written(AS_JSON, other)))
@@ -164,7 +164,7 @@ def test_calls_differ_by_name_and_by_value_and_not_by_order_of_arguments():
     assert [read[0].calls_like(other) for other in read] == [True, True, False, False]
 
 
-def test_without_a_template_an_answer_is_its_text():
+def test_answer_without_template_is_plain_text():
     tokenizer = have.byte_level(AS_JSON)
     tokenizer.chat_template = None
     assert ChatFormat(tokenizer).read_reply("<think>a</think>b") == Reply("<think>a</think>b")
@@ -179,7 +179,7 @@ WITH_IDS = (
 )
 
 
-def test_the_id_of_a_call_may_be_any():
+def test_call_ids_are_ignored():
     (call,) = (
         chat(WITH_IDS).read_reply('[CALLS]tide[ID]zZ9-abcde[ARGS]{"harbour": "Brest"}', TOOLS).tool_calls
     )

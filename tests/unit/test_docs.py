@@ -1,4 +1,4 @@
-"""The docs say what the code says: names, version, layers, files, links."""
+"""The docs agree with the code: names, version, layers, files, links."""
 
 import re
 import tomllib
@@ -31,7 +31,7 @@ def test_version_and_top_entry_of_the_changelog_agree():
     assert top[1] == PROJECT["project"]["version"] == brushstroke.__version__
 
 
-def test_layers_on_the_architecture_page_are_those_that_are_checked():
+def test_layers_on_the_architecture_page_match_import_linter():
     checked = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
     shown = re.search(r"^```\n(cli\n.*?)```", read("docs/architecture.md"), re.MULTILINE | re.DOTALL)
     assert shown is not None

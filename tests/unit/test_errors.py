@@ -1,4 +1,4 @@
-"""What an error advises works: every extra that the code names is one of ours, and brings the package."""
+"""Install hints of errors work: every extra in the code exists and contains the package."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def packages(extra: str) -> set[str]:
     return found
 
 
-def test_every_extra_that_the_code_names_is_there_and_brings_what_is_imported() -> None:
+def test_extras_named_in_code_exist_and_contain_the_imported_packages() -> None:
     named = {pair for text in sources().values() for pair in NAMED.findall(text)}
     assert {extra for _, extra in named} == {"report", "study", "gguf"}
     for name, extra in named:
@@ -45,7 +45,7 @@ def test_every_extra_that_the_code_names_is_there_and_brings_what_is_imported() 
     assert everywhere <= extras().keys()
 
 
-def test_what_is_told_to_users_installs_nothing_from_where_we_are_not() -> None:
+def test_install_hints_name_only_existing_packages_and_extras() -> None:
     documents = {str(path): path.read_text("utf-8") for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")}
     for name, text in {**sources(), **documents}.items():
         assert not re.search(r"pip install\s+['\"]?brushstroke", text), name
@@ -82,7 +82,7 @@ def test_without_metadata_the_checkout_is_named(monkeypatch: pytest.MonkeyPatch)
     assert errors._install_command("gguf").endswith("-m pip install -e '.[gguf]'")
 
 
-def test_a_package_that_is_there_and_fails_is_not_called_absent(tmp_path, monkeypatch) -> None:
+def test_broken_package_is_not_reported_as_missing(tmp_path, monkeypatch) -> None:
     (tmp_path / "broken_package.py").write_text("raise ImportError('libfoo.so.3 is missing')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingPackageError, match=r"which fails \(libfoo\.so\.3 is missing\)"):

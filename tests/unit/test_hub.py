@@ -1,4 +1,4 @@
-"""Without a network a hub id fails in seconds, or comes from the cache; a slow network is no missing one."""
+"""Without a network a hub id fails in seconds or comes from the cache; a slow network still works."""
 
 import http.server
 import socket
@@ -125,7 +125,7 @@ def test_without_the_hub_an_unknown_id_is_refused_in_seconds(case, load, monkeyp
 @pytest.mark.parametrize(
     "words", [("generate", "ID", "hello"), ("data", "ID", "ROWS"), ("plan", "ID", "ROWS")]
 )
-def test_commands_say_so_in_one_line(words, monkeypatch, capsys, tmp_path) -> None:
+def test_commands_report_unreachable_hub_in_one_line(words, monkeypatch, capsys, tmp_path) -> None:
     import transformers  # noqa: F401
 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -164,7 +164,7 @@ def test_an_address_that_answers_late_or_with_an_error_is_reached(delay, server,
         assert not constants.HF_HUB_OFFLINE
 
 
-def test_the_patience_is_the_one_of_the_hubs_client_where_it_is_set(silent, monkeypatch) -> None:
+def test_timeout_follows_the_hub_clients_setting(silent, monkeypatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", silent)
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
@@ -172,7 +172,7 @@ def test_the_patience_is_the_one_of_the_hubs_client_where_it_is_set(silent, monk
         assert why.startswith("no answer within 1 s")
 
 
-def test_an_answer_holds_for_a_while_and_is_not_asked_for_folders(closed, monkeypatch, tmp_path) -> None:
+def test_reachability_is_cached_and_not_checked_for_folders(closed, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", closed)
     asked = []
     monkeypatch.setattr(hub, "_ask", lambda: asked.append(1) or "")

@@ -26,7 +26,7 @@ def test_a_session_remembers_its_turns():
         assert chat.say("hi") == first
 
 
-def test_switching_keeps_the_turns_and_closing_gives_the_base_back():
+def test_switching_keeps_turns_and_closing_restores_the_base():
     b = base()
     adapters = {"a": adapter(b, 1), "b": adapter(b, 2)}
     expected = {
@@ -46,7 +46,7 @@ def test_switching_keeps_the_turns_and_closing_gives_the_base_back():
     assert not any("bank" in name for name, _ in b.model.named_buffers())
 
 
-def test_the_only_adapter_speaks_at_first_and_a_given_bank_stays():
+def test_single_adapter_is_selected_first_and_given_bank_stays():
     b = base()
     a = adapter(b)
     with ChatSession(b, a, sampling=SHORT) as chat:
@@ -71,7 +71,7 @@ def test_streamed_pieces_make_up_the_answer(num_beams):
     assert (len(pieces) > 1) == (num_beams == 1)
 
 
-def test_a_turn_that_fails_is_not_remembered():
+def test_failed_turn_is_not_stored():
     with ChatSession(base(), sampling=SHORT) as chat:
         with pytest.raises(DataError, match=r"the conversation has \d+ tokens"):
             chat.say("y" * 300)

@@ -100,7 +100,7 @@ def test_the_loss_of_each_slot_of_a_bank_is_that_of_its_merged_model(model, pack
     assert len({round(value, 3) for value in found}) == 3
 
 
-def test_an_adapter_is_judged_as_the_merged_model():
+def test_evaluating_an_adapter_equals_evaluating_the_merged_model():
     b = base()
     a = adapter(b)
     got, merged = (
@@ -116,7 +116,7 @@ def test_an_adapter_is_judged_as_the_merged_model():
         assert evaluate(b, PAIRS, generate=False).loss == pytest.approx(got.loss, rel=NATS)
 
 
-def test_answers_are_those_of_generate_and_golds_decide_the_scores():
+def test_evaluate_answers_equal_generate_and_are_scored_against_expected():
     b = base()
     said = generate(b, [row["prompt"] for row in PAIRS], max_new_tokens=8)
     rows = [{"q": row["prompt"], "a": x.text} for row, x in zip(PAIRS, said, strict=True)]
@@ -135,7 +135,7 @@ def test_answers_are_those_of_generate_and_golds_decide_the_scores():
     }
 
 
-def test_messages_are_judged_on_their_last_answer():
+def test_conversations_are_scored_on_their_last_answer():
     b = base()
     got = evaluate(b, TALKS, max_new_tokens=8)
     (answer,) = got.answers
@@ -183,7 +183,7 @@ def test_several_adapters_each_with_its_own_template():
         evaluate_all(b, PAIRS, {})
 
 
-def test_a_row_that_leaves_no_room_for_its_answer_is_named():
+def test_row_without_room_for_its_answer_is_named():
     rows = [PAIRS[0], {"prompt": "y" * 200, "completion": "z"}]
     with pytest.raises(DataError, match="row 2"):
         evaluate(base(), rows, max_new_tokens=100)
@@ -210,5 +210,5 @@ def test_scores(pairs, expected):
 
 
 @pytest.mark.parametrize("text", ["", "null", '{"a": NaN}', '{"a": 1', '{"a": 1}{"b": 2}', "[" * 100_000])
-def test_what_is_no_json_object(text):
+def test_answers_that_are_not_json_objects(text):
     assert json_object(text) is None

@@ -48,7 +48,7 @@ def test_an_adapter_answers_as_the_merged_model():
     assert generate(b, "hi", adapters=a, max_new_tokens=3)[0].adapter == "adapter"
 
 
-def test_the_base_is_untouched_afterwards_and_an_attached_adapter_is_used():
+def test_generate_leaves_the_base_unchanged_and_uses_an_attached_adapter():
     b = base()
     a = adapter(b)
     before = {name: value.clone() for name, value in b.model.state_dict().items()}
@@ -60,7 +60,7 @@ def test_the_base_is_untouched_afterwards_and_an_attached_adapter_is_used():
         assert generate(b, "hi", max_new_tokens=6)[0].tokens == expected
 
 
-def test_a_bank_that_is_given_stays_and_its_route_in_force_is_used():
+def test_given_bank_stays_and_its_active_route_is_used():
     b = base()
     a = adapter(b)
     with bank(b, {"a": a}) as held:
@@ -71,7 +71,7 @@ def test_a_bank_that_is_given_stays_and_its_route_in_force_is_used():
         assert held.names == ("a",)
 
 
-def test_a_route_that_tells_rows_apart_needs_its_bank():
+def test_per_row_route_requires_the_bank_argument():
     b = base()
     prompts = ["hi", "what else is there", "no"]  # answered by length, the longest first
     with bank(b, {"a": adapter(b, 1), "other": adapter(b, 2)}) as held:
@@ -107,7 +107,7 @@ def test_each_row_is_written_with_the_template_that_its_adapter_was_trained_with
         assert output.tokens[: len(answer.tokens)] == answer.tokens
 
 
-def test_an_answer_ends_at_the_end_of_turn_and_says_so():
+def test_answer_ends_at_end_of_turn_with_stop_reason():
     b = base()
     first = generate(b, "hi", max_new_tokens=5)[0].tokens
     stop = first[2]
@@ -129,7 +129,7 @@ def test_rows_with_other_stop_tokens_do_not_stop_each_other():
     assert going == free
 
 
-def test_the_models_own_sampling_defaults_do_not_leak_in(capfd):
+def test_sampling_defaults_of_the_model_are_not_used(capfd):
     b = base()
     greedy = generate(b, PROMPTS, max_new_tokens=8)
     stops = b.model.generation_config.eos_token_id
@@ -142,7 +142,7 @@ def test_the_models_own_sampling_defaults_do_not_leak_in(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_sampling_depends_on_the_seed_alone():
+def test_sampling_depends_only_on_the_seed():
     b = base()
     state = torch.random.get_rng_state()
     draws = [generate(b, PROMPTS, max_new_tokens=8, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
@@ -166,7 +166,7 @@ def test_without_a_template_a_prompt_is_the_beginning_of_a_text():
     assert answer.tokens == tuple(out[0, 2:].tolist())
 
 
-def test_conversations_and_no_prompts():
+def test_conversations_as_prompts_and_empty_list():
     b = base()
     (answer,) = generate(b, [[{"role": "user", "content": "hi"}]], max_new_tokens=4)
     assert answer == generate(b, "hi", max_new_tokens=4)[0]
@@ -174,7 +174,7 @@ def test_conversations_and_no_prompts():
     assert generate(b, []) == []
 
 
-def test_a_prompt_that_leaves_no_room_is_named():
+def test_prompt_without_room_for_an_answer_is_named():
     b = base()
     assert context_length(b.model) == 256
     with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens; with room for 16 .* context of 256"):
@@ -194,12 +194,12 @@ def test_a_prompt_that_leaves_no_room_is_named():
         ({"rows": [None]}, RouteError, "2 prompts and 1 rows"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(arguments, error, message):
+def test_invalid_settings_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         generate(base(), ["a", "b"], **arguments)
 
 
-def test_names_that_do_not_decide_are_refused():
+def test_ambiguous_adapter_names_are_refused():
     b = base()
     adapters = {"poems": adapter(b, 1), "legal": adapter(b, 2)}
     with pytest.raises(RouteError, match="say with rows="):

@@ -67,7 +67,7 @@ def stops_among(answers: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
-def test_rows_that_leave_change_no_answer(name, monkeypatch):
+def test_dropping_finished_rows_does_not_change_answers(name, monkeypatch):
     b = base({**CUT, **WHOLE}[name]())
     free = [x.tokens for x in answered(b, [Request(tokens) for tokens in asked()], SamplingParams(BUDGET))]
     stops = stops_among(free)
@@ -87,7 +87,7 @@ def test_rows_that_leave_change_no_answer(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
 @pytest.mark.parametrize("begin", [20, 3])
-def test_a_beginning_that_is_computed_once_changes_no_answer(name, begin, monkeypatch):
+def test_shared_prefix_does_not_change_answers(name, begin, monkeypatch):
     b = base({**CUT, **WHOLE}[name]())
     beginning = tuple(range(40, 40 + begin))
     requests = [Request(beginning + tokens, None, (7, *range(90, 110))) for tokens in asked(rows=7)]
@@ -98,7 +98,7 @@ def test_a_beginning_that_is_computed_once_changes_no_answer(name, begin, monkey
     assert sizes[0] == (1 if once else len(requests))
 
 
-def test_each_adapter_has_its_own_beginning(monkeypatch):
+def test_each_adapter_has_its_own_shared_prefix(monkeypatch):
     b = base()
     adapters = {"a": adapter(b, 1), "b": adapter(b, 2)}
     begins = {"a": tuple(range(40, 70)), "b": tuple(range(41, 69)), None: tuple(range(80, 120))}
@@ -115,7 +115,7 @@ def test_each_adapter_has_its_own_beginning(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [16, 120])
-def test_a_window_that_counts_places_is_found_out(window, monkeypatch):
+def test_window_that_counts_padding_is_detected(window, monkeypatch):
     """GPT-Neo's local attention counts padding too, and declares its window in words of its own."""
     local = {"attention_types": [[["global", "local"], 1]], "window_size": window, "intermediate_size": 48}
     b = base(family("GPTNeo", num_layers=2, num_heads=4, **local))
@@ -129,7 +129,7 @@ def test_a_window_that_counts_places_is_found_out(window, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*UNPADDED])
-def test_prompts_of_one_length_run_together_where_padding_is_not_borne(name, monkeypatch):
+def test_same_length_batches_if_padding_is_not_supported(name, monkeypatch):
     b = base(UNPADDED[name]())
     requests = [Request(tokens) for tokens in asked(rows=8)]
     alone = [answered(b, [request], SamplingParams(12))[0] for request in requests]
@@ -141,13 +141,13 @@ def test_prompts_of_one_length_run_together_where_padding_is_not_borne(name, mon
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPT-2"])
-def test_half_precision_is_no_reason_to_answer_one_by_one(name, dtype):
+def test_half_precision_noise_does_not_disable_batching(name, dtype):
     model = CUT[name]().to(dtype)
     assert supports_left_padding(model, 0)
     assert supports_masked_gap(model, 0, 100)
 
 
-def test_a_trial_knows_the_model_as_it_is_now():
+def test_padding_probe_is_repeated_when_the_model_changes():
     model = CUT["Llama"]()
     assert supports_left_padding(model, 0)
     working, model.generate = model.generate, lambda **_: 1 / 0
@@ -166,7 +166,7 @@ def test_a_trial_knows_the_model_as_it_is_now():
     assert supports_left_padding(model, 0)
 
 
-def test_rows_of_one_length_share_frequencies_that_follow_it(monkeypatch):
+def test_same_length_rows_share_dynamic_rope_frequencies(monkeypatch):
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 2.0}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
     b = base(llama(rope_parameters=rope))
@@ -179,7 +179,7 @@ def test_rows_of_one_length_share_frequencies_that_follow_it(monkeypatch):
     assert sizes[4:] == [2]  # none of them gets that far
 
 
-def test_frequencies_that_follow_the_length_are_not_split():
+def test_dynamic_rope_disables_prefix_sharing():
     for kind, settings in (
         ("dynamic", {"factor": 2.0}),
         ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 2.0}),
@@ -192,7 +192,7 @@ def test_frequencies_that_follow_the_length_are_not_split():
         assert cache.gaps == (kind == "linear")
 
 
-def test_a_row_that_stays_keeps_its_adapter(monkeypatch):
+def test_remaining_rows_keep_their_adapters(monkeypatch):
     b = base()
     adapters = {"a": adapter(b, 1), "b": adapter(b, 2)}
     voices = ["a", None, "b", "a", "b", None, "a", "b", None]
@@ -209,7 +209,7 @@ def test_a_row_that_stays_keeps_its_adapter(monkeypatch):
         assert held.active == (None,)
 
 
-def test_drawn_answers_are_the_same_each_time_and_end_where_they_should(monkeypatch):
+def test_sampled_answers_are_reproducible_and_stop_correctly(monkeypatch):
     b = base()
     drawn = SamplingParams(BUDGET, temperature=1.5, seed=4)
     free = [x.tokens for x in answered(b, [Request(tokens) for tokens in asked()], drawn)]
@@ -223,7 +223,7 @@ def test_drawn_answers_are_the_same_each_time_and_end_where_they_should(monkeypa
     assert all(not set(x.tokens) & set(stops) for x in found)
 
 
-def test_beams_streams_and_wrapped_models_keep_their_rows(monkeypatch):
+def test_beams_streamers_and_wrapped_models_drop_no_rows(monkeypatch):
     b = base()
     requests = [Request(tokens, None, (7, 8, 9, *range(20, 90))) for tokens in asked()]
     sizes = sizes_of_passes(b.model, monkeypatch)

@@ -1,4 +1,4 @@
-"""One adapter in a live model: what attaching computes, what it refuses, what detaching gives back."""
+"""One adapter in a live model: results and refusals of attach, and what detach restores."""
 
 import copy
 import io
@@ -209,7 +209,7 @@ def test_low_rank_training_reaches_the_reduced_rank_optimum():
         assert closure().item() == pytest.approx(optimum, rel=1e-6)
 
 
-def test_tuning_by_powers_of_two_leaves_the_trajectory_bit_for_bit():
+def test_scaling_by_powers_of_two_keeps_the_trajectory_bit_for_bit():
     """(alpha/(p·q), p·U, learning rates p and q) is the same run; p, q powers of two, Adam's eps near 0."""
     results = []
     for p, q in [(1.0, 1.0), (4.0, 2.0)]:
@@ -233,7 +233,7 @@ def test_tuning_by_powers_of_two_leaves_the_trajectory_bit_for_bit():
     assert torch.equal(*results)
 
 
-def test_dropout_is_on_the_low_rank_path_alone_and_keeps_the_mean():
+def test_dropout_acts_only_on_the_low_rank_path_and_keeps_the_mean():
     net = nn.Sequential(nn.Linear(64, 8))
     adapter = toys.random_adapter(net, LoraConfig(rank=4, targets=["0"]), size=1.0)
     x = torch.randn(1, 64)
@@ -250,7 +250,7 @@ def test_dropout_is_on_the_low_rank_path_alone_and_keeps_the_mean():
         assert relative(net(x), plain + expected) < FLOAT32
 
 
-def test_autocast_uses_the_low_precision_and_gives_float32_gradients():
+def test_autocast_computes_in_low_precision_with_float32_gradients():
     net = toys.Mlp(32, 64, 16)
     adapter = toys.random_adapter(net)
     x = torch.randn(20, 32)
@@ -393,7 +393,7 @@ def test_a_checkpointed_backward_under_another_route_raises(backward_disabled):
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_detach_gives_everything_back(language_model, trainable):
+def test_detach_restores_everything(language_model, trainable):
     model = language_model
     next(iter(model.parameters())).requires_grad_(False)
     before = toys.snapshot(model)
@@ -406,7 +406,7 @@ def test_detach_gives_everything_back(language_model, trainable):
     assert toys.snapshot(model) == before
 
 
-def test_a_failed_attach_leaves_nothing_behind():
+def test_failed_attach_changes_nothing():
     class Odd(nn.Linear):
         def __call__(self, x):
             return nn.functional.linear(x, self.weight, self.bias)
@@ -443,7 +443,7 @@ class Gated(nn.Linear):
         (Gated, r"Gated fails in a trial on rows of 4 \(TypeError"),
     ],
 )
-def test_groups_leave_out_what_does_not_give_rows_and_the_advice_works(cls, why):
+def test_groups_skip_modules_without_tensor_output_and_advice_works(cls, why):
     net = nn.ModuleDict({"mlp": nn.ModuleDict({"router": cls(4, 4), "up_proj": nn.Linear(4, 8)})})
     before = toys.snapshot(net)
     for targets in ("all-linear", "mlp"):
@@ -459,7 +459,7 @@ def test_groups_leave_out_what_does_not_give_rows_and_the_advice_works(cls, why)
     assert toys.snapshot(net) == before
 
 
-def test_an_adapter_for_a_module_that_gives_no_tensor_is_refused():
+def test_module_without_tensor_output_is_refused():
     update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
     net = nn.Sequential(Router(4, 4))
     before = toys.snapshot(net)
@@ -544,7 +544,7 @@ def test_attach_and_adapter_round_trip():
         assert again[path].scale == adapter[path].scale
 
 
-def test_a_class_changed_meanwhile_is_an_error_and_nothing_is_half_detached():
+def test_changed_class_is_an_error_and_detach_is_all_or_nothing():
     class Other(nn.Linear):
         pass
 
@@ -573,7 +573,7 @@ def test_leaving_the_with_block_detaches_also_after_an_error():
 
 
 @pytest.mark.parametrize("targets", [["fc1"], ["fc2"]])
-def test_a_second_attachment_is_refused_with_the_ways_to_do_it(targets):
+def test_second_attachment_is_refused_with_alternatives(targets):
     net = toys.Mlp()
     with attach(net, LoraConfig(rank=2, targets=["fc1"])) as first:
         with pytest.raises(AttachError, match=r"detach it first.*sum.*bank"):
@@ -582,7 +582,7 @@ def test_a_second_attachment_is_refused_with_the_ways_to_do_it(targets):
         assert type(net.fc2) is nn.Linear
 
 
-def test_a_module_with_a_forward_of_its_own_is_refused():
+def test_module_with_instance_forward_is_refused():
     net = toys.Mlp()
     net.fc1.forward = net.fc1.forward
     with pytest.raises(AttachError, match=r"fc1 carries a forward of its own"):
@@ -665,7 +665,7 @@ def test_missing_sites_and_wrong_shapes_are_listed_together():
         attach(net, wrong)
 
 
-def test_a_wrong_kind_of_thing_is_named():
+def test_wrong_argument_type_is_named():
     with pytest.raises(AttachError, match="got dict"):
         attach(toys.Mlp(), {})  # type: ignore[arg-type]
     with pytest.raises(AttachError, match="got str"):
@@ -673,7 +673,7 @@ def test_a_wrong_kind_of_thing_is_named():
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_a_dropout_that_cannot_work_is_refused(dropout):
+def test_invalid_dropout_is_refused(dropout):
     net = toys.Mlp()
     with pytest.raises(ConfigError, match="dropout"):
         attach(net, toys.random_adapter(net), dropout=dropout)
@@ -695,7 +695,7 @@ def test_pickling_and_saving_an_attached_model_is_refused(llama, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_save_pretrained_of_the_users_own_survives(llama):
+def test_custom_save_pretrained_is_kept(llama):
     llama.save_pretrained = own = lambda *args: "mine"
     attach(llama, LoraConfig(rank=2)).detach()
     assert llama.save_pretrained is own
@@ -714,7 +714,7 @@ def test_a_deep_copy_works_and_is_independent():
         assert torch.equal(twin(x), adapted)
 
 
-def test_the_plan_and_the_card_say_what_was_done(llama):
+def test_plan_and_card_describe_the_attachment(llama):
     with attach(llama, LoraConfig(rank=4, targets=["q_proj", "down_proj"])) as attachment:
         assert attachment.plan.matches["q_proj"] == (
             "model.layers.0.self_attn.q_proj",
@@ -728,7 +728,7 @@ def test_the_plan_and_the_card_say_what_was_done(llama):
     assert not card.conv1d
 
 
-def test_the_same_seed_gives_the_same_start():
+def test_same_seed_gives_the_same_initial_factors():
     first, second, other = (attach(toys.Mlp(), LoraConfig(rank=2), seed=s).adapter() for s in (3, 3, 4))
     assert torch.equal(first["fc1"].U, second["fc1"].U)
     assert not torch.equal(first["fc1"].U, other["fc1"].U)
@@ -742,7 +742,7 @@ def test_a_base_that_is_not_frozen_keeps_its_gradients():
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_going_on_from_an_adapter_makes_one_of_this_base(llama):
+def test_continued_adapter_gets_the_fingerprint_of_this_base(llama):
     stranger = Adapter(dict(toys.random_adapter(llama).items()))
     assert stranger.card is None
     with attach(llama, stranger, trainable=True) as attachment:
@@ -780,7 +780,7 @@ class Vision(nn.Module):
         ("tower.block", r"a ModuleDict that holds other layers: name those \(fc\)"),
     ],
 )
-def test_what_is_no_linear_is_called_what_it_is(path, what):
+def test_error_names_the_kind_of_unsupported_modules(path, what):
     net = nn.ModuleDict({"tower": Vision()})
     name = path.rpartition(".")[2]
     for target in (path, name, f"(?:{name}|nothing)"):

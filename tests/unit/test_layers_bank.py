@@ -1,4 +1,4 @@
-"""Several adapters in one model: every row gets its own, and the base comes back bit for bit."""
+"""Several adapters in one model: every row gets its own, and detaching restores the base bit for bit."""
 
 import copy
 
@@ -73,7 +73,7 @@ def test_each_row_gets_its_own_adapter(net, adapters, plain, names, inner, grad)
         assert relative(net(x), torch.stack(expected)) < EXACT
 
 
-def test_rows_that_use_the_base_are_the_base_bit_for_bit(net, adapters):
+def test_base_rows_equal_the_base_bit_for_bit(net, adapters):
     net = net.float()
     x = torch.randn(3, 5, 6)
     base = net(x)
@@ -172,7 +172,7 @@ def test_the_bank_does_not_share_memory_with_the_value(net, adapters):
     assert torch.equal(adapters["both"]["fc1"].dense(), kept)
 
 
-def test_detach_gives_everything_back(language_model):
+def test_detach_restores_everything(language_model):
     before = toys.snapshot(language_model)
     adapters = {str(i): toys.random_adapter(language_model, seed=i) for i in range(3)}
     with bank(language_model, adapters) as b, b.rows(["0", "2"]):
@@ -221,7 +221,7 @@ def test_loading_is_all_or_nothing(net, adapters):
     assert toys.snapshot(net) == before
 
 
-def test_a_module_that_passes_the_adapter_by_is_refused():
+def test_module_that_bypasses_the_adapter_is_refused():
     class Odd(nn.Linear):
         def __call__(self, x):
             return nn.functional.linear(x, self.weight, self.bias)
@@ -233,7 +233,7 @@ def test_a_module_that_passes_the_adapter_by_is_refused():
     assert type(net[0]) is Odd
 
 
-def test_shared_modules_have_one_place_in_the_bank():
+def test_shared_modules_have_one_entry_in_the_bank():
     net = nn.Sequential(nn.Linear(6, 6).double())
     net.append(net[0])
     update = LowRank(torch.randn(6, 2).double(), torch.randn(2, 6).double())
@@ -314,7 +314,7 @@ def test_generating_with_mixed_rows_is_generating_with_merged_models(language_mo
     assert not torch.equal(expected[0][:, 5:], answers(model, prompts[:1], **settings)[:, 5:])
 
 
-def test_few_rows_and_many_rows_get_the_same(net, adapters, monkeypatch) -> None:
+def test_small_and_large_batches_give_the_same_results(net, adapters, monkeypatch) -> None:
     x = torch.randn(4, 5, 6).double()
     with bank(net, adapters) as held, held.rows(["both", None, "second", "first"]), torch.no_grad():
         few = net(x)
@@ -322,7 +322,7 @@ def test_few_rows_and_many_rows_get_the_same(net, adapters, monkeypatch) -> None
         assert relative(net(x), few) < EXACT
 
 
-def test_numbers_that_are_not_finite_in_the_dtype_of_the_base_are_refused(net, adapters) -> None:
+def test_non_finite_values_in_the_base_dtype_are_refused(net, adapters) -> None:
     broken = Adapter({"fc1": LowRank(torch.ones(6, 1), torch.full((1, 10), 1e6), 1.0)})
     net.half()
     with bank(net) as held:

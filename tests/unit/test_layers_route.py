@@ -1,4 +1,4 @@
-"""Which row uses which slot."""
+"""Routes: the slot of each row."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_switching_and_back():
     assert route.slots == (1,)
 
 
-def test_the_guard_compares_slots_not_moments():
+def test_backward_check_compares_slots_not_objects():
     route = Route((1,))
     x = torch.ones(2, requires_grad=True)
     y = route.guard(x * 2)
@@ -66,7 +66,7 @@ def test_the_guard_compares_slots_not_moments():
         y.sum().backward()
 
 
-def test_nothing_is_guarded_without_gradients():
+def test_no_backward_check_without_gradients():
     y = torch.ones(2)
     assert Route((1,)).guard(y) is y
 

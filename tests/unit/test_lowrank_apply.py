@@ -1,4 +1,4 @@
-"""The fused step and its plain twins."""
+"""The fused low-rank step, compared with plain operations."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_gradients_agree_with_finite_differences(dxh, bias, shape):
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_what_is_needed_gets_a_gradient(needs):
+def test_only_required_gradients_are_computed(needs):
     W = torch.randn(4, 6, requires_grad=True)
     b = torch.randn(4, requires_grad=True)
     tensors = [torch.randn(s, requires_grad=n) for s, n in zip([(5, 6), (2, 6), (2, 4)], needs, strict=True)]
@@ -85,7 +85,7 @@ def test_the_outputs_may_be_changed_in_place(shape, bias):
 
 @pytest.mark.parametrize("inner", [(), (1,), (3,), (2, 3)])
 @pytest.mark.parametrize("rows", [0, 1, 4])
-def test_gathered_rows_bring_their_own_factors(inner, rows):
+def test_gathered_rows_use_their_factors(inner, rows):
     x = torch.randn(rows, *inner, 6).double()
     U_rows, V = torch.randn(rows, 2, 6).double(), torch.randn(rows, 2, 4).double()
     got = gathered_term(x, U_rows, V)
@@ -95,7 +95,7 @@ def test_gathered_rows_bring_their_own_factors(inner, rows):
 
 
 @pytest.mark.parametrize("inner", [(), (1,), (2, 3)])
-def test_stacked_factors_are_used_by_their_own_rows_alone(inner):
+def test_stacked_factors_affect_only_their_rows(inner):
     x, slots = torch.randn(4, *inner, 6).double(), torch.tensor([2, 0, 1, 2])
     U_rows, V = torch.randn(3, 2, 6).double(), torch.randn(3, 2, 4).double()
     uses = torch.arange(3).repeat_interleave(2) == slots[:, None]

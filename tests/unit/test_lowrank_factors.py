@@ -1,4 +1,4 @@
-"""`LowRank` as a value: what it is made of, what it refuses, what it computes for shapes at the edges."""
+"""`LowRank` as a value: its parts, refusals, and results for edge cases of shapes."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def random(
     return LowRank(torch.randn(d, r, dtype=dtype), torch.randn(r, h, dtype=dtype), scale)
 
 
-def test_it_knows_its_sizes():
+def test_update_has_shape_rank_and_parameters():
     a = random()
     assert isinstance(a, Update)
     assert (a.d, a.h, a.rank, a.shape) == (7, 5, 3, (7, 5))
@@ -44,7 +44,7 @@ def test_it_is_frozen():
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_factors_that_do_not_go_together_are_refused(U, V, message):
+def test_mismatched_factors_are_refused(U, V, message):
     with pytest.raises(ShapeError, match=message):
         LowRank(U, V)
 
@@ -63,7 +63,7 @@ def test_only_updates_are_added():
         random().inner(1)  # type: ignore[arg-type]
 
 
-def test_operators_leave_the_operands_alone():
+def test_operators_do_not_change_operands():
     a, b = random(), random(r=2)
     before = [t.clone() for t in (a.U, a.V, b.U, b.V)]
     _ = 0.5 * a + b * 2.0 - a
@@ -71,7 +71,7 @@ def test_operators_leave_the_operands_alone():
     assert all(torch.equal(x, y) for x, y in zip(before, (a.U, a.V, b.U, b.V), strict=True))
 
 
-def test_scaling_touches_no_number_of_the_factors():
+def test_scaling_does_not_change_factors():
     a = random()
     doubled = 2.0 * a
     assert doubled.U is a.U
@@ -79,7 +79,7 @@ def test_scaling_touches_no_number_of_the_factors():
     assert doubled.scale == 2.0 * a.scale
 
 
-def test_sums_of_equal_scale_touch_no_number_either():
+def test_sums_of_equal_scale_do_not_change_factors():
     a, b = random(scale=0.3), random(scale=0.3)
     total = a + b
     assert total.scale == 0.3
@@ -125,7 +125,7 @@ def test_a_zero_update_has_no_nan_anywhere(which):
     assert (zero + a).delta_norm() == pytest.approx(a.delta_norm(), rel=EXACT)
 
 
-def test_what_cancels_has_norm_zero():
+def test_cancelling_updates_have_norm_zero():
     a = random(scale=3.0)
     assert (a - a).delta_norm() < 1e-13 * a.delta_norm()
     near = LowRank(a.U, a.V * (1 + 1e-9), a.scale)
@@ -152,7 +152,7 @@ def test_apply_is_dense_for_any_leading_shape():
         torch.testing.assert_close(a.apply(x), x @ a.dense(), rtol=EXACT, atol=1e-12)
 
 
-def test_two_values_are_equal_only_if_they_are_one():
+def test_values_are_equal_only_to_themselves():
     a = random()
     assert a == a
     assert a != LowRank(a.U, a.V, a.scale)

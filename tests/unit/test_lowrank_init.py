@@ -1,4 +1,4 @@
-"""Starting factors: their law, and that a seed fixes them."""
+"""Initial factors: their distribution and their seed."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_a_seed_fixes_the_start(name):
     assert not torch.equal(one, other)
 
 
-def test_the_global_state_is_left_alone():
+def test_global_random_state_is_unchanged():
     before = torch.random.get_rng_state()
     for init in INITS.values():
         init(30, 4, seeded())

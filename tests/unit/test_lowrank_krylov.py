@@ -33,7 +33,7 @@ def test_the_top_of_a_dense_matrix(d, h):
     torch.testing.assert_close(top.right @ top.right.mT, torch.eye(k, dtype=W.dtype), rtol=0, atol=EXACT)
 
 
-def test_the_residual_is_told_truly_where_the_iteration_is_too_short():
+def test_residual_is_correct_for_too_few_iterations():
     W = torch.randn(300, 300, dtype=torch.float64)
     top, whole = top_svd(Shifted(W), 20, passes=2), dense_svd(W)
     assert top.residual.max() > 1e-2 * top.sigma[0]
@@ -55,7 +55,7 @@ def test_a_sum_is_never_formed_but_decomposed():
     torch.testing.assert_close(top.sigma, torch.linalg.svdvals(W - 0.7 * U @ V)[:5], rtol=SIGMA, atol=EXACT)
 
 
-def test_a_matrix_of_small_rank_and_one_of_none():
+def test_matrices_of_small_rank_and_rank_zero():
     W = torch.outer(torch.randn(8), torch.randn(9)).double()
     top = top_svd(Shifted(W), 1)
     assert float(top.sigma[0]) == pytest.approx(frobenius(W), rel=EXACT)
@@ -120,7 +120,7 @@ def test_the_bound_certifies_random_directions():
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_bound_with_the_weights_own_directions_is_better(steps):
+def test_bound_with_singular_directions_of_w_is_tighter(steps):
     W = spiked(300, 200)
     q = torch.linalg.qr(torch.randn(200, 2, dtype=torch.float64)).Q
     spaces = [KrylovSpace(Shifted(W)) for _ in range(2)]
@@ -166,7 +166,7 @@ def test_the_top_of_a_sum_is_that_of_the_dense_one(d, h, size, dtype):
     torch.testing.assert_close(found.back, W.mT @ found.top.left, rtol=0, atol=1e-4)
 
 
-def test_the_top_of_a_sum_that_has_not_converged_says_so():
+def test_unconverged_directions_of_a_sum_are_reported():
     W = torch.randn(400, 400, dtype=torch.float64)
     parts = LowRank(torch.randn(400, 2).double(), torch.randn(2, 400).double(), 1e-3).svd()
     found = top_of_sum(W, parts, top_svd(Shifted(W), 10, passes=2).right.mT, 10, passes=2)

@@ -53,14 +53,14 @@ def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
         assert torch.equal(product(x, weight), torch.nn.functional.linear(x, weight))
 
 
-def test_the_choice_ends_with_its_block() -> None:
+def test_kernel_choice_ends_with_its_block() -> None:
     x, weight = torch.randn(40, 50), torch.randn(60, 50)
     with pytest.raises(ZeroDivisionError), kernels("onednn"):
         raise ZeroDivisionError
     assert torch.equal(product(x, weight), torch.nn.functional.linear(x, weight))
 
 
-def test_kernel_caches_are_limited_before_the_first_product_and_the_users_own_values_stay() -> None:
+def test_kernel_caches_are_limited_unless_the_user_set_them() -> None:
     code = (
         "import os; from brushstroke.base.device import limit_kernel_caches as limit; limit(); "
         "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], os.environ['LRU_CACHE_CAPACITY'])"

@@ -98,7 +98,7 @@ def test_rounded_factors_have_the_rank_that_they_had(dtype, d, h, r, kind):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_small_directions_with_columns_of_their_own_are_no_rounding(dtype):
+def test_small_directions_in_separate_columns_are_not_rounding(dtype):
     """In factors that were cut by an SVD each is right to its own size, far below the first's rounding."""
     sigma = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
     left, right = (torch.linalg.qr(torch.randn(n, 3, dtype=torch.float64)).Q for n in (80, 60))
@@ -114,7 +114,7 @@ def test_factors_that_use_all_their_rank_keep_it():
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_entries_below_the_smallest_number_of_a_dtype_are_judged_by_it(dtype):
+def test_subnormal_entries_use_the_smallest_number_of_their_dtype(dtype):
     size = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest one
     factor = torch.full((100, 1), 4 * size, dtype=torch.float64).to(dtype)
     off = float(rounding_along(factor, torch.ones(1, 1, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""Merging: the sum in wide precision, rounded once; no trace in the result, the base untouched."""
+"""Merging in memory: the sum is rounded once, the result is plain, the base does not change."""
 
 import copy
 import sys
@@ -26,7 +26,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def test_merged_is_adapted(language_model):
+def test_merged_model_equals_adapted_model(language_model):
     model = language_model
     adapter = toys.random_adapter(model)
     tokens = torch.randint(0, toys.VOCABULARY, (3, 11))
@@ -91,7 +91,7 @@ def test_the_share_that_survives_is_what_was_measured(dtype):
 
 
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_blocks_of_columns_give_what_the_whole_gives(monkeypatch, layout):
+def test_merging_by_column_blocks_equals_merging_at_once(monkeypatch, layout):
     W = torch.randn(48, 64).mT if layout == "linear" else torch.randn(64, 48)
     W = W.to(torch.bfloat16)
     update = LowRank(torch.randn(64, 2), torch.randn(2, 48), 0.3)
@@ -104,7 +104,7 @@ def test_blocks_of_columns_give_what_the_whole_gives(monkeypatch, layout):
         assert getattr(blocked, name) == pytest.approx(getattr(drift, name), rel=1e-4)
 
 
-def test_an_update_that_rounding_would_eat_is_refused():
+def test_update_lost_in_rounding_is_refused():
     net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
     with torch.no_grad():
         net[0].weight.fill_(1.0)
@@ -124,7 +124,7 @@ def test_an_update_that_rounding_would_eat_is_refused():
         (torch.float32, float("-inf"), 0.0, "the base's weight holds non-finite values"),
     ],
 )
-def test_numbers_that_are_not_finite_are_refused(dtype, weight, factor, said):
+def test_non_finite_values_are_refused(dtype, weight, factor, said):
     net = nn.Sequential(nn.Linear(6, 5)).to(dtype)
     with torch.no_grad():
         net[0].weight[2, 3] = weight
@@ -160,7 +160,7 @@ def test_merging_the_result_of_two_merges_is_refused(llama):
         merge(twice, adapter)
 
 
-def test_a_path_in_place_of_an_adapter_is_refused(tmp_path):
+def test_path_instead_of_adapter_is_refused(tmp_path):
     for attempt in (
         lambda: merge(nn.Sequential(nn.Linear(2, 2)), "adapter"),
         lambda: merge_folder(tmp_path, tmp_path / "adapter", tmp_path / "out"),
@@ -216,7 +216,7 @@ class Pair(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_forward_of_its_own_is_tried_out(dtype):
+def test_custom_forward_is_tested_before_merging(dtype):
     factors = LowRank(torch.randn(24, 2), torch.randn(2, 16), 0.2).to(dtype)
     x = torch.randn(3, 24, dtype=dtype)
     for kind in (Scaled, Ternary):

@@ -1,4 +1,4 @@
-"""A merged model is verified on made-up inputs, whatever its forward takes, and what they miss is told."""
+"""Verification of merged models on generated inputs, and reports of what these do not reach."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ INPUTS = (  # of each kind: text, choices, text to text, spectrograms, waves, im
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_a_wrong_merge_is_seen_on_every_kind_of_input(tmp_path: Path, kind: str) -> None:
+def test_wrong_merge_is_detected_on_every_kind_of_input(tmp_path: Path, kind: str) -> None:
     model = kinds.made(kind)
     adapter = adapter_of(model, *kinds.KINDS[kind][1])
     out = merged(model, adapter, tmp_path)
@@ -53,7 +53,7 @@ def test_a_wrong_merge_is_seen_on_every_kind_of_input(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["LLaVA", "CLIP", "Whisper", "T5", "Qwen2-VL"])
-def test_each_part_of_a_composite_model_is_seen(tmp_path: Path, kind: str) -> None:
+def test_wrong_merge_is_detected_in_each_part_of_a_composite_model(tmp_path: Path, kind: str) -> None:
     """A wrong weight far from the text: in the tower of images, in the encoder."""
     model = kinds.made(kind)
     adapter = adapter_of(model, *kinds.KINDS[kind][1])
@@ -70,14 +70,14 @@ def test_each_part_of_a_composite_model_is_seen(tmp_path: Path, kind: str) -> No
         assert found.drift > 10 * EXACT, name
 
 
-def test_names_of_all_outputs_are_told(tmp_path: Path) -> None:
+def test_report_names_all_compared_outputs(tmp_path: Path) -> None:
     model = kinds.made("T5")
     adapter = adapter_of(model, "q")
     out = merged(model, adapter, tmp_path)
     assert check_merged(Base(model), adapter, out).outputs == ("logits", "encoder_last_hidden_state")
 
 
-def test_a_model_that_no_input_can_be_made_for_is_merged_and_says_so(tmp_path: Path) -> None:
+def test_model_without_generated_inputs_is_merged_and_reported(tmp_path: Path) -> None:
     sizes = {"num_input_channels": 2, "context_length": 32, "patch_length": 4, "patch_stride": 4}
     body = {"d_model": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 64}
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_a_model_that_no_input_can_be_made_for_is_merged_and_says_so(tmp_path: P
     assert "PatchTSTForPrediction takes past_values, " in report.logit_drift_skipped
 
 
-def test_sites_that_only_other_inputs_reach_are_told(tmp_path: Path) -> None:
+def test_unreached_sites_are_reported(tmp_path: Path) -> None:
     """Mllama's images come in tiles with ids of their aspect ratios, which nobody makes up."""
     body = {"hidden_size": 32, "num_hidden_layers": 2, "attention_heads": 4, "intermediate_size": 64}
     layers = {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64}
@@ -120,7 +120,7 @@ def test_sites_that_only_other_inputs_reach_are_told(tmp_path: Path) -> None:
     assert "`aspect_ratio_ids` must be provided" in report.logit_drift_skipped
 
 
-def test_a_model_that_draws_numbers_is_compared_on_the_same_draw(tmp_path: Path) -> None:
+def test_random_models_are_compared_with_the_same_seed(tmp_path: Path) -> None:
     """VITS gives another sound each time."""
     flows = {"flow_size": 32, "spectrogram_bins": 17, "prior_encoder_num_flows": 1}
     waves = {"prior_encoder_num_wavenet_layers": 1, "posterior_encoder_num_wavenet_layers": 1}
@@ -139,7 +139,7 @@ def test_a_model_that_draws_numbers_is_compared_on_the_same_draw(tmp_path: Path)
     assert found.drift < EXACT
 
 
-def test_numbers_that_are_not_finite_agree_only_with_themselves() -> None:
+def test_non_finite_outputs_equal_only_themselves() -> None:
     from brushstroke.merging.verify import _difference
 
     masked = torch.tensor([1.0, -math.inf, math.nan])
@@ -151,7 +151,7 @@ def test_numbers_that_are_not_finite_agree_only_with_themselves() -> None:
     assert _difference(masked[:2], masked) == math.inf
 
 
-def test_sites_that_a_model_never_runs_are_not_blamed_on_the_inputs(tmp_path: Path) -> None:
+def test_sites_that_never_run_are_reported_as_such(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.Zamba2Config(
         vocab_size=64,

@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross-entropy on whole logits."""
+"""The chunked loss against torch's cross-entropy on full logits."""
 
 import math
 
@@ -12,7 +12,7 @@ from brushstroke.packed.cross_entropy import chunked_cross_entropy, summed_loss
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("words", [1, 7, 50, 10**9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pieces_give_loss_and_gradient_of_whole_logits(bias: bool, words: int, dtype: torch.dtype) -> None:
+def test_chunked_loss_and_gradient_equal_full_logits(bias: bool, words: int, dtype: torch.dtype) -> None:
     m, d, v = 37, 8, 50
     hidden = torch.randn(m, d, dtype=dtype, requires_grad=True)
     weight, offset = torch.randn(v, d, dtype=dtype), torch.randn(v, dtype=dtype) if bias else None
@@ -51,7 +51,7 @@ def test_the_only_possible_word_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("bias", [[float("inf"), 0.0, 0.0], [0.0, float("nan"), 0.0]])
-def test_a_logit_that_is_no_number_is_not_hidden(bias: list[float]) -> None:
+def test_nan_logit_gives_nan_loss(bias: list[float]) -> None:
     loss = chunked_cross_entropy(
         torch.randn(1, 4), torch.randn(3, 4), torch.tensor(bias), torch.tensor([0]), torch.ones(1), 2
     )
@@ -66,7 +66,7 @@ def test_an_offset_of_all_logits_changes_nothing(offset: float) -> None:
     assert loss.item() == pytest.approx(2 * math.log(2500), rel=1e-5)
 
 
-def test_a_graph_that_is_kept_gives_its_gradient_again() -> None:
+def test_retained_graph_gives_the_same_gradient_twice() -> None:
     hidden = torch.randn(2, 4, requires_grad=True)
     loss = chunked_cross_entropy(hidden, torch.randn(30, 4), None, torch.tensor([0, 3]), torch.ones(2))
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
@@ -87,7 +87,7 @@ def test_in_half_precision_the_gradient_of_a_likely_word_keeps_its_size() -> Non
     assert (gradient - exact).norm() / exact.norm() < 0.05
 
 
-def test_a_loss_of_the_users_own_may_average_or_use_the_weights() -> None:
+def test_custom_loss_may_average_or_use_weights() -> None:
     logits, targets = torch.randn(11, 7), torch.randint(0, 7, (11,))
     ones = torch.ones(11)
     built_in = summed_loss(logits, targets, ones, None)

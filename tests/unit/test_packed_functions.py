@@ -1,4 +1,4 @@
-"""Our own norm, rotation and feed-forward block against plain operations."""
+"""The fused norm, rotation and feed-forward block against plain operations."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def factors(linears):
 
 @pytest.mark.parametrize("ranks", [(2, 3, 1), (2, 0, 3), (0, 0, 4)])
 @pytest.mark.parametrize("dxh", [True, False])
-def test_linears_that_share_an_input(ranks, dxh):
+def test_shared_input_projections_equal_separate_linears(ranks, dxh):
     x = torch.randn(2, 5, 6, **DOUBLE, requires_grad=True)
     linears = [parts(6, h, rank, dxh, bias=h == 4) for h, rank in zip((4, 3, 5), ranks, strict=True)]
     found, expected = lowrank_linears(x, linears), [apart(x, part) for part in linears]
@@ -90,7 +90,7 @@ def test_linears_that_share_an_input(ranks, dxh):
 @pytest.mark.parametrize("ranks", [(2, 3, 1), (0, 2, 0), (0, 0, 0)])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_block_is_its_three_linears(act, ranks, gated, keep):
+def test_mlp_equals_its_three_linears(act, ranks, gated, keep):
     x = torch.randn(2, 5, 6, **DOUBLE, requires_grad=True)
     gate, up, down = parts(6, 9, ranks[0]) if gated else None, parts(6, 9, ranks[1]), parts(9, 6, ranks[2])
     plain = PLAIN[act]
@@ -99,7 +99,7 @@ def test_the_block_is_its_three_linears(act, ranks, gated, keep):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_block_keeps_its_input_and_what_enters_the_activation_alone(keep):
+def test_mlp_saves_only_its_input_and_pre_activations(keep):
     saved = []
     x = torch.randn(50, 64, requires_grad=True)
     linears = [

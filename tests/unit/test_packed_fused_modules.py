@@ -1,4 +1,4 @@
-"""Which modules our functions take over, and that nothing is left of it afterwards."""
+"""The modules that run fused functions, and their restoration."""
 
 import copy
 
@@ -90,7 +90,7 @@ def test_the_gradients_are_those_of_the_model_itself(family) -> None:
                 assert (ours.grad / result.trained_tokens - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
 
 
-def test_the_model_runs_its_own_code_again_afterwards(family) -> None:
+def test_original_forward_is_restored(family) -> None:
     model, _ = family
     classes = [type(module) for module in model.modules()]
     attributes = [set(module.__dict__) for module in model.modules()]
@@ -104,7 +104,7 @@ def test_the_model_runs_its_own_code_again_afterwards(family) -> None:
     assert torch.equal(model(tokens).logits, before)
 
 
-def test_a_norm_that_looks_like_ours_and_is_not_keeps_its_own_forward() -> None:
+def test_similar_but_different_norm_keeps_its_forward() -> None:
     class CubeRMSNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,13 +131,13 @@ def gradients_are_the_models_own(model: nn.Module) -> bool:
             return all(torch.allclose(a.grad / trained, b.grad, rtol=1e-3, atol=1e-5) for a, b in pairs)
 
 
-def test_a_norm_that_gets_fewer_columns_than_its_weight_has_runs_its_own_forward() -> None:
+def test_norm_on_fewer_columns_uses_its_original_forward() -> None:
     torch.manual_seed(0)
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     assert gradients_are_the_models_own(FalconMambaForCausalLM(FalconMambaConfig(**small)).eval())
 
 
-def test_a_model_that_fails_with_our_functions_is_trained_without_them() -> None:
+def test_model_that_fails_with_fused_functions_trains_without_them() -> None:
     class Watching(nn.Module):
         """A parent that looks at the class of its child, as no probe of the child can tell."""
 
@@ -161,7 +161,7 @@ def test_a_model_that_fails_with_our_functions_is_trained_without_them() -> None
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0, 40.0, 200.0])
-def test_of_two_formulas_that_both_pass_in_bf16_the_nearer_one_is_taken(gain: float) -> None:
+def test_closer_of_two_passing_formulas_is_used_in_bf16(gain: float) -> None:
     norm = GemmaRMSNorm(64).to(torch.bfloat16).requires_grad_(False).eval()
     norm.weight.fill_(gain)
     fusion = fuse(nn.Sequential(norm))
@@ -170,7 +170,7 @@ def test_of_two_formulas_that_both_pass_in_bf16_the_nearer_one_is_taken(gain: fl
     fusion.remove()
 
 
-def test_attention_that_soft_caps_is_left_to_itself() -> None:
+def test_soft_capped_attention_is_not_fused() -> None:
     model = made(Gemma2Config, Gemma2ForCausalLM)
     with Training(model, LoraConfig(rank=3)) as run:
         assert run.step.fusion.counts["attentions"] == 0
@@ -178,7 +178,7 @@ def test_attention_that_soft_caps_is_left_to_itself() -> None:
 
 
 @pytest.mark.parametrize("inside", ["up_proj", "act_fn"])
-def test_a_hook_on_a_part_of_a_block_is_not_passed_over(inside) -> None:
+def test_module_with_hook_is_not_fused(inside) -> None:
     model = tiny_llama()
     with Training(model, LoraConfig(rank=3)) as run:
         seen = []
@@ -192,7 +192,7 @@ def test_a_hook_on_a_part_of_a_block_is_not_passed_over(inside) -> None:
         assert seen
 
 
-def test_dropout_on_the_low_rank_path_runs_the_modules_own_code() -> None:
+def test_low_rank_dropout_uses_the_original_forward() -> None:
     model = tiny_llama()
     with Training(model, LoraConfig(rank=3, dropout=0.5)) as run:
         randomise(run.parameters)
@@ -201,7 +201,7 @@ def test_dropout_on_the_low_rank_path_runs_the_modules_own_code() -> None:
 
 
 @pytest.mark.parametrize("kind", ["norm", "block"])
-def test_a_call_that_the_probe_did_not_make_runs_the_modules_own_code(kind: str) -> None:
+def test_unprobed_call_uses_the_original_forward(kind: str) -> None:
     def gated(base: type[nn.Module]) -> type[nn.Module]:
         return type(base)(
             base.__name__, (base,), {"forward": lambda self, x, gate=1.0: base.forward(self, x) * gate}
@@ -266,19 +266,19 @@ class OtherEpsRMSNorm(LlamaRMSNorm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [ClampedMLP, TupleMLP, ClampedRMSNorm, OutsideRMSNorm, OtherEpsRMSNorm])
-def test_what_shows_in_small_or_large_inputs_or_in_the_form_of_the_output_is_seen(kind, dtype) -> None:
+def test_probe_detects_differences_in_input_size_and_output_shape(kind, dtype) -> None:
     module = kind(32 if issubclass(kind, LlamaRMSNorm) else tiny_llama().config)
     module = module.to(dtype).requires_grad_(False).eval()
     assert not fuse(nn.Sequential(module)).counts.total()
 
 
-def test_attention_that_clips_values_which_are_seldom_met_is_left_to_itself() -> None:
+def test_attention_that_clips_rare_values_is_not_fused() -> None:
     model = tiny_olmo(clip_qkv=8.0).requires_grad_(False)
     assert fuse(model).counts == {"feed-forward blocks": 2}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_bf16_the_same_modules_are_ours(name: str) -> None:
+def test_same_modules_are_fused_in_bf16(name: str) -> None:
     make, counts = FAMILIES[name]
     with Training(make().to(torch.bfloat16), LoraConfig(rank=3)) as run:
         found = run.step.fusion.counts
@@ -286,7 +286,7 @@ def test_in_bf16_the_same_modules_are_ours(name: str) -> None:
         assert run.packed
 
 
-def test_angles_of_another_precision_run_packed_by_the_attentions_own_code() -> None:
+def test_rotary_angles_of_another_dtype_use_the_original_attention() -> None:
     batch = examples()
     with Training(tiny_olmo(dtype=torch.bfloat16), LoraConfig(rank=3)) as run:
         assert run.packed, run.step.forward_reason

@@ -1,4 +1,4 @@
-"""Packing: every example once, prefixes that are really shared, no trained token in them."""
+"""Packing: every example once, prefixes contain only shared tokens, none of them trained."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_texts_trained_whole_share_nothing() -> None:
     assert all(group.prefix == 0 for group in share_prefixes([row, row]))
 
 
-def test_passes_of_a_step_are_of_about_equal_size() -> None:
+def test_passes_of_a_step_have_similar_sizes() -> None:
     rows = [made([i] * 50, [1] * 10) for i in range(20)]
     sizes = [part.computed_tokens for part in plan_passes(rows, 1024, share=False)]
     assert len(sizes) == 2
@@ -108,7 +108,7 @@ def test_examples_of_one_length_that_share_nothing_are_one_call_of_attention() -
     assert [(piece.rows, piece.width, piece.pad) for piece in layout.pieces] == [(6, 14, None)]
 
 
-def test_what_follows_the_last_target_is_not_computed() -> None:
+def test_tokens_after_the_last_target_are_not_computed() -> None:
     row = made([1, 2, 3], [4, 5], tail=[6, 7, 8])
     layout = lay_out(Pass((Group(0, (row,)),)), torch.device("cpu"))
     assert layout.tokens.tolist() == [[1, 2, 3, 4]]

@@ -1,4 +1,4 @@
-"""A prefix of several passes runs once: the same losses and gradients as rows by themselves."""
+"""A prefix of several passes runs once, with the losses and gradients of separate rows."""
 
 import copy
 from functools import partial
@@ -118,7 +118,7 @@ def moving_model(kind: str, limit: int) -> nn.Module:
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
-def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, moved: bool) -> None:
+def test_dynamic_rope_is_restored_after_each_use(kind: str, moved: bool) -> None:
     def state() -> list[tuple[str, object]]:
         tensors = [(name, x.tolist()) for name, x in model.named_buffers()]
         numbers = (int, float, type(None))
@@ -146,7 +146,7 @@ def test_a_model_with_moving_frequencies_is_as_before_after_each_use(kind: str, 
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
-def test_moving_frequencies_stay_in_their_tensors(kind: str) -> None:
+def test_dynamic_rope_frequencies_stay_in_their_tensors(kind: str) -> None:
     model = moving_model(kind, 60)
     before = dict(model.named_buffers())
     evaluate_loss(model, [LONG])
@@ -155,7 +155,7 @@ def test_moving_frequencies_stay_in_their_tensors(kind: str) -> None:
     assert all(buffer is before[name] for name, buffer in model.named_buffers())
 
 
-def test_an_interrupt_as_frequencies_are_forgotten_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_rope_reset_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = moving_model("dynamic", 60)
     model(input_ids=torch.tensor([LONG.tokens]))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -173,7 +173,7 @@ def test_an_interrupt_as_frequencies_are_forgotten_changes_nothing(monkeypatch: 
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by kind"])
-def test_moving_frequencies_stay_usable_after_a_pass_in_inference_mode(kind: str) -> None:
+def test_dynamic_rope_works_after_a_pass_in_inference_mode(kind: str) -> None:
     model = moving_model(kind, 60)
     tokens = torch.tensor([LONG.tokens])
     expected = moving_model(kind, 60)(input_ids=tokens).logits
@@ -187,7 +187,7 @@ def test_moving_frequencies_stay_usable_after_a_pass_in_inference_mode(kind: str
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_a_row_has_one_loss_whatever_stands_behind_its_last_target(kind: str) -> None:
+def test_loss_does_not_depend_on_tokens_after_the_last_target(kind: str) -> None:
     limit = 60
     tokens = tuple(range(3, 63)) * 2
     with Training(moving_model(kind, limit), LoraConfig(rank=2), max_length=128) as run:
@@ -200,7 +200,7 @@ def test_a_row_has_one_loss_whatever_stands_behind_its_last_target(kind: str) ->
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 @pytest.mark.parametrize("micro_tokens", [MICRO, 4096])
-def test_rows_that_move_the_frequencies_of_others_run_alone(kind: str, micro_tokens: int) -> None:
+def test_rows_that_change_rope_frequencies_run_alone(kind: str, micro_tokens: int) -> None:
     """The prefix alone, and shorter rows, would turn their keys by other frequencies than long rows do."""
     limit = 75
     model = partial(moving_model, kind, limit)
@@ -256,7 +256,7 @@ def test_a_layer_that_runs_twice_computes_its_prefix_in_each_pass() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_prefix_is_dropped_where_a_pass_fails() -> None:
+def test_prefix_cache_is_freed_when_a_pass_fails() -> None:
     batch = examples(**BATCH)
     with Training(tiny_llama(), LoraConfig(rank=4), micro_tokens=MICRO) as run:
         randomise(run.parameters)
@@ -273,7 +273,9 @@ def test_a_prefix_is_dropped_where_a_pass_fails() -> None:
 
 
 @given(st.integers(1, 400), st.integers(8, 300), st.lists(st.integers(1, 60), min_size=2, max_size=24))
-def test_a_held_prefix_is_computed_once_and_leaves_room(micro: int, prefix: int, suffixes: list[int]) -> None:
+def test_cached_prefix_is_computed_once_and_leaves_room_for_passes(
+    micro: int, prefix: int, suffixes: list[int]
+) -> None:
     rows = [
         Row.of(
             Example(

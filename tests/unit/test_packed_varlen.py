@@ -1,6 +1,6 @@
-"""A packed row as sequences: with a kernel that follows their bounds, attention is that of the pieces.
+"""A packed row as sequences: with a varlen kernel, attention equals that of the blocks.
 
-The kernel itself needs a GPU (tests/gpu); here its documented meaning stands in for it.
+The kernel itself needs a GPU (tests/gpu); here, a function with its documented behaviour replaces it.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def laid_out(rows: list[Example]) -> Layout:
 
 @settings(deadline=None)
 @given(batches(), st.sampled_from([None, 1, 3, 12]), st.sampled_from([None, 0.3]))
-def test_output_and_gradients_are_those_of_the_pieces(
+def test_varlen_output_and_gradients_equal_those_of_the_blocks(
     rows: list[Example], window: int | None, scale: float | None
 ) -> None:
     layout = laid_out(rows)

@@ -39,7 +39,7 @@ def test_bars_keep_the_order_of_groups_and_names():
 
 
 @pytest.mark.usefixtures("drawing")
-def test_a_figure_goes_into_a_page():
+def test_page_accepts_a_figure():
     page = Page("Title")
     page.figure(curves({"one": [(0, 1), (1, 0.1)]}, x="x", y="y", log_y=True), "caption")
     assert "<svg" in page.html()
@@ -69,7 +69,7 @@ def test_a_map_shows_what_is_missing_in_grey():
 
 @pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize("value", [0, 7.5])
-def test_a_map_of_equal_numbers_has_the_weakest_colour(value):
+def test_map_of_equal_numbers_is_pale(value):
     svg = heatmap(Panel("intruders", [[value] * 3] * 2))
     assert svg.count(f'fill="{COLDEST}"') == 6
 

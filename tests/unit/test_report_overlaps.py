@@ -1,4 +1,4 @@
-"""The figures of φ(i, j): what stands at which cell, what is grey, which matrices come first."""
+"""The figures of φ(i, j): contents of cells, grey cells, order of matrices."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def drawn(found, side="left", corner=True, swapped=False):
     return overlaps(records, x_title="j", y_title="i", measure="ΔW", choose=CHOICES, corner=corner)
 
 
-def test_cells_stand_where_the_paper_draws_them():
+def test_cells_are_placed_as_in_the_paper():
     """φ(i, j) with i of the smaller rank downwards, j across: q beside v, corners grey where j > i."""
     found = subspace(adapter(3, 1), adapter(7, 2))
     panels = cells_of(drawn(found))
@@ -134,7 +134,7 @@ def test_the_smaller_rank_is_counted_downwards_whichever_comes_first():
         )
 
 
-def test_two_seeds_of_one_rank_are_drawn_whole():
+def test_equal_ranks_are_drawn_in_full():
     found = subspace(adapter(4, 1), adapter(4, 2))
     panels = cells_of(drawn(found, corner=False))
     assert list(panels) == ["q_proj", "v_proj", "random pair"]
@@ -160,7 +160,7 @@ def test_q_and_v_come_first_then_o_and_k_then_the_rest():
     assert "φ(i, j), ΔW" in words
 
 
-def test_studies_draw_the_vectors_of_A_beside_those_of_the_update():
+def test_studies_draw_vectors_of_A_and_of_the_update():
     pair = adapter(3, 1), adapter(7, 2)
     found = {of: subspace(*pair, of=of) for of in ("delta", "U")}
     figures = {one.name: one for one in overlap_figures(found, "ranks", i="i", j="j", corner=True)}

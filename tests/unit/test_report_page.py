@@ -44,7 +44,7 @@ def test_page_needs_no_network_and_fits_a_phone_and_the_dark():
     assert "<?xml" not in document
 
 
-def test_columns_of_numbers_stand_to_the_right():
+def test_columns_of_numbers_are_right_aligned():
     page = Page("Title")
     page.table(["name", "count", "share"], [["a", 1, "50 %"], ["b", 2, "–"]])
     document = page.html()
@@ -53,7 +53,7 @@ def test_columns_of_numbers_stand_to_the_right():
 
 
 @pytest.mark.parametrize("svg", ["no figure", '<svg onload="x()"></svg>', "<svg><script>x()</script></svg>"])
-def test_what_is_no_plain_svg_is_refused(svg):
+def test_invalid_or_scripted_svg_is_refused(svg):
     with pytest.raises(ValueError, match="without scripts"):
         Page("Title").figure(svg)
 
@@ -66,13 +66,13 @@ def test_write_replaces_a_page_and_makes_the_folder(tmp_path):
     assert [entry.name for entry in target.parent.iterdir()] == ["page.html"]
 
 
-def test_write_where_a_file_stands_in_the_way(tmp_path):
+def test_write_below_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot write"):
         Page("Title").write(tmp_path / "file" / "page.html")
 
 
-def test_charts_are_in_the_page_with_what_draws_them():
+def test_page_with_charts_contains_the_drawing_code():
     page = Page("Charts")
     record = {"arm": "</script><b>", "loss": 1.0}
     page.chart(dots([record], name="arm", value="loss", title="loss"), "Below.")

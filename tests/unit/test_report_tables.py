@@ -57,12 +57,12 @@ def test_latex_escapes_every_special_character():
         ("< 0.0001", r"\ensuremath{<} 0.0001"),
     ],
 )
-def test_latex_sets_numbers_as_such(cell, expected):
+def test_latex_writes_numbers_in_math_mode(cell, expected):
     lines = latex_text(["x"], [[cell]]).splitlines()
     assert lines[4] == rf"{expected} \\"
 
 
-def test_columns_of_numbers_stand_to_the_right():
+def test_columns_of_numbers_are_right_aligned():
     text = latex_text(
         ["site", "norm", "verdict"], [["q", "1.5", "intruder"], ["v", "–", "known"]], "a\nb % c"
     )

@@ -50,7 +50,7 @@ def wheel(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("write", "source"), [(source_archive, True), (wheel, False)])
-def test_the_file_is_fetched_once_and_said(monkeypatch, write, source):
+def test_file_is_downloaded_once_with_a_message(monkeypatch, write, source):
     commands = pip_that_writes(monkeypatch, write)
     said = []
     wanted = asset(source=source)
@@ -63,7 +63,7 @@ def test_the_file_is_fetched_once_and_said(monkeypatch, write, source):
     assert [entry.name for entry in wanted.path.parent.iterdir()] == ["file.xml"]
 
 
-def test_another_content_is_refused_and_leaves_nothing(monkeypatch):
+def test_wrong_content_is_refused_and_removed(monkeypatch):
     pip_that_writes(monkeypatch, source_archive)
     wanted = asset(content=b"something else")
     with pytest.raises(AssetError, match="SHA-256"):

@@ -1,4 +1,4 @@
-"""What the source of a class tells: weights read past their layer, and layers without gradients."""
+"""Facts from the source of a class: weights read without their layer, and layers without gradients."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_the_projections_that_a_mixer_reads_itself_are_left_out_of_groups_and_re
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "falcon_h1", "nemotron_h"])
-def test_what_peft_refuses_is_refused(name):
+def test_bypassed_weights_that_peft_refuses_are_refused(name):
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
@@ -223,20 +223,20 @@ class Unreached(Two):
         (UnderANameOfItsOwn, set()),
     ],
 )
-def test_reads_are_found_wherever_forward_gets_to_and_nowhere_else(cls, expected):
+def test_weight_reads_are_found_only_where_forward_can_reach(cls, expected):
     assert set(weights_read_by(cls())) == expected
     assert {site.path for site in find_sites(nn.Sequential(cls())) if site.bypassed} == {
         f"0.{path}" for path in expected
     }
 
 
-def test_a_setting_that_is_on_opens_its_branch():
+def test_branch_of_an_enabled_setting_counts():
     net = SwitchedOff()
     net.config = {"fused": True}
     assert set(weights_read_by(net)) == {"b"}
 
 
-def test_a_class_without_source_is_taken_as_it_is():
+def test_class_without_source_is_accepted():
     space: dict[str, type] = {}
     exec("class Made(Two):\n    def forward(self, x):\n        return x @ self.b.weight", {"Two": Two}, space)
     assert weights_read_by(space["Made"]()) == {}

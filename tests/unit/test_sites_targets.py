@@ -1,4 +1,4 @@
-"""From patterns to sites: nothing matches by accident, nothing is skipped in silence."""
+"""Resolution of patterns to sites: no accidental matches, nothing silently skipped."""
 
 import re
 
@@ -103,7 +103,7 @@ def test_names_suffixes_and_expressions(pattern, count):
 @pytest.mark.parametrize(
     "pattern", ["proj", "_proj", "q_pro", "attn.q_proj", "layers.0", "Q_PROJ", "*.q_proj", "("]
 )
-def test_what_matches_nothing(pattern):
+def test_unmatched_patterns_are_errors(pattern):
     """Neither part of a name nor part of a path is enough, and a glob is no expression."""
     with pytest.raises(TargetError, match="matches no site"):
         picked(pattern, LLAMA)
@@ -122,14 +122,14 @@ def test_all_unmatched_patterns_are_listed_with_near_misses():
     assert "all-linear, attention, mlp" in message
 
 
-def test_matches_are_told_by_pattern_in_model_order():
+def test_matches_are_reported_by_pattern_in_model_order():
     plan = resolve_targets(LoraConfig(rank=2, targets=["v_proj", "attention"]), sites(LLAMA))
     assert plan.matches["v_proj"] == tuple(p for p in LLAMA if p.endswith("v_proj"))
     assert plan.matches["attention"] == tuple(p for p in LLAMA if "self_attn" in p)
     assert list(plan.ranks) == [p for p in LLAMA if "self_attn" in p]
 
 
-def test_the_first_pattern_that_matches_counts():
+def test_first_matching_pattern_applies():
     config = LoraConfig(
         rank=8,
         alpha=16,
@@ -167,7 +167,7 @@ def test_a_rank_too_large_is_refused_by_name_and_lowered_in_groups():
     }
 
 
-def test_heads_and_tied_weights_need_their_name():
+def test_heads_and_tied_weights_must_be_named():
     all_sites = sites(
         LLAMA[:1],
         head=Site("lm_head", 16, 12, is_output=True),
@@ -204,14 +204,14 @@ EXPERTS = [
         (["q_proj", r"layers\.0\..*"], {1, 2}),
     ],
 )
-def test_weights_that_are_no_sites_are_named_where_the_targets_select_them(targets, skipped):
+def test_selected_weights_that_are_not_sites_are_named(targets, skipped):
     others = [Other("tower.conv", "Conv2d", weighs=True), *EXPERTS[1:4], EXPERTS[0], EXPERTS[4]]
     plan = resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA), others)
     assert set(plan.skipped) == {others[i].path for i in skipped}
     assert plan.ranks == resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA)).ranks
 
 
-def test_a_pattern_that_selects_no_site_says_what_it_selects():
+def test_error_names_what_a_pattern_without_sites_selects():
     attention = sites(
         [path for path in LLAMA if "attn" in path], gone=Site("mlp.fc1", 8, 8, bypassed="unread")
     )

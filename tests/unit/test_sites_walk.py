@@ -1,4 +1,4 @@
-"""From a module to its sites."""
+"""Finding the sites of a module."""
 
 import pytest
 import torch
@@ -29,19 +29,19 @@ def test_sites_of_a_gpt2(gpt2):
     assert sites["lm_head"].kind == "linear"
 
 
-def test_a_tied_head_knows_its_embedding(tied_llama):
+def test_tied_head_has_its_embedding_as_tie(tied_llama):
     sites = {site.path: site for site in find_sites(tied_llama)}
     assert sites["lm_head"].tied_to == "model.embed_tokens"
 
 
-def test_other_modules_are_no_sites():
+def test_other_modules_are_not_sites():
     net = nn.Sequential(
         nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Bilinear(4, 4, 4), nn.ReLU()
     )
     assert find_sites(net) == []
 
 
-def test_a_class_that_is_only_called_conv1d_is_no_site():
+def test_other_class_named_conv1d_is_not_a_site():
     class Conv1D(nn.Module):
         weight = torch.zeros(3, 3)
 
@@ -58,7 +58,7 @@ def test_weights_are_seen_as_dxh(module):
     assert W.data_ptr() == module.weight.data_ptr()
 
 
-def test_packed_weights_are_none():
+def test_quantised_weights_are_none():
     module = nn.Linear(6, 4)
     module.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
     assert weight_dxh(module) is None
@@ -66,7 +66,7 @@ def test_packed_weights_are_none():
     assert weight_dxh(module) is None
 
 
-def test_others_are_all_that_is_no_site(llama):
+def test_others_lists_all_weights_that_are_not_sites(llama):
     others = {other.path: other for other in find_others(llama, find_sites(llama))}
     sites = {site.path for site in find_sites(llama)}
     paths = {path for path, _ in llama.named_modules()}
@@ -76,7 +76,7 @@ def test_others_are_all_that_is_no_site(llama):
     assert others["model.embed_tokens"].reason == "an Embedding, which cannot be adapted yet"
 
 
-def test_weights_that_are_no_sites_are_known_by_their_axes():
+def test_other_weights_have_their_axes():
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -88,7 +88,7 @@ def test_weights_that_are_no_sites_are_known_by_their_axes():
     assert found == {"conv": "Conv1d", "experts": "Experts", "experts.up": "bare 3-D parameter"}
 
 
-def test_what_is_below_a_site_belongs_to_it_and_a_shared_weight_counts_once():
+def test_submodules_of_sites_belong_to_them_and_shared_weights_count_once():
     conv = nn.Conv1d(4, 4, 1)
     net = nn.ModuleDict({"a": conv, "b": conv, "fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
     others = {other.path: other for other in find_others(net, find_sites(net))}
@@ -97,7 +97,7 @@ def test_what_is_below_a_site_belongs_to_it_and_a_shared_weight_counts_once():
     assert not others["b"].weighs
 
 
-def test_a_trial_runs_one_module_of_each_class_with_a_forward_of_its_own():
+def test_trial_runs_one_module_of_each_class_with_custom_forward():
     class Counted(nn.Linear):
         runs = 0
 
@@ -141,7 +141,7 @@ def test_a_missing_module_has_a_hint():
         site_module(toys.Mlp(), "fc11")
 
 
-def test_walking_changes_nothing(llama):
+def test_finding_sites_changes_nothing(llama):
     before = toys.snapshot(llama)
     find_sites(llama)
     assert toys.snapshot(llama) == before

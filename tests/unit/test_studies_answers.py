@@ -1,4 +1,4 @@
-"""What the questions claim of given numbers."""
+"""The claims of the studies for given numbers."""
 
 from itertools import combinations
 
@@ -28,7 +28,7 @@ def ceiling(other):
     return {(a, b): rows for (a, b), rows in other.items() if a < b}
 
 
-def test_a_block_that_fills_its_side_is_not_tested_and_counts_in_no_correction():
+def test_full_blocks_are_not_tested_and_not_counted_in_corrections():
     same, other = overlaps((2, 8), 1 + ROUNDING, 0.9), overlaps((2, 8), 1.0, 0.3)
     other |= {(b, a): rows for (a, b), rows in other.items()}
     left, right = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])
@@ -42,7 +42,7 @@ def test_a_block_that_fills_its_side_is_not_tested_and_counts_in_no_correction()
     assert (rows[0][4], rows[0][8]) == ("–", "–")
 
 
-def test_what_the_other_task_shares_with_itself_stands_beside_what_it_shares_with_the_task():
+def test_answer_compares_overlaps_within_and_with_the_other_task():
     same, other, within = overlaps((8, 8), 0.6, 0.7), overlaps((8, 8), 0.3, 0.35), overlaps((8, 8), 0.4, 0.5)
     other |= {(b, a): rows for (a, b), rows in other.items()}
     tests = _tests(same, other, within, ["layers.0.q_proj"], [(2, 2)])
@@ -63,7 +63,7 @@ def test_where_nothing_can_be_tested_no_block_is_named():
     assert len(_block_table(tests).rows) == 4
 
 
-def test_above_the_other_task_alone_is_not_called_shared():
+def test_overlap_not_above_chance_is_not_called_shared():
     same, other = overlaps((8, 8), 0.1, 0.1), overlaps((8, 8), 0.01, 0.01)  # chance is 0.25
     other |= {(b, a): rows for (a, b), rows in other.items()}
     tests = _tests(same, other, ceiling(other), ["layers.0.q_proj"], [(2, 2)])
@@ -104,7 +104,7 @@ def over_seeds_of(mean, noise=(0.0, 0.01, -0.01, 0.005)):
     return {seed: mean + e for seed, e in enumerate(noise)}
 
 
-def test_the_order_of_sets_is_told_and_what_is_shown_of_them():
+def test_answer_states_order_of_sets_and_shown_differences():
     losses = {
         "a": over_seeds_of(1.0, (0.0, 0.002, 0.001)),
         "b": over_seeds_of(1.0, (0.001, 0.0, 0.002)),
@@ -116,7 +116,7 @@ def test_the_order_of_sets_is_told_and_what_is_shown_of_them():
     assert answer.endswith("a is shown to be lower than c on these test rows.")
 
 
-def test_what_holds_on_these_test_rows_alone_is_called_that():
+def test_differences_only_on_these_test_rows_are_labelled():
     """Two sets are far below the best on average, one of them on some rows only."""
     losses = {
         "a": over_seeds_of(1.0, (0.0, 0.002, 0.001)),
@@ -134,7 +134,7 @@ def test_what_holds_on_these_test_rows_alone_is_called_that():
     assert told["uneven"].endswith(expected)
 
 
-def test_a_large_p_is_told_neither_as_a_difference_nor_as_equality():
+def test_large_p_claims_neither_difference_nor_equality():
     noise = (0.0, 0.2, -0.2), (0.1, -0.1, 0.0)
     answer = targets_answer({"a": over_seeds_of(1.0, noise[0]), "b": over_seeds_of(1.01, noise[1])})
     assert "Of 1 pair 0 are shown to be apart, and 0 to be equal within ±0.01 nats" in answer
@@ -146,7 +146,7 @@ def test_one_seed_of_sets_claims_nothing():
     assert "nothing to compare" in targets_answer({"a": {0: 1.0}})
 
 
-def test_a_step_that_raises_the_loss_is_told():
+def test_rank_step_that_raises_the_loss_is_reported():
     answer = rank_answer({1: over_seeds_of(2.0), 2: over_seeds_of(3.0, (0.01, -0.01, 0.0, 0.0))})
     assert "shown to lower the loss (Tukey over 4 seeds; residual standard deviation" in answer
     assert "): none. Steps that raise it: 1 to 2." in answer
@@ -169,7 +169,7 @@ def test_ranks_are_called_equal_only_within_the_margin():
     assert rank_answer(losses, 1e-4).endswith("equal within ±0.0001 nats: none.")
 
 
-def test_every_rank_is_compared_with_the_training_of_w_itself():
+def test_every_rank_is_compared_with_full_fine_tuning():
     noise = (0.0, 0.01, -0.01, 0.005)
     answer = rank_answer(
         {1: over_seeds_of(2.0), 2: over_seeds_of(1.5, noise[::-1]), "W": over_seeds_of(1.5, (0.01, 0, 0, 0))}

@@ -35,7 +35,7 @@ def arm_runner(llama, tmp_path) -> ArmRunner:
     ],
     ids=lambda arm: arm.name,
 )
-def test_a_run_scores_and_leaves_the_base_as_it_was(arm_runner, arm):
+def test_run_scores_and_does_not_change_the_base(arm_runner, arm):
     before = snapshot(arm_runner.base.model)
     outcome = arm_runner.run(Run(arm, 1e-2, 3))
     after = snapshot(arm_runner.base.model)
@@ -84,7 +84,7 @@ def _logits(model, examples):
 
 
 @pytest.mark.parametrize("arm", [low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))], ids=lambda arm: arm.name)
-def test_a_model_that_has_learnt_nothing_does_not_diverge(arm_runner, arm):
+def test_untrained_model_has_no_divergence(arm_runner, arm):
     before = snapshot(arm_runner.base.model)
     session = arm_runner._open(Run(arm, 1e-3, 0))
     assert divergence(session, arm_runner.general) == 0
@@ -136,11 +136,13 @@ def test_the_losses_of_single_rows_are_those_of_each_row_alone(arm_runner, rows)
 def test_a_run_keeps_the_losses_of_its_test_rows(arm_runner):
     for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
         outcome = arm_runner.run(Run(arm, 1e-3, 0))
-        assert len(outcome.test_rows) == 6
-        assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
+        assert len(outcome.test_invalid_rows_are_refused) == 6
+        assert sum(outcome.test_invalid_rows_are_refused) == pytest.approx(
+            outcome.test.loss * outcome.test.tokens, rel=1e-6
+        )
 
 
-def test_a_run_that_diverges_says_so(arm_runner):
+def test_diverged_run_is_marked(arm_runner):
     arm_runner.config = TrainConfig(max_steps=6, clip=0.0)
     outcome = arm_runner.run(Run(whole("q,v", QV, (1.0,)), 1e30, 0))
     assert outcome.diverged

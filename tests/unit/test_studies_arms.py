@@ -35,7 +35,7 @@ def test_the_papers_table_five():
     assert not found.left_out
 
 
-def test_a_set_that_cannot_meet_the_budget_is_left_out_and_said():
+def test_set_that_cannot_meet_the_budget_is_left_out_and_reported():
     sites = [Site("a.q", 4, 4), Site("b.up", 100, 4)]
     found = equal_budget({"q": ("q",), "up": ("up",)}, sites, 16)
     assert [arm.name for arm in found.arms] == ["q r=2"]
@@ -66,7 +66,7 @@ def test_the_sets_of_a_model():
     assert found == ["q", "k", "v", "o", "q,k", "q,v", "q,k,v,o", "gate,up,down", "up,down", "all"]
 
 
-def test_runs_have_keys_and_starts_of_their_own():
+def test_runs_have_distinct_keys_and_initial_factors():
     arm = low_rank("q", ("q_proj",), 8)
     runs = [
         Run(arm, 1e-3, 0),
@@ -95,7 +95,7 @@ def test_matrices_of_one_name_in_two_places_keep_their_places():
     assert found["c_fc,mlp.c_proj"] == ("c_fc", "mlp.c_proj")
 
 
-def test_rates_that_nearly_agree_have_keys_of_their_own_and_usual_ones_the_keys_of_old():
+def test_nearly_equal_rates_have_distinct_keys_and_old_keys_stay():
     arm = low_rank("q", ("q_proj",), 8)
     rates = (1e-3, 1.0000001e-3, 1e-5, 1.0, 30.0, 1 / 3, 1e30)
     keys = [Run(arm, rate, 0).key for rate in rates]
@@ -105,12 +105,12 @@ def test_rates_that_nearly_agree_have_keys_of_their_own_and_usual_ones_the_keys_
     assert usual == ["0.001-seed0", "1e-05-seed0", "1-seed0", "30-seed0"]
 
 
-def test_no_two_rates_of_whole_weights_become_one():
+def test_full_fine_tuning_rates_stay_distinct():
     assert whole("q", ("q_proj",), (3.2e-3, 1e-2)).rates == (3.2e-4, 1e-3)
     assert len(set(whole("q", ("q_proj",), (1e-3, 1.001e-3)).rates)) == 2
 
 
 @pytest.mark.parametrize("budget", [0, -8])
-def test_a_budget_of_nothing_is_not_the_default_one(budget):
+def test_budget_of_zero_is_not_the_default(budget):
     with pytest.raises(ConfigError, match="at least 1"):
         TargetsStudy(budget=budget)

@@ -1,4 +1,4 @@
-"""Arms over seeds as blocks, against scipy and a least-squares fit; and what is claimed of them."""
+"""Arms over seeds as blocks, against scipy and a least-squares fit; and the claims made from them."""
 
 import importlib.util
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_interval_and_p_agree_about_every_pair():
             assert one.significant() == (not one.difference.low <= 0 <= one.difference.high)
 
 
-def test_an_effect_of_the_seeds_alone_does_not_matter():
+def test_block_effects_do_not_change_comparisons():
     values = study(1)
     moved = {arm: {s: value + 100 * s for s, value in seeds.items()} for arm, seeds in values.items()}
     for one, other in zip(compare_all(values).differences, compare_all(moved).differences, strict=True):
@@ -144,7 +144,7 @@ def test_one_seed_and_no_seed_in_common_claim_nothing():
     assert compare_all({}).differences == ()
 
 
-def test_differences_of_rounding_are_no_evidence():
+def test_rounding_differences_are_not_significant():
     one, two = {0: 0.1 + 0.2, 1: 0.7 + 0.1, 2: 0.1 + 0.7 + 0.2}, {0: 0.3, 1: 0.8 - 1e-16, 2: 1 - 1e-16}
     (found,) = compare_all({"a": one, "b": two}).differences
     assert found.p == 1.0
@@ -152,7 +152,7 @@ def test_differences_of_rounding_are_no_evidence():
     assert exact.p == 0.0
 
 
-def test_equality_takes_an_interval_inside_of_the_margin():
+def test_equality_requires_an_interval_within_the_margin():
     """A large p is not enough: noisy arms without a difference are not called equal."""
     noisy, quiet = compare_all(study(0)), compare_all(study(0, scale=1e-3))
     assert all(one.p > 0.05 for one in noisy.differences)
@@ -170,7 +170,7 @@ def test_arms_that_differ_by_the_margin_are_rarely_called_equal():
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_margin_that_is_none_is_refused(margin):
+def test_invalid_margin_is_refused(margin):
     for kind in (RankStudy, TargetsStudy):
         with pytest.raises(ConfigError, match="margin of equality"):
             kind(margin=margin)
@@ -227,7 +227,7 @@ def test_intervals_on_new_rows_are_wider_and_cover():
         assert one.new_rows.low <= 0 <= one.new_rows.high
 
 
-def test_where_a_runs_rows_are_missing_there_is_no_interval_on_new_rows():
+def test_no_interval_on_new_rows_without_row_losses():
     rows = row_losses(ARMS, 3, 20, 0.5)
     rows.sums["a"][1] = ()
     found = compare_all(study(0), rows)
@@ -262,7 +262,7 @@ def test_nine_arms_and_three_seeds_err_rarely_and_find_four_standard_deviations(
     assert equal["paired t, Holm"] < 0.1
 
 
-def test_the_simulation_judges_as_the_library_does(simulation):
+def test_simulation_uses_the_same_tests_as_the_library(simulation):
     values = study(7, tuple("abcdefghi"))
     values["a"] = {s: value + 6 for s, value in values["a"].items()}
     table = np.array([[list(seeds.values()) for seeds in values.values()]])

@@ -1,4 +1,4 @@
-"""How far arms stray from the base at equal task loss, of made-up runs."""
+"""Divergence of arms from the base at equal task loss, for made-up runs."""
 
 from fractions import Fraction
 from types import SimpleNamespace
@@ -64,30 +64,30 @@ def test_between_two_points_the_root_is_linear(level, expected):
     assert at_loss([(3.0, 0.0), *quadratic(0.1, (2.0, 1.0))], level) == pytest.approx(expected)
 
 
-def test_a_loss_that_rises_again_counts_where_it_was_first_reached():
+def test_equal_loss_is_taken_where_it_is_first_reached():
     assert at_loss([(3.0, 0.0), (1.0, 0.04), (1.5, 0.09), (0.5, 0.16)], 1.0) == pytest.approx(0.04)
 
 
-def test_without_a_reference_every_arm_stands_by_itself():
+def test_arms_without_reference_are_not_compared():
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0))}
     found = stray(results(curves), [FEW.name], None)
     assert found.data["ratios"] == []
     assert len(found.tables[0].columns) == len(found.tables[0].rows[0]) == 5
 
 
-def test_an_arm_that_learnt_nothing_makes_no_level():
+def test_arm_that_learnt_nothing_sets_no_common_level():
     curves = {FEW: [(3.1, 0.1), (3.2, 0.2), (3.3, 0.3)], FULL: quadratic(0.1, (2.5, 2.0, 1.0))}
     found = stray(results(curves), [FEW.name, FULL.name], FULL.name)
     assert "not known" in found.answer
     assert not found.tables
 
 
-def test_without_general_text_nothing_is_known():
+def test_no_divergence_without_general_text():
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0))}
     assert "--general" in stray(results(curves, general=False), [FEW.name], None).answer
 
 
-def test_shortened_arms_take_the_rate_of_the_whole_one():
+def test_shortened_arms_use_the_rate_of_the_full_arm():
     made = shortened_arms([FEW])
     assert [arm.name for arm in made] == ["q,v r=4, 1/4 of the steps", "q,v r=4, 1/2 of the steps"]
     assert {arm.rate_of for arm in made} == {FEW.name}

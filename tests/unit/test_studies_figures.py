@@ -1,4 +1,4 @@
-"""What the figures of the studies say beside their marks."""
+"""Axes, titles and menus of the figures of studies."""
 
 import re
 

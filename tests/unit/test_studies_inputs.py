@@ -21,7 +21,7 @@ def test_the_splits_of_one_data_set_share_no_row_even_where_rows_repeat(llama):
     assert "40 left out that were there twice" in material.told["data"]
 
 
-def test_what_is_held_out_by_name_is_not_learnt_from(llama):
+def test_named_held_out_rows_are_not_trained(llama):
     material = make_material(Base(llama), rows(5, 20), validation=rows(8, 2), test=rows(20, 10))
     task = material.tasks["task"]
     assert (len(task.train), len(task.validation), len(task.test)) == (13, 2, 10)

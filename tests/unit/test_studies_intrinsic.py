@@ -11,7 +11,7 @@ BEFORE, AFTER = Score(3.0, 0.30, 10), Score(1.0, 0.60, 10)
 TRIED = {10: Score(2.5, 0.53, 10), 100: Score(1.3, 0.54, 10), 1000: Score(1.19, 0.58, 10)}
 
 
-def test_both_definitions():  # the aims are 1.2 nats and 54 %
+def test_d90_by_both_definitions():  # the aims are 1.2 nats and 54 %
     found = {share: _d90(share, BEFORE, AFTER, TRIED, {0: AFTER}, {0: TRIED}) for share in (_gain, _accuracy)}
     assert (found[_gain].smallest, found[_accuracy].smallest) == (1000, 100)
     assert str(found[_gain]) == "1,000 (more than 100)"

@@ -1,4 +1,4 @@
-"""The presets: what they plan, and that the tiny one runs from nothing to its findings."""
+"""The presets: their plans, and a complete run of the tiny one."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_the_tiny_preset_trains_its_model_and_answers_every_question(monkeypatch
     assert {path.name for path in (tmp_path / "runs").iterdir()} == runs
 
 
-def test_the_tiny_tasks_share_no_32_bytes_between_what_is_learnt_and_what_is_held_out():
+def test_tiny_tasks_share_no_32_bytes_between_training_and_held_out_text():
     for task in tiny.tasks().values():
         pieces = [
             {bytes(e.tokens)[i : i + 32] for e in part for i in range(len(e) - 31)}

@@ -60,7 +60,7 @@ CONTROL = on_other_task(ARM)
 WITH_CONTROL = Estimate(1.0, 6, (ARM.name, CONTROL.name), (0, 1))
 
 
-def test_a_control_runs_at_the_rate_of_its_arm_alone(tmp_path):
+def test_control_runs_only_at_the_rate_of_its_arm(tmp_path):
     """However low its own loss were at another rate."""
     ledger = Ledger(lambda run: best_at(1e-2 if run.arm.name == "a" else 1e-1)(run))
     found = run(tmp_path, ledger, (ARM, CONTROL), plan=WITH_CONTROL)
@@ -130,7 +130,7 @@ def test_an_arm_at_the_edge_is_inconclusive_and_gets_no_further_seeds(tmp_path):
     assert {seed for *_, seed in ledger.asked} == {0}
 
 
-def test_a_rate_that_diverged_is_no_edge_to_stop_at(tmp_path):
+def test_diverged_rate_does_not_make_an_edge(tmp_path):
     def loss(run):
         return None if run.learning_rate > 1e-2 else best_at(1e-2)(run)
 
@@ -155,7 +155,7 @@ def test_a_tie_with_an_edge_is_at_the_edge(tmp_path, tied):
     assert found.losses() == {0: 6.0}
 
 
-def test_when_all_diverge_nothing_is_reported(tmp_path):
+def test_no_result_if_all_rates_diverge(tmp_path):
     with pytest.raises(TrainingError, match="every run diverged"):
         run(tmp_path, Ledger(lambda run: None))
 
@@ -176,7 +176,7 @@ class Timed:
         return 1
 
 
-def test_a_budget_leaves_out_seeds_then_arms_and_says_so():
+def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     arms = [Arm(name, ("q",), 2) for name in "abc"]
     grid = Grid((1e-3, 1e-2, 1e-1), (0, 1, 2))
     whole = estimate(Timed(), arms, grid)
@@ -205,7 +205,9 @@ def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
 
 def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     store = Store(tmp_path, identity(seeds=[0]))
-    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.0, 2.0)))
+    store.finish(
+        Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_invalid_rows_are_refused=(1.0, 2.0))
+    )
     (tmp_path / "mine.txt").write_text("mine")
     fresh = Store(tmp_path, identity(seeds=[1]), overwrite=True)
     assert fresh.outcome(Run(ARM, 0.1, 0)) is None
@@ -214,16 +216,16 @@ def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "study.json").read_text())["identity"] == identity(seeds=[1])
 
 
-def test_the_losses_of_test_rows_are_kept_beside_the_outcome(tmp_path):
+def test_row_losses_are_stored_with_the_outcome(tmp_path):
     store, run = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
-    store.finish(run, Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.23456789, 2.0)))
-    assert store.test_rows(run) == (1.234568, 2.0)
-    assert "test_rows" not in (tmp_path / "runs" / run.key / "outcome.json").read_text()
+    store.finish(run, Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_invalid_rows_are_refused=(1.23456789, 2.0)))
+    assert store.test_invalid_rows_are_refused(run) == (1.234568, 2.0)
+    assert "test_invalid_rows_are_refused" not in (tmp_path / "runs" / run.key / "outcome.json").read_text()
     assert store.outcome(run) == Outcome("a", 0.1, 0, 1, 1, 1, 0.1)
-    assert store.test_rows(Run(ARM, 0.1, 1)) == ()
-    (tmp_path / "runs" / run.key / "test_rows.json").write_text("[1, null]")
-    with pytest.raises(OutputError, match=r"test_rows.json is damaged; remove this file"):
-        store.test_rows(run)
+    assert store.test_invalid_rows_are_refused(Run(ARM, 0.1, 1)) == ()
+    (tmp_path / "runs" / run.key / "test_invalid_rows_are_refused.json").write_text("[1, null]")
+    with pytest.raises(OutputError, match=r"test_invalid_rows_are_refused.json is damaged; remove this file"):
+        store.test_invalid_rows_are_refused(run)
 
 
 def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
@@ -238,7 +240,7 @@ def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
     assert left == {"study.json", "runs/notes.txt", "figures/mine.png"}
 
 
-def test_the_time_that_is_left_counts_the_runs_of_a_wider_grid(tmp_path):
+def test_time_left_includes_runs_of_an_extended_grid(tmp_path):
     left = []
     store = Store(tmp_path, IDENTITY)
     conduct(
@@ -259,7 +261,7 @@ def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
     assert len({rate for _, rate, _ in ledger.asked}) == 2 + EXTENSIONS
 
 
-def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
+def test_overwrite_refuses_unknown_runs(tmp_path):
     """What an interrupted --overwrite may have left: never taken for runs of the new study."""
     Store(tmp_path, identity(seeds=[0])).finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1))
     (tmp_path / "study.json").unlink()
@@ -267,7 +269,7 @@ def test_overwrite_refuses_runs_that_nobody_knows(tmp_path):
         Store(tmp_path, identity(seeds=[0]), overwrite=True)
 
 
-def test_one_rate_is_no_grid():
+def test_single_rate_is_not_extended():
     with pytest.raises(ConfigError, match="at least two learning rates"):
         Grid((1e-3,), (0,))
 
@@ -283,7 +285,7 @@ def outcome_of(run: Run) -> Outcome:
     return Outcome(run.arm.name, run.learning_rate, run.seed, 1, 1, 1, 0.1)
 
 
-def test_overwrite_follows_no_name_out_of_the_figures(tmp_path):
+def test_overwrite_follows_no_path_out_of_the_figures_folder(tmp_path):
     folder = tmp_path / "a" / "study"
     (folder / "figures" / "sub").mkdir(parents=True)
     kept = [tmp_path / "victim.txt", folder / "mine.txt", folder / "figures" / "sub" / "x.png"]
@@ -306,7 +308,7 @@ def test_overwrite_follows_no_name_out_of_the_figures(tmp_path):
     assert not (folder / "figures" / "ranks.png").exists()
 
 
-def test_overwrite_removes_runs_of_ours_and_no_others(tmp_path):
+def test_overwrite_removes_only_runs_of_the_study(tmp_path):
     store = Store(tmp_path, IDENTITY)
     finished, killed = Run(ARM, 0.1, 0), Run(Arm("q, v: b", ("q",), 2), 1.0000001e-5, 3)
     store.finish(finished, outcome_of(finished))
@@ -350,13 +352,13 @@ def test_overwrite_follows_no_link(tmp_path, place):
     assert other.outcome(run) is not None
 
 
-def test_a_study_json_without_what_every_study_says_is_foreign(tmp_path):
+def test_study_json_without_required_keys_is_foreign(tmp_path):
     (tmp_path / "study.json").write_text('{"identity": {}, "notes": {}}')
     with pytest.raises(OutputError, match="was not written by a study"):
         Store(tmp_path, IDENTITY, overwrite=True)
 
 
-def test_a_kill_before_the_first_run_leaves_a_folder_that_goes_on(monkeypatch, tmp_path):
+def test_study_killed_before_the_first_run_can_continue(monkeypatch, tmp_path):
     """Wherever it comes: before study.json nothing of the study is there."""
 
     def killed(*_):
@@ -380,7 +382,7 @@ def test_what_a_kill_leaves_before_the_study_begins_is_no_foreign_file(tmp_path,
 
 
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", "null", '{"validation": 1}'])
-def test_a_damaged_outcome_is_named_with_what_to_do(tmp_path, content):
+def test_damaged_outcome_error_names_the_file_and_next_step(tmp_path, content):
     store, one = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
     store.finish(one, outcome_of(one))
     file = store.runs / one.key / "outcome.json"
@@ -401,27 +403,27 @@ def test_scores_of_other_types_are_damage(tmp_path):
         store.outcome(one)
 
 
-def test_an_update_that_is_gone_is_named_with_what_to_do(tmp_path):
+def test_missing_update_error_names_the_file_and_next_step(tmp_path):
     store, one = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
     store.finish(one, outcome_of(one))
     with pytest.raises(OutputError, match="and the run is done again"):
         store.adapter(one)
 
 
-def test_a_plan_that_is_none_is_refused():
+def test_invalid_plan_is_refused():
     told = {"arms": ["a"], "seeds": [0, 0.5], "left_out": [], "seconds": 1.0, "runs": 2}
     with pytest.raises(ValueError, match="whole numbers"):
         Estimate.from_dict(told)
 
 
-def test_a_wider_grid_goes_on_by_the_ratio_next_to_its_edge(tmp_path):
+def test_extended_grid_uses_the_ratio_at_its_edge(tmp_path):
     for best, beyond in ((1e-6, 1e-4 / 3), (1e3, 0.3 * 30)):
         ledger = Ledger(best_at(best))
         run(tmp_path / str(best), ledger, grid=Grid((1e-4, 3e-4, 1e-2, 0.3), (0,)))
         assert ledger.asked[4][1] == pytest.approx(beyond, rel=0.05)  # the first beyond the four
 
 
-def test_the_time_that_is_left_is_that_of_the_runs_shared_by_the_workers(tmp_path):
+def test_time_left_divides_runs_among_workers(tmp_path):
     """What else passes, such as the start of processes, is not part of a run."""
     left = []
     conduct(

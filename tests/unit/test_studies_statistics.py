@@ -49,7 +49,7 @@ def test_the_one_sided_p_is_scipys():
     assert exceeds([0.3, 0.3], 0.1) == 0.0
 
 
-def test_differences_of_rounding_are_no_evidence():
+def test_rounding_differences_are_not_significant():
     """Computed numbers that should be equal differ by some 1e-16, and always to the same side."""
     assert exceeds([1e-15, 1.1e-15, 1e-15], 0.0) == 1.0
     assert exceeds([0.3 + 1e-16, 0.1 + 0.2, 0.3], 0.3) == 1.0

@@ -1,4 +1,4 @@
-"""A study's folder and its results as JSON: what is damaged is told, what is nearly equal kept apart."""
+"""A study's folder and its results as JSON: damage is reported, nearly equal rates stay distinct."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def material(llama) -> Material:
 @pytest.mark.parametrize(
     "plan", [{"foo": 1}, [1], 3, {**PLAN, "seconds": "x"}, {**PLAN, "arms": 5}, {**PLAN, "seeds": []}]
 )
-def test_a_damaged_plan_is_one_error_that_names_the_file_and_what_to_do(material, tmp_path, plan):
+def test_damaged_plan_error_names_the_file_and_next_step(material, tmp_path, plan):
     file = tmp_path / "study.json"
     file.write_text(json.dumps({"identity": IDENTITY, "notes": {"plan": plan}}))
     with pytest.raises(OutputError, match=r"is damaged; start over \(--overwrite\)") as told:
@@ -36,7 +36,7 @@ def test_a_damaged_plan_is_one_error_that_names_the_file_and_what_to_do(material
 
 
 @pytest.mark.parametrize("notes", [{"untouched": {"task": 5}}, {"untouched": [1]}, {"seconds": "x"}])
-def test_other_damaged_notes_are_told_before_anything_runs(material, tmp_path, notes):
+def test_damaged_study_files_are_reported_before_any_run(material, tmp_path, notes):
     def untold(*_):
         pytest.fail("ran")
 
@@ -55,7 +55,7 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-def test_rates_that_nearly_agree_are_two_in_the_results():
+def test_nearly_equal_rates_are_separate_in_results():
     tried = {1e-3: 1.0, 1.0000001e-3: 2.0, 1.0: None}
     found = ArmResult(Arm("q", ("q_proj",)), tried, None, None, {})
     results = SimpleNamespace(estimate=Estimate(1.0, 3, ("q",), (0,)), untouched={}, arms={"q": found})

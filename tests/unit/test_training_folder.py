@@ -1,4 +1,4 @@
-"""The output folder of a run: what is ours is replaced, all else stays, and a kill leaves a way on."""
+"""The output folder of a run: its own files are replaced, others kept, and killed runs can continue."""
 
 import json
 import os
@@ -81,9 +81,7 @@ RUN_OF_OURS = {
         {"checkpoints": "a file", "brushstroke.json": CARD, "adapter_model.safetensors": "weights"},
     ],
 )
-def test_what_no_run_of_ours_left_is_refused_with_either_flag(
-    tmp_path: Path, files: dict[str, str], flag: str
-) -> None:
+def test_overwrite_and_resume_refuse_foreign_files(tmp_path: Path, files: dict[str, str], flag: str) -> None:
     write(tmp_path, files)
     if flag == "resume" and "run.json" in files and "settings" in files["run.json"]:
         (tmp_path / "adapter_model.safetensors").unlink()  # a finished run is not begun again
@@ -93,14 +91,14 @@ def test_what_no_run_of_ours_left_is_refused_with_either_flag(
     assert contents(tmp_path) == files
 
 
-def test_a_run_of_ours_is_replaced_also_where_it_is_damaged(tmp_path: Path) -> None:
+def test_overwrite_replaces_damaged_runs(tmp_path: Path) -> None:
     for damage in ({}, {"metrics.jsonl": '{"st'}, {"eval.jsonl": ""}, {"run.json": '{"set'}):
         write(tmp_path, {**RUN_OF_OURS, **damage, "notes.txt": "mine"})
         RunFolder(tmp_path, overwrite=True).open(0)
         assert contents(tmp_path) == {"notes.txt": "mine"}
 
 
-def test_an_adapter_without_a_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_adapter_without_run_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     files = {
         k: v for k, v in RUN_OF_OURS.items() if "/" not in k and not k.endswith("jsonl") and k != "run.json"
     }
@@ -112,7 +110,7 @@ def test_an_adapter_without_a_run_is_replaced_only_when_asked(tmp_path: Path) ->
     assert contents(tmp_path) == {}
 
 
-def test_what_a_user_put_among_the_checkpoints_stays(tmp_path: Path) -> None:
+def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
     mine = {
         f"{STEP}/notes.txt": "mine",
         f"{BEST}/notes.txt": "mine",
@@ -236,7 +234,7 @@ def test_a_checkpoint_that_is_saved_again_is_never_lost(
     assert inside == ["notes.txt", "state.json", "state.safetensors", "step-00000002"]
 
 
-def test_flags_that_contradict_each_other_and_impossible_names(tmp_path: Path) -> None:
+def test_contradicting_flags_and_invalid_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one of them"):
         RunFolder(tmp_path, resume=True, overwrite=True)
     with pytest.raises(ConfigError, match="NUL"):
@@ -265,7 +263,7 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     assert contents(out) == {"metrics.jsonl": METRIC}
 
 
-def test_a_killed_run_locks_nobody_out_and_an_empty_folder_goes_with_its_lock(tmp_path: Path) -> None:
+def test_killed_run_releases_its_lock_and_empty_folder_is_removed(tmp_path: Path) -> None:
     killed = (
         "import os, sys; from brushstroke.training.folder import RunFolder\n"
         "RunFolder(sys.argv[1]).claim(); os._exit(9)"
@@ -279,7 +277,7 @@ def test_a_killed_run_locks_nobody_out_and_an_empty_folder_goes_with_its_lock(tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # it was there before
 
 
-def test_what_another_run_left_since_the_beginning_is_not_started_over(tmp_path: Path) -> None:
+def test_files_written_by_another_run_meanwhile_are_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, resume=True)
     write(tmp_path, {"metrics.jsonl": METRIC, f"{STEP}/state.json": state(2)})
     with pytest.raises(OutputError, match="another run has written"), folder:
@@ -288,13 +286,13 @@ def test_what_another_run_left_since_the_beginning_is_not_started_over(tmp_path:
 
 
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
-def test_a_link_that_leads_nowhere_is_refused_at_the_start(tmp_path: Path, flags: dict[str, bool]) -> None:
+def test_dangling_output_link_is_refused_at_the_start(tmp_path: Path, flags: dict[str, bool]) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(OutputError, match="is a link to something that is not there"):
         RunFolder(tmp_path / "out", **flags)
 
 
-def test_the_adapter_to_go_on_from_is_not_in_the_folder_that_is_written(
+def test_adapter_to_continue_from_must_not_be_in_the_output_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -354,7 +352,7 @@ UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswit
     ],
     ids=["unfinished", "killed while a checkpoint was replaced", "no checkpoint", "finished", "damaged"],
 )
-def test_a_command_given_again_is_told_what_is_there_and_the_safe_way_first(
+def test_repeated_command_error_suggests_resume_first(
     tmp_path: Path, files: dict[str, str], first: str, then: str, lost: str
 ) -> None:
     write(tmp_path, files)
@@ -368,7 +366,7 @@ def test_a_command_given_again_is_told_what_is_there_and_the_safe_way_first(
     assert contents(tmp_path) == returned
 
 
-def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
+def test_foreign_folder_is_not_a_run(tmp_path: Path) -> None:
     for files in ({"notes.txt": "mine"}, {"metrics.jsonl": "a,b"}, {f"{STEP}/state.json": '{"epoch": 3}'}):
         write(tmp_path, files)
         with pytest.raises(OutputError, match="holds files already"):

@@ -58,7 +58,7 @@ def test_a_run_writes_its_files_and_totals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
-def test_a_run_that_died_resumes_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
     data, held_out = examples(10), examples(4, seed=1)
     whole = bs.train(base(), data, LORA, CONFIG, out=tmp_path / "whole", eval_data=held_out)
 
@@ -214,7 +214,7 @@ def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> 
     assert whole.summary["steps"] == 6
 
 
-def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
+def test_user_folders_among_checkpoints_are_kept(tmp_path: Path) -> None:
     mine = [tmp_path / "checkpoints" / name / "w.pt" for name in ("step-100", "best-model", "step-00000002x")]
     for file in mine:
         file.parent.mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_a_users_own_folders_among_the_checkpoints_stay(tmp_path: Path) -> None:
     assert kept == ["best-model", "step-00000002", "step-00000002x", "step-00000004", "step-100"]
 
 
-def test_a_base_with_broken_weights_is_told_from_a_rate_that_is_too_high(tmp_path: Path) -> None:
+def test_non_finite_base_and_too_high_rate_give_different_errors(tmp_path: Path) -> None:
     broken = base()
     broken.model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
     with (
@@ -237,7 +237,7 @@ def test_a_base_with_broken_weights_is_told_from_a_rate_that_is_too_high(tmp_pat
         bs.train(broken, examples(4), LORA, CONFIG, out=tmp_path / "run")
 
 
-def test_what_the_plan_warns_of_is_a_warning_where_nobody_takes_the_plan() -> None:
+def test_plan_warnings_become_python_warnings_without_on_plan() -> None:
     made = base()
     made.model.get_submodule("model.layers.1.mlp").forward = lambda x: x
     with pytest.warns(PlanWarning, match=r"text does not run through model.layers.1.mlp.gate_proj") as told:
@@ -273,7 +273,7 @@ def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
     assert (tmp_path / "cut" / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
 
 
-def test_a_run_with_a_best_adapter_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+def test_resume_skips_a_damaged_checkpoint_and_keeps_the_best_adapter(tmp_path: Path) -> None:
     config = bs.TrainConfig(
         max_steps=9, batch_size=4, learning_rate=1e-2, eval_every=1, keep_best=True, checkpoint_every=3
     )
@@ -310,9 +310,7 @@ def test_a_run_with_a_best_adapter_goes_on_from_the_checkpoint_before_a_damaged_
         bs.train(base(), examples(10), LORA, config, out=tmp_path / "bare", eval_data=held_out, resume=True)
 
 
-def test_an_evaluation_that_is_made_up_for_twice_is_written_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_evaluation_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -354,7 +352,7 @@ def test_a_second_interrupt_waits_for_the_checkpoint(tmp_path: Path, monkeypatch
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_interrupt_in_the_first_step_says_what_is_kept(
+def test_interrupt_in_the_first_step_reports_what_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = bs.Training.optim_step
@@ -368,7 +366,7 @@ def test_an_interrupt_in_the_first_step_says_what_is_kept(
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path)
 
 
-def test_going_on_from_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:
+def test_continuing_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:
     first = bs.train(base(), examples(10), LORA, CONFIG)
     seen = []
     bs.train(
@@ -379,7 +377,7 @@ def test_going_on_from_an_adapter_starts_at_its_loss(tmp_path: Path) -> None:
     assert seen[0] < 0.9 * first.summary["mean_loss"] or seen[0] < first.summary["final_loss"] * 1.5
 
 
-def test_a_plan_foretells_the_run() -> None:
+def test_plan_predicts_the_run() -> None:
     model = base()
     plan = bs.plan(model, examples(10), LORA, CONFIG)
     result = bs.train(model, examples(10), LORA, CONFIG)
@@ -418,7 +416,7 @@ def test_small_sites_of_a_group_get_the_largest_rank_that_fits() -> None:
         ("schedule", "linaer"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(field: str, value: object) -> None:
+def test_invalid_settings_are_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         bs.TrainConfig(**{field: value})  # type: ignore[arg-type]
 
@@ -434,7 +432,7 @@ def test_gpt2_trains_too() -> None:
     assert result.adapter.card.conv1d
 
 
-def test_what_a_killed_write_leaves_does_not_block_resuming(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_write_do_not_block_resume(tmp_path: Path) -> None:
     held_out = examples(6, seed=1)
     config = bs.TrainConfig(max_steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, keep_best=True)
     (tmp_path / ".adapter_config.json.partial-0123abcd").write_text("half")
@@ -446,7 +444,7 @@ def test_what_a_killed_write_leaves_does_not_block_resuming(tmp_path: Path) -> N
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path) -> None:
+def test_interrupted_evaluation_is_repeated_on_resume(tmp_path: Path) -> None:
     def stop(event: object) -> None:
         raise KeyboardInterrupt
 
@@ -462,7 +460,7 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def test_a_config_beside_an_adapter_to_go_on_from_is_refused() -> None:
+def test_lora_config_with_an_adapter_to_continue_is_refused() -> None:
     first = bs.train(base(), examples(10), LORA, CONFIG)
     with pytest.raises(ConfigError, match="keeps its own rank"):
         bs.train(base(), examples(10), bs.LoraConfig(rank=2), CONFIG, start=first.adapter)

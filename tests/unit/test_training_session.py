@@ -1,4 +1,4 @@
-"""The verbs of a training run on models that can and cannot run packed."""
+"""The operations of `Training` on models that can and cannot run packed."""
 
 import collections
 import copy
@@ -80,7 +80,7 @@ def gradients(run: Training) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("make", [Bare, Swallowing, Dropping])
-def test_a_model_that_drops_the_plan_falls_back_to_padded_batches(make: type[nn.Module]) -> None:
+def test_model_that_ignores_the_layout_uses_padded_batches(make: type[nn.Module]) -> None:
     model = make()
     batch = examples()
     targets = "q" if isinstance(model, Bare) else "all-linear"
@@ -136,7 +136,7 @@ def test_a_leak_between_packed_examples_is_seen_however_small(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("size", [1.0, 0.0])  # of its last matrix: blocks that are put in later begin at 0
-def test_a_short_convolution_is_not_packed_whatever_the_size_of_its_weights(size: float) -> None:
+def test_short_convolution_is_not_packed_for_any_weight_size(size: float) -> None:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ class Grown(LlamaForCausalLM):
         return CausalLMOutput(logits=self.lm_head(x + self.grown(x.tanh())))
 
 
-def test_a_block_behind_the_decoder_is_run_though_it_is_0_at_first() -> None:
+def test_zero_initialised_block_after_the_decoder_is_run() -> None:
     model = Grown(tiny_llama().config).eval()
     with Training(model, LoraConfig(rank=2, targets="grown")) as run:
         randomise(run.parameters)
@@ -198,7 +198,7 @@ Tupled = collections.namedtuple("Tupled", ["loss", "logits"])
 @pytest.mark.parametrize(
     "wrap", [Wrapped, lambda y: {"logits": y}, lambda y: (y,), lambda y: Tupled(None, y)]
 )
-def test_logits_may_come_in_anything(wrap: Callable[[torch.Tensor], object]) -> None:
+def test_logits_in_any_output_type_are_read(wrap: Callable[[torch.Tensor], object]) -> None:
     class Own(Bare):
         def forward(self, input_ids: torch.Tensor) -> object:  # type: ignore[override]
             return wrap(super().forward(input_ids))
@@ -207,7 +207,7 @@ def test_logits_may_come_in_anything(wrap: Callable[[torch.Tensor], object]) -> 
         assert math.isfinite(run.forward_backward(examples()).loss)
 
 
-def test_what_is_not_finite_is_not_packed() -> None:
+def test_non_finite_logits_are_not_packed() -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight.mul_(float("inf"))
@@ -216,14 +216,14 @@ def test_what_is_not_finite_is_not_packed() -> None:
 
 
 @pytest.mark.parametrize("context", [3, 8, 16, 47])
-def test_a_short_context_is_no_obstacle(context: int) -> None:
+def test_short_context_can_be_packed(context: int) -> None:
     model = tiny_gpt2(context=context)
     short = [Example((3, 4, 5), (0.0, 1.0, 1.0))]
     with Training(model, LoraConfig(rank=2)) as run:
         assert math.isfinite(run.forward_backward(short).loss)
 
 
-def test_a_model_that_mixes_dtypes_in_bf16_is_sent_to_float32() -> None:
+def test_mixed_dtype_model_error_suggests_float32() -> None:
     class InFloat32(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -263,7 +263,7 @@ def test_a_model_without_a_language_head_is_refused() -> None:
         Training(None)
 
 
-def test_a_model_that_looks_ahead_keeps_the_tokens_behind_the_last_target() -> None:
+def test_non_causal_model_keeps_tokens_after_the_last_target() -> None:
     torch.manual_seed(0)
     model = Looking()
     assert any(example.reach < len(example) - 1 for example in examples())
@@ -310,7 +310,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in(micro_tokens: int) 
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_the_base_is_bit_for_bit_what_it_was(make: object) -> None:
+def test_base_is_restored_bit_for_bit(make: object) -> None:
     model = make().train()  # type: ignore[operator]
     before = snapshot(model)
     modes = [module.training for module in model.modules()]
@@ -396,7 +396,7 @@ def test_a_model_with_soft_capped_logits_uses_its_own_head() -> None:
         assert result.loss == pytest.approx(padded_loss(model, examples()).item(), rel=1e-4)
 
 
-def test_an_adapted_head_learns_too() -> None:
+def test_adapted_head_is_trained() -> None:
     model = tiny_llama()
     with Training(model, LoraConfig(rank=4, targets=["lm_head", "q_proj"])) as run:
         randomise(run.parameters)
@@ -408,7 +408,7 @@ def test_an_adapted_head_learns_too() -> None:
             assert (ours - gradient).norm() <= 1e-4 * gradient.norm()
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_factors() -> None:
+def test_non_finite_loss_stops_and_keeps_the_factors() -> None:
     with Training(tiny_llama(), LoraConfig(rank=4)) as run:
         before = [p.detach().clone() for p in run.parameters]
         with pytest.raises(NonFiniteError, match="step 1; lower the learning rate"):
@@ -418,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_factors() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
 
 
-def test_mistakes_leave_the_model_alone() -> None:
+def test_invalid_arguments_do_not_change_the_model() -> None:
     model = tiny_llama()
     before = snapshot(model)
     with pytest.raises(TargetError):
@@ -434,7 +434,7 @@ def test_mistakes_leave_the_model_alone() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_saved_session_goes_on_to_the_same_bits(tmp_path: object, dropout: float) -> None:
+def test_loaded_session_continues_to_the_same_bits(tmp_path: object, dropout: float) -> None:
     config = LoraConfig(rank=4, dropout=dropout)
     batches = [examples(6, seed=step) for step in range(6)]
 
@@ -473,7 +473,7 @@ def test_a_bf16_base_has_fp32_factors() -> None:
         run.optim_step()
 
 
-def test_going_on_with_dropout_stays_packed() -> None:
+def test_continuing_with_dropout_stays_packed() -> None:
     model = tiny_llama()
     adapter = random_adapter(model)
     with Training(model, adapter, dropout=0.3) as run:
@@ -481,7 +481,7 @@ def test_going_on_with_dropout_stays_packed() -> None:
         assert run.has_dropout
 
 
-def test_a_loss_that_raises_leaves_no_gradient_behind() -> None:
+def test_failing_custom_loss_leaves_no_gradients() -> None:
     calls = []
 
     def failing(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -496,7 +496,7 @@ def test_a_loss_that_raises_leaves_no_gradient_behind() -> None:
         assert all(p.grad is None for p in run.parameters)
 
 
-def test_a_window_that_only_the_masks_know_is_not_packed() -> None:
+def test_window_defined_only_by_masks_is_not_packed() -> None:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
@@ -516,7 +516,7 @@ def test_a_window_that_only_the_masks_know_is_not_packed() -> None:
     "values",
     [{"clip": -1.0}, {"learning_rate": -1.0}, {"seed": 2**64}, {"clip": None}, {"memory": "x"}],
 )
-def test_values_that_cannot_work_are_refused_before_anything_is_attached(values) -> None:
+def test_invalid_values_are_refused_before_attaching(values) -> None:
     model = tiny_llama()
     with pytest.raises(ConfigError, match=next(iter(values))):
         Training(model, LoraConfig(rank=4), **values)
@@ -545,7 +545,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in_in_bf16() -> None:
         lambda logits, targets, weights: logits.sum(1),
     ],
 )
-def test_a_loss_that_gives_no_scalar_is_refused(own) -> None:
+def test_custom_loss_without_scalar_result_is_refused(own) -> None:
     with (
         Training(tiny_llama(), LoraConfig(rank=4)) as run,
         pytest.raises(ConfigError, match="loss= must give"),
@@ -553,7 +553,7 @@ def test_a_loss_that_gives_no_scalar_is_refused(own) -> None:
         run.forward_backward(examples(), own)
 
 
-def test_a_waiting_gradient_is_neither_saved_nor_kept(tmp_path: Path) -> None:
+def test_pending_gradients_block_save_and_load(tmp_path: Path) -> None:
     with Training(tiny_llama(), LoraConfig(rank=4)) as run:
         run.save(tmp_path / "state")
         run.forward_backward(examples())
@@ -590,7 +590,7 @@ def test_training_does_not_depend_on_the_callers_mode(mode: Callable[[], Abstrac
         assert run.optim_step() == expected
 
 
-def test_what_is_longer_than_the_context_is_named() -> None:
+def test_examples_longer_than_the_context_are_named() -> None:
     context = tiny_gpt2().config.max_position_embeddings
     long = Example((5,) * (context + 2), (0.0,) * (context + 1) + (1.0,), row=7)
     with Training(tiny_gpt2(), LoraConfig(rank=2)) as run, pytest.raises(DataError, match="row 7 needs"):
@@ -606,7 +606,7 @@ def test_a_limit_beyond_the_context_is_refused(make: Callable[[], nn.Module]) ->
     Training(model, LoraConfig(rank=2), max_length=128).close()
 
 
-def test_tables_of_positions_are_known_by_the_tokens_that_they_are_long_enough_for() -> None:
+def test_position_tables_are_found_by_their_length() -> None:
     sizes = {
         "vocab_size": 64,
         "num_hidden_layers": 1,
@@ -644,7 +644,7 @@ def test_a_pass_of_the_caller_in_inference_mode_changes_nothing() -> None:
     assert found[0] == found[1]
 
 
-def test_checkpointed_layers_keep_their_dropout_asleep() -> None:
+def test_gradient_checkpointing_keeps_base_dropout_off() -> None:
     """OPT's layers drop by their own training flag, which is the flag that checkpointing asks for."""
     torch.manual_seed(0)
     config = OPTConfig(
@@ -683,7 +683,7 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
         Training(model, LoraConfig(rank=2))
 
 
-def test_an_adapter_in_place_of_a_config_is_refused() -> None:
+def test_adapter_instead_of_config_is_refused() -> None:
     model = tiny_llama()
     with pytest.raises(Exception, match=r"pass it as start=|type-check"):
         train(Base(model), examples(), random_adapter(model))  # type: ignore[arg-type]
@@ -730,7 +730,7 @@ def test_an_example_without_tokens_is_refused_in_one_line(form) -> None:
             run.forward_backward(Example(tokens=(), weights=()))
 
 
-def test_a_deep_model_in_half_precision_is_packed_though_it_multiplies_rounding() -> None:
+def test_deep_half_precision_model_is_packed_despite_rounding() -> None:
     config = LlamaConfig(
         vocab_size=500,
         hidden_size=64,
@@ -811,7 +811,7 @@ def test_a_detached_site_ends_a_run_by_name() -> None:
         train(Base(model), examples(), LoraConfig(rank=2), TrainConfig(max_steps=1))
 
 
-def test_a_site_that_did_not_run_in_a_step_is_fine() -> None:
+def test_site_that_did_not_run_is_accepted() -> None:
     """As experts that no token chose, and layers that were dropped."""
     model, block = around(lambda y: y)
     block.skips = True
@@ -830,7 +830,7 @@ def test_a_site_that_did_not_run_in_a_step_is_fine() -> None:
         run.optim_step()
 
 
-def test_a_site_that_one_of_several_passes_reaches_is_fine() -> None:
+def test_site_reached_in_only_one_pass_is_accepted() -> None:
     model, block = around(lambda y: y)
     with Training(model, LoraConfig(rank=2)) as run:
         run.forward_backward(examples())
@@ -868,7 +868,7 @@ def test_experts_without_a_token_are_fine() -> None:
         run.optim_step()
 
 
-def test_a_loop_of_ones_own_is_not_judged() -> None:
+def test_custom_loop_has_no_gradient_check() -> None:
     model, _ = around(torch.detach)
     with attach(model, LoraConfig(rank=2), trainable=True) as attachment:
         model(torch.tensor([[1, 2, 3]])).logits.sum().backward()

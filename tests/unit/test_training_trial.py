@@ -1,4 +1,4 @@
-"""A trial before the first step names what cannot learn, and leaves no trace."""
+"""The trial step before a run names sites without gradients, and changes nothing."""
 
 from typing import Any
 
@@ -62,12 +62,12 @@ def model(*, detach: bool = False, tower: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, model])
-def test_where_everything_can_learn_nothing_is_said(make: Any) -> None:
+def test_no_warning_if_all_sites_get_gradients(make: Any) -> None:
     with Training(make(), LoraConfig(rank=2)) as run:
         assert unlearnt_sites(run) == ()
 
 
-def test_what_gets_no_gradient_is_named_once_for_all_layers() -> None:
+def test_sites_without_gradient_are_named_once_for_all_layers() -> None:
     with Training(model(detach=True), LoraConfig(rank=2)) as run:
         (said,) = unlearnt_sites(run)
     assert said.startswith("the model gives no gradient to model.layers.*.mlp.watcher (2): a step in which")
@@ -79,7 +79,7 @@ def with_mlp(part: nn.Module, layer: int = 0) -> nn.Module:
     return made
 
 
-def test_experts_chosen_by_their_input_are_passed_over() -> None:
+def test_routed_experts_are_not_reported() -> None:
     with Training(with_mlp(Hashed()), LoraConfig(rank=2)) as run:
         assert unlearnt_sites(run) == ()
 
@@ -99,7 +99,7 @@ def test_a_layer_whose_block_is_replaced_is_named_although_other_layers_run_thei
         assert f"model.layers.1.mlp.{name}" in said
 
 
-def test_experts_of_a_layer_that_runs_none_are_named() -> None:
+def test_experts_of_a_layer_that_runs_no_expert_are_named() -> None:
     made: Any = model()
     made.model.layers[1].mlp.forward = lambda x: x
     with Training(made, LoraConfig(rank=2, targets="experts\\..*")) as run:
@@ -107,7 +107,7 @@ def test_experts_of_a_layer_that_runs_none_are_named() -> None:
     assert said.startswith("text does not run through model.layers.*.mlp.experts.* (2 of 4): they learn")
 
 
-def test_what_text_does_not_run_through_is_named() -> None:
+def test_sites_that_text_does_not_reach_are_named() -> None:
     with Training(model(tower=True), LoraConfig(rank=2)) as run:
         (said,) = unlearnt_sites(run)
     assert said.startswith("text does not run through model.tower.*.q_proj (3): they learn nothing")
@@ -115,7 +115,7 @@ def test_what_text_does_not_run_through_is_named() -> None:
         assert unlearnt_sites(run) == ()
 
 
-def test_the_plan_warns_of_both() -> None:
+def test_plan_warns_of_sites_without_gradient_and_unreached_sites() -> None:
     config = TrainConfig(max_steps=1)
     made = plan(Base(model(detach=True, tower=True)), examples(), LoraConfig(rank=2), config)
     said = "\n".join(made.warnings)
@@ -124,7 +124,7 @@ def test_the_plan_warns_of_both() -> None:
     assert plan(Base(tiny_llama()), examples(), LoraConfig(rank=2), config).warnings == ()
 
 
-def test_a_trial_leaves_no_trace() -> None:
+def test_trial_step_changes_nothing() -> None:
     states = []
     for tried in (False, True):
         with Training(tiny_llama(), LoraConfig(rank=2, dropout=0.2)) as run:
@@ -139,7 +139,7 @@ def test_a_trial_leaves_no_trace() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-def test_a_loss_that_is_no_number_is_left_to_the_first_step() -> None:
+def test_trial_ignores_a_nan_loss() -> None:
     broken: Any = tiny_llama()
     with Training(broken, LoraConfig(rank=2)) as run:
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""The command line: parse, call one public function, print.
+"""The command line: parse the flags, call one public function, print the result.
 
-It holds no logic of its own, and `--help` loads neither torch nor transformers.
+It has no logic of its own. `--help` loads neither torch nor transformers.
 """
 
 from brushstroke.cli.app import main

@@ -1,6 +1,6 @@
-"""The base and the adapters that commands are given.
+"""Loads the base and the adapters that a command names.
 
-Adapters are read first: a mistake in their names is answered before the base is loaded.
+Adapters are read first, so that a wrong name is reported before the base is loaded.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ AdapterFlags = Annotated[
 
 ToolsFile = Annotated[
     Path | None,
-    Parameter(name="--tools", help="A JSON file with declarations of functions that the model may call."),
+    Parameter(name="--tools", help="A JSON file with declarations of the functions that the model may call."),
 ]
 
 
 def read_tools(file: Path | None) -> tuple[Any, ...]:
-    """The declarations in a JSON file, a list of them.
+    """Read function declarations from a JSON file.
 
     Raises:
-        DataError: the file cannot be read, or holds none.
+        DataError: the file cannot be read, or contains none.
     """
     if file is None:
         return ()
@@ -56,20 +56,20 @@ def read_tools(file: Path | None) -> tuple[Any, ...]:
 
 
 def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":
-    """Name → adapter.
+    """Map each adapter's name to the adapter.
 
     Raises:
-        ConfigError: names that cannot work.
-        AdapterFileError: a folder that holds no whole adapter.
+        ConfigError: invalid names.
+        AdapterFileError: a folder without a complete adapter.
     """
     return {name: load_adapter(folder) for name, folder in named_adapters(given or ()).items()}
 
 
 def load_adapter(name: str | Path) -> "Adapter":
-    """The adapter in a folder, or of a hub id, which is fetched before torch is loaded.
+    """Load an adapter from a folder or a hub id; hub files are fetched before torch is loaded.
 
     Raises:
-        AdapterFileError: there is none, or not a whole one.
+        AdapterFileError: there is no adapter, or it is incomplete.
     """
     folder = find_adapter(name)
     from brushstroke.formats import load
@@ -78,11 +78,11 @@ def load_adapter(name: str | Path) -> "Adapter":
 
 
 def load(base: str, options: BaseOptions) -> Any:
-    """The base, which is a language model.
+    """Load the base, which must be a language model.
 
     Raises:
         BaseLoadError: it cannot be loaded.
-        ConfigError: it is a model of another kind.
+        ConfigError: it is another kind of model.
     """
     from brushstroke.base import load_base, require_base
 

@@ -1,6 +1,6 @@
-"""`spectrum`, `compare`, `relate` and `intruders`: what the numbers of adapters say.
+"""The commands `spectrum`, `compare`, `relate` and `intruders`.
 
-The maths are those of `brushstroke.analysis`; the model is never run.
+`brushstroke.analysis` does the computations; no command runs the model.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from brushstroke.cli.analysis_inputs import (
     load_adapters,
     name_of,
     open_weights,
+    report_cache_use,
     site_progress,
-    tell_of_cache,
 )
 from brushstroke.cli.analysis_tables import (
     TableOptions,
     as_json,
-    told_intruders,
-    told_overlap,
-    told_relation,
-    told_spectrum,
+    describe_intruders,
+    describe_overlap,
+    describe_relation,
+    describe_spectrum,
 )
 from brushstroke.cli.analysis_text import (
     Measure,
@@ -63,29 +63,30 @@ def spectrum(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Show the singular values and ranks of adapters' updates, and cut one to the rank that it needs.
+    """Show the singular values and ranks of adapters' updates; truncate an adapter to the rank that it needs.
 
     Args:
-        adapters: The adapters' folders, or their hub ids.
-        base: A model folder, a hub id or a .gguf file, for the norms relative to its weights.
-        map: Print a map of layers and matrices too, of this measure.
-        truncate: Write the (one) adapter here, cut to the ranks of --energy or --budget.
+        adapters: Folders or hub ids of adapters.
+        base: A model folder, a hub id or a .gguf file; adds norms relative to its weights.
+        map: Also print a map of this measure by layer and matrix.
+        truncate: Write the adapter here, truncated to the ranks of --energy or --budget; takes one adapter.
         energy: Share of the energy to keep at every site when truncating [default: 0.99].
-        budget: Parameters to keep in total when truncating, spread over the sites so that least is lost.
-        overwrite: Replace what is in the folders of --truncate, --csv and --latex.
-        allow_different_base: Measure even if the adapter was trained on another base.
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
+        budget: Number of parameters to keep when truncating, distributed over the sites for the smallest
+            loss.
+        overwrite: Replace existing files in the folders of --truncate, --csv and --latex.
+        allow_different_base: Allow an adapter that was trained on another base.
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
     if not adapters:
         raise ConfigError("expected at least one adapter's folder: brushstroke spectrum ADAPTER…")
     if truncate is None and (energy is not None or budget is not None):
-        raise ConfigError("--energy and --budget are for truncating: name a folder with --truncate OUT")
+        raise ConfigError("--energy and --budget need --truncate OUT")
     if energy is not None and budget is not None:
         raise ConfigError("give --energy or --budget, not both")
     if map == "relative" and base is None:
-        raise ConfigError("--map relative is ‖ΔW‖/‖W‖: name the base with --base BASE")
+        raise ConfigError("--map relative shows ‖ΔW‖/‖W‖ and needs --base BASE")
     if truncate is not None and len(adapters) > 1:
         raise ConfigError(f"--truncate takes one adapter; got {len(adapters)}")
     from brushstroke.outputs import refuse_existing
@@ -117,17 +118,17 @@ def spectrum(
         from brushstroke.formats import save
 
         save(cut.apply(loaded[name]), truncate, overwrite=overwrite)
-    told = {name: told_spectrum(name, one) for name, one in found.items()}
-    tables.write(told, overwrite)
+    described = {name: describe_spectrum(name, one) for name, one in found.items()}
+    tables.write(described, overwrite)
     if html is not None:
         _write(html, lambda: _pages().spectrum_page(found))
     if json:
         from brushstroke.analysis import as_plain
 
-        plain = [{"name": name, **as_json(one)} for name, one in told.items()]
+        plain = [{"name": name, **as_json(one)} for name, one in described.items()]
         emit_json({"adapters": plain, "truncated": None if cut is None else as_plain(cut)})
         return
-    for name, one in told.items():
+    for name, one in described.items():
         print_spectrum(one, found[name], map, tables.sites)
     if cut is not None and truncate is not None:
         print_cut(truncate, cut)
@@ -144,14 +145,14 @@ def compare(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Show what two adapters share: subspaces of any size, with chance beside them, and cosines.
+    """Show the subspaces that two adapters share, with chance levels, and their cosines.
 
     Args:
-        first: The first adapter's folder, or its hub id.
-        second: The second adapter's folder, or its hub id.
-        of: Whose directions: of ΔW, or of the factor U or V alone, as the LoRA paper took them.
-        site: Draw the whole grid of this site in --html; repeatable [default: the middle layer].
-        overwrite: Replace what is in the folders of --csv and --latex.
+        first: Folder or hub id of the first adapter.
+        second: Folder or hub id of the second adapter.
+        of: Compare the directions of ΔW, or of the factor U or V alone, as in the LoRA paper.
+        site: Draw the full grid of this site in --html; repeatable [default: the middle layer].
+        overwrite: Replace existing files in the folders of --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -176,14 +177,14 @@ def compare(
     names = (name_of(first), name_of(second))
     if names[0] == names[1]:
         names = (str(first), str(second))
-    told = told_overlap(names, found)
-    tables.write({" and ".join(names): told}, overwrite)
+    described = describe_overlap(names, found)
+    tables.write({" and ".join(names): described}, overwrite)
     if html is not None:
         _write(html, lambda: _pages().overlap_page(found, names, site or ()))
     if json:
-        emit_json({"first": str(first), "second": str(second), **as_json(told)}, lines=True)
+        emit_json({"first": str(first), "second": str(second), **as_json(described)}, lines=True)
     else:
-        print_overlap(told, found, tables.sites)
+        print_overlap(described, found, tables.sites)
 
 
 def relate(
@@ -196,12 +197,12 @@ def relate(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Show what an adapter amplifies in its base's weights, and what a random one would.
+    """Show which directions of its base's weights an adapter amplifies, compared with a random update.
 
     Args:
-        adapter: The adapter's folder, or its hub id.
+        adapter: Folder or hub id of the adapter.
         base: A model folder, a hub id or a .gguf file.
-        overwrite: Replace what is in the folders of --csv and --latex.
+        overwrite: Replace existing files in the folders of --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
@@ -216,15 +217,15 @@ def relate(
     weights = open_weights(base, against.trust_remote_code)
     cache = against.directions()
     found = measure(value, weights, on_site=site_progress(), cache=cache, **against.arguments())
-    tell_of_cache(cache)
-    told = told_relation(name_of(adapter), found)
-    tables.write({name_of(adapter): told}, overwrite)
+    report_cache_use(cache)
+    described = describe_relation(name_of(adapter), found)
+    tables.write({name_of(adapter): described}, overwrite)
     if html is not None:
         _write(html, lambda: _pages().relation_page(found, name_of(adapter)))
     if json:
-        emit_json({"adapter": str(adapter), "base": base, **as_json(told)})
+        emit_json({"adapter": str(adapter), "base": base, **as_json(described)})
     else:
-        print_relation(told, found, tables.sites)
+        print_relation(described, found, tables.sites)
 
 
 def intruders(
@@ -241,21 +242,21 @@ def intruders(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Find strong directions of base and adapter together that the base alone does not have.
+    """Find strong directions of W + ΔW that the base's W does not have.
 
     Args:
-        adapter: The adapter's folder, or its hub id.
+        adapter: Folder or hub id of the adapter.
         base: A model folder, a hub id or a .gguf file.
-        top: How many directions to judge at each site.
-        threshold: The largest |cosine| with a singular vector of the base that an intruder may have.
-        repair: Write the adapter here with its intruders scaled down.
-        scale: The factor by which the repair scales an intruder [default: 0.75].
-        overwrite: Replace what is in the folders of --repair, --csv and --latex.
+        top: Number of directions to test at each site.
+        threshold: A direction is an intruder if its |cosine| with every singular vector of W is below this.
+        repair: Write the adapter here, with its intruders scaled down.
+        scale: Factor by which --repair scales an intruder [default: 0.75].
+        overwrite: Replace existing files in the folders of --repair, --csv and --latex.
         json: Print JSON on stdout.
         html: Write a page with figures here.
     """
     if scale is not None and repair is None:
-        raise ConfigError("--scale is for the repair: name a folder with --repair OUT")
+        raise ConfigError("--scale needs --repair OUT")
     if scale is not None and not 0 <= scale <= 1:
         raise ConfigError(f"--scale must be between 0 and 1; got {scale}")
     from brushstroke.outputs import refuse_existing
@@ -270,7 +271,7 @@ def intruders(
     check_fit((adapter,), base)
     value = load_adapters(adapter)[name_of(adapter)]
     from brushstroke.analysis import intruders as measure
-    from brushstroke.analysis import repair as mend
+    from brushstroke.analysis import repair as scale_down
 
     weights, cache = open_weights(base, against.trust_remote_code), against.directions()
     found = measure(
@@ -282,19 +283,19 @@ def intruders(
         cache=cache,
         **against.arguments(),
     )
-    tell_of_cache(cache)
+    report_cache_use(cache)
     if repair is not None:
         from brushstroke.formats import save
 
-        save(mend(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
-    told = told_intruders(name_of(adapter), found)
-    tables.write({name_of(adapter): told}, overwrite)
+        save(scale_down(value, found, 0.75 if scale is None else scale), repair, overwrite=overwrite)
+    described = describe_intruders(name_of(adapter), found)
+    tables.write({name_of(adapter): described}, overwrite)
     if html is not None:
         _write(html, lambda: _pages().intruder_page(found, name_of(adapter)))
     if json:
-        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(told)})
+        emit_json({"adapter": str(adapter), "base": base, "repaired": repair, **as_json(described)})
     else:
-        print_intruders(told, found, repair, tables.sites)
+        print_intruders(described, found, repair, tables.sites)
 
 
 def _pages() -> Any:

@@ -1,4 +1,4 @@
-"""What the analysis commands read: adapters, their base, and what can be told before either is loaded."""
+"""The inputs of the analysis commands: adapters and their base, and checks before either is loaded."""
 
 import dataclasses
 import time
@@ -27,14 +27,14 @@ PROGRESS_SECONDS = 10.0
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class AgainstBase:
-    """How an adapter is measured against its base.
+    """Settings of the comparison of an adapter with its base.
 
     Args:
         seed: Seed of the random directions.
         dense_limit: Decompose weights in full if their smaller side is at most this [default: 1536].
-        allow_different_base: Measure even if the adapter was trained on another base.
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
-        cache: Keep the base's own directions for the next command, and take them from there.
+        allow_different_base: Allow an adapter that was trained on another base.
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
+        cache: Cache the singular directions of the base for the next command, and use the cache.
     """
 
     seed: Count = 0
@@ -44,13 +44,13 @@ class AgainstBase:
     cache: bool = True
 
     def arguments(self) -> dict[str, Any]:
-        """What `relate` and `intruders` are given."""
+        """The arguments for `relate` and `intruders`."""
         values = dataclasses.asdict(self)
         del values["trust_remote_code"], values["cache"]
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self) -> None:
-        """Refuse what cannot work, before torch is loaded.
+        """Refuse invalid settings before torch is loaded.
 
         Raises:
             ConfigError: a negative limit.
@@ -59,14 +59,14 @@ class AgainstBase:
             check_dense_limit(self.dense_limit)
 
     def directions(self) -> "DirectionCache | None":
-        """Where the base's own directions are kept, unless the user wants none."""
+        """The cache of the base's directions; None if the user disabled it."""
         from brushstroke.analysis import DirectionCache
 
         return DirectionCache() if self.cache else None
 
 
 def check_fit(adapters: Sequence[Path], base: str | None) -> None:
-    """Refuse adapters and a base that are not there or do not fit, before torch is loaded."""
+    """Refuse missing adapters, a missing base, and shapes that do not match, before torch is loaded."""
     shapes = [adapter_shapes(name) for name in adapters]
     if base is not None:
         require_base_files(base)
@@ -76,7 +76,7 @@ def check_fit(adapters: Sequence[Path], base: str | None) -> None:
 
 
 def load_adapters(*folders: Path) -> "dict[str, Adapter]":
-    """Name → adapter; the folders' own names where these differ, else their whole paths."""
+    """Map names to adapters: the folders' names if they differ, otherwise their full paths."""
     named = {name_of(folder): folder for folder in folders}
     if len(named) < len(folders):
         named = {str(folder): folder for folder in folders}
@@ -84,44 +84,45 @@ def load_adapters(*folders: Path) -> "dict[str, Adapter]":
     for name, adapter in loaded.items():
         if adapter.copies:
             say(
-                f"{name} holds copies of {', '.join(adapter.copies)}, which are not compared with a base here"
+                f"{name} contains copies of {', '.join(adapter.copies)}; this command does not compare them "
+                "with a base"
             )
     return loaded
 
 
 def name_of(folder: Path) -> str:
-    """What an adapter's folder is called."""
+    """The name of an adapter's folder."""
     return folder.expanduser().resolve().name
 
 
 def open_weights(base: str, trust_remote_code: bool) -> Any:
-    """The weights of a base, one tensor at a time where its files allow it."""
+    """The weights of a base, read one tensor at a time if its files allow it."""
     from brushstroke.base import open_base
 
     return open_base(base, trust_remote_code=trust_remote_code)
 
 
 def site_progress() -> Callable[[str, int, int], None]:
-    """A line for people now and then, where it takes long."""
-    told = time.monotonic()
+    """Progress messages at intervals, if the analysis takes long."""
+    last = time.monotonic()
 
     def on_site(site: str, number: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= PROGRESS_SECONDS:
-            told = time.monotonic()
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
             say(f"site {number} of {total}: {site}")
 
     return on_site
 
 
-def tell_of_cache(cache: "DirectionCache | None") -> None:
-    """Say where directions of the base came from, or that they are not kept."""
+def report_cache_use(cache: "DirectionCache | None") -> None:
+    """Report directions that came from the cache, or that they could not be stored."""
     if cache is None:
         return
     if cache.used:
         say(
-            f"the base's own directions at {cache.used} sites are from {cache.folder} "
-            "(--no-cache computes them anew)"
+            f"used cached directions of the base for {cache.used} sites, from {cache.folder} (--no-cache "
+            "recomputes them)"
         )
     if cache.failure:
-        say(f"the base's own directions are not kept for the next command: {cache.failure}")
+        say(f"could not cache the directions of the base: {cache.failure}")

@@ -1,6 +1,6 @@
-"""The tables of an analysis as files: a folder with one for each, as CSV or as LaTeX.
+"""Writes the tables of an analysis into a folder, one file per table, as CSV or as LaTeX.
 
-It computes nothing; what a table holds comes from `analysis`.
+It computes nothing; the contents come from `analysis`.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ NAMES = ("matrices", "layers", "sites", "directions", "deciles")
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """Which tables are printed, and which are written.
+    """Which tables are printed and written.
 
     Args:
-        sites: Print the rows of all sites too.
+        sites: Also print the rows of all sites.
         csv: Write every table as CSV into this folder, unrounded: matrices.csv, layers.csv, sites.csv.
         latex: Write every table as LaTeX into this folder, as printed: matrices.tex, layers.tex, sites.tex.
     """
@@ -37,11 +37,11 @@ class TableOptions:
     latex: Path | None = None
 
     def check(self, overwrite: bool, adapter: Path | None = None) -> None:
-        """Refuse folders that hold files already, or into which an adapter is written, before all work.
+        """Refuse non-empty folders, and the folder of a new adapter, before any work.
 
         Raises:
-            ConfigError: a file is named, or the folder of the adapter.
-            OutputError: a folder holds files, and they may not be replaced.
+            ConfigError: a path is a file, or the folder of the adapter.
+            OutputError: a folder is not empty, and its files may not be replaced.
         """
         from brushstroke.outputs import refuse_existing
 
@@ -50,17 +50,17 @@ class TableOptions:
                 continue
             if folder.suffix.lower() == ending:
                 raise ConfigError(
-                    f"{flag} takes a folder, for matrices{ending}, layers{ending} and sites{ending}; "
-                    f"got {folder}; name it {folder.with_suffix('')}, say"
+                    f"{flag} takes a folder for matrices{ending}, layers{ending} and sites{ending}; got "
+                    f"{folder}; use for example {folder.with_suffix('')}"
                 )
             if adapter is not None and folder.expanduser().resolve() == adapter.expanduser().resolve():
                 raise ConfigError(
-                    f"{flag} names the folder of the new adapter, {folder}; choose another folder"
+                    f"{flag} and the new adapter have the same folder, {folder}; choose another folder"
                 )
             refuse_existing(folder.expanduser(), overwrite)
 
-    def write(self, found: Mapping[str, "Told"], overwrite: bool) -> None:
-        """Write the tables of one or several results: a column names the result where there are several."""
+    def write(self, found: Mapping[str, "Description"], overwrite: bool) -> None:
+        """Write the tables of one or several results; if there are several, a column names the result."""
         from brushstroke.outputs import refuse_existing, write_files
 
         folders: dict[Path, dict[str, str]] = {}
@@ -77,15 +77,15 @@ class TableOptions:
 
 
 @dataclass(frozen=True)
-class Told:
-    """One result with what is told of it.
+class Description:
+    """One result, with the tables and texts that describe it.
 
     Args:
         found: the result.
         summary: of it.
         rows: of all sites, for people.
-        kind: what these rows are: sites, or the directions of sites.
-        deciles: the energy by tenth of W's directions, where it is known.
+        kind: the kind of these rows: sites, or directions of sites.
+        deciles: the energy by tenth of W's directions, if it is known.
     """
 
     found: "SiteTable[Any]"
@@ -95,61 +95,61 @@ class Told:
     deciles: "Share | None" = None
 
 
-def told_spectrum(name: str, found: "Spectrum") -> Told:
-    """What is told of an adapter's spectrum."""
+def describe_spectrum(name: str, found: "Spectrum") -> Description:
+    """The description of an adapter's spectrum."""
     from brushstroke.analysis.summaries import spectrum_summary
     from brushstroke.analysis.text_tables import spectrum_listing
 
-    return Told(found, spectrum_summary(name, found), spectrum_listing(found))
+    return Description(found, spectrum_summary(name, found), spectrum_listing(found))
 
 
-def told_overlap(names: tuple[str, str], found: "Overlap") -> Told:
-    """What is told of two adapters."""
+def describe_overlap(names: tuple[str, str], found: "Overlap") -> Description:
+    """The description of a comparison of two adapters."""
     from brushstroke.analysis.summaries import overlap_summary
     from brushstroke.analysis.text_tables import overlap_listing
 
-    return Told(found, overlap_summary(names, found), overlap_listing(found))
+    return Description(found, overlap_summary(names, found), overlap_listing(found))
 
 
-def told_relation(name: str, found: "Relation") -> Told:
-    """What is told of an adapter in its base."""
+def describe_relation(name: str, found: "Relation") -> Description:
+    """The description of an adapter relative to its base."""
     from brushstroke.analysis import mean_deciles
     from brushstroke.analysis.summaries import relation_summary
     from brushstroke.analysis.text_tables import relation_listing
 
     listing = relation_listing(found)
-    return Told(found, relation_summary(name, found), listing, deciles=mean_deciles(found))
+    return Description(found, relation_summary(name, found), listing, deciles=mean_deciles(found))
 
 
-def told_intruders(name: str, found: "Intruders") -> Told:
-    """What is told of an adapter's intruders."""
+def describe_intruders(name: str, found: "Intruders") -> Description:
+    """The description of an adapter's intruders."""
     from brushstroke.analysis.summaries import intruder_summary
     from brushstroke.analysis.text_tables import intruder_listing
 
-    return Told(found, intruder_summary(name, found), intruder_listing(found), "directions")
+    return Description(found, intruder_summary(name, found), intruder_listing(found), "directions")
 
 
-def as_json(told: Told) -> dict[str, Any]:
-    """The summary first, then all that the result holds."""
-    return {"summary": told.summary.as_dict(), **told.found.as_dict()}
+def as_json(described: Description) -> dict[str, Any]:
+    """The summary, then all contents of the result."""
+    return {"summary": described.summary.as_dict(), **described.found.as_dict()}
 
 
-def _csv_files(found: Mapping[str, Told]) -> dict[str, str]:
+def _csv_files(found: Mapping[str, Description]) -> dict[str, str]:
     from brushstroke.report.tables import csv_of_records
 
     tables: dict[str, list[dict[str, Any]]] = {}
-    for name, told in found.items():
+    for name, described in found.items():
         lead = {"adapter": name} if len(found) > 1 else {}
-        for kind, records in _records(told).items():
+        for kind, records in _records(described).items():
             tables.setdefault(kind, []).extend({**lead, **record} for record in records)
     return {f"{kind}.csv": csv_of_records(records) for kind, records in tables.items()}
 
 
-def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
+def _records(described: Description) -> dict[str, list[dict[str, Any]]]:
     """Every table as JSON objects; sites with layer, matrix, d and h."""
     from brushstroke.analysis.table import kind_names
 
-    plain, summary, grid = told.found.as_dict(), told.summary.as_dict(), told.found.grid()
+    plain, summary, grid = described.found.as_dict(), described.summary.as_dict(), described.found.grid()
     names = kind_names(grid.matrices)
     places = {site: (layer, names[matrix]) for (layer, matrix), site in grid.sites.items()}
     tables = {"matrices": summary["matrices"], "layers": summary["layers"], "sites": []}
@@ -160,31 +160,31 @@ def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
         tables["sites"].append({**place, "d": d, "h": h, **{k: v for k, v in row.items() if k != "shape"}})
         for direction in row.get("directions", ()):
             tables.setdefault("directions", []).append({**place, **direction})
-    if told.deciles is not None:
-        parts = vars(told.deciles)
+    if described.deciles is not None:
+        parts = vars(described.deciles)
         tables["deciles"] = [
             {"tenth": n + 1, **{name: part[n] for name, part in parts.items()}}
-            for n in range(len(told.deciles.left))
+            for n in range(len(described.deciles.left))
         ]
     return tables
 
 
-def _latex_files(found: Mapping[str, Told]) -> dict[str, str]:
+def _latex_files(found: Mapping[str, Description]) -> dict[str, str]:
     from brushstroke.analysis.summary import SPREAD
     from brushstroke.analysis.text_tables import decile_listing
     from brushstroke.report.tables import latex_text
 
     columns: dict[str, list[str]] = {}
     rows: dict[str, list[list[str]]] = {}
-    for name, told in found.items():
+    for name, described in found.items():
         lead = [name] if len(found) > 1 else []
-        listings = {**told.summary.listings(), told.kind: told.rows}
-        if told.deciles is not None:
-            listings["deciles"] = decile_listing(told.deciles)
+        listings = {**described.summary.listings(), described.kind: described.rows}
+        if described.deciles is not None:
+            listings["deciles"] = decile_listing(described.deciles)
         for kind, listing in listings.items():
             columns[kind] = [*(["adapter"] if lead else []), *listing.columns]
             rows.setdefault(kind, []).extend([*lead, *row] for row in listing.rows)
-    sentences = [told.summary.sentence for told in found.values()]
+    sentences = [described.summary.sentence for described in found.values()]
     captions = {kind: "\n".join([*sentences, SPREAD]) for kind in ("matrices", "layers")}
     return {
         f"{kind}.tex": latex_text(columns[kind], rows[kind], captions.get(kind, "\n".join(sentences)))

@@ -1,4 +1,4 @@
-"""The results of an analysis as tables on stdout.
+"""Prints the results of an analysis as tables on stdout.
 
 It computes nothing.
 """
@@ -11,9 +11,9 @@ from brushstroke.cli.console import facts, results, share, table, tell
 
 if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Spectrum, Truncation
-    from brushstroke.cli.analysis_tables import Told
+    from brushstroke.cli.analysis_tables import Description
 
-# What a narrow terminal does without: the least important column, or group of columns, first.
+# Columns, or groups of columns, that a narrow terminal omits, the least important first.
 WITHOUT = {
     "spectrum": ("d×h", "90 %", "σ₁", "stable", "‖ΔW‖/‖W‖", "effective"),
     "overlap": (
@@ -37,11 +37,11 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def print_spectrum(told: "Told", found: "Spectrum", measure: str | None, sites: bool) -> None:
-    """The spectrum of one adapter, with a map of a measure if one is named, and the advice."""
+def print_spectrum(described: "Description", found: "Spectrum", measure: str | None, sites: bool) -> None:
+    """Print the spectrum of one adapter, with a map of a measure if one is named, and the advised ranks."""
     from brushstroke.analysis.text_tables import rank_advice
 
-    _print_summary(told, "spectrum", sites)
+    _print_summary(described, "spectrum", sites)
     if measure is not None:
         _print_map(found, measure)
     advice = rank_advice(found)
@@ -71,7 +71,7 @@ def _print_map(found: "Spectrum", measure: str) -> None:
 
 
 def print_cut(out: Path, cut: "Truncation") -> None:
-    """What truncating did."""
+    """Print the effect of a truncation."""
     ranks = sorted(cut.ranks.values())
     facts(
         results(),
@@ -85,9 +85,9 @@ def print_cut(out: Path, cut: "Truncation") -> None:
     )
 
 
-def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
-    """Two adapters side by side."""
-    _print_summary(told, "overlap", sites)
+def print_overlap(described: "Description", found: "Overlap", sites: bool) -> None:
+    """Print the comparison of two adapters."""
+    _print_summary(described, "overlap", sites)
     unmatched = found.unmatched
     facts(
         results(),
@@ -98,28 +98,29 @@ def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
             "zero": ", ".join(unmatched.zero),
             "note": ""
             if found.of == "delta"
-            else f"of {found.of} alone, which is no property of ΔW: other factors of the same ΔW differ",
+            else f"{found.of} alone, which is not a property of ΔW: other factors of the same ΔW have other "
+            "directions",
         },
     )
 
 
-def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
-    """An adapter in its base, with the energy by tenth of W's directions beside chance."""
+def print_relation(described: "Description", found: "Relation", sites: bool) -> None:
+    """Print an adapter's relation to its base, with the energy by tenth of W's directions and chance."""
     from brushstroke.analysis.text_tables import decile_listing, number
 
-    _print_summary(told, "relation", sites)
+    _print_summary(described, "relation", sites)
     console, totals = results(), found.totals()
-    if told.deciles is not None:
+    if described.deciles is not None:
         tell(console, "energy of ΔW by tenth of W's directions, strongest first", indent=2)
-        table(console, *decile_listing(told.deciles))
+        table(console, *decile_listing(described.deciles))
     ratio, median = totals["ratio_to_chance"], totals["median_ratio_to_chance"]
     told_ratio = "" if median is None else f"{number(ratio)} in all, {number(median)} at the median site"
     facts(console, {"ratio to chance": told_ratio, "zero": ", ".join(totals["zero"])})
 
 
-def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sites: bool) -> None:
-    """How many directions are new; with `sites` each that is new or undecided."""
-    _print_summary(told, "intruders", sites)
+def print_intruders(described: "Description", found: "Intruders", repaired: Path | None, sites: bool) -> None:
+    """Print the number of new directions; with `sites`, each one that is new or undecided."""
+    _print_summary(described, "intruders", sites)
     covered = found.covered_from
     facts(
         results(),
@@ -130,14 +131,14 @@ def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sit
     )
 
 
-def _print_summary(told: "Told", kind: str, sites: bool) -> None:
-    """What was found in one sentence, the tables by kind of matrix and by layer, the rows of all sites."""
+def _print_summary(described: "Description", kind: str, sites: bool) -> None:
+    """Print the one-sentence result, the tables by kind of matrix and by layer, and the rows of all sites."""
     from brushstroke.analysis.summary import SPREAD
 
     console = results()
-    tell(console, told.summary.sentence, style="bold")
+    tell(console, described.summary.sentence, style="bold")
     tell(console, SPREAD, style="dim", indent=2)
-    for listing in told.summary.listings().values():
+    for listing in described.summary.listings().values():
         table(console, *listing, leave_out=("sites", "stable"))
-    if sites and told.rows.rows:
-        table(console, *told.rows, leave_out=WITHOUT[kind])
+    if sites and described.rows.rows:
+        table(console, *described.rows, leave_out=WITHOUT[kind])

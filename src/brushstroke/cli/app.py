@@ -1,6 +1,6 @@
-"""The `brushstroke` command: its commands by name, and what becomes of errors.
+"""The `brushstroke` command: its subcommands, and the handling of errors.
 
-It knows no command's flags: each file beside it declares its own, and is loaded when it is asked for.
+Each command declares its flags in its own file, which is loaded only when the command runs.
 """
 
 import os
@@ -22,20 +22,20 @@ from brushstroke.errors import BrushstrokeError, ConfigError
 OK, REFUSED, USAGE = 0, 1, 2
 DEBUG = "BRUSHSTROKE_DEBUG"
 
-COMMANDS = {  # name → where it is, and whether it takes a config file
+COMMANDS = {  # name → its function, whether it takes a config file, and its help
     "train": ("brushstroke.cli.train:train", True, "Train an adapter on a frozen base."),
-    "plan": ("brushstroke.cli.train:plan", True, "Show what train would do, and stop."),
+    "plan": ("brushstroke.cli.train:plan", True, "Show what train would do, without training."),
     "data": ("brushstroke.cli.data:data", False, "Show examples with the trained tokens marked."),
     "generate": ("brushstroke.cli.generate:generate", False, "Answer prompts."),
-    "chat": ("brushstroke.cli.generate:chat", False, "Talk to a base and its adapters."),
+    "chat": ("brushstroke.cli.generate:chat", False, "Chat with a base and its adapters."),
     "evaluate": ("brushstroke.cli.evaluate:evaluate", False, "Loss and scores of answers on a data file."),
-    "merge": ("brushstroke.cli.merge:merge", False, "Fold an adapter into new weights."),
-    "show": ("brushstroke.cli.show:show", False, "Show what is in an adapter."),
+    "merge": ("brushstroke.cli.merge:merge", False, "Merge an adapter into new weights."),
+    "show": ("brushstroke.cli.show:show", False, "Show the contents of an adapter."),
     "spectrum": ("brushstroke.cli.analysis:spectrum", False, "Singular values and ranks; truncate."),
-    "compare": ("brushstroke.cli.analysis:compare", False, "What two adapters share."),
-    "relate": ("brushstroke.cli.analysis:relate", False, "What an adapter amplifies in its base."),
-    "intruders": ("brushstroke.cli.analysis:intruders", False, "Directions that the base does not have."),
-    "study": ("brushstroke.cli.study:study", False, "Answer a question of the LoRA paper by runs."),
+    "compare": ("brushstroke.cli.analysis:compare", False, "Directions that two adapters share."),
+    "relate": ("brushstroke.cli.analysis:relate", False, "Directions of its base that an adapter amplifies."),
+    "intruders": ("brushstroke.cli.analysis:intruders", False, "New directions that the base does not have."),
+    "study": ("brushstroke.cli.study:study", False, "Repeat an experiment of the LoRA paper."),
 }
 
 _QUIET = {
@@ -51,7 +51,7 @@ _QUIET = {
 def main(tokens: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status (0 ok, 1 refused or failed, 2 usage, 130 interrupted)."""
     interrupts = SigintHandler()
-    if tokens is None:  # the process is ours
+    if tokens is None:  # started as a process of its own
         interrupts.install()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -75,20 +75,20 @@ def main(tokens: Sequence[str] | None = None) -> int:
     except BrushstrokeError as error:
         return _failed(error, REFUSED)
     except KeyboardInterrupt as error:
-        people.cache_clear()  # a line that was being printed is still in its buffer
+        people.cache_clear()  # its buffer may still contain an interrupted line
         say(str(error) or "interrupted")
         if tokens is None:
             interrupts.end()
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout again when it ends
         return REFUSED
     except Exception as error:
         return _failed(error, REFUSED, _in_words(error))
 
 
 def build() -> App:
-    """The command with all its sub-commands, none of them loaded."""
+    """Build the command with all its subcommands, without loading them."""
     app = App(
         name="brushstroke",
         help="Low-rank adaptation of any PyTorch network: adapt, train, switch, merge.",
@@ -112,7 +112,7 @@ def _failed(error: Exception, status: int, message: str | None = None) -> int:
 
 
 def _one_line(message: str) -> str:
-    """A list of problems becomes a sentence."""
+    """Join a list of problems into one line."""
     return re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", message.strip()))
 
 
@@ -126,7 +126,7 @@ def _in_words(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     if "determine home directory" in said:
-        return "a path begins with ~ and a name that no user here has; write it without the ~"
+        return "a path begins with ~ and an unknown user name; write it without the ~"
     return (
         f"unexpected {kind}{f': {first}' if first else ''}. This is a bug in brushstroke; set {DEBUG}=1 to "
         "see where it comes from, and report it"

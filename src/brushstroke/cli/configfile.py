@@ -1,6 +1,6 @@
-"""`--config FILE.yaml`: its keys are the flags of the command; a flag on the line wins.
+"""`--config FILE.yaml`: its keys are the flags of the command; a flag on the command line takes precedence.
 
-The values go through the same conversion as the words of a command line.
+Values are converted in the same way as those on the command line.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ FLAG = "--config"
 
 
 def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
-    """Give every flag that is not on the line the value that the file has for it (called by cyclopts).
+    """Take the flags that are not on the command line from the file (called by cyclopts).
 
     Raises:
-        ConfigError: the file cannot be read, or holds a key that is no flag.
+        ConfigError: the file cannot be read, or has a key that is not a flag.
     """
     by_key = {name.removeprefix("--"): argument for argument in arguments for name in argument.names}
     named = by_key.get(FLAG.removeprefix("--"))
@@ -32,10 +32,10 @@ def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> No
     for key, value in _read(path).items():
         flag = str(key).replace("_", "-")
         if flag in taken:
-            raise ConfigError(f"{path}: {taken[flag]!r} and {key!r} are one flag; give it once")
+            raise ConfigError(f"{path}: {taken[flag]!r} and {key!r} are the same flag; give it once")
         taken[flag] = key
         if flag not in known:
-            hint = did_you_mean(flag, known) or f"; known are {', '.join(sorted(known))}"
+            hint = did_you_mean(flag, known) or f"; known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"{path}: unknown key {key!r}{hint}")
         argument = by_key[flag]
         if value is None or argument.tokens:
@@ -66,16 +66,18 @@ def _read(path: Path) -> Mapping[Any, Any]:
             f"{path}{line}: broken YAML ({getattr(error, 'problem', None) or 'it cannot be read'})"
         ) from error
     if twice:
-        raise ConfigError(f"{path}: {twice!r} stands there twice; give it once")
+        raise ConfigError(f"{path}: {twice!r} appears twice; give it once")
     if loaded is None:
         return {}
     if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{path} should hold keys and values, such as 'rank: 8'; it holds {_kind(loaded)}")
+        raise ConfigError(
+            f"{path} must contain keys and values, such as 'rank: 8'; it contains {_kind(loaded)}"
+        )
     return loaded
 
 
 def _given_twice(root: Any) -> str | None:
-    """A key that the file's mapping, or one in it, holds twice; YAML itself takes the last without a word."""
+    """A key that appears twice in the file's mapping or a nested one; YAML silently takes the last value."""
     if getattr(root, "id", None) != "mapping":
         return None
     for mapping in (root, *(value for _, value in root.value if value.id == "mapping")):

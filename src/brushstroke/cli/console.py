@@ -1,7 +1,7 @@
-"""What reaches people and programs: text on stderr, data on stdout.
+"""Prints text for people on stderr and data on stdout.
 
-On a terminal what people read keeps within its width (see `layout`); elsewhere a line is as long as it is.
-It decides nothing about what is said.
+On a terminal, text fits its width (see `layout`); elsewhere lines are not broken.
+It does not decide what is printed.
 """
 
 import functools
@@ -20,11 +20,11 @@ from brushstroke.cli.layout import Block, Group, arrange, hang, wrap
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MACHINERY = {"warnings", "_py_warnings"}  # the modules of Python's own `warn`
+_MACHINERY = {"warnings", "_py_warnings"}  # the modules of Python's `warn`
 
 
 def replace_closed_streams() -> None:
-    """In place of a stream that the caller closed (`>&-`) stands one that holds and keeps nothing."""
+    """Replace each stream that the caller closed (`>&-`) by one that discards everything."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -32,7 +32,7 @@ def replace_closed_streams() -> None:
 
 @functools.cache
 def people() -> "Console":
-    """The console on stderr: one for all, so that a line may be printed while another is kept up to date."""
+    """The console on stderr. There is one, so that lines can be printed above a live line."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -46,12 +46,12 @@ def results() -> "Console":
 
 
 def room(console: "Console") -> int | None:
-    """The width of the terminal that a console writes to; None where it writes to none."""
+    """The width of a console's terminal; None if it does not write to a terminal."""
     return console.width if console.file.isatty() else None
 
 
 def tell(console: "Console", text: str, *, style: str = "", indent: int = 0) -> None:
-    """A text for people, as it is; on a terminal in lines that are broken between words."""
+    """Print a text for people; on a terminal, break lines between words."""
     from rich.text import Text
 
     for line in lines(console, text, indent):
@@ -59,44 +59,44 @@ def tell(console: "Console", text: str, *, style: str = "", indent: int = 0) -> 
 
 
 def lines(console: "Console", text: str, indent: int = 0) -> list[str]:
-    """A text as it is, or the lines of it that fit a terminal."""
+    """The lines of a text that fit the terminal; the text itself if there is none."""
     width = room(console)
     return [text] if width is None else wrap(text, width - indent)
 
 
 def say(text: str) -> None:
-    """One line for people."""
+    """Print one line for people."""
     tell(people(), text)
 
 
 def warn(text: str) -> None:
-    """One warning, as a plain line."""
+    """Print one warning as a plain line."""
     tell(people(), f"warning: {text}", style="yellow")
 
 
 def fail(text: str) -> None:
-    """Why the command stops."""
+    """Print the error that stops the command."""
     tell(people(), f"error: {text}", style="red")
 
 
 def emit(text: str, *, end: str = "\n") -> None:
-    """A line of results."""
+    """Print a line of results."""
     print(text, end=end, flush=True)
 
 
 def emit_json(value: Any, *, lines: bool = False) -> None:
-    """A JSON value on stdout; `lines` writes it in one line."""
+    """Print a JSON value on stdout; `lines` puts it in one line."""
     ascii_only = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") != "utf8"
     emit(json.dumps(value, indent=None if lines else 2, ensure_ascii=ascii_only, default=str))
 
 
 def facts(console: "Console", rows: Mapping[str, str]) -> None:
-    """Names and values, one pair a line; an empty value is left out."""
+    """Print names and values, one pair per line; empty values are left out."""
     from rich.text import Text
 
-    told = {name: value for name, value in rows.items() if value}
-    longest, width = max(map(len, told), default=0), room(console)
-    for name, value in told.items():
+    shown = {name: value for name, value in rows.items() if value}
+    longest, width = max(map(len, shown), default=0), room(console)
+    for name, value in shown.items():
         lead = f"  {name:<{longest}}  "
         for line in [lead + value] if width is None else hang(lead, value, width):
             console.print(Text(line))
@@ -109,13 +109,13 @@ def table(
     *,
     leave_out: Sequence[Group] = (),
 ) -> None:
-    """A table whose first column is text and whose others are numbers.
+    """Print a table whose first column is text and whose others are numbers.
 
     Args:
         console: where to print it.
-        columns: their heads.
+        columns: their headings.
         rows: a cell for each column.
-        leave_out: columns, or groups of them, that a narrow terminal does without; the least important first.
+        leave_out: columns, or groups of columns, that a narrow terminal omits, the least important first.
     """
     width = room(console)
     if width is None:
@@ -125,7 +125,7 @@ def table(
     for block in blocks:
         _print_table(console, block)
     if gone:
-        tell(console, f"left out for the width: {', '.join(gone)}; --json has all", style="dim", indent=2)
+        tell(console, f"columns left out: {', '.join(gone)}; --json has all", style="dim", indent=2)
 
 
 def _print_table(console: "Console", block: Block) -> None:
@@ -133,7 +133,9 @@ def _print_table(console: "Console", block: Block) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=SIMPLE, width=block.width)  # not the console's, into which rich would squeeze it
+    made = Table(
+        box=SIMPLE, width=block.width
+    )  # not the console's width, to which rich would shrink the table
     for number, head in enumerate(block.heads):
         side = "right" if number else "left"
         made.add_column(Text(head, justify=side), justify=side, no_wrap=True, vertical="bottom")
@@ -143,7 +145,7 @@ def _print_table(console: "Console", block: Block) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes in words.
+    """Format a number of bytes.
 
     >>> size(9_800_000), size(700)
     ('9.3 MiB', '700 B')
@@ -156,7 +158,7 @@ def size(count: float) -> str:
 
 
 def share(part: float) -> str:
-    """A share in per cent.
+    """Format a share in per cent.
 
     >>> share(0.0182), share(1.0)
     ('1.82 %', '100 %')
@@ -166,10 +168,10 @@ def share(part: float) -> str:
 
 @contextmanager
 def show_library_warnings() -> Iterator[None]:
-    """Context manager: what our code warns of is one plain line each, whatever the class of the warning.
+    """Context manager: print each warning of brushstroke as one plain line, whatever its class.
 
-    Other packages stay quiet: they warn whoever calls them, which is us, of what a user cannot change. An
-    exception is torch's word on a GPU that it cannot use, for which a run goes to the CPU.
+    Warnings of other packages are for the caller, brushstroke, and are not printed. The exception is torch's
+    warning that it cannot use a GPU, after which a run uses the CPU.
     """
 
     def show(message: Any, category: type[Warning], *_: Any) -> None:
@@ -188,8 +190,8 @@ def _concerns_users(module: str) -> bool:
 
 
 def _who_warns() -> str:
-    """The module whose code calls `warnings.warn`; with a `stacklevel` the file in the warning is another."""
+    """The module that calls `warnings.warn`; with a `stacklevel`, the warning names another file."""
     frames = traceback.walk_stack(sys._getframe())
     names = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
-    shown = dropwhile(lambda name: name not in _MACHINERY, names)  # what shows it comes first
+    shown = dropwhile(lambda name: name not in _MACHINERY, names)  # the frames that show it come first
     return next(dropwhile(_MACHINERY.__contains__, shown), "")

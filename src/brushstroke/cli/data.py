@@ -1,6 +1,6 @@
-"""`data`: what a base would learn from a data set.
+"""The command `data`: shows which tokens of a data set a base would be trained on.
 
-It loads the tokenizer alone.
+It loads only the tokenizer.
 """
 
 import statistics
@@ -33,7 +33,7 @@ def data(
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> None:
-    """Show examples with the trained tokens marked, counts by role, the stop token and lengths.
+    """Show examples with the trained tokens marked, counts by role, the stop tokens and lengths.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
@@ -42,11 +42,11 @@ def data(
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
-        skip_too_long: Leave out examples whose prompt fills the limit, instead of refusing them.
+        skip_too_long: Leave out examples whose prompt fills --max-length, instead of refusing them.
         split_turns: Make an example of every assistant turn, written as the model will see it.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the tokenizer's own].
-        date: What the chat template takes for today, YYYY-MM-DD [default: today].
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
+        date: The date of "today" in the chat template, YYYY-MM-DD [default: today].
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout.
     """
     if rows is not None and rows < 0:
@@ -85,7 +85,7 @@ def data(
 
 
 def _parts(example: "Example", tokenizer: Any) -> list[tuple[str, bool]]:
-    """(text, trained) of each stretch."""
+    """(text, trained) of each segment."""
     from brushstroke.data import segments
 
     return [

@@ -1,6 +1,6 @@
-"""Data judged by the tokenizer of a base, before its weights are loaded.
+"""Checks data with the tokenizer of a base, before its weights are loaded.
 
-It keeps nothing: the run reads the data itself.
+It returns nothing; the run reads the data again.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from brushstroke.data import Rows
 
-ROWS = 5_000  # of each data set, a second or two; the run judges them all
+ROWS = 5_000  # checked of each data set, in a second or two; the run checks all rows
 
 
-def judge_data(
+def check_data(
     base: str,
     sources: "Iterable[Rows | None]",
     *,
@@ -26,15 +26,15 @@ def judge_data(
 
     Args:
         base: what `load_base` takes.
-        sources: the rows that were read; None for data that were not given.
+        sources: the rows; None for data that was not given.
         max_length: the longest example in tokens; the model's context by default.
-        trust_remote_code: run the code that a base brings along, where it does.
+        trust_remote_code: run Python code from the base's folder if transformers does not have its class.
         reading: how to read the rows: more arguments of `encode`.
 
     Raises:
-        DataError: naming the rows and what is wrong with them.
+        DataError: rows are invalid; the message names them.
         BaseLoadError: there is no such base.
-        ConfigError: it is no language model, or the limit is beyond its context.
+        ConfigError: it is not a language model, or the limit is beyond its context.
     """
     from brushstroke.base import load_tokenizer
     from brushstroke.data import DataWarning, encode
@@ -45,11 +45,11 @@ def judge_data(
             continue
         whole = len(rows) <= ROWS
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # the run gives them
+            warnings.simplefilter("ignore", DataWarning)  # the run shows them
             encode(
                 rows if whole else dataclasses.replace(rows, rows=rows.rows[:ROWS]),
                 tokenizer,
                 max_length=max_length or context,
                 **reading,
-                need_trained=whole,  # what the first rows lack, later ones may have
+                need_trained=whole,  # later rows may have trained tokens
             )

@@ -1,4 +1,4 @@
-"""`evaluate`: the loss and the scores of answers on a data file.
+"""The command `evaluate`: the loss and the scores of answers on a data file.
 
 The scores are defined in `inference`.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
-from brushstroke.cli.early import judge_data
+from brushstroke.cli.early import check_data
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
@@ -17,7 +17,7 @@ from brushstroke.locate import require_base_files
 
 BASE = "base"
 COLUMNS = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
-WITHOUT = ("seconds", "rows", "valid json", "field f1")  # what a narrow terminal does without, in this order
+WITHOUT = ("seconds", "rows", "valid json", "field f1")  # columns that a narrow terminal omits, in this order
 
 
 def evaluate(
@@ -39,25 +39,26 @@ def evaluate(
     date: str | None = None,
     run: BaseOptions | None = None,
 ) -> None:
-    """The loss per trained token, exact match, JSON validity and field F1 on a data file.
+    """Show the loss per trained token, exact match, JSON validity and field F1 on a data file.
 
-    JSON is the numbers, or an object of name to numbers for several adapters.
+    With --json, prints the numbers; for several adapters, an object that maps names to numbers.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
         data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
-        max_new_tokens: Most tokens of an answer [default: 256].
+        max_new_tokens: Maximum tokens of an answer [default: 256].
         batch_size: Rows in one batch [default: 16].
-        out: A file that keeps the answers, as JSONL.
+        out: Write the answers to this file, as JSONL.
         overwrite: Replace that file.
-        generate: Answer the rows; without it only the loss is computed.
+        generate: Generate answers; --no-generate computes only the loss.
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens, for the loss [default: the model's context].
-        split_turns: Take the loss of every assistant turn as an example of its own, as in training.
-        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
-            training, or the tokenizer's own].
-        date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
+        split_turns: Compute the loss of every assistant turn as a separate example, as in training.
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the adapter's template, or
+            the tokenizer's].
+        date: The date of "today" in the chat template, YYYY-MM-DD [default: the date of the adapter's
+            training].
     """
     declared = read_tools(tools)
     require_base_files(base)
@@ -77,7 +78,7 @@ def evaluate(
     if batch_size is not None:
         check_batch_size(batch_size)
     run = run or BaseOptions()
-    judge_data(
+    check_data(
         base,
         [rows],
         prompt_column=prompt,
@@ -120,14 +121,16 @@ def evaluate(
 
 def _refuse_out(out: Path, data: str, overwrite: bool) -> None:
     if not out.parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {out.parent}; make it, or name another")
+        raise OutputError(
+            f"cannot write {out}: there is no folder {out.parent}; create it, or name another file"
+        )
     if out.is_dir():
         raise OutputError(f"cannot write {out}: it is a folder; name a file in it")
     source = Path(data).expanduser()  # or the name of a data set on the hub
     if out.exists() and source.exists() and out.samefile(source):
         raise OutputError(f"{out} is the data itself; name another file for the answers")
     if out.exists() and not overwrite:
-        raise OutputError(f"{out} is there already; pass --overwrite to replace it, or name another file")
+        raise OutputError(f"{out} already exists; pass --overwrite to replace it, or name another file")
 
 
 def _keep(found: Any, out: Path) -> None:
@@ -135,7 +138,7 @@ def _keep(found: Any, out: Path) -> None:
 
     lines = [json.dumps(answer, ensure_ascii=False) for one in found.values() for answer in one.answers]
     write_file(out, "".join(f"{line}\n" for line in lines))
-    say(f"{len(lines)} answers are kept in {out}")
+    say(f"{len(lines)} answers are written to {out}")
 
 
 def _cell(value: float | None) -> str:
@@ -145,7 +148,7 @@ def _cell(value: float | None) -> str:
 
 
 class _Progress:
-    """A live line on a terminal; nothing elsewhere."""
+    """Shows progress on a terminal, and nothing elsewhere."""
 
     def __init__(self) -> None:
         self._console = people()
@@ -162,6 +165,6 @@ class _Progress:
             self._status.stop()
 
     def update(self, name: str, kind: str, done: int, count: int) -> None:
-        """What `evaluate_all` reports."""
+        """Show a progress report of `evaluate_all`."""
         if self._status is not None:
             self._status.update(f"{name}: {kind} {done}/{count}")

@@ -1,6 +1,6 @@
-"""`generate` and `chat`.
+"""The commands `generate` and `chat`.
 
-Which adapter answers which prompt is said here; how, is the library's business.
+They choose the adapter of each prompt; the library generates the answers.
 """
 
 import dataclasses
@@ -29,14 +29,15 @@ HELP = "/use NAME, /base, /reset, /quit"
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen.
+    """Sampling settings.
 
     Args:
-        max_new_tokens: Most tokens of an answer [default: 256].
-        temperature: 0 takes the likeliest token each time [default: 0].
-        top_p: With a temperature, the share of the probability that is drawn from [default: 1].
-        seed: Of the draws [default: 0].
-        num_beams: Width of a beam search [default: 1].
+        max_new_tokens: Maximum tokens of an answer [default: 256].
+        temperature: Sampling temperature; 0 always takes the most likely token [default: 0].
+        top_p: With a temperature, sample from the most likely tokens with this total probability [default:
+            1].
+        seed: Seed of the sampling [default: 0].
+        num_beams: Number of beams of a beam search [default: 1].
     """
 
     max_new_tokens: Whole = None
@@ -46,10 +47,10 @@ class SamplingOptions:
     num_beams: Whole = None
 
     def given(self) -> dict[str, Any]:
-        """Those that were given, judged.
+        """The given settings, checked.
 
         Raises:
-            ConfigError: a value that cannot work.
+            ConfigError: an invalid value.
         """
         from brushstroke.inference import SamplingParams
 
@@ -72,21 +73,22 @@ def generate(
     sampling: SamplingOptions | None = None,
     options: BaseOptions | None = None,
 ) -> None:
-    """Answer prompts; of several adapters each answers each prompt, unless --use says otherwise.
+    """Answer prompts. With several adapters, each answers every prompt, unless --use selects adapters.
 
-    JSON is an object for each answer, one a line.
+    With --json, prints one object per line and answer.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        texts: Prompts; without any, and without the two flags below, one prompt is read from stdin.
+        texts: Prompts; without any, and without --prompt and --prompts, one prompt is read from stdin.
         prompt: A prompt; repeatable.
-        prompts: A file of prompts: one a line, or a JSONL, JSON, CSV or Parquet file with a prompt or
-            messages column (system, history, tools and chat_template_kwargs too); an answer at the end of
-            messages is left out.
-        use: The adapter of each prompt by name, separated by commas, "base" for none; one name serves all.
-        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
-            training, or the tokenizer's own].
-        date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
+        prompts: A file of prompts: one per line, or a JSONL, JSON, CSV or Parquet file with a prompt or
+            messages column (and system, history, tools, chat_template_kwargs); a final answer in messages is
+            ignored.
+        use: Names of the adapters, one per prompt or one for all, separated by commas; "base" for none.
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the adapter's template, or
+            the tokenizer's].
+        date: The date of "today" in the chat template, YYYY-MM-DD [default: the date of the adapter's
+            training].
     """
     declared = read_tools(tools)
     asked = _prompts([*texts, *(prompt or ())], prompts, declared)
@@ -136,16 +138,17 @@ def chat(
     sampling: SamplingOptions | None = None,
     options: BaseOptions | None = None,
 ) -> None:
-    """Talk to a base and its adapters; /use NAME switches, /base takes none, /reset forgets, /quit ends.
+    """Chat with a base and its adapters: /use NAME selects one, /base none; /reset starts over, /quit ends.
 
-    JSON is an object for each turn, one a line.
+    With --json, prints one object per line and turn.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
         system: A system message.
-        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: that of the adapter's
-            training, or the tokenizer's own].
-        date: What the chat template takes for today, YYYY-MM-DD [default: the day of the adapter's training].
+        chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the adapter's template, or
+            the tokenizer's].
+        date: The date of "today" in the chat template, YYYY-MM-DD [default: the date of the adapter's
+            training].
     """
     declared = read_tools(tools)
     require_base_files(base)
@@ -165,7 +168,7 @@ def chat(
         sampling=SamplingParams(**given),
         allow_different_base=options.allow_different_base,
     ) as session:
-        say(f"{session.adapter or BASE} speaks; {HELP}")
+        say(f"{session.adapter or BASE} answers; {HELP}")
         while (line := _ask(session.adapter or BASE)) is not None:
             text = line.strip()
             if text in ("/quit", "/exit"):
@@ -193,13 +196,13 @@ def _turn(session: Any, text: str, json: bool) -> None:
         answer = session.say(text)
         said = session.messages[-1]
         further = {"reasoning": said.get("reasoning_content"), "tool_calls": said.get("tool_calls")}
-        told = {"adapter": session.adapter or BASE, "prompt": text, "answer": answer}
-        emit_json(told | {name: value for name, value in further.items() if value}, lines=True)
+        record = {"adapter": session.adapter or BASE, "prompt": text, "answer": answer}
+        emit_json(record | {name: value for name, value in further.items() if value}, lines=True)
         return
     try:
         session.say(text, on_text=lambda piece: emit(piece, end=""))
     except KeyboardInterrupt:
-        say(" (interrupted; the turn is forgotten)")
+        say(" (interrupted; this turn is discarded)")
     emit("")
 
 
@@ -211,16 +214,16 @@ def _command(session: Any, text: str) -> None:
         say("forgotten")
     elif word == "/base" or (word == "/use" and name == BASE):
         session.use(None)
-        say("the base speaks")
+        say("the base answers")
     elif word == "/use" and name:
         session.use(name)
-        say(f"{name} speaks")
+        say(f"{name} answers")
     else:
         say(f"unknown command {text!r}; {HELP}")
 
 
 def _parts(answer: "Answer") -> dict[str, Any]:
-    """An answer as JSON: its text, and reasoning and tool calls where it has some."""
+    """An answer as JSON: its text, and its reasoning and tool calls if there are any."""
     parts: dict[str, Any] = {"answer": answer.text}
     if answer.reasoning:
         parts["reasoning"] = answer.reasoning
@@ -236,7 +239,7 @@ def _prompts(given: list[Any], file: Path | None, tools: Sequence[Any]) -> list[
         text = sys.stdin.read().removesuffix("\n")
         given = [text] if text else []
     if not given:
-        raise DataError("there is no prompt; give one on the line, with --prompts FILE, or on stdin")
+        raise DataError("there is no prompt; give one on the command line, with --prompts FILE, or on stdin")
     return given
 
 
@@ -258,7 +261,7 @@ def _read_prompts(file: Path, tools: Sequence[Any]) -> list[Any]:
 
 
 def _rows(prompts: list[Any], names: list[str], use: str | None) -> tuple[list[Any], list[str | None]]:
-    """Each prompt beside the adapter that answers it."""
+    """Pair each prompt with the adapter that answers it."""
     if use is None:
         voices: list[str | None] = [*names] or [None]
         return [p for p in prompts for _ in voices], [voice for _ in prompts for voice in voices]
@@ -266,13 +269,14 @@ def _rows(prompts: list[Any], names: list[str], use: str | None) -> tuple[list[A
     for name in chosen:
         if name != BASE and name not in names:
             raise ConfigError(
-                f"--use {name!r}: there is no such adapter; known are {', '.join([*names, BASE])}"
+                f"--use {name!r}: there is no such adapter; known adapters: {', '.join([*names, BASE])}"
             )
     if len(chosen) == 1:
         chosen = chosen * len(prompts)
     if len(chosen) != len(prompts):
         raise ConfigError(
-            f"--use names {len(chosen)} adapters for {len(prompts)} prompts; name one, or one for each prompt"
+            f"--use names {len(chosen)} adapters for {len(prompts)} prompts; name one adapter, or one per "
+            "prompt"
         )
     return prompts, [None if name == BASE else name for name in chosen]
 

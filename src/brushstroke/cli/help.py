@@ -1,6 +1,6 @@
-"""How `--help` looks: the name of a flag is never cut in two.
+"""The layout of `--help`: flag names are never broken.
 
-What it says stands with each command.
+The texts are in the docstrings of the commands.
 """
 
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import ColumnSpec, NameRenderer, get_default_parameter_columns
 
-INDENT = 2  # cells, of a further line of names
+INDENT = 2  # cells by which further lines of names are indented
 
 
 class HelpFormatter(DefaultFormatter):
-    """The formatter of cyclopts, whose column of flags is as wide as the longest of them."""
+    """cyclopts' formatter with a column that is as wide as the longest flag."""
 
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         """Print one panel."""

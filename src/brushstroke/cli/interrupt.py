@@ -1,6 +1,6 @@
-"""Ctrl-C on the command line: the first one ends the command, and further ones do not disturb its end.
+"""Ctrl-C on the command line: the first one ends the command; later ones do not disturb the shutdown.
 
-Training has rules of its own while it runs: see `training/interrupt.py`.
+A training run handles Ctrl-C itself: see `training/interrupt.py`.
 """
 
 import os
@@ -11,23 +11,23 @@ import time
 from typing import Any
 
 INTERRUPTED = 130  # the exit status
-PATIENCE = 5.0  # seconds that the end may take; later a further Ctrl-C ends the process at once
+PATIENCE = 5.0  # seconds that the shutdown may take; after that, Ctrl-C ends the process at once
 
 
 class SigintHandler:
-    """A handler of SIGINT that raises KeyboardInterrupt, but not while an earlier one is on its way out."""
+    """A SIGINT handler that raises KeyboardInterrupt, but not while an earlier one is being handled."""
 
     def __init__(self) -> None:
         self._raised = 0.0
 
     def install(self) -> None:
-        """Take over from Python's own handler; a process that ignores SIGINT goes on to do so."""
+        """Replace Python's handler; a process that ignores SIGINT continues to ignore it."""
         on_main = threading.current_thread() is threading.main_thread()
         if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handle)
 
     def end(self) -> None:
-        """From now on Ctrl-C does nothing: the process ends."""
+        """Ignore Ctrl-C from now on, while the process ends."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -40,7 +40,7 @@ class SigintHandler:
 
 
 def _on_its_way(error: BaseException | None) -> bool:
-    """Whether an interrupt is being handled, or what is being handled came up while it was."""
+    """Whether an interrupt, or an exception raised during one, is being handled."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

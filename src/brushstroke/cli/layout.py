@@ -1,6 +1,6 @@
-"""Text for a terminal of a given width: lines broken between words, tables that fit, names cut in the middle.
+"""Lays out text for a terminal's width: breaks lines between words, fits tables, shortens names.
 
-It prints nothing, and never cuts a number.
+It prints nothing, and never shortens a number.
 """
 
 import re
@@ -10,31 +10,31 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 
-GAP, EDGES = 3, 4  # cells between two columns of a table, and beside them
-LEAST_NAME = 20  # cells of a name that is cut
-HEAD_SHARE = 5  # of a name that is cut, one part in so many is its beginning: its end says more
+GAP, EDGES = 3, 4  # cells between two columns of a table, and at its sides
+LEAST_NAME = 20  # least cells of a shortened name
+HEAD_SHARE = 5  # 1/HEAD_SHARE of a shortened name is its beginning; the end is more informative
 _WORD = re.compile(r"\S+\s*|^\s+")
-_PART_OF_HEAD = re.compile(r".+?(?:[ .](?=[\w(])|$)")  # "90 %" is one, "self_attn.q_proj" two
+_PART_OF_HEAD = re.compile(r".+?(?:[ .](?=[\w(])|$)")  # "90 %" is one part, "self_attn.q_proj" two
 
 Group = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A table as it is printed: its heads, which may have several lines, and its rows."""
+    """A table to print: its headings, which may have several lines, and its rows."""
 
     heads: list[str]
     rows: list[list[str]]
 
     @property
     def width(self) -> int:
-        """In cells, with the gaps."""
+        """The width in cells, including the gaps."""
         columns = zip(self.heads, *self.rows, strict=True)
         return EDGES + GAP * (len(self.heads) - 1) + sum(max(map(_widest, column)) for column in columns)
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken between words; a word that is longer has a line of its own.
+    """Break a text between words into lines of at most `width` cells; a longer word gets its own line.
 
     >>> wrap("one two three", 7)
     ['one two', 'three']
@@ -43,7 +43,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def hang(lead: str, text: str, width: int, shallow: int = 4) -> list[str]:
-    """A text behind its lead; further lines begin below its first, those too long for that further left.
+    """Break a text after its lead with a hanging indent; words too long for the indent start further left.
 
     >>> hang("  name  ", "some words", 14)
     ['  name  some', '        words']
@@ -60,7 +60,7 @@ def hang(lead: str, text: str, width: int, shallow: int = 4) -> list[str]:
 
 
 def shorten(name: str, width: int) -> str:
-    """A name of at most `width` cells: what is too much goes from its middle.
+    """Shorten a name to at most `width` cells by cutting out its middle.
 
     >>> shorten("model.layers.0.self_attn.q_proj", 25)
     'mode…s.0.self_attn.q_proj'
@@ -69,11 +69,11 @@ def shorten(name: str, width: int) -> str:
         return name
     size = (width - 1) // HEAD_SHARE
     head, tail = set_cell_size(name, size), set_cell_size(name[::-1], width - 1 - size)[::-1]
-    return f"{head.rstrip()}…{tail.lstrip()}"  # half a letter of two cells becomes a space
+    return f"{head.rstrip()}…{tail.lstrip()}"  # a cut character of two cells becomes a space
 
 
 def fit(parts: Sequence[tuple[str, str]], width: int, leave_out: Sequence[str]) -> str:
-    """The texts of (name, text) side by side; those that do not fit are left out in the order given.
+    """Join the texts of (name, text) in one line; omit those that do not fit, in the given order.
 
     >>> fit([("loss", "loss 1.5"), ("peak", "peak 1 GiB")], 12, ["peak"])
     'loss 1.5'
@@ -89,14 +89,14 @@ def fit(parts: Sequence[tuple[str, str]], width: int, leave_out: Sequence[str]) 
 def arrange(
     columns: Sequence[str], rows: Iterable[Sequence[str]], width: int, leave_out: Sequence[Group]
 ) -> tuple[list[Block], list[str]]:
-    """A table within `width` cells.
+    """Fit a table into `width` cells.
 
-    Heads get several lines, and the names in the first column are cut in the middle while they still differ
-    (but not kept longer than half of the width). What is then too wide is left out, in the order of
-    `leave_out`; columns that are not in it go on in a further table below.
+    Headings get several lines. Names in the first column are shortened as long as they still differ, and
+    always to half of the width. If the table is then too wide, columns are omitted in the order of
+    `leave_out`; other columns continue in another table below.
 
     Returns:
-        The tables, and the columns that were left out.
+        The tables, and the omitted columns.
     """
     cells = [list(row) for row in rows]
     shape = _Shape(columns, cells, width)
@@ -110,7 +110,7 @@ def arrange(
 
 
 class _Shape:
-    """How wide the columns of a table are."""
+    """The widths of a table's columns."""
 
     def __init__(self, columns: Sequence[str], rows: list[list[str]], width: int) -> None:
         self._columns, self._rows = columns, rows
@@ -119,11 +119,11 @@ class _Shape:
         self._name = max(least, _widest(_stacked(columns[0])))
 
     def least(self, kept: Sequence[int]) -> int:
-        """The width that these columns need."""
+        """The least width of these columns."""
         return self._name + self._others(kept, stacked=True)
 
     def parts(self, kept: Sequence[int], width: int) -> list[list[int]]:
-        """The columns of tables one below the other, each with the first."""
+        """Split the columns into tables below each other, each with the first column."""
         parts = [[0]]
         for number in kept[1:]:
             if len(parts[-1]) > 1 and self.least([*parts[-1], number]) > width:
@@ -132,7 +132,7 @@ class _Shape:
         return parts
 
     def block(self, kept: Sequence[int], width: int) -> Block:
-        """The table of these columns; heads stay in one line, and names whole, where there is room."""
+        """The table of these columns; headings have one line and names are complete if there is room."""
         stacked = self._name + self._others(kept, stacked=False) > width
         names = max(self._name, width - self._others(kept, stacked=stacked))
         first = self._columns[0] if cell_len(self._columns[0]) <= names else _stacked(self._columns[0])
@@ -142,19 +142,19 @@ class _Shape:
         )
 
     def _others(self, kept: Sequence[int], *, stacked: bool) -> int:
-        """The width of all but the first column, and of what is around the columns."""
+        """The width of all columns but the first, including gaps and edges."""
         widths = (max(self._cells[n], _widest(self._head(n, stacked))) for n in kept[1:])
         return EDGES + sum(GAP + width for width in widths)
 
     def _head(self, number: int, stacked: bool) -> str:
-        """The head of a column; stacked, in lines as wide as its cells, or its longest word, need."""
+        """The heading of a column; if stacked, in lines as wide as its cells or its longest word."""
         head = self._columns[number]
         least = max(self._cells[number], _widest(_stacked(head)))
         return "\n".join(_fill(_PART_OF_HEAD.findall(head), least)) if stacked else head
 
 
 def _fill(words: Iterable[str], width: int) -> list[str]:
-    """Lines of words, each with the space behind it; a word that is longer than `width` has its own."""
+    """Fill lines with words (each followed by its space); a word longer than `width` gets its own line."""
     lines: list[str] = []
     for word in words:
         if lines and lines[-1].strip() and cell_len(lines[-1] + word.rstrip()) > width:
@@ -173,7 +173,7 @@ def _widest(lines: str) -> int:
 
 
 def _least_name(names: set[str], most: int) -> int:
-    """The fewest cells in which names that differ still differ, where that is less than `most`."""
+    """The fewest cells in which different names still differ, at most `most`."""
     widths = range(min(LEAST_NAME, most), most)
     return widths.start + bisect_left(
         widths, True, key=lambda width: len({shorten(name, width) for name in names}) == len(names)

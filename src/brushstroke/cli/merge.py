@@ -1,4 +1,4 @@
-"""`merge`: an adapter and a base become a model folder for plain transformers."""
+"""The command `merge`: writes a base and an adapter as a model folder for plain transformers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,17 +26,18 @@ def merge(
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> None:
-    """Fold an adapter into new weights, and report what the rounding cost.
+    """Merge an adapter into new weights, and report how much the rounding changed.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        adapter: The adapter's folder, or its hub id.
+        adapter: Folder or hub id of the adapter.
         out: The folder to write.
-        overwrite: Replace what an earlier merge wrote there; files of other names stay.
-        allow_different_base: Merge even if the adapter was trained on another base.
-        dtype: Dtype of the merged weights; auto keeps that of each tensor, another loads the whole base.
-        verify: Compare the merged model with the adapted one [default: if that needs little memory].
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
+        overwrite: Replace the files of an earlier merge in --out; files with other names remain.
+        allow_different_base: Allow an adapter that was trained on another base.
+        dtype: Dtype of the merged weights. auto keeps the dtype of each tensor; another dtype loads the whole
+            base.
+        verify: Compare the merged with the adapted model [default: if that needs little memory].
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout.
     """
     from brushstroke.outputs import refuse_existing

@@ -1,6 +1,6 @@
-"""The flags that `train` and `plan` have in common, and the configs that they make.
+"""The flags that `train` and `plan` share, and the configs made from them.
 
-Defaults live in `LoraConfig` and `TrainConfig` alone: a flag that is not given is None here.
+Only `LoraConfig` and `TrainConfig` contain defaults: a flag that is not given is None here.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 @Parameter(name="*", group=ADAPTER)
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """What the adapter should be.
+    """Settings of the adapter.
 
     Args:
         rank: Rank r of every site [default: 8].
         alpha: Numerator of the scale [default: 16].
         scale_rule: The scale: alpha/rank, or alpha/√rank (rslora) [default: standard].
-        targets: Modules to adapt, by name, suffix or regular expression, or all-linear, attention or mlp;
+        targets: Modules to adapt: names, path endings, regular expressions, all-linear, attention or mlp;
             separated by commas [default: all-linear].
-        rank_pattern: A different rank for some targets: PATTERN=VALUE, separated by commas.
-        alpha_pattern: A different alpha for some targets: PATTERN=VALUE, separated by commas.
+        rank_pattern: Other ranks for some targets: PATTERN=VALUE, separated by commas.
+        alpha_pattern: Other alphas for some targets: PATTERN=VALUE, separated by commas.
         dropout: Dropout probability on the input of the low-rank path [default: 0].
-        start: Go on training this adapter (a folder or a hub id) instead of a new one.
+        start: Continue training this adapter (a folder or a hub id) instead of a new one.
     """
 
     rank: Whole = None
@@ -54,10 +54,10 @@ class AdapterOptions:
     start: Annotated[Path | None, Parameter(name="--from")] = None
 
     def config(self) -> "LoraConfig | None":
-        """The request; None where an adapter to go on from says it all.
+        """The config; None if --from gives an adapter and no flag changes it.
 
         Raises:
-            ConfigError: a value that cannot work.
+            ConfigError: an invalid value.
         """
         from brushstroke.adapter import LoraConfig
 
@@ -67,8 +67,8 @@ class AdapterOptions:
             fixed = [f"--{name.replace('_', '-')}" for name in given if name != "dropout"]
             if fixed:
                 raise ConfigError(
-                    f"{', '.join(fixed)} cannot be given with --from: the adapter keeps its own; leave "
-                    f"{'it' if len(fixed) == 1 else 'them'} out"
+                    f"{', '.join(fixed)} cannot be combined with --from, because the adapter keeps its "
+                    f"settings; leave {'it' if len(fixed) == 1 else 'them'} out"
                 )
             return LoraConfig(**given) if given else None
         if self.targets is not None:
@@ -83,28 +83,28 @@ class AdapterOptions:
 @Parameter(name="*", group=TRAINING)
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How to train.
+    """Settings of the training.
 
     Args:
         epochs: Passes over the data [default: 3].
-        max_steps: Optimiser steps, instead of the epochs.
-        learning_rate: Learning rate of AdamW [default: by the width of the model; plan shows it].
-        schedule: Learning rate after the warm-up: to zero over the run, or constant [default: linear].
-        warmup: Steps of linear warm-up, or a fraction of the run if it is below 1 [default: 0].
+        max_steps: Number of optimiser steps, instead of --epochs.
+        learning_rate: Learning rate of AdamW [default: depends on the model's width; plan shows it].
+        schedule: Learning rate after the warm-up: decays to zero over the run, or constant [default: linear].
+        warmup: Steps of linear warm-up, or a fraction of the run if below 1 [default: 0].
         weight_decay: Weight decay of AdamW on the factors [default: 0].
-        clip: Largest norm of the whole gradient; 0 turns clipping off [default: 1].
+        clip: Maximum norm of the whole gradient; 0 turns clipping off [default: 1].
         batch_size: Examples per optimiser step [default: 8].
-        micro_tokens: Tokens computed in one pass, or auto; changes memory and speed only [default: auto].
-        memory: low keeps fewer activations and recomputes them; auto is fast if that fits [default: auto].
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
+        micro_tokens: Tokens computed in one pass, or auto; affects only memory and speed [default: auto].
+        memory: low saves fewer activations and recomputes them; auto is fast if that fits [default: auto].
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, but slower.
         torch_compile: On a GPU, compile the operations between matrix products; for large models and long
             runs.
-        share_prefixes: Compute the beginning that examples of a step share only once
-            [default: unless dropout is on].
+        share_prefixes: Compute a prefix that examples of a step share only once [default: on, unless dropout
+            is used].
         eval_every: Steps between evaluations [default: once an epoch].
-        keep_best: Keep the adapter with the lowest evaluation loss, not the last one.
+        keep_best: Save the adapter with the lowest evaluation loss instead of the last one.
         checkpoint_every: Optimiser steps between checkpoints; the last two are kept [default: 100].
-        seed: Seed of the first factors, the order of the data and dropout [default: 0].
+        seed: Seed of the initial factors, the order of the data, and dropout [default: 0].
     """
 
     epochs: float | None = None
@@ -135,10 +135,10 @@ class DataOptions:
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
-        skip_too_long: Leave out examples whose prompt fills the limit, instead of refusing them.
+        skip_too_long: Leave out examples whose prompt fills --max-length, instead of refusing them.
         split_turns: Make an example of every assistant turn, written as the model will see it.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the tokenizer's own].
-        date: What the chat template takes for today, YYYY-MM-DD [default: the day on which the run began].
+        date: The date of "today" in the chat template, YYYY-MM-DD [default: the day on which the run began].
         eval_data: Data to evaluate on.
     """
 
@@ -155,13 +155,13 @@ class DataOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions:
-    """How the base is loaded, and what is printed.
+    """How the base is loaded, and the format of the output.
 
     Args:
-        dtype: Dtype of the frozen base; auto is bfloat16 where the hardware multiplies it natively.
+        dtype: Dtype of the frozen base; auto is bfloat16 if the hardware supports it natively.
         device: The device to run on.
-        allow_different_base: Use adapters even if they were trained on another base.
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
+        allow_different_base: Allow adapters that were trained on another base.
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout, for programs.
     """
 
@@ -175,20 +175,20 @@ class BaseOptions:
 @Parameter(name="*", group=RUN)
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(BaseOptions):
-    """Where and how the run happens.
+    """Settings of the run.
 
     Args:
-        config: A YAML file whose keys are these flags; a flag on the line wins.
+        config: A YAML file whose keys are these flags; flags on the command line take precedence.
     """
 
     config: Path | None = None
 
 
 def train_config(training: TrainingOptions | None, data: DataOptions | None) -> "TrainConfig":
-    """The training config that the flags ask for.
+    """The training config from the flags.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: an invalid value.
     """
     from brushstroke.training import TrainConfig
 

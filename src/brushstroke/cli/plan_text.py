@@ -1,6 +1,6 @@
-"""A plan in words.
+"""Prints a plan.
 
-It counts nothing: every number is the plan's.
+It computes nothing: all numbers come from the plan.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,21 +10,21 @@ from brushstroke.cli.console import facts, share, size
 if TYPE_CHECKING:
     from brushstroke.training import Plan, TrainConfig
 
-_NAMED = 4  # sites named in one line
+_NAMED = 4  # sites that one line names
 
 
 def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConfig") -> None:
-    """All that a user should know before the first step; the warnings are for the caller."""
+    """Print a plan without its warnings; the caller prints those."""
     console.print("plan", style="bold")
     targets = [f"{pattern}: {count} sites" for pattern, count in plan.matches.items()]
-    rule = "the default rule for this width" if config.learning_rate is None else "asked for"
+    rule = "the default for this width" if config.learning_rate is None else "asked for"
     about = "about " if plan.extrapolated else ""
     saved = plan.shared_tokens / max(1, plan.real_tokens)
     facts(
         console,
         {
             "base": f"{plan.base or 'a model'}, {plan.dtype} ({dtype_reason}), on {plan.device}",
-            "targets": "; ".join(targets) or f"{plan.sites} sites of the adapter to go on from",
+            "targets": "; ".join(targets) or f"{plan.sites} sites of the adapter in --from",
             "smaller rank": _some([f"{site} (asked for {rank})" for site, rank in plan.capped.items()]),
             "left out": _left_out(plan),
             "adapter": f"{plan.sites} sites, {plan.parameters:,} trainable parameters "
@@ -50,17 +50,17 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
 
 
 def _left_out(plan: "Plan") -> str:
-    """What the targets leave out, those of the same name in several layers as one, the largest first."""
+    """Weights that the targets leave out, the largest first; equal names in several layers are one entry."""
     from brushstroke.sites import in_all_layers
 
     groups: dict[tuple[str, str], list[float]] = {}
     for path, why in plan.skipped.items():
         groups.setdefault((in_all_layers(path), why), []).append(plan.skipped_shares[path])
-    told = []
+    entries = []
     for (name, why), shares in sorted(groups.items(), key=lambda group: -sum(group[1])):
         count = f"{len(shares)}, " if len(shares) > 1 else ""
-        told.append(f"{name} ({count}{share(sum(shares))} of the base): {why}")
-    return _some(told, "; ")
+        entries.append(f"{name} ({count}{share(sum(shares))} of the base): {why}")
+    return _some(entries, "; ")
 
 
 def _some(entries: list[str], separator: str = ", ") -> str:

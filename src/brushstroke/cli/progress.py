@@ -1,6 +1,6 @@
-"""The progress of a training run: a live line on a terminal, else a plain line now and then.
+"""Shows the progress of a training run: a live line on a terminal, elsewhere plain lines at intervals.
 
-It listens to the run's events and changes nothing.
+It receives the run's events and changes nothing.
 """
 
 import math
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from brushstroke.training.events import EvalEvent, StepEvent
     from brushstroke.training.plan import Plan
 
-LINE_SECONDS = 10.0  # between two plain lines
-WINDOW_SECONDS = 60.0  # of steps that the speed is taken from
+LINE_SECONDS = 10.0  # least time between two plain lines
+WINDOW_SECONDS = 60.0  # time span of the steps from which the speed is computed
 LEAST_BAR = 4  # cells
-WITHOUT = ("peak", "speed")  # what the live line of a narrow terminal does without, in this order
+WITHOUT = ("peak", "speed")  # parts of the live line that a narrow terminal omits, in this order
 
 
 class TimeLeft:
-    """Seconds until the end of a run, from the computed tokens of its last steps and its evaluations so far.
+    """Estimates the seconds until the end of a run from its last steps and its evaluations so far.
 
     Args:
-        steps: of the whole run.
-        tokens_per_step: computed tokens that a step has on average, from the plan.
-        evaluations: how many the whole run has.
-        done: steps that an earlier part of the run did.
+        steps: number of steps of the whole run.
+        tokens_per_step: average number of computed tokens of a step, from the plan.
+        evaluations: number of evaluations of the whole run.
+        done: number of steps that were done before the run was resumed.
     """
 
     def __init__(self, steps: int, tokens_per_step: float, evaluations: int = 0, done: int = 0) -> None:
@@ -39,7 +39,7 @@ class TimeLeft:
         self._eval_seconds: list[float] = []
 
     def step(self, seconds: float, computed_tokens: int) -> None:
-        """Take in one optimiser step, with everything that belongs to it."""
+        """Record one optimiser step."""
         self._done += 1
         self._tokens += computed_tokens
         self._recent.append((seconds, computed_tokens))
@@ -47,7 +47,7 @@ class TimeLeft:
             self._recent.popleft()
 
     def evaluation(self, seconds: float) -> None:
-        """Take in one evaluation."""
+        """Record one evaluation."""
         self._eval_seconds.append(seconds)
 
     @property
@@ -66,7 +66,7 @@ class TimeLeft:
 
 
 def clock(seconds: float | None) -> str:
-    """A duration in words.
+    """Format a duration.
 
     >>> clock(7.6), clock(252), clock(7300), clock(None)
     ('8 s', '4:12 min', '2:01 h', '?')
@@ -82,7 +82,7 @@ def clock(seconds: float | None) -> str:
 
 
 class TrainProgress:
-    """A context manager whose methods are the callbacks of a run."""
+    """Context manager whose methods are the callbacks of a run."""
 
     def __init__(self) -> None:
         self.steps_done = 0
@@ -93,17 +93,17 @@ class TrainProgress:
         self._recent: deque[tuple[float, int]] = deque(maxlen=16)
 
     def start(self, plan: "Plan", resumed_from: int, evaluations: int = 0) -> None:
-        """Begin, with the plan of the run."""
+        """Begin to show a run with this plan."""
         per_step = plan.computed_tokens * (plan.epochs / max(1, plan.steps))
         self._left = TimeLeft(plan.steps, per_step, evaluations, resumed_from)
         self._last_step = time.monotonic()
         if self._console.is_terminal:
             self._live = _live(self._console)
-            self._task = self._live.add_task("", total=plan.steps, completed=resumed_from, told="")
+            self._task = self._live.add_task("", total=plan.steps, completed=resumed_from, status="")
             self._live.start()
 
     def step(self, event: "StepEvent") -> None:
-        """One optimiser step."""
+        """Show one optimiser step."""
         now = time.monotonic()
         seconds, self._last_step = max(event.seconds, now - self._last_step), now
         self.steps_done += 1
@@ -111,13 +111,13 @@ class TrainProgress:
         if self._left is not None:
             self._left.step(seconds, event.computed_tokens)
         if self._live is not None:
-            self._live.update(self._task, completed=event.step, told=self._told(event))
+            self._live.update(self._task, completed=event.step, status=self._status(event))
         elif event.step == event.steps or self.steps_done == 1 or now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            tell(self._console, f"step {event.step}/{event.steps}  {self._told(event)}")
+            tell(self._console, f"step {event.step}/{event.steps}  {self._status(event)}")
 
     def evaluation(self, event: "EvalEvent") -> None:
-        """One evaluation."""
+        """Show one evaluation."""
         self._last_step = time.monotonic()
         if self._left is not None:
             self._left.evaluation(event.seconds)
@@ -131,7 +131,7 @@ class TrainProgress:
         if self._live is not None:
             self._live.stop()
 
-    def _told(self, event: "StepEvent") -> str:
+    def _status(self, event: "StepEvent") -> str:
         seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True))
         speed = tokens / seconds if seconds else 0.0
         left = clock(self._left.seconds if self._left is not None else None)
@@ -155,7 +155,7 @@ def _live(console: Any) -> Any:
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[status]}"),
         console=console,
         refresh_per_second=4,
     )

@@ -1,4 +1,4 @@
-"""`show`: what is in an adapter; the base is not needed."""
+"""The command `show`: the contents of an adapter; it needs no base."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
 
 COLUMNS = ("site", "d×h", "rank", "scale", "norm", "sigma 1")
-WITHOUT = ("scale", "d×h", "sigma 1")  # what a narrow terminal does without, in this order
+WITHOUT = ("scale", "d×h", "sigma 1")  # columns that a narrow terminal omits, in this order
 
 
 def show(adapter: Path, *, json: bool = False) -> None:
     """Show the sites, ranks, norms and size of an adapter, and its card.
 
     Args:
-        adapter: The adapter's folder, or its hub id.
+        adapter: Folder or hub id of the adapter.
         json: Print JSON on stdout.
     """
     value = load_adapter(adapter)
@@ -85,13 +85,15 @@ def _print(console: Any, described: dict[str, Any]) -> None:
             "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
             "norm": f"{described['norm']:.4g}",
             "base": card.get("base_name") or "unknown",
-            "copies": f"{', '.join(copies)}: compared with the base's own before the adapter is used"
+            "copies": f"{', '.join(copies)}: will be compared with the base when the adapter is used"
             if copies
             else "",
             "asked for": ", ".join(f"{key} {_cell(v)}" for key, v in lora.items() if v not in (None, {}, [])),
             "targets": ", ".join(card.get("target_modules") or ()),
             "stop tokens": " ".join(card.get("stop_tokens") or ()),
-            "chat template": f"{len(card['chat_template'])} letters" if card.get("chat_template") else "none",
+            "chat template": f"{len(card['chat_template'])} characters"
+            if card.get("chat_template")
+            else "none",
             "fingerprint": card.get("fingerprint") or "none",
             **{key.replace("_", " "): _cell(value) for key, value in training.items()},
         },

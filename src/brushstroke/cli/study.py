@@ -1,6 +1,6 @@
-"""`study`: a question about the user's own model and data, from runs to one report.
+"""The command `study`: repeats an experiment of the LoRA paper on the user's model and data.
 
-The studies are those of `brushstroke.studies`; here flags become settings.
+It turns flags into settings of `brushstroke.studies`.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, results, say, tell
-from brushstroke.cli.early import judge_data
+from brushstroke.cli.early import check_data
 from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
@@ -30,7 +30,7 @@ QUESTION, RUNS, DATA = Group("Question", sort_key=1), Group("Runs", sort_key=2),
 TITLES = {
     "rank": "What rank is enough?",
     "seeds": "What do seeds share?",
-    "targets": "Which matrices deserve the parameters?",
+    "targets": "Which matrices should get the parameters?",
     "delta": "How does the update relate to the weights?",
     "intrinsic": "How many dimensions does the task need?",
     "paper": "The questions of the LoRA paper",
@@ -54,7 +54,7 @@ ONLY_FOR = {
 @Parameter(name="*", group=QUESTION)
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions:
-    """What exactly is asked.
+    """Settings of the question.
 
     Args:
         targets: The matrices to adapt, separated by commas [default: all-linear].
@@ -62,14 +62,14 @@ class QuestionOptions:
         rank: One rank (seeds, intrinsic), or the rank of every set instead of a budget (targets).
         alpha: Numerator of the scale, the same for all arms [default: 16].
         scale_rule: The scale: alpha/rank, or alpha/√rank (rank) [default: standard].
-        sets: Sets of matrices to compare, separated by commas, their members joined by + (targets), such as
+        sets: Sets of matrices to compare, separated by commas, with members joined by + (targets), such as
             q_proj,v_proj,q_proj+v_proj,all-linear.
         budget: Number of trained parameters of every set (targets).
         dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
-        no_whole: Leave out the runs that train all of W (rank, delta).
-        margin: What equal means, in nats of test loss per trained token (rank, targets) [default: 0.01].
-        tiny: A small model that is trained here, on texts that every Python carries (paper, intrinsic).
-        smollm2: SmolLM2-135M on labelled addresses, which are fetched (paper).
+        no_whole: Leave out full fine-tuning (rank, delta).
+        margin: Margin of equality, in nats of test loss per trained token (rank, targets) [default: 0.01].
+        tiny: Use a small model, trained first on texts of the Python installation (paper, intrinsic).
+        smollm2: Use SmolLM2-135M and labelled addresses, both downloaded (paper).
     """
 
     targets: str | None = None
@@ -89,20 +89,20 @@ class QuestionOptions:
 @Parameter(name="*", group=RUNS)
 @dataclass(frozen=True, kw_only=True)
 class StudyRunOptions:
-    """How every run trains, and how many there are.
+    """Settings of the runs, and their number.
 
     Args:
         seeds: Number of seeds of every arm [default: 3; 5 with --tiny].
         learning_rates: Learning rates to choose from on the validation data, separated by commas
             [default: four around the default of train].
         epochs: Passes over the data in every run [default: 1].
-        max_steps: Optimiser steps of every run, instead of the epochs.
+        max_steps: Optimiser steps of every run, instead of --epochs.
         batch_size: Examples per optimiser step [default: 8].
-        budget_minutes: Plan only the runs that fit into this time, and name those left out.
-        workers: Runs at a time, each in a process of one thread; for small models
+        budget_minutes: Plan only runs that fit into this time, and list those left out.
+        workers: Number of simultaneous runs, each in a process with one thread; for small models
             [default: 1; one per core with --tiny and --smollm2].
-        overwrite: Start over in --out; finished runs there are removed.
-        reread: Read the finished runs in --out again, as this version reads them; nothing is trained.
+        overwrite: Remove the finished runs in --out and start over.
+        reread: Analyse the finished runs in --out again with this version; train nothing.
     """
 
     seeds: Whole = None
@@ -119,13 +119,13 @@ class StudyRunOptions:
 @Parameter(name="*", group=DATA)
 @dataclass(frozen=True, kw_only=True)
 class StudyDataOptions:
-    """What runs are measured on.
+    """The data on which runs are measured.
 
     Args:
-        validation: Data on which learning rates are chosen [default: a tenth of DATA].
-        test: Data on which the report's numbers are measured [default: another tenth of DATA].
-        other: Data of another task, as the control of seeds.
-        general: General text, to measure how far each run strays from the base on it.
+        validation: Data for choosing learning rates [default: a tenth of DATA].
+        test: Data for the numbers of the report [default: another tenth of DATA].
+        other: Data of another task, as a control (seeds, paper).
+        general: General text, on which divergence from the base is measured (delta, paper).
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
         max_length: Longest example in tokens [default: the model's context].
@@ -146,9 +146,9 @@ def study(
     data: str | None = None,
     *,
     out: Path,
-    asked: QuestionOptions | None = None,
-    runs: StudyRunOptions | None = None,
-    measured: StudyDataOptions | None = None,
+    question_options: QuestionOptions | None = None,
+    run_options: StudyRunOptions | None = None,
+    data_options: StudyDataOptions | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: bool = False,
@@ -157,36 +157,36 @@ def study(
     latex: bool = False,
     json: bool = False,
 ) -> None:
-    """Answer a question of the LoRA paper on a model and data: planned runs, tables, figures, one report.
+    """Repeat an experiment of the LoRA paper on a model and data, and write a report.
 
-    Interrupted, it goes on with the same command; no finished run is repeated.
+    To continue an interrupted study, give the same command again; finished runs are not repeated.
 
     Args:
-        question: rank: what rank is enough; seeds: what seeds share; targets: which matrices deserve the
+        question: rank: what rank is enough; seeds: what seeds share; targets: which matrices should get the
             parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; paper: the first four.
-        base: A model folder, a hub id or a .gguf file; none with --tiny and --smollm2.
-        data: The task, as for train; none with --tiny and --smollm2.
-        out: The folder of the study: report.html, results.json, and every run.
+        base: A model folder, a hub id or a .gguf file; not with --tiny or --smollm2.
+        data: The data of the task, as for train; not with --tiny or --smollm2.
+        out: The folder of the study, for report.html, results.json and all runs.
         dtype: Dtype of the base; auto is float32 here, because bf16 loses small steps when W is trained.
         device: The device to run on.
-        trust_remote_code: Run the code that the base brings along, where transformers lacks its class.
-        png: Write the figures as PNG and SVG files too.
-        csv: Write the tables as CSV files too.
-        latex: Write the tables as LaTeX files too.
+        trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
+        png: Also write the figures as PNG and SVG files.
+        csv: Also write the tables as CSV files.
+        latex: Also write the tables as LaTeX files.
         json: Print results.json on stdout.
     """
     given, settings, files = (
-        asked or QuestionOptions(),
-        runs or StudyRunOptions(),
-        measured or StudyDataOptions(),
+        question_options or QuestionOptions(),
+        run_options or StudyRunOptions(),
+        data_options or StudyDataOptions(),
     )
     _refuse_misplaced(question, {**vars(given), **vars(files)})
     if settings.seeds is not None and settings.seeds < 1:
-        raise ConfigError(f"--seeds is how many there are, at least 1; got {settings.seeds}")
+        raise ConfigError(f"--seeds must be at least 1; got {settings.seeds}")
     if base is not None:
         require_base_files(base)
     for name in ("altair", "vl_convert"):
-        require(name, extra="report")  # now, and not after hours of runs
+        require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")
     from brushstroke.studies import (
         finished_only,
@@ -200,12 +200,12 @@ def study(
     from brushstroke.studies.presets import SMOL_MINUTES
     from brushstroke.studies.runner import check_budget
 
-    check_budget(settings.budget_minutes)  # now, and not after a model was loaded or trained
+    check_budget(settings.budget_minutes)  # before a model is loaded or trained
     if settings.reread:
         _require_finished(out, settings)
     workers, budget = 1 if settings.workers is None else settings.workers, settings.budget_minutes
     if workers < 1:
-        raise ConfigError(f"--workers is how many runs there are at a time, at least 1; got {workers}")
+        raise ConfigError(f"--workers must be at least 1; got {workers}")
     if given.tiny or given.smollm2:
         fixed = {
             **{name: value for name, value in vars(given).items() if name not in ("tiny", "smollm2")},
@@ -224,15 +224,15 @@ def study(
     else:
         if base is None or data is None:
             raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
-        asked_for = None if question == "paper" else _study(question, given)
+        single = None if question == "paper" else _study(question, given)
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
         material = _material(base, data, settings, files, loading)
-        studies = paper_questions(material) if asked_for is None else [asked_for]
+        studies = paper_questions(material) if single is None else [single]
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
-        raise ConfigError("--workers is for models on the CPU; a GPU runs one at a time")
+        raise ConfigError("--workers works only on the CPU; on a GPU, leave it out")
     with _Progress(workers, settings.reread) as progress:
         report = run_studies(
             studies,
@@ -258,7 +258,7 @@ def study(
 
 
 def _require_finished(out: Path, settings: StudyRunOptions) -> None:
-    """Refuse --reread where there is nothing to read, before a model is loaded or trained."""
+    """Refuse --reread without finished runs, before a model is loaded or trained."""
     from brushstroke.studies.store import planned_before
 
     if settings.overwrite:
@@ -266,7 +266,7 @@ def _require_finished(out: Path, settings: StudyRunOptions) -> None:
             "give --reread or --overwrite, not both: one keeps the runs, the other removes them"
         )
     if planned_before(out) is None:
-        raise OutputError(f"{out} holds no study to read again; leave out --reread to run one there")
+        raise OutputError(f"{out} contains no study to read again; leave out --reread to run one there")
 
 
 def _preset(
@@ -278,7 +278,7 @@ def _preset(
     chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
     if chosen:
         surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
-        raise ConfigError(f"{question} {flag} brings its own model, data and settings; leave out {surplus}")
+        raise ConfigError(f"{question} {flag} has its own model, data and settings; leave out {surplus}")
     seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
         return smollm2_paper(**seeds)
@@ -286,7 +286,7 @@ def _preset(
     return make(
         out,
         overwrite=settings.overwrite,
-        on_base=lambda: say("a small model is trained first, if it is not there"),
+        on_base=lambda: say("training a small model first, if it does not exist yet"),
         **seeds,
     )
 
@@ -357,7 +357,7 @@ def _material(
             ("general", files.general),
         )
     }
-    judge_data(
+    check_data(
         base,
         read.values(),
         prompt_column=files.prompt,
@@ -400,7 +400,7 @@ def _flag(name: str) -> str:
 def _parts(flag: str, text: str) -> tuple[str, ...]:
     found = split(text)
     if not found:
-        raise ConfigError(f"{flag} is empty; name at least one, with commas between several, or leave it out")
+        raise ConfigError(f"{flag} is empty; give one or more values separated by commas, or leave it out")
     return found
 
 
@@ -409,11 +409,11 @@ def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in parts)
     except ValueError:
-        raise ConfigError(f"{flag} takes numbers with commas between them; got {text!r}") from None
+        raise ConfigError(f"{flag} expects numbers separated by commas; got {text!r}") from None
 
 
 class _Progress:
-    """A line on a terminal that is kept up to date, else a line now and then."""
+    """Shows progress: a live line on a terminal, elsewhere lines at intervals."""
 
     def __init__(self, workers: int, reread: bool) -> None:
         self._workers, self._reread = workers, reread
@@ -422,11 +422,11 @@ class _Progress:
         self._last_line = time.monotonic()
 
     def estimate(self, plan: "Estimate") -> None:
-        started = ", and the start of the processes" if self._workers > 1 else ""
+        started = ", plus the start of the processes" if self._workers > 1 else ""
         if not self._reread:
             say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
         if plan.made_before and not self._reread:
-            say("the study goes on with the plan that it began with; --budget-minutes is ignored now")
+            say("the study continues with its existing plan; --budget-minutes is ignored")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.made_before else ''}: {line}")
         if self._console.is_terminal:
@@ -438,17 +438,17 @@ class _Progress:
     def run(self, event: "Progress") -> None:
         outcome = event.outcome
         loss = "diverged" if outcome.validation is None else f"validation {outcome.validation.loss:.4f}"
-        told = (
+        line = (
             f"{event.stage} {event.done}/{event.planned}  {outcome.arm}, rate {outcome.learning_rate:g}, "
             f"seed {outcome.seed}: {loss}  {clock(event.seconds_left)} left"
         )
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text("\n".join(lines(self._console, told))))
+            self._live.update(Text("\n".join(lines(self._console, line))))
         elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            tell(self._console, told)
+            tell(self._console, line)
 
     def __enter__(self) -> "_Progress":
         return self

@@ -1,6 +1,6 @@
-"""`train` and `plan`.
+"""The commands `train` and `plan`.
 
-What can be judged without the weights of the base is judged before they are loaded.
+They check everything that needs no weights before they load the base.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load, load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
-from brushstroke.cli.early import judge_data
+from brushstroke.cli.early import check_data
 from brushstroke.cli.options import (
     RUN,
     AdapterOptions,
@@ -39,7 +39,7 @@ def train(
     overwrite: Annotated[bool, Parameter(group=RUN)] = False,
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
-    reading: DataOptions | None = None,
+    data_options: DataOptions | None = None,
     run: RunOptions | None = None,
 ) -> None:
     """Train an adapter on a frozen base.
@@ -48,12 +48,13 @@ def train(
         base: A model folder, a hub id or a .gguf file.
         data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
         out: Folder for the adapter, its metrics and checkpoints.
-        resume: Go on from the last checkpoint in --out; start over where there is none.
-        overwrite: Replace an earlier run in --out; files of other names stay.
+        resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
+        overwrite: Replace an earlier run in --out; files with other names remain.
     """
-    run, reading, adapter = run or RunOptions(), reading or DataOptions(), adapter or AdapterOptions()
+    run, adapter = run or RunOptions(), adapter or AdapterOptions()
+    data_options = data_options or DataOptions()
     require_base_files(base)
-    request = _Request(data, adapter, training, reading)
+    request = _Request(data, adapter, training, data_options)
     from brushstroke.training.folder import RunFolder, refuse_base
 
     refuse_base(out, base)
@@ -88,7 +89,7 @@ def train(
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{_kept(folder)}") from error
     if complete:
-        say(f"the run in {out} is complete already: {result.summary['steps']} steps; nothing was done")
+        say(f"the run in {out} is already complete: {result.summary['steps']} steps; nothing was done")
     else:
         _say_done(result.summary, out)
     if run.json:
@@ -101,13 +102,13 @@ def plan(
     *,
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
-    reading: DataOptions | None = None,
+    data_options: DataOptions | None = None,
     run: RunOptions | None = None,
     out: Annotated[Path | None, Parameter(show=False)] = None,
     resume: Annotated[bool, Parameter(show=False)] = False,
     overwrite: Annotated[bool, Parameter(show=False)] = False,
 ) -> None:
-    """Show what train with the same flags would do, and stop.
+    """Show what train with the same flags would do, without training.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
@@ -116,9 +117,9 @@ def plan(
         resume: As for train.
         overwrite: As for train.
     """
-    run, reading = run or RunOptions(), reading or DataOptions()
+    run, data_options = run or RunOptions(), data_options or DataOptions()
     require_base_files(base)
-    request = _Request(data, adapter or AdapterOptions(), training, reading)
+    request = _Request(data, adapter or AdapterOptions(), training, data_options)
     request.judge(base, run.trust_remote_code)
     loaded, why = _load(base, run)
     from brushstroke.training import plan as make_plan
@@ -133,38 +134,38 @@ def plan(
 
 
 class _Request:
-    """Everything of a run that is known without its base: read and judged."""
+    """The inputs of a run that need no base, read and checked."""
 
     def __init__(
-        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, reading: DataOptions
+        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
     ) -> None:
-        if reading.eval_data is None and training and (training.keep_best or training.eval_every is not None):
+        if options.eval_data is None and training and (training.keep_best or training.eval_every is not None):
             flag = "--keep-best" if training.keep_best else "--eval-every"
-            raise ConfigError(f"{flag} needs data to evaluate on; give it with --eval DATA")
+            raise ConfigError(f"{flag} needs evaluation data; pass --eval DATA")
         from brushstroke.data import find_columns, read_rows
 
         rows = read_rows(data)
-        self.eval_rows = read_rows(reading.eval_data) if reading.eval_data is not None else None
+        self.eval_rows = read_rows(options.eval_data) if options.eval_data is not None else None
         for read in filter(None, (rows, self.eval_rows)):
-            find_columns(read, reading.prompt, reading.completion)
+            find_columns(read, options.prompt, options.completion)
         lora = adapter.config()
         start = None
         if adapter.start is not None:
             start = load_adapter(adapter.start)
-        self.config = train_config(training, reading)
+        self.config = train_config(training, options)
         self.arguments: dict[str, Any] = {
             "data": rows,
             "lora": lora,
             "config": self.config,
             "start": start,
-            "prompt_column": reading.prompt,
-            "completion_column": reading.completion,
+            "prompt_column": options.prompt,
+            "completion_column": options.completion,
         }
 
     def judge(self, base: str, trust_remote_code: bool) -> None:
-        """Refuse data that this base's tokenizer shows to be wrong; its weights are not loaded."""
+        """Check the data with the base's tokenizer, without loading the weights."""
         start = self.arguments["start"]
-        judge_data(
+        check_data(
             base,
             (self.arguments["data"], self.eval_rows),
             prompt_column=self.arguments["prompt_column"],
@@ -179,7 +180,7 @@ class _Request:
 
 
 def _load(base: str, run: RunOptions) -> tuple[Any, str]:
-    """The base, and why it has its dtype."""
+    """Load the base; also return the reason for its dtype."""
     from brushstroke.base import choose_device, choose_dtype
 
     _, why = choose_dtype(run.dtype, choose_device(run.device))
@@ -192,7 +193,7 @@ def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[
         for warning in made.warnings:
             warn(warning)
         if resumed_from:
-            say(f"going on from the checkpoint of step {resumed_from}")
+            say(f"continuing from the checkpoint of step {resumed_from}")
         evaluations = 0
         if request.eval_rows is not None:
             every = request.config.eval_every or max(1, round(made.steps / max(made.epochs, 1e-9)))
@@ -203,15 +204,15 @@ def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[
 
 
 def _interrupted(said: str, folder: "RunFolder") -> str:
-    """What is kept, in the words of the run where it had begun."""
+    """The message after an interrupt: what was saved, and how to continue."""
     if not said and not folder.resuming:
         return "interrupted before the first step; nothing was changed"
-    return f"{said or 'interrupted before a further step'}; go on with --resume"
+    return f"{said or 'interrupted before the next step'}; continue with --resume"
 
 
 def _kept(folder: "RunFolder") -> str:
     kept = folder.checkpoints()
-    return f"; the last good state is kept in {kept[-1]}" if kept else ""
+    return f"; the last good checkpoint is {kept[-1]}" if kept else ""
 
 
 def _say_done(summary: dict[str, Any], out: Path) -> None:

@@ -1,6 +1,6 @@
-"""How the words of a command line become values: whole numbers, lists, patterns, named adapters.
+"""Converts words of the command line to values: integers, lists, patterns, named adapters.
 
-The limits of a value are the business of the config that takes it.
+The config that takes a value checks its limits.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,36 +13,38 @@ from cyclopts import Parameter
 from brushstroke.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
-LARGEST = 2**63 - 1  # what torch takes as a seed
+LARGEST = 2**63 - 1  # the largest seed of torch
 MAY_BE_EMPTY = ("--system",)
 
 
 def refuse_empty(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
-    """Refuse an empty path, which would be this folder, and a flag with an empty text (called by cyclopts).
+    """Refuse empty paths (they would mean the current folder) and empty texts of flags (called by cyclopts).
 
     Raises:
-        ConfigError: naming it, or a path that no file system takes.
+        ConfigError: a value is empty, or a path is invalid.
     """
     for argument in arguments:
         hint = argument.hint
         a_path = Path in (hint, *get_args(hint))
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        a_text = str in kinds  # not in a list, which may be empty
+        a_text = str in kinds  # not texts in a list, which may be empty
         for token in argument.tokens:
-            told = a_path or (a_text and token.keyword and argument.name not in MAY_BE_EMPTY)
-            if told and not token.value:
-                raise ConfigError(f"the value of {argument.name} is empty; give one, or leave it out")
+            needs_value = a_path or (a_text and token.keyword and argument.name not in MAY_BE_EMPTY)
+            if needs_value and not token.value:
+                raise ConfigError(
+                    f"the value of {argument.name} is empty; give a value, or leave the flag out"
+                )
             if a_path and "\0" in token.value:
-                raise ConfigError(f"{argument.name}: {token.value!r} has a NUL character in its name")
+                raise ConfigError(f"{argument.name}: {token.value!r} contains a NUL character")
 
 
 def whole(_: Any, tokens: Sequence[Any]) -> int:
-    """A whole number; cyclopts itself would round 1.5."""
+    """Convert to an integer; cyclopts itself would round 1.5."""
     return _whole(tokens[0].value, "a whole number")
 
 
 def whole_or_auto(_: Any, tokens: Sequence[Any]) -> int | str:
-    """A whole number, or "auto"."""
+    """Convert to an integer, or "auto"."""
     if tokens[0].value == "auto":
         return "auto"
     return _whole(tokens[0].value, "'auto' or a whole number")
@@ -63,7 +65,7 @@ WholeOrAuto = Annotated[str | None, Parameter(converter=whole_or_auto)]
 
 
 def split(text: str) -> tuple[str, ...]:
-    """The parts between the commas; a comma inside the brackets of a regular expression divides nothing.
+    """Split a text at commas, except those inside brackets of a regular expression.
 
     >>> split("q_proj, layers.[0,1].*,x{1,2}")
     ('q_proj', 'layers.[0,1].*', 'x{1,2}')
@@ -85,19 +87,19 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def patterns(flag: str, text: str, number: Callable[[str], Number]) -> dict[str, Number]:
-    """PATTERN=VALUE pairs.
+    """Read PATTERN=VALUE pairs.
 
     >>> patterns("--rank-pattern", "q_proj=16, mlp=4", int)
     {'q_proj': 16, 'mlp': 4}
 
     Raises:
-        ConfigError: a pair that is none, or a pattern that is given twice.
+        ConfigError: an invalid pair, or a pattern that appears twice.
     """
     values = {}
     for pair in split(text):
         pattern, separator, value = pair.rpartition("=")
         if pattern.strip() in values:
-            raise ConfigError(f"{flag}: {pattern.strip()!r} stands there twice; give it once")
+            raise ConfigError(f"{flag}: {pattern.strip()!r} appears twice; give it once")
         try:
             values[pattern.strip()] = number(value)
         except ValueError:
@@ -109,13 +111,13 @@ def patterns(flag: str, text: str, number: Callable[[str], Number]) -> dict[str,
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, str]:
-    """Name → folder, from NAME=DIR, or DIR, which is called as its last part.
+    """Map names to folders, from NAME=DIR, or from DIR, whose last part is the name.
 
     >>> named_adapters(["a=out/x", "out/streets"])
     {'a': 'out/x', 'streets': 'out/streets'}
 
     Raises:
-        ConfigError: two of one name, or a name that is taken.
+        ConfigError: two equal names, or a reserved name.
     """
     named: dict[str, str] = {}
     for text in given:
@@ -126,9 +128,9 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--adapter: expected NAME=DIR or DIR, got {text!r}")
         if name == "base":
             raise ConfigError(
-                f"--adapter {text}: 'base' is the model without an adapter; give another name=DIR"
+                f"--adapter {text}: 'base' means the model without an adapter; use another name: NAME=DIR"
             )
         if name in named:
-            raise ConfigError(f"--adapter: two adapters are called {name!r}; give them names: NAME=DIR")
+            raise ConfigError(f"--adapter: two adapters have the name {name!r}; rename one with NAME=DIR")
         named[name] = folder
     return named

@@ -1,6 +1,6 @@
-"""Examples for training: readers, chat formats, and which tokens are trained.
+"""Training examples: readers, chat formats, and the choice of trained tokens.
 
-Nothing here knows a model, a batch or a tensor.
+Nothing here depends on models, batches or tensors.
 """
 
 from brushstroke.data.chat import ChatFormat

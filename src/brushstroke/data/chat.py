@@ -1,7 +1,7 @@
-"""Conversations as the chat template writes them, and which of their characters are the assistant's.
+"""Turns conversations into text with the chat template, and marks the assistant's parts.
 
-A conversation is brought into the form that the template takes, rendered, and proven: every value of the row
-stands in the text where it should, and what is trained is the assistant's part with its end. It does not read
+A conversation is converted to the form that the template expects, rendered and verified: every value of the
+row must be in its place in the text. Only the assistant's parts and their ends are trained. It does not read
 rows.
 """
 
@@ -30,20 +30,23 @@ from brushstroke.data.validate import DataWarning, Message
 from brushstroke.errors import DataError
 from brushstroke.templates import one_template
 
-TRIMMED = "the chat template takes white space off the ends of contents"
-OPENING = "an answer that opens a conversation is context and not trained: the chat template asks for none"
-DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, as transformers chooses between them
+TRIMMED = "the chat template removes white space at the ends of contents"
+OPENING = (
+    "an answer at the start of a conversation is context and not trained: the chat template has no prompt "
+    "for it"
+)
+DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates between which transformers chooses
 
 
 @dataclass(frozen=True)
 class Written:
-    """A conversation in pieces.
+    """A conversation as pieces.
 
     Args:
         rows: the pieces of each example.
-        ends: the texts that end its trained answers.
+        ends: the end texts of its trained answers.
         unused: keys of messages that the template does not print.
-        notes: what was changed on the way, for people.
+        notes: changes made to the row, as messages for people.
     """
 
     rows: tuple[tuple[Piece, ...], ...]
@@ -53,16 +56,16 @@ class Written:
 
 
 class ChatFormat:
-    """How conversations become text and tokens, for training and for generation alike.
+    """Converts conversations to text and tokens, in the same way for training and generation.
 
     Args:
-        tokenizer: of transformers.
-        template: the chat template to use (the one that an adapter was trained with), or several by name; the
-            tokenizer's own by default.
-        date: what the template takes for today, as YYYY-MM-DD; by default the date that it has been given
-            already, or today.
-        as_trained: ask with what answers begin with in training, also where the template's own generation
-            prompt goes on with something else, such as <think>.
+        tokenizer: a tokenizer of transformers.
+        template: the chat template (for example the one used in an adapter's training), or several by name;
+            by default the tokenizer's.
+        date: the date of "today" in the template, as YYYY-MM-DD; by default the date stored in the template,
+            or today.
+        as_trained: end prompts with the beginning that answers have in training, even if the template's
+            generation prompt continues differently, for example with <think>.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class ChatFormat:
         }
         if date is not None and self.date is None:
             warnings.warn(
-                f"the date {date} is not used: the chat template prints none that can be given",
+                f"the date {date} is not used: the chat template prints no date that can be set",
                 DataWarning,
                 stacklevel=2,
             )
@@ -94,17 +97,17 @@ class ChatFormat:
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template at all."""
+        """Whether there is a chat template."""
         return bool(self._templates)
 
     @property
     def template(self) -> str | None:
-        """The chat template; where there are several, one that chooses between them; None for none."""
+        """The chat template, or one that chooses between several; None if there is none."""
         return one_template({name: template.source for name, template in self._templates.items()})
 
     @property
     def date(self) -> str | None:
-        """The date that the template prints; None where it prints none."""
+        """The date that the template prints; None if it prints none."""
         return next((day for t in self._templates.values() if (day := date_of(t.source))), None)
 
     @property
@@ -120,23 +123,23 @@ class ChatFormat:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's end of a turn and the tokenizer's end token."""
+        """The tokens that end an answer: the template's end-of-turn token and the tokenizer's end token."""
         turn = [self._added[end] for end in self._closings if end in self._added]
         return tuple(dict.fromkeys((*turn, *self.end_ids)))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """What ends an answer in the template and is no token of its own in this tokenizer."""
+        """End markers of the template that are not tokens of this tokenizer."""
         return tuple(end for end in self._closings if end not in self._added)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """The texts of all that ends an answer."""
+        """The texts of all end tokens and stop strings."""
         tokens = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
         return tuple(dict.fromkeys((*self.stop_strings, *tokens)))
 
     def stops(self, texts: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Tokens and strings that end an answer, out of their texts, as a card has them."""
+        """Split the stop texts of a card into token ids and strings."""
         vocabulary = self._vocabulary
         tokens = tuple(vocabulary[text] for text in texts if text in vocabulary)
         return tokens, tuple(text for text in texts if text not in vocabulary)
@@ -149,28 +152,28 @@ class ChatFormat:
         need_trained: bool = True,
         split_turns: bool = False,
     ) -> Written:
-        """A conversation with its answers trained, in pieces.
+        """Write a conversation as pieces with trained answers.
 
-        Usually this is one example. Where the template writes an answer otherwise once the conversation goes
-        on, it is one for each answer.
+        Usually this is one example. If the template writes an answer differently once the conversation
+        continues, each answer becomes an example.
 
         Args:
-            conversation: what a row holds.
-            where: the row, for messages of errors.
-            need_trained: refuse a conversation without an answer to learn.
-            split_turns: one example for each answer, always.
+            conversation: the conversation of a row.
+            where: the row, for error messages.
+            need_trained: refuse a conversation without an answer to train.
+            split_turns: always make one example for each answer.
 
         Raises:
-            DataError: there is no answer to learn, or the template does not print all that the row holds.
+            DataError: there is no answer to train, or the template does not print the complete row.
         """
         if need_trained and not any(conversation.trained):
             if conversation.answers:
                 raise DataError(
-                    f"{where}: every assistant turn has weight 0; train one of them, or take the row out"
+                    f"{where}: every assistant turn has weight 0; train one of them, or remove the row"
                 )
             raise DataError(
-                f"{where}: the conversation has no assistant turn, so nothing can be trained; add the answer "
-                "or take the row out"
+                f"{where}: the conversation has no assistant turn, so nothing can be trained; add the "
+                "answer or remove the row"
             )
         split = split_turns and any(conversation.trained)
         fit = self._fit(conversation, SPLIT if split else EXAMPLES, where)
@@ -179,8 +182,8 @@ class ChatFormat:
         learnt = [turn for layout in layouts for turn in layout.turns if turn.message in layout.trained]
         ends = tuple(dict.fromkeys(turn.end for turn in learnt if turn.end is not None))
         opens = conversation.trained[:1] == (True,) and not any(0 in layout.trained for layout in layouts)
-        told = ((TRIMMED,) if fit.trimmed else ()) + ((OPENING,) if opens else ())
-        notes = (*conversation.notes, *fit.form.notes, *told)
+        added = ((TRIMMED,) if fit.trimmed else ()) + ((OPENING,) if opens else ())
+        notes = (*conversation.notes, *fit.form.notes, *added)
         return Written(rows, ends, fit.unused, notes)
 
     def prompt_tokens(
@@ -191,12 +194,12 @@ class ChatFormat:
         options: Mapping[str, Any] | None = None,
         where: str = "this conversation",
     ) -> list[int]:
-        """The tokens after which the model answers; the same ones that came before the answer in training.
+        """The tokens of a prompt; the same ones that precede the answer in training.
 
-        A text is a user turn where there is a chat template, and the beginning of a text otherwise.
+        A text is a user turn if there is a chat template, otherwise the beginning of a text.
 
         Raises:
-            DataError: there is no chat template for messages, or it does not print all of them.
+            DataError: there is no chat template for messages, or it does not print them in full.
         """
         if isinstance(prompt, str):
             if not self.has_template:
@@ -208,11 +211,11 @@ class ChatFormat:
         return self.pieces.tokens(self._cut(fit, fit.texts[0]))
 
     def read_reply(self, text: str, tools: Sequence[Any] = ()) -> Reply:
-        """What a model answered, in its parts.
+        """Parse a model's answer into its parts.
 
         Args:
-            text: its answer with special tokens, without what ended it.
-            tools: the functions that it could call.
+            text: the answer with special tokens, without its end token.
+            tools: the functions that the model could call.
         """
         name = self._name_for(tools)
         if name not in self._readers:
@@ -220,13 +223,13 @@ class ChatFormat:
         return self._readers[name].read(text, tools)
 
     def last_answer(self, conversation: Conversation, *, where: str) -> tuple[Reply, str]:
-        """The answer at the end of a conversation: in its parts, and as the template writes it.
+        """The answer at the end of a conversation, as parts and as the template writes it.
 
         Raises:
-            DataError: the template does not print all of the conversation.
+            DataError: the template does not print the conversation in full.
         """
         fit = self._fit(conversation, (*EXAMPLES, *SPLIT), where)
-        fitted, message = fit.texts[-1], fit.told.messages[-1]
+        fitted, message = fit.texts[-1], fit.changed.messages[-1]
         turn = fitted.layout.turns[-1]
         written = fitted.text[fitted.position(turn.start) : fitted.position(turn.stop)]
         calls = tuple(call["function"] for call in message.get("tool_calls", ()))
@@ -234,7 +237,7 @@ class ChatFormat:
         return reply, written.removesuffix(turn.end or "")
 
     def plain_prompt(self, text: str) -> tuple[Piece, ...]:
-        """A prompt without a template, begun as the tokenizer itself begins a text."""
+        """The tokens of a prompt without a template, with the tokenizer's begin token if it has one."""
         begin = (Piece("", False, "prompt", ids=self._bos),) if self._bos else ()
         return (*begin, Piece(text, False, "prompt", after=None))
 
@@ -251,8 +254,8 @@ class ChatFormat:
             return self._templates[name]
         if self._templates:
             raise DataError(
-                f"{where}: the tokenizer has the chat templates {', '.join(self._templates)} and none is "
-                "called default; name one (--chat-template)"
+                f"{where}: the tokenizer has the chat templates {', '.join(self._templates)} and none has "
+                "the name default; choose one (--chat-template)"
             )
         raise DataError(
             f"{where}: the tokenizer has no chat template, so messages cannot be written as text; "
@@ -263,7 +266,7 @@ class ChatFormat:
         return self._fitter.fit(self._template_for(conversation, where), conversation, purposes, where)
 
     def _cut(self, fit: Fit, fitted: FittedText) -> tuple[Piece, ...]:
-        """A text in pieces: the answers that stand in it as they were generated, and what is between."""
+        """Split a text into pieces: answers as they are generated, and the text between them."""
         layout, text, marks = fitted.layout, fitted.text, fit.marks(fitted)
         pieces: list[Piece] = []
         position, ended = 0, None
@@ -273,21 +276,20 @@ class ChatFormat:
             trained = turn.message in layout.trained
             pieces.append(Piece(text[start:stop], trained, "assistant", "" if pieces else None))
             if turn.end is None and trained and turn.message == layout.count - 1 and self.end_ids:
-                # Without a token behind an answer that the template ends with nothing the model would not
-                # stop.
+                # If the template ends an answer with nothing, the model stops only at the end token.
                 pieces.append(Piece("", trained, "assistant", ids=self.end_ids))
             position, ended = stop, turn.end or ""
         return (*pieces, *_template_piece(text, position, len(text), marks, ended))
 
     @cached_property
     def _closings(self) -> tuple[str, ...]:
-        """What ends the answers of made-up conversations."""
+        """The end markers of answers, found with test conversations."""
         found = (closing_markers(template, self._known_markers) for template in self._templates.values())
         return tuple(dict.fromkeys(marker for markers in found for marker in markers))
 
     @cached_property
     def _added(self) -> dict[str, int]:
-        """The added tokens by their texts: text that spells one always becomes it."""
+        """The added tokens by their texts; a text that spells one is always tokenised as it."""
         vocabulary = self._vocabulary
         return {text: vocabulary[text] for text in self._known_markers if text in vocabulary}
 
@@ -299,7 +301,7 @@ class ChatFormat:
 def _template_piece(
     text: str, start: int, stop: int, marks: Sequence[tuple[str, int, int]], ended: str | None
 ) -> list[Piece]:
-    """What stands between two answers; `ended` is what the answer before it ends with."""
+    """The piece between two answers; `ended` is the end of the previous answer."""
     if start >= stop:
         return []
     inside = tuple((role, a - start, b - start) for role, a, b in marks if start <= a and b <= stop)
@@ -307,13 +309,13 @@ def _template_piece(
 
 
 def _begin_token(tokenizer: Any) -> tuple[int, ...]:
-    """The begin token, if the tokenizer puts one before a text by itself."""
+    """The begin token, if the tokenizer adds one to every text."""
     bos = tokenizer.bos_token_id
     begun, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
     return (bos,) if bos is not None and begun[:1] == [bos] != bare[:1] else ()
 
 
 def _added_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The texts of the special tokens and of all others that were added to the vocabulary."""
+    """The texts of the special tokens and all other added tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return tuple(dict.fromkeys((*map(str, added.values()), *map(str, tokenizer.all_special_tokens))))

@@ -1,6 +1,6 @@
-"""Which columns of a data set are read, and how; which are not, and whether that looks like a mistake.
+"""Decides which columns of a data set are read, and warns about unused columns that look important.
 
-It writes no text and knows no tokenizer.
+It renders no text and uses no tokenizer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,41 +17,41 @@ from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
 FUNCTIONS = "functions"  # an older name of tools
-CONTEXT: dict[Kind, tuple[str, ...]] = {  # columns that are used beside the ones that make the kind
+CONTEXT: dict[Kind, tuple[str, ...]] = {  # columns that are used in addition to those that determine the kind
     "messages": (SYSTEM, HISTORY, TOOLS, FUNCTIONS, OPTIONS),
     "prompt/completion": (SYSTEM, HISTORY, TOOLS, FUNCTIONS, OPTIONS),
     "text": (),
     "tokens": ("weights", "attention_mask"),
 }
 _FALSE = ("false", "0", "no", "bad")
-NEAR = 0.75  # of a column's name to the one that was expected
+NEAR = 0.75  # required similarity of a column's name to the expected one
 
-_ANSWERS = {  # names of columns that may hold what should be trained
+_ANSWERS = {  # names of columns that may contain the text to train
     *("answer", "answers", "output", "outputs", "response", "responses", "reply", "target", "targets"),
     *("completion", "solution", "summary", "translation", "gold"),
 }
-_JUDGEMENTS = {  # names of columns that say what a text is, or how good an answer is
+_JUDGEMENTS = {  # names of columns that classify a text or rate an answer
     *("label", "labels", "category", "class", "sentiment", "intent", "score", "scores", "rating", "stars"),
     *("rank", "reward", "preference", "chosen", "rejected", "correct", "is_correct", "accepted", "quality"),
     *("feedback", "verdict", "train", "weight", "loss", "mask", "masked", "train_detail", "refusal"),
     *("loss_weight", "loss_mask", "sample_weight", "is_bad", "skip"),
 }
-_CONTEXTS = {  # names of columns and keys that may hold a part of the conversation
+_CONTEXTS = {  # names of columns and keys that may contain a part of the conversation
     *("reasoning", "reasoning_content", "thinking", "thinking_content", "thought", "thoughts", "rationale"),
     *("system_prompt", "system_message", "instruction", "instructions", "input", "context", "documents"),
 }
-_QUESTIONS = {"prompt", "question", "query"}  # the same beside a text
+_QUESTIONS = {"prompt", "question", "query"}  # the same for rows with a text
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How the rows of a data set are read.
+    """The columns of a data set and their use.
 
     Args:
-        kind: of the rows.
-        names: the columns that hold the conversation, the text or the tokens.
-        context: further columns that are used: system, history, tools, chat_template_kwargs.
-        unused: columns that are not used, though some row has a value there.
+        kind: kind of the rows.
+        names: the columns with the conversation, the text or the tokens.
+        context: other used columns: system, history, tools, chat_template_kwargs.
+        unused: unused columns in which some row has a value.
     """
 
     kind: Kind
@@ -61,23 +61,23 @@ class Columns:
 
     @property
     def read_as(self) -> str:
-        """In words: the kind, with the further columns."""
+        """A description: the kind and the other used columns."""
         return self.kind + (f" with {', '.join(self.context)}" if self.context else "")
 
 
 def find_columns(rows: Rows, prompt: str | None = None, completion: str | None = None) -> Columns:
-    """The columns of a data set, which decide how it is read.
+    """Find the columns of a data set that determine how it is read.
 
     Args:
-        rows: of one kind.
-        prompt: another name for the column with the prompts.
-        completion: another name for the column with the completions.
+        rows: rows of one kind.
+        prompt: the column to use for prompts.
+        completion: the column to use for completions.
 
     Raises:
-        DataError: no columns that are known, or a row that lacks one.
+        DataError: there are no known columns, or a row lacks one.
     """
     if not rows.rows:
-        raise DataError(f"{rows.name}: holds no rows; give at least one")
+        raise DataError(f"{rows.name}: contains no rows; give at least one")
     pair = (prompt or "prompt", completion or "completion")
     if isinstance(rows.rows[0].get("example"), Example):
         return Columns("tokens", ("example",))
@@ -106,67 +106,67 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
 
 
 def doubts(columns: Columns, rows: Rows) -> list[str]:
-    """Warnings: unused columns that look like an answer, a label or a preference."""
-    told = []
+    """Warnings about unused columns that look like an answer, a label or a preference."""
+    warnings = []
     for name in columns.unused:
         is_answer, is_judgement = name.lower() in _ANSWERS, name.lower() in _JUDGEMENTS
         if columns.kind == "text" and (is_answer or is_judgement):
             meaning = (
-                "an answer: the texts alone are trained; to train the answers, give prompt_column='text' and "
-                f"completion_column={name!r} (--prompt text --completion {name})"
+                "an answer: only the texts are trained; to train the answers, give prompt_column='text' "
+                f"and completion_column={name!r} (--prompt text --completion {name})"
             )
         elif is_answer and name not in ("completion", "text"):
             meaning = f"an answer: what is trained is {columns.names[-1]!r}"
         elif is_judgement:
             bad = sum(_is_false(row.get(name)) for row in rows.rows)
-            also = f", also the {bad} of {len(rows)} where it says no" if bad else ""
-            meaning = f"a judgement: every row is trained as a good answer{also}; take out those that are not"
+            also = f", including {bad} of {len(rows)} rows where it is negative" if bad else ""
+            meaning = f"a rating: every row is trained as a good answer{also}; remove the bad ones"
         elif name.lower() in _CONTEXTS or (columns.kind == "text" and name.lower() in _QUESTIONS):
-            meaning = "a part of the conversation, which is trained without it; write it into the messages"
+            meaning = "a part of the conversation, which is trained without it; add it to the messages"
         else:
             continue
-        told.append(f"{rows.name}: the column {name!r} is not used, and looks like {meaning}")
-    return told
+        warnings.append(f"{rows.name}: the column {name!r} is not used, but looks like {meaning}")
+    return warnings
 
 
 def key_doubts(keys: Iterable[str], name: str) -> list[str]:
-    """Warnings: unused keys of messages that look like an answer, a label or a preference.
+    """Warnings about unused keys of messages that look like an answer, a label or a preference.
 
     Args:
-        keys: of messages, that neither we nor the template use.
-        name: of the data set.
+        keys: keys of messages that neither brushstroke nor the template uses.
+        name: name of the data set.
     """
-    told = []
+    warnings = []
     for key in keys:
         if key.lower() in _ANSWERS:
             meaning = "an answer: what is trained is 'content'"
         elif key.lower() in _JUDGEMENTS:
             meaning = (
-                "a judgement: every assistant turn is trained as a good answer; give those that are not "
+                "a rating: every assistant turn is trained as a good answer; give bad ones "
                 '"weight": 0 or "train": false'
             )
         elif key.lower() in _CONTEXTS:
             meaning = "a part of the conversation, which is trained without it"
         else:
             continue
-        told.append(f"{name}: the key {key!r} of messages is not used, and looks like {meaning}")
-    return told
+        warnings.append(f"{name}: the key {key!r} of messages is not used, but looks like {meaning}")
+    return warnings
 
 
 def read_row(
     row: Row, columns: Columns, where: str, *, tools: Sequence[Any] = (), answers: bool = True
 ) -> Conversation:
-    """The conversation of a row of `messages`, or of a `prompt` (a text or messages) and a `completion`.
+    """Read the conversation of a row with `messages`, or with `prompt` (text or messages) and `completion`.
 
     Args:
-        row: of the data set.
-        columns: of the data set.
-        where: the row, for messages of errors.
-        tools: for rows that declare none.
-        answers: whether the completion belongs to it; else the prompt alone is read.
+        row: a row of the data set.
+        columns: the columns of the data set.
+        where: the row, for error messages.
+        tools: function declarations for rows that have none.
+        answers: whether to include the completion; otherwise only the prompt is read.
 
     Raises:
-        DataError: what is wrong with the row.
+        DataError: the row is invalid.
     """
     if columns.kind == "messages":
         given = parsed(row[columns.names[0]])
@@ -188,15 +188,15 @@ def read_row(
 
 
 def read_prompt(row: Row, where: str, *, tools: Sequence[Any] = ()) -> str | Conversation:
-    """What a row asks: a text, or messages up to the answer at their end.
+    """Read the prompt of a row: a text, or messages without the answer at their end.
 
     Args:
-        row: with a `prompt` or `messages`, and what belongs to them.
-        where: the row, for messages of errors.
-        tools: for rows that declare none.
+        row: a row with `prompt` or `messages`, and their optional columns.
+        where: the row, for error messages.
+        tools: function declarations for rows that have none.
 
     Raises:
-        DataError: it asks nothing, or is malformed.
+        DataError: there is no prompt, or it is malformed.
     """
     kind: Kind = "prompt/completion" if row.get("messages") is None else "messages"
     names = ("messages",) if kind == "messages" else ("prompt", "completion")
@@ -212,10 +212,10 @@ def read_prompt(row: Row, where: str, *, tools: Sequence[Any] = ()) -> str | Con
 
 
 def read_text(row: Row, column: str, where: str) -> str:
-    """The text in a column.
+    """Read the text in a column.
 
     Raises:
-        DataError: it is none.
+        DataError: the value is not a text.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -225,10 +225,10 @@ def read_text(row: Row, column: str, where: str) -> str:
 
 
 def refuse_context(row: Row, columns: Columns, where: str) -> None:
-    """Refuse a row with a system message, a history or tools where there is no chat template to write them.
+    """Refuse a row with a system message, a history or tools if there is no chat template.
 
     Raises:
-        DataError: naming the column.
+        DataError: the row has such a column.
     """
     for name in columns.context:
         if row.get(name):
@@ -243,9 +243,9 @@ def _is_false(value: Any) -> bool:
 
 
 def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
-    """The messages in a column that holds a text or messages."""
+    """Read the messages in a column with a text or messages."""
     value = parsed(row[column])
-    keys = {"role"} if isinstance(row[column], str) else set()  # other JSON is what the text says
+    keys = {"role"} if isinstance(row[column], str) else set()  # any other JSON is a plain text
     if (
         isinstance(value, list | tuple)
         and value
@@ -256,8 +256,8 @@ def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
 
 
 def _system(row: Row, messages: Any, where: str) -> list[dict[str, str]]:
-    told = row.get(SYSTEM)
-    if not told:
+    given = row.get(SYSTEM)
+    if not given:
         return []
     text = read_text(row, SYSTEM, where)
     first = messages[0] if isinstance(messages, list | tuple) and messages else None
@@ -271,7 +271,7 @@ def _system(row: Row, messages: Any, where: str) -> list[dict[str, str]]:
 
 
 def _history(row: Row, where: str) -> list[Any]:
-    """Earlier turns: messages, or pairs of a question and its answer; they are context and not trained."""
+    """Read earlier turns: messages, or pairs of question and answer; they are context and not trained."""
     given = parsed(row.get(HISTORY))
     if not given:
         return []
@@ -309,7 +309,7 @@ def _unknown_columns(
             hints.append(f" ({name!r}: {near[2:-1]})")
         elif isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
             hints.append(
-                f" ({name!r} holds objects: conversations are read from 'messages', with role and content)"
+                f" ({name!r} contains objects: conversations are read from 'messages', with role and content)"
             )
     texts = [name for name, value in row.items() if isinstance(value, str)]
     if not missing and not hints and len(texts) == 2 and texts[1].lower() in _ANSWERS:
@@ -323,6 +323,6 @@ def _unknown_columns(
     )
     return (
         f"{where}: found the columns {', '.join(map(repr, row)) or 'none'}, expected "
-        f"{expected}{''.join(hints)}; rename the columns, or name the two of a prompt and a completion with "
-        "prompt_column and completion_column (--prompt, --completion)"
+        f"{expected}{''.join(hints)}; rename the columns, or select the columns for prompt and completion "
+        "with prompt_column and completion_column (--prompt, --completion)"
     )

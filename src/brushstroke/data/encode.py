@@ -1,6 +1,6 @@
-"""Rows become examples: find the columns, write pieces, tokenise, mark what is trained, keep the limit.
+"""Turns rows into examples: finds the columns, writes pieces, tokenises, marks trained tokens, truncates.
 
-It does not group examples into batches: that is the training step's business.
+It does not group examples into batches; the training step does.
 """
 
 import warnings
@@ -29,8 +29,10 @@ from brushstroke.data.truncate import truncate_examples
 from brushstroke.data.validate import DataWarning, describe_type
 from brushstroke.errors import ConfigError, DataError
 
-_SHOWN = 10  # rows named in a message
-NO_END = "the tokenizer has no end token: what is trained has no end, and answers stop at their limit alone"
+_SHOWN = 10  # number of rows that a message lists
+NO_END = (
+    "the tokenizer has no end token: trained texts have no end, and answers stop only at their length limit"
+)
 
 
 def encode(
@@ -46,33 +48,31 @@ def encode(
     tools: Sequence[Any] = (),
     need_trained: bool = True,
 ) -> EncodedData:
-    """Examples to learn from, out of anything that `read_rows` reads, or out of examples tokenised already.
+    """Encode training examples from anything that `read_rows` reads, or from tokenised examples.
 
-    The columns decide: `input_ids` and `labels` (aligned with each other, -100 is not trained, optional
-    `weights`); `messages`, whose assistant turns are trained; `prompt` and `completion` (other names with
-    `prompt_column` and `completion_column`), texts or messages, where there is a chat template, else joined
-    and ended with the end token; `text`, trained whole and ended with the end token.
+    The columns determine how rows are read: `input_ids` and `labels` (at the same positions, -100 is not
+    trained; optional `weights`); `messages`, whose assistant turns are trained; `prompt` and `completion`
+    (other names with `prompt_column` and `completion_column`), written with the chat template if there is
+    one, otherwise joined, with the end token; `text`, trained completely, with the end token.
 
     Args:
-        source: what to read.
-        tokenizer: the base's tokenizer; None is enough for examples tokenised already.
-        prompt_column: another name for `prompt`.
-        completion_column: another name for `completion`.
-        max_length: the limit of an example in tokens. What is beyond it is cut, counted and reported.
+        source: the data.
+        tokenizer: the base's tokenizer; may be None for tokenised examples.
+        prompt_column: the column to use for `prompt`.
+        completion_column: the column to use for `completion`.
+        max_length: the maximum length of an example in tokens. Longer examples are cut, counted and reported.
         skip_too_long: leave out and count examples whose prompt fills the limit, instead of refusing them.
         split_turns: make an example of every assistant turn, written as the model will see it.
-        chat_template: used in place of the tokenizer's own: a template, a file, the name of one, or a chat
-            format that is made already.
-        tools: declarations of functions, for rows that have none.
-        need_trained: refuse rows without a trained token. Without it they are kept.
+        chat_template: replaces the tokenizer's own: a template, a file, a name, or an existing chat format.
+        tools: function declarations for rows that have none.
+        need_trained: refuse rows without a trained token; otherwise they are kept.
 
     Raises:
-        DataError: naming the rows and what is wrong with them.
+        DataError: rows are invalid; the message names them.
         ConfigError: the limit is below 2 tokens.
 
     Warns:
-        DataWarning: columns or keys that are not used look like answers or judgements, or there is no end
-            token.
+        DataWarning: unused columns or keys look like answers or ratings, or there is no end token.
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(
@@ -85,8 +85,8 @@ def encode(
         examples = [example for _, example in _collect(rows, read_tokenised)]
     elif tokenizer is None:
         raise DataError(
-            f"{rows.name}: this base has no tokenizer to read {columns.kind} with; pass examples tokenised "
-            "already (input_ids and labels)"
+            f"{rows.name}: this base has no tokenizer for {columns.kind} rows; pass tokenised examples "
+            "(input_ids and labels)"
         )
     else:
         given = chat_template
@@ -99,7 +99,7 @@ def encode(
     report = _report(rows, written, kept, skipped)
     if need_trained and not report.trained_tokens:
         raise DataError(
-            f"{rows.name}: no token of its {len(rows)} rows can be trained on; "
+            f"{rows.name}: none of its {len(rows)} rows has a token to train; "
             + ("raise max_length (--max-length)" if skipped else "give rows with an answer or a longer text")
         )
     return EncodedData(tuple(kept), report, rows.name, rows.hash)
@@ -127,7 +127,7 @@ def _rows(source: Any) -> Rows:
 
 
 def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
-    """(row, what `make` makes of it) for every row; all bad rows in one error."""
+    """Apply `make` to every row, as (row, result); one error lists all bad rows."""
     made: list[tuple[int, Any]] = []
     problems: list[tuple[int, DataError]] = []
     for number, row in enumerate(rows.rows, start=1):
@@ -141,13 +141,13 @@ def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
         others = [str(number) for number, _ in problems[1:]]
         if len(problems) > _SHOWN:
             others[-1] = "more"
-        also = f" (and so for the rows {', '.join(others)})" if others else ""
+        also = f" (the same in rows {', '.join(others)})" if others else ""
         raise DataError(f"{problems[0][1]}{also}") from problems[0][1]
     return made
 
 
 class _Written:
-    """What is said of rows beside their tokens."""
+    """Facts about the written rows, in addition to their tokens."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -160,19 +160,19 @@ class _Written:
 
     def doubts(self, rows: Rows) -> list[str]:
         """Warnings about the rows."""
-        told = key_doubts(self.unused_keys, rows.name)
-        return [*told, NO_END] if self.endless else told
+        found = key_doubts(self.unused_keys, rows.name)
+        return [*found, NO_END] if self.endless else found
 
     def said(self) -> tuple[str, ...]:
         """Notes about the rows."""
         if not self.empty:
             return tuple(self.notes)
         shown = ", ".join(map(str, self.empty[:_SHOWN])) + (", ..." if len(self.empty) > _SHOWN else "")
-        return (*self.notes, f"answers without a text are trained as their end alone (rows {shown})")
+        return (*self.notes, f"in answers without a text, only the end is trained (rows {shown})")
 
 
 class _Writer(_Written):
-    """Writes a row as pieces, by its kind."""
+    """Writes a row as pieces, according to its kind."""
 
     def __init__(
         self, chat: ChatFormat, columns: Columns, need_trained: bool, split_turns: bool, tools: Sequence[Any]
@@ -217,7 +217,7 @@ class _Writer(_Written):
 
 
 def _is_empty(message: Mapping[str, Any], trained: bool) -> bool:
-    """Whether an answer to learn has neither text nor reasoning nor calls."""
+    """Whether a trained answer has neither text nor reasoning nor tool calls."""
     says = any(message.get(key) for key in ("reasoning_content", "tool_calls"))
     return trained and not says and not message["content"].strip()
 

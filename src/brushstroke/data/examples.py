@@ -1,6 +1,6 @@
-"""An example is tokens, and for each token how much its prediction counts; a data set is a sequence of them.
+"""Training examples: tokens, and the weight of each token in the loss; and data sets of examples.
 
-It does not read files and knows no tokenizer.
+It reads no files and uses no tokenizer.
 """
 
 import math
@@ -16,11 +16,12 @@ Kind = Literal["messages", "prompt/completion", "text", "tokens"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of tokens to learn from.
+    """One training example: a row of tokens.
 
-    `weights[i]` belongs to predicting `tokens[i]` from the tokens before it: 0 is not trained. Nothing
-    predicts the first token, so `weights[0]` is always 0. `row` is the row of the data that it came from
-    (from 1; 0 where there is none), `roles` counts its tokens by role, `cut` says how many a limit took away.
+    `weights[i]` is the weight of the prediction of `tokens[i]` from the tokens before it; 0 means not
+    trained. Nothing predicts the first token, so `weights[0]` is always 0. `row` is the number of its row in
+    the data (from 1; 0 if there is none), `roles` counts its tokens by role, `cut` is the number of tokens
+    removed by the limit.
 
     >>> Example(tokens=(5, 6, 7), weights=(0.0, 0.0, 1.0)).trained
     1
@@ -36,8 +37,8 @@ class Example:
         place = f"row {self.row}: " if self.row else ""
         if len(self.tokens) != len(self.weights):
             raise DataError(
-                f"{place}an example has {len(self.tokens)} tokens and {len(self.weights)} weights; "
-                "give one weight for each token (0 for a token that is not trained)"
+                f"{place}an example has {len(self.tokens)} tokens and {len(self.weights)} weights; give one "
+                "weight per token (0 for a token that is not trained)"
             )
         if self.weights and self.weights[0] != 0:
             raise DataError(
@@ -45,26 +46,24 @@ class Example:
                 "it, so give it the weight 0"
             )
         if not math.isfinite(sum(self.weights)):
-            raise DataError(
-                f"{place}an example has a weight that is not a finite number; give finite weights"
-            )
+            raise DataError(f"{place}an example has a non-finite weight; give finite weights")
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def trained(self) -> int:
-        """How many tokens' predictions are in the loss."""
+        """The number of tokens whose prediction is in the loss."""
         return len(self.weights) - self.weights.count(0.0)
 
     @property
     def first_target(self) -> int:
-        """The index of the first trained token; the number of tokens where none is trained."""
+        """The index of the first trained token; the number of tokens if none is trained."""
         return next((i for i, weight in enumerate(self.weights) if weight != 0), len(self.tokens))
 
     @property
     def reach(self) -> int:
-        """How many tokens the loss depends on as inputs: those before the last trained one; at least one.
+        """The number of input tokens that the loss needs (all before the last trained token); at least 1.
 
         >>> Example(tokens=(5, 6, 7, 8), weights=(0.0, 0.0, 1.0, 0.0)).reach
         2
@@ -75,11 +74,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class EncodingReport:
-    """What became of the rows: counts of rows and of tokens, and what was left out or cut.
+    """The result of encoding: counts of rows and tokens, and what was left out or cut.
 
-    `skipped_rows` and `cut_rows` are row numbers from 1. `begin_tokens` stand before a text, with one of the
-    `stop_tokens` (texts, of one token or several) an answer ends. `read_as` says which columns were read;
-    `unused_columns` and `unused_keys` (of messages) were not; `notes` say what was changed on the way.
+    `skipped_rows` and `cut_rows` are row numbers from 1. A text begins with `begin_tokens`; an answer ends
+    with one of the `stop_tokens` (texts of one or more tokens). `read_as` names the used columns,
+    `unused_columns` and `unused_keys` (of messages) the others; `notes` describe changes to the rows.
     """
 
     rows: int
@@ -100,14 +99,14 @@ class EncodingReport:
 
     @property
     def reading(self) -> str:
-        """In one line: as what the rows were read, and what of them was not."""
+        """One line that names the used and the unused columns and keys."""
         unused = [*self.unused_columns, *(f"{key} (of messages)" for key in self.unused_keys)]
         return self.read_as + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedData(Sequence[Example]):
-    """A sequence of examples, with the report of how they were made and the hash of their rows."""
+    """A sequence of examples, with the report of their encoding and the hash of their rows."""
 
     examples: tuple[Example, ...]
     report: EncodingReport
@@ -129,7 +128,7 @@ class EncodedData(Sequence[Example]):
 
 
 def segments(example: Example) -> list[tuple[int, int, bool]]:
-    """The stretches of an example as (start, stop, trained), in order and without gaps.
+    """The trained and untrained spans of an example as (start, stop, trained), in order, without gaps.
 
     >>> segments(Example(tokens=(5, 6, 7, 8), weights=(0.0, 0.0, 1.0, 1.0)))
     [(0, 2, False), (2, 4, True)]
@@ -143,7 +142,7 @@ def segments(example: Example) -> list[tuple[int, int, bool]]:
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """With how many equal tokens two sequences begin.
+    """The length of the common prefix of two sequences.
 
     >>> common_length((1, 2, 3), (1, 2, 4, 5)), common_length((1, 2), (1, 2, 3)), common_length((), (1,))
     (2, 2, 0)

@@ -1,4 +1,4 @@
-"""One file of rows: JSONL, JSON, CSV or Parquet, with the line or the row of whatever is wrong in it.
+"""Reads one file of rows (JSONL, JSON, CSV or Parquet); errors name the line or row.
 
 It does not look for files, and does not use the datasets package: local files need no network and no cache.
 """
@@ -18,16 +18,16 @@ Row = Mapping[str, Any]
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of one file, by its ending.
+    """Read the rows of one file, according to its ending.
 
     Raises:
-        DataError: the file is empty, damaged, or of a kind that cannot be read.
+        DataError: the file is empty, damaged, or of an unknown format.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: the ending {path.suffix!r} is not one that can be read; expected {endings()}: "
-            "convert or rename the file"
+            f"{path}: files with the ending {path.suffix!r} cannot be read; expected {endings()}: convert "
+            "or rename the file"
         )
     try:
         empty = path.stat().st_size == 0
@@ -35,7 +35,9 @@ def read_file(path: Path) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     if not rows:
-        raise DataError(f"{path}: {'the file is empty' if empty else 'holds no rows'}; add at least one row")
+        raise DataError(
+            f"{path}: {'the file is empty' if empty else 'contains no rows'}; add at least one row"
+        )
     return rows
 
 
@@ -56,7 +58,7 @@ def _text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    # Not splitlines(): it would also split at U+2028 and its like, which JSON allows inside strings.
+    # Not splitlines(): it would also split at U+2028 and similar, which JSON allows inside strings.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -78,8 +80,8 @@ def _read_json(path: Path) -> list[Row]:
         except DataError:
             if isinstance(_parse_json(text, path), dict):
                 raise DataError(
-                    f"{path}: holds one object; expected an array of objects, one for each row: "
-                    "put the rows between [ and ]"
+                    f"{path}: contains one object; expected an array with one object per row: put the rows "
+                    "between [ and ]"
                 ) from None
             raise
     rows = _parse_json(text, path)
@@ -115,7 +117,8 @@ def _read_csv(path: Path) -> list[Row]:
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
                 raise DataError(
-                    f"{path}: line 1 names the column {repeated[0]!r} twice; give every column its own name"
+                    f"{path}: line 1 contains the column {repeated[0]!r} twice; give every column a "
+                    "different name"
                 )
             rows = []
             for fields in reader:
@@ -144,7 +147,7 @@ def _read_parquet(path: Path) -> list[Row]:
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: is not a readable Parquet file ({reason}); write it again") from error
+        raise DataError(f"{path}: is not a readable Parquet file ({reason}); create it again") from error
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -157,5 +160,5 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def endings() -> str:
-    """The endings of files that can be read, for a message."""
+    """The endings of readable files, for a message."""
     return ", ".join(READERS)

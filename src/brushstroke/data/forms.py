@@ -1,8 +1,7 @@
-"""The forms in which a conversation can be handed to a chat template, the likeliest first.
+"""The forms in which a conversation can be passed to a chat template, the most likely first.
 
-Templates differ in what they take: contents as text or as parts, arguments as an object or as JSON text,
-reasoning under three names. Which form is right is found by rendering, in `layout`; this module only writes
-the forms.
+Templates differ in their input: contents as text or as parts, arguments as an object or as JSON text,
+reasoning under three names. `layout` finds the right form by rendering; this module only writes the forms.
 """
 
 import json
@@ -15,10 +14,10 @@ from brushstroke.data.messages import REASONING, SPLIT, Conversation
 from brushstroke.data.validate import Message
 
 DEVELOPER_AS_SYSTEM = (
-    "developer messages are written as system messages: the chat template knows no developer"
+    "developer messages are written as system messages: the chat template has no developer role"
 )
 THOUGHTS_SPLIT = (
-    "<think>…</think> at the beginning of answers is handed to the chat template as their reasoning"
+    "<think>…</think> at the beginning of answers is passed to the chat template as their reasoning"
 )
 
 
@@ -28,19 +27,20 @@ THOUGHT = "<think>\n{}\n</think>\n\n{}"
 
 @dataclass(frozen=True)
 class Form:
-    """How to write a conversation for a template.
+    """A form in which a conversation is written for a template.
 
     Args:
-        thoughts: hand a leading <think>…</think> over as reasoning: "tagged" if the template writes it
-            between the same tags, "any" however it writes it; "" leaves it in the content.
-        parts: contents as a list with one text part, in place of a text.
+        thoughts: pass a leading <think>…</think> as reasoning: "tagged" only if the template writes it
+            between the same tags, "any" in all cases; "" leaves it in the content.
+        parts: contents as a list with one text part instead of a text.
         reasoning: the key of the reasoning; INLINE writes it between <think> tags at the beginning of the
             content.
-        arguments_as_text: arguments of tool calls as JSON text, in place of an object.
-        no_content: what an answer without content has: "" or None as its content, or no such key (...).
+        arguments_as_text: arguments of tool calls as JSON text instead of an object.
+        no_content: the content of an answer without content: "", None, or no such key (...).
         developer_as_system: developer messages as system messages.
         wrapped_tools: declarations as {"type": "function", "function": {...}}.
-        blank_reasoning: an empty reasoning for answers without one, so that no content is searched for it.
+        blank_reasoning: give answers without reasoning an empty one, so that the template does not search the
+            content for it.
     """
 
     thoughts: str = ""
@@ -54,16 +54,16 @@ class Form:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What people should know of this form."""
+        """Notes about this form for people."""
         developer = (DEVELOPER_AS_SYSTEM,) if self.developer_as_system else ()
         return developer + ((THOUGHTS_SPLIT,) if self.thoughts else ())
 
     def messages(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-        """Messages as this form writes them."""
+        """The messages in this form."""
         return [self._message(message) for message in messages]
 
     def tools(self, tools: tuple[Any, ...]) -> list[Any] | None:
-        """Declarations of tools as this form writes them; None where there are none."""
+        """The tool declarations in this form; None if there are none."""
         if not tools:
             return None
         return [
@@ -101,7 +101,7 @@ class Form:
 
 
 def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
-    """Every form that makes a difference to a conversation, with the conversation that it writes."""
+    """All forms that differ for a conversation, each with the conversation that it writes."""
     split = conversation.with_thoughts_split()
     for thoughts, keys in (
         ("tagged", REASONING),
@@ -109,16 +109,16 @@ def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
         ("tagged", (INLINE,)),
         ("any", REASONING),
     ):
-        told = split if thoughts else conversation
-        if told is None:
+        changed = split if thoughts else conversation
+        if changed is None:
             continue
-        messages = told.messages
+        messages = changed.messages
         answers = [message for message in messages if message["role"] == "assistant"]
         calls = any("tool_calls" in message for message in answers)
         empty = any(not m.get("content") and m.keys() & {"tool_calls", "reasoning_content"} for m in answers)
         reasons = any(message.keys() & {"reasoning_content", SPLIT} for message in answers)
         closes = any("</think>" in message.get("content", "") for message in answers)
-        bare = any("function" not in tool for tool in told.tools)
+        bare = any("function" not in tool for tool in changed.tools)
         for choice in product(
             (False, True),
             (False, True) if any(message["role"] == "developer" for message in messages) else (False,),
@@ -129,7 +129,7 @@ def forms(conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
             (False, True) if closes else (False,),
         ):
             parts, developer, reasoning, as_text, no_content, wrapped, blank = choice
-            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped, blank), told
+            yield Form(thoughts, parts, reasoning, as_text, no_content, developer, wrapped, blank), changed
 
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:

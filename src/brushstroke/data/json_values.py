@@ -1,6 +1,6 @@
-"""Values that a row holds as JSON or as JSON text: tools, arguments, variables of a template.
+"""Values that a row contains as JSON or JSON text: tools, arguments, variables of a template.
 
-It knows no messages.
+It does not depend on messages.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from brushstroke.data.validate import check_encodable, describe_type
 from brushstroke.errors import DataError
 
-RESERVED = frozenset(  # what a template is given otherwise
+RESERVED = frozenset(  # variables that a template already gets
     [
         "add_generation_prompt",
         "chat_template",
@@ -30,7 +30,7 @@ RESERVED = frozenset(  # what a template is given otherwise
 
 
 def parsed(value: Any) -> Any:
-    """What JSON text stands for; anything else, and text that is no JSON, as it is."""
+    """Parse JSON text; return other values, and text that is not JSON, unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
@@ -40,10 +40,10 @@ def parsed(value: Any) -> Any:
 
 
 def as_json(value: Any, place: str) -> Any:
-    """A value in JSON's own types.
+    """Convert a value to JSON types.
 
     Raises:
-        DataError: it holds something that JSON cannot write, or half a character.
+        DataError: the value has no JSON form, or contains half a surrogate pair.
     """
     try:
         text = json.dumps(value, ensure_ascii=False)
@@ -54,10 +54,10 @@ def as_json(value: Any, place: str) -> Any:
 
 
 def read_tools(tools: object, where: str) -> tuple[Any, ...]:
-    """Function declarations, without keys that are null; those that are JSON text as the text has them.
+    """Read function declarations and remove keys that are null (but not from JSON text).
 
     Raises:
-        DataError: they are no list of declarations.
+        DataError: the value is not a list of declarations.
     """
     given = parsed(tools)
     if given is None or given == "":
@@ -74,10 +74,10 @@ def read_tools(tools: object, where: str) -> tuple[Any, ...]:
 
 
 def read_options(options: object, where: str) -> dict[str, Any]:
-    """Further variables for the template.
+    """Read additional variables for the template.
 
     Raises:
-        DataError: they are no object, or name what a template is given otherwise.
+        DataError: the value is not an object, or a name is already used.
     """
     given = parsed(options)
     if given is None or given == "":
@@ -85,12 +85,12 @@ def read_options(options: object, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise DataError(f"{where}: 'chat_template_kwargs' is {describe_type(options)}; expected an object")
     if taken := sorted(RESERVED & given.keys()):
-        raise DataError(f"{where}: 'chat_template_kwargs' cannot hold {taken[0]!r}; take it out")
+        raise DataError(f"{where}: 'chat_template_kwargs' cannot contain {taken[0]!r}; remove it")
     return {name: value for name, value in as_json(given, where).items() if value is not None}
 
 
 def schema_of(tools: Sequence[Any], name: str) -> Mapping[str, Any]:
-    """The schema of a function's arguments, as far as it is declared."""
+    """The schema of a function's arguments; empty if none is declared."""
     for tool in tools:
         function = tool.get("function", tool)
         if function.get("name") == name:
@@ -99,7 +99,7 @@ def schema_of(tools: Sequence[Any], name: str) -> Mapping[str, Any]:
 
 
 def without_nulls(value: Any, schema: Any = None) -> Any:
-    """A value whose objects, at any depth, have no key that is null, unless the schema allows null there."""
+    """Remove the keys that are null from a value, at any depth, unless the schema allows null there."""
     known = schema if isinstance(schema, Mapping) else {}
     if isinstance(value, list):
         return [without_nulls(inner, known.get("items")) for inner in value]
@@ -127,10 +127,10 @@ def _allows_null(schema: Any) -> bool:
 
 
 def _check_tool(tool: Any, place: str) -> None:
-    """Refuse what is no declaration of a function.
+    """Refuse a value that is not a function declaration.
 
     Raises:
-        DataError: saying what was found.
+        DataError: the declaration is invalid.
     """
     function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(function, Mapping):

@@ -1,8 +1,7 @@
-"""Where the answers of a conversation stand in the text of a chat template, and the proof that nothing is
-lost.
+"""Finds the answers of a conversation in the text of a chat template, and verifies that nothing is lost.
 
-Everything is found on outlines, texts with placeholders: each value must stand where it should, spelt so that
-it can be read back. It tokenises nothing.
+It works on outlines, which are texts with placeholders: each value must be in its place and must be readable
+back. It tokenises nothing.
 """
 
 import json
@@ -28,17 +27,17 @@ from brushstroke.data.validate import Message
 KNOWN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", SPLIT)
 MADE_UP_ANSWER: Message = {"role": "assistant", "content": "Yes."}
 SPLIT_HINT = (
-    "; with --split-turns (split_turns=True) every answer becomes an example of its own, written as the "
-    "model will see it"
+    "; with --split-turns (split_turns=True) every answer becomes a separate example, written as the model "
+    "will see it"
 )
 
 
 class Unproven(Exception):
-    """What a template does with a conversation, so that it cannot be trained.
+    """A template changes a conversation, so that it cannot be trained.
 
     Args:
-        reason: in words.
-        proven: how many values did stand in the text.
+        reason: the reason, for a message.
+        proven: how many values were found in the text.
     """
 
     def __init__(self, reason: str, proven: int = 0) -> None:
@@ -48,7 +47,7 @@ class Unproven(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """The answer of a message: text[start:stop] of an outline, with `end`, the marker that ends it."""
+    """The answer in a message: text[start:stop] of an outline, and its end marker `end`."""
 
     message: int
     start: int
@@ -58,14 +57,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Layout:
-    """One example: the first `count` messages as an outline, and the answers in it.
+    """The layout of one example: the outline of the first `count` messages, and the answers in it.
 
     Args:
-        count: messages that are rendered.
-        outline: of them.
-        turns: the answers that stand in it as they were generated.
-        trained: the messages whose answers are learnt in this example.
-        cut: where a question ends, if its outline has a made-up answer behind it.
+        count: number of rendered messages.
+        outline: their outline.
+        turns: the answers that appear in it as they are generated.
+        trained: the messages whose answers are trained in this example.
+        cut: the end of a prompt, if its outline contains a test answer after it.
     """
 
     count: int
@@ -76,7 +75,7 @@ class Layout:
 
 
 class _Outlines:
-    """The outlines of the beginnings of one sketch, each rendered once."""
+    """The outlines of the first messages of a sketch, for each number of messages, rendered once."""
 
     def __init__(self, finder: "LayoutFinder", drawn: Sketch) -> None:
         self.finder, self.sketch = finder, drawn
@@ -94,12 +93,12 @@ class LayoutFinder:
     """Finds the layouts of one conversation in one form.
 
     Args:
-        template: renders.
-        conversation: the messages; of their values only the placeholders play a part.
-        form: how the template is given them.
+        template: the template that renders.
+        conversation: the messages; only the placeholders of their values are used.
+        form: the form in which the template gets them.
         known_markers: the tokenizer's special and other added tokens.
-        opening: what the template writes before an answer.
-        repeated: the part of it that the template writes behind every answer too.
+        opening: the text that the template writes before an answer.
+        repeated: the part of it that the template also writes after every answer.
         keep_values: see `sketch`.
     """
 
@@ -121,14 +120,14 @@ class LayoutFinder:
         self.outline = _Outlines(self, self.sketch)
 
     def whole_or_each(self, *, split: bool = False, past_reasoning: bool = True) -> tuple[Layout, ...]:
-        """One layout where the whole conversation shows every answer as it was generated; else one for each.
+        """One layout if the conversation contains every answer as generated; otherwise one per answer.
 
         Args:
-            split: one for each answer always.
-            past_reasoning: whether the reasoning of earlier answers must be in the text.
+            split: always one per answer.
+            past_reasoning: whether the text must contain the reasoning of earlier answers.
 
         Raises:
-            Unproven: the template loses something.
+            Unproven: the template loses part of the conversation.
         """
         messages = self.conversation.messages
         self.prove_contents(self.outline(len(messages)))
@@ -136,7 +135,7 @@ class LayoutFinder:
         learnt = frozenset(turn.message for turn in turns if self.conversation.trained[turn.message])
         whole = Layout(len(messages), self.outline(len(messages)), tuple(turns), learnt)
         fit = self._fitting(whole.outline.text, turns)
-        last = len(messages) - 1  # only there an end can be added to an answer that has none
+        last = len(messages) - 1  # only the last answer can get an end if it has none
         ended = all(t.end is not None or t.message not in learnt or t.message == last for t in turns)
         if len(fit) == len(turns) and ended and not (split and turns):
             self.prove(whole)
@@ -152,21 +151,22 @@ class LayoutFinder:
         return tuple(layouts)
 
     def question(self, *, past_reasoning: bool = True, as_trained: bool = True) -> Layout:
-        """The layout of a prompt: all messages, up to where the next answer begins.
+        """The layout of a prompt: all messages, up to the beginning of the next answer.
 
         Args:
-            past_reasoning: whether the reasoning of earlier answers must be in the text.
-            as_trained: end with what an answer begins with, also where the template asks otherwise.
+            past_reasoning: whether the text must contain the reasoning of earlier answers.
+            as_trained: end with the beginning that answers have, even if the template's generation prompt
+                differs.
 
         Raises:
-            Unproven: the template loses something.
+            Unproven: the template loses part of the conversation.
         """
         count = len(self.conversation.messages)
         turns = []
         for index in self.conversation.answers:
             try:
                 turns.append(self._turn(index))
-            except (Unproven, TemplateRefusal):  # a rewritten past needs no boundary
+            except (Unproven, TemplateRefusal):  # rewritten earlier answers need no boundary
                 continue
         asked = self.outline(count, ask=True)
         layout = Layout(count, asked, tuple(self._fitting(asked.text, turns)), frozenset())
@@ -174,7 +174,7 @@ class LayoutFinder:
         return self._as_answered(layout, turns) if as_trained else layout
 
     def unused_keys(self) -> tuple[str, ...]:
-        """Further keys of messages without which the template writes the same text."""
+        """Other keys of messages that do not change the template's text."""
         messages = self.sketch.messages
         further = dict.fromkeys(
             key
@@ -193,7 +193,7 @@ class LayoutFinder:
         return tuple(unused)
 
     def render(self, messages: Sequence, *, ask: bool = False) -> str:
-        """Messages as the template writes them in this form."""
+        """Render messages in this form."""
         return self.template.render(
             self.form.messages(tuple(messages)),
             tools=self.form.tools(self.conversation.tools),
@@ -202,10 +202,10 @@ class LayoutFinder:
         )
 
     def prove(self, layout: Layout, *, past_reasoning: bool = True) -> None:
-        """Check that every value stands in the text where it should.
+        """Check that every value is in its place in the text.
 
         Raises:
-            Unproven: with the first one that does not.
+            Unproven: a value is not in its place; names the first.
         """
         regions = {turn.message: (turn.start, turn.stop) for turn in layout.turns}
         proven = 0
@@ -241,14 +241,14 @@ class LayoutFinder:
             for layout in layouts if past_reasoning else ():
                 self.prove(layout)
         except Unproven as error:
-            said = f"{error} once the conversation goes on{SPLIT_HINT}"
+            said = f"{error} once the conversation continues{SPLIT_HINT}"
             raise Unproven(said, len(self.sketch.slots)) from error
 
     def prove_contents(self, outline: Outline) -> None:
-        """Check that what is no answer is in the text at all, whatever becomes of the answers.
+        """Check that everything except answers is in the text.
 
         Raises:
-            Unproven: with the first one that is not.
+            Unproven: a value is missing; names the first.
         """
         printed = {segment.slot for segment in outline.segments} | outline.altered
         for index, message in enumerate(self.conversation.messages):
@@ -263,7 +263,7 @@ class LayoutFinder:
         return self.conversation.messages[index]["role"] == "assistant"
 
     def _printed_at_first(self, index: int, slot: int) -> bool:
-        """Whether a value is in the text as long as its message is the last one."""
+        """Whether a value is in the text while its message is the last one."""
         return any(s.slot == slot and self._readable(s) for s in self.outline(index + 1).segments)
 
     def _turn(self, index: int) -> Turn:
@@ -273,14 +273,14 @@ class LayoutFinder:
         stop, end = self._end(index, start, filled)
         behind = filled(index + 1).text[stop:]
         if not alone.text.endswith(behind) or len(alone.text) - len(behind) < start:
-            raise Unproven(f"its text does not tell where the answer in message {index + 1} ends")
+            raise Unproven(f"the end of the answer in message {index + 1} cannot be found in its text")
         return Turn(index, start, len(alone.text) - len(behind), end)
 
     def _turns(self) -> list[Turn]:
-        """The answers; one that opens the conversation is left out where nothing tells where it begins.
+        """Find the answers; leave out one at the start of the conversation if its beginning cannot be found.
 
         Raises:
-            Unproven: the text does not tell where another answer begins or ends.
+            Unproven: the beginning or end of another answer cannot be found.
         """
         turns, learnt = [], [i for i in self.conversation.answers if self.conversation.trained[i]]
         for index in self.conversation.answers:
@@ -292,7 +292,7 @@ class LayoutFinder:
         return turns
 
     def _filled(self, index: int) -> _Outlines:
-        """Outlines in which every part of an answer has a placeholder: what follows it can be told."""
+        """Outlines with placeholders for every part of an answer, so that the text after it can be found."""
         drawn = sketch(self.conversation.messages, keep_values=self.keep_values, filled=(index,))
         if len(drawn.slots) == len(self.sketch.slots):
             return self.outline
@@ -304,7 +304,7 @@ class LayoutFinder:
         return filled
 
     def _end(self, index: int, start: int, outline: _Outlines) -> tuple[int, str | None]:
-        """Where an answer ends in the outline that ends with it, and with which marker."""
+        """The end position and end marker of an answer, from the outline in which it is last."""
         alone = outline(index + 1)
         own = [s for s in alone.segments if s.slot in outline.sketch.uses[index] and s.start >= start]
         last = max((s.stop for s in own), default=start)
@@ -318,18 +318,18 @@ class LayoutFinder:
         return last + len(whole), None
 
     def _refuse_words_behind(self, ending: str, before: str) -> None:
-        """Refuse words at the end of a conversation, whoever spoke last, that do not stand between turns.
+        """Refuse words that the template writes at the end of every conversation, but not between turns.
 
         Raises:
-            Unproven: naming them.
+            Unproven: there are such words.
         """
         words = words_behind_marker(ending, self.known_markers)
         if words and ending not in before:
-            raise Unproven(f"it writes {words[:40]!r} behind every conversation, the answer too")
+            raise Unproven(f"it writes {words[:40]!r} after every conversation, also after an answer")
 
     def _start(self, index: int, alone: Outline) -> int:
         own = [s.start for s in alone.segments if s.slot in self.sketch.uses[index]]
-        if index == 0:  # no template can be asked for a prompt of no messages
+        if index == 0:  # templates cannot render a prompt without messages
             first = min(own, default=len(alone.text))
             found = alone.text[:first].rfind(self.opening) if self.opening else -1
             if found >= 0:
@@ -344,12 +344,12 @@ class LayoutFinder:
             if common >= before and self.outline(index).text[:before] == alone.text[:before]:
                 return self._behind_opening(alone.text, common, first)
         raise Unproven(
-            f"its text does not tell where the answer in message {index + 1} begins: what it writes before "
-            "an answer is not what it asks with"
+            f"the beginning of the answer in message {index + 1} cannot be found in its text: it differs "
+            "from the generation prompt"
         )
 
     def _behind_opening(self, text: str, start: int, first: int) -> int:
-        """Past the words that the template opens an answer with, if they stand before its first value."""
+        """The position after the template's opening of an answer, if that precedes the first value."""
         words = self.opening.strip()
         found = text.find(words, start, first) if words else -1
         if found < 0:
@@ -359,7 +359,7 @@ class LayoutFinder:
         return stop + len(rest) if text.startswith(rest, stop) else stop
 
     def _as_answered(self, layout: Layout, turns: Sequence[Turn]) -> Layout:
-        """A question as it stands before an answer, if that is not how the template asks."""
+        """The prompt as it precedes an answer, if it differs from the template's generation prompt."""
         longer = replace(
             self.conversation,
             messages=(*self.conversation.messages, MADE_UP_ANSWER),
@@ -384,7 +384,7 @@ class LayoutFinder:
         return Layout(layout.count + 1, outline, shown, frozenset(), cut=start)
 
     def _lasting(self, index: int, alone: Outline, position: int, outline: _Outlines) -> str:
-        """What stands behind an answer also when the conversation goes on."""
+        """The text after an answer that remains when the conversation continues."""
         try:
             further = outline(index + 1, ask=True).text
         except TemplateRefusal:
@@ -393,7 +393,7 @@ class LayoutFinder:
         return common_start(alone.text[position:], further[position:]) if goes_on else ""
 
     def _fitting(self, text: str, turns: Sequence[Turn]) -> list[Turn]:
-        """The turns up to which a text is the same as when they were the last one."""
+        """The turns up to which the text equals the text in which they were the last."""
         return [turn for turn in turns if text.startswith(self.outline(turn.message + 1).text[: turn.stop])]
 
     def _readable(self, segment: Segment) -> bool:
@@ -404,9 +404,9 @@ class LayoutFinder:
     def _prove_tags(
         self, outline: Outline, index: int, part: str, place: Segment, proven: int, *, past: bool
     ) -> None:
-        """Check that a thought that was between <think> tags in a content is between them in the text.
+        """Check that reasoning between <think> tags in a content is also between them in the text.
 
-        An empty one holds nothing that could be lost of an answer that is past.
+        Empty reasoning of an earlier answer contains nothing that could be lost.
         """
         message = self.conversation.messages[index]
         if not message.get(SPLIT):
@@ -419,17 +419,15 @@ class LayoutFinder:
         else:
             return
         if not kept:
-            raise Unproven(
-                "it writes a thought without the tags <think> and </think> that the row has", proven
-            )
+            raise Unproven("it writes reasoning without the tags <think> and </think> of the row", proven)
 
     def _prove_arguments(self, text: str, index: int, proven: int) -> None:
-        """Check names of arguments, and values without a placeholder; no list or object as Python's repr."""
+        """Check argument names and values without placeholders; refuse Python's repr of lists."""
         for call in self.conversation.messages[index].get("tool_calls", ()):
             for argument in call["function"]["arguments"].items():
                 is_keyword = re.search(
                     rf"(?<!\w){re.escape(argument[0])}=[\[{{]", text
-                )  # of a call in Python
+                )  # of a call in Python syntax
                 for key, value in _leaves(dict([argument])):
                     spelt = {spell(key) for spell in SPELLINGS.values()}
                     if not any(_stands(name, text) for name in spelt):
@@ -438,7 +436,8 @@ class LayoutFinder:
                         )
                     if not is_keyword and _as_python(spelt, value, text):
                         raise Unproven(
-                            f"it prints the arguments of message {index + 1} as Python writes them", proven
+                            f"it prints the arguments of message {index + 1} in Python's repr, not as JSON",
+                            proven,
                         )
                     if (value is None or isinstance(value, bool)) and not _follows(text, spelt, value):
                         raise Unproven(
@@ -446,13 +445,13 @@ class LayoutFinder:
                         )
 
     def _prove_tools(self, text: str, proven: int) -> None:
-        """Check that tools are declared in the text: names, descriptions, and names of parameters."""
+        """Check that the text declares the tools: names, descriptions, and parameter names."""
         for tool in self.conversation.tools:
             function = tool.get("function", tool)
             parameters = function.get("parameters")
             properties = parameters.get("properties") if isinstance(parameters, dict) else None
-            told = [function.get("name"), function.get("description"), *(properties or {})]
-            for words in (value.strip() for value in told if isinstance(value, str)):
+            declared = [function.get("name"), function.get("description"), *(properties or {})]
+            for words in (value.strip() for value in declared if isinstance(value, str)):
                 if not any(spell(words) in text for spell in SPELLINGS.values()):
                     raise Unproven(f"it does not print the tools ({words[:40]!r} is not in its text)", proven)
 
@@ -466,8 +465,8 @@ class LayoutFinder:
         whose = f"{what} of message {index + 1} ({self.conversation.messages[index]['role']})"
         found = [s for s in layout.outline.segments if s.slot == slot]
         if slot in layout.outline.altered or any(not self._readable(s) for s in found):
-            return f"it prints {whose} in another form than the row has"
-        return f"it prints {whose} elsewhere than in its turn" if found else f"it does not print {whose}"
+            return f"it prints {whose} differently than the row has it"
+        return f"it prints {whose} outside of its turn" if found else f"it does not print {whose}"
 
 
 def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -480,22 +479,22 @@ def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _stands(name: str, text: str) -> bool:
-    """Whether a name stands in a text as a word of its own."""
+    """Whether a text contains a name as a separate word."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def _as_python(names: Collection[str], value: Any, text: str) -> bool:
-    """Whether an object with one of these names, or this list, is written as Python's repr."""
+    """Whether an object with one of these names, or this list, is written in Python's repr."""
     if any(f"{sign}'{name}': " in text for name in names for sign in ("{", ", ")):
         return True
     if not isinstance(value, list):
         return False
-    told = repr(value)
-    return (told != json.dumps(value) and told in text) or re.search(r"[\[,] ?'Qz", text) is not None
+    spelled = repr(value)
+    return (spelled != json.dumps(value) and spelled in text) or re.search(r"[\[,] ?'Qz", text) is not None
 
 
 def _follows(text: str, names: Collection[str], value: Any) -> bool:
-    """Whether a truth value or null stands behind the name of its argument, as JSON or Python write it."""
+    """Whether a boolean or null follows the name of its argument, in JSON's or Python's spelling."""
     words = (json.dumps(value), str(value))
     return any(
         word in text[text.find(name) + len(name) :] for name in names if name in text for word in words

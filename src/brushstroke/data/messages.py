@@ -1,6 +1,6 @@
-"""Conversations as rows hold them, brought into one form, whichever tool wrote the file.
+"""Reads conversations from rows and converts the formats of different tools to one.
 
-It knows no template: how a conversation is handed to one is decided in `forms`.
+It uses no template: `forms` decides how a conversation is passed to one.
 """
 
 import json
@@ -14,31 +14,36 @@ from brushstroke.data.validate import Message, check_encodable, describe_type
 from brushstroke.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names that files and templates use for it
-TRAIN_KEYS = ("weight", "train", "training", "trainable")  # by which a message says whether it is learnt
-ARGUMENTS = ("arguments", "parameters", "input", "args")  # names that files use for them
-TEXT_PARTS = ("text", "input_text", "output_text", *REASONING)  # types of content parts that hold text
-SPLIT = "thought_was_in_content"  # our own key of messages whose thought is split off
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names that files and templates use for reasoning
+TRAIN_KEYS = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+)  # keys by which a message says whether it is trained
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # names that files use for arguments
+TEXT_PARTS = ("text", "input_text", "output_text", *REASONING)  # types of content parts with text
+SPLIT = "thought_was_in_content"  # internal key of messages whose reasoning was split off
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
-NULLS = "keys that are null are left out of messages, tools and arguments"
+NULLS = "keys that are null are removed from messages, tools and arguments"
 UNTRAINED = "assistant messages with weight 0 or train false are context and not trained"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in one form, whichever form the row has.
+    """A conversation in brushstroke's form.
 
     A message has `role`; `content`, a text, absent where there is none; `reasoning_content`, a text;
     `tool_calls`, each as {type, id, function: {name, arguments}} with the arguments as an object; and
-    whatever else the row has.
+    the other keys of the row.
 
     Args:
-        messages: in order.
-        trained: for each message, whether it is an answer to learn.
+        messages: the messages in order.
+        trained: for each message, whether it is an answer to train.
         tools: the declarations of functions that the model may call.
-        options: further variables for the template (`chat_template_kwargs`).
-        notes: what was changed or left out, for people.
+        options: additional variables for the template (`chat_template_kwargs`).
+        notes: changes and omissions, as messages for people.
     """
 
     messages: tuple[Message, ...]
@@ -49,15 +54,15 @@ class Conversation:
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """The indices of the assistant's messages."""
+        """The indices of the assistant messages."""
         return tuple(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 
     def until(self, count: int) -> "Conversation":
-        """The first messages alone."""
+        """The conversation of the first messages only."""
         return replace(self, messages=self.messages[:count], trained=self.trained[:count])
 
     def with_thoughts_split(self) -> "Conversation | None":
-        """With a leading <think>…</think> of an answer as its reasoning; None where no answer has one."""
+        """A copy with each answer's leading <think>…</think> as its reasoning; None if no answer has one."""
         split = [_split_thought(message) for message in self.messages]
         if all(new is old for new, old in zip(split, self.messages, strict=True)):
             return None
@@ -72,17 +77,17 @@ def read_conversation(
     where: str,
     answers_only_from: int = 0,
 ) -> Conversation:
-    """A conversation out of a row.
+    """Read a conversation from a row.
 
     Args:
         messages: a list of messages, or the same as JSON text.
         tools: a list of function declarations, or the same as JSON text.
-        options: an object of further variables for the template, or the same as JSON text.
-        where: the row, for messages of errors.
-        answers_only_from: the index of the first message whose answer is learnt.
+        options: an object with additional variables for the template, or the same as JSON text.
+        where: the row, for error messages.
+        answers_only_from: the index of the first message whose answer is trained.
 
     Raises:
-        DataError: what is wrong, with the message that it is wrong in.
+        DataError: the conversation is invalid; the error names the message.
     """
     given = parsed(messages)
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
@@ -112,7 +117,7 @@ def read_conversation(
 
 
 class _MessageReader:
-    """One message of a row: what it says, in our form."""
+    """Converts one message of a row to brushstroke's form."""
 
     def __init__(self, message: Message, place: str, tools: tuple[Any, ...]) -> None:
         self.given = {key: value for key, value in message.items() if value is not None}
@@ -126,20 +131,20 @@ class _MessageReader:
         if role not in ROLES:
             found = f"has the unknown role {role!r}" if isinstance(role, str) else "has no role"
             hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-            raise DataError(f"{place} {found}{hint}; known roles are {', '.join(ROLES)}")
+            raise DataError(f"{place} {found}{hint}; known roles: {', '.join(ROLES)}")
         self.role: str = role
         self.place = f"{place} ({role})"
         self._trained = self._read_trained()
 
     def is_trained(self) -> bool:
-        """Whether the message is an answer to learn."""
+        """Whether the message is an answer to train."""
         return self.role == "assistant" and self._trained is not False
 
     def message(self) -> dict[str, Any]:
-        """The message in our form.
+        """The converted message.
 
         Raises:
-            DataError: it has nothing to say, or in a form that is not understood.
+            DataError: the message is empty, or its format is unknown.
         """
         given = dict(self.given)
         content, thoughts = self._texts(given.pop("content", None))
@@ -158,7 +163,7 @@ class _MessageReader:
         return message | given
 
     def _read_trained(self) -> bool | None:
-        """What the message says of being learnt; None where it says nothing."""
+        """Whether the message asks to be trained; None if it does not say."""
         said = {key: self.given.pop(key) for key in TRAIN_KEYS if key in self.given}
         found = set()
         for key, value in said.items():
@@ -166,17 +171,17 @@ class _MessageReader:
                 raise DataError(f"{self.place} has {key} {value!r}; expected 0 or 1, or true or false")
             found.add(bool(value))
         if len(found) > 1:
-            raise DataError(f"{self.place} has weight and train that contradict each other; keep one of them")
+            raise DataError(f"{self.place} has contradicting weight and train keys; keep one of them")
         learnt = next(iter(found), None)
         if learnt and self.role != "assistant":
             raise DataError(
-                f"{self.place} asks to be trained ({next(iter(said))}), and only assistant messages are; "
-                "take the key out of it"
+                f"{self.place} asks to be trained ({next(iter(said))}), but only assistant messages can be; "
+                "remove the key"
             )
         return learnt
 
     def _texts(self, content: object) -> tuple[str | None, str]:
-        """The text of a content, and the reasoning that stands among its parts."""
+        """The text of a content, and the reasoning among its parts."""
         if content is None or isinstance(content, str):
             check_encodable(content or "", self.place)
             return content, ""
@@ -210,13 +215,13 @@ class _MessageReader:
             check_encodable(value, self.place)
             found |= {value} if value.strip() else set()
         if len(found) > 1:
-            raise DataError(f"{self.place} has reasoning in two places that differ; keep one of them")
+            raise DataError(f"{self.place} has different reasoning in two places; keep one of them")
         return next(iter(found), "")
 
     def _calls(self, given: dict[str, Any]) -> list[dict[str, Any]]:
         if self.role != "assistant":
             if any(given.pop(key, None) for key in ("tool_calls", "function_call")):
-                raise DataError(f"{self.place} has tool calls; only an assistant message can")
+                raise DataError(f"{self.place} has tool calls; only assistant messages can have them")
             return []
         calls = parsed(given.pop("tool_calls", None)) or []
         legacy = given.pop("function_call", None)
@@ -247,7 +252,7 @@ class _MessageReader:
         given = {key: function.pop(key) for key in ARGUMENTS if key in function}
         if len(given) > 1 or function:
             further = ", ".join(map(repr, function or given))
-            raise DataError(f"{place} has {further}; expected a name and arguments, and nothing beside them")
+            raise DataError(f"{place} has {further}; expected only a name and arguments")
         arguments = self._arguments(next(iter(given.values()), None), name, place)
         return {"type": "function", **fields, "function": {"name": name, "arguments": arguments}}
 
@@ -263,7 +268,7 @@ class _MessageReader:
         if not isinstance(arguments, Mapping):
             raise DataError(f"{place}: the arguments are {describe_type(arguments)}; expected an object")
         arguments = as_json(arguments, f"{place}: the arguments")
-        if isinstance(given, str):  # which no schema has filled with nulls
+        if isinstance(given, str):  # not filled with nulls from a schema
             return arguments
         kept = without_nulls(arguments, schema_of(self.tools, name))
         if kept != arguments:
@@ -283,7 +288,7 @@ def _split_thought(message: Message) -> Message:
 
 
 def _with_tool_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of tools with the name of the function, where they say which call they answer."""
+    """Add the function's name to tool results that name their call."""
     names: dict[Any, str] = {}
     named = []
     for message in messages:

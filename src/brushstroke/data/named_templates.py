@@ -15,20 +15,19 @@ _FOLDER = Path(__file__).parent / "templates"
 
 
 def template_names() -> tuple[str, ...]:
-    """The names of the templates that come with the library."""
+    """The names of the templates in the library."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
 
 
 def find_template(given: Template) -> str | Mapping[str, str] | None:
-    """A chat template: as it is given, from a file, or by its name.
+    """Find a chat template: given as text, in a file, or by its name.
 
     Args:
-        given: the template itself (Jinja has braces), a file with one (Jinja, or JSON that holds it under
-            "chat_template"), the name of one that comes with the library, several templates by their names,
-            or None.
+        given: the template text (Jinja contains braces), a file (Jinja, or JSON with the key
+            "chat_template"), the name of a template in the library, several templates by name, or None.
 
     Raises:
-        ConfigError: there is no such file or name, or the file cannot be read or holds no template.
+        ConfigError: there is no such file or name, or the file cannot be read or contains no template.
     """
     if given is None or isinstance(given, Mapping) or (isinstance(given, str) and "{" in given):
         return given
@@ -38,8 +37,9 @@ def find_template(given: Template) -> str | Mapping[str, str] | None:
     if name in template_names():
         return (_FOLDER / f"{name}.jinja").read_text("utf-8")
     raise ConfigError(
-        f"there is no chat template {name!r}: no file of that name, and none of ours"
-        f"{did_you_mean(name, template_names())}; give a Jinja file, or one of {', '.join(template_names())}"
+        f"there is no chat template {name!r}: no file and no known template has that "
+        f"name{did_you_mean(name, template_names())}; give a Jinja file, or one of "
+        f"{', '.join(template_names())}"
     )
 
 
@@ -54,8 +54,8 @@ def _from_file(path: Path) -> str:
             text = json.loads(text)["chat_template"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} holds no chat template under 'chat_template'; give a Jinja file"
+                f"{path} contains no chat template under 'chat_template'; give a Jinja file"
             ) from error
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{path} holds no chat template; give a Jinja file")
+        raise ConfigError(f"{path} contains no chat template; give a Jinja file")
     return text

@@ -1,9 +1,8 @@
-"""A conversation rendered with placeholders: what a chat template writes by itself, and where each value
-stands.
+"""Renders conversations with placeholders, to separate the template's text from the values.
 
-Placeholders hold characters that JSON, Python's repr and HTML write differently, so that the text shows how
-the template prints a value. The true text is then aligned with the outline, value by value. It renders
-nothing itself.
+Placeholders contain characters that JSON, Python's repr and HTML write differently, so that the text shows
+how the template prints a value. The final text is then aligned with the outline, value by value. The caller
+renders.
 """
 
 import json
@@ -14,14 +13,14 @@ from typing import Any, NamedTuple
 
 from brushstroke.data.validate import Message
 
-PROBE = "é'\"\\\n<&>"  # inside a placeholder: told apart in every spelling
-NUMBERS = 73_100_000  # placeholders of whole numbers count from here
+PROBE = "é'\"\\\n<&>"  # inside a placeholder: differs in every spelling
+NUMBERS = 73_100_000  # placeholders for integers start here
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "plain": lambda text: text,
     "json": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     "ascii json": lambda text: json.dumps(text)[1:-1],
-    "python": lambda text: repr(f'"{text}')[2:-1],  # between ' and ', as where a text has both quotes
+    "python": lambda text: repr(f'"{text}')[2:-1],  # between ' and ', as for a text with both quotes
 }
 _HANDLED = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
 _PLACEHOLDER = re.compile(r"Qz(\d+)v(.*?)Qz\1w", re.DOTALL)
@@ -30,11 +29,11 @@ _REST = re.compile(r"Qz\d+[vw]")
 
 @dataclass(frozen=True)
 class Slot:
-    """A value of a conversation.
+    """A value in a conversation.
 
     Args:
         part: "content", "reasoning", "name" (of a function), "argument", or "other".
-        value: a text, or a number of an argument.
+        value: a text, or a number in an argument.
     """
 
     part: str
@@ -42,7 +41,7 @@ class Slot:
 
 
 class Segment(NamedTuple):
-    """text[start:stop] of an outline: a slot by its number, or what the template writes (slot None)."""
+    """text[start:stop] of an outline: a slot by its number, or the template's own text (slot None)."""
 
     start: int
     stop: int
@@ -52,25 +51,25 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Outline:
-    """A rendered text with placeholders, in segments without gaps; `altered` slots cannot be read back."""
+    """A rendered text with placeholders, as segments without gaps; `altered` slots cannot be read back."""
 
     text: str
     segments: tuple[Segment, ...]
     altered: frozenset[int]
 
     def between(self, start: int, stop: int) -> tuple[Segment, ...]:
-        """The slots that stand between two positions."""
+        """The slots between two positions."""
         return tuple(s for s in self.segments if s.slot is not None and start <= s.start and s.stop <= stop)
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Messages with a placeholder in place of every value.
+    """Messages in which placeholders replace the values.
 
     Args:
-        messages: in order.
+        messages: the messages in order.
         slots: the values.
-        uses: for each message, the slots in it, as often as they are there.
+        uses: for each message, its slots, as often as they occur.
     """
 
     messages: tuple[Message, ...]
@@ -79,13 +78,13 @@ class Sketch:
 
 
 def sketch(messages: Sequence[Message], *, keep_values: bool = False, filled: Collection[int] = ()) -> Sketch:
-    """Put placeholders in place of the values of a conversation.
+    """Replace the values of a conversation by placeholders.
 
     Args:
-        messages: of a `Conversation`.
-        keep_values: leave each text between the marks of its placeholder, for templates that look into texts.
-        filled: messages in which blank contents, and arguments that are no text and no number, get a
-            placeholder too.
+        messages: the messages of a `Conversation`.
+        keep_values: keep each text between the marks of its placeholder, for templates that inspect texts.
+        filled: messages in which blank contents, and arguments that are neither texts nor numbers, also get
+            placeholders.
     """
     maker = _Maker(keep_values)
     made = tuple(maker.message(message, index in filled) for index, message in enumerate(messages))
@@ -145,7 +144,7 @@ class _Maker:
         return f"Qz{number}v{slot.value if self.keep_values else PROBE}Qz{number}w"
 
     def _name(self, name: str) -> str:
-        """One placeholder for all places of a function's name: templates compare them."""
+        """One placeholder for all occurrences of a function's name, because templates compare them."""
         if name in self._names:
             self._used.append(self._names[name])
         else:
@@ -159,7 +158,7 @@ class _Maker:
 
 
 def placeholder_number(slot: int, value: int | float) -> int | float:
-    """A number of the same kind that stands for a slot."""
+    """A number of the same type as placeholder of a slot."""
     return NUMBERS + slot + (0.5 if isinstance(value, float) else 0)
 
 
@@ -189,7 +188,7 @@ def read_outline(text: str, slots: Sequence[Slot], *, keep_values: bool = False)
 
 
 def _places(text: str, slots: Sequence[Slot]) -> list[tuple[int, int, int, str | None]]:
-    """(start, stop, slot, what is between the marks) of every placeholder; numbers have no marks."""
+    """(start, stop, slot, text between the marks) of every placeholder; numbers have no marks."""
     found: list[tuple[int, int, int, str | None]] = [
         (match.start(), match.end(), int(match[1]), match[2]) for match in _PLACEHOLDER.finditer(text)
     ]
@@ -201,11 +200,10 @@ def _places(text: str, slots: Sequence[Slot]) -> list[tuple[int, int, int, str |
 
 
 def align(outline: Outline, slots: Sequence[Slot], text: str) -> list[int] | int:
-    """Where each segment of an outline begins in the true text, and where the last one ends.
+    """Find the start of each segment of an outline in the final text, and the end of the last.
 
-    A value may have lost white space at its ends; all that the template writes must be equal. Where the text
-    is
-    another one: the number of the segment from which on it differs.
+    A value may have lost white space at its ends; the template's own text must be equal. If the texts differ,
+    returns the number of the first segment that differs.
     """
     starts, position = [], 0
     for index, segment in enumerate(outline.segments):
@@ -225,13 +223,13 @@ def align(outline: Outline, slots: Sequence[Slot], text: str) -> list[int] | int
 
 
 def _following(outline: Outline, index: int) -> str:
-    """What the template writes right behind a segment."""
+    """The template's text directly after a segment."""
     after = outline.segments[index + 1 : index + 2]
     return outline.text[after[0].start : after[0].stop] if after and after[0].slot is None else ""
 
 
 def _length(value: Any, spelling: str, text: str, position: int, following: str) -> int | None:
-    """How many characters of the text a value takes at a position."""
+    """The number of characters that a value takes at a position."""
     if isinstance(value, str):
         ways = (value, value.rstrip(), value.lstrip(), value.strip())
         ways += (value.strip("\n"), value.lstrip("\n"), value.rstrip("\n"))
@@ -245,7 +243,7 @@ def _length(value: Any, spelling: str, text: str, position: int, following: str)
 
 
 def is_trimmed(outline: Outline, slots: Sequence[Slot], starts: Sequence[int]) -> bool:
-    """Whether a text in the true text has lost white space at an end."""
+    """Whether a text lost white space at an end in the final text."""
     for segment, start, stop in zip(outline.segments, starts, starts[1:], strict=False):
         value = None if segment.slot is None else slots[segment.slot].value
         if isinstance(value, str) and stop - start < len(SPELLINGS[segment.spelling](value)):
@@ -254,7 +252,7 @@ def is_trimmed(outline: Outline, slots: Sequence[Slot], starts: Sequence[int]) -
 
 
 def place(outline: Outline, starts: Sequence[int], position: int) -> int:
-    """The position in the true text of a position in the outline, which is inside no placeholder."""
+    """Convert a position in the outline (outside placeholders) to the position in the final text."""
     for segment, start in zip(outline.segments, starts, strict=False):
         if segment.slot is None and segment.start <= position <= segment.stop:
             return start + position - segment.start

@@ -1,6 +1,6 @@
-"""Pieces of text that are tokenised each on its own, so that training sees the boundaries of generation.
+"""Pieces of text that are tokenised separately, so that training has the same token boundaries as generation.
 
-It does not decide where the pieces begin and end: `chat` and `encode` do.
+`chat` and `encode` decide where pieces begin and end.
 """
 
 from collections import Counter
@@ -13,11 +13,10 @@ _BATCH = 8192
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of an example with one fate.
+    """A span of an example that is trained or masked as a whole.
 
-    `after` says what it follows: None where the example begins, the text of a token, or "" for any text.
-    `marks` are (role, start, stop) in characters; what no mark covers counts as `role`. `ids` are tokens
-    given as such.
+    `after` is what precedes it: None at the start of the example, the text of a token, or "" for any text.
+    `marks` are (role, start, stop) in characters; the rest counts as `role`. `ids` are given tokens.
     """
 
     text: str
@@ -29,22 +28,24 @@ class Piece:
 
 
 class PieceTokenizer:
-    """Tokenises pieces in batches, as continuations of what they follow."""
+    """Tokenises pieces in batches, as continuations of the preceding text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._shared: dict[int, int] = {}  # one int object per token id, or a large set would hold millions
+        self._shared: dict[
+            int, int
+        ] = {}  # one int object per token id; otherwise a large data set would hold millions
         newline, letter, both = self._encode(["\n", "x", "\nx"])["input_ids"]
-        # Tokenizers of the SentencePiece kind put a space before every text they are given.
+        # SentencePiece tokenizers put a space before every text.
         self._adds_prefix = newline + letter != both
         self._anchors: dict[str, list[int]] = {"": []}
 
     def tokens(self, pieces: Iterable[Piece]) -> list[int]:
-        """The tokens of one row of pieces."""
+        """Tokenise one row of pieces."""
         return [token for ids, _ in self.batch([tuple(pieces)])[0] for token in ids]
 
     def batch(self, rows: Sequence[Sequence[Piece]]) -> list[list[tuple[tuple[int, ...], Counter[str]]]]:
-        """For each row, for each piece: its tokens, and how many of them belong to each role."""
+        """For each piece of each row: its tokens, and their counts by role."""
         wanted = dict.fromkeys(
             (self._anchor(piece), piece.text, piece.marks, piece.role)
             for row in rows
@@ -79,7 +80,7 @@ class PieceTokenizer:
                 lead = self._anchor_ids(anchor)
                 if ids[: len(lead)] == lead:
                     ids = ids[len(lead) :]
-                else:  # the text grew together with its anchor: take it alone
+                else:  # the text merged with its anchor: tokenise it alone
                     batch, at, shift = self._encode([text]), 0, 0
                     ids = batch["input_ids"][0]
             results.append((self._share(ids), self._roles(batch, at, shift, marks, role, len(ids))))

@@ -1,7 +1,6 @@
-"""What a chat template writes around answers, found on made-up conversations: how it asks, and what ends an
-answer.
+"""Finds how a chat template begins and ends answers, with test conversations.
 
-No template is known by its name here.
+It does not depend on names of templates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from brushstroke.data.template import (
 
 QUESTION = {"role": "user", "content": "Hello?"}
 CALL = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"where": "there"}}}
-ANSWERS = {  # kinds of answers
+ANSWERS = {  # the kinds of answers
     "text": {"content": "Hello."},
     "reasoning": {"content": "Hello.", "reasoning_content": "A greeting."},
     "call": {"content": "", "tool_calls": [CALL]},
@@ -28,24 +27,24 @@ ANSWERS = {  # kinds of answers
 
 
 def forms_for(template: ChatTemplate, conversation: Conversation) -> Iterator[tuple[Form, Conversation]]:
-    """The forms to try; reasoning goes into a content only where the template looks for it there."""
-    for form, told in forms(conversation):
+    """The forms to try; reasoning is put into a content only if the template looks for it there."""
+    for form, changed in forms(conversation):
         if form.reasoning == INLINE and not form.thoughts and not reads_think_tags(template):
             continue
-        yield form, told
+        yield form, changed
 
 
 def answered(kind: str) -> Conversation:
-    """A made-up conversation with one answer of a kind."""
+    """A test conversation with one answer of a kind."""
     return read_conversation([QUESTION, {"role": "assistant", **ANSWERS[kind]}], where="a probe")
 
 
 def asked_as_answered(template: ChatTemplate) -> ChatTemplate:
-    """A template that asks with what every kind of answer begins with.
+    """A template whose generation prompt is the common beginning of all kinds of answers.
 
-    Generation prompts may open what answers do not have, such as <think>: a model that was trained on answers
-    has never seen that. Such a prompt is cut back to what it has in common with the answers, and goes on with
-    what all of them begin with.
+    Generation prompts may add a beginning that answers do not have, such as <think>; a model trained on such
+    answers has never seen it. The prompt is shortened to what it has in common with the answers, and
+    continues with the beginning that all of them have.
     """
     excess, openings = "", []
     for kind in ANSWERS:
@@ -58,7 +57,7 @@ def asked_as_answered(template: ChatTemplate) -> ChatTemplate:
         contents = [s.start for s in answer.segments if s.slot is not None][-1]
         common = common_opening(question.text, answer.text, before, contents)
         if common < before or question.text[:before] != answer.text[:before]:
-            return template  # nobody can tell where an answer begins
+            return template  # the beginning of an answer cannot be found
         openings.append((question.text, answer.text, before, first, contents))
         excess = max(excess, question.text[common:], key=len)
     if not excess:
@@ -76,13 +75,13 @@ def asked_as_answered(template: ChatTemplate) -> ChatTemplate:
 
 
 def closing_markers(template: ChatTemplate, known_markers: Sequence[str]) -> tuple[str, ...]:
-    """What ends the answers of each kind that a template can print."""
+    """The end markers of all kinds of answers that a template can print."""
     found = []
     for kind in ("text", "call"):
-        for form, told in forms_for(template, answered(kind)):
+        for form, changed in forms_for(template, answered(kind)):
             finder = LayoutFinder(
                 template,
-                told,
+                changed,
                 form,
                 known_markers=known_markers,
                 opening=opening_of(template, form),
@@ -98,9 +97,9 @@ def closing_markers(template: ChatTemplate, known_markers: Sequence[str]) -> tup
 
 
 def repeated_header(template: ChatTemplate, known_markers: Sequence[str]) -> str:
-    """What a template writes behind every answer though it opens the next one: it never asks otherwise.
+    """The header of the next answer, if a template writes it after every answer and has no other prompt.
 
-    The first marker behind a question ends the question, what follows it is repeated.
+    The first marker after a prompt ends the prompt; the text after it is the repeated header.
     """
     if template.repeated_header is None:
         template.repeated_header = _repeated_header(template, known_markers)
@@ -119,7 +118,7 @@ def _repeated_header(template: ChatTemplate, known_markers: Sequence[str]) -> st
 
 
 def opening_of(template: ChatTemplate, form: Form) -> str:
-    """What a template writes before an answer that nothing precedes; "" where it does not tell."""
+    """The template's text before an answer at the start of a conversation; "" if it cannot be found."""
     plain = Form(parts=form.parts)
     if plain not in template.openings:
         finder = LayoutFinder(template, answered("text"), plain)
@@ -129,13 +128,13 @@ def opening_of(template: ChatTemplate, form: Form) -> str:
             template.openings[plain] = ""
         else:
             before = max((s.stop for s in asked.segments if s.slot is not None), default=0)
-            common = len(common_start(bare, asked.text))  # without what ends a conversation
+            common = len(common_start(bare, asked.text))  # without the end of the conversation
             template.openings[plain] = asked.text[common:] if common >= before else ""
     return template.openings[plain]
 
 
 def reads_think_tags(template: ChatTemplate) -> bool:
-    """Whether a template treats <think>…</think> in a content otherwise than the words of a content."""
+    """Whether a template treats <think>…</think> in a content differently from other text."""
     if template.reads_think_tags is None:
         template.reads_think_tags = _treats_think_tags(template)
     return template.reads_think_tags
@@ -154,11 +153,11 @@ def _treats_think_tags(template: ChatTemplate) -> bool:
 
 
 def _readable(template: ChatTemplate, conversation: Conversation) -> Iterator[LayoutFinder]:
-    """Finders of the forms in which a template prints every value."""
-    for form, told in forms_for(template, conversation):
-        finder = LayoutFinder(template, told, form)
+    """Layout finders for the forms in which a template prints every value."""
+    for form, changed in forms_for(template, conversation):
+        finder = LayoutFinder(template, changed, form)
         try:
-            outline = finder.outline(len(told.messages))
+            outline = finder.outline(len(changed.messages))
             finder.outline(1, ask=True)
         except TemplateRefusal:
             continue

@@ -1,6 +1,6 @@
-"""Read rows: JSONL, JSON, CSV and Parquet files, folders of them, hub data sets, lists of dicts.
+"""Reads rows from JSONL, JSON, CSV and Parquet files, folders of them, hub data sets and lists of dicts.
 
-It does not look into the rows: which columns they need is the business of `encode`.
+It does not check the columns of the rows; `encode` does.
 """
 
 import bisect
@@ -26,9 +26,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows in order, what they are called, and a hash of their content.
+    """Rows in order, their name, and a hash of their content.
 
-    `files` holds, for each file read, its name and the number of rows before it.
+    `files` contains the name of each file and the number of rows before it.
     """
 
     rows: list[Row]
@@ -40,7 +40,7 @@ class Rows:
         return len(self.rows)
 
     def where(self, row: int) -> str:
-        """The place of a row (from 1) in words: `train.jsonl, row 3`; in a folder, counted in its file."""
+        """Describe a row (from 1) by its place: `train.jsonl, row 3`; in a folder, counted per file."""
         if not self.files:
             return f"{self.name}, row {row}"
         index = bisect.bisect_left([before for _, before in self.files], row) - 1
@@ -49,17 +49,17 @@ class Rows:
 
 
 def read_rows(source: Source | Any, *, split: str | None = None) -> Rows:
-    """All rows of a data source, in order.
+    """Read all rows of a data source, in order.
 
     `source` is a path to a `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of
-    those (in the order of their names), a data set on the hub (`owner/name` or `name:split`, by default the
-    train split), a list of dicts, or a `datasets.Dataset`.
+    such files (sorted by name), a hub data set (`owner/name` or `name:split`, by default the train split), a
+    list of dicts, or a `datasets.Dataset`.
 
     >>> read_rows([{"text": "a"}, {"text": "b"}]).where(2)
     'the given rows, row 2'
 
     Raises:
-        DataError: the source is missing, empty, damaged, or of a kind that cannot be read.
+        DataError: the source is missing, empty, damaged, or of an unknown kind.
     """
     if isinstance(source, str | Path):
         return _read_named(source, split)
@@ -67,8 +67,8 @@ def read_rows(source: Source | Any, *, split: str | None = None) -> Rows:
         rows, name = _dataset_rows(source), "the given data set"
     elif _is_from_datasets(source, "DatasetDict"):
         raise DataError(
-            f"this is a dictionary of splits ({', '.join(map(repr, source))}); pass one of them, "
-            "such as data['train']"
+            f"got a dictionary of splits ({', '.join(map(repr, source))}); pass one of them, such as "
+            "data['train']"
         )
     elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
         rows, name = list(source), "the given rows"
@@ -82,7 +82,7 @@ def read_rows(source: Source | Any, *, split: str | None = None) -> Rows:
 
 
 def hash_rows(rows: Iterable[Any]) -> str:
-    """sha256 over the rows as JSON with sorted keys, so that neither file format nor column order matters."""
+    """The SHA-256 of the rows as JSON with sorted keys, independent of file format and column order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, separators=(",", ":"), default=repr).encode())
@@ -131,7 +131,7 @@ def _read_folder(folder: Path) -> Rows:
         path for path in folder.iterdir() if path.suffix.lower() in READERS and not path.name.startswith(".")
     )
     if not paths:
-        raise DataError(f"{folder}: this folder holds no data file; expected files ending in {endings()}")
+        raise DataError(f"{folder}: this folder contains no data file; expected files ending in {endings()}")
     rows, files = [], []
     for path in paths:
         files.append((str(path), len(rows)))
@@ -145,19 +145,19 @@ def _read_hub(name: str, split: str) -> Rows:
     shown = not datasets.are_progress_bars_disabled()
     client = logging.getLogger("huggingface_hub")
     level = client.level
-    client.setLevel(logging.ERROR)  # its retries would bury the one message
+    client.setLevel(logging.ERROR)  # its log of retries would hide the one message
     datasets.disable_progress_bars()
     unreachable = ""
     try:
         with hub_or_cache() as unreachable:
             data = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises many kinds, from many libraries
+    except Exception as error:  # the hub client raises errors of many libraries
         said = f"the Hugging Face hub cannot be reached: {unreachable}" if unreachable else str(error)
         lines = said.strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"{name}: neither a file or folder here nor a data set that the hub gives, with the split "
-            f"{split!r} ({lines[0]}); check the name, write NAME:SPLIT for another split, or load it with "
-            "the datasets package and pass the result"
+            f"{name}: there is no such file or folder, and no hub data set with the split {split!r} "
+            f"({lines[0]}); check the name, write NAME:SPLIT for another split, or load it with the "
+            "datasets package and pass the result"
         ) from error
     finally:
         client.setLevel(level)
@@ -179,7 +179,7 @@ def _is_from_datasets(source: object, name: str) -> bool:
 
 def _check_rows(rows: Sequence[object], name: str) -> None:
     if not rows:
-        raise DataError(f"{name}: holds no rows; give at least one")
+        raise DataError(f"{name}: contains no rows; give at least one")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
             raise DataError(

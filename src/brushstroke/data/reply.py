@@ -1,6 +1,6 @@
-"""What a model answered, read back: content, reasoning and tool calls, as its chat template writes them.
+"""Parses a model's answers into content, reasoning and tool calls, according to its chat template.
 
-The template's own way of writing them is found on made-up conversations; no format is known by its name.
+The template's format is found with test conversations; there is no list of formats.
 """
 
 import ast
@@ -19,19 +19,19 @@ from brushstroke.data.outline import Slot
 from brushstroke.data.probe_answers import CALL, QUESTION, forms_for
 from brushstroke.data.template import ChatTemplate, TemplateRefusal, common_end
 
-_KEY, _SECOND_KEY = "where", "whom"  # in the order of the alphabet: some templates sort
+_KEY, _SECOND_KEY = "where", "whom"  # in alphabetical order, because some templates sort
 _RESULT = {"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": "x"}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer in its parts.
+    """The parts of an answer.
 
     Args:
-        content: the text that is meant for the user.
-        reasoning: what stands before it, where the template has a place for reasoning.
-        tool_calls: calls as {"name": ..., "arguments": {...}}.
-        typed: whether the template tells texts from numbers in arguments.
+        content: the text for the user.
+    reasoning: the text before it, if the template has a place for reasoning.
+    tool_calls: calls as {"name": ..., "arguments": {...}}.
+    typed: whether the template distinguishes texts from numbers in arguments.
     """
 
     content: str
@@ -40,7 +40,7 @@ class Reply:
     typed: bool = True
 
     def calls_like(self, other: "Reply") -> bool:
-        """Whether the calls are the same: names, and arguments as JSON values."""
+        """Whether the calls are equal: names, and arguments as JSON values."""
         typed = self.typed and other.typed
         mine, theirs = ([_comparable(call, typed) for call in reply.tool_calls] for reply in (self, other))
         return mine == theirs
@@ -48,7 +48,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The pattern of one kind of answer without calls, and how much of the template's own text is in it."""
+    """The pattern of one kind of answer without calls, and the amount of the template's text in it."""
 
     pattern: re.Pattern[str]
     opening: str
@@ -56,26 +56,26 @@ class _Frame:
 
     @property
     def has_reasoning(self) -> bool:
-        """Whether reasoning has a place in it."""
+        """Whether it contains reasoning."""
         return "reasoning" in self.pattern.groupindex
 
 
 @dataclass(frozen=True)
 class _CallFrame:
-    """How a template writes a call: `before` the name, `middle` up to the arguments, which are JSON or pairs.
+    """A template's format of a call: `before`, name, `middle`, then arguments as JSON or as pairs.
 
     Args:
-        lead: what else stands before the first call.
-        before: right before the name of every call.
+        lead: other text before the first call.
+        before: directly before the name of every call.
         middle: between the name and the arguments.
-        bare: behind the name of a call without arguments.
+        bare: after the name of a call without arguments.
         key_end: for pairs, between the name of an argument and its value.
         between: for pairs, between a value and the next name.
-        after: behind the arguments of the last call.
+        after: after the arguments of the last call.
         is_json: whether the arguments are a JSON object.
-        spelling: for pairs, how texts are written.
-        with_content: whether an answer with calls has content too.
-        many: whether calls can be told apart by `before`.
+        spelling: for pairs, the spelling of texts.
+        with_content: whether an answer with calls also has content.
+        many: whether `before` separates several calls.
     """
 
     lead: str
@@ -92,11 +92,11 @@ class _CallFrame:
 
 
 class ReplyReader:
-    """Reads answers of one chat template.
+    """Parses answers in the format of one chat template.
 
     Args:
-        template: that answers are written with; None reads plain texts.
-        special: texts of tokens that are no part of what is said.
+        template: the template of the answers; None for plain texts.
+        special: texts of tokens that are not part of an answer.
     """
 
     def __init__(self, template: ChatTemplate | None, special: Sequence[str]) -> None:
@@ -105,11 +105,11 @@ class ReplyReader:
         self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def read(self, text: str, tools: Sequence[Any] = ()) -> Reply:
-        """An answer in its parts.
+        """Parse an answer into its parts.
 
         Args:
-            text: what the model wrote, special tokens included, without what ended it.
-            tools: declarations, which tell the types of arguments.
+            text: the model's output with special tokens, without its end.
+            tools: function declarations, which give the types of arguments.
         """
         frame = self._call_frame
         found = _find_calls(text, frame, tools) if frame is not None else None
@@ -201,7 +201,7 @@ class ReplyReader:
         return _CallFrame(middle=opened, key_end=key_end, between=between, is_json=False, **shape)
 
     def _without_arguments(self, before: str) -> str:
-        """What stands behind the name of a call without arguments, whether another one follows or not."""
+        """The text after the name of a call without arguments, whether another call follows or not."""
         assert self.template is not None
         one, two = (_outlined(self.template, [QUESTION, _calling(keys=(), count=count)]) for count in (1, 2))
         if one is None:
@@ -214,14 +214,14 @@ class ReplyReader:
 
 
 def _calling(*, keys: Sequence[str] = (_KEY,), count: int = 1) -> dict[str, Any]:
-    """A message with calls of the same function."""
+    """A message with several calls of one function."""
     function = {"name": "look", "arguments": dict.fromkeys(keys, "there")}
     calls = [{**CALL, "id": f"call0000{number}", "function": function} for number in range(1, count + 1)]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 class _Part(NamedTuple):
-    """The template's own text, or the part that a value is with the way in which it is written."""
+    """The template's own text, or the kind of a value with its spelling."""
 
     text: str = ""
     part: str = ""
@@ -229,10 +229,10 @@ class _Part(NamedTuple):
 
 
 def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[_Part] | None:
-    """The answer at the end of messages, without what ends it; None where the template cannot write it."""
+    """The outline of the last answer, without its end; None if the template cannot write it."""
     conversation: Conversation = read_conversation(messages, where="a probe")
-    for form, told in forms_for(template, conversation):
-        finder = LayoutFinder(template, told, form)
+    for form, changed in forms_for(template, conversation):
+        finder = LayoutFinder(template, changed, form)
         try:
             layout = finder.whole_or_each()[-1]
         except (Unproven, TemplateRefusal):
@@ -252,12 +252,12 @@ def _outlined(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> 
 
 
 def _last_name(parts: Sequence[_Part]) -> int:
-    """Where the name of a function stands last."""
+    """The last position of a function's name."""
     return max(i for i, part in enumerate(parts) if part.part == "name")
 
 
 def _json_place(middle: str, after: str) -> tuple[int, int] | None:
-    """Where arguments that are JSON begin in the text behind a name, and end in the text behind a value."""
+    """Where JSON arguments begin in the text after a name, and end in the text after a value."""
     for match in re.finditer(r"\{", middle):
         opened = f"{middle[match.start() :]}x"
         try:
@@ -270,7 +270,7 @@ def _json_place(middle: str, after: str) -> tuple[int, int] | None:
 
 
 def _with_numbers(one: str, other: str) -> str:
-    """A text in which numbers that another call has otherwise stand for any number; ids are not looked at."""
+    """A pattern in which a number that differs between two calls matches any number, such as an id."""
     one, other = (_ID.sub(CALL["id"], text) for text in (one, other))
     same = re.sub(r"\d+", _NUMBER, one) == re.sub(r"\d+", _NUMBER, other)
     return re.sub(r"\d+", _NUMBER, one) if one != other and same else one
@@ -279,7 +279,7 @@ def _with_numbers(one: str, other: str) -> str:
 def _find_calls(
     text: str, frame: _CallFrame, tools: Sequence[Any]
 ) -> tuple[str, list[dict[str, Any]], str] | None:
-    """What stands before the calls, they, and what stands behind; None where one of them is not whole."""
+    """The text before the calls, the calls, and the text after them; None if a call is incomplete."""
     opener = re.compile(_flexible(frame.before))
     first = opener.search(text)
     if first is None:
@@ -294,7 +294,7 @@ def _find_calls(
     if closing := re.compile(_flexible(frame.after)).match(text, position):
         position = closing.end()
     behind = text[position:].strip()
-    if behind and not frame.many:  # it may be a further call
+    if behind and not frame.many:  # it may be another call
         return None
     return text[: first.start()].rstrip(), calls, behind
 
@@ -336,7 +336,7 @@ def _pairs_call(
         key, value = text[position : key_end.start()].strip(), text[key_end.end() : end.start()]
         markers = (frame.before, *(() if frame.many else (frame.key_end,)))
         if not _NAME.fullmatch(key) or any(marker.strip() in value for marker in markers):
-            return None  # the frame's own text is in a value: nobody can tell where that ends
+            return None  # a value contains the frame's own text: its end cannot be found
         arguments[key] = _value(value, types.get(key), frame.spelling)
         position = end.end()
         if end["more"] is None:
@@ -344,7 +344,7 @@ def _pairs_call(
 
 
 def _types(tools: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
-    """(argument, type) as a function's declaration has them."""
+    """(argument, type) from a function's declaration."""
     for tool in tools:
         function = tool.get("function", tool)
         if function.get("name") == name:
@@ -379,6 +379,6 @@ def _comparable(call: Mapping[str, Any], typed: bool) -> str:
 
 
 def _flexible(literal: str) -> str:
-    """A pattern for a template's own text, in which white space may differ."""
+    """A pattern for a template's own text that allows differences in white space."""
     pattern = r"\s*".join(re.escape(word) for word in re.split(r"\s+", literal))
     return _ID.sub(r"[\\w-]+", pattern).replace(re.escape(_NUMBER), r"\d+")

@@ -1,6 +1,6 @@
-"""One chat template: conversations as text, on a date that stays, and questions as answers were trained.
+"""One chat template: renders conversations, fixes the date, and adapts the generation prompt.
 
-It does not judge what it prints: `layout` does.
+It does not check the text; `layout` does.
 """
 
 import json
@@ -17,20 +17,20 @@ _LAST_TAG = re.compile(r"<([^<>/\s]+)>\Z")
 
 
 class TemplateRefusal(DataError):
-    """A template that raises an error for a conversation, or fails."""
+    """A template raised an error for a conversation, or failed."""
 
 
 class ChatTemplate:
     """A Jinja chat template of a tokenizer.
 
     Args:
-        tokenizer: of transformers; it renders.
-        source: the template.
+        tokenizer: a tokenizer of transformers, which renders.
+        source: the template text.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
-        self.reads_think_tags: bool | None = None  # what was found of it, once it has been tried
+        self.reads_think_tags: bool | None = None  # cached results of tests of the template
         self.repeated_header: str | None = None
         self.openings: dict[Any, str] = {}
 
@@ -42,7 +42,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         ask: bool = False,
     ) -> str:
-        """The text of a conversation; with `ask`, up to where the next answer begins.
+        """Render a conversation; with `ask`, add the generation prompt.
 
         Raises:
             TemplateRefusal: the template raises an error.
@@ -56,12 +56,12 @@ class ChatTemplate:
                 tokenize=False,
                 **(options or {}),
             )
-        except Exception as error:  # a template is a program that somebody else wrote
+        except Exception as error:  # a template is a program by another author
             raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def read_date(text: str) -> date:
-    """A date from YYYY-MM-DD.
+    """Read a date in the form YYYY-MM-DD.
 
     Raises:
         ConfigError: it is none.
@@ -73,19 +73,20 @@ def read_date(text: str) -> date:
 
 
 def with_date(source: str, today: str | None = None) -> str:
-    """A template that prints the same, with a date in place of the day on which it is rendered.
+    """A template with a fixed date instead of the day of rendering.
 
     Args:
-        source: the template.
-        today: the date, as YYYY-MM-DD; None keeps the date that the template has already, and takes today's
-            where it has none.
+        source: the template text.
+        today: the date, as YYYY-MM-DD; None keeps a date that is already fixed, or takes today's.
 
     Raises:
-        ConfigError: this is no date.
+        ConfigError: it is not a date.
     """
     day = read_date(today) if today is not None else date.today()
-    told = "".join(f" | replace({json.dumps(way)}, {json.dumps(day.strftime(way))})" for way in _DIRECTIVES)
-    macro = f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n"
+    filters = "".join(
+        f" | replace({json.dumps(way)}, {json.dumps(day.strftime(way))})" for way in _DIRECTIVES
+    )
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
     if _DATED.search(source):
         return source if today is None else _DATED.sub(lambda _: macro, source)
     return macro + source if "strftime_now" in source else source
@@ -98,15 +99,15 @@ _DATED = re.compile(r"\{% macro strftime_now\(format\) %\}\{\{[^{}]*\}\}\{% endm
 
 
 def date_of(source: str) -> str | None:
-    """The date that `with_date` put into a template, as YYYY-MM-DD; None where it prints none."""
+    """The date that `with_date` fixed in a template, as YYYY-MM-DD; None if it prints no date."""
     found = _DATED.search(source)
     day = found and re.search(r'replace\("%F", "([^"]*)"\)', found[0])
     return day[1] if day else None
 
 
 def with_other_end(source: str, end: str, other: str) -> str:
-    """A template that prints the same, but for the end of its generation prompt."""
-    body = source[:-1] if source.endswith("\n") else source  # Jinja itself drops it at the end
+    """A template with another end of its generation prompt."""
+    body = source[:-1] if source.endswith("\n") else source  # Jinja removes it at the end
     old, new = (json.dumps(text, ensure_ascii=False) for text in (end, other))
     asks = f"add_generation_prompt and rendered.endswith({old})"
     cut = f"rendered.removesuffix({old}) ~ {new} if {asks} else rendered"
@@ -114,7 +115,7 @@ def with_other_end(source: str, end: str, other: str) -> str:
 
 
 def common_start(one: str, other: str) -> str:
-    """What two texts begin with, in whole words and markers such as <|assistant|>."""
+    """The common prefix of two texts, in whole words and markers such as <|assistant|>."""
     if other.startswith(one):
         return one
     pairs = zip(_PIECES.findall(one), _PIECES.findall(other), strict=False)
@@ -122,7 +123,7 @@ def common_start(one: str, other: str) -> str:
 
 
 def common_end(one: str, other: str) -> str:
-    """What two texts end with."""
+    """The common suffix of two texts."""
     length = 0
     while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
         length += 1
@@ -130,15 +131,15 @@ def common_end(one: str, other: str) -> str:
 
 
 def common_opening(asked: str, answered: str, before: int, content: int) -> int:
-    """How much of a generation prompt an answered conversation begins with; 0 where values before it differ.
+    """The length of the common prefix of a prompt and an answered conversation; 0 if values differ.
 
-    A last marker that is closed before the content, as </think> closes <think>, belongs to the answer.
+    A last marker that is closed before the content (<think> by </think>) belongs to the answer.
 
     Args:
         asked: the generation prompt.
         answered: the conversation with its answer.
-        before: where the last value before the answer ends.
-        content: where the content of the answer begins.
+        before: the end of the last value before the answer.
+        content: the beginning of the answer's content.
     """
     if answered.startswith(asked):
         return len(asked)
@@ -149,22 +150,22 @@ def common_opening(asked: str, answered: str, before: int, content: int) -> int:
 
 
 def without_open_tag(common: str, answered: str) -> str:
-    """A beginning of a text, without tags at its end that the text closes further on."""
+    """A prefix of a text, without tags at its end that the text closes later."""
     while (tag := _LAST_TAG.search(common)) and f"</{tag[1]}>" in answered[len(common) :]:
         common = common[: tag.start()]
     return common
 
 
 def last_marker(closing: str, answer: str, known: Sequence[str], *, is_text: bool) -> tuple[int, str] | None:
-    """What ends an answer, as (where it ends in `closing`, the text): the last marker there.
+    """The end marker of an answer, the last marker in `closing`, as (its end position, its text).
 
-    A marker such as </tool_call> that closes what the answer opened does not end it.
+    A marker that closes a tag of the answer, such as </tool_call>, does not end it.
 
     Args:
-        closing: what a template writes behind an answer.
-        answer: all of the answer up to there.
+        closing: the template's text after an answer.
+        answer: the answer up to there.
         known: the tokenizer's special and other added tokens.
-        is_text: whether the answer ends with its content, so that any words behind it end the answer.
+        is_text: whether the answer ends with its content, so that any words after it end the answer.
     """
     places = [
         (closing.rfind(token) + len(token), token) for token in known if token.strip() and token in closing
@@ -181,7 +182,7 @@ _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 
 def words_behind_marker(closing: str, known: Sequence[str]) -> str:
-    """Words that stand behind the first marker of an end of a text; "" for none.
+    """The words after the first marker in the end of a text; "" if there are none.
 
     Args:
         closing: the end of the text.
@@ -196,5 +197,5 @@ def words_behind_marker(closing: str, known: Sequence[str]) -> str:
 
 
 def _closes(marker: str, answer: str) -> bool:
-    """Whether a marker is the end of a tag that an answer opened."""
+    """Whether a marker closes a tag that an answer opened."""
     return marker.startswith("</") and re.search(rf"<{re.escape(marker[2:-1])}[\s>=/]", answer) is not None

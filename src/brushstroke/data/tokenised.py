@@ -1,6 +1,6 @@
-"""Rows that are tokens already: `input_ids` and `labels`, as other libraries write them.
+"""Reads rows that are already tokens: `input_ids` and `labels`, in the format of other libraries.
 
-It does not cut or count them.
+It does not truncate or count them.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from brushstroke.errors import DataError
 
 
 def read_tokenised(row: Row, number: int, where: str) -> list[Example]:
-    """The example of a row: `labels` are aligned with `input_ids`, -100 is not trained; padding is taken out.
+    """The example of a row: `labels` match `input_ids` by position, -100 is not trained; padding is removed.
 
     Raises:
-        DataError: the lists do not go together.
+        DataError: the lists do not match.
     """
     given = row.get("example")
     if isinstance(given, Example):
@@ -33,8 +33,8 @@ def read_tokenised(row: Row, number: int, where: str) -> list[Example]:
     for index, (token, label) in enumerate(zip(tokens, labels, strict=True)):
         if label not in (-100, token):
             raise DataError(
-                f"{where}: labels[{index}] is {label} and input_ids[{index}] is {token}; a label is -100 "
-                "or the token at its own place (do not shift the labels)"
+                f"{where}: labels[{index}] is {label} and input_ids[{index}] is {token}; a label must be "
+                "-100 or the token at the same position (do not shift the labels)"
             )
     kept = [index for index, is_real in enumerate(real) if is_real]
     trained = [
@@ -48,7 +48,7 @@ def _integers(values: Any, name: str, where: str, also: int = 0) -> list[int]:
     numbers = _numbers(values, name, where)
     for index, value in enumerate(numbers):
         if isinstance(value, float) or (value < 0 and value != also):
-            raise DataError(f"{where}: {name}[{index}] is {value}; expected whole numbers from 0")
+            raise DataError(f"{where}: {name}[{index}] is {value}; expected integers of at least 0")
     return [int(value) for value in numbers]
 
 

@@ -1,4 +1,4 @@
-"""The length limit: what is beyond it is cut and counted, and what it leaves nothing to train on is refused.
+"""The length limit: cuts examples at it, counts them, and refuses those with nothing left to train.
 
 It does not tokenise.
 """
@@ -9,23 +9,23 @@ from brushstroke.data.examples import Example
 from brushstroke.data.read import Rows
 from brushstroke.errors import DataError
 
-_SHOWN = 10  # rows named in a message
+_SHOWN = 10  # number of rows that a message lists
 
 
 def truncate_examples(
     rows: Rows, examples: Sequence[Example], max_length: int | None, skip: bool, need_trained: bool
 ) -> tuple[list[Example], list[int]]:
-    """The examples within the limit, and the rows left out because of it.
+    """Truncate examples to the limit; also return the rows left out because of it.
 
     Raises:
-        DataError: rows hold nothing to train on, or have a prompt that fills the limit and are not to be
-            left out.
+        DataError: rows have nothing to train, or a prompt that fills the limit (unless these are to be left
+            out).
     """
     if need_trained and (empty := sorted({e.row for e in examples if not e.trained})):
-        count = "1 row holds" if len(empty) == 1 else f"{len(empty)} rows hold"
+        count = "1 row has" if len(empty) == 1 else f"{len(empty)} rows have"
         raise DataError(
             f"{count} nothing to train on (an empty text, or labels that are all -100): "
-            f"{_listed(rows, empty)}; take such rows out"
+            f"{_listed(rows, empty)}; remove such rows"
         )
     kept, filled = [], []
     for example in examples:
@@ -40,9 +40,9 @@ def truncate_examples(
         needed = max(example.first_target for example in filled) + 1
         raise DataError(
             f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
-            f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, where the "
-            "model's context has as many, or take such rows out (in training, skip_too_long or "
-            "--skip-too-long does that)"
+            f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, if the model's "
+            "context allows it, or remove such rows (in training, skip_too_long or --skip-too-long leaves "
+            "them out)"
         )
     return kept, numbers
 
@@ -52,16 +52,16 @@ def _listed(rows: Rows, numbers: Sequence[int]) -> str:
     for number in numbers[:_SHOWN]:
         file, _, row = rows.where(number).rpartition(", row ")
         places.setdefault(file, []).append(row)
-    told = (f"{file}, row{'s' * (len(found) > 1)} {', '.join(found)}" for file, found in places.items())
+    parts = (f"{file}, row{'s' * (len(found) > 1)} {', '.join(found)}" for file, found in places.items())
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return "; ".join(told) + more
+    return "; ".join(parts) + more
 
 
 def _shortened(example: Example, limit: int) -> Example:
     beyond = len(example.tokens) - limit
     if beyond <= 0:
         return example
-    # Untrained tokens at the end (a newline after the end of the turn) are no loss.
+    # Untrained tokens at the end (a newline after the end of the turn) do not matter.
     tail = next((i for i, weight in enumerate(reversed(example.weights)) if weight != 0), 0)
     roles = _cut_roles(example, beyond, tail)
     return Example(
@@ -74,7 +74,7 @@ def _shortened(example: Example, limit: int) -> Example:
 
 
 def _cut_roles(example: Example, beyond: int, tail: int) -> dict[str, int]:
-    """Counts after a cut: what stands at the end is the template's tail, then the answer."""
+    """Role counts after a cut, which removes the template's tail first, then the answer."""
     roles = dict(example.roles)
     answer = next((name for name in ("assistant", "completion", "text", "tokens") if name in roles), None)
     for name, most in (("template", tail), (answer, beyond), *((name, beyond) for name in tuple(roles))):

@@ -1,6 +1,6 @@
-"""What a row may hold: the words for what was found, and the check of a text.
+"""Checks texts, and describes values for error messages.
 
-It does not know columns, conversations or templates.
+It does not depend on columns, conversations or templates.
 """
 
 from collections.abc import Mapping
@@ -12,25 +12,26 @@ Message = Mapping[str, Any]
 
 
 class DataWarning(UserWarning):
-    """Data may teach something else than what was meant."""
+    """The data may train something that the user did not intend."""
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Refuse half a surrogate pair: JSON can write it, but it is no character.
+    """Refuse half a surrogate pair: JSON can contain it, but it is not a character.
 
     Raises:
-        DataError: with the place.
+        DataError: the text contains one.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place} holds half of a surrogate pair at character {error.start + 1}; write it whole"
+            f"{place} contains half of a surrogate pair at character {error.start + 1}; write the complete "
+            "character"
         ) from error
 
 
 def describe_type(value: object) -> str:
-    """What a value is, in words that someone who looks at the file understands.
+    """Describe the type of a value in the terms of a data file.
 
     >>> describe_type(None), describe_type(3), describe_type([1])
     ('null', 'a number (3)', 'a list')

@@ -1,6 +1,6 @@
-"""Results for people: figures as SVG and one self-contained HTML page.
+"""Reports: figures as SVG, and self-contained HTML pages.
 
-It computes nothing: it is given tables, texts and series.
+It computes nothing; callers pass tables, texts and series.
 """
 
 from brushstroke.report.figures import bars, curves, heatmap

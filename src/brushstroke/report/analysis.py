@@ -1,6 +1,6 @@
 """The pages of the analysis: spectra, overlaps, relations to the base, intruders.
 
-It computes nothing: the results come from `analysis`, and every number stands in a table too.
+It computes nothing: the results come from `analysis`. Every number is also in a table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +38,9 @@ from brushstroke.report.page import Page
 
 
 def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
-    """Name → spectrum: how the energy grows with the rank, maps of the ranks, all numbers."""
+    """A page of spectra by name: the energy as a function of the rank, maps of the ranks, all numbers."""
     page = Page(
-        "Spectrum", "The singular values of every update, scale included, and the ranks they speak of."
+        "Spectrum", "The singular values of every update, including its scale, and the resulting ranks."
     )
     page.chart(
         lines(
@@ -52,7 +52,7 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
             x="rank",
             y="share",
             series="adapter",
-            x_title="rank kept at every site",
+            x_title="rank at every site",
             y_title="share of the energy",
         ),
         "Share of ‖ΔW‖² over all sites that the best approximation of each rank keeps.",
@@ -73,25 +73,25 @@ def spectrum_page(found: Mapping[str, Spectrum]) -> Page:
 
 
 def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = ()) -> Page:
-    """φ for two adapters: maps of all sites, and grids as in the paper's figures 3 and 4: q beside v.
+    """A page of φ for two adapters: maps of all sites, and grids as in the paper's figures 3 and 4.
 
     Args:
         found: the comparison.
-        names: of the first adapter, counted by i, and of the second one, by j.
-        sites: whose grids to show; by default those of the middle layer.
+        names: names of the first adapter (counted by i) and of the second (by j).
+        sites: sites whose grids to show; by default those of the middle layer.
     """
     first, second = names
     page = Page(
         f"{first} and {second}",
-        "How much the leading directions of two adapters share: 1 where the smaller set lies within the "
-        "other, 0 where they are orthogonal. Chance is max(i, j)/n in n dimensions: d for the inputs, h for "
+        "How much the leading directions of two adapters share: 1 if the smaller set lies within the "
+        "larger, 0 if they are orthogonal. Chance is max(i, j)/n in n dimensions: d for the inputs, h for "
         "the outputs.",
     )
     sides = found.sides
     if found.of != "delta":
         page.text(
-            f"The directions are those of {found.of} alone, as the paper took them. They are no property of "
-            "ΔW: other factors of the very same ΔW give other numbers."
+            f"The directions are those of {found.of} alone, as in the paper. They are not a property of ΔW: "
+            "other factors of the same ΔW give other numbers."
         )
     _begin(page, overlap_summary(names, found))
     _maps(
@@ -109,9 +109,10 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
     page.section("Grids")
     page.text(
         "φ(i, j) of the first i directions of the adapter with the smaller rank and the first j of the "
-        "other, beside two random Gaussian matrices of the same shape and ranks. Where the ranks differ, "
-        "the lower-left corner is drawn again, enlarged: it asks whether the larger subspace contains the "
-        "smaller one. Its cells with j > i are grey, as there the subspace of j is the larger one."
+        "other, compared with two random Gaussian matrices of the same shape and ranks. If the ranks "
+        "differ, the lower-left corner is drawn again, enlarged: it shows whether the larger subspace "
+        "contains the smaller one. Its cells with j > i are grey, because there the subspace of j is the "
+        "larger one."
     )
     for swapped in (False, True):
         chosen = {
@@ -136,17 +137,21 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
 
 
 def relation_page(found: Relation, name: str) -> Page:
-    """An adapter in its base: projections, amplification beside chance, deciles."""
+    """A page of an adapter's relation to its base: projections, amplification and chance, deciles."""
     page = Page(
         f"{name} in its base",
-        "‖leftᵀ·W·rightᵀ‖ with the directions of ΔW, of W itself and of random matrices, and what the update "
-        "amplifies. The amplification falls like 1/r almost by construction: the ratio to chance does not.",
+        "‖leftᵀ·W·rightᵀ‖ with the directions of ΔW, of W and of random matrices, and the amplification by "
+        "the update. The amplification falls like 1/r almost by construction; the ratio to chance does not.",
     )
     _begin(page, relation_summary(name, found))
-    told = found.totals()
+    totals = found.totals()
     page.table(
         ["all sites", "value"],
-        [[key.replace("_", " "), f"{value:.4g}"] for key, value in told.items() if isinstance(value, float)],
+        [
+            [key.replace("_", " "), f"{value:.4g}"]
+            for key, value in totals.items()
+            if isinstance(value, float)
+        ],
     )
     _maps(
         page,
@@ -182,7 +187,7 @@ def relation_page(found: Relation, name: str) -> Page:
 
 
 def intruder_page(found: Intruders, name: str) -> Page:
-    """Intruders by site, and every judged direction with its certificate."""
+    """A page of intruders by site, and of every tested direction with its bounds."""
     page = Page(
         f"Intruders of {name}",
         f"The first {found.top} output directions of W + ΔW at each site, and whether their |cosine| is "
@@ -199,13 +204,13 @@ def intruder_page(found: Intruders, name: str) -> Page:
 
 @dataclass(frozen=True)
 class Map:
-    """A number of every site as a map of layers and matrices.
+    """A map by layer and matrix of one number per site.
 
     Args:
-        title: what it is.
-        measure: of a site's result; None is drawn grey.
-        floor: the number with the weakest colour; by default the smallest.
-        middle: one colour below it and another above.
+        title: name of the number.
+        measure: function from a site's result to the number; None is drawn grey.
+        floor: the number with the palest colour; by default the smallest.
+        middle: use one colour below this number and another above it.
     """
 
     title: str
@@ -215,7 +220,7 @@ class Map:
 
 
 def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
-    """All of them that have more than one number, beside each other where there is room."""
+    """Draw the maps that have more than one number, next to each other if there is room."""
     grid = found.grid()
     names = short_names(grid.matrices)
     figures = []
@@ -240,14 +245,14 @@ def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
 
 
 def _begin(page: Page, found: Summary) -> None:
-    """What was found: the sentence, and the tables by kind of matrix and by layer."""
+    """Begin a page with the one-sentence result and the tables by kind of matrix and by layer."""
     page.text(found.sentence)
     for listing in found.listings().values():
         page.table(*listing, f"{SPREAD[0].upper()}{SPREAD[1:]}.")
 
 
 def _whose(found: Overlap) -> str:
-    """Whose directions are compared, for titles."""
+    """The matrix whose directions are compared, for titles."""
     return "ΔW" if found.of == "delta" else f"{found.of} alone"
 
 

@@ -1,6 +1,6 @@
-"""Interactive figures as Vega-Lite specifications, by altair: hover for values, choose layer and matrix.
+"""Interactive figures as Vega-Lite specifications, made by altair: hover for values, choose layer and matrix.
 
-They carry their data; a page draws them without a network. Static figures are the part of `figures`.
+They contain their data, so that a page draws them offline. `figures` makes static figures.
 """
 
 import json
@@ -24,14 +24,14 @@ from brushstroke.report.figures import (
 
 Record = Mapping[str, Any]
 HEIGHT = 260
-PANEL = 256  # pixels of a map's width at most: with its axis it fits a phone
-CELL, CORNER_CELL = 24, 30  # pixels of a map's cell at most
-CORNER = ", lower-left corner"  # in the titles of such panels
-MARK = "#c8553d"  # of a level on a scale of colours
-LEGEND_COLUMNS = {"expr": "max(1, floor(width / 200))"}  # so that a phone shows all of a legend
-CHOSEN = "chosen_"  # what a parameter's name begins with whose menu chooses a field's value
-TICKS = 12  # so many different x at most have a tick each
-TITLE = 44  # characters of a title's line at most, so that a phone cuts none
+PANEL = 256  # maximum width of a map in pixels: with its axis it fits a phone
+CELL, CORNER_CELL = 24, 30  # maximum size of a map's cell in pixels
+CORNER = ", lower-left corner"  # added to the titles of such panels
+MARK = "#c8553d"  # one level of a colour scale
+LEGEND_COLUMNS = {"expr": "max(1, floor(width / 200))"}  # so that the whole legend fits a phone
+CHOSEN = "chosen_"  # prefix of the parameters whose menus choose a field's value
+TICKS = 12  # up to so many different x, each has a tick
+TITLE = 44  # maximum characters in a line of a title, so that it fits a phone
 
 
 def dots(
@@ -44,13 +44,13 @@ def dots(
     high: str = "high",
     zero: bool = False,
 ) -> dict[str, Any]:
-    """One dot with its interval for each name, in the order given.
+    """Draw one dot with its interval for each name, in the given order.
 
     Args:
-        records: each with `name`, `value`, and where they are known `low` and `high`.
+        records: each with `name`, `value` and, if known, `low` and `high`.
         name, value, low, high: fields.
-        title: of the value's axis.
-        zero: whether the values are differences: a line marks 0, as in a forest plot.
+        title: title of the value's axis.
+        zero: whether the values are differences; then a line marks 0, as in a forest plot.
     """
     altair = _altair()
     order = list(dict.fromkeys(record[name] for record in records))
@@ -87,9 +87,9 @@ def lines(
     high: str = "high",
     choose: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Lines with points, a band where intervals are known, and menus for the fields of `choose`.
+    """Draw lines with points, a band for known intervals, and menus for the fields of `choose`.
 
-    Few different x have a tick each; else, where every x is a whole number, so is every tick. No two series
+    If there are few different x, each has a tick; otherwise ticks are integers if all x are. No two series
     have both the same colour and the same dashes.
     """
     altair = _altair()
@@ -153,16 +153,16 @@ def overlaps(
     choose: Sequence[str] = (),
     corner: bool = False,
 ) -> dict[str, Any]:
-    """Maps of φ(i, j) side by side, as in the LoRA paper's figures 3 and 4; i = 1 is at the top.
+    """Draw maps of φ(i, j) next to each other, as in the LoRA paper's figures 3 and 4; i = 1 is at the top.
 
-    Colours go from 0 to the largest number that is shown, and the scale marks the chance level.
+    Colours range from 0 to the largest number shown, and the scale marks the chance level.
 
     Args:
         records: each with the fields of `choose`, a `panel` (its title), `cells` (rows of numbers), `n` (the
-            dimensions of the space, for the chance level), and where it is no control `corner`, True.
-        x_title, y_title: of the columns j and the rows i.
-        measure: what is shown, for the title.
-        choose: fields with a menu each.
+            dimensions of the space, for the chance level) and, unless it is a control, `corner`, True.
+        x_title, y_title: titles of the columns j and the rows i.
+        measure: name of the quantity, for the title.
+        choose: fields that get a menu each.
         corner: also draw the enlarged lower-left corners of these panels, cells with j > i grey.
     """
     altair = _altair()
@@ -196,7 +196,7 @@ def overlaps(
 
 
 def _flattened(records: Sequence[Record], choose: Sequence[str]) -> list[dict[str, Any]]:
-    """Records of `overlaps` with their cells in one list, and the largest number of all shown together."""
+    """The records of `overlaps` with their cells in one list, and the largest number shown."""
     tops: dict[tuple[Any, ...], float] = {}
     spaces: dict[tuple[Any, ...], set[int]] = {}
     for record in records:
@@ -232,7 +232,7 @@ def _overlap_panels(
     *,
     grey: bool = False,
 ) -> Any:
-    """One panel for each value of `panel`; cells are as large as fits beside each other, and on a phone."""
+    """One panel for each value of `panel`; cells are as large as the page, or a phone, allows."""
     rows, columns = size
     across = min(CORNER_CELL if grey else CELL, max(1, PANEL // columns))
     down = max(across, min(CELL, PANEL // 2 // rows))
@@ -254,14 +254,14 @@ def _overlap_panels(
 
 
 def _counted(altair: Any, count: int, cell: float, room: float) -> Any:
-    """An axis of the numbers from 1, with as many labels as have room, in pixels for each."""
+    """An axis of the numbers from 1, with as many labels as fit."""
     every = next(step for step in (1, 2, 4, 8, 16, 32, 64, count) if step * cell >= room or step >= count)
     shown = [1, *range(every, count + 1, every)] if every > 1 else [*range(1, count + 1)]
     return altair.Axis(values=shown, labelAngle=0, labelOverlap="greedy", grid=False, ticks=False)
 
 
 def _overlap_scale(altair: Any, whole: Any) -> Any:
-    """The colours from 0 to the largest φ shown, with the chance level of the last cell marked on them."""
+    """The colour scale from 0 to the largest φ shown, with a mark at the chance level of the last cell."""
     steps = 40
     x = altair.X("low:Q", title="φ", scale=altair.Scale(nice=False, zero=True), axis=altair.Axis(grid=False))
     row = altair.Y("row:O", axis=None)
@@ -286,7 +286,7 @@ def _overlap_scale(altair: Any, whole: Any) -> Any:
     )
     tick = levels.mark_tick(thickness=2, size=FONT + 5, color=MARK)
     marks = [tick.transform_calculate(row="0").encode(x=x, y=row), tick.encode(x=x, y=row)]
-    right = "datum.low > datum.top / 2"  # of the middle, so that the words stand to the left
+    right = "datum.low > datum.top / 2"  # of the middle: put the words to its left
     words = levels.mark_text(
         align=altair.ExprRef(f"{right} ? 'right' : 'left'"),
         dx=altair.ExprRef(f"{right} ? -5 : 5"),
@@ -303,13 +303,13 @@ def site_map(
     choose: Sequence[str] = (),
     ratios: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A map of layers and matrices, with a menu for the measure.
+    """Draw a map by layer and matrix, with a menu for the measure.
 
     Args:
         records: each with `layer`, `matrix`, the fields of `choose`, and a number for each measure.
         measures: fields to choose from.
-        words: how the menu calls them; by default as they are.
-        choose: further fields with a menu each.
+        words: their names in the menu; by default unchanged.
+        choose: further fields that get a menu each.
         ratios: measures with one colour below 1 and another above.
     """
     altair = _altair()
@@ -354,7 +354,7 @@ def site_map(
 
 
 def _between(one: str, other: str) -> str:
-    """The colour in the middle of two."""
+    """The colour halfway between two."""
     parts = [(int(one[at : at + 2], 16) + int(other[at : at + 2], 16)) // 2 for at in (1, 3, 5)]
     return "#" + "".join(f"{part:02x}" for part in parts)
 
@@ -364,13 +364,13 @@ def _least(records: Sequence[Record], name: str) -> float:
 
 
 def _most(records: Sequence[Record], name: str) -> float:
-    """The largest number; one more where all are equal, so that these have the weakest colour."""
+    """The largest number; if all are equal, one more, so that they get the palest colour."""
     most = max((record[name] for record in records if record[name] is not None), default=0.0)
     return most if most > _least(records, name) else most + 1.0
 
 
 def choices(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What the menus of a figure begin with: field → value, the measure among them."""
+    """The initial choices of a figure's menus: field → value, including the measure."""
     named = {param["name"]: param for param in spec.get("params", ()) if "bind" in param}
     found = {name.removeprefix(CHOSEN): param["value"] for name, param in named.items()}
     if "measure" in named:
@@ -388,7 +388,7 @@ def _data(altair: Any, records: Sequence[Record]) -> Any:
 
 
 def _menus(altair: Any, records: Sequence[Record], fields: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """A menu for each field, and the filters that they make."""
+    """A menu for each field, and the filters of the menus."""
     menus, conditions = [], []
     for name in fields:
         options = list(dict.fromkeys(record[name] for record in records))
@@ -401,7 +401,7 @@ def _menus(altair: Any, records: Sequence[Record], fields: Sequence[str]) -> tup
 def _title(
     altair: Any, choose: Sequence[str], measure: str = "", *, words: Mapping[str, str] | None = None
 ) -> Any:
-    """What the menus say and what is measured, above the figure and so in its files too."""
+    """The title of a figure: the choices of its menus and the measure. Files of the figure contain it too."""
     said = [
         f"{json.dumps('layer ') if name == 'layer' else ''} + {CHOSEN}{name}".lstrip(" +") for name in choose
     ]
@@ -422,6 +422,6 @@ def _shades(altair: Any) -> Any:
 
 
 def _finished(chart: Any, kind: str = "") -> dict[str, Any]:
-    """The specification; `kind` is the class that a page gives the figure."""
+    """The final specification; `kind` is the CSS class of the figure in a page."""
     spec = configured(chart, padding=6).to_dict()
     return {**spec, "usermeta": {"kind": kind}} if kind else spec

@@ -1,6 +1,6 @@
-"""Figures as SVG texts, drawn by altair and rendered by vl-convert; both come with the report extra.
+"""Figures as SVG texts, made by altair and rendered by vl-convert (both in the report extra).
 
-The background is transparent and the page colours the texts, so that one figure serves light and dark.
+The background is transparent and the page colours the texts, so that a figure works in light and dark.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ PALETTE = (
 COLD, HOT, GREY = "#e8f1ef", "#0b5d50", "#b9bfc6"
 LINE = "#8895a3"
 GRID = f"{LINE}33"
-FONT = 11  # pixels of the smallest text
+FONT = 11  # smallest text size in pixels
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])  # of the first ten series, the next ten, …
-COOL = "#3b5aa8"  # below the middle of a scale with two directions
+COOL = "#3b5aa8"  # colour below the middle of a diverging scale
 WIDTH, HEIGHT = 620, 260
 
 
@@ -31,7 +31,7 @@ def curves(
     y: str,
     log_y: bool = False,
 ) -> str:
-    """Lines over a common x axis: name → (x, y) points.
+    """Draw lines over a common x axis: name → (x, y) points.
 
     Raises:
         MissingPackageError: the report extra is not installed.
@@ -62,7 +62,7 @@ def bars(
     y: str,
     limits: tuple[Number, Number] | None = None,
 ) -> str:
-    """Bars in groups: group → (name → value).
+    """Draw bars in groups: group → (name → value).
 
     Raises:
         MissingPackageError: the report extra is not installed.
@@ -93,7 +93,7 @@ class Panel:
     """One map of numbers.
 
     Args:
-        title: above it.
+        title: title above the map.
         cells: rows of numbers; None is drawn grey.
         rows: names of the rows; 1, 2, … by default.
         columns: names of the columns; 1, 2, … by default.
@@ -113,14 +113,14 @@ def heatmap(
     limits: tuple[Number, Number] | None = None,
     middle: Number | None = None,
 ) -> str:
-    """A map of numbers; the first row is at the top.
+    """Draw a map of numbers; the first row is at the top.
 
     Args:
-        panel: not empty.
+        panel: the numbers; not empty.
         x: title of the columns.
         y: title of the rows.
-        limits: of the colours; by default from the smallest to the largest number.
-        middle: one colour below it, another above, both as far as the largest distance from it.
+        limits: limits of the colours; by default the smallest and the largest number.
+        middle: the middle of a diverging colour scale; it extends equally far in both directions.
 
     Raises:
         MissingPackageError: the report extra is not installed.
@@ -168,7 +168,7 @@ def heatmap(
 
 
 def around(middle: Number, low: Number, high: Number) -> list[float]:
-    """The ends and the middle of a scale with two directions; a ratio, whose middle is 1, has no end below 0.
+    """The ends and the middle of a diverging scale; for a ratio (middle 1), no end is below 0.
 
     >>> around(0, -1, 3), around(1, 0.5, 3)
     ([-3.0, 0.0, 3.0], [0.0, 1.0, 3.0])
@@ -178,19 +178,19 @@ def around(middle: Number, low: Number, high: Number) -> list[float]:
 
 
 def _limits(known: Sequence[Number]) -> tuple[Number, Number]:
-    """The smallest and the largest number; where all are equal they have the weakest colour, as 0 has."""
+    """The smallest and the largest number; if all are equal, limits that give them the palest colour."""
     low, high = min(known, default=0), max(known, default=0)
     return low, high if high > low else low + 1
 
 
 def style_ranges(count: int) -> tuple[list[str], list[list[int]]]:
-    """A colour and a pattern of dashes for each series, no two of them alike in both."""
+    """A colour and a dash pattern for each series; no two series have both in common."""
     colors = [PALETTE[i % len(PALETTE)] for i in range(count)]
     return colors, [DASHES[i // len(PALETTE) % len(DASHES)] for i in range(count)]
 
 
 def configured(chart: Any, **settings: Any) -> Any:
-    """The look of every figure: no background, no text below `FONT` pixels, no text cut."""
+    """The style of every figure: no background, no text smaller than `FONT` pixels, no truncated text."""
     return (
         chart.configure(background="#00000000", font="sans-serif", **settings)
         .configure_view(stroke=None)

@@ -1,6 +1,6 @@
-"""Grids of φ(i, j) as records for `charts.overlaps`: of each layer q beside v, then o and k, then the rest.
+"""Grids of φ(i, j) as records for `charts.overlaps`: for each layer q and v, then o and k, then the rest.
 
-It computes nothing but the pairs of random matrices that are drawn as a control.
+It computes only the pairs of random matrices that are drawn as a control.
 """
 
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ def overlap_records(
     swapped: bool = False,
     controls: Mapping[str, Mapping[str, SiteOverlap]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two matrices beside each other and a random pair, for every layer and every two matrices.
+    """Panels of two matrices and a random pair, for every layer and every two matrices.
 
     Args:
-        found: site → φ; its first directions are counted by i.
+        found: site → φ; i counts its first directions.
         side: "left" or "right".
-        swapped: the second directions are counted by i instead.
-        controls: what else is drawn of the same sites: name → site → φ.
+        swapped: i counts the second directions instead.
+        controls: further grids of the same sites: name → site → φ.
     """
     grid = arrange(sorted(found, key=natural))
     names = short_names(grid.matrices)

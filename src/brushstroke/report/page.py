@@ -1,6 +1,6 @@
-"""One self-contained HTML page: readable offline, on a phone, in light and in dark.
+"""A self-contained HTML page: works offline, on a phone, in light and dark themes.
 
-It knows no figures' contents: an SVG is put in as it is, everything else is escaped.
+It does not interpret figures: SVGs are inserted unchanged, everything else is escaped.
 """
 
 import html
@@ -13,7 +13,7 @@ from typing import Any
 from brushstroke.errors import require
 from brushstroke.outputs import output_errors, write_file
 
-FOLDED = 12  # rows of a table above which it is folded
+FOLDED = 12  # a table with more rows is folded
 
 _STYLE = """
 :root {
@@ -80,11 +80,11 @@ for (const place of document.querySelectorAll(".chart [data-spec]")) {
 
 
 class Page:
-    """A page that grows from top to bottom.
+    """A page that is built from top to bottom.
 
     Args:
         title: the heading.
-        lead: what the page shows, in one or two sentences.
+        lead: one or two sentences about the page.
 
     >>> page = Page("Two adapters", "On one base.")
     >>> page.section("Sizes").table(["adapter", "MB"], [["addresses", 9.8]])
@@ -100,24 +100,24 @@ class Page:
             self._parts.append(f'<p class="lead">{_escaped(lead)}</p>')
 
     def section(self, title: str) -> "Page":
-        """Begin a section; returns the page, so that its first content can follow."""
+        """Begin a section; returns the page, for chained calls."""
         self._parts.append(f"<h2>{_escaped(title)}</h2>")
         return self
 
     def text(self, *paragraphs: str) -> None:
-        """Paragraphs."""
+        """Add paragraphs."""
         self._parts += [f"<p>{_escaped(paragraph)}</p>" for paragraph in paragraphs]
 
     def code(self, text: str, caption: str = "") -> None:
-        """Text as it is, in a fixed-width font."""
+        """Add text in a fixed-width font."""
         if caption:
             self._parts.append(f"<p>{_escaped(caption)}</p>")
         self._parts.append(f"<pre>{_escaped(text)}</pre>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-        """A table; a column of numbers, or of texts that begin like one, stands to the right.
+        """Add a table; columns of numbers, or of texts that begin with numbers, are right-aligned.
 
-        One with more than `FOLDED` rows is folded: a click shows it.
+        A table with more than `FOLDED` rows is folded; a click shows it.
         """
         numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
         classes = [' class="number"' if right else "" for right in numeric]
@@ -136,24 +136,24 @@ class Page:
         self._parts.append(table)
 
     def figure(self, svg: str, caption: str = "") -> None:
-        """An SVG, drawn into the page, with its description below; one that is too wide scrolls.
+        """Add an SVG with its description below; an SVG that is too wide scrolls.
 
         Raises:
-            ValueError: the text is not an SVG, or would run a script.
+            ValueError: the text is not an SVG, or contains a script.
         """
         self._parts.append(_figure(svg, caption))
 
     def maps(self, figures: Sequence[tuple[str, str]]) -> None:
-        """SVGs of `heatmap` with their descriptions, beside each other as far as the page is wide.
+        """Add SVGs of `heatmap` with their descriptions, next to each other as far as they fit.
 
         Raises:
-            ValueError: a text is not an SVG, or would run a script.
+            ValueError: a text is not an SVG, or contains a script.
         """
         drawn = "".join(_figure(svg, caption, "map") for svg, caption in figures)
         self._parts.append(f'<div class="maps">{drawn}</div>')
 
     def chart(self, spec: Mapping[str, Any], caption: str = "") -> None:
-        """A Vega-Lite figure that is drawn by the page itself, offline, with its description below."""
+        """Add a Vega-Lite figure, which the page draws offline, with its description below."""
         self._charts += 1
         name = f"spec-{self._charts}"
         kind = _escaped(f"chart {spec.get('usermeta', {}).get('kind', '')}".rstrip())
@@ -168,7 +168,7 @@ class Page:
         """The whole document.
 
         Raises:
-            MissingPackageError: it has charts, and the report extra is not installed.
+            MissingPackageError: the page has charts, and the report extra is not installed.
         """
         script = f"<script>{_drawing_code()}\n{_DRAW}</script>\n" if self._charts else ""
         return (
@@ -180,7 +180,7 @@ class Page:
         )
 
     def write(self, file: str | Path) -> Path:
-        """Write the document; a file that is there is replaced at once, or not at all.
+        """Write the document atomically, replacing an existing file.
 
         Raises:
             OutputError: the file cannot be written.
@@ -203,7 +203,7 @@ def _figure(svg: str, caption: str, kind: str = "") -> str:
 
 
 def _drawing_code() -> str:
-    """Vega, Vega-Lite and vega-embed in one script, for the version of altair's specifications."""
+    """Vega, Vega-Lite and vega-embed in one script, in the versions for altair's specifications."""
     version = require("altair", extra="report").SCHEMA_VERSION.removeprefix("v")
     convert = require("vl_convert", extra="report")
     bundle = convert.javascript_bundle(vl_version=".".join(version.split(".")[:2]))

@@ -1,6 +1,6 @@
-"""Tables as text for other programs: CSV in full precision, and LaTeX that needs no package.
+"""Tables as text for other programs: CSV with full precision, and LaTeX that needs no package.
 
-It rounds nothing, and knows nothing of what is in the tables.
+It rounds nothing and does not depend on the contents of the tables.
 """
 
 import csv
@@ -40,7 +40,7 @@ _ESCAPED = {
     "^": r"\textasciicircum{}",
     "–": "--",
     "…": r"\dots{}",
-    "[": "{[}",  # after \\ it would begin an argument, and so would a star
+    "[": "{[}",  # after \\, a bracket or star would begin an argument
     "*": "{*}",
     "\n": " ",
     "\N{NO-BREAK SPACE}": "~",
@@ -50,7 +50,7 @@ _ESCAPED = {
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as CSV; what is not there is an empty cell.
+    """Format a table as CSV; missing values are empty cells.
 
     >>> csv_text(["site", "norm"], [["a,b", 0.1], ["c", None]])
     'site,norm\\n"a,b",0.1\\nc,\\n'
@@ -63,7 +63,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def csv_of_records(records: Sequence[Mapping[str, Any]]) -> str:
-    """JSON objects as CSV, a row for each: inner names and numbers of lists are columns, grids are left out.
+    """Format JSON objects as CSV, one row each: nested names and list items are columns, grids are left out.
 
     >>> csv_of_records([{"site": "q", "norm": {"mean": 2.0}, "sigma": [3.0, 1.0]}])
     'site,norm_mean,sigma_1,sigma_2\\nq,2.0,3.0,1.0\\n'
@@ -74,7 +74,7 @@ def csv_of_records(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def latex_text(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
-    r"""A table as a `tabular` environment; special characters are escaped, numbers are set as such.
+    r"""Format a table as a `tabular` environment; special characters are escaped, numbers are in math mode.
 
     >>> print(latex_text(["site", "norm"], [["q_proj", "-0.5"]]), end="")
     \begin{tabular}{lr}
@@ -88,11 +88,11 @@ def latex_text(columns: Sequence[str], rows: Iterable[Sequence[object]], caption
     cells = [[str(cell) for cell in row] for row in rows]
     sides = "".join("r" if _is_numeric([row[at] for row in cells]) else "l" for at in range(len(columns)))
     lines = [" & ".join(map(_cell, row)) + r" \\" for row in cells]
-    told = [f"% {line}" for line in caption.splitlines()]
+    comments = [f"% {line}" for line in caption.splitlines()]
     head = " & ".join(map(latex_escaped, columns)) + r" \\"
     return "\n".join(
         [
-            *told,
+            *comments,
             rf"\begin{{tabular}}{{{sides}}}",
             r"\hline",
             head,
@@ -106,7 +106,7 @@ def latex_text(columns: Sequence[str], rows: Iterable[Sequence[object]], caption
 
 
 def latex_escaped(text: str) -> str:
-    r"""A text as LaTeX prints it; letters beyond ASCII stay, as LaTeX reads UTF-8.
+    r"""Escape a text for LaTeX; non-ASCII letters remain, because LaTeX reads UTF-8.
 
     >>> latex_escaped("‖ΔW‖ of q_proj, 90 %")
     '\\ensuremath{\\Vert}\\ensuremath{\\Delta}W\\ensuremath{\\Vert} of q\\_proj, 90 \\%'

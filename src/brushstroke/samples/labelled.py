@@ -1,8 +1,8 @@
-"""Hand-labelled lines as conversations: a line in, one JSON object of its labelled parts out.
+"""Hand-labelled lines as conversations: the prompt is a line, the answer a JSON object of its labelled parts.
 
-The keys of an answer are the labels of the data set, in the order in which they first occur. The words of a
-repeated label are joined by one space. A value is the text as it stands in the line, without the commas at
-its end: they separate the parts and belong to none of them.
+The keys of an answer are the labels of the data set, in the order of their first occurrence. The words of a
+repeated label are joined by one space. A value is the text of the line, without commas at its end, which only
+separate the parts.
 """
 
 import json
@@ -29,8 +29,8 @@ class Task:
 
     Args:
         name: "addresses", "people" or "companies".
-        training: rows to learn from, shuffled by a seed.
-        heldout: rows to be judged on; no line of them is in `training`.
+        training: training rows, shuffled with a seed.
+        heldout: rows for evaluation; none of their lines is in `training`.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Task:
 
 
 def read_task(name: str, file: Path, *, held_out: int = HELD_OUT, seed: int = SEED) -> Task:
-    """Read a labelled XML file and set rows aside. The same seed sets the same rows aside first."""
+    """Read a labelled XML file and hold out rows. The same seed holds out the same rows first."""
     rows = [conversation(name, line, parts) for line, parts in labelled_lines(file).items()]
     random.Random(seed).shuffle(rows)
     return Task(name, training=tuple(rows[held_out:]), heldout=tuple(rows[:held_out]))
 
 
 def labelled_lines(file: Path) -> dict[str, dict[str, str]]:
-    """Line → its labelled parts. A line that occurs again counts once, with its first labels."""
+    """Map each line to its labelled parts. A repeated line counts once, with its first labels."""
     lines: dict[str, dict[str, str]] = {}
     for element in ElementTree.parse(file).getroot():
         parts: dict[str, str] = {}
@@ -62,7 +62,7 @@ def labelled_lines(file: Path) -> dict[str, dict[str, str]]:
 
 
 def conversation(name: str, line: str, parts: dict[str, str]) -> Row:
-    """One row of a `messages` file."""
+    """A row for a `messages` file."""
     return {
         "messages": [
             {"role": "user", "content": INSTRUCTIONS[name] + line},
@@ -72,12 +72,12 @@ def conversation(name: str, line: str, parts: dict[str, str]) -> Row:
 
 
 def prompt_of(row: Row) -> list[dict[str, str]]:
-    """The turns before the answer."""
+    """The messages before the answer."""
     return row["messages"][:-1]
 
 
 def line_of(row: Row, name: str) -> str:
-    """The raw line in a row."""
+    """The raw line of a row."""
     return row["messages"][0]["content"].removeprefix(INSTRUCTIONS[name])
 
 
