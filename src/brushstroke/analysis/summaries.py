@@ -111,19 +111,12 @@ def _relation_sentence(name: str, found: Relation) -> str:
 def _intruder_sentence(name: str, found: Intruders) -> str:
     told, places = found.totals(), sum(row.count() > 0 for row in found.values())
     strongest = f"of the {told['directions']} strongest directions of W + {name}"
-    meaning = f"(|cosine| below {found.threshold:g} with {vectors_told(found)})"
+    meaning = f"(|cosine| below {found.threshold:g} with every singular vector of W)"
     if told["intruders"]:
         many = f"{told['intruders']} {strongest} are intruders {meaning}, at {places} of {_sites(len(found))}"
     else:
         many = f"None {strongest} is an intruder {meaning}, at {_all_sites(len(found))}"
     return f"{many}; {told['undecided']} undecided." if told["undecided"] else f"{many}."
-
-
-def vectors_told(found: Intruders) -> str:
-    """Which singular vectors of W the verdicts speak of: not the weak ones of a large W of more outputs."""
-    if not found.covered_from:
-        return "every singular vector of W"
-    return f"every singular vector of W above {100 * found.covered_from:.0f} % of its largest singular value"
 
 
 def _share_of_intruders(row: SiteIntruders) -> float | None:

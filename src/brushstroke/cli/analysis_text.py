@@ -120,14 +120,7 @@ def print_relation(told: "Told", found: "Relation", sites: bool) -> None:
 def print_intruders(told: "Told", found: "Intruders", repaired: Path | None, sites: bool) -> None:
     """How many directions are new; with `sites` each that is new or undecided."""
     _print_summary(told, "intruders", sites)
-    covered = found.covered_from
-    facts(
-        results(),
-        {
-            "certificates": f"above {share(covered)} of W's largest singular value" if covered else "",
-            "repaired": "" if repaired is None else str(repaired),
-        },
-    )
+    facts(results(), {"repaired": "" if repaired is None else str(repaired)})
 
 
 def _print_summary(told: "Told", kind: str, sites: bool) -> None:

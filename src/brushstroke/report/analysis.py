@@ -27,7 +27,6 @@ from brushstroke.analysis.summaries import (
     overlap_summary,
     relation_summary,
     spectrum_summary,
-    vectors_told,
 )
 from brushstroke.analysis.summary import SPREAD, Summary
 from brushstroke.analysis.table import short_names
@@ -186,7 +185,7 @@ def intruder_page(found: Intruders, name: str) -> Page:
     page = Page(
         f"Intruders of {name}",
         f"The first {found.top} output directions of W + ΔW at each site, and whether their |cosine| is "
-        f"below {found.threshold:g} with {vectors_told(found)}.",
+        f"below {found.threshold:g} with every singular vector of W.",
     )
     _begin(page, intruder_summary(name, found))
     _maps(page, found, Map("intruders", lambda row: row.count(), floor=0.0))
