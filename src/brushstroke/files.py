@@ -79,6 +79,23 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         )
 
 
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Check before the work that its results can be written into a folder; it is left as it was.
+
+    Raises:
+        OutputError: see `refuse_existing`, or the folder or a file in it cannot be made.
+    """
+    with output_errors(folder):
+        refuse_existing(folder, overwrite)
+        made = [level for level in (folder, *folder.parents) if not level.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.NamedTemporaryFile(prefix=PARTIAL, dir=folder).close()
+        finally:
+            for level in made:
+                remove_empty(level)
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what interrupted writes left in a folder."""
     for left in folder.glob(f"{PARTIAL}*"):

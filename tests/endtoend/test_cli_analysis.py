@@ -294,6 +294,35 @@ def test_a_file_for_the_tables_is_refused(cli, commands, tmp_path, flag):
     assert files_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        *(
+            ((command, "none", "none"), flag)
+            for command in ("compare", "relate")
+            for flag in ("--csv", "--html")
+        ),
+        (("spectrum", "none"), "--latex"),
+        (("spectrum", "none"), "--truncate"),
+        (("intruders", "none", "none"), "--repair"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(cli, tmp_path, words, flag):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file" / "new" / "out", tmp_path / ("x" * 300) / "out"):
+        done = cli(*words, flag, place)
+        assert (done.status, done.out) == (1, "")
+        assert "name a folder" in done.error or "File name too long" in done.error
+    assert files_in(tmp_path) == {"file"}
+
+
+def test_a_folder_for_the_page_is_refused(cli, commands, tmp_path):
+    words, _ = commands["compare"]
+    done = cli(*words, "--html", tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert f"--html takes a file; {tmp_path} is a folder" in done.error
+
+
 def test_several_adapters_share_tables(cli, adapters, tmp_path):
     done = cli("spectrum", adapters / "four", adapters / "two", "--csv", tmp_path, "--latex", tmp_path)
     assert done.status == 0, done.err

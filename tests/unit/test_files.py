@@ -1,11 +1,12 @@
 """Atomic writing of single files and of folders."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from brushstroke.errors import BaseLoadError, OutputError
-from brushstroke.files import output_errors, refuse_existing, write_file, write_folder
+from brushstroke.files import check_output_folder, output_errors, refuse_existing, write_file, write_folder
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -33,6 +34,27 @@ def test_a_folder_gets_its_files_and_nothing_else(tmp_path: Path) -> None:
     (folder / "notes").write_text("not ours")
     write_folder(folder, {"last": b"3"}, owned=("x", "old", "last"), overwrite=True)
     assert sorted(entry.name for entry in folder.iterdir()) == ["last", "notes"]
+
+
+def test_an_output_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    check_output_folder(tmp_path / "a" / "b", overwrite=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file" / "b", tmp_path / "a" / ("x" * 300)):
+        with pytest.raises(OutputError, match=r"name a folder|cannot write"):
+            check_output_folder(place, overwrite=True)
+    with pytest.raises(OutputError, match="holds files already"):
+        check_output_folder(tmp_path, overwrite=False)
+    check_output_folder(tmp_path, overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_an_output_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0o500)
+    for place in (tmp_path / "shut", tmp_path / "shut" / "b"):
+        with pytest.raises(OutputError, match="Permission denied"):
+            check_output_folder(place, overwrite=True)
 
 
 def test_a_failure_removes_only_the_folders_that_were_made(tmp_path: Path) -> None:

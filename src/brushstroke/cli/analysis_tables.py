@@ -37,13 +37,13 @@ class TableOptions:
     latex: Path | None = None
 
     def check(self, overwrite: bool, adapter: Path | None = None) -> None:
-        """Refuse folders that hold files already, or into which an adapter is written, before all work.
+        """Refuse folders that cannot be written, or that an adapter is written into, before all work.
 
         Raises:
             ConfigError: a file is named, or the folder of the adapter.
-            OutputError: a folder holds files, and they may not be replaced.
+            OutputError: a folder cannot be made, or holds files, and they may not be replaced.
         """
-        from brushstroke.files import refuse_existing
+        from brushstroke.files import check_output_folder
 
         for flag, folder, ending in (("--csv", self.csv, ".csv"), ("--latex", self.latex, ".tex")):
             if folder is None:
@@ -57,7 +57,7 @@ class TableOptions:
                 raise ConfigError(
                     f"{flag} names the folder of the new adapter, {folder}; choose another folder"
                 )
-            refuse_existing(folder.expanduser(), overwrite)
+            check_output_folder(folder.expanduser(), overwrite)
 
     def write(self, found: Mapping[str, "Told"], overwrite: bool) -> None:
         """Write the tables of one or several results: a column names the result where there are several."""
