@@ -15,6 +15,7 @@ from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
 from brushstroke.studies.findings import Figure, Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
 from brushstroke.studies.statistics import Interval, interval, over_pairs
+from brushstroke.studies.words import listed
 
 SIDES = ("left", "right")
 QUANTITIES = {  # of the overlap figures: name of the file → whose directions, the side, title
@@ -171,7 +172,7 @@ def over_seeds(values: Mapping[tuple[int, int], float]) -> Interval:
 def diverged_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
     """Which later seeds diverged; no number includes them."""
     lost = [
-        f"{name} (seed {', '.join(str(seed) for seed in found.outcomes if seed not in found.seeds)})"
+        f"{name} ({listed('seed', [seed for seed in found.outcomes if seed not in found.seeds])})"
         for name in names
         if (found := results.arms.get(name)) is not None and len(found.seeds) < len(found.outcomes)
     ]
