@@ -392,9 +392,28 @@ def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlik
 def test_untrained_adapters_are_answered_by_every_command(cli, tiny, adapters, unlike):
     assert "amplifies nothing" in cli("relate", unlike / "untrained", tiny).out
     assert cli("intruders", unlike / "untrained", tiny).out.startswith("None of the ")
-    assert "no directions to compare" in cli("compare", unlike / "untrained", adapters / "four").error
     done = cli("compare", unlike / "mixed", adapters / "four")
     assert "over 12 sites (2 more are zero)" in done.out
+    assert "φ undefined, an update is zero" in done.out
+
+
+@pytest.mark.parametrize("second", ["untrained", "four"])
+@pytest.mark.parametrize("of", ["delta", "V"])
+def test_a_comparison_with_an_adapter_that_is_zero_is_told(cli, adapters, unlike, tmp_path, second, of):
+    other = (unlike if second == "untrained" else adapters) / second
+    words = ("compare", unlike / "untrained", other, "--of", of)
+    files = ("--csv", tmp_path, "--latex", tmp_path, "--html", tmp_path / "page.html")
+    done = cli(*words, "--sites", *files)
+    assert done.status == 0, done.err
+    assert "nothing to compare: at all 14 sites one update or both are zero" in done.out
+    assert "φ is undefined" in done.out
+    assert done.out.count("layers.1.self_attn.q_proj") == 2  # its row, and the list of them all
+    assert len(table(tmp_path / "sites.csv")) == 14
+    assert files_in(tmp_path) == {"sites.csv", "sites.tex", "page.html"}
+    assert "φ is undefined" in (tmp_path / "page.html").read_text("utf-8")
+    told = json.loads(cli(*words, "--json").out)
+    assert len(told["unmatched"]["zero"]) == 14
+    assert (told["cosine"], told["sites"], told["summary"]["matrices"]) == (None, [], [])
 
 
 def test_adapters_with_few_common_sites_and_of_other_models(cli, adapters, tmp_path):

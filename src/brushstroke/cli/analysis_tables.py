@@ -140,6 +140,8 @@ def _csv_files(found: Mapping[str, Told]) -> dict[str, str]:
     for name, told in found.items():
         lead = {"adapter": name} if len(found) > 1 else {}
         for kind, records in _records(told).items():
+            if not records:
+                continue
             tables.setdefault(kind, []).extend({**lead, **record} for record in records)
     return {f"{kind}.csv": csv_of_records(records) for kind, records in tables.items()}
 
@@ -159,6 +161,8 @@ def _records(told: Told) -> dict[str, list[dict[str, Any]]]:
         tables["sites"].append({**place, "d": d, "h": h, **{k: v for k, v in row.items() if k != "shape"}})
         for direction in row.get("directions", ()):
             tables.setdefault("directions", []).append({**place, **direction})
+    zero = plain.get("unmatched", {}).get("zero", [])  # of `compare`: sites without a number
+    tables["sites"] += [{"site": site} for site in zero]
     if told.deciles is not None:
         parts = vars(told.deciles)
         tables["deciles"] = [

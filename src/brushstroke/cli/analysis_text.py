@@ -92,10 +92,10 @@ def print_overlap(told: "Told", found: "Overlap", sites: bool) -> None:
     facts(
         results(),
         {
-            "φ": "of as many directions as the smaller rank has",
+            "φ": "of as many directions as the smaller rank has" if found else "",
             "only in the first": ", ".join(unmatched.only_first),
             "only in the second": ", ".join(unmatched.only_second),
-            "zero": ", ".join(unmatched.zero),
+            "φ undefined, an update is zero": ", ".join(unmatched.zero),
             "note": ""
             if found.of == "delta"
             else f"of {found.of} alone, which is no property of ΔW: other factors of the same ΔW differ",
@@ -127,10 +127,11 @@ def _print_summary(told: "Told", kind: str, sites: bool) -> None:
     """What was found in one sentence, the tables by kind of matrix and by layer, the rows of all sites."""
     from brushstroke.analysis.summary import SPREAD
 
-    console = results()
+    console, listings = results(), told.summary.listings()
     tell(console, told.summary.sentence, style="bold")
-    tell(console, SPREAD, style="dim", indent=2)
-    for listing in told.summary.listings().values():
+    if listings:
+        tell(console, SPREAD, style="dim", indent=2)
+    for listing in listings.values():
         table(console, *listing, leave_out=("sites", "stable"))
     if sites and told.rows.rows:
         table(console, *told.rows, leave_out=WITHOUT[kind])

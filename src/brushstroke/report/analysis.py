@@ -86,13 +86,21 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
         "other, 0 where they are orthogonal. Chance is max(i, j)/n in n dimensions: d for the inputs, h for "
         "the outputs.",
     )
-    sides = found.sides
     if found.of != "delta":
         page.text(
             f"The directions are those of {found.of} alone, as the paper took them. They are no property of "
             "ΔW: other factors of the very same ΔW give other numbers."
         )
     _begin(page, overlap_summary(names, found))
+    if found:
+        _draw_overlap(page, found, names, sites)
+    page.section("All sites")
+    page.table(*overlap_listing(found))
+    return page
+
+
+def _draw_overlap(page: Page, found: Overlap, names: tuple[str, str], sites: Sequence[str]) -> None:
+    (first, second), sides = names, found.sides
     _maps(
         page,
         found,
@@ -129,9 +137,6 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
                 corner=any(row.ranks[0] != row.ranks[1] for row in chosen.values()),
             )
             page.chart(spec, f"φ(i, j) of {_whose(found)}, {SIDES[side]}.")
-    page.section("All sites")
-    page.table(*overlap_listing(found))
-    return page
 
 
 def relation_page(found: Relation, name: str) -> Page:

@@ -9,6 +9,7 @@ from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
 from brushstroke.analysis.table import short_names
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.errors import ShapeError
 from brushstroke.report.charts import dots, overlaps
 from brushstroke.report.overlaps import CHOICES, overlap_records
 from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
@@ -105,6 +106,8 @@ def pair_overlaps(
         found[a, b] = subspace(results.adapter(first, a), results.adapter(second, b))
         if first != second:
             found[b, a] = subspace(results.adapter(first, b), results.adapter(second, a))
+    if not all(found.values()):
+        raise ShapeError(f"runs of {first} or {second} changed nothing: there are no directions to compare")
     return found
 
 
