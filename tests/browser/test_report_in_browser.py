@@ -12,11 +12,11 @@ sys.path.append(str(Path(__file__).parents[1] / "endtoend"))
 from cli_kit import PLAIN, rows, write_base, write_rows
 
 from brushstroke.adapter import Adapter
-from brushstroke.analysis import subspace
+from brushstroke.analysis import intruders, relate, spectrum, subspace
 from brushstroke.cli import main
 from brushstroke.lowrank import LowRank
 from brushstroke.report import Page, heatmap
-from brushstroke.report.analysis import overlap_page
+from brushstroke.report.analysis import intruder_page, overlap_page, relation_page, spectrum_page
 from brushstroke.report.charts import dots, lines, overlaps, site_map
 from brushstroke.report.figures import Panel
 
@@ -132,6 +132,42 @@ def test_every_figure_is_drawn_without_network_or_complaint(browser, tmp_path, w
     picture = tmp_path / f"{width}-{scheme}.png"
     tab.screenshot(path=picture, full_page=True)
     assert picture.stat().st_size > 10_000
+
+
+def summary_pages() -> dict[str, Page]:
+    """Pages of an adapter with long names and numbers of many digits."""
+    d, h = 48, 64
+    places = [
+        f"model.language_model.layers.{layer}.{place}"
+        for layer in range(3)
+        for place in ("self_attn.q_proj", "mlp.a_projection_with_a_very_long_name_of_its_own_in_proj_qkvz")
+    ]
+    base = {site: torch.randn(d, h) for site in places}
+    one, two = (
+        Adapter({site: LowRank(12345.678 * torch.randn(d, 4), torch.randn(4, h), 0.5) for site in places})
+        for _ in range(2)
+    )
+    names = ("an-adapter-with-a-long-name", "another-adapter-with-a-long-name")
+    return {
+        "spectrum": spectrum_page({names[0]: spectrum(one, base)}),
+        "compare": overlap_page(subspace(one, two), names),
+        "relate": relation_page(relate(one, base), names[0]),
+        "intruders": intruder_page(intruders(one, base), names[0]),
+    }
+
+
+def test_summary_tables_fit_a_phone(browser, tmp_path):
+    for name, page in summary_pages().items():
+        file = page.write(tmp_path / f"{name}.html")
+        tab, _, _ = look(browser, file, "phone")
+        tab.set_viewport_size({"width": 375, "height": 800})
+        tables = tab.locator(".scroll:has(caption:has-text('standard deviation'))")
+        assert tables.count() == 2
+        for table in tables.all():
+            assert table.evaluate("e => e.scrollWidth <= e.clientWidth"), name
+            assert table.locator("td").first.evaluate("e => parseFloat(getComputedStyle(e).fontSize)") >= 11
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        tab.screenshot(path=tmp_path / f"{name}.png", full_page=True)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

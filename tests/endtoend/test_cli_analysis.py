@@ -294,6 +294,35 @@ def test_a_file_for_the_tables_is_refused(cli, commands, tmp_path, flag):
     assert files_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        *(
+            ((command, "none", "none"), flag)
+            for command in ("compare", "relate")
+            for flag in ("--csv", "--html")
+        ),
+        (("spectrum", "none"), "--latex"),
+        (("spectrum", "none"), "--truncate"),
+        (("intruders", "none", "none"), "--repair"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(cli, tmp_path, words, flag):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file" / "new" / "out", tmp_path / ("x" * 300) / "out"):
+        done = cli(*words, flag, place)
+        assert (done.status, done.out) == (1, "")
+        assert "name a folder" in done.error or "File name too long" in done.error
+    assert files_in(tmp_path) == {"file"}
+
+
+def test_a_folder_for_the_page_is_refused(cli, commands, tmp_path):
+    words, _ = commands["compare"]
+    done = cli(*words, "--html", tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert f"--html takes a file; {tmp_path} is a folder" in done.error
+
+
 def test_several_adapters_share_tables(cli, adapters, tmp_path):
     done = cli("spectrum", adapters / "four", adapters / "two", "--csv", tmp_path, "--latex", tmp_path)
     assert done.status == 0, done.err
@@ -363,9 +392,28 @@ def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlik
 def test_every_command_accepts_untrained_adapters(cli, tiny, adapters, unlike):
     assert "amplifies nothing" in cli("relate", unlike / "untrained", tiny).out
     assert cli("intruders", unlike / "untrained", tiny).out.startswith("None of the ")
-    assert "no directions to compare" in cli("compare", unlike / "untrained", adapters / "four").error
     done = cli("compare", unlike / "mixed", adapters / "four")
     assert "over 12 sites (2 more are zero)" in done.out
+    assert "φ undefined, an update is zero" in done.out
+
+
+@pytest.mark.parametrize("second", ["untrained", "four"])
+@pytest.mark.parametrize("of", ["delta", "V"])
+def test_a_comparison_with_an_adapter_that_is_zero_is_told(cli, adapters, unlike, tmp_path, second, of):
+    other = (unlike if second == "untrained" else adapters) / second
+    words = ("compare", unlike / "untrained", other, "--of", of)
+    files = ("--csv", tmp_path, "--latex", tmp_path, "--html", tmp_path / "page.html")
+    done = cli(*words, "--sites", *files)
+    assert done.status == 0, done.err
+    assert "nothing to compare: at all 14 sites one update or both are zero" in done.out
+    assert "φ is undefined" in done.out
+    assert done.out.count("layers.1.self_attn.q_proj") == 2  # its row, and the list of them all
+    assert len(table(tmp_path / "sites.csv")) == 14
+    assert files_in(tmp_path) == {"sites.csv", "sites.tex", "page.html"}
+    assert "φ is undefined" in (tmp_path / "page.html").read_text("utf-8")
+    told = json.loads(cli(*words, "--json").out)
+    assert len(told["unmatched"]["zero"]) == 14
+    assert (told["cosine"], told["sites"], told["summary"]["matrices"]) == (None, [], [])
 
 
 def test_adapters_with_few_common_sites_and_of_other_models(cli, adapters, tmp_path):

@@ -191,7 +191,7 @@ BAD = [
     (("targets", "BASE", "DATA", "--rank", "2", "--budget", "9"), "give --rank or --budget, not both"),
     (("targets", "BASE", "DATA", "--budget", "3"), "no set of matrices meets a budget of 3 parameters"),
     (("seeds", "BASE", "DATA", "--tiny"), "--tiny is for paper"),
-    (("rank", "BASE", "FEW"), "are too few for training, validation and test"),
+    (("rank", "BASE", "FEW"), "too few rows for training, validation and test ("),
     (("rank", "BASE", "DATA", "--budget-minutes", "0.00001"), "one arm takes about"),
     (("rank", "BASE", "DATA", "--budget-minutes", "nan"), "the budget must be minutes above 0"),
     (("rank", "BASE", "DATA", "--workers", "-1"), "--workers must be at least 1"),
@@ -283,7 +283,7 @@ def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, tiny, data, tmp
     next(out.glob("runs/*/outcome.json")).unlink()
     done = cli(*words, "--reread")
     assert done.status == 1
-    assert "1 runs of this study are not finished" in done.error
+    assert "this study has 1 unfinished run, such as" in done.error
 
 
 @pytest.mark.parametrize("content", ['{"my": 1}', "[1]", "not json"])

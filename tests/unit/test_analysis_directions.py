@@ -55,6 +55,16 @@ def test_results_from_the_cache_are_those_without_it(base, adapter, tmp_path, fl
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_floor_of_a_weight_with_more_outputs_is_kept_too(tmp_path):
+    W, caches = torch.randn(200, 400), [DirectionCache(tmp_path) for _ in range(2)]
+    new = bs.Adapter({"q": LowRank(torch.randn(200, 2), torch.randn(2, 400))})
+    plain = intruders(new, {"q": W}, dense_limit=0)
+    assert plain.count() == 2
+    for cache, used, kept in ((caches[0], 0, 2), (caches[1], 1, 0)):
+        assert intruders(new, {"q": W}, dense_limit=0, cache=cache).as_dict() == plain.as_dict()
+        assert (cache.used, cache.kept) == (used, kept)
+
+
 def test_cache_key_depends_on_seed_and_base_not_on_adapter(base, adapter, tmp_path):
     flags = {"dense_limit": 0}
     relate(adapter, base, cache=DirectionCache(tmp_path), **flags)

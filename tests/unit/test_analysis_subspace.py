@@ -214,8 +214,21 @@ def test_a_zero_update_has_no_directions_to_compare():
     assert found.unmatched.zero == ("layers.1.q",)
     with pytest.raises(KeyError, match="is zero in one"):
         found["layers.1.q"]
-    with pytest.raises(ShapeError, match="no directions"):
-        subspace(adapter(zero), adapter(update()))
+    assert found.cosine is not None
+
+
+@pytest.mark.parametrize("of", ["delta", "U", "V"])
+def test_adapters_that_are_zero_everywhere_are_a_result_without_numbers(of):
+    zero = LowRank(torch.zeros(24, 2).double(), torch.zeros(2, 17).double())
+    for pair in ((zero, zero), (zero, update()), (update(), zero)):
+        found = subspace(*map(adapter, pair), of=of)
+        assert len(found) == 0
+        assert found.unmatched.zero == ("layers.0.q",)
+        assert found.cosine is None
+        assert found.as_dict()["cosine"] is None
+        assert found.sides == {"delta": ["left", "right"], "U": ["left"], "V": ["right"]}[of]
+        with pytest.raises(KeyError, match="is zero in one"):
+            found["layers.0.q"]
 
 
 def test_sites_of_only_one_adapter_are_named():

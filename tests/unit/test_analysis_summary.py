@@ -4,6 +4,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from brushstroke.analysis.listing import intruder_listing
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import intruders, relate, spectrum, subspace
@@ -188,11 +189,23 @@ def test_missing_values_are_left_out_of_means():
     assert average(Measure("x", "x", lambda row: row), [None]).mean is None
 
 
-@pytest.mark.parametrize(("d", "h", "limited"), [(60, 90, True), (90, 60, False)], ids=["wide", "tall"])
-def test_sentence_names_the_covered_singular_vectors_of_large_weights(d, h, limited):
-    """A wide W of low numerical rank has weak directions that no bound covers."""
+@pytest.mark.parametrize(("d", "h"), [(60, 90), (90, 60)], ids=["wide", "tall"])
+def test_verdicts_speak_of_every_singular_vector_of_a_large_weight_too(d, h):
     W, adapter = {"q": torch.randn(d, h)}, Adapter({"q": update(d, h)})
     large = intruder_summary("a", intruders(adapter, W, dense_limit=0)).sentence
-    assert ("above 5 % of its largest singular value" in large) is limited
     whole = intruder_summary("a", intruders(adapter, W)).sentence
-    assert "with every singular vector of W)" in whole
+    for sentence in (large, whole):
+        assert "with every singular vector of W)" in sentence
+
+
+def test_weak_directions_of_a_large_weight_that_became_strong_are_told_as_undecided():
+    left, right = (torch.linalg.qr(torch.randn(n, 60, dtype=torch.float64)).Q for n in (60, 90))
+    W = (left * torch.logspace(0, -4, 60).double()) @ right.mT
+    adapter = Adapter({"q": LowRank(left[:, 55:58], right[:, 55:58].mT, 5.0)})
+    found = intruders(adapter, {"q": W.float()}, top=3, dense_limit=0)
+    told = intruder_summary("a", found)
+    assert told.sentence.startswith("None of the 3 strongest directions")
+    assert told.sentence.endswith("; 3 undecided.")
+    assert told.matrices[0].averages["undecided"].total == 3
+    assert found.as_dict()["undecided"] == 3
+    assert [row[-1] for row in intruder_listing(found).rows] == ["undecided"] * 3

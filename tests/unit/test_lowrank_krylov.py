@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from brushstroke.lowrank import LowRank
-from brushstroke.lowrank.cosines import FLOOR, CosineBounds, cosine_bounds
+from brushstroke.lowrank import LowRank, cosines
+from brushstroke.lowrank.cosines import FLOOR, CosineBounds, cosine_bounds, proven_floor
 from brushstroke.lowrank.krylov import KrylovSpace, Shifted, dense_svd, frobenius, multiply, top_svd
 from brushstroke.lowrank.sums import top_of_sum
 
@@ -137,6 +137,24 @@ def test_a_direction_in_the_null_space_lies_on_no_singular_vector():
     W = torch.randn(40, 90, dtype=torch.float64)
     q = dense_svd(torch.eye(90, dtype=torch.float64) - torch.linalg.pinv(W) @ W).right[:1]
     assert bounded(W, q, 32)[0][0] < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("smallest", "expected"), [(0.3, 0.05), (0.04, 0.025), (0.006, 0.003125), (1e-3, 0), (1e-7, 0), (0, 0)]
+)
+def test_the_proven_floor_is_below_every_singular_value(smallest, expected, dtype):
+    left, right = (torch.linalg.qr(torch.randn(n, 60, dtype=torch.float64)).Q for n in (60, 90))
+    sigma = 7e12 * torch.linspace(1, smallest, 60).double()
+    assert proven_floor(((left * sigma) @ right.mT).to(dtype), 7e12) == expected
+
+
+def test_the_floor_of_a_weight_in_several_blocks_of_rows(monkeypatch):
+    W = torch.randn(70, 200)
+    monkeypatch.setattr(cosines, "_ROWS", 32)
+    assert proven_floor(W, float(torch.linalg.svdvals(W)[0])) == FLOOR
+    W[69] = W[0]
+    assert proven_floor(W, float(torch.linalg.svdvals(W)[0])) == 0
 
 
 def test_a_weight_that_is_zero_has_no_directions():

@@ -23,6 +23,7 @@ pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
 
 PLACES = ("mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj")
+NAMES = ("q_proj", "v_proj")
 ROUNDED = 0.0006  # a figure carries three digits
 BYTE = 1.5  # of a colour's channel
 
@@ -94,25 +95,27 @@ def test_cells_are_placed_as_in_the_paper():
         *("q_proj", "v_proj", "random pair"),
         *("q_proj, lower-left corner", "v_proj, lower-left corner"),
     ]
-    shown = [found[f"model.layers.0.self_attn.{name}"].left for name in ("q_proj", "v_proj")]
-    shades = []
-    for name, grid in zip(("q_proj", "v_proj"), shown, strict=True):
+    shown = [found[f"model.layers.0.self_attn.{name}"].left for name in NAMES]
+    shades: dict[str, list[tuple[float, float]]] = {"whole": [], "corner": []}
+    for name, grid in zip(NAMES, shown, strict=True):
         whole, corner = panels[name], panels[f"{name}, lower-left corner"]
         assert set(whole) == {(i, j) for i in range(1, 4) for j in range(1, 8)}
         assert set(corner) == {(i, j) for i in range(1, 4) for j in range(1, 4)}
-        for cells in (whole, corner):
+        for kind, cells in (("whole", whole), ("corner", corner)):
             for (i, j), (phi, color, (x, y)) in cells.items():
                 assert phi == pytest.approx(float(grid[i - 1, j - 1]), abs=ROUNDED)
-                if cells is corner and j > i:
+                if kind == "corner" and j > i:
                     assert rgb(color) == rgb(GREY)
                 else:
-                    shades.append((phi, rgb(color)[0]))
+                    shades[kind].append((phi, rgb(color)[0]))
                 assert y > cells[i - 1, j][2][1] if i > 1 else y == cells[1, 1][2][1]
                 assert x > cells[i, j - 1][2][0] if j > 1 else x == cells[1, 1][2][0]
-    shades.sort()
-    assert all(more <= less + BYTE for (_, less), (_, more) in pairwise(shades))  # the darker, the larger
-    assert shades[0][1] - shades[-1][1] > 50
-    drawn_cells = [cell for panel in panels.values() for cell in panel.values()]
+    for one in shades.values():
+        one.sort()
+        assert all(more <= less + BYTE for (_, less), (_, more) in pairwise(one))  # the darker, the larger
+        assert one[0][1] - one[-1][1] > 50
+    assert shades["corner"][-1][1] == pytest.approx(rgb(HOT)[0], abs=BYTE)
+    drawn_cells = [cell for name in (*NAMES, "random pair") for cell in panels[name].values()]
     assert rgb(max(drawn_cells)[1]) == pytest.approx(rgb(HOT), abs=BYTE)
     beside = [panels[name][1, 1][2] for name in ("q_proj", "v_proj", "random pair")]
     assert len({y for _, y in beside}) == 1
@@ -148,6 +151,25 @@ def test_the_scale_ends_at_the_largest_value_and_marks_chance():
     words = words_of(drawn(found))
     assert "chance, φ(3, 7): 0.583" in words  # of 12 dimensions
     assert "chance, φ(3, 3): 0.250" in words
+
+
+def test_corners_have_a_scale_of_their_own():
+    """At 8×64 the whole grids go up to values that would leave the corners without a difference to see."""
+    found = subspace(adapter(8, 1, 80, 80), adapter(64, 2, 80, 80))
+    spec = drawn(found)
+    panels = cells_of(spec)
+    grids = [found[f"model.layers.0.self_attn.{name}"].left for name in NAMES]
+    shown = [float(grid[i, j]) for grid in grids for i in range(8) for j in range(i + 1)]
+    corners = [panels[f"{name}, lower-left corner"] for name in NAMES]
+    phi, color, _ = max(cell for cells in corners for (i, j), cell in cells.items() if j <= i)
+    assert phi == pytest.approx(max(shown), abs=ROUNDED)
+    assert rgb(color) == pytest.approx(rgb(HOT), abs=BYTE)
+    words = words_of(spec)
+    assert "chance, φ(8, 64): 0.800" in words
+    assert "chance, φ(8, 8): 0.100" in words
+    assert words.count("φ") == 1
+    assert words.count("φ in the corners") == 1
+    assert "φ in the corners" not in words_of(drawn(subspace(adapter(4, 1), adapter(4, 2)), corner=False))
 
 
 def test_q_and_v_come_first_then_o_and_k_then_the_rest():

@@ -7,7 +7,7 @@ import pytest
 
 from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import low_rank, shortened, whole
-from brushstroke.studies.divergence import SHARES, at_loss, shortened_arms, stray
+from brushstroke.studies.divergence import SHARES, at_loss, reached, shortened_arms, stray
 from brushstroke.studies.runner import ArmResult, Estimate, Results
 
 QV = ("q_proj", "v_proj")
@@ -66,6 +66,34 @@ def test_between_two_points_the_root_is_linear(level, expected):
 
 def test_equal_loss_is_taken_where_it_is_first_reached():
     assert at_loss([(3.0, 0.0), (1.0, 0.04), (1.5, 0.09), (0.5, 0.16)], 1.0) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("losses", "level", "expected"),
+    [
+        ((2.5, 2.0, 1.0), 2.2, 1),
+        ((2.5, 2.0, 1.0), 2.0, 1),  # at a point of two pieces
+        ((2.5, 1.0, 2.0), 1.0, 1),  # at the lowest loss
+        ((2.5, 1.0, 2.0), 1.5, 2),
+        ((1.0, 2.0, 0.5), 1.5, 3),
+        ((1.0, 2.0, 0.5), 1.0, 2),
+        ((2.5, 2.0, 2.0), 2.0, 1),
+        ((2.5, 2.0, 1.9), 1.0, 0),
+    ],
+)
+def test_how_often_a_curve_has_a_loss(losses, level, expected):
+    assert reached([(3.0, 0.0), *quadratic(0.1, losses)], level) == expected
+
+
+def test_a_loss_that_was_reached_more_than_once_is_told():
+    falling, rising = quadratic(0.2, (2.8, 2.6, 2.0)), [(1.5, 0.2), (1.4, 0.3), (2.2, 0.5)]
+    found = stray(results({FEW: falling, FULL: rising}), [FEW.name, FULL.name], FULL.name)
+    assert "rose again with more steps" in found.answer
+    assert f"({FULL.name} with 3 seeds): KL is read where it was first reached." in found.answer
+    assert found.data["divergence"][FULL.name]["seeds_at_equal_loss_twice"] == [0, 1, 2]
+    assert found.data["divergence"][FEW.name]["seeds_at_equal_loss_twice"] == []
+    straight = stray(results({FEW: falling, FULL: falling}), [FEW.name, FULL.name], FULL.name)
+    assert "rose again" not in straight.answer
 
 
 def test_arms_without_reference_are_not_compared():

@@ -28,7 +28,12 @@ def test_between_two_dimensions_the_share_is_linear_in_log_d():
 
 def test_the_interval_is_over_seeds_and_by_ratio():
     assert _spread({0: 100.0}) == ""
-    assert _spread({0: 1000.0, 1: None}) == " (by seed 1,000, none between)"
+    tried = "passed between two dimensions that were tried"
+    assert _spread({0: 1000.0, 1: None}) == (
+        f", by interpolation 1,000 with 1 of 2 seeds; with the other 90 % is not {tried}"
+    )
+    assert "1,000, 50 with 2 of 4 seeds; with the others" in _spread({0: 1e3, 1: None, 2: 50.0, 3: None})
+    assert _spread({0: None, 1: None}) == f"; with no seed is 90 % {tried}"
     assert _spread({0: 100.0, 1: 100.0, 2: 100.0}) == ", by interpolation 100 [100, 100]"
     told = _spread({0: 50.0, 1: 100.0, 2: 200.0})
     low, high = (float(part.strip("[],").replace(",", "")) for part in told.split()[-2:])

@@ -183,10 +183,10 @@ def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     assert (whole.runs, whole.seconds, whole.left_out) == (15, 150.0, ())
     fewer = estimate(Timed(), arms, grid, budget_minutes=2)
     assert fewer.seeds == (0, 1)
-    assert fewer.left_out == ("seeds 2",)
+    assert fewer.left_out == ("seed 2",)
     few = estimate(Timed(), arms, grid, budget_minutes=1)
     assert (few.arms, few.seeds) == (("a", "b"), (0,))
-    assert few.left_out == ("seeds 1, 2", "arms c")
+    assert few.left_out == ("seeds 1, 2", "arm c")
     assert estimate(Timed(), arms, grid, workers=2).seconds == 75.0
     with pytest.raises(ConfigError, match="one arm takes about"):
         estimate(Timed(), arms, grid, budget_minutes=0.1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brushstroke.analysis.weights import finite_norm
 from brushstroke.errors import BaseLoadError, OutputError
+from brushstroke.lowrank.cosines import proven_floor
 from brushstroke.lowrank.krylov import Shifted, dense_svd, top_svd
 from brushstroke.outputs import write_file
 from brushstroke.samples.assets import cache_folder
@@ -93,12 +94,12 @@ class DirectionCache:
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
         self.folder, self.limit = folder or cache_folder() / "directions", limit
-        self.used = self.kept = 0  # how many weights came from files, and how many went into new ones
+        self.used = self.kept = 0  # how many weights' directions came from files, and how many files are new
         self.failure = ""  # why nothing can be kept
         self._mine: set[Path] = set()
 
-    def find(self, key: str) -> Directions | None:
-        """The directions in the file of a key."""
+    def find(self, key: str) -> dict[str, Tensor] | None:
+        """What the file of a key holds."""
         import safetensors.torch
 
         path = self._path(key)
@@ -106,20 +107,19 @@ class DirectionCache:
             told, payload = path.read_bytes().split(b"\n", 1)
             if told.decode() != _sum(key, payload):
                 return None
-            found = Directions.of(safetensors.torch.load(payload))
+            found = safetensors.torch.load(payload)
         except Exception:  # none, or damaged in whatever way: it is computed anew and replaced
             return None
         self._mine.add(path)
-        self.used += 1
         with suppress(OSError):
             os.utime(path)
         return found
 
-    def keep(self, key: str, found: Directions) -> None:
+    def keep(self, key: str, found: dict[str, Tensor]) -> None:
         """Write the file of a key, unless there is no room for it or no permission."""
         import safetensors.torch
 
-        payload = safetensors.torch.save({name: tensor.cpu() for name, tensor in found.tensors().items()})
+        payload = safetensors.torch.save({name: tensor.cpu() for name, tensor in found.items()})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._make_room(len(payload)):
@@ -170,8 +170,9 @@ def base_directions(
     """
     k = -(-max(k, 1) // STEP) * STEP
     key = "" if cache is None or W.numel() < SMALLEST else _key(W, "whole" if whole else f"{k} from {seed}")
-    if cache is not None and key and (found := cache.find(key)) is not None:
-        return found
+    if cache is not None and key and (kept := cache.find(key)) is not None:
+        cache.used += 1
+        return Directions.of(kept)
     norm, work = finite_norm(site, W), (working or Working())(W, whole)
     if norm > LARGEST and work.dtype == torch.float32:
         raise BaseLoadError(f"{site}: the norm of W is {norm:.1g}; its square is too large for float32")
@@ -182,8 +183,24 @@ def base_directions(
         top = top_svd(Shifted(work), k, generator=torch.Generator().manual_seed(seed))
         found = _laid_out(norm, top.left, top.sigma, top.right, top.residual)
     if cache is not None and key:
-        cache.keep(key, found)
+        cache.keep(key, found.tensors())
     return found
+
+
+def base_floor(
+    W: Float[Tensor, "d h"], strongest: float, working: Working, cache: DirectionCache | None = None
+) -> float:
+    """The share of sigma₁ below which W (d ≤ h) has no singular value, from the cache where it has it.
+
+    See `proven_floor`.
+    """
+    key = "" if cache is None or W.numel() < SMALLEST else _key(W, "floor")
+    if cache is not None and key and (kept := cache.find(key)) is not None:
+        return float(kept["floor"])
+    floor = proven_floor(working(W, whole=False), strongest)
+    if cache is not None and key:
+        cache.keep(key, {"floor": torch.tensor(floor, dtype=torch.float64)})
+    return floor
 
 
 def _laid_out(norm: float, *parts: Tensor) -> Directions:

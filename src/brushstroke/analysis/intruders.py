@@ -3,8 +3,9 @@
 W + ΔW is never formed. What an intruder does to the model's answers is not seen from here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from brushstroke.adapter import Adapter
-from brushstroke.analysis.directions import DirectionCache, Directions, Working, base_directions
+from brushstroke.analysis.directions import DirectionCache, Directions, Working, base_directions, base_floor
 from brushstroke.analysis.relate import DENSE_LIMIT
 from brushstroke.analysis.table import HIDDEN, SiteTable
 from brushstroke.analysis.weights import OnSite, low_rank_updates, walk
@@ -61,13 +62,11 @@ class SiteIntruders:
     Args:
         shape: (d, h).
         directions: the top ones, strongest first.
-        covered_from: the certificates speak of W's singular vectors above this share of its σ₁.
         found: Σ σ·left·right over the intruders, as an update; what the repair scales down.
     """
 
     shape: tuple[int, int]
     directions: tuple[Direction, ...]
-    covered_from: float
     found: LowRank | None = field(default=None, metadata=HIDDEN)
 
     def count(self, verdict: Verdict = "intruder") -> int:
@@ -91,11 +90,6 @@ class Intruders(SiteTable[SiteIntruders]):
     def __init__(self, rows: Mapping[str, SiteIntruders], *, top: int, threshold: float) -> None:
         super().__init__(rows)
         self.top, self.threshold = top, threshold
-
-    @property
-    def covered_from(self) -> float:
-        """The verdicts speak of W's singular vectors above this share of σ₁, at every site; 0 for all."""
-        return max((row.covered_from for row in self.values()), default=0.0)
 
     def count(self, verdict: Verdict = "intruder") -> int:
         """How many directions of all sites have this verdict."""
@@ -160,7 +154,13 @@ def intruders(
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
         dense = min(update.shape) <= dense_limit
         own = base_directions(site, W, 4 * top, whole=dense, seed=seed, cache=cache, working=working)
-        rows[site] = _judge(update, working(W, dense), own, top, threshold, dense)
+        floor = partial(base_floor, W, float(own.sigma[0]), working, cache)
+        judged = (
+            _exact(update, working(W, dense), own, top)
+            if dense
+            else _bounded(update, working(W, dense), own, top, threshold, floor)
+        )
+        rows[site] = _site(update.shape, judged, threshold)
     return Intruders(rows, top=top, threshold=threshold)
 
 
@@ -195,20 +195,15 @@ class _Judged:
         lower: of the largest |cosine| of each.
         upper: of the same.
         outside: of W's strongest directions.
-        covered_from: see `SiteIntruders`.
     """
 
     top: TopSvd
     lower: list[float]
     upper: list[float]
     outside: list[float]
-    covered_from: float = 0.0
 
 
-def _judge(
-    update: LowRank, W: Tensor, own: Directions, top: int, threshold: float, dense: bool
-) -> SiteIntruders:
-    judged = _exact(update, W, own, top) if dense else _bounded(update, W, own, top, threshold)
+def _site(shape: tuple[int, int], judged: _Judged, threshold: float) -> SiteIntruders:
     ours, lower, upper = judged.top, judged.lower, judged.upper
     strongest = float(ours.sigma[0]) or 1.0
     settled = (ours.residual <= TOLERANCE * strongest).tolist()
@@ -230,7 +225,7 @@ def _judge(
     if picked:
         rows = ours.right[picked] * ours.sigma[picked][:, None]
         extra = LowRank(ours.left[:, picked].double(), rows.double())
-    return SiteIntruders(update.shape, directions, judged.covered_from, extra)
+    return SiteIntruders(shape, directions, extra)
 
 
 def _exact(update: LowRank, W: Float[Tensor, "d h"], own: Directions, top: int) -> _Judged:
@@ -243,7 +238,12 @@ def _exact(update: LowRank, W: Float[Tensor, "d h"], own: Directions, top: int) 
 
 
 def _bounded(
-    update: LowRank, W: Float[Tensor, "d h"], own: Directions, top: int, threshold: float
+    update: LowRank,
+    W: Float[Tensor, "d h"],
+    own: Directions,
+    top: int,
+    threshold: float,
+    floor: Callable[[], float],
 ) -> _Judged:
     """Everything happens on the smaller side of W, where WᵀW (or WWᵀ) has no null space of its own."""
     turned, parts = W.shape[1] > W.shape[0], update.svd()
@@ -265,23 +265,28 @@ def _bounded(
     open_ = found.settled & (hits < threshold)
     targets = found.back if turned else ours.right.mT
     uppers = torch.ones_like(hits)
-    uppers[open_] = _upper_bounds(found.space, targets[:, open_], threshold, turned)
+    uppers[open_] = _upper_bounds(found.space, targets[:, open_], threshold, FLOOR if turned else None)
+    new = uppers < threshold
+    if turned and bool(new.any()) and (weakest := floor()) < FLOOR:  # so far, of W's stronger vectors only
+        uppers[new] = _upper_bounds(found.space, targets[:, new], threshold, weakest) if weakest else 1.0
     return _Judged(
         ours,
         hits.tolist(),
         torch.maximum(uppers, hits).tolist(),
         _outside(cosines[:, : 4 * top]),
-        FLOOR if turned else 0.0,
     )
 
 
 def _upper_bounds(
-    space: KrylovSpace, targets: Float[Tensor, "n k"], threshold: float, turned: bool
+    space: KrylovSpace, targets: Float[Tensor, "n k"], threshold: float, floor: float | None
 ) -> Float[Tensor, " k"]:
-    """Bounds of cosines with W's singular vectors, in a space that grows while one is not low enough."""
+    """Bounds of cosines with W's singular vectors, in a space that grows while one is not low enough.
+
+    With a floor, of those above this share of sigma₁, and the targets are images.
+    """
     if not targets.shape[1]:
         return torch.zeros(0, dtype=torch.float64)
-    settings = {"floor": FLOOR if turned else 0.0, "of_images": turned, "enough": threshold}
+    settings = {"floor": floor or 0.0, "of_images": floor is not None, "enough": threshold}
     bounds = cosine_bounds(space, targets, **settings)
     for _ in range(ROUNDS):
         undecided = bounds.values >= threshold

@@ -16,7 +16,7 @@ from brushstroke.analysis import overlap
 from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import low_rank_updates
 from brushstroke.checks import check_alike
-from brushstroke.errors import ConfigError, ShapeError, did_you_mean
+from brushstroke.errors import ConfigError, did_you_mean
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.spectra import above_rounding, product_rounding, rounding_along
 
@@ -124,11 +124,11 @@ class Overlap(SiteTable[SiteOverlap]):
         rows: the results.
         of: whose directions: those of ΔW, or of one factor alone.
         unmatched: sites that were left out.
-        cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) over all sites that both have.
+        cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) over all sites that both have; None where one is zero at all of them.
     """
 
     def __init__(
-        self, rows: Mapping[str, SiteOverlap], *, of: Of, unmatched: Unmatched, cosine: float
+        self, rows: Mapping[str, SiteOverlap], *, of: Of, unmatched: Unmatched, cosine: float | None
     ) -> None:
         super().__init__(rows)
         self.of, self.unmatched, self.cosine = of, unmatched, cosine
@@ -136,8 +136,7 @@ class Overlap(SiteTable[SiteOverlap]):
     @property
     def sides(self) -> list[str]:
         """The sides that were compared: "left" and "right", or one of them."""
-        _, row = next(iter(self.items()))
-        return [side for side in ("left", "right") if getattr(row, side) is not None]
+        return {"delta": ["left", "right"], "U": ["left"], "V": ["right"]}[self.of]
 
     def _absent(self, site: str) -> str:
         if site in self.unmatched.zero:
@@ -154,6 +153,9 @@ class Overlap(SiteTable[SiteOverlap]):
 def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
     """The normalised subspace similarity φ(i, j) at every site that both have, for all i and j.
 
+    An update that is zero has no directions, and φ is undefined there: such sites have no row, and are named
+    in `unmatched.zero`.
+
     Source: arXiv:2106.09685, eq. 4 and appendix G, whose matrices are (out×in). The paper took the right
     vectors of A (r×in); our U is Aᵀ, so they are the `left` ones here. By default ours are of ΔW itself:
     a factor alone changes with every (U·M, M⁻¹·V), although ΔW does not.
@@ -165,7 +167,7 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
 
     Raises:
         ConfigError: `of` is none of these.
-        ShapeError: no common site, sites of different shapes, or no site where both have directions.
+        ShapeError: no common site, or sites of different shapes.
 
     >>> import torch
     >>> a = Adapter({"fc": LowRank(torch.eye(4, 2), torch.diag(torch.tensor([3.0, 1.0])))})
@@ -191,16 +193,13 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
             zero.append(site)
         else:
             rows[site] = row
-    if not rows:
-        raise ShapeError(
-            "at every common site one of the updates is zero: there are no directions to compare"
-        )
     unmatched = Unmatched(
         tuple(site for site in ones if site not in twos),
         tuple(site for site in twos if site not in ones),
         tuple(zero),
     )
-    return Overlap(rows, of=of, unmatched=unmatched, cosine=_clipped(inner, squares))
+    cosine = _clipped(inner, squares) if all(squares) else None
+    return Overlap(rows, of=of, unmatched=unmatched, cosine=cosine)
 
 
 def random_pair(row: SiteOverlap, side: str, seed: int = 0) -> Float[Tensor, "i j"]:

@@ -3,7 +3,7 @@
 It computes nothing but totals.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from brushstroke.analysis.intruders import Intruders, SiteIntruders
 from brushstroke.analysis.relate import Relation
@@ -42,15 +42,7 @@ def overlap_summary(names: tuple[str, str], found: Overlap) -> Summary:
         )
         for side in found.sides
     }
-    shared = []
-    for side, measure in sides.items():
-        one = average(measure, found.values())
-        shared.append(f"{one.mean:.3f} of their {ENDS[side]} directions (chance {one.chance:.3f})")
-    sentence = (
-        f"{names[0]} and {names[1]} share {' and '.join(shared)}, on average over {_sites(len(found))}"
-        f"{_zero(len(found.unmatched.zero))}; their cosine is {round(found.cosine, 4) + 0.0:.4f} (chance 0)."
-    )
-    return summary(sentence, [cosine, *sides.values()], found)
+    return summary(_overlap_sentence(names, found, sides), [cosine, *sides.values()], found)
 
 
 def relation_summary(name: str, found: Relation) -> Summary:
@@ -77,6 +69,24 @@ def intruder_summary(name: str, found: Intruders) -> Summary:
         Measure("share", "share of judged", _share_of_intruders),
     ]
     return summary(_intruder_sentence(name, found), measures, found)
+
+
+def _overlap_sentence(names: tuple[str, str], found: Overlap, sides: Mapping[str, Measure]) -> str:
+    zero = len(found.unmatched.zero)
+    if not found:
+        return (
+            f"{names[0]} and {names[1]} have nothing to compare: at {_all_sites(zero)} one update "
+            "or both are zero. A zero update has no directions, so φ is undefined, and the cosine too."
+        )
+    shared = []
+    for side, measure in sides.items():
+        one = average(measure, found.values())
+        shared.append(f"{one.mean:.3f} of their {ENDS[side]} directions (chance {one.chance:.3f})")
+    told = "" if found.cosine is None else f"; their cosine is {round(found.cosine, 4) + 0.0:.4f} (chance 0)"
+    return (
+        f"{names[0]} and {names[1]} share {' and '.join(shared)}, on average over {_sites(len(found))}"
+        f"{_zero(zero)}{told}."
+    )
 
 
 def _spectrum_sentence(name: str, found: Spectrum) -> str:
@@ -111,19 +121,12 @@ def _relation_sentence(name: str, found: Relation) -> str:
 def _intruder_sentence(name: str, found: Intruders) -> str:
     told, places = found.totals(), sum(row.count() > 0 for row in found.values())
     strongest = f"of the {told['directions']} strongest directions of W + {name}"
-    meaning = f"(|cosine| below {found.threshold:g} with {vectors_told(found)})"
+    meaning = f"(|cosine| below {found.threshold:g} with every singular vector of W)"
     if told["intruders"]:
         many = f"{told['intruders']} {strongest} are intruders {meaning}, at {places} of {_sites(len(found))}"
     else:
         many = f"None {strongest} is an intruder {meaning}, at {_all_sites(len(found))}"
     return f"{many}; {told['undecided']} undecided." if told["undecided"] else f"{many}."
-
-
-def vectors_told(found: Intruders) -> str:
-    """Which singular vectors of W the verdicts speak of: not the weak ones of a large W of more outputs."""
-    if not found.covered_from:
-        return "every singular vector of W"
-    return f"every singular vector of W above {100 * found.covered_from:.0f} % of its largest singular value"
 
 
 def _share_of_intruders(row: SiteIntruders) -> float | None:

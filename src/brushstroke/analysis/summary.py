@@ -118,7 +118,9 @@ class Summary:
         }
 
     def listings(self) -> dict[str, Listing]:
-        """The tables for people; none by layer where there is but one."""
+        """The tables for people; none by layer where there is but one, and none at all without a site."""
+        if not self.matrices:
+            return {}
         found = {"matrices": self._listing("matrix", self.matrices)}
         if len(self.layers) > 1:
             found["layers"] = self._listing("layer" if self.ranges == self.layers else "layers", self.ranges)

@@ -9,6 +9,7 @@ from brushstroke.analysis.intruders import Intruders
 from brushstroke.analysis.relate import Relation, Share
 from brushstroke.analysis.spectrum import Spectrum
 from brushstroke.analysis.subspace import Overlap
+from brushstroke.analysis.table import natural
 
 
 class Listing(NamedTuple):
@@ -65,7 +66,10 @@ def rank_advice(found: Spectrum) -> str:
 
 
 def overlap_listing(found: Overlap) -> Listing:
-    """A row for each site: cosine, and for each side φ of all directions beside chance."""
+    """A row for each site: cosine, and for each side φ of all directions beside chance.
+
+    Sites where an update is zero come last, without numbers: φ is undefined there.
+    """
     sides = found.sides
     columns = [f"{side} {what}" for side in sides for what in ("φ", "chance", "z", "weighted")]
     rows = []
@@ -76,6 +80,9 @@ def overlap_listing(found: Overlap) -> Listing:
             cells += [f"{block[side]:.3f}", f"{block[f'chance_{side}']:.3f}", f"{block[f'z_{side}']:.1f}"]
             cells.append(f"{getattr(row, f'weighted_{side}'):.3f}")
         rows.append(cells)
+    rows += [
+        [site, "zero", *["–"] * (1 + len(columns))] for site in sorted(found.unmatched.zero, key=natural)
+    ]
     return Listing(["site", "ranks", "cosine", *columns], rows)
 
 

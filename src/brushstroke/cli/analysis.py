@@ -42,7 +42,7 @@ from brushstroke.cli.analysis_text import (
 )
 from brushstroke.cli.console import emit_json, say
 from brushstroke.cli.values import Whole
-from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.errors import ConfigError, OutputError, did_you_mean
 from brushstroke.fetch import adapter_shapes
 
 if TYPE_CHECKING:
@@ -89,12 +89,13 @@ def spectrum(
         raise ConfigError("--map relative shows ‖ΔW‖/‖W‖ and needs --base BASE")
     if truncate is not None and len(adapters) > 1:
         raise ConfigError(f"--truncate takes one adapter; got {len(adapters)}")
-    from brushstroke.outputs import refuse_existing
+    from brushstroke.outputs import check_output_folder
 
     if truncate is not None:
-        refuse_existing(truncate.expanduser(), overwrite)
+        check_output_folder(truncate.expanduser(), overwrite)
     tables = tables or TableOptions()
     tables.check(overwrite, truncate)
+    _check_page(html)
     if energy is not None:
         check_share(energy)
     check_fit(adapters, base)
@@ -158,6 +159,7 @@ def compare(
     """
     tables = tables or TableOptions()
     tables.check(overwrite)
+    _check_page(html)
     shapes = [adapter_shapes(name) for name in (first, second)]
     if all(shapes):
         check_alike(*shapes)
@@ -208,6 +210,7 @@ def relate(
     """
     tables = tables or TableOptions()
     tables.check(overwrite)
+    _check_page(html)
     against = against or AgainstBase()
     against.check()
     check_fit((adapter,), base)
@@ -259,12 +262,13 @@ def intruders(
         raise ConfigError("--scale needs --repair OUT")
     if scale is not None and not 0 <= scale <= 1:
         raise ConfigError(f"--scale must be between 0 and 1; got {scale}")
-    from brushstroke.outputs import refuse_existing
+    from brushstroke.outputs import check_output_folder
 
     if repair is not None:
-        refuse_existing(repair.expanduser(), overwrite)
+        check_output_folder(repair.expanduser(), overwrite)
     tables = tables or TableOptions()
     tables.check(overwrite, repair)
+    _check_page(html)
     against = against or AgainstBase()
     against.check()
     check_intruder_settings(top, threshold)
@@ -302,6 +306,16 @@ def _pages() -> Any:
     from brushstroke.report import analysis
 
     return analysis
+
+
+def _check_page(file: Path | None) -> None:
+    """Refuse a page that cannot be written, before all work."""
+    from brushstroke.outputs import check_output_folder
+
+    if file is not None:
+        if file.expanduser().is_dir():
+            raise OutputError(f"--html takes a file; {file} is a folder; name {file / 'page.html'}, say")
+        check_output_folder(file.expanduser().parent, overwrite=True)
 
 
 def _write(file: Path, make: "Callable[[], Page]") -> None:

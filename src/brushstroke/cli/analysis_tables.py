@@ -37,13 +37,13 @@ class TableOptions:
     latex: Path | None = None
 
     def check(self, overwrite: bool, adapter: Path | None = None) -> None:
-        """Refuse non-empty folders, and the folder of a new adapter, before any work.
+        """Refuse folders that cannot be written, and the folder of a new adapter, before any work.
 
         Raises:
             ConfigError: a path is a file, or the folder of the adapter.
-            OutputError: a folder is not empty, and its files may not be replaced.
+            OutputError: a folder cannot be made, or is not empty, and its files may not be replaced.
         """
-        from brushstroke.outputs import refuse_existing
+        from brushstroke.outputs import check_output_folder
 
         for flag, folder, ending in (("--csv", self.csv, ".csv"), ("--latex", self.latex, ".tex")):
             if folder is None:
@@ -57,7 +57,7 @@ class TableOptions:
                 raise ConfigError(
                     f"{flag} and the new adapter have the same folder, {folder}; choose another folder"
                 )
-            refuse_existing(folder.expanduser(), overwrite)
+            check_output_folder(folder.expanduser(), overwrite)
 
     def write(self, found: Mapping[str, "Description"], overwrite: bool) -> None:
         """Write the tables of one or several results; if there are several, a column names the result."""
@@ -141,6 +141,8 @@ def _csv_files(found: Mapping[str, Description]) -> dict[str, str]:
     for name, described in found.items():
         lead = {"adapter": name} if len(found) > 1 else {}
         for kind, records in _records(described).items():
+            if not records:
+                continue
             tables.setdefault(kind, []).extend({**lead, **record} for record in records)
     return {f"{kind}.csv": csv_of_records(records) for kind, records in tables.items()}
 
@@ -160,6 +162,8 @@ def _records(described: Description) -> dict[str, list[dict[str, Any]]]:
         tables["sites"].append({**place, "d": d, "h": h, **{k: v for k, v in row.items() if k != "shape"}})
         for direction in row.get("directions", ()):
             tables.setdefault("directions", []).append({**place, **direction})
+    zero = plain.get("unmatched", {}).get("zero", [])  # of `compare`: sites without a number
+    tables["sites"] += [{"site": site} for site in zero]
     if described.deciles is not None:
         parts = vars(described.deciles)
         tables["deciles"] = [

@@ -92,10 +92,10 @@ def print_overlap(described: "Description", found: "Overlap", sites: bool) -> No
     facts(
         results(),
         {
-            "φ": "of as many directions as the smaller rank has",
+            "φ": "of as many directions as the smaller rank has" if found else "",
             "only in the first": ", ".join(unmatched.only_first),
             "only in the second": ", ".join(unmatched.only_second),
-            "zero": ", ".join(unmatched.zero),
+            "φ undefined, an update is zero": ", ".join(unmatched.zero),
             "note": ""
             if found.of == "delta"
             else f"{found.of} alone, which is not a property of ΔW: other factors of the same ΔW have other "
@@ -121,24 +121,18 @@ def print_relation(described: "Description", found: "Relation", sites: bool) -> 
 def print_intruders(described: "Description", found: "Intruders", repaired: Path | None, sites: bool) -> None:
     """Print the number of new directions; with `sites`, each one that is new or undecided."""
     _print_summary(described, "intruders", sites)
-    covered = found.covered_from
-    facts(
-        results(),
-        {
-            "certificates": f"above {share(covered)} of W's largest singular value" if covered else "",
-            "repaired": "" if repaired is None else str(repaired),
-        },
-    )
+    facts(results(), {"repaired": "" if repaired is None else str(repaired)})
 
 
 def _print_summary(described: "Description", kind: str, sites: bool) -> None:
     """Print the one-sentence result, the tables by kind of matrix and by layer, and the rows of all sites."""
     from brushstroke.analysis.summary import SPREAD
 
-    console = results()
+    console, listings = results(), described.summary.listings()
     tell(console, described.summary.sentence, style="bold")
-    tell(console, SPREAD, style="dim", indent=2)
-    for listing in described.summary.listings().values():
+    if listings:
+        tell(console, SPREAD, style="dim", indent=2)
+    for listing in listings.values():
         table(console, *listing, leave_out=("sites", "stable"))
     if sites and described.rows.rows:
         table(console, *described.rows, leave_out=WITHOUT[kind])

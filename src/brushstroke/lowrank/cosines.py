@@ -12,13 +12,14 @@ from torch import Tensor
 
 from brushstroke.lowrank.krylov import KrylovSpace
 
-FLOOR = 0.05  # of sigma₁: on the side where W has a null space, singular vectors below it are not covered
+FLOOR = 0.05  # of sigma₁: where W has a null space, singular values below it take longer to cover
 _NOISE = 1e-5  # of σ₁²: a float32 product WᵀW·x is off by less, and a Cholesky factor in float64 exists
 _ABOVE = 1.1  # of the largest eigenvalue within the space: W has none above
 _STRONGEST, _DEGREE = 16, 24  # directions of a large space in which a problem is solved, and Krylov steps
 _NOTHING = 1e-10  # what is left of a vector after projection, against it, that is rounding
 _PARTS = 32  # intervals of eigenvalues at first
 _ROUNDS, _WORST, _SPLIT = 6, 4, 4  # rounds in which so many intervals are split into so many
+_ROWS = 1024  # of WWᵀ at a time, of which only the lower half is needed
 
 
 class CosineBounds(NamedTuple):
@@ -79,6 +80,30 @@ def cosine_bounds(
         found = torch.cat([kept[2], problems.bounds(starts, ends)], dim=1)
     worst, at = found.max(dim=1, keepdim=True)
     return CosineBounds(worst[:, 0].clamp_max(1), problems.left_over((low + high).gather(1, at) / 2))
+
+
+def proven_floor(W: Float[Tensor, "d h"], strongest: float) -> float:
+    """A share f of sigma₁ below which W with d ≤ h has no singular value: 5 %, half of it, and so on.
+
+    WWᵀ − f²·σ₁² has a Cholesky factor where every singular value is above f·σ₁, and only there. 0 where W has
+    a singular value so small that rounding of the products hides it.
+
+    Args:
+        W: float32 or float64.
+        strongest: sigma₁.
+    """
+    gram = W.new_zeros(len(W), len(W))
+    for start in range(0, len(W), _ROWS):
+        stop = start + _ROWS
+        gram[start:stop, :stop] = W[start:stop] @ W[:stop].mT
+    scaled, diagonal = gram.double() / strongest**2, gram.diagonal().double() / strongest**2
+    share = FLOOR
+    while share**2 >= _NOISE / 2:
+        scaled.diagonal().copy_(diagonal - _ABOVE * share**2 - _NOISE)
+        if not int(torch.linalg.cholesky_ex(scaled).info):
+            return share
+        share /= 2
+    return 0.0
 
 
 class _Problems:

@@ -3,7 +3,14 @@
 It knows nothing of what is in the files.
 """
 
-from brushstroke.outputs.foreign import OwnFiles, foreign, has_keys, read_first, refuse_existing
+from brushstroke.outputs.foreign import (
+    OwnFiles,
+    check_output_folder,
+    foreign,
+    has_keys,
+    read_first,
+    refuse_existing,
+)
 from brushstroke.outputs.lock import RunLock
 from brushstroke.outputs.read import OpenFolder, open_folder, read_unreplaced
 from brushstroke.outputs.replace import (
@@ -28,6 +35,7 @@ __all__ = [
     "OpenFolder",
     "OwnFiles",
     "RunLock",
+    "check_output_folder",
     "clear_leftovers",
     "clear_leftovers_in",
     "foreign",

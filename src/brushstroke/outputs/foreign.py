@@ -5,13 +5,14 @@ What is in the files tells, never their names alone.
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.outputs.write import PARTIAL
+from brushstroke.outputs.write import PARTIAL, make_folder, output_errors, remove_empty
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,18 @@ def refuse_existing(folder: Path, overwrite: bool, *, ignoring: Collection[str] 
             f"{folder} holds files already; choose another folder, or pass overwrite=True (--overwrite), "
             f"which replaces only the files that brushstroke writes"
         )
+
+
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Check before any work that its results can be written into a folder; the folder is left as it was.
+
+    Raises:
+        OutputError: see `refuse_existing`, or the folder or a file in it cannot be made.
+    """
+    with output_errors(folder):
+        refuse_existing(folder, overwrite)
+        made = make_folder(folder)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        finally:
+            remove_empty(*made)

@@ -20,7 +20,6 @@ from brushstroke.analysis.summaries import (
     overlap_summary,
     relation_summary,
     spectrum_summary,
-    vectors_told,
 )
 from brushstroke.analysis.summary import SPREAD, Summary
 from brushstroke.analysis.table import short_names
@@ -87,13 +86,21 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
         "larger, 0 if they are orthogonal. Chance is max(i, j)/n in n dimensions: d for the inputs, h for "
         "the outputs.",
     )
-    sides = found.sides
     if found.of != "delta":
         page.text(
             f"The directions are those of {found.of} alone, as in the paper. They are not a property of ΔW: "
             "other factors of the same ΔW give other numbers."
         )
     _begin(page, overlap_summary(names, found))
+    if found:
+        _draw_overlap(page, found, names, sites)
+    page.section("All sites")
+    page.table(*overlap_listing(found))
+    return page
+
+
+def _draw_overlap(page: Page, found: Overlap, names: tuple[str, str], sites: Sequence[str]) -> None:
+    (first, second), sides = names, found.sides
     _maps(
         page,
         found,
@@ -131,9 +138,6 @@ def overlap_page(found: Overlap, names: tuple[str, str], sites: Sequence[str] = 
                 corner=any(row.ranks[0] != row.ranks[1] for row in chosen.values()),
             )
             page.chart(spec, f"φ(i, j) of {_whose(found)}, {SIDES[side]}.")
-    page.section("All sites")
-    page.table(*overlap_listing(found))
-    return page
 
 
 def relation_page(found: Relation, name: str) -> Page:
@@ -191,7 +195,7 @@ def intruder_page(found: Intruders, name: str) -> Page:
     page = Page(
         f"Intruders of {name}",
         f"The first {found.top} output directions of W + ΔW at each site, and whether their |cosine| is "
-        f"below {found.threshold:g} with {vectors_told(found)}.",
+        f"below {found.threshold:g} with every singular vector of W.",
     )
     _begin(page, intruder_summary(name, found))
     _maps(page, found, Map("intruders", lambda row: row.count(), floor=0.0))

@@ -155,7 +155,8 @@ def overlaps(
 ) -> dict[str, Any]:
     """Draw maps of φ(i, j) next to each other, as in the LoRA paper's figures 3 and 4; i = 1 is at the top.
 
-    Colours range from 0 to the largest number shown, and the scale marks the chance level.
+    Colours range from 0 to the largest number shown, and the scale marks the chance level. Corners have a
+    scale of their own, because their numbers are smaller.
 
     Args:
         records: each with the fields of `choose`, a `panel` (its title), `cells` (rows of numbers), `n` (the
@@ -184,31 +185,47 @@ def overlaps(
     rows, columns = (
         max(sizes) for sizes in zip(*((len(r["cells"]), len(r["cells"][0])) for r in records), strict=True)
     )
-    drawn = [_overlap_panels(altair, cells, (rows, columns), (x_title, y_title), order)]
+    drawn = [
+        _overlap_panels(altair, cells, (rows, columns), (x_title, y_title), order),
+        _overlap_scale(altair, whole),
+    ]
     if corner:
-        inside = cells.transform_filter("datum.corner && datum.j <= datum.rows")
-        inside = inside.transform_calculate(panel=f"datum.panel + {json.dumps(CORNER)}")
+        inside = cells.transform_filter("datum.corner && datum.j <= datum.rows").transform_calculate(
+            panel=f"datum.panel + {json.dumps(CORNER)}", shade="datum.phi / datum.corner_top"
+        )
         order = [name + CORNER for name in order]
-        drawn.append(_overlap_panels(altair, inside, (rows, rows), (x_title, y_title), order, grey=True))
-    drawn.append(_overlap_scale(altair, whole))
+        drawn += [
+            _overlap_panels(altair, inside, (rows, rows), (x_title, y_title), order, grey=True),
+            _overlap_scale(altair, whole.transform_filter("datum.corner"), "corner_"),
+        ]
     title = _title(altair, choose, f"φ(i, j), {measure}")
     return _finished(altair.vconcat(*drawn, spacing=14, title=title).add_params(*menus), kind="map")
 
 
 def _flattened(records: Sequence[Record], choose: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of `overlaps` with their cells in one list, and the largest number shown."""
+    """The records of `overlaps` with their cells in one list, and the largest number shown.
+
+    Both for the whole grids and, with names that begin with "corner_", for the corners.
+    """
     tops: dict[tuple[Any, ...], float] = {}
+    corner_tops: dict[tuple[Any, ...], float] = {}
     spaces: dict[tuple[Any, ...], set[int]] = {}
     for record in records:
         key = tuple(record[name] for name in choose)
         spaces.setdefault(key, set()).add(record["n"])
         tops[key] = max(tops.get(key, 0.0), *(float(max(row)) for row in record["cells"]))
+        if record.get("corner"):
+            shown = (float(max(row[: i + 1])) for i, row in enumerate(record["cells"]))
+            corner_tops[key] = max(corner_tops.get(key, 0.0), *shown)
     flat = []
     for record in records:
         rows, columns = len(record["cells"]), len(record["cells"][0])
         key = tuple(record[name] for name in choose)
         where = f" of {record['n']}" if len(spaces[key]) > 1 else ""
-        sizes = [(rows, columns), *([(rows, rows)] if record.get("corner") and columns > rows else [])]
+        levels = [
+            [{"at": max(size) / record["n"], "of": f"φ{size}{where}"}]
+            for size in ((rows, columns), (rows, rows))
+        ]
         flat.append(
             {
                 **{name: record[name] for name in (*choose, "panel", "n")},
@@ -217,7 +234,9 @@ def _flattened(records: Sequence[Record], choose: Sequence[str]) -> list[dict[st
                 "columns": columns,
                 "phi": [round(float(value), 3) for row in record["cells"] for value in row],
                 "top": round(tops[key], 3) or 1.0,
-                "levels": [{"at": max(i, j) / record["n"], "of": f"φ({i}, {j}){where}"} for i, j in sizes],
+                "levels": levels[0],
+                "corner_top": round(corner_tops.get(key, 0.0), 3) or 1.0,
+                "corner_levels": levels[1],
             }
         )
     return flat
@@ -260,13 +279,21 @@ def _counted(altair: Any, count: int, cell: float, room: float) -> Any:
     return altair.Axis(values=shown, labelAngle=0, labelOverlap="greedy", grid=False, ticks=False)
 
 
-def _overlap_scale(altair: Any, whole: Any) -> Any:
-    """The colour scale from 0 to the largest φ shown, with a mark at the chance level of the last cell."""
-    steps = 40
-    x = altair.X("low:Q", title="φ", scale=altair.Scale(nice=False, zero=True), axis=altair.Axis(grid=False))
+def _overlap_scale(altair: Any, whole: Any, of: str = "") -> Any:
+    """The colour scale from 0 to the largest φ shown, with a mark at the chance level of the last cell.
+
+    Args:
+        altair: the package.
+        whole: the records.
+        of: what their fields begin with.
+    """
+    steps, title = 40, "φ in the corners" if of else "φ"
+    x = altair.X(
+        "low:Q", title=title, scale=altair.Scale(nice=False, zero=True), axis=altair.Axis(grid=False)
+    )
     row = altair.Y("row:O", axis=None)
     bar = (
-        whole.transform_aggregate(top="max(top)")
+        whole.transform_aggregate(top=f"max({of}top)")
         .transform_calculate(step=f"sequence({steps})", row="0")
         .transform_flatten(["step"])
         .transform_calculate(
@@ -278,9 +305,9 @@ def _overlap_scale(altair: Any, whole: Any) -> Any:
         .encode(x=x, x2="high:Q", y=row, color=altair.Color("shade:Q", scale=_shades(altair), legend=None))
     )
     levels = (
-        whole.transform_flatten(["levels"])
-        .transform_calculate(low="datum.levels.at", of="datum.levels.of")
-        .transform_aggregate(top="max(top)", groupby=["low", "of"])
+        whole.transform_flatten([f"{of}levels"], ["level"])
+        .transform_calculate(low="datum.level.at", of="datum.level.of")
+        .transform_aggregate(top=f"max({of}top)", groupby=["low", "of"])
         .transform_window(row="row_number()", sort=[altair.SortField("low")])
         .transform_calculate(words="'chance, ' + datum.of + ': ' + format(datum.low, '.3f')")
     )

@@ -44,6 +44,13 @@ th, td { border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td:first-child { white-space: nowrap; }
+@media (max-width: 40rem) {
+  table { font-size: 0.75rem; line-height: 1.35; }
+  th, td { padding-right: 0.25rem; }
+  th { font-size: 0.7rem; }
+  th, th.number, td.number, td:first-child { white-space: normal; }
+  td:first-child { min-width: 4rem; overflow-wrap: anywhere; }
+}
 pre {
   margin: 0.6rem 0; padding: 0.7rem 0.9rem; background: var(--panel); border-left: 3px solid var(--accent);
   white-space: pre-wrap; overflow-wrap: anywhere;

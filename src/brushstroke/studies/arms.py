@@ -16,6 +16,7 @@ from brushstroke.errors import ConfigError
 from brushstroke.layers import FullFineTuning
 from brushstroke.sites import Site
 from brushstroke.sites.targets import matches_path, resolve_targets
+from brushstroke.studies.words import listed
 
 TASK, OTHER = "task", "other task"
 WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)
@@ -325,5 +326,4 @@ def by_rank(matrices: str, ranks: Sequence[int], planned: Sequence[str]) -> tupl
 
 def too_large_note(ranks: Sequence[int]) -> str:
     """What a report says of ranks that were left out."""
-    listed = ", ".join(map(str, ranks))
-    return f"Left out: rank {listed}, which the smallest of the matrices does not allow."
+    return f"Left out: {listed('rank', ranks)}, which the smallest of the matrices does not allow."

@@ -19,11 +19,12 @@ from brushstroke.studies.arms import (
     whole,
 )
 from brushstroke.studies.divergence import shortened_arms, stray
-from brushstroke.studies.findings import Figure, Finding, Table, bounds
+from brushstroke.studies.findings import Figure, Finding, Table, bounds, seeds_told
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import as_interval, limits, places, rate_told
+from brushstroke.studies.words import counted
 
 SHOWN = 8  # rows of the table by site, for each rank
 COLUMNS = (
@@ -97,10 +98,11 @@ class DeltaStudy:
             own, drawn = ratios[rank]
             texts.append(
                 f"At rank {rank} ΔW amplifies what W does in its directions {strength:.3g} times (median of "
-                f"{len(values)} matrices, first seed); a random update of the same norm would {chance:.3g} "
-                f"times. W does {bounds(own, 3)} times as much in the directions of ΔW as chance gives "
-                f"(median of the matrices, over {own.count} seeds); with directions drawn at random it is "
-                f"{bounds(drawn, 3)}."
+                f"{counted(len(values), 'matrix', 'matrices')}, first seed); a random update of the same "
+                f"norm would {chance:.3g} times. "
+                f"W does {bounds(own, 3)} times as much in the directions of ΔW as chance gives "
+                f"(median of the matrices, over {seeds_told([own.count])}); with directions drawn at random "
+                f"it is {bounds(drawn, 3)}."
             )
         figures = []
         if records:

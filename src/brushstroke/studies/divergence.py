@@ -20,6 +20,7 @@ from brushstroke.studies.findings import Figure, Table, bounds, p_told, rests_on
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.tables import as_interval, band, rate_told
+from brushstroke.studies.words import counted
 
 SHARES = (Fraction(1, 4), Fraction(1, 2))  # of the steps
 Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the untouched base to all steps
@@ -70,9 +71,13 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
     }
     compared = compare_with(reference, logs) if reference in logs and len(logs) > 1 else None
     level = interval(list(levels.values()))
+    again = {
+        name: [seed for seed, value in levels.items() if reached(found[seed], value) > 1]
+        for name, found in curves.items()
+    }
     means = {name: interval(list(found.values())) for name, found in at_level.items()}
     return Straying(
-        _answer(level, means, compared),
+        _answer(level, means, compared) + _rises(again),
         (_table(results, level, curves, means, compared),),
         (_figure(curves),),
         {
@@ -80,6 +85,7 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
             "divergence": {
                 name: {
                     "at_equal_loss": as_interval(means[name]),
+                    "seeds_at_equal_loss_twice": again[name],
                     "of_all_steps": as_interval(interval([curve[-1][1] for curve in found.values()])),
                     "curves": {str(seed): [list(point) for point in curve] for seed, curve in found.items()},
                 }
@@ -108,6 +114,18 @@ def at_loss(curve: Curve, level: float) -> float:
             share = (before - level) / (before - after) if before > after else 1.0
             return round((math.sqrt(near) + share * (math.sqrt(far) - math.sqrt(near))) ** 2, 12)
     return min(curve)[1]
+
+
+def reached(curve: Curve, level: float) -> int:
+    """How often a curve has a task loss: more than once where the loss rose again with more steps.
+
+    >>> reached([(3.0, 0.0), (1.0, 0.04), (2.5, 0.09)], 2.0)
+    2
+    """
+    return sum(
+        before != level and min(before, after) <= level <= max(before, after)
+        for (before, _), (after, _) in pairwise(curve)
+    )
 
 
 def _curves(results: Results, name: str) -> dict[int, Curve]:
@@ -157,6 +175,17 @@ def _answer(level: Interval, means: Mapping[str, Interval], compared: Comparison
         verdict = "apart" if one.significant() else "not shown to differ"
         text += f" {one.first} over {one.second}: {bounds(_ratio(one), 3)} times ({verdict})."
     return text
+
+
+def _rises(again: Mapping[str, Sequence[int]]) -> str:
+    """Of which arms the reading at equal loss is one of several."""
+    told = "; ".join(f"{name} with {counted(len(seeds), 'seed')}" for name, seeds in again.items() if seeds)
+    if not told:
+        return ""
+    return (
+        " The task loss of some arms rose again with more steps, so that they have it more than once "
+        f"({told}): KL is read where it was first reached."
+    )
 
 
 def _table(

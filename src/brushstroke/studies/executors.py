@@ -21,6 +21,7 @@ import torch
 from brushstroke.errors import TrainingError
 from brushstroke.studies.arm_run import ArmRunner, Outcome
 from brushstroke.studies.arms import Run
+from brushstroke.studies.words import counted
 
 Executor = Callable[[ArmRunner, Sequence[Run]], Iterator[tuple[Run, Outcome]]]
 
@@ -40,7 +41,7 @@ def finished_only(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[
     if runs:
         first = runs[0]
         raise TrainingError(
-            f"{len(runs)} runs of this study are not finished, such as {first.arm.name} at rate "
+            f"this study has {counted(len(runs), 'unfinished run')}, such as {first.arm.name} at rate "
             f"{first.learning_rate:g} with seed {first.seed}; leave out --reread, and they are run"
         )
     yield from ()

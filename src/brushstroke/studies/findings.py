@@ -6,6 +6,7 @@ from typing import Any
 
 from brushstroke.studies.comparisons import Comparison, Difference
 from brushstroke.studies.statistics import Interval
+from brushstroke.studies.words import counted
 
 SMALLEST_P = 0.0001  # below it p is told as a bound
 
@@ -109,7 +110,8 @@ def pairs_told(found: Comparison, margin: float) -> str:
         on_new = f", {sum(one.significant_on_new_rows() for one in apart)} of them on new rows too"
     count = len(found.differences)
     return (
-        f"Of {count} pair{'s' if count > 1 else ''} {len(apart)} are shown to be apart{on_new}, and {equal} "
+        f"Of {counted(count, 'pair')} {len(apart)} {'is' if len(apart) == 1 else 'are'} shown to be "
+        f"apart{on_new}, and {equal} "
         f"to be equal within ±{margin:g} nats ({basis(found)})."
     )
 

@@ -12,6 +12,7 @@ from brushstroke.studies.arm_run import Task
 from brushstroke.studies.arms import OTHER, TASK, rate_grid
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.study import Material
+from brushstroke.studies.words import counted
 from brushstroke.training import TrainConfig
 from brushstroke.training.config import default_learning_rate
 from brushstroke.training.setup import RunRequest, read_data
@@ -82,8 +83,8 @@ def _task(
     named = [{example.tokens for example in given or ()} for given in (validation, test)]
     if shared := named[0] & named[1]:
         raise DataError(
-            f"{name}: {len(shared)} row(s) of the validation data are in the test data too; take them out of "
-            "one, else the learning rate is chosen on what the report is about"
+            f"{name}: the validation data and the test data share {counted(len(shared), 'row')}; take them "
+            "out of one, else the learning rate is chosen on what the report is about"
         )
     rest = list({e.tokens: e for e in examples if e.tokens not in named[0] | named[1]}.values())
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
@@ -91,7 +92,7 @@ def _task(
     missing = (validation is None) + (test is None)
     if len(rest) < missing * share + 1:
         raise DataError(
-            f"{name}: {len(rest)} different rows are too few for training, validation and test; give more "
+            f"{name}: too few rows for training, validation and test ({len(rest)} different); give more "
             "rows, or files of their own (--validation, --test)"
         )
     parts = {}

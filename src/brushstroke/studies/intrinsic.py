@@ -17,7 +17,7 @@ from brushstroke.studies.arms import (
     two_digits,
     whole,
 )
-from brushstroke.studies.findings import Figure, Finding
+from brushstroke.studies.findings import Figure, Finding, seeds_told
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
@@ -111,7 +111,7 @@ class IntrinsicStudy:
         if full is None or full not in good:
             answer = "Training all of the parameters is not conclusive, so there is nothing to take 90 % of."
             return Finding(question, answer, (table,), (), notes)
-        before, after = results.untouched["task"], _mean_score(results, full)
+        before, after, seeds = results.untouched["task"], _mean_score(results, full), results.arms[full].seeds
         if after.loss >= before.loss:
             answer = "Training all of the parameters is no better than the untouched base: 90 % of nothing."
             return Finding(question, answer, (table,), (), notes)
@@ -125,8 +125,9 @@ class IntrinsicStudy:
         )
         return Finding(
             question,
-            f"Over the means of {len(results.arms[full].seeds)} seed(s): d90 of the gain in loss over the "
-            f"untouched base ({before.loss:.3f} to {after.loss:.3f} nats): {of_gain}. d90 of the accuracy of "
+            f"{'Over the means of' if len(seeds) > 1 else 'With'} {seeds_told([len(seeds)])}: "
+            f"d90 of the gain in loss over the untouched base ({before.loss:.3f} to {after.loss:.3f} nats): "
+            f"{of_gain}. d90 of the accuracy of "
             f"full training ({100 * after.accuracy:.1f} %; the untouched base has "
             f"{100 * before.accuracy:.1f} %): {ALREADY if of_metric is None else of_metric}.",
             (table,),
@@ -248,13 +249,19 @@ def _crossing(shares: Mapping[int, float]) -> float | None:
 
 
 def _spread(between: Mapping[int, float | None]) -> str:
-    """The interval over seeds, or what each seed says where one of them does not pass 90 % between two."""
+    """The interval over seeds, or which seeds pass 90 % between two dimensions where not all of them do."""
     if len(between) < 2:
         return ""
     passed = [d for d in between.values() if d is not None]
+    if not passed:
+        return "; with no seed is 90 % passed between two dimensions that were tried"
     if len(passed) < len(between):
-        told = ("none between" if d is None else f"{d:,.0f}" for d in between.values())
-        return f" (by seed {', '.join(told)})"
+        told = ", ".join(f"{d:,.0f}" for d in passed)
+        others = "the other" if len(between) - len(passed) == 1 else "the others"
+        return (
+            f", by interpolation {told} with {len(passed)} of {len(between)} seeds; with {others} 90 % is "
+            "not passed between two dimensions that were tried"
+        )
     found = interval([math.log(d) for d in passed])
     mean, low, high = (math.exp(value or 0) for value in (found.mean, found.low, found.high))
     return f", by interpolation {mean:,.0f} [{low:,.0f}, {high:,.0f}]"

@@ -17,6 +17,7 @@ from brushstroke.studies.arms import exact
 from brushstroke.studies.findings import Figure, Table
 from brushstroke.studies.store import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.studies.study import Report
+from brushstroke.studies.words import counted
 from brushstroke.training.summary import versions
 
 PNG_SCALE = 2.0
@@ -145,7 +146,9 @@ def _lead(report: Report) -> str:
     model = report.settings["model"]
     runs = sum(len(found.tried) + max(0, len(found.outcomes) - 1) for found in report.results.arms.values())
     told = "; ".join(f"{name}: {text}" for name, text in model.items())
-    return f"{runs} runs of {len(report.results.arms)} arms. {told}" + ("." if told else "")
+    return f"{counted(runs, 'run')} of {counted(len(report.results.arms), 'arm')}. {told}" + (
+        "." if told else ""
+    )
 
 
 def _settings(report: Report) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from brushstroke.studies.arms import (
     whole,
 )
 from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all, compare_with
-from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table
+from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table, seeds_told
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
@@ -36,6 +36,7 @@ from brushstroke.studies.tables import (
     smallest_side_of,
     test_loss,
 )
+from brushstroke.studies.words import counted
 
 COMPARED_RANK = 8  # the smaller rank of the overlap figures, as in the paper
 
@@ -290,8 +291,8 @@ def _deficiency(found: list[Spectrum]) -> str:
     stable = interval([median(row.stable_rank for row in one.values()) for one in found])
     return (
         f"Trained without a limit on its rank, ΔW has 90 % of its energy in {bounds(needed, 3)} of {most:g} "
-        f"directions (median of {len(sites)} matrices, over {needed.count} seeds) and a stable rank of "
-        f"{bounds(stable, 3)}."
+        f"directions (median of {counted(len(sites), 'matrix', 'matrices')}, over "
+        f"{seeds_told([needed.count])}) and a stable rank of {bounds(stable, 3)}."
     )
 
 

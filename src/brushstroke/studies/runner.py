@@ -20,6 +20,7 @@ from brushstroke.studies.arms import Arm, Run
 from brushstroke.studies.comparisons import RowLosses
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
+from brushstroke.studies.words import listed
 
 EXTENSIONS = 5  # of an arm's grid, by one rate each
 
@@ -238,9 +239,9 @@ def estimate(
         )
     left_out = []
     if seeds < len(grid.seeds):
-        left_out.append(f"seeds {', '.join(map(str, grid.seeds[seeds:]))}")
+        left_out.append(listed("seed", grid.seeds[seeds:]))
     if len(kept) < len(arms):
-        left_out.append(f"arms {', '.join(arm.name for arm in arms[len(kept) :])}")
+        left_out.append(listed("arm", [arm.name for arm in arms[len(kept) :]]))
     return Estimate(seconds, runs, tuple(arm.name for arm in kept), grid.seeds[:seeds], tuple(left_out))
 
 

@@ -9,12 +9,14 @@ from brushstroke.adapter import Adapter
 from brushstroke.analysis import SiteOverlap, arrange, subspace
 from brushstroke.analysis.table import short_names
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.errors import ShapeError
 from brushstroke.report.charts import dots, overlaps
 from brushstroke.report.overlaps import CHOICES, overlap_records
 from brushstroke.studies.comparisons import Comparison, mean_on_new_rows
 from brushstroke.studies.findings import Figure, Table, bounds
 from brushstroke.studies.runner import ArmResult, Results
 from brushstroke.studies.statistics import Interval, interval, over_pairs
+from brushstroke.studies.words import listed
 
 SIDES = ("left", "right")
 QUANTITIES = {  # of the overlap figures: name of the file → whose directions, the side, title
@@ -104,6 +106,8 @@ def pair_overlaps(
         found[a, b] = subspace(results.adapter(first, a), results.adapter(second, b))
         if first != second:
             found[b, a] = subspace(results.adapter(first, b), results.adapter(second, a))
+    if not all(found.values()):
+        raise ShapeError(f"runs of {first} or {second} changed nothing: there are no directions to compare")
     return found
 
 
@@ -171,7 +175,7 @@ def over_seeds(values: Mapping[tuple[int, int], float]) -> Interval:
 def diverged_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
     """Which later seeds diverged; no number includes them."""
     lost = [
-        f"{name} (seed {', '.join(str(seed) for seed in found.outcomes if seed not in found.seeds)})"
+        f"{name} ({listed('seed', [seed for seed in found.outcomes if seed not in found.seeds])})"
         for name in names
         if (found := results.arms.get(name)) is not None and len(found.seeds) < len(found.outcomes)
     ]

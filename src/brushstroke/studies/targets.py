@@ -145,4 +145,5 @@ def _on_new_rows(lower: Sequence[Difference]) -> str:
     kept = [one.second for one in lower if one.significant_on_new_rows()]
     if len(kept) == len(lower):
         return ", on new rows too"
-    return f" on these test rows, on new rows too than {', '.join(kept) if kept else 'none of them'}"
+    on_new = f"on new rows too than {', '.join(kept)}" if kept else "but not on new rows"
+    return f" on these test rows, {on_new}"
