@@ -41,6 +41,7 @@ class AdapterOptions:
         rank_pattern: Other ranks for some targets: PATTERN=VALUE, separated by commas.
         alpha_pattern: Other alphas for some targets: PATTERN=VALUE, separated by commas.
         dropout: Dropout probability on the input of the low-rank path [default: 0].
+        variant: Type of the update, such as lora for scale·U·V [default: lora].
         start: Continue training this adapter (a folder or a hub id) instead of a new one.
     """
 
@@ -51,6 +52,7 @@ class AdapterOptions:
     rank_pattern: str | None = None
     alpha_pattern: str | None = None
     dropout: float | None = None
+    variant: str | None = None
     start: Annotated[Path | None, Parameter(name="--from")] = None
 
     def config(self) -> "LoraConfig | None":

@@ -190,6 +190,7 @@ def _contents(
     """The updates, and copies of base weights; every tensor is used, or all faults are listed."""
     problems = []
     parts: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, list[str]] = {}  # of each site
     copies: dict[str, Tensor] = {}
     names: set[str] = set()
     for key, tensor in tensors.items():
@@ -203,6 +204,7 @@ def _contents(
                 problems.append(f"{key}: holds non-finite values")
             else:
                 parts.setdefault(match["site"], {})[match["stem"]] = tensor
+                keys.setdefault(match["site"], []).append(key)
         elif (match := _COPY.fullmatch(key)) and not _ADDED.search(key) and tensor.is_floating_point():
             copies[f"{match['module']}.{match['name']}"] = tensor
         else:
@@ -210,14 +212,14 @@ def _contents(
                 f"{key} {tuple(tensor.shape)}: not part of an update that this version knows{_hint(key)}"
             )
     if len(names) > 1:
-        keys = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
+        shown = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
         problems.append(f"it holds several adapters, with keys such as {keys}; save one of them by itself")
     good = {}
     for site, found in parts.items():
         form = closest_form(found)
         reason = _misfit(form, found, rule, site)
         if reason:
-            problems.append(f"{site}: {reason}")
+            problems.append(f"{site}: {reason} (from {', '.join(keys[site])})")
         else:
             good[site] = form.read(found, rule.scale_of(site))
     if not (parts or problems):
@@ -234,8 +236,11 @@ def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str) -> s
     if missing or unknown:
         has = ", ".join(found)
         return f"has {has}, but no (usable) {', '.join(missing)}" if missing else f"cannot have all of {has}"
-    if form.flag and not rule.flags.get(form.flag):
-        return f"has {', '.join(found)}, but {form.flag} is not set in {CONFIG}"
+    unset = form.flag is not None and not rule.flags[form.flag]
+    foreign = [flag for flag, on in rule.flags.items() if on and flag != form.flag]
+    if unset or foreign:
+        flag, state = (form.flag, "not set") if unset else (foreign[0], "set")
+        return f"has {', '.join(found)}, but {flag} is {state} in {CONFIG}"
     if len({tensor.dtype for tensor in found.values()}) > 1:
         return " but ".join(f"{stem} is {tensor.dtype}" for stem, tensor in found.items())
     by_name = {name: (stem, tuple(found[stem].shape)) for stem, name in form.stems.items()}
