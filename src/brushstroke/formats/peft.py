@@ -213,13 +213,12 @@ def _contents(
             )
     if len(names) > 1:
         shown = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
-        problems.append(f"it holds several adapters, with keys such as {keys}; save one of them by itself")
+        problems.append(f"it holds several adapters, with keys such as {shown}; save one of them by itself")
     good = {}
     for site, found in parts.items():
         form = closest_form(found)
-        reason = _misfit(form, found, rule, site)
-        if reason:
-            problems.append(f"{site}: {reason} (from {', '.join(keys[site])})")
+        if reason := _misfit(form, found, rule, site, ", ".join(keys[site])):
+            problems.append(f"{site}: {reason}")
         else:
             good[site] = form.read(found, rule.scale_of(site))
     if not (parts or problems):
@@ -229,18 +228,16 @@ def _contents(
     return good, copies
 
 
-def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str) -> str | None:
+def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str, keys: str) -> str | None:
     """Why a site's tensors are no update of this form, or None."""
     missing = [stem for stem in form.stems if stem not in found]
-    unknown = [stem for stem in found if stem not in form.stems]
-    if missing or unknown:
-        has = ", ".join(found)
-        return f"has {has}, but no (usable) {', '.join(missing)}" if missing else f"cannot have all of {has}"
-    unset = form.flag is not None and not rule.flags[form.flag]
-    foreign = [flag for flag, on in rule.flags.items() if on and flag != form.flag]
-    if unset or foreign:
-        flag, state = (form.flag, "not set") if unset else (foreign[0], "set")
-        return f"has {', '.join(found)}, but {flag} is {state} in {CONFIG}"
+    if missing:
+        return f"has {keys}, but no (usable) {', '.join(missing)}"
+    if any(stem not in form.stems for stem in found):
+        return f"cannot have all of {keys}"
+    wrong = [flag for flag, on in rule.flags.items() if on != (flag == form.flag)]
+    if wrong:
+        return f"has {keys}, but {CONFIG} says {wrong[0]}: {str(rule.flags[wrong[0]]).lower()}"
     if len({tensor.dtype for tensor in found.values()}) > 1:
         return " but ".join(f"{stem} is {tensor.dtype}" for stem, tensor in found.items())
     by_name = {name: (stem, tuple(found[stem].shape)) for stem, name in form.stems.items()}

@@ -82,7 +82,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             wrong = torch.sigmoid(behind).mul_(weights[:, None])  # 1 − the target's probability
             pull.div_(others).sub_(weight[targets]).mul_(wrong)
             ctx.save_for_backward(pull.to(hidden.dtype))
-        return (F.softplus(behind).squeeze(1) * weights).sum()
+        losses = behind.clamp_min(0) + behind.abs().neg_().exp_().log1p_()  # exact, unlike F.softplus
+        return (losses.squeeze(1) * weights).sum()
 
     @staticmethod
     @first_order
