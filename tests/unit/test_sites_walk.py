@@ -11,18 +11,20 @@ from brushstroke.sites import find_others, find_sites, kind_of, site_module, unw
 
 def test_sites_of_a_llama(llama):
     sites = {site.path: site for site in find_sites(llama)}
-    assert len(sites) == 2 * 7 + 1
+    assert len(sites) == 1 + 2 * 7 + 1
     down = sites["model.layers.0.mlp.down_proj"]
     assert (down.kind, down.shape, down.name) == ("linear", (48, 32), "down_proj")
     assert sites["lm_head"].is_output
     assert sites["lm_head"].tied_to is None
     assert not down.is_output
-    assert next(iter(sites)) == "model.layers.0.self_attn.q_proj"
+    words = sites["model.embed_tokens"]
+    assert (words.kind, words.shape, words.in_groups) == ("embedding", (64, 32), False)
+    assert list(sites)[:2] == ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
 
 
 def test_sites_of_a_gpt2(gpt2):
     sites = {site.path: site for site in find_sites(gpt2)}
-    assert len(sites) == 2 * 4 + 1
+    assert len(sites) == 2 + 2 * 4 + 1
     fused = sites["transformer.h.0.attn.c_attn"]
     assert (fused.kind, fused.shape) == ("conv1d", (32, 96))
     assert sites["lm_head"].tied_to == "transformer.wte"
@@ -35,9 +37,8 @@ def test_tied_head_has_its_embedding_as_tie(tied_llama):
 
 
 def test_other_modules_are_not_sites():
-    net = nn.Sequential(
-        nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Bilinear(4, 4, 4), nn.ReLU()
-    )
+    modules = nn.EmbeddingBag(4, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Bilinear(4, 4, 4), nn.ReLU()
+    net = nn.Sequential(*modules, nn.Embedding(4, 4, max_norm=1.0))
     assert find_sites(net) == []
 
 
@@ -73,7 +74,7 @@ def test_others_lists_all_weights_that_are_not_sites(llama):
     assert others.keys() == paths - sites
     assert not [other for other in others.values() if other.weighs]
     assert others["model.layers.1.self_attn"].holds == ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert others["model.embed_tokens"].reason == "an Embedding, which cannot be adapted yet"
+    assert others["model.norm"].reason == "a LlamaRMSNorm, which cannot be adapted yet"
 
 
 def test_other_weights_have_their_axes():

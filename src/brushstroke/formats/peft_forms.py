@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brushstroke.layers.embedding import EmbeddingLowRank
 from brushstroke.lowrank import LowRank, Update
 
 _KEY = re.compile(
@@ -57,6 +58,7 @@ class Form:
 
 FORMS = [
     Form(LowRank, {"U": "lora_A.weight", "V": "lora_B.weight"}),
+    Form(EmbeddingLowRank, {"U": "lora_embedding_A", "V": "lora_embedding_B"}),
 ]
 FLAGS = {form.flag for form in FORMS if form.flag}
 

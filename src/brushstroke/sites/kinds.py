@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -62,7 +63,21 @@ CONV1D = Kind(  # HF's, known by its class name: nothing here imports transforme
     example=lambda module, rows, generator: torch.randn(rows, module.weight.shape[0], generator=generator),
 )
 
-KINDS = {kind.name: kind for kind in (LINEAR, CONV1D)}
+EMBEDDING = Kind(
+    name="embedding",
+    matches=lambda module: isinstance(module, nn.Embedding) and module.max_norm is None,
+    shape=lambda module: (module.num_embeddings, module.embedding_dim),
+    to_dxh=lambda weight: weight,
+    from_dxh=lambda W, shape: W,
+    is_plain=lambda cls: cls.forward is nn.Embedding.forward,
+    example=lambda module, rows, generator: torch.randint(
+        module.num_embeddings, (rows,), generator=generator
+    ),
+    product=lambda module, x, W: F.embedding(x, W) * getattr(module, "embed_scale", 1.0),  # of Gemma, Bart
+    in_groups=False,
+)
+
+KINDS = {kind.name: kind for kind in (LINEAR, CONV1D, EMBEDDING)}
 
 
 def kind_of(module: nn.Module) -> Kind | None:
