@@ -115,6 +115,7 @@ def test_an_adapter_without_a_run_is_replaced_only_when_asked(tmp_path: Path) ->
 def test_what_a_user_put_among_the_checkpoints_stays(tmp_path: Path) -> None:
     mine = {
         f"{STEP}/notes.txt": "mine",
+        f"{STEP}/README.md": "mine",
         f"{BEST}/notes.txt": "mine",
         "checkpoints/best-00000001/notes.txt": "mine",
         "checkpoints/step-00000001/notes.txt": "mine",
