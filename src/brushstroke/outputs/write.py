@@ -94,12 +94,12 @@ def new_partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
     Before it is locked, another process may take it for a leftover and remove it: another one is made.
     """
-    handle = None
-    while handle is None:
+    while True:
         partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         make(partial)
         with suppress(FileNotFoundError):
             handle = hold(partial)
+            break
     try:
         yield partial
     finally:
