@@ -583,19 +583,15 @@ def test_a_folder_that_a_user_made_after_a_kill_stays_and_so_does_the_old_adapte
 def test_a_folder_that_cannot_be_renamed_gets_its_files_one_by_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EBUSY if reason == "mount point" else errno.EACCES, "no")
-
     adapter, place = load(folder).with_card(Card(chat_template="old")), folder.stat().st_ino
     save(adapter, folder, overwrite=True)
     place = folder.stat().st_ino
     if reason == "current folder":
         monkeypatch.chdir(folder)
     elif reason == "parent":
-        monkeypatch.setattr(Path, "mkdir", refuse)
+        monkeypatch.setattr(os, "access", lambda path, mode: path != folder.parent)
     else:
-        monkeypatch.setattr(replace, "exchange", lambda *_: False)
-        monkeypatch.setattr(os, "rename", refuse)
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == folder)
     (folder / "notes.txt").write_text("mine")
     save((2.0 * adapter).with_card(Card()), folder, overwrite=True)
     assert folder.stat().st_ino == place

@@ -181,7 +181,7 @@ def test_a_killed_writer_leaves_one_version_whole(
     try:
         for number in range(3, 3 + KILLS):
             writer = forked(lambda number=number: case.write(number))
-            time.sleep(chosen.uniform(0.0, 1.2 * seconds))
+            time.sleep(chosen.uniform(0.0, 1.6 * seconds))
             os.kill(writer, signal.SIGKILL)
             died += os.WIFSIGNALED(os.waitpid(writer, 0)[1])
             left = look(case, way, kind)

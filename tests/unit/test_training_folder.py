@@ -113,6 +113,7 @@ def test_adapter_without_run_is_replaced_only_with_overwrite(tmp_path: Path) -> 
 def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
     mine = {
         f"{STEP}/notes.txt": "mine",
+        f"{STEP}/README.md": "mine",
         f"{BEST}/notes.txt": "mine",
         "checkpoints/best-00000001/notes.txt": "mine",
         "checkpoints/step-00000001/notes.txt": "mine",

@@ -43,7 +43,9 @@ def hold(path: Path) -> int:
 
 
 def is_at(handle: int, path: Path) -> bool:
-    """Whether a path still names what was opened."""
+    """Whether a path still names what was opened, as far as the system can tell."""
+    if fcntl is None:
+        return True
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(handle), os.stat(path))
     return False
@@ -139,7 +141,7 @@ class RunLock:
             except BaseException:
                 os.close(handle)
                 raise
-            if fcntl is None or is_at(handle, self._folder):
+            if is_at(handle, self._folder):
                 return handle
             os.close(handle)
 

@@ -6,7 +6,6 @@ the system cannot exchange folders, the old one is renamed to .DIR.partial-XXXXX
 between the two renames there is no folder; after a kill there, the next write first puts the old one back.
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,7 +17,7 @@ from brushstroke.outputs.exchange import exchange
 from brushstroke.outputs.lock import try_alone
 from brushstroke.outputs.write import (
     PARTIAL,
-    make_folder,
+    made_folder,
     new_partial,
     output_errors,
     partial_names,
@@ -29,11 +28,6 @@ from brushstroke.outputs.write import (
 )
 
 _NEW, _OLD = "new", "old"
-_FIXED = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-class _FixedFolderError(OutputError):
-    """The folder cannot be renamed: it is a mount point, or its parent may not be written."""
 
 
 def replace_files(
@@ -52,16 +46,13 @@ def replace_files(
     Raises:
         OutputError: a file cannot be written; what stood there before is untouched.
     """
-    if not _holds_files_without(folder, last) and not _holds_current(folder):
-        try:
-            with replace_folder(folder, owned.__contains__) as new:
-                for name, content in files.items():
-                    write_synced(new / name, content)
-        except _FixedFolderError:
-            pass
-        else:
-            return
-    write_files(folder, files, last=last, owned=owned)
+    nothing_to_lose = folder.is_dir() and any(folder.iterdir()) and not os.path.lexists(folder / last)
+    if nothing_to_lose or _is_fixed(folder.resolve()):
+        write_files(folder, files, last=last, owned=owned)
+        return
+    with replace_folder(folder, owned.__contains__) as new:
+        for name, content in files.items():
+            write_synced(new / name, content)
 
 
 def remove_own(folder: Path, owned: Collection[str]) -> None:
@@ -94,7 +85,7 @@ def replace_folder(
             written; the old folder is untouched.
     """
     folder = folder.expanduser().resolve()
-    with output_errors(folder), _new_parents(folder.parent), _work_folder(folder) as work:
+    with output_errors(folder), made_folder(folder.parent), new_partial(folder, Path.mkdir) as work:
         new = work / _NEW
         new.mkdir()
         built = new.stat()
@@ -143,46 +134,11 @@ def clear_leftovers_in(parent: Path, is_named: Callable[[str], bool], is_ours: C
                 os.close(handle)
 
 
-@contextmanager
-def _new_parents(parent: Path) -> Iterator[None]:
-    """Context manager: the folders that had to be made go again with an error."""
-    made = make_folder(parent)
-    try:
-        yield
-    except BaseException:
-        remove_empty(*made)
-        raise
-
-
-@contextmanager
-def _work_folder(folder: Path) -> Iterator[Path]:
-    """Context manager: the hidden folder in which another one is built, in use until the end of the block."""
-    with _fixed_folder(folder):
-        work, handle = new_partial(folder, Path.mkdir)
-    try:
-        yield work
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _fixed_folder(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FIXED:
-            raise
-        raise _FixedFolderError(
-            f"cannot replace {folder}: {error.strerror}; choose a folder that may be renamed"
-        ) from error
-
-
 def _swap(new: Path, folder: Path, old: Path) -> None:
     if not folder.is_dir():
         os.rename(new, folder)
     elif not exchange(new, folder):
-        with _fixed_folder(folder):
-            os.rename(folder, old)
+        os.rename(folder, old)
         os.rename(new, folder)
 
 
@@ -264,11 +220,11 @@ def _sync(folder: Path) -> None:
                 os.close(handle)
 
 
-def _holds_files_without(folder: Path, marker: str) -> bool:
-    return folder.is_dir() and any(folder.iterdir()) and not os.path.lexists(folder / marker)
-
-
-def _holds_current(folder: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return Path.cwd().is_relative_to(folder.resolve())
-    return False
+def _is_fixed(folder: Path) -> bool:
+    """Whether a folder cannot be renamed, or must not, as it is the current one."""
+    if not folder.is_dir():
+        return False
+    with suppress(FileNotFoundError):  # the current folder was removed
+        if Path.cwd().is_relative_to(folder):
+            return True
+    return os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)

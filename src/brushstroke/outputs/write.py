@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import BrushstrokeError, OutputError
@@ -63,20 +63,13 @@ def write_files(
     Raises:
         OutputError: a file cannot be written.
     """
-    with output_errors(folder):
-        made = make_folder(folder)
-        try:
-            placed = {folder / name: content for name, content in files.items()}
-            with partial_files(placed) as partial, _unread(folder, last):
-                remove_files(folder, [last, *(name for name in owned if name not in files)])
-                for path in sorted(partial, key=lambda path: path.name == last):
-                    os.replace(partial[path], path)
-            sync_folder(folder)
-        except BaseException:
-            if made:
-                remove_files(folder, files)
-            remove_empty(*made)
-            raise
+    with output_errors(folder), made_folder(folder):
+        placed = {folder / name: content for name, content in files.items()}
+        with partial_files(placed) as partial, _unread(folder, last):
+            remove_files(folder, [last, *(name for name in owned if name not in files)])
+            for path in sorted(partial, key=lambda path: path.name == last):
+                os.replace(partial[path], path)
+        sync_folder(folder)
 
 
 def write_synced(path: Path, content: bytes | str) -> None:
@@ -95,16 +88,22 @@ def write_synced(path: Path, content: bytes | str) -> None:
         raise OutputError(f"{path} reads back differently from what was written; check the disk")
 
 
-def new_partial(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
-    """Make a file or folder under a hidden name beside its place, and share its lock: it is in use.
+@contextmanager
+def new_partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Context manager: a new file or folder under a hidden name beside its place, in use until the end.
 
-    Before it has the lock, another process may take it for a leftover and remove it: another one is made.
+    Before it is locked, another process may take it for a leftover and remove it: another one is made.
     """
     while True:
         partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         make(partial)
         with suppress(FileNotFoundError):
-            return partial, hold(partial)
+            handle = hold(partial)
+            break
+    try:
+        yield partial
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -114,19 +113,13 @@ def partial_files(files: Mapping[Path, bytes | str]) -> Iterator[dict[Path, Path
     What killed processes left under such names is removed.
     """
     partial: dict[Path, Path] = {}
-    handles = []
-    try:
+    with ExitStack() as stack:
         for path, content in files.items():
             remove_partial_files(path.parent, path.name.__eq__)
-            partial[path], handle = new_partial(path, Path.touch)
-            handles.append(handle)
+            partial[path] = stack.enter_context(new_partial(path, Path.touch))
+            stack.callback(partial[path].unlink, missing_ok=True)
             write_synced(partial[path], content)
         yield partial
-    finally:
-        for left in partial.values():
-            left.unlink(missing_ok=True)
-        for handle in handles:
-            os.close(handle)
 
 
 def partial_names(folder: Path, is_named: Callable[[str], bool]) -> list[Path]:
@@ -162,12 +155,17 @@ def remove_empty(*folders: Path) -> None:
             folder.rmdir()
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Make a folder; returns those that had to be made, innermost first."""
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Context manager: a folder is made where it is not there; with an error, what was made goes if empty."""
     made = [level for level in (folder, *folder.parents) if not level.exists()]
     if made:
         folder.mkdir(parents=True, exist_ok=True)
-    return made
+    try:
+        yield
+    except BaseException:
+        remove_empty(*made)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from brushstroke.outputs import (
     read_first,
     refuse_existing,
     remove_files,
+    remove_own,
     write_file,
     write_files,
 )
@@ -37,8 +38,8 @@ from brushstroke.training.run_files import (
     RUN,
     checkpoint_folders,
     clear_run,
+    names_in,
     refuse_foreign,
-    remove_checkpoint,
     step_of,
 )
 
@@ -208,7 +209,7 @@ class RunFolder:
         with suppress(OSError):
             for folder in [*checkpoint_folders(self.path, "step"), *checkpoint_folders(self.path, "best")]:
                 if folder not in kept and folder not in named:
-                    remove_checkpoint(folder)
+                    remove_own(folder, names_in(folder))
             clear_run(self.path)
 
     def open(self, step: int, evaluated: int = 0) -> None:
@@ -227,8 +228,8 @@ class RunFolder:
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
-            for folder in () if step else (*reversed(steps), *best):
-                remove_checkpoint(folder)  # before the metrics, which belong to the last one that is there
+            for folder in () if step else (*reversed(steps), *best):  # the metrics belong to the last step
+                remove_own(folder, names_in(folder))
             with self._lock.alone():
                 remove_files(self.path, (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))))
             if step:

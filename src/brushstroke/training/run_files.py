@@ -4,6 +4,7 @@ It reads and removes; it writes nothing.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from brushstroke.formats import ADAPTER_FILES
@@ -13,7 +14,6 @@ from brushstroke.outputs import (
     clear_leftovers_in,
     foreign,
     has_keys,
-    remove_own,
     remove_partial_files,
 )
 from brushstroke.training.checkpoint import OWN_FILES as STEP_FILES
@@ -32,18 +32,22 @@ OWN_FILES = OwnFiles(
     vouchers={README: (RUN, CARD)},
 )
 INSIDE = {"step": STEP_FILES, "best": OwnFiles(ADAPTER_FILES, ADAPTER_KEYS, (CARD,))}
-_CHECKPOINT = re.compile(r"(?P<kind>step|best)-(?P<step>\d{8,})")
 
 
 def checkpoint_folders(folder: Path, kind: str) -> list[Path]:
     """The folders of a kind ("step" or "best") with names that a run gives, by their steps."""
-    found = [(path, _CHECKPOINT.fullmatch(path.name)) for path in (folder / CHECKPOINTS).glob(f"{kind}-*")]
-    return sorted((path for path, match in found if match), key=step_of)
+    found = (folder / CHECKPOINTS).glob(f"{kind}-*")
+    return sorted((path for path in found if _is_of(kind, path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.partition("-")[2])
+
+
+def names_in(checkpoint: Path) -> tuple[str, ...]:
+    """The files that a run writes into a checkpoint's folder, by the kind that its name says."""
+    return INSIDE[checkpoint.name.partition("-")[0]].names
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -63,15 +67,13 @@ def refuse_foreign(folder: Path) -> None:
         INSIDE[kind].refuse_foreign(path, vouched=sure)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint or a best adapter; what a user put beside its files stays."""
-    remove_own(folder, INSIDE[folder.name.partition("-")[0]].names)
-
-
 def clear_run(folder: Path) -> None:
     """Remove what killed processes left in a run's folder; a checkpoint that was moved away returns."""
     remove_partial_files(folder, OWN_FILES.names.__contains__)
     checkpoints = folder / CHECKPOINTS
-    if not checkpoints.is_symlink():
-        owned = {name for files in INSIDE.values() for name in files.names}
-        clear_leftovers_in(checkpoints, lambda name: bool(_CHECKPOINT.fullmatch(name)), owned.__contains__)
+    for kind in () if checkpoints.is_symlink() else INSIDE:
+        clear_leftovers_in(checkpoints, partial(_is_of, kind), INSIDE[kind].names.__contains__)
+
+
+def _is_of(kind: str, name: str) -> bool:
+    return bool(re.fullmatch(rf"{kind}-\d{{8,}}", name))
