@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError
-from brushstroke.outputs.write import PARTIAL, make_folder, output_errors, remove_empty
+from brushstroke.outputs.write import PARTIAL, output_errors, remove_empty
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     """
     with output_errors(folder):
         refuse_existing(folder, overwrite)
-        made = make_folder(folder)
+        made = [level for level in (folder, *folder.parents) if not level.exists()]
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         finally:
             remove_empty(*made)
