@@ -179,9 +179,9 @@ def test_unknown_field_error_has_a_next_step(folder: Path) -> None:
 
 
 def test_all_refused_fields_are_listed_at_once(folder: Path) -> None:
-    edit_config(folder, use_dora=True, modules_to_save=["head"], novelty=3)
+    edit_config(folder, use_qalora=True, modules_to_save=["head"], novelty=3)
     said = refusal(folder)
-    assert all(name in said for name in ("use_dora", "modules_to_save", "novelty"))
+    assert all(name in said for name in ("use_qalora", "modules_to_save", "novelty"))
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha"])

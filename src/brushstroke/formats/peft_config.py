@@ -21,7 +21,6 @@ _UNKNOWN = (
 )
 _REFUSED = {  # what changes the meaning of the factors, or adds something to them
     "bias": "it changes biases too",
-    "use_dora": "it has DoRA magnitudes",
     "lora_bias": "its second factors have biases",
     "modules_to_save": (
         "it holds whole copies of these modules, which cannot be attached or merged here yet; merge it with "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brushstroke.layers.dora import DoRA
 from brushstroke.layers.embedding import EmbeddingLowRank
 from brushstroke.lowrank import LowRank, Update
 
@@ -59,6 +60,11 @@ class Form:
 FORMS = [
     Form(LowRank, {"U": "lora_A.weight", "V": "lora_B.weight"}),
     Form(EmbeddingLowRank, {"U": "lora_embedding_A", "V": "lora_embedding_B"}),
+    Form(
+        DoRA,
+        {"U": "lora_A.weight", "V": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+        flag="use_dora",
+    ),
 ]
 FLAGS = {form.flag for form in FORMS if form.flag}
 

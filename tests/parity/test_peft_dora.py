@@ -1,0 +1,187 @@
+"""DoRA against PEFT's: logits, gradients, merged weights, files both ways, a short training."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import brushstroke as bs
+from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.errors import AttachError, ConfigError, ShapeError
+from brushstroke.layers import attach, bank
+from brushstroke.layers.dora import DoRA
+from brushstroke.merging import merge
+
+GRADIENT = 1e-4  # each tensor's difference to its own norm, float32
+LOGITS = 1e-5  # relative
+
+peft = pytest.importorskip("peft")
+CONFIG = LoraConfig(rank=4, alpha=8, targets=["attention", "mlp"], variant="dora")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 64, (3, 11))
+
+
+def random_adapter(model: nn.Module, size: float = 0.3) -> Adapter:
+    """A fresh adapter with V not zero, and other magnitudes than W's norms."""
+    with attach(model, CONFIG) as attachment:
+        fresh = attachment.adapter()
+    updates = {}
+    for path, update in fresh.items():
+        assert isinstance(update, DoRA)
+        magnitude = update.magnitude * (1 + 0.2 * torch.rand(len(update.magnitude)))
+        updates[path] = DoRA(update.U, size * torch.randn(update.V.shape), magnitude, update.scale)
+    return Adapter(updates, fresh.card)
+
+
+def peft_model(model: nn.Module, folder: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder), is_trainable=True).eval()
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_a_fresh_adapter_changes_nothing(model, tokens):
+    expected, before = model(input_ids=tokens).logits, copy.deepcopy(model.state_dict())
+    with attach(model, CONFIG, trainable=True) as attachment:
+        assert relative(model(input_ids=tokens).logits, expected) < LOGITS
+        assert sum(name.endswith("lora_magnitude") for name, _ in attachment.named_parameters()) == len(
+            attachment.sites
+        )
+        with attachment.disabled():
+            assert torch.equal(model(input_ids=tokens).logits, expected)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_logits_gradients_and_merged_weights_are_those_of_peft(model, tokens, tmp_path):
+    adapter = random_adapter(model)
+    bs.save(adapter, tmp_path / "ours")
+    theirs = peft_model(model, tmp_path / "ours")
+    expected = theirs(input_ids=tokens, labels=tokens)
+    expected.loss.backward()
+    with attach(model, adapter, trainable=True) as attachment:
+        got = model(input_ids=tokens, labels=tokens)
+        got.loss.backward()
+        assert relative(got.logits, expected.logits) < LOGITS
+        modules = dict(theirs.base_model.model.named_modules())  # type: ignore[union-attr]
+        for path, ours in attachment.modules.items():
+            reference = modules[path]
+            pairs = (
+                (ours.lora_U_rows, reference.lora_A["default"].weight.grad),
+                (ours.lora_V, reference.lora_B["default"].weight.grad.mT),
+                (ours.lora_magnitude, reference.lora_magnitude_vector["default"].weight.grad),
+            )
+            for factor, gradient in pairs:
+                assert relative(factor.grad, gradient.reshape(factor.shape)) < GRADIENT
+    unloaded = theirs.merge_and_unload()  # type: ignore[operator]
+    for (name, p), q in zip(merge(model, adapter).named_parameters(), unloaded.parameters(), strict=True):
+        assert ((p - q).norm() <= LOGITS * q.norm()).item(), name
+
+
+def test_files_of_peft_are_read_and_written_alike(model, tokens, tmp_path):
+    adapter = random_adapter(model)
+    bs.save(adapter, tmp_path / "ours")
+    peft_model(model, tmp_path / "ours").save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    again = bs.load(tmp_path / "theirs")
+    for path, update in adapter.items():
+        found = again[path]
+        assert isinstance(found, DoRA)
+        assert found.scale == update.scale
+        for name, tensor in update.tensors().items():
+            assert torch.equal(found.tensors()[name], tensor)
+    with attach(model, again):
+        got = model(input_ids=tokens).logits
+    assert relative(got, peft_model(model, tmp_path / "theirs")(input_ids=tokens).logits) < LOGITS
+
+
+def test_a_short_training_run_agrees_with_peft(model, tmp_path):
+    adapter = random_adapter(model, size=0.02)
+    bs.save(adapter, tmp_path / "ours")
+    theirs = peft_model(model, tmp_path / "ours")
+    batches = [torch.randint(1, 64, (2, 10)) for _ in range(4)]
+    curves = []
+    with attach(model, adapter, trainable=True) as attachment:
+        for net, parameters in (
+            (model, list(attachment.parameters())),
+            (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+        ):
+            optimizer = torch.optim.AdamW(parameters, 1e-2)
+            losses = []
+            for step in range(20):
+                batch = batches[step % len(batches)]
+                loss = net(input_ids=batch, labels=batch).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            curves.append(losses)
+    assert sum(curves[0][-4:]) < sum(curves[0][:4])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_merged_models_give_the_logits_of_the_adapted_one(model, tokens, tmp_path):
+    adapter = random_adapter(model)
+    with attach(model, adapter):
+        expected = model(input_ids=tokens).logits
+    assert relative(merge(model, adapter)(input_ids=tokens).logits, expected) < LOGITS
+    model.save_pretrained(tmp_path / "base")
+    bs.merge_folder(str(tmp_path / "base"), adapter, tmp_path / "merged")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(merged(input_ids=tokens).logits, expected) < LOGITS
+
+
+def test_what_depends_on_the_base_is_refused_with_the_reason(model):
+    adapter = random_adapter(model)
+    for act in (
+        lambda: adapter + adapter,
+        lambda: 0.5 * adapter,
+        lambda: adapter.norm(),
+        lambda: adapter.inner(adapter),
+        lambda: adapter.truncate(2),
+    ):
+        with pytest.raises(ShapeError, match="depends on W"):
+            act()
+    with pytest.raises(ShapeError, match=r"only low-rank updates can be analysed; found\n .* a DoRA"):
+        bs.spectrum(adapter)
+    with pytest.raises(AttachError, match="which a bank cannot hold; attach it by itself, or merge it"):
+        bank(model, {"dora": adapter})
+
+
+def test_other_names_and_kinds_are_refused(llama):
+    with pytest.raises(ConfigError, match=r"must be one of lora, dora; got 'dorra' .did you mean 'dora'"):
+        attach(llama, LoraConfig(variant="dorra"))
+    with pytest.raises(ConfigError, match="'dora' cannot adapt a layer of kind 'embedding'"):
+        attach(llama, LoraConfig(variant="dora", rank=1, targets=["embed_tokens"]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_magnitude_of_another_length_is_refused():
+    with pytest.raises(ShapeError, match="must hold 2 values"):
+        DoRA(torch.ones(3, 1), torch.ones(1, 2), torch.ones(3))
+
+
+def test_columns_of_the_changed_weight_have_the_magnitude_as_norm():
+    update = DoRA(torch.ones(3, 1), torch.ones(1, 2), torch.tensor([1.0, 2.0]), 0.5)
+    W = torch.randn(3, 2)
+    changed = W + update.dense(W)
+    assert changed.norm(dim=0).tolist() == pytest.approx([1.0, 2.0])
+    i, j = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 1])
+    torch.testing.assert_close(update.entries(i, j, W).float(), update.dense(W)[i, j])
+    torch.testing.assert_close(update.columns(1, 2).dense(W[:, 1:]), update.dense(W)[:, 1:])
