@@ -6,7 +6,7 @@ It reads no tensor, and loads neither torch nor transformers.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -24,6 +24,7 @@ FETCHED = (CONFIG, TENSORS, CARD, *TEMPLATES)
 PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
 _FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.[^.]+){0,2}")
 _EXPECTED = f"an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
+OTHER_FORMATS: list[Callable[[Path], bool]] = []  # tests of formats that are registered besides PEFT's layout
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -109,7 +110,7 @@ def damaged_tensors(file: Traversable, error: Exception) -> AdapterFileError:
 
 
 def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
-    """Site → (d, h) of an adapter, by the heads of its files.
+    """Site → (d, h) of an adapter, by the heads of its files; nothing for formats other than PEFT's layout.
 
     What is wrong with single factors is left to `load`, which lists all of it.
 
@@ -119,6 +120,9 @@ def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
     from safetensors import SafetensorError, safe_open
 
     sides: dict[str, dict[str, tuple[int, ...]]] = {}
+    path = find_adapter(name)
+    if any(recognises(path) for recognises in OTHER_FORMATS):
+        return {}
     with open_adapter(name) as folder:
         config, tensors = adapter_files(folder)
         read_object(config)

@@ -1,5 +1,15 @@
 """Adapters on disk; PEFT's layout is the one that brushstroke writes."""
 
-from brushstroke.formats.peft import ADAPTER_FILES, as_files, check_output, load, remove, save
+from brushstroke.formats.peft import ADAPTER_FILES, as_files, check_output, remove, save
+from brushstroke.formats.registry import Format, load, register_format
 
-__all__ = ["ADAPTER_FILES", "as_files", "check_output", "load", "remove", "save"]
+__all__ = [
+    "ADAPTER_FILES",
+    "Format",
+    "as_files",
+    "check_output",
+    "load",
+    "register_format",
+    "remove",
+    "save",
+]

@@ -1,0 +1,60 @@
+"""The formats of adapters on disk: `load` reads PEFT's layout and every format that was registered.
+
+Writing is the part of each format; `save` writes PEFT's layout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from brushstroke.adapter import Adapter
+from brushstroke.fetch import OTHER_FORMATS, find_adapter
+from brushstroke.formats import peft
+
+
+@dataclass(frozen=True)
+class Format:
+    """A further format of adapter files.
+
+    Args:
+        name: for people.
+        recognises: whether a file or folder is of this format, by its name or its first bytes.
+        load: reads it; raises `AdapterFileError` for what is damaged.
+    """
+
+    name: str
+    recognises: Callable[[Path], bool]
+    load: Callable[[Path], Adapter]
+
+
+_formats: list[Format] = []
+
+
+def register_format(new: Format) -> Callable[[], None]:
+    """Let `load`, `--adapter` and all commands read another format; returns what takes it back."""
+    _formats.append(new)
+    OTHER_FORMATS.append(new.recognises)
+
+    def undo() -> None:
+        _formats.remove(new)
+        OTHER_FORMATS.remove(new.recognises)
+
+    return undo
+
+
+def load(name: str | Path) -> Adapter:
+    """Read an adapter, on the CPU and in the dtype that it was saved in.
+
+    Args:
+        name: a folder or file; or the hub id ("owner/name") of an adapter in PEFT's layout, if there is no
+            such folder.
+
+    Raises:
+        AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
+            Or it cannot be read.
+    """
+    path = find_adapter(name)
+    for known in _formats:
+        if known.recognises(path):
+            return known.load(path)
+    return peft.load(path)

@@ -1,0 +1,81 @@
+"""A format that brushstroke does not know, registered by one function."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import brushstroke as bs
+import toys
+from brushstroke.adapter import Adapter
+from brushstroke.cli.app import main
+from brushstroke.errors import AdapterFileError
+from brushstroke.formats import Format, register_format
+from brushstroke.lowrank import LowRank
+
+
+def load_toy(path: Path) -> Adapter:
+    """One .npz file: SITE.U, SITE.V and SITE.scale of each site."""
+    with np.load(path) as arrays:
+        found = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    sites = {name.rpartition(".")[0] for name in found}
+    if not all(f"{site}.{part}" in found for site in sites for part in ("U", "V", "scale")):
+        raise AdapterFileError(f"{path} lacks arrays")
+    return Adapter({s: LowRank(found[f"{s}.U"], found[f"{s}.V"], found[f"{s}.scale"].item()) for s in sites})
+
+
+@pytest.fixture
+def toy_format() -> Iterator[None]:
+    undo = register_format(Format("toy", lambda path: path.suffix == ".npz", load_toy))
+    yield
+    undo()
+
+
+@pytest.fixture
+def adapter(llama: torch.nn.Module) -> Adapter:
+    return toys.random_adapter(llama)
+
+
+@pytest.fixture
+def file(tmp_path: Path, adapter: Adapter) -> Path:
+    arrays = {
+        f"{site}.{name}": np.asarray(value)
+        for site, update in adapter.items()
+        if isinstance(update, LowRank)
+        for name, value in (("U", update.U), ("V", update.V), ("scale", update.scale))
+    }
+    np.savez(tmp_path / "toy.npz", **arrays)
+    return tmp_path / "toy.npz"
+
+
+@pytest.mark.usefixtures("toy_format")
+def test_load_reads_a_registered_format(file: Path, adapter: Adapter) -> None:
+    found = bs.load(file)
+    assert set(found) == set(adapter)
+    assert all(torch.equal(found[site].dense(), adapter[site].dense()) for site in adapter)
+
+
+@pytest.mark.usefixtures("toy_format")
+def test_commands_read_a_registered_format(
+    file: Path, adapter: Adapter, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["spectrum", str(file), "--json"]) == 0
+    by_command = json.loads(capsys.readouterr().out)
+    bs.save(adapter, tmp_path / "peft")
+    assert main(["spectrum", str(tmp_path / "peft"), "--json"]) == 0
+    assert by_command["adapters"][0]["sites"] == json.loads(capsys.readouterr().out)["adapters"][0]["sites"]
+
+
+@pytest.mark.usefixtures("toy_format")
+def test_a_damaged_file_is_one_message(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(file, **{"fc.U": np.zeros((2, 1))})
+    assert main(["spectrum", str(file)]) == 1
+    assert "lacks arrays" in capsys.readouterr().err
+
+
+def test_the_format_is_unknown_before_and_after(file: Path) -> None:
+    with pytest.raises(AdapterFileError, match="is a file; an adapter is a folder"):
+        bs.load(file)
