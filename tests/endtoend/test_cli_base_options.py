@@ -71,7 +71,7 @@ def test_custom_code_runs_only_with_trust_remote_code(cli, own, adapter, tmp_pat
     words = commands(own, data, adapter, tmp_path)[command]
     done = cli(*words)
     assert done.status == 1
-    assert f"{own} brings code of its own for its config" in done.error
+    assert f"{own} has its own code for its config" in done.error
     assert TRUST in done.error
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
     done = cli(*words, TRUST)

@@ -233,7 +233,7 @@ def test_the_rule_for_devices() -> None:
     with pytest.raises(ConfigError, match=re.escape("auto, cpu, cuda, mps")):
         choose_device("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="not there"):
+        with pytest.raises(ConfigError, match="not available on this machine"):
             choose_device("cuda")
 
 

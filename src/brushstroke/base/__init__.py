@@ -1,4 +1,7 @@
-"""The frozen base model: the lowest place where transformers is known."""
+"""Loads the frozen base model; the lowest package that imports transformers.
+
+It attaches no adapter and trains nothing.
+"""
 
 from brushstroke.base.architecture import require_language_model
 from brushstroke.base.cache import CACHE_NAMES, RowCache, row_cache

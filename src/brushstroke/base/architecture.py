@@ -1,4 +1,4 @@
-"""Which class a model folder is, by its config; whether that is a causal language model; whose code it runs.
+"""Finds the model class that a config names; whether it is a language model; whether it needs remote code.
 
 It loads no weights.
 """
@@ -10,18 +10,18 @@ from torch import nn
 
 from brushstroke.errors import BaseLoadError, ConfigError
 
-Where = dict[str, Any]  # what transformers calls a place: its name, its revision, whether its code may run
+Where = dict[str, Any]  # keyword arguments of `from_pretrained`: name or path, revision, trust_remote_code
 
 
 def read_architecture(where: Where) -> tuple[Any, Any]:
-    """The class of a model folder or hub id, which has transformers' `from_pretrained`, and its config.
+    """The class of a model folder or hub id (with transformers' `from_pretrained`), and its config.
 
-    It is the class that the first of the config's `architectures` names: the folder's own where there is code
-    for it that may run, else that of transformers. A name that nobody knows stands for a causal language
-    model.
+    It is the class that the first of the config's `architectures` names: from the folder's own code if there
+    is any and it may run, otherwise from transformers. If the name is unknown, the class is
+    AutoModelForCausalLM.
 
     Raises:
-        BaseLoadError: the model needs code of its own, which may not run.
+        BaseLoadError: the model needs remote code, which may not run.
     """
     import transformers
 
@@ -29,7 +29,7 @@ def read_architecture(where: Where) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(**where)
     except ValueError as error:
         raise (refused_code(where, "its config") if needs_own_code(error) else error) from error
-    name = _named(config)
+    name = _class_name(config)
     known = _known_class(name)
     is_known = known is not None
     own = _own_code(config, name, named_only=is_known)
@@ -43,8 +43,8 @@ def read_architecture(where: Where) -> tuple[Any, Any]:
 
 
 def unknown_class(config: Any) -> str | None:
-    """What a config says instead of the name of a class that is known here; None where it names one."""
-    name = _named(config)
+    """The class name in a config ("none" without one) if transformers does not know it; otherwise None."""
+    name = _class_name(config)
     if _known_class(name) is not None or getattr(config, "auto_map", None):
         return None
     return name or "none"
@@ -58,7 +58,7 @@ def build_model(where: Where) -> nn.Module:
 
 
 def is_language_model(made: Any, config: Any) -> bool:
-    """Whether a class (or a model) predicts the next token of the text that it is given.
+    """Whether a class (or a model) predicts the next token of its input text.
 
     Args:
         made: the class of `read_architecture`, or a model.
@@ -67,18 +67,18 @@ def is_language_model(made: Any, config: Any) -> bool:
     if getattr(config, "is_encoder_decoder", False):
         return False
     can_generate = getattr(made, "can_generate", None)
-    if not callable(can_generate):  # no class of transformers: nothing is known
+    if not callable(can_generate):  # not a class of transformers: assume a language model
         return True
     return bool(can_generate()) and made.main_input_name == "input_ids"
 
 
 def require_language_model(made: Any, config: Any, name: str | None = None) -> None:
-    """Refuse a model that is no causal language model.
+    """Refuse a model that is not a causal language model.
 
     Args:
         made: the class of `read_architecture`, or a model.
         config: its config.
-        name: of the base.
+        name: the name of the base, for the message.
 
     Raises:
         ConfigError: it is another kind of model.
@@ -89,32 +89,32 @@ def require_language_model(made: Any, config: Any, name: str | None = None) -> N
     raise ConfigError(
         f"{name or 'the base'} is a {kind}, and this needs a causal language model, one that predicts the "
         "next token; give such a base, or train this one with attach(model, config, trainable=True) and a "
-        "loop of your own (merge takes every kind of model)"
+        "loop of your own (merge accepts every kind of model)"
     )
 
 
 def refused_code(where: Where, what: str) -> BaseLoadError:
-    """The refusal of a folder's own code, which `what` needs."""
+    """The error for remote code that `what` needs and that may not run."""
     return BaseLoadError(
-        f"{where['pretrained_model_name_or_path']} brings code of its own for {what}, which transformers "
-        "does not have; read that code, and if you trust it, let it run with --trust-remote-code "
+        f"{where['pretrained_model_name_or_path']} has its own code for {what}, which is not part of "
+        "transformers; read that code, and if you trust it, allow it with --trust-remote-code "
         "(trust_remote_code=True)"
     )
 
 
 def needs_own_code(error: Exception) -> bool:
-    """Whether transformers refuses to run the code of a folder."""
+    """Whether an error says that transformers refuses to run remote code."""
     return "trust_remote_code=True" in str(error)
 
 
-def _named(config: Any) -> str:
-    """The first of a config's `architectures`, which may be a plain string; "" where there is none."""
+def _class_name(config: Any) -> str:
+    """The first of a config's `architectures`, which may be a plain string; "" if there is none."""
     named = getattr(config, "architectures", None) or [""]
     return named if isinstance(named, str) else str(named[0])
 
 
 def _known_class(name: str) -> type | None:
-    """The model class of transformers of that name."""
+    """The model class of that name in transformers, or None."""
     import transformers
 
     known = getattr(transformers, name, None)
@@ -122,13 +122,13 @@ def _known_class(name: str) -> type | None:
 
 
 def _part_for(made: Any, config: Any) -> Any:
-    """The part of a config that a class takes: the class of a text model takes the text's part."""
+    """The config or sub-config that a class expects: a text model expects the text config."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
     return next((part for part in parts if type(part) is made.config_class), config)
 
 
 def _own_code(config: Any, name: str, *, named_only: bool) -> tuple[str, str] | None:
-    """(Auto class, reference) of a folder's own code for a class: of that name, else any for a model."""
+    """(Auto class, reference) of the remote code for class `name`, or for any model unless `named_only`."""
     known: dict[str, str] = getattr(config, "auto_map", None) or {}
     models = {auto: ref for auto, ref in known.items() if auto.startswith("AutoModel")}
     named = {auto: ref for auto, ref in models.items() if ref.rpartition(".")[2] == name}

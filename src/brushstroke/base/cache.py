@@ -1,6 +1,6 @@
-"""The key-value caches of transformers' models.
+"""Creates empty key-value caches for models of transformers.
 
-It fills none: the models do.
+It does not fill them; the models do.
 """
 
 import inspect
@@ -19,13 +19,14 @@ CACHE_NAMES = ("past_key_values", "cache")  # transformers renames the first to 
 
 @dataclass(frozen=True)
 class RowCache:
-    """A cache whose rows can be picked, and how its model takes it.
+    """A cache whose rows can be selected, and the keyword argument that passes it to its model.
 
     Args:
-        name: the keyword under which the model takes it.
-        cache: transformers' own.
-        gaps: whether it is worth trying that padding stands between a row's tokens: the model is told
-            positions, declares no windows, and turns keys by frequencies that no length moves.
+        name: the keyword argument of the model.
+        cache: the cache object of transformers.
+        gaps: whether a masked gap between a row's tokens may work, so that a test is worthwhile: the model
+            accepts positions, declares no sliding windows, and its rotary frequencies do not depend on the
+            length.
     """
 
     name: str
@@ -34,19 +35,19 @@ class RowCache:
 
     @property
     def option(self) -> dict[str, Any]:
-        """The keyword argument."""
+        """The keyword argument as a dict."""
         return {self.name: self.cache}
 
     def pick(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row may come several times."""
-        self.cache.batch_select_indices(torch.tensor(rows))  # on the CPU, it serves layers of any device
+        """Keep these rows, in this order; a row may occur several times."""
+        self.cache.batch_select_indices(torch.tensor(rows))  # a CPU index works for layers on any device
 
 
 def row_cache(model: nn.Module) -> RowCache | None:
     """An empty cache for a model of transformers.
 
-    None where the model keeps something else than keys and values of each row: a state, or positions of
-    pictures.
+    None if the model stores anything other than keys and values per row, for example a recurrent state or
+    image positions.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -60,7 +61,9 @@ def row_cache(model: nn.Module) -> RowCache | None:
     kinds = {type(layer) for layer in cache.layers}
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    causal = all(getattr(module, "is_causal", True) for module in model.modules())  # BERT's kin are not
+    causal = all(
+        getattr(module, "is_causal", True) for module in model.modules()
+    )  # BERT and similar models are not
     fixed = dynamic_rope_limit(model) is None
     gaps = kinds == {DynamicLayer} and "position_ids" in known and causal and fixed
     return RowCache(name, cache, gaps)

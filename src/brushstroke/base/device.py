@@ -1,8 +1,6 @@
-"""Where a model runs and in which precision: a written rule on the machine's features, never a timing.
+"""Chooses device and dtype by fixed rules on the machine's features; reads the total memory of the device.
 
-Also how much memory the device has in total; free memory is never looked at.
-
-It loads nothing.
+It loads nothing, measures no times and does not read free memory.
 """
 
 import os
@@ -25,18 +23,18 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY":
 
 
 def limit_kernel_caches() -> None:
-    """Let oneDNN and torch's glue to it remember fewer kernels than the 1,024 that each would keep.
+    """Limit the kernel caches of oneDNN and of torch's interface to it; each keeps 1,024 kernels by default.
 
-    A kernel is made for each number of rows. Packed passes nearly always have a new one, so that old kernels
-    are of no use and cost up to a megabyte each. Works before the first product of the process that oneDNN
-    computes (bf16, and fp32 with AVX-512); values that the user has set stay.
+    oneDNN builds a kernel for each number of rows. Packed passes nearly always have a new number, so old
+    kernels are useless and cost up to a megabyte each. The limits take effect only before the process's first
+    matrix product in oneDNN (bf16, and fp32 with AVX-512). Values that the user has set are kept.
     """
     for name, value in KERNEL_CACHES.items():
         os.environ.setdefault(name, value)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that a name stands for; "auto" is a CUDA GPU, else Apple's MPS, else the CPU.
+    """The device of this name; "auto" is a CUDA GPU, otherwise Apple's MPS, otherwise the CPU.
 
     Raises:
         ConfigError: an unknown name, or a device that this machine does not have.
@@ -61,12 +59,12 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(chosen.type, True):
-        raise ConfigError(f"device {device!r} is not there on this machine; use 'cpu' or 'auto'")
+        raise ConfigError(f"device {device!r} is not available on this machine; use 'cpu' or 'auto'")
     return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the frozen base on a device, and why.
+    """The dtype of the frozen base on a device, and the reason.
 
     "auto" is bfloat16 on a GPU and on a CPU that multiplies bf16 natively (avx512_bf16, amx_bf16, ARM's
     bf16), float32 on any other CPU: there bf16 arithmetic is emulated and slower.
@@ -102,7 +100,7 @@ def _native_bf16() -> str | None:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory; on a CPU the machine's, or the container's limit where it is lower."""
+    """Bytes of the device's memory; on a CPU the machine's, or the container's limit if it is lower."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()])

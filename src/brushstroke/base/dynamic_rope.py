@@ -1,6 +1,6 @@
-"""Rotary frequencies that move with the longest row of a batch (dynamic, longrope): from where, and back.
+"""RoPE types whose frequencies depend on the longest row of a batch (dynamic, longrope): limit and reset.
 
-Also how long a row may be asked to be: a model whose frequencies follow the length has no last position.
+Also checks max_length. It computes no frequencies; transformers does.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from torch import nn
 from brushstroke.base.model_facts import context_length, text_config
 from brushstroke.errors import ConfigError
 
-MOVING = ("dynamic", "longrope")
-# How the names end of what rotary modules change.
-REMEMBERED = ("inv_freq", "max_seq_len_cached", "attention_scaling")
+DYNAMIC_TYPES = ("dynamic", "longrope")
+# Endings of the names of the attributes and buffers that rotary modules change.
+CHANGED_NAMES = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 
 
 def dynamic_rope_limit(model: nn.Module) -> int | None:
-    """Tokens beyond which a batch's longest row moves the rotary frequencies of all; None if none does.
+    """The row length in tokens above which the rotary frequencies of the whole batch change; None if never.
 
-    Kinds of layers may have parameters of their own: the first of them to move counts.
+    Different kinds of layers may have their own parameters; the result is the lowest of their limits.
     """
     text = text_config(model)
-    if not any(kind in repr(getattr(text, "rope_parameters", None)) for kind in MOVING):
+    if not any(kind in repr(getattr(text, "rope_parameters", None)) for kind in DYNAMIC_TYPES):
         return None
     context = context_length(text) or 0
     limits = []
@@ -38,16 +38,16 @@ def dynamic_rope_limit(model: nn.Module) -> int | None:
 
 
 def check_max_length(model: Any, max_length: int | None) -> None:
-    """Refuse a limit of examples that is beyond the model's context.
+    """Refuse a maximum example length that exceeds the model's context.
 
-    Frequencies of the kind `dynamic` are made for longer rows too: there any limit may be asked for.
+    Frequencies of type `dynamic` also support longer rows: they allow any limit.
 
     Args:
         model: a model, or its config.
-        max_length: the limit in tokens; None asks for none.
+        max_length: the limit in tokens; None is no limit.
 
     Raises:
-        ConfigError: with both numbers.
+        ConfigError: the limit exceeds the context; the message gives both numbers.
     """
     context = context_length(model)
     if max_length is None or context is None or max_length <= context:
@@ -61,14 +61,14 @@ def check_max_length(model: Any, max_length: int | None) -> None:
 
 
 def _rope_sets(text: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, parameters) of the rotary frequencies in a text config, and of each kind of layers."""
+    """(type, parameters) of the rotary frequencies in a text config, and for each kind of layers."""
     rope = getattr(text, "rope_parameters", None)
     sets = [rope, *(own for own in rope.values() if isinstance(own, dict))] if isinstance(rope, dict) else []
     return [(str(parameters.get("rope_type") or parameters.get("type")), parameters) for parameters in sets]
 
 
 def reset_dynamic_rope(model: nn.Module) -> None:
-    """Give rotary modules that remember the longest row so far (dynamic) their first frequencies again."""
+    """Restore the initial frequencies of rotary modules that store the longest row so far (dynamic)."""
     for module in model.modules():
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
             kind = name.removesuffix("max_seq_len_cached")
@@ -82,20 +82,20 @@ def reset_dynamic_rope(model: nn.Module) -> None:
 
 @contextmanager
 def preserved_rope(model: nn.Module) -> Iterator[None]:
-    """Inside, a model begins with its first frequencies; afterwards they are what they were before."""
+    """Context manager: a model starts with its initial frequencies; on exit the earlier ones are restored."""
     if dynamic_rope_limit(model) is None:
         yield
         return
     stores = [values for module in model.modules() for values in (vars(module), module._buffers)]
-    before = [(values, _remembered(values)) for values in stores]
+    before = [(values, _changeable(values)) for values in stores]
     copies = [(x, x.clone()) for _, kept in before for x in kept.values() if isinstance(x, torch.Tensor)]
     try:
         reset_dynamic_rope(model)
         yield
     finally:
         for values, kept in before:
-            for name in _remembered(values).keys() - kept.keys():
-                del values[name]  # transformers makes some only when a row is long
+            for name in _changeable(values).keys() - kept.keys():
+                del values[name]  # transformers creates some only for long rows
             values.update(kept)
         for tensor, copy in copies:
             if not torch.equal(tensor, copy):  # transformers overwrites some in place
@@ -103,6 +103,6 @@ def preserved_rope(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(copy)
 
 
-def _remembered(values: dict[str, Any]) -> dict[str, Any]:
-    """What a rotary module changes."""
-    return {name: value for name, value in values.items() if name.endswith(REMEMBERED)}
+def _changeable(values: dict[str, Any]) -> dict[str, Any]:
+    """The attributes and buffers that a rotary module changes."""
+    return {name: value for name, value in values.items() if name.endswith(CHANGED_NAMES)}

@@ -1,6 +1,6 @@
-"""Loading a GGUF file through transformers: silent, with its header read once, and as a plain model.
+"""Loads a GGUF file through transformers as a dequantised model, without progress bars.
 
-It knows nothing of the format itself; transformers and the gguf package do.
+It does not parse the format; transformers and the gguf package do.
 """
 
 import functools
@@ -19,7 +19,7 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
     """The model of a GGUF file, dequantised, with transformers' loading report and the file's tokenizer.
 
     Raises:
-        BaseLoadError: the file is no GGUF file.
+        BaseLoadError: the file is not a GGUF file.
         MissingPackageError: the gguf extra is not installed.
     """
     gguf = _open(path)
@@ -38,7 +38,7 @@ def load_gguf_tokenizer(path: Path) -> tuple[Any, Any]:
     """The tokenizer and the config of a GGUF file, without its weights.
 
     Raises:
-        BaseLoadError: the file is no GGUF file.
+        BaseLoadError: the file is not a GGUF file.
         MissingPackageError: the gguf extra is not installed.
     """
     gguf = _open(path)
@@ -53,20 +53,20 @@ def load_gguf_tokenizer(path: Path) -> tuple[Any, Any]:
 
 
 def _open(path: Path) -> ModuleType:
-    """The gguf package, after a look at the file's first bytes."""
+    """The gguf package; checks the first bytes of the file."""
     gguf = require("gguf", extra="gguf")
     require("accelerate", extra="gguf")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseLoadError(
-                f"{path} is not a GGUF file (it does not begin with 'GGUF'); fetch it again, or give a model "
-                f"folder"
+                f"{path} is not a GGUF file (it does not begin with 'GGUF'); fetch it again, or give a "
+                "model folder"
             )
     return gguf
 
 
 def _unpack_weights() -> dict[str, Any]:
-    """Ask for plain dense layers; versions of transformers without this switch make nothing else."""
+    """Request plain dense layers; versions of transformers without this option always create them."""
     from transformers.utils import quantization_config
 
     config = getattr(quantization_config, "GgufConfig", None)
@@ -74,7 +74,7 @@ def _unpack_weights() -> dict[str, Any]:
 
 
 def _forget_quantisation(model: nn.Module) -> None:
-    """Take back the flags of a packed model: its weights are plain now, and save_pretrained must work."""
+    """Remove the flags of a quantised model: its weights are dense now, and save_pretrained must work."""
     model.__dict__.pop("hf_quantizer", None)
     for flag in ("is_quantized", "quantization_method"):
         model.__dict__.pop(flag, None)
@@ -85,10 +85,10 @@ def _forget_quantisation(model: nn.Module) -> None:
 
 @contextmanager
 def _header_read_once(gguf: ModuleType) -> Iterator[None]:
-    """Within it, transformers reads one file's header and table of names once, and draws no bars.
+    """Context manager: transformers reads the header and the table of names once, without progress bars.
 
-    Reading a header of 50,000 words takes 3 s and transformers does it three times; the table of tensor names
-    it builds anew for every module of the model.
+    Reading a header with 50,000 tokens takes 3 s, and transformers reads it three times. It rebuilds the
+    table of tensor names for every module of the model.
     """
     from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils as reader

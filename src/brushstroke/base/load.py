@@ -1,4 +1,4 @@
-"""From a name to a frozen base model: a folder, a hub id or a GGUF file.
+"""Loads a frozen base model from a folder, a hub id or a GGUF file.
 
 It trains nothing and attaches nothing.
 """
@@ -43,13 +43,14 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model and the tokenizer that goes with it.
+    """A frozen model and its tokenizer.
 
     Args:
-        model: any nn.Module; from `load_base` the model of transformers that the config names.
-        tokenizer: transformers' tokenizer, or None where the model has none.
-        name: the base as the user named it.
-        quantised: whether its weights went through a quantised format: near the original, not equal.
+        model: any nn.Module; `load_base` gives the model of transformers that the config names.
+        tokenizer: a tokenizer of transformers, or None if the model has none.
+        name: the name that the user gave for the base.
+        quantised: whether the weights were stored in a quantised format, so that they only approximate the
+            original.
     """
 
     model: nn.Module
@@ -73,15 +74,15 @@ class Base:
 
 
 def require_base(base: Any) -> None:
-    """Refuse what is no `Base`, and one whose model is no causal language model.
+    """Refuse a value that is not a `Base`, or a `Base` whose model is not a causal language model.
 
     Raises:
         ConfigError: it is a path, a bare model, a model of another kind, or something else.
     """
     if not isinstance(base, Base):
         raise ConfigError(
-            f"expected a Base; got {type(base).__name__}: load one with load_base(...), or make one of a "
-            "model and its tokenizer, Base(model, tokenizer)"
+            f"expected a Base; got {type(base).__name__}: load one with load_base(...), or create one from a "
+            "model and its tokenizer: Base(model, tokenizer)"
         )
     require_language_model(base.model, getattr(base.model, "config", None), base.name)
 
@@ -96,19 +97,19 @@ def load_base(
 ) -> Base:
     """Load a model and freeze it: evaluation mode, no gradients for its weights.
 
-    A folder or hub id is of the class that `architectures` in its config names: a language model, a
-    classifier, an encoder, a model of images or sound. Without that name it is a causal language model.
+    `architectures` in the config of a folder or hub id names the class: a language model, a classifier, an
+    encoder, a model of images or sound. Without that name the model is a causal language model.
 
     Args:
         name: a model folder, a `.gguf` file (or a folder with exactly one and no config.json), or a hub id.
         dtype: "auto" (see `choose_dtype`), "float32", "bfloat16" or "float16".
         device: "auto" (see `choose_device`), "cpu", "cuda" or "mps".
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run the code that a model brings along, where it does.
+        trust_remote_code: run the model's own code, if it has any.
 
     Raises:
-        BaseLoadError: there is no such model, it is damaged or incomplete, it holds weights that its class
-            does not have, or it needs code of its own.
+        BaseLoadError: there is no such model, it is damaged or incomplete, it contains weights that its class
+            does not have, or it needs remote code.
         ConfigError: an unknown dtype or device.
         MissingPackageError: a GGUF file without the gguf extra.
     """
@@ -120,7 +121,7 @@ def load_base(
     options = {
         "dtype": weights_dtype,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # they are refused below, by name
+        "ignore_mismatched_sizes": True,  # refused below, with their names
     }
 
     def read() -> tuple[Any, Any, Any]:
@@ -140,7 +141,7 @@ def load_base(
     quantised = bool(
         (source is not None and source.suffix == ".gguf") or getattr(model, "hf_quantizer", None)
     )
-    if source is None or source.suffix != ".gguf":  # to whose tokens transformers adds some of its own
+    if source is None or source.suffix != ".gguf":  # for GGUF, transformers adds tokens of its own
         warn_of_unknown_tokens(model, tokenizer, str(name))
     if tokenizer is not None and not has_embedding(model, tokenizer.pad_token_id):
         tokenizer.pad_token = tokenizer.eos_token
@@ -159,17 +160,17 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     max_length: int | None = None,
 ) -> tuple[Any, int | None]:
-    """The tokenizer of a language model (None where it has none) and its context, without its weights.
+    """The tokenizer of a language model (None if it has none) and its context length; loads no weights.
 
     Args:
-        name: what `load_base` takes.
+        name: as in `load_base`.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run the code that a model brings along, where it does.
-        max_length: a limit of examples in tokens, to be checked against the context.
+        trust_remote_code: run the model's own code, if it has any.
+        max_length: maximum example length in tokens, which is checked against the context.
 
     Raises:
-        BaseLoadError: there is no such base, it is damaged, or it needs code of its own.
-        ConfigError: it is no causal language model, or `max_length` is beyond its context.
+        BaseLoadError: there is no such base, it is damaged, or it needs remote code.
+        ConfigError: it is not a causal language model, or `max_length` exceeds its context.
         MissingPackageError: a GGUF file without the gguf extra.
     """
     source = locate_base(str(name))
@@ -191,7 +192,7 @@ def load_tokenizer(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within it transformers and the hub client draw no progress bars and log errors only."""
+    """Context manager: transformers and the hub client show no progress bars and log errors only."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -221,7 +222,7 @@ def _where(name: str | Path, source: Path | None, revision: str | None, trust_re
 
 
 def _load_tokenizer(where: Where) -> Any:
-    """The tokenizer, or None where there are no files of one: transformers would make up an empty one."""
+    """The tokenizer, or None without tokenizer files: transformers would create an empty one."""
     from transformers import AutoTokenizer
     from transformers.utils.hub import has_file
 
@@ -232,10 +233,11 @@ def _load_tokenizer(where: Where) -> Any:
 
 
 def _refuse_other_weights(name: str, model: nn.Module, report: dict[str, Any]) -> None:
-    """Refuse files that lack a weight, which would be random, or hold one that the class does not have."""
+    """Refuse files that lack a weight (it would be random) or contain one that the class does not have."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseLoadError(
-            f"{name} is a base with an adapter beside it; give the base alone and the adapter as --adapter"
+            f"the folder {name} contains a base and an adapter; give the base alone and the adapter as "
+            "--adapter"
         )
     require_whole(
         name,
@@ -248,7 +250,7 @@ def _refuse_other_weights(name: str, model: nn.Module, report: dict[str, Any]) -
 
 @contextmanager
 def _explained(name: str, source: Path | None, where: Where) -> Iterator[None]:
-    """Within it, whatever transformers raises becomes one line about this base."""
+    """Context manager: turn any exception of transformers into a one-line error about this base."""
     try:
         yield
     except (BrushstrokeError, MemoryError):
@@ -260,16 +262,16 @@ def _explained(name: str, source: Path | None, where: Where) -> Iterator[None]:
 
 
 def _explain(name: str, source: Path | None, error: Exception) -> BaseLoadError:
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= 300 else said[:300] + " ..."
+    detail = " ".join(str(error).split()) or type(error).__name__
+    detail = detail if len(detail) <= 300 else detail[:300] + " ..."
     if source is None:
         return BaseLoadError(
-            f"cannot load {name!r} from the Hugging Face hub ({said}); there is no folder of that name "
+            f"cannot load {name!r} from the Hugging Face hub ({detail}); there is no folder with that name "
             f"either: check the spelling and the network"
         )
     if isinstance(error, json.JSONDecodeError):
-        said = f"its JSON is broken: {said}"
+        detail = f"invalid JSON: {detail}"
     return BaseLoadError(
-        f"cannot load the model in {name} ({type(error).__name__}: {said}); fetch it again, or check that "
-        f"it is a model which this version of transformers knows"
+        f"cannot load the model in {name} ({type(error).__name__}: {detail}); fetch it again, or check "
+        f"that this version of transformers supports the model"
     )

@@ -1,7 +1,7 @@
-"""Facts of a model of transformers: its dtype, and the width, vocabulary and context of its language model.
+"""Facts read from a transformers model: dtype, width, vocabulary, context length, learnt positions.
 
-A composite model (text with images or sound) keeps these in the config of its text part. Nothing is tried
-here, and nothing of a model is changed.
+A composite model (text with images or sound) keeps these in the config of its text part. Nothing runs here,
+and no model is changed.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_position
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a language model's embeddings; that of the first floating-point weight where it has none.
+    """The dtype of a language model's embeddings; without embeddings that of the first floating-point weight.
 
     The parts of a composite model may have other dtypes.
     """
@@ -24,7 +24,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def text_config(model: Any) -> Any:
-    """The config of the language model in a model, or in the config of one; None where there is none."""
+    """The config of the language model in a model, or in a model's config; None if there is none."""
     config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "get_text_config"):
         return config
@@ -35,40 +35,40 @@ def text_config(model: Any) -> Any:
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """The width of a language model's layers; that of its embeddings where no config says it."""
+    """The width of a language model's layers; without a config entry, the width of its embeddings."""
     weight = _embedding(model)
-    return _whole(text_config(model), "hidden_size") or (None if weight is None else weight.shape[1])
+    return _positive_int(text_config(model), "hidden_size") or (None if weight is None else weight.shape[1])
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """The tokens that a language model knows; the rows of its embeddings where no config says it."""
-    return _whole(text_config(model), "vocab_size") or embedding_rows(model)
+    """The size of a language model's vocabulary; without a config entry, the rows of its embeddings."""
+    return _positive_int(text_config(model), "vocab_size") or embedding_rows(model)
 
 
 def embedding_rows(model: nn.Module) -> int | None:
-    """The tokens that a model has embeddings for; some have more than its vocabulary, for the speed."""
+    """The number of rows of the embeddings; it may exceed the vocabulary, padded for speed."""
     weight = _embedding(model)
     return None if weight is None else weight.shape[0]
 
 
 def context_length(model: Any) -> int | None:
-    """The most tokens that a model has positions for, where its config or a table of positions says so.
+    """The largest number of positions by a model's config or its learnt position table; None if unknown.
 
     Args:
-        model: a model, or a config, which knows of no table.
+        model: a model, or a config (then no table is read).
     """
-    told = _told_context(model)
+    declared = _declared_context(model)
     learnt = learnt_positions(model) if isinstance(model, nn.Module) else None
-    return told if told is None or learnt is None else min(told, learnt)
+    return declared if declared is None or learnt is None else min(declared, learnt)
 
 
 def learnt_positions(model: nn.Module) -> int | None:
-    """The tokens that a table of positions is long enough for, where the language model has one.
+    """The number of tokens that the learnt position table of a language model covers; None without a table.
 
-    A table is known by its name and by a length near to the config's context: OPT's has two rows more, and
-    RoBERTa's begins behind the token for padding.
+    A table is recognised by its name and by a length close to the config's context. OPT's table has two more
+    rows; in RoBERTa's, the positions begin after the padding index.
     """
-    context = _told_context(model)
+    context = _declared_context(model)
     if context is None:
         return None
     getter = getattr(model, "get_decoder", None)
@@ -82,12 +82,12 @@ def learnt_positions(model: nn.Module) -> int | None:
     return min(lengths, default=None)
 
 
-def _told_context(model: Any) -> int | None:
+def _declared_context(model: Any) -> int | None:
     config = text_config(model)
-    return next((length for name in _CONTEXT_NAMES if (length := _whole(config, name))), None)
+    return next((length for name in _CONTEXT_NAMES if (length := _positive_int(config, name))), None)
 
 
-def _whole(config: Any, name: str) -> int | None:
+def _positive_int(config: Any, name: str) -> int | None:
     value = getattr(config, name, None)
     return value if isinstance(value, int) and value > 0 else None
 
@@ -96,12 +96,12 @@ def _embedding(model: nn.Module) -> torch.Tensor | None:
     getter = getattr(model, "get_input_embeddings", None)
     try:
         weight = getattr(getter() if callable(getter) else None, "weight", None)
-    except (NotImplementedError, AttributeError):  # a model that looks no tokens up
+    except (NotImplementedError, AttributeError):  # a model without token embeddings
         return None
     return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def _tables(name: str, module: nn.Module) -> list[tuple[str, int]]:
-    """The name and the rows of a module, if it is an embedding, and of its buffers (GPT-J has such)."""
+    """(name, rows) of a module if it is an embedding, and of its 2-d buffers (as in GPT-J)."""
     own = [(name, module.num_embeddings)] if isinstance(module, nn.Embedding) else []
     return own + [(name, len(x)) for name, x in module.named_buffers(recurse=False) if x.ndim == 2]

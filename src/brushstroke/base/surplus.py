@@ -1,6 +1,6 @@
-"""Whether files hold the weights of a class: all of them, in its shapes, and none that it does not have.
+"""Checks that files contain exactly the weights of a class, in its shapes.
 
-Those that a class declares itself are none of them: transformers leaves them out of its report.
+It does not see weights that the class itself declares as ignorable: transformers omits them from its report.
 """
 
 import re
@@ -13,7 +13,7 @@ from brushstroke.base.architecture import is_language_model, unknown_class
 from brushstroke.base.model_facts import text_config
 from brushstroke.errors import BaseLoadError
 
-# Older releases stored these, which a model makes by itself.
+# Stored by older releases; a model computes these itself.
 _CONSTANTS = (
     "inv_freq",
     "position_ids",
@@ -36,17 +36,17 @@ def require_whole(
     mismatched: Iterable[Mismatch],
     unexpected: Iterable[str],
 ) -> None:
-    """Refuse files that lack a weight, which would be random, or hold one that the class does not have.
+    """Refuse files that lack a weight (it would be random) or contain one that the class does not have.
 
     Args:
-        name: of the base.
-        model: of the class that the config names, or of its fallback.
+        name: the name of the base.
+        model: an instance of the class that the config names, or of the fallback class.
         missing: parameters of the model that the files lack.
-        mismatched: those that have another shape there.
-        unexpected: keys of the files for which the model has no place.
+        mismatched: parameters that have another shape in the files.
+        unexpected: keys of the files that match no weight of the model.
 
     Raises:
-        BaseLoadError: naming what is missing, of another shape or too much.
+        BaseLoadError: naming the weights that are missing, have another shape, or do not belong to the class.
     """
     kind = type(model).__name__
     lost = sorted(missing)
@@ -61,18 +61,18 @@ def require_whole(
     if (named := unknown_class(getattr(model, "config", None))) is not None:
         raise BaseLoadError(
             f"config.json of {name} names no class that transformers knows (architectures: {named}), and the "
-            f"files do not fit a {kind} ({listed}); write the class that they are of under architectures, "
+            f"files do not fit a {kind} ({listed}); write the class of these files under architectures, "
             'such as ["BertForSequenceClassification"]'
         )
     if surplus:
         raise BaseLoadError(
-            f"{name} is a {kind} by its config, and its files hold {len(surplus)} weights that this class "
+            f"{name} is a {kind} by its config, but its files contain {len(surplus)} weights that this class "
             f"does not have ({listed}); name the right class under architectures in its "
             "config.json, or load the model yourself and pass Base(model, tokenizer)"
         )
     raise BaseLoadError(
-        f"{name} is not a whole {kind}: {len(lost)} weights are missing and {len(others)} have another shape "
-        f"than its config says ({listed}); fetch it again, or load the model yourself and pass "
+        f"{name} is not a complete {kind}: {len(lost)} weights are missing and {len(others)} have another "
+        f"shape than its config says ({listed}); fetch it again, or load the model yourself and pass "
         "Base(model, tokenizer)"
     )
 
@@ -82,18 +82,18 @@ def _shape(sizes: Iterable[int]) -> str:
 
 
 def surplus_tensors(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
-    """The keys in the files which show that they hold another model than one of this class.
+    """The keys which show that the files belong to a model of another class.
 
-    Constants of older releases show nothing, nor do layers that the config says predict tokens further ahead,
-    which transformers leaves out. Files of an encoder or a classifier may hold a part that the
-    class has not at all, as those of BERT hold two heads and a pooler; where a language model has such a
-    part, it is a classifier or the like.
+    Ignored are constants of older releases, and layers that predict tokens further ahead according to the
+    config (transformers does not load them). The files of an encoder or a classifier may contain a part that
+    the class lacks completely, for example the two heads and the pooler of BERT. For a language model such a
+    part is surplus: the files are those of a classifier or a similar model.
 
     Args:
-        model: as loaded.
-        unexpected: keys of the files for which the model has no place.
+        model: the loaded model.
+        unexpected: keys of the files that match no weight of the model.
     """
-    if getattr(model, "hf_quantizer", None):  # its weights are in pieces
+    if getattr(model, "hf_quantizer", None):  # quantised weights are stored as several tensors
         return []
     modules = dict(model.named_modules())
     buffers = {name for name, _ in model.named_buffers()}
@@ -101,7 +101,11 @@ def surplus_tensors(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
     language = is_language_model(model, getattr(model, "config", None))
     found = []
     for key in sorted(unexpected):
-        forms = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")  # files have the prefix or not
+        forms = (
+            key,
+            key.removeprefix(f"{prefix}."),
+            f"{prefix}.{key}",
+        )  # files may or may not use the prefix
         place = max(forms, key=lambda form: len(_ancestor(form, modules)))
         if place in buffers or _is_constant(place, modules) or _looks_ahead(place, text_config(model)):
             continue
@@ -111,7 +115,7 @@ def surplus_tensors(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
 
 
 def _ancestor(key: str, modules: dict[str, nn.Module]) -> str:
-    """The innermost module of the model that a tensor of this key would lie in."""
+    """The innermost module of the model that would contain a tensor with this key."""
     path = key.rpartition(".")[0]
     while path not in modules:
         path = path.rpartition(".")[0]
@@ -131,7 +135,7 @@ def _looks_ahead(key: str, config: Any) -> bool:
 
 
 def _is_absent_part(key: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a key lies in a module that the model has not at all, and not in one layer more."""
+    """Whether a key belongs to a module that the model lacks, other than an additional layer of a list."""
     ancestor = _ancestor(key, modules)
     part, _, inside = key.removeprefix(ancestor).removeprefix(".").partition(".")
     return not ancestor or (bool(inside) and not part.isdigit())

@@ -1,6 +1,6 @@
-"""Whether a model has an embedding for every token of its tokenizer, and for those of a text.
+"""Checks that a model has an embedding for every token of its tokenizer, and of a text.
 
-It changes neither.
+It changes neither the model nor the tokenizer.
 """
 
 import warnings
@@ -20,7 +20,7 @@ class VocabularyWarning(UserWarning):
 
 
 def has_embedding(model: nn.Module, token: int | None) -> bool:
-    """Whether there is such a token, and a row for it where the rows can be counted."""
+    """Whether `token` is given and has a row in the embedding (if the number of rows is known)."""
     rows = embedding_rows(model)
     return token is not None and (rows is None or token < rows)
 
@@ -29,12 +29,12 @@ def refuse_unknown_tokens(model: nn.Module, tokens: Iterable[int], where: str) -
     """Refuse tokens that a model has no embedding for.
 
     Args:
-        model: that the tokens are for.
-        tokens: their ids.
+        model: the model that receives the tokens.
+        tokens: token ids.
         where: the row or the prompt, for the message.
 
     Raises:
-        DataError: naming the first of them, and how many rows the embedding has.
+        DataError: names the first such token and the number of rows of the embedding.
     """
     rows = embedding_rows(model)
     if rows is None:
@@ -48,7 +48,7 @@ def refuse_unknown_tokens(model: nn.Module, tokens: Iterable[int], where: str) -
 
 
 def warn_of_unknown_tokens(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """Warn where a tokenizer has tokens that the model has no embedding for: a text with one is refused."""
+    """Warn if a tokenizer has tokens without an embedding in the model; texts with them are refused."""
     rows = embedding_rows(model)
     if rows is None or tokenizer is None or (count := _count(tokenizer)) <= rows:
         return
@@ -63,6 +63,6 @@ def warn_of_unknown_tokens(model: nn.Module, tokenizer: Any, name: str) -> None:
 
 
 def _count(tokenizer: Any) -> int:
-    """One more than the largest id; added tokens may leave a gap behind the others."""
+    """One more than the largest id; there may be a gap before the added tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or ()
     return max(len(tokenizer), 1 + max(added, default=-1))

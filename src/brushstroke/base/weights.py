@@ -1,6 +1,6 @@
-"""Site → W (d×h), read lazily from a live model or from a folder of safetensors files.
+"""Maps a site to W (d×h), read lazily from a folder of safetensors files.
 
-It changes no weight and holds none: each access reads one.
+It changes no weight and keeps none in memory: each access reads one.
 """
 
 import re
@@ -23,27 +23,27 @@ from brushstroke.sites.weights import known_site
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PATTERNS = ["config.json", "model*.safetensors", _INDEX, "*.py"]  # what `FolderWeights` reads
+_PATTERNS = ["config.json", "model*.safetensors", _INDEX, "*.py"]  # the files that `FolderWeights` reads
 
 
 class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
-    """The weights of a model folder with safetensors files, whole or in shards; one tensor is read at a time.
+    """The weights of a model folder with one safetensors file or several shards; reads one tensor at a time.
 
-    The model is built from its config without memory, so that every site's path and kind are known. File keys
-    with or without the base model's prefix are understood, and so are tied weights that the files hold once.
+    The model is built from its config on the meta device, so the path and kind of every site are known. File
+    keys may have the base model's prefix or not, and the files may store tied weights once.
 
     Args:
-        folder: the model's.
-        trust_remote_code: run the code that the model brings along, where it does.
+        folder: the model folder.
+        trust_remote_code: run the model's own code, if it has any.
 
     Raises:
-        BaseLoadError: no config, no safetensors files, a missing shard, or a model that needs its own code.
+        BaseLoadError: no config, no safetensors files, a missing shard, or a model that needs remote code.
     """
 
     def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         self._shards = _shards(self.folder)
-        self.model = model = _skeleton(self.folder, trust_remote_code)  # without memory: shapes and names
+        self.model = model = _skeleton(self.folder, trust_remote_code)  # on the meta device: shapes and names
         self._sites = {site.path: site for site in find_sites(model, trial=False)}
         self._keys = _locate_keys(model, [f"{path}.weight" for path in self._sites], self._shards)
 
@@ -78,7 +78,7 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         return len(self._sites)
 
     def parameter(self, name: str) -> Tensor | None:
-        """A parameter of any kind as the files hold it, a tied one by its twin's name; None if they don't."""
+        """Any parameter as stored in the files, a tied one under its twin's name; None if it is not there."""
         key = _locate_keys(self.model, [name], self._shards).get(name)
         if key is None:
             return None
@@ -97,19 +97,19 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         return {file: tuple(keys) for file, keys in sorted(files.items())}
 
     def check_complete(self) -> None:
-        """Check that the files hold the weights of the model and no others, by their headers alone.
+        """Check that the files contain the weights of the model and no others; reads only the headers.
 
-        A tensor of the files that is none of the model's may be a parameter by another name where the files
-        lack one; then it cannot be told without loading the model.
+        If weights are missing and the files have unknown tensors, these may be the same weights under other
+        names. This cannot be decided without loading the model, so the check then accepts the files.
 
         Raises:
-            BaseLoadError: weights are missing, have another shape, or are none of this class.
+            BaseLoadError: weights are missing, have another shape, or do not belong to this class.
         """
         parameters = dict(self.model.named_parameters())
         prefix = getattr(self.model, "base_model_prefix", "")
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         own |= {name for name, _ in self.model.named_buffers()}
-        held: dict[str, tuple[int, ...]] = {}  # an index may leave one out that is in its file
+        held: dict[str, tuple[int, ...]] = {}  # the index may omit tensors that a file has
         for file in self.shards():
             with safe_open(self.folder / file, framework="pt") as shard:
                 held |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
@@ -131,34 +131,36 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         )
 
     def _not_declared(self, what: str, keys: Iterable[str]) -> list[str]:
-        """The keys without those that the class itself lets be missing, or be unexpected."""
+        """The keys without those that the class itself declares as ignorable when missing or unexpected."""
         patterns = getattr(self.model, f"_keys_to_ignore_on_load_{what}", None) or ()
         return [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
 
     def key(self, site: str) -> tuple[str, str]:
-        """The file and the tensor key that hold a site's weight; that of its twin where it is tied.
+        """The file and the tensor key of a site's weight; of its twin if the weight is tied.
 
         Raises:
-            BaseLoadError: no key of the files can be this site's.
+            BaseLoadError: no key of the files matches this site.
         """
         known_site(self._sites, site)
         key = self._keys.get(f"{site}.weight")
         if key is None:
             raise BaseLoadError(
-                f"the files in {self.folder} hold no tensor for {site}: the model renames or fuses it while "
-                f"loading; load the whole model instead (load_base) and work on that"
+                f"the files in {self.folder} contain no tensor for {site}: transformers renames or fuses it "
+                f"during loading; load the whole model instead (load_base) and use that"
             )
         return self._shards[key], key
 
     def tensor(self, name: str) -> tuple[str, str, bool]:
-        """The file and the key that hold a parameter, and whether under its own name or that of its twin.
+        """(file, key, whether the key is the parameter's own name and not that of its twin) of a parameter.
 
         Raises:
-            BaseLoadError: no key of the files can be it.
+            BaseLoadError: no key of the files matches the parameter.
         """
         key = _locate_keys(self.model, [name], self._shards).get(name)
         if key is None:
-            raise BaseLoadError(f"the files in {self.folder} hold no tensor {name}; fetch the folder again")
+            raise BaseLoadError(
+                f"the files in {self.folder} contain no tensor {name}; fetch the folder again"
+            )
         return self._shards[key], key, key in _forms(name, getattr(self.model, "base_model_prefix", ""))
 
     def read(self, file: str, key: str) -> Tensor:
@@ -168,11 +170,11 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
 
 
 def open_base(name: str | Path, *, trust_remote_code: bool = False) -> FolderWeights | Base:
-    """The weights of a base by its name: from its files where they are plain safetensors, else loaded.
+    """The weights of a base by name: read from its files if these are plain safetensors, otherwise loaded.
 
     Args:
-        name: a model folder, a hub id (fetched if it is not here), or a `.gguf` file.
-        trust_remote_code: run the code that the model brings along, where it does.
+        name: a model folder, a hub id (downloaded if it is not in the cache), or a `.gguf` file.
+        trust_remote_code: run the model's own code, if it has any.
 
     Raises:
         BaseLoadError: nothing of that name can be read.
@@ -191,7 +193,7 @@ def open_base(name: str | Path, *, trust_remote_code: bool = False) -> FolderWei
 
 
 def _snapshot(name: str) -> Path | None:
-    """The folder of a hub id's config and safetensors; None where `load_base` will say it better."""
+    """The folder with a hub id's config and safetensors; None on any error (`load_base` reports it)."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -210,7 +212,8 @@ def _shards(folder: Path) -> dict[str, str]:
             outside = sorted({file for file in shards.values() if Path(file).name != file})
             if outside:
                 raise BaseLoadError(
-                    f"{index} names {outside[0]!r}, which is no file beside it; fetch the folder again"
+                    f"{index} names {outside[0]!r}, which is no file in the same folder; "
+                    "fetch the folder again"
                 )
             files = sorted(set(shards.values()))
             missing = [file for file in files if not (folder / file).is_file()]
@@ -227,16 +230,16 @@ def _shards(folder: Path) -> dict[str, str]:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseLoadError(f"the weights in {folder} are damaged ({error}); fetch them again") from error
     raise BaseLoadError(
-        f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors are read tensor by tensor: "
+        f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors can be read tensor by tensor: "
         f"load the whole model with load_base instead"
     )
 
 
 def _check_shard(file: Path, expected: set[str]) -> None:
-    """Check that a file is whole and has the tensors that the index places there; only its header is read.
+    """Check that a file is readable and has the tensors that the index lists for it; reads only the header.
 
     Raises:
-        BaseLoadError: it is not.
+        BaseLoadError: the file is damaged or lacks a tensor.
     """
     try:
         with safe_open(file, framework="pt") as shard:
@@ -244,7 +247,7 @@ def _check_shard(file: Path, expected: set[str]) -> None:
     except (SafetensorError, OSError) as error:
         raise BaseLoadError(f"{file} is damaged ({error}); fetch the file again") from error
     if lost:
-        raise BaseLoadError(f"{file} lacks {lost[0]!r}, which {_INDEX} places there; fetch the folder again")
+        raise BaseLoadError(f"{file} lacks {lost[0]!r}, which {_INDEX} lists for it; fetch the folder again")
 
 
 def _skeleton(folder: Path, trust_remote_code: bool) -> nn.Module:
@@ -256,16 +259,16 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> nn.Module:
     except BrushstrokeError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
+        detail = " ".join(str(error).split())[:300]
         raise BaseLoadError(
-            f"cannot build the model of {folder} from its config ({type(error).__name__}: {said}); "
-            f"fetch it again, or use a version of transformers that knows it (in Python: load the model "
-            "yourself and use ModelWeights)"
+            f"cannot build the model of {folder} from its config ({type(error).__name__}: {detail}); "
+            f"fetch it again, or use a version of transformers that supports it (in Python: load the "
+            "model yourself and use ModelWeights)"
         ) from error
 
 
 def _locate_keys(model: nn.Module, names: list[str], shards: Mapping[str, object]) -> dict[str, str]:
-    """Parameter name → the key that holds it in the files, for those that can be found."""
+    """Maps each parameter name to its key in the files; omits those that are not found."""
     prefix = getattr(model, "base_model_prefix", "")
     twins: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -282,5 +285,5 @@ def _locate_keys(model: nn.Module, names: list[str], shards: Mapping[str, object
 
 
 def _forms(name: str, prefix: str) -> tuple[str, str, str]:
-    """A parameter's name in files: as it is, or without or with the base model's prefix."""
+    """The names that a parameter may have in files: unchanged, without and with the base model's prefix."""
     return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
