@@ -182,7 +182,7 @@ def test_interrupted_run_keeps_a_checkpoint_and_resumes(cli, tiny, train_rows, t
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     same = cli("train", tiny, train_rows, "--out", out, *LONG_RUN)
     assert same.status == 1
-    assert f"go on from its checkpoint of step {steps} with --resume" in same.error
+    assert f"continue from its checkpoint of step {steps} with --resume" in same.error
     assert same.error.index("--resume") < same.error.index("--overwrite")
     assert "loading" not in same.err
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before

@@ -327,13 +327,13 @@ UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswit
     [
         (
             UNFINISHED | {"checkpoints/step-00000010/state.json": state(10)},
-            "go on from its checkpoint of step 10 with --resume",
+            "continue from its checkpoint of step 10 with --resume",
             "choose another folder",
             "--overwrite (overwrite=True), which removes its checkpoints and metrics",
         ),
         (
             {"checkpoints/.step-00000004.partial-0123abcd/old/state.json": state(4), "metrics.jsonl": METRIC},
-            "go on from its checkpoint of step 4 with --resume",
+            "continue from its checkpoint of step 4 with --resume",
             "choose another folder",
             "--overwrite",
         ),

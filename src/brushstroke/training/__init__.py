@@ -1,6 +1,6 @@
-"""Training: the loop, the packed step, the plan, checkpoints.
+"""Training: the loop, the session, the plan, checkpoints.
 
-It knows no terminal: progress goes out through a callback.
+It does not print; it reports progress through callbacks.
 """
 
 from brushstroke.training.callback import AdapterCallback

@@ -1,7 +1,7 @@
-"""Train an attached model under transformers' Trainer, and write its adapter alone.
+"""Saves only the adapter when transformers' Trainer trains an attached model.
 
-The Trainer's own checkpoints, and so its resume, are not offered: they would write the factors into the
-base's files.
+It does not support the Trainer's own checkpoints, and therefore not its resume: they would write the factors
+into the base's files.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ from brushstroke.layers import Attachment
 
 
 class AdapterCallback(TrainerCallback):
-    """Writes the adapter where the Trainer would have saved the model, and at the end of training.
+    """Writes the adapter whenever the Trainer would save the model, and at the end of training.
 
     Args:
         attachment: from `attach(model, LoraConfig(...), trainable=True)` on the Trainer's model.
-        folder: where the finished adapter goes, by default `adapter` in the Trainer's output folder. What the
-            Trainer's save strategy asks for on the way goes to `adapter-STEP` beside it; all of
-            these stay, whatever save_total_limit says.
-        overwrite: replace the adapters of an earlier training in these folders; files of other names stay.
+        folder: for the finished adapter, by default `adapter` in the Trainer's output folder. The adapters
+            that the Trainer's save strategy requests during training go to `adapter-STEP` in the same parent
+            folder; all of them are kept, independent of save_total_limit.
+        overwrite: replace the adapters of an earlier training in these folders; files with other names stay.
     """
 
     def __init__(
@@ -36,37 +36,37 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what would save the model behind this callback's back, or could not be saved at the end.
+        """Refuse settings that would save the whole model, and folders that cannot be written at the end.
 
         Raises:
-            ConfigError: the save strategy "best", or the best model is to be loaded at the end.
-            OutputError: one of the folders holds files and may not be overwritten, or holds files
-                by an adapter's names that are none's.
+            ConfigError: the save strategy is "best", or load_best_model_at_end is set.
+            OutputError: one of the folders is not empty and may not be overwritten, or has files with an
+                adapter's file names that another program wrote.
         """
         if state.is_world_process_zero:
             for folder in self._targets(args, state):
                 check_output(folder, self._overwrite or folder in self._written)
         if args.load_best_model_at_end:
             raise ConfigError(
-                "AdapterCallback cannot serve load_best_model_at_end, as the Trainer saves no model here; "
-                "leave it out, and load the adapter-STEP of your choice"
+                "AdapterCallback does not support load_best_model_at_end, because the Trainer saves no model "
+                "here; leave it out, and load the adapter-STEP of your choice"
             )
         if getattr(args.save_strategy, "value", args.save_strategy) == "best":
             raise ConfigError(
-                'AdapterCallback cannot serve save_strategy="best", which saves the model after evaluating; '
+                'AdapterCallback does not support save_strategy="best", which saves the model; '
                 'use "steps" or "epoch"'
             )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the adapter in place of the model."""
+        """Save the adapter instead of the model."""
         self._save_instead(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the adapter in place of the model."""
+        """Save the adapter instead of the model."""
         self._save_instead(args, state, control)
 
     def on_train_end(
@@ -88,7 +88,7 @@ class AdapterCallback(TrainerCallback):
         self._written.add(folder)
 
     def _targets(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
-        """The folders that may be written, as far as they are there."""
+        """The folder of the finished adapter, and existing adapter-STEP folders to be overwritten."""
         target = self._target(args)
         if getattr(args.save_strategy, "value", args.save_strategy) == "no":
             return [target]

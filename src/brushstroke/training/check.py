@@ -1,6 +1,6 @@
-"""Whether a model can be trained, and on these tokenised examples; what is wrong is told with its row.
+"""Checks that a model can be trained, and that tokenised examples fit it; errors name the row.
 
-It changes neither.
+It changes neither the model nor the examples.
 """
 
 import inspect
@@ -14,10 +14,10 @@ from brushstroke.errors import ConfigError, DataError
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what is no model, a model that does not predict the next token, one without gradients.
+    """Refuse a value that is not a model, and a model that is not a language model or allows no gradients.
 
     Raises:
-        ConfigError: saying what to do.
+        ConfigError: the model cannot be trained; the message says what to do.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -31,21 +31,21 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_loss(loss: object) -> None:
-    """Refuse what cannot be called as a loss.
+    """Refuse a loss that cannot be called with three arguments.
 
     Raises:
-        ConfigError: saying how it is called.
+        ConfigError: it cannot be called; the message says with which arguments.
     """
     try:
         fits = callable(loss) and bool(inspect.signature(loss).bind(None, None, None))
     except TypeError:
         fits = False
-    except ValueError:  # a function of another language tells no signature
+    except ValueError:  # a built-in or C function without a signature
         fits = True
     if not fits:
         raise ConfigError(
-            f"loss must be a function of (logits, targets, weights) that gives a scalar; {loss!r} cannot be "
-            "called so"
+            f"loss must be a function of (logits, targets, weights) that returns a scalar; {loss!r} "
+            "cannot be called with these arguments"
         )
 
 
@@ -53,31 +53,32 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
     """Refuse examples without tokens, and tokens that the model has no embedding for.
 
     Raises:
-        DataError: naming the row.
+        DataError: it names the row.
     """
     for example in examples:
         if not example.tokens:
             raise DataError(
-                f"{_place(example)} has no tokens; leave it out, or give it at least one trained token"
+                f"{_describe(example)} has no tokens; leave it out, or give it at least one trained token"
             )
-        refuse_unknown_tokens(model, (min(example.tokens), max(example.tokens)), _place(example))
+        refuse_unknown_tokens(model, (min(example.tokens), max(example.tokens)), _describe(example))
 
 
 def check_lengths(examples: Iterable[Example], context: int | None, max_length: int | None = None) -> None:
-    """Refuse examples that need more positions than both the model's `context` has and `max_length` grants.
+    """Refuse examples that need more positions than both the model's `context` and `max_length`.
 
     Raises:
-        DataError: naming the row.
+        DataError: it names the row.
     """
     if context is None:
         return
     for example in examples:
         if example.reach > max(context, max_length or 0):
             raise DataError(
-                f"{_place(example)} needs {example.reach} positions, and the model's context has {context}; "
-                "cut it (where its rotary frequencies follow the length, max_length= grants more)"
+                f"{_describe(example)} needs {example.reach} positions, and the model's context has "
+                f"{context}; truncate it (if the rotary frequencies depend on the length, max_length= allows "
+                "more)"
             )
 
 
-def _place(example: Example) -> str:
+def _describe(example: Example) -> str:
     return f"row {example.row}" if example.row else "an example"

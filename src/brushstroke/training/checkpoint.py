@@ -1,7 +1,7 @@
-"""Checkpoints: factors, optimiser state and counters in safetensors and JSON, written all or nothing.
+"""Checkpoints: factors, optimiser state and counters in safetensors and JSON, written atomically.
 
-No random states are kept, because none are needed: the order of the data and dropout follow from the seed
-and the step (`philox`).
+They contain no random states: the order of the data and dropout depend only on the seed and the step
+(`philox`).
 """
 
 import hashlib
@@ -22,14 +22,16 @@ from brushstroke.outputs import OpenFolder, OwnFiles, clear_leftovers, has_keys,
 
 STATE, TENSORS = "state.json", "state.safetensors"
 STATE_KEYS = {"format", "steps", "micro_tokens", "learning_rate", "extra"}
-OWN_FILES = OwnFiles((STATE, TENSORS), {STATE: has_keys(*STATE_KEYS)}, (STATE,))  # in the order of removal
+OWN_FILES = OwnFiles(
+    (STATE, TENSORS), {STATE: has_keys(*STATE_KEYS)}, (STATE,)
+)  # in the order in which they are removed
 FORMAT = 3
 OTHER_FORMATS = {2: " (its data order and dropout come from another random generator)"}
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Resumable(Protocol):
-    """What of a training session a checkpoint holds."""
+    """The parts of a training session that a checkpoint stores."""
 
     attachment: TrainableAttachment
     optimizer: torch.optim.Optimizer
@@ -39,10 +41,10 @@ class Resumable(Protocol):
 
 
 def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write the state of a training session into a folder of its own, in place of a checkpoint there.
+    """Write the state of a training session into its own folder; replaces a checkpoint in it.
 
     Raises:
-        OutputError: it cannot be written; nothing half-written is left.
+        OutputError: it cannot be written; no partial checkpoint is left.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in session.attachment.named_parameters():
@@ -64,7 +66,7 @@ def save_session(session: Resumable, folder: Path, extra: Mapping[str, Any] | No
 
 
 def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
-    """Put a checkpoint's state into a session of the same base, sites and ranks; returns its extra fields.
+    """Load a checkpoint into a session with the same base, sites and ranks; returns its extra fields.
 
     Raises:
         ResumeError: the checkpoint is damaged or belongs to another adapter.
@@ -74,7 +76,7 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
             state = read_state(opened)
             content = (opened / TENSORS).read_bytes()
         if hashlib.sha256(content).hexdigest() != state["tensors"]:
-            raise damaged(folder, f"{TENSORS} is not as it was written")
+            raise damaged(folder, f"the checksum of {TENSORS} does not match")
         tensors = from_bytes(content)
     except (OSError, SafetensorError) as error:
         raise damaged(folder, str(error)) from error
@@ -85,7 +87,8 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
         differing = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
         raise ResumeError(
             f"the checkpoint {folder} belongs to another adapter: {len(differing)} factors differ, such as "
-            f"{differing[0]} (here {expected.get(differing[0])}, there {found.get(differing[0])})"
+            f"{differing[0]} (shape {expected.get(differing[0])} in this session, {found.get(differing[0])} "
+            "in the checkpoint)"
         )
     with torch.no_grad():
         for name, parameter in named.items():
@@ -105,7 +108,7 @@ def read_state(folder: Path | OpenFolder) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        ResumeError: it is not there, damaged, or of another version.
+        ResumeError: it is missing, damaged, or has the format of another version.
     """
     try:
         state = read_json(folder / STATE)
@@ -116,22 +119,22 @@ def read_state(folder: Path | OpenFolder) -> dict[str, Any]:
     if state["format"] != FORMAT:
         found = f"{state['format']!r}{OTHER_FORMATS.get(state['format'], '')}"
         raise ResumeError(
-            f"the checkpoint {folder} has format {found}; this version reads {FORMAT}: go on with the "
+            f"the checkpoint {folder} has format {found}; this version reads {FORMAT}: continue with the "
             "version that wrote it, or start over with overwrite (--overwrite)"
         )
     if state != sealed(state):
-        raise damaged(folder, f"{STATE} is not as it was written")
+        raise damaged(folder, f"the checksum of {STATE} does not match")
     return state
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with the check sum of its other fields, by which damage of any of them is found."""
+    """A state with the checksum of its other fields, which detects damage to any of them."""
     fields = {name: value for name, value in state.items() if name != "sum"}
     return {**fields, "sum": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
 def damaged(folder: Path | OpenFolder, why: str) -> ResumeError:
-    """The error for a checkpoint that nothing can go on from."""
+    """The error for a checkpoint that cannot be resumed."""
     return ResumeError(
         f"the checkpoint {folder} is damaged ({why}); remove it to use an earlier one, or start over with "
         "overwrite (--overwrite)"

@@ -1,6 +1,6 @@
-"""The settings of a training run, under the names of the command line's flags.
+"""The settings of a training run; the flags of the command line have the same names.
 
-It decides nothing about the adapter: that is `LoraConfig`.
+It does not describe the adapter: `LoraConfig` does.
 """
 
 import dataclasses
@@ -15,33 +15,34 @@ from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
 from brushstroke.packed.memory import MODES
 from brushstroke.training.schedule import SCHEDULES
 
-MAX_SEED = 2**63 - 1  # of torch's generators, with room for what is added to it
+MAX_SEED = 2**63 - 1  # limit of torch's generators, with room for what is added to the seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What one optimiser step depends on. Where a value is not named, it follows the Hugging Face Trainer.
+    """The settings of one optimiser step. Anything not listed here is as in the Hugging Face Trainer.
 
     Args:
-        learning_rate: of AdamW (betas 0.9 and 0.999, eps 1e-8); None takes 5e-4·(2000 / hidden width)^0.781,
-            the published fit for LoRA.
-        weight_decay: of AdamW, on the factors.
-        clip: largest norm of the whole gradient; 0 does not clip.
-        micro_tokens: computed tokens in one forward and backward pass: memory and speed depend on it, and
-            what dropout draws. "auto" derives it from the machine's total memory, the model and this config.
-        memory: "low" keeps less of a pass and makes it again, in smaller passes; "fast" keeps what saves
-            time; "auto" is fast where that fits the machine's total memory.
+        learning_rate: of AdamW (betas 0.9 and 0.999, eps 1e-8); None is 5e-4·(2000 / hidden width)^0.781, the
+            published fit for LoRA.
+        weight_decay: of AdamW, applied to the factors.
+        clip: maximum norm of the whole gradient; 0 disables clipping.
+        micro_tokens: maximum number of computed tokens in one forward and backward pass. Memory and speed
+            depend on it, and also which values dropout drops. "auto" derives it from the machine's total
+            memory, the model and this config.
+        memory: "low" saves fewer activations, recomputes the others and uses smaller passes; "fast" saves the
+            activations that save time; "auto" is fast if that fits into the machine's total memory.
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
-        torch_compile: on a GPU, compile norms, rotations and gated activations into one kernel each: seconds
-            at the start for each new size of pass, and faster steps where the model is large.
-        share_prefixes: compute a prefix that examples of a step have in common once. None does it unless
-            dropout is on: examples would share what it drops.
-        max_length: longest example in tokens, at most the model's context, which None stands for.
-        chat_template: in place of the tokenizer's own: a template, a file, or the name of one.
-        seed: of the starting factors, the order of the data and dropout.
+        torch_compile: on a GPU, compile norms, rotary embeddings and gated activations into one kernel each:
+            some seconds for each new size of pass, and faster steps for large models.
+        share_prefixes: compute a prefix that several examples of a step share only once. None does this
+            unless dropout is on (the examples would share the dropped values).
+        max_length: maximum example length in tokens, at most the model's context (None: the context).
+        chat_template: used instead of the tokenizer's own: a template, a file, or the name of a template.
+        seed: for the initial factors, the order of the data and dropout.
 
     Raises:
-        ConfigError: a value that cannot work, named.
+        ConfigError: an invalid value; the message names the field.
     """
 
     learning_rate: float | None = None
@@ -58,11 +59,11 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self, above_0=("learning_rate", "max_length"), from_0=("weight_decay", "clip", "seed"))
-        _check_whole(self, "max_length", "seed")
+        _check_integers(self, "max_length", "seed")
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
         object.__setattr__(self, "chat_template", find_template(self.chat_template))
-        if self.micro_tokens != "auto" and not (_is_whole(self.micro_tokens) and self.micro_tokens > 0):
+        if self.micro_tokens != "auto" and not (_is_integer(self.micro_tokens) and self.micro_tokens > 0):
             raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
         _check_choice(self, "memory", MODES)
 
@@ -72,20 +73,20 @@ class TrainConfig(StepConfig):
     """How to train: the settings of a step, and those of the run around it.
 
     Args:
-        epochs: passes over the data, where `max_steps` names no number of steps.
-        max_steps: optimiser steps in place of the epochs; None for as many as they have.
+        epochs: passes over the data, if `max_steps` is None.
+        max_steps: number of optimiser steps, instead of epochs; None uses the epochs.
         schedule: "linear" (to zero over the run), "cosine" or "constant", after the warm-up.
-        warmup: steps of linear warm-up, or a share of the run where it is below 1.
-        batch_size: examples in an optimiser step: what is learnt depends on it.
-        skip_too_long: leave out examples whose prompt fills the limit, instead of refusing them.
-        split_turns: make an example of every assistant turn, written as the model will see it.
-        date: what the chat template takes for today (YYYY-MM-DD); None takes the day on which the run began.
+        warmup: steps of linear warm-up, or a share of the run if it is below 1.
+        batch_size: examples per optimiser step; it affects the result of the training.
+        skip_too_long: leave out examples whose prompt reaches the maximum length, instead of refusing them.
+        split_turns: make one example of every assistant turn, with the prompt that the model will see then.
+        date: today's date for the chat template (YYYY-MM-DD); None is the day on which the run began.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
-        keep_best: return the adapter with the lowest evaluation loss, not the last one.
+        keep_best: return the adapter with the lowest evaluation loss instead of the last one.
         checkpoint_every: optimiser steps between checkpoints; the last two are kept.
 
     Raises:
-        ConfigError: a value that cannot work, named.
+        ConfigError: an invalid value; the message names the field.
     """
 
     epochs: float = 3.0
@@ -104,7 +105,7 @@ class TrainConfig(StepConfig):
         super().__post_init__()
         whole = ("max_steps", "batch_size", "eval_every", "checkpoint_every")
         _check_numbers(self, above_0=("epochs", *whole), from_0=("warmup",))
-        _check_whole(self, *whole)
+        _check_integers(self, *whole)
         if self.date is not None:
             read_date(self.date)
         _check_choice(self, "schedule", SCHEDULES)
@@ -128,12 +129,12 @@ def _check_numbers(config: StepConfig, *, above_0: tuple[str, ...], from_0: tupl
     for name in from_0:
         value = getattr(config, name)
         if not (_is_number(value) and 0 <= value < math.inf):
-            raise ConfigError(f"{name} must be a number that is not negative; got {value!r}")
+            raise ConfigError(f"{name} must be a non-negative number; got {value!r}")
 
 
-def _check_whole(config: StepConfig, *names: str) -> None:
+def _check_integers(config: StepConfig, *names: str) -> None:
     for name in names:
-        if (value := getattr(config, name)) is not None and not _is_whole(value):
+        if (value := getattr(config, name)) is not None and not _is_integer(value):
             raise ConfigError(f"{name} must be a whole number; got {value!r}")
 
 
@@ -144,22 +145,22 @@ def _check_choice(config: StepConfig, name: str, choices: Collection[str]) -> No
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or isinstance(value, float)
+    return _is_integer(value) or isinstance(value, float)
 
 
-LORA_OVER_FULL = 10  # the best learning rate of low-rank factors over that of W itself
+LORA_OVER_FULL = 10  # ratio of the best learning rates: low-rank factors to full fine-tuning of W
 
 
 def default_learning_rate(hidden: int | None) -> float:
-    """5e-5·10·(2000 / hidden)^0.781: ten times full fine-tuning's, falling with the width of the model.
+    """5e-5·10·(2000 / hidden)^0.781: ten times that of full fine-tuning; wider models get smaller values.
 
-    The fit is Thinking Machines' for Llama models ("LoRA Without Regret", 2025, and its cookbook). 5e-4
-    where the width is unknown. Two significant digits.
+    The fit is by Thinking Machines for Llama models ("LoRA Without Regret", 2025, and its cookbook). 5e-4 if
+    the width is unknown. Rounded to two significant digits.
 
     >>> default_learning_rate(576), default_learning_rate(4096)
     (0.0013, 0.00029)

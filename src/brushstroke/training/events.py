@@ -1,6 +1,6 @@
-"""What a run reports of its steps and evaluations, and their totals.
+"""The events that a run reports for its steps and evaluations, and their totals.
 
-Nothing is written here.
+It writes no files.
 """
 
 from dataclasses import dataclass, field
@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One optimiser step, as it is written to `metrics.jsonl`.
+    """One optimiser step, as written to `metrics.jsonl`.
 
     Args:
-        step: counted from 1, of `steps` in the run.
+        step: number of the step, counted from 1.
+        steps: number of steps in the run.
         loss: per trained token, in nats.
         real_tokens, trained_tokens, computed_tokens: of this step.
         seconds: of this step, wall time.
-        learning_rate: that this step used.
+        learning_rate: used in this step.
         peak_memory_bytes: of the process so far (of the device on a GPU).
     """
 
@@ -32,7 +33,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class EvalEvent:
-    """One evaluation, as it is written to `eval.jsonl`; `best` where no earlier one had a lower loss."""
+    """One evaluation, as written to `eval.jsonl`; `best` if its loss is lower than all earlier ones."""
 
     step: int
     loss: float
@@ -43,7 +44,7 @@ class EvalEvent:
 
 @dataclass
 class Totals:
-    """What a run adds up over its steps; its checkpoints keep it."""
+    """Sums over the steps of a run, and its best evaluation; checkpoints store them."""
 
     real_tokens: int = 0
     trained_tokens: int = 0
@@ -53,12 +54,12 @@ class Totals:
     final_loss: float = float("nan")
     best_loss: float = float("inf")
     best_step: int = 0
-    best_sums: dict[str, str] = field(default_factory=dict)  # of the files of that step's adapter
+    best_sums: dict[str, str] = field(default_factory=dict)  # checksums of the files of that step's adapter
     evaluated: int = 0
     peak_memory_bytes: int = 0
 
     def add(self, event: StepEvent) -> None:
-        """Count one more step."""
+        """Add one step."""
         self.real_tokens += event.real_tokens
         self.trained_tokens += event.trained_tokens
         self.computed_tokens += event.computed_tokens

@@ -1,6 +1,6 @@
 """The output folder of a training run: metrics, evaluations, checkpoints, and at the end the adapter.
 
-It trains nothing. The adapter's files appear when the run is complete, not before.
+It trains nothing. The adapter's files are written only when the run is complete.
 """
 
 import json
@@ -44,30 +44,30 @@ from brushstroke.training.run_files import (
 )
 
 KEPT = 2  # checkpoints
-EXTRA = {"identity", "totals"}  # what a run keeps in its checkpoints beside the session
+EXTRA = {"identity", "totals"}  # what a run stores in its checkpoints in addition to the session
 
 
 class RunFolder:
-    """The files of one run; nothing is made on disk before the first optimiser step is recorded.
+    """The files of one run; nothing is written to disk before the first optimiser step is recorded.
 
-    A context manager: what `claim` claimed is free again at its end.
+    A context manager: on exit it releases the lock that `claim` took.
 
     Args:
         path: the folder.
-        resume: go on from the last checkpoint, if there is one.
-        overwrite: replace an earlier run's files; files of other names stay.
+        resume: continue from the last checkpoint, if there is one.
+        overwrite: replace an earlier run's files; files with other names stay.
 
     Raises:
-        ConfigError: both flags are given, or a path that no file system takes.
-        OutputError: the folder holds files and neither flag is given, or a stranger's by a run's names, or
-            another run is writing it.
+        ConfigError: both flags are given, or the path is invalid.
+        OutputError: the folder is not empty and neither flag is given, or another program wrote files with
+            the names of a run's files, or another run is writing to the folder.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
         if resume and overwrite:
             raise ConfigError(
-                "resume (--resume) goes on from the last checkpoint and overwrite (--overwrite) starts over "
-                "in its place; give one of them"
+                "resume (--resume) continues from the last checkpoint, overwrite (--overwrite) starts over; "
+                "give one of them"
             )
         if "\0" in str(path):
             raise ConfigError(f"the output folder {str(path)!r} has a NUL character in its name")
@@ -75,13 +75,13 @@ class RunFolder:
         self._resume, self._overwrite = resume, overwrite
         self._lock = RunLock(self.path)
         self._lock.refuse_other()
-        self.resuming = self._judge()
+        self.resuming = self._check()
 
     def refuse_start(self, start: Path) -> None:
-        """Check that an adapter to go on from is not one that this run removes before it is done.
+        """Check that the start adapter is not one that this run would remove.
 
         Raises:
-            ConfigError: it is the folder's own adapter, or among its checkpoints.
+            ConfigError: it is the folder's own adapter, or one of its checkpoints.
         """
         own, adapter = (Path(os.path.realpath(path.expanduser())) for path in (self.path, start))
         if adapter == own or own / CHECKPOINTS in adapter.parents:
@@ -91,22 +91,22 @@ class RunFolder:
             )
 
     def claim(self) -> None:
-        """Keep other runs out until the end of the `with` block, and judge the folder again: time has passed.
+        """Lock the folder against other runs until the end of the `with` block, and check it again.
 
         Raises:
-            OutputError: another run is writing, or the folder is not what it was.
+            OutputError: another run is writing to the folder, or has changed it since the first check.
         """
         with output_errors(self.path):
             self._lock.take()
-        if self._judge() != self.resuming:
+        if self._check() != self.resuming:
             raise OutputError(
-                f"another run has written {self.path} since this one began; give the command again to go on "
-                "from there, or choose another folder"
+                f"another run has written to {self.path} since this one began; repeat the command to "
+                "continue from there, or choose another folder"
             )
 
     @property
     def claimed(self) -> bool:
-        """Whether this run may write."""
+        """Whether this run has locked the folder and may write."""
         return self._lock.held
 
     def __enter__(self) -> "RunFolder":
@@ -117,7 +117,7 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether a finished adapter stands in the folder."""
+        """Whether the folder contains a finished adapter."""
         run = self.path / RUN
         return (
             (self.path / WEIGHTS).is_file()
@@ -130,21 +130,21 @@ class RunFolder:
         return [folder for folder in checkpoint_folders(self.path, "step") if (folder / STATE).is_file()]
 
     def last_state(self) -> tuple[Path, dict[str, Any]] | None:
-        """The last checkpoint and its state, or None where there is none.
+        """The last checkpoint and its state, or None if there is none or the run does not resume.
 
         Raises:
-            ResumeError: it is damaged, or not of a run and a step as its name says.
+            ResumeError: it is damaged, was not written by a run, or is of another step than its name says.
         """
         found = self.checkpoints()
         if not (self.resuming and found):
             return None
         state = read_state(found[-1])
         if self.checkpoint(state["steps"]) != found[-1] or not state["extra"].keys() >= EXTRA:
-            raise damaged(found[-1], f"its {STATE} is of another step, or of no run")
+            raise damaged(found[-1], f"its {STATE} belongs to another step, or was not written by a run")
         return found[-1], state
 
     def date(self) -> str | None:
-        """What the chat template took for today in the run that goes on; None where it prints no date."""
+        """Today's date for the chat template in the resumed run; None if the template prints no date."""
         if not self.resuming:
             return None
         found = None if self.complete else self.last_state()
@@ -152,15 +152,15 @@ class RunFolder:
         return identity.get("date")
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step belongs."""
+        """The folder for the checkpoint of a step."""
         return self.path / CHECKPOINTS / f"step-{step:08d}"
 
     def best(self, step: int) -> Path:
-        """Where the best adapter so far is kept, if it is the one of this step."""
+        """The folder for the best adapter so far, if it is from this step."""
         return self.path / CHECKPOINTS / f"best-{step:08d}"
 
     def save_checkpoint(self, session: Resumable, extra: Mapping[str, Any], best_step: int) -> Path | None:
-        """Write the checkpoint of the session's step and remove older ones; None where there is no step.
+        """Write the checkpoint of the session's step and remove older ones; None if there is no step yet.
 
         Raises:
             OutputError: it cannot be written.
@@ -173,7 +173,7 @@ class RunFolder:
         return path
 
     def save_best(self, adapter: Adapter, step: int) -> dict[str, str]:
-        """Write the best adapter so far, of this step; returns the check sums of its files.
+        """Write the best adapter so far, from this step; returns the checksums of its files.
 
         Raises:
             OutputError: it cannot be written.
@@ -181,28 +181,28 @@ class RunFolder:
         return _sums(save(adapter, self.best(step), overwrite=True))
 
     def load_best(self, step: int, sums: Mapping[str, str]) -> Adapter:
-        """The best adapter until the last checkpoint.
+        """The best adapter up to the last checkpoint.
 
         Raises:
-            ResumeError: it is missing, or not as it was written.
+            ResumeError: it is missing, or its checksums do not match.
         """
         path = self.best(step)
         try:
             best = load(path)
             if _sums(path) != sums:
-                raise AdapterFileError(f"{path} is not as it was written")
+                raise AdapterFileError(f"the checksums of {path} do not match")
             return best
         except AdapterFileError as error:
             raise ResumeError(
-                f"{self.checkpoints()[-1]} needs the best adapter until then, but {error}; remove that "
-                "checkpoint to go on from an earlier one, or start over with overwrite (--overwrite)"
+                f"{self.checkpoints()[-1]} needs the best adapter up to its step, but {error}; remove that "
+                "checkpoint to continue from an earlier one, or start over with overwrite (--overwrite)"
             ) from error
 
     def prune(self, best_step: int) -> None:
-        """Remove all checkpoints but the last two, and what interrupted writes left.
+        """Remove all checkpoints except the last two, and temporary files of interrupted writes.
 
-        Of the best adapters those of this step and of the checkpoints that are kept stay: a run may go on
-        from each of them.
+        The best adapters of this step and of the remaining checkpoints are kept: a run may resume from each
+        of these checkpoints.
         """
         kept = self.checkpoints()[-KEPT:]
         named = {self.best(step) for step in (best_step, *map(_best_step, kept))}
@@ -213,14 +213,14 @@ class RunFolder:
             clear_run(self.path)
 
     def open(self, step: int, evaluated: int = 0) -> None:
-        """Make the folder ready for the steps after this one: later lines of an interrupted run are cut off.
+        """Prepare the folder for the steps after `step`: remove later lines of an interrupted run.
 
         Args:
-            step: the last one whose line in the metrics stays.
-            evaluated: the last one whose evaluation stays.
+            step: the last step whose line in the metrics is kept.
+            evaluated: the last step whose evaluation is kept.
 
         Raises:
-            ResumeError: lines that should stay are missing or damaged; nothing is changed.
+            ResumeError: lines that should be kept are missing or damaged; nothing is changed.
             OutputError: it cannot be written.
         """
         metrics = lines_until(self.path / METRICS, step, every=True) if step else b""
@@ -239,11 +239,11 @@ class RunFolder:
             self.clean()
 
     def clean(self) -> None:
-        """Remove what an interrupted write left behind."""
+        """Remove temporary files of interrupted writes."""
         clear_run(self.path)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
-        """Append one line of JSON and flush it to the disk at once; a new file appears with its line.
+        """Append one line of JSON and flush it to the disk; a new file is created with its first line.
 
         Raises:
             OutputError: it cannot be written.
@@ -251,7 +251,7 @@ class RunFolder:
         append(self.path / name, line)
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
-        """Write the summary and the adapter; from now on the run is complete.
+        """Write the summary and the adapter; then the run is complete.
 
         Raises:
             OutputError: they cannot be written.
@@ -274,8 +274,8 @@ class RunFolder:
                 f"{self.path / RUN} cannot be read ({error}); remove it and start over with overwrite"
             ) from error
 
-    def _judge(self) -> bool:
-        """Whether there is something to go on from; refuses what must not be replaced."""
+    def _check(self) -> bool:
+        """Whether there is a run to resume; refuses a folder that must not be overwritten."""
         clear_leftovers(self.path, ADAPTER_FILES.__contains__)
         with output_errors(self.path):
             clear_run(self.path)
@@ -291,15 +291,15 @@ class RunFolder:
         return resuming
 
     def _refuse_run(self) -> None:
-        """Refuse a folder with a run of ours, naming what it holds and what loses nothing first."""
+        """Refuse a folder with an earlier run; the message first offers the options that lose nothing."""
         states = {step_of(folder): folder / STATE for folder in self.checkpoints()}
         steps = [step for step, state in states.items() if STEP_FILES.is_own(state) or not read_first(state)]
         way = "choose another folder"
         if self.complete:
             what, lost = f"a finished run{self._finished_steps()}", "adapter, checkpoints and metrics"
         elif steps:
-            what, lost = "a run that is not finished", "checkpoints and metrics"
-            way = f"go on from its checkpoint of step {max(steps)} with --resume (resume=True), or {way}"
+            what, lost = "an unfinished run", "checkpoints and metrics"
+            way = f"continue from its checkpoint of step {max(steps)} with --resume (resume=True), or {way}"
         elif OWN_FILES.is_own(self.path / METRICS):
             what, lost = "a run that stopped before its first checkpoint", "metrics"
         else:
@@ -315,7 +315,7 @@ class RunFolder:
         return ""
 
     def _only_of_a_run(self) -> bool:
-        """Whether nothing but what a run leaves before it is complete is here; an adapter needs overwrite."""
+        """Whether the folder has only files of an incomplete run; a finished adapter requires overwrite."""
         known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {WEIGHTS}
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
         return all(name in known or PARTIAL.fullmatch(name) for name in names)
@@ -325,7 +325,7 @@ def refuse_base(out: str | Path, base: str | Path | None) -> None:
     """Check that an output folder is not the folder of the base.
 
     Raises:
-        OutputError: it is; with an adapter in it, transformers would load the two together.
+        OutputError: it is; transformers would then load the base together with the adapter.
     """
     out = Path(out).expanduser()
     if base and out.is_dir() and os.path.realpath(out) == os.path.realpath(os.path.expanduser(base)):
@@ -333,12 +333,12 @@ def refuse_base(out: str | Path, base: str | Path | None) -> None:
 
 
 def _sums(adapter: Path) -> dict[str, str]:
-    """The check sums of an adapter's files."""
+    """The checksums of an adapter's files."""
     return {name: file_sum(adapter / name) for name in ADAPTER_FILES if (adapter / name).is_file()}
 
 
 def _best_step(checkpoint: Path) -> int:
-    """The step of the best adapter that a checkpoint names; 0 where it names none."""
+    """The step of the best adapter that a checkpoint names; 0 if it names none."""
     with suppress(ResumeError, KeyError, TypeError):
         return int(read_state(checkpoint)["extra"]["totals"]["best_step"])
     return 0

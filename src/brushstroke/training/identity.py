@@ -1,6 +1,6 @@
-"""What a resumed run must share with the one that it goes on from, and the refusal where it does not.
+"""The identity of a run (settings, data, base), which a resumed run must match.
 
-Hashes stand for what is large; files are read and written elsewhere.
+Large parts are stored as hashes. It reads and writes no files.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from brushstroke.errors import ResumeError
 from brushstroke.training.session import Training
 from brushstroke.training.setup import RunRequest
 
-PLAIN = ("dtype", "device", "dropout", "columns", "loss", "date")  # said with their values
+PLAIN = ("dtype", "device", "dropout", "columns", "loss", "date")  # a message gives their values
 NAMES = {
     "base": "the base model",
     "tokens": "the tokenised data",
@@ -34,7 +34,7 @@ def identify(
     examples: EncodedData,
     held_out: EncodedData | None,
 ) -> dict[str, Any]:
-    """The identity of a run, in JSON types; `date` is the one that its chat template prints."""
+    """The identity of a run as JSON types; `date` is the date that its chat template prints."""
     config, lora, start, loss = request.config, request.lora, request.start, request.loss
     return {
         "lora": (lora or LoraConfig()).as_dict() if start is None else None,
@@ -55,15 +55,15 @@ def identify(
 
 
 def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
-    """Check that two identities are of one run.
+    """Check that two identities belong to the same run.
 
     Raises:
-        ResumeError: it names all that differs.
+        ResumeError: they differ; the message names all differences.
     """
     if missing := [NAMES.get(key, key) for key in now if key not in then]:
         raise ResumeError(
-            f"{where} is of another version of brushstroke, which kept nothing to know {', '.join(missing)} "
-            "by; go on with that version, or start over with overwrite (--overwrite)"
+            f"{where} was written by another version of brushstroke, which did not record "
+            f"{', '.join(missing)}; continue with that version, or start over with overwrite (--overwrite)"
         )
     differences = []
     for key, value in now.items():
@@ -75,21 +75,21 @@ def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> 
                 if stored.get(name) != then[key].get(name)
             ]
         elif value == then[key] or (key == "base" and now["dtype"] != then["dtype"]):
-            continue  # the dtype that the base is loaded in changes its numbers, and is named itself
+            continue  # another dtype changes the base's hash, and is reported on its own
         elif key in PLAIN:
             differences.append(f"{key}: now {value!r}, then {then[key]!r}")
         else:
             differences.append(f"{NAMES[key]} changed" if key in NAMES else f"another {key}")
     if differences:
-        told = dict.fromkeys(differences)  # dropout is of the adapter's settings and of the run's
+        unique = dict.fromkeys(differences)  # dropout is a setting of the adapter and of the run
         raise ResumeError(
-            f"{where} belongs to a run with other settings ({'; '.join(told)}); resume with "
+            f"{where} belongs to a run with other settings ({'; '.join(unique)}); resume with "
             "the same command, or start over with overwrite (--overwrite)"
         )
 
 
 def hash_examples(examples: Iterable[Example]) -> str:
-    """A hash of all tokens and weights: the same rows in another template are other examples."""
+    """A hash of all tokens and weights; the same rows in another chat template have another hash."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
@@ -99,10 +99,10 @@ def hash_examples(examples: Iterable[Example]) -> str:
 
 
 def hash_base(model: torch.nn.Module, factors: Iterable[torch.Tensor]) -> str:
-    """A hash of the name, shape, dtype and up to 256 values of every parameter but the adapter's own."""
-    digest, own = hashlib.sha256(), {id(factor) for factor in factors}
+    """A hash of the name, shape, dtype and up to 256 values of every parameter except the adapter's."""
+    digest, skipped = hashlib.sha256(), {id(factor) for factor in factors}
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
+        if id(parameter) in skipped:
             continue
         _, positions = sample_positions(1, parameter.numel())
         values = parameter.detach().reshape(-1)[positions.to(parameter.device)].cpu()

@@ -1,6 +1,6 @@
-"""Ctrl-C that never cuts an optimiser step or a write in two.
+"""Delays Ctrl-C until an optimiser step or a write is complete.
 
-It installs nothing outside the main thread.
+It installs no handler outside the main thread.
 """
 
 import signal
@@ -11,9 +11,9 @@ from typing import Any
 
 
 class DeferredInterrupts:
-    """While open, the first SIGINT raises KeyboardInterrupt, but waits for the end of a `held` block.
+    """Context manager: the first SIGINT raises KeyboardInterrupt, but only after the end of a `held` block.
 
-    Later ones do nothing: what is to be kept is being written then.
+    Later ones do nothing: the checkpoint is being written at that time.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class DeferredInterrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, an interrupt waits."""
+        """Context manager: delay an interrupt until the end of the block."""
         self._held = True
         try:
             yield
@@ -56,6 +56,6 @@ class DeferredInterrupts:
 
 
 def ignore_interrupts() -> None:
-    """From now on Ctrl-C does nothing: for a process that ends with what an interrupted run kept."""
+    """Ignore Ctrl-C from now on: for a process that ends after an interrupted run has saved its state."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Records: files with one JSON object a line, which say the step that they are of.
+"""JSON Lines files with one object per line, each with the number of its step.
 
-It knows nothing of what else the lines say.
+It does not interpret the other fields.
 """
 
 import json
@@ -15,7 +15,7 @@ from brushstroke.outputs import output_errors, write_file
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Append one line and flush it to the disk at once; a new file appears with its line.
+    """Append one line and flush it to the disk; a new file is created together with its first line.
 
     Raises:
         OutputError: it cannot be written.
@@ -30,15 +30,15 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def lines_until(path: Path, step: int, *, every: bool = False) -> bytes:
-    """The lines of a record up to the one of a step; later ones, whole or not, are left out.
+    """The lines of a file up to the line of a step, without later lines (complete or not).
 
     Args:
-        path: the record.
-        step: the last one whose line must be there; 0 for none.
-        every: whether all the steps before it must have their lines too.
+        path: the file.
+        step: the last step, whose line must exist; 0 for none.
+        every: whether all earlier steps must have a line too.
 
     Raises:
-        ResumeError: a line that must be there is missing, or cannot be read.
+        ResumeError: a required line is missing, or cannot be read.
     """
     kept, steps = [], []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
@@ -49,9 +49,9 @@ def lines_until(path: Path, step: int, *, every: bool = False) -> bytes:
         steps.append(found)
     if (steps != list(range(1, step + 1))) if every else (max(steps, default=0) != step):
         raise ResumeError(
-            f"{path} is damaged: a line up to step {step}, on which the checkpoint counts, is missing or "
-            "cannot be read; put it back, remove the checkpoint of that step to use an earlier one, or start "
-            "over with overwrite (--overwrite)"
+            f"{path} is damaged: a line up to step {step}, which the checkpoint needs, is missing or "
+            "cannot be read; restore the file, remove the checkpoint of that step to use an earlier one, or "
+            "start over with overwrite (--overwrite)"
         )
     return b"".join(kept)
 
