@@ -235,7 +235,7 @@ def test_non_finite_base_and_too_high_rate_give_different_errors(tmp_path: Path)
     broken.model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
     with (
         pytest.warns(PlanWarning, match="packing is not shown to be right"),
-        pytest.raises(NonFiniteError, match=r"step 1; .*the base's weights may be at fault"),
+        pytest.raises(NonFiniteError, match=r"step 1; .*the base's weights may be the cause"),
     ):
         bs.train(broken, examples(4), LORA, CONFIG, out=tmp_path / "run")
 
@@ -301,7 +301,7 @@ def test_resume_skips_a_damaged_checkpoint_and_keeps_the_best_adapter(tmp_path: 
         changed = whole[:-1] + bytes([whole[-1] ^ 1]) if name == same else whole.replace(b"16", b"17", 1)
         file.write_bytes(changed)
         with pytest.raises(
-            ResumeError, match="the checksums of .*best-00000003 do not match; remove that checkpoint"
+            ResumeError, match=r"the checksums of .*best-00000003 do not match; remove that checkpoint"
         ):
             bs.train(base(), examples(10), LORA, config, out=cut, eval_data=held_out, resume=True)
         file.write_bytes(whole)

@@ -87,7 +87,7 @@ def test_routed_experts_are_not_reported() -> None:
 def test_a_member_of_a_list_that_nothing_chooses_is_named() -> None:
     with Training(with_mlp(Unused()), LoraConfig(rank=2)) as run:
         (said,) = unlearnt_sites(run)
-    assert said.startswith("text does not run through model.layers.0.mlp.parts.1: they learn nothing")
+    assert said.startswith("text does not run through model.layers.0.mlp.parts.1: they are not trained")
 
 
 def test_a_layer_whose_block_is_replaced_is_named_although_other_layers_run_theirs() -> None:
@@ -110,7 +110,7 @@ def test_experts_of_a_layer_that_runs_no_expert_are_named() -> None:
 def test_sites_that_text_does_not_reach_are_named() -> None:
     with Training(model(tower=True), LoraConfig(rank=2)) as run:
         (said,) = unlearnt_sites(run)
-    assert said.startswith("text does not run through model.tower.*.q_proj (3): they learn nothing")
+    assert said.startswith("text does not run through model.tower.*.q_proj (3): they are not trained")
     with Training(model(tower=True), LoraConfig(rank=2, targets="self_attn.q_proj")) as run:
         assert unlearnt_sites(run) == ()
 

@@ -1,6 +1,6 @@
-"""`train`: the loop over the verbs of `Training`.
+"""`train`: the training loop, built on the methods of `Training`.
 
-What a step computes is in `session` and `packed`, what is written in `folder`.
+It computes no step itself (`session` and `packed` do) and writes no files itself (`folder` does).
 """
 
 import time
@@ -34,7 +34,7 @@ from brushstroke.training.session import Training
 from brushstroke.training.setup import RunRequest, make_chat, open_session, read_data
 from brushstroke.training.summary import card_of_run, summarise
 
-MAX_STEPS = 2**53  # that a float counts one by one
+MAX_STEPS = 2**53  # a float represents every integer up to here
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class TrainResult:
     """A finished run.
 
     Args:
-        adapter: the value that it made.
-        summary: the totals, settings and versions that stand in `run.json`.
-        resumed_from: the step of the checkpoint that the run went on from; 0 where it began anew.
+        adapter: the trained adapter.
+        summary: the totals, settings and versions, as in `run.json`.
+        resumed_from: the step of the checkpoint from which the run continued; 0 for a new run.
     """
 
     adapter: Adapter
@@ -71,32 +71,33 @@ def train(
     on_step: Callable[[StepEvent], None] | None = None,
     on_eval: Callable[[EvalEvent], None] | None = None,
 ) -> TrainResult:
-    """Train an adapter on a frozen base; the base is bit for bit as before afterwards.
+    """Train an adapter on a frozen base; afterwards the base is bit for bit the same as before.
 
     Args:
-        base: from `load_base`, or Base(model, tokenizer) of your own.
+        base: from `load_base`, or your own Base(model, tokenizer).
         data: a path, a hub data set, a list of dicts, a `datasets.Dataset`, or tokenised examples.
-        lora: what the adapter should be; not with `start`.
-        config: how to train.
+        lora: rank, scale, targets and dropout of the adapter; with `start`, only dropout may be set.
+        config: the settings of the training.
         out: folder for the adapter, metrics, evaluations and checkpoints; without it nothing is written.
-        eval_data: examples to evaluate on.
-        start: an adapter to go on from.
-        loss: in place of cross-entropy; see `Training.forward_backward`.
-        resume: go on from the last checkpoint in `out`; start over where there is none.
+        eval_data: examples for the evaluations.
+        start: an existing adapter whose training continues.
+        loss: replaces cross-entropy; see `Training.forward_backward`.
+        resume: continue from the last checkpoint in `out`; start a new run if there is none.
         overwrite: replace an earlier run in `out`.
         prompt_column, completion_column: other names for "prompt" and "completion".
-        allow_different_base: go on from an adapter although it belongs to another base.
-        on_plan: told the plan and the step resumed from, before the first step. Without it the plan's
-            warnings are given as a `PlanWarning`.
-        on_step: told of every optimiser step.
-        on_eval: told of every evaluation.
+        allow_different_base: accept a start adapter that belongs to another base.
+        on_plan: called before the first step with the plan and the step from which the run resumes. Without
+            it, the plan's warnings are issued as a `PlanWarning`.
+        on_step: called after every optimiser step.
+        on_eval: called after every evaluation.
 
     Raises:
-        ConfigError, TargetError, DataError, BaseMismatchError: the request cannot work; nothing was written.
-        OutputError: `out` holds files already, cannot be written, or another run is writing it.
+        ConfigError, TargetError, DataError, BaseMismatchError: invalid arguments; nothing was written.
+        OutputError: `out` is not empty or cannot be written, or another run is writing to it.
         ResumeError: the checkpoint belongs to other settings or other data.
-        NonFiniteError: the loss is not a finite number; checkpoints from before are kept.
-        KeyboardInterrupt: after a checkpoint was saved, which it names; without words where no step was done.
+        NonFiniteError: the loss is non-finite; earlier checkpoints are kept.
+        KeyboardInterrupt: after a checkpoint was saved; its message names the checkpoint, and is empty if no
+            step was done.
     """
     request = RunRequest(
         config or TrainConfig(), lora, start, loss, prompt_column, completion_column, allow_different_base
@@ -125,7 +126,7 @@ def train(
             warn_of(plan)
         run.begin()
         try:
-            run.evaluate_if_due(on_eval)  # an interrupt may have come between a step and its evaluation
+            run.evaluate_if_due(on_eval)  # an earlier interrupt may have come between step and evaluation
             while session.steps < run.steps:
                 event = run.step()
                 if on_step:
@@ -141,7 +142,7 @@ def train(
 
 
 class _Run:
-    """A run on its way: its session, its folder, its totals and the best adapter so far."""
+    """The state of a run: its session, its folder, its totals and the best adapter so far."""
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class _Run:
         self.totals = Totals()
 
     def resume(self) -> int:
-        """Take over the last checkpoint of the folder and return its step; 0 where there is none."""
+        """Load the last checkpoint of the folder and return its step; 0 if there is none."""
         if self._folder.resuming:
             self._folder.claim()
         if last := self._folder.last_state():
@@ -175,13 +176,13 @@ class _Run:
         return self._session.steps
 
     def begin(self) -> None:
-        """Cut off what the folder holds of steps after the checkpoint, and start the clock."""
+        """Remove the lines of steps after the checkpoint from the folder, and start the clock."""
         if self._session.steps:
             self._folder.open(self._session.steps, self.totals.evaluated)
         self._began = time.perf_counter() - self.totals.seconds
 
     def step(self) -> StepEvent:
-        """One optimiser step, recorded in the folder."""
+        """Run one optimiser step and record it in the folder."""
         session, config = self._session, self._config
         began = time.perf_counter()
         result = session.forward_backward(self._batches.batch(session.steps), self._loss)
@@ -209,7 +210,7 @@ class _Run:
         return event
 
     def evaluate_if_due(self, on_eval: Callable[[EvalEvent], None] | None) -> None:
-        """Evaluate where this step has an evaluation and it was not made yet; keep the best adapter."""
+        """Evaluate if an evaluation is due after this step and was not done yet; keep the best adapter."""
         session, totals = self._session, self.totals
         due = session.steps == self.steps or session.steps % self._steps_between_evaluations == 0
         if self._held_out is None or not due or totals.evaluated >= session.steps:
@@ -231,20 +232,20 @@ class _Run:
         return self._config.eval_every or self._batches.steps_per_epoch
 
     def checkpoint_if_due(self) -> None:
-        """Save a checkpoint where this step has one; the last step has the finished adapter instead."""
+        """Save a checkpoint if one is due after this step; the last step writes the adapter instead."""
         steps = self._session.steps
         if steps % self._config.checkpoint_every == 0 and steps < self.steps:
             with self._interrupts.held():
                 self.save_checkpoint()
 
     def save_checkpoint(self) -> Path | None:
-        """Save the state of the run; returns where, or None where there is no folder or no step was done."""
+        """Save the state of the run; returns the path, or None without a folder or before the first step."""
         self._require_finite(self._session.parameters)
         extra = {"identity": self._identity, "totals": asdict(self.totals)}
         return self._folder.save_checkpoint(self._session, extra, self.totals.best_step)
 
     def finish(self) -> tuple[Adapter, dict[str, Any]]:
-        """The adapter and the summary of the run, which are written too."""
+        """Return the adapter and the summary of the run, and write both."""
         adapter = self._session.adapter() if self._best is None else self._best
         self._require_finite(tensor for update in adapter.values() for tensor in update.tensors().values())
         summary = summarise(self._session, self.totals, self._identity, self._examples)
@@ -264,15 +265,15 @@ class _Run:
         decay = self._config.weight_decay
         also = f" or the weight decay (it is {decay:g})" if decay else ""
         raise NonFiniteError(
-            f"the factors are not finite numbers after step {self._session.steps}; lower the learning rate "
-            f"(it is {self._session.learning_rate:g}){also}, and start over with overwrite (--overwrite)"
+            f"the factors contain non-finite values after step {self._session.steps}; lower the learning "
+            f"rate (it is {self._session.learning_rate:g}){also}, and start over with overwrite (--overwrite)"
         )
 
 
 def _require_eval_data(config: TrainConfig, eval_data: Any) -> None:
     if eval_data is None and (config.keep_best or config.eval_every is not None):
-        asked = "keep_best" if config.keep_best else "eval_every"
-        raise ConfigError(f"{asked} needs data to evaluate on; give eval_data")
+        option = "keep_best" if config.keep_best else "eval_every"
+        raise ConfigError(f"{option} needs evaluation data; give eval_data")
 
 
 def _count_steps(batches: BatchSampler, config: TrainConfig) -> int:

@@ -1,6 +1,6 @@
-"""What stands for the output folder of a run that has none, so that the loop need not ask.
+"""A replacement for the output folder in runs without one, so that the loop needs no special cases.
 
-The folder itself is in `folder`.
+It writes nothing; the real folder is in `folder`.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from brushstroke.training.folder import RunFolder, refuse_base
 
 
 class NoFolder(RunFolder):
-    """No output folder: there is nothing to go on from, and writing does nothing."""
+    """No output folder: there is nothing to resume, and writing does nothing."""
 
     def __init__(self) -> None:
         self.resuming = False
@@ -25,7 +25,7 @@ class NoFolder(RunFolder):
         """Do nothing."""
 
     def checkpoints(self) -> list[Path]:
-        """There are none."""
+        """Return an empty list."""
         return []
 
     def open(self, step: int, evaluated: int = 0) -> None:
@@ -48,7 +48,7 @@ class NoFolder(RunFolder):
 def open_folder(
     out: str | Path | None, base: str | None, *, resume: bool = False, overwrite: bool = False
 ) -> RunFolder:
-    """The output folder of a run; one that does nothing where none is asked for.
+    """The output folder of a run, or a `NoFolder` if `out` is None.
 
     Raises:
         ConfigError, OutputError: as `RunFolder`, or it is the folder of the base.

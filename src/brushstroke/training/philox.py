@@ -1,7 +1,7 @@
-"""The random numbers of a run: Philox4x64-10, of which numpy promises the same bits in every version.
+"""The random numbers of a run: Philox4x64-10, for which numpy guarantees the same bits in every version.
 
 Key: (seed, epoch) for the order of the data, (seed, step) for dropout. The counter's highest word separates
-the two. What torch draws from a seed that is made here is torch's own.
+the two. It does not control what torch draws from a seed: this may differ between versions of torch.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ ORDER, DROPOUT = 0, 1
 
 
 def order_of(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` examples in an epoch: that of as many random numbers.
+    """The order of `count` examples in an epoch, found by sorting `count` random numbers.
 
     >>> order_of(6, seed=0, epoch=0)
     [0, 2, 1, 5, 4, 3]
@@ -19,7 +19,7 @@ def order_of(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def dropout_seed(seed: int, step: int, call: int) -> int:
-    """The seed for torch's generators in one of the `forward_backward` calls of a step, below 2**63."""
+    """The seed (below 2**63) for torch's generators in one `forward_backward` call of a step."""
     return int(_draw(1, seed, step, (call, DROPOUT))[0] >> np.uint64(1))
 
 

@@ -1,6 +1,6 @@
-"""What a run is going to do, before it does it.
+"""The plan of a run: counts and estimates before the first step.
 
-It counts and estimates; it trains nothing and writes nothing.
+It trains nothing and writes nothing.
 """
 
 import dataclasses
@@ -20,32 +20,32 @@ from brushstroke.training.session import Training
 from brushstroke.training.setup import RunRequest, make_chat, open_session, read_data
 from brushstroke.training.trial import unlearnt_sites
 
-COUNTED_STEPS = 200  # beyond them the tokens that sharing saves are extrapolated
+COUNTED_STEPS = 200  # computed and shared tokens of further steps are extrapolated
 
 
 class PlanWarning(UserWarning):
-    """A run can go on, and a user should know something of it first."""
+    """A run is possible, but the plan has warnings for the user."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The facts of a run that are known before its first step. Sizes in bytes.
+    """The facts about a run that are known before its first step. Sizes are in bytes.
 
     Args:
-        matches: target pattern → number of sites; empty where the run goes on from an adapter.
-        capped: site → rank asked for, where a group's small site got the largest rank that fits.
-        skipped: site or weight → why the targets leave it out.
-        skipped_shares: the same → its share of the base's weights.
-        parameters: trainable numbers, and `share` of them in the base's.
+        matches: target pattern → number of sites; empty if the run starts from an adapter.
+        capped: site → requested rank, for small sites of a group, which get the largest rank that fits.
+        skipped: site or weight → reason why the targets leave it out.
+        skipped_shares: the same keys → share of the base's weights.
+        parameters: number of trainable values; `share` is their ratio to the base's.
         memory_bytes: estimated peak of the process (of the device on a GPU).
-        memory: "fast" or "low", with `memory_reason`.
-        fused_modules: how many modules of each kind run fused functions, in words.
-        kernels: "onednn" or "torch", for the products, with `kernels_reason`.
+        memory: "fast" or "low"; `memory_reason` says why.
+        fused_modules: text with the number of modules of each kind that run fused functions.
+        kernels: "onednn" or "torch", for matrix products; `kernels_reason` says why.
         real_tokens, trained_tokens: of one epoch.
         computed_tokens: of one epoch; `shared_tokens` fewer than without shared prefixes.
-        extrapolated: whether these two were counted on the first steps alone.
-        layout: "packed" or "padded", with `layout_reason`.
-        warnings: what a user should know, one line each.
+        extrapolated: whether these two were counted on the first steps only.
+        layout: "packed" or "padded"; `layout_reason` says why.
+        warnings: warnings for the user, one line each.
     """
 
     base: str | None
@@ -101,7 +101,7 @@ def plan(
     completion_column: str | None = None,
     allow_different_base: bool = False,
 ) -> Plan:
-    """What `train` with the same arguments would do; the base is as before afterwards.
+    """The plan of `train` with the same arguments; afterwards the base is the same as before.
 
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: as `train`.
@@ -146,7 +146,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     extrapolated = counted < order.steps_per_epoch
     scale = report.real_tokens / max(1, seen)
     longest = max(len(example) for example in data)
-    reach = max(example.reach for example in data)  # the longest may be in no step that is counted
+    reach = max(example.reach for example in data)  # the longest example may not be in the counted steps
     return Plan(
         base=session.base.name,
         dtype=str(session.base.dtype).removeprefix("torch."),
@@ -191,7 +191,7 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
 
 
 def warn_of(plan: Plan) -> None:
-    """Warn of what a plan warns of, once, where nobody reads the plan."""
+    """Issue the warnings of a plan as one `PlanWarning`."""
     if plan.warnings:
         warnings.warn("; ".join(plan.warnings), PlanWarning, stacklevel=3)
 
@@ -214,11 +214,11 @@ def _warnings(data: EncodedData, session: Training, longest: int, warmup: int, s
     if longest > session.micro_tokens:
         found.append(
             f"the longest example has {longest:,} tokens, more than one pass of {session.micro_tokens:,}; "
-            "it gets a pass of its own and takes more memory"
+            "it runs in a separate pass and needs more memory"
         )
     if warmup >= steps:
         found.append(
-            f"the warm-up has {warmup:,} steps and the run {steps:,}: the learning rate never gets to "
+            f"the warm-up has {warmup:,} steps and the run {steps:,}: the learning rate never reaches "
             f"{session.learning_rate:g}; lower --warmup"
         )
     return tuple(found)

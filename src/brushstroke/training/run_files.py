@@ -1,6 +1,6 @@
-"""Which files a training run puts into its output folder, and what tells them from a user's.
+"""Decides which files in an output folder a training run wrote, by their JSON keys as well as their names.
 
-It reads and removes; it writes nothing.
+It reads and removes files; it writes none.
 """
 
 import re
@@ -35,7 +35,7 @@ INSIDE = {"step": STEP_FILES, "best": OwnFiles(ADAPTER_FILES, ADAPTER_KEYS, (CAR
 
 
 def checkpoint_folders(folder: Path, kind: str) -> list[Path]:
-    """The folders of a kind ("step" or "best") with names that a run gives, by their steps."""
+    """The checkpoint folders of a kind ("step" or "best") that have a run's names, sorted by step."""
     found = (folder / CHECKPOINTS).glob(f"{kind}-*")
     return sorted((path for path in found if _is_of(kind, path.name)), key=step_of)
 
@@ -46,29 +46,30 @@ def step_of(checkpoint: Path) -> int:
 
 
 def names_in(checkpoint: Path) -> tuple[str, ...]:
-    """The files that a run writes into a checkpoint's folder, by the kind that its name says."""
+    """The names of the files that a run writes into a checkpoint folder of this kind."""
     return INSIDE[checkpoint.name.partition("-")[0]].names
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Check that everything by a name that a run uses is of a run.
+    """Check that everything with the name of a run's file was written by a run.
 
     Raises:
-        OutputError: it is another program's or the user's, or a link or a file where a run has a folder.
+        OutputError: something was written by the user or by another program, or there is a link or a file
+            where a run has a folder.
     """
     kept = [(path, kind) for kind in INSIDE for path in checkpoint_folders(folder, kind)]
-    sure = any(STEP_FILES.is_own(path / STATE) for path, kind in kept if kind == "step")
-    OWN_FILES.refuse_foreign(folder, vouched=sure)
-    sure = sure or any(OWN_FILES.is_own(folder / name) for name in OWN_FILES.marks)
+    is_run = any(STEP_FILES.is_own(path / STATE) for path, kind in kept if kind == "step")
+    OWN_FILES.refuse_foreign(folder, vouched=is_run)
+    is_run = is_run or any(OWN_FILES.is_own(folder / name) for name in OWN_FILES.marks)
     for path in (folder / CHECKPOINTS, *(path for path, _ in kept)):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise foreign(path, OWN_FILES.otherwise)
     for path, kind in kept:
-        INSIDE[kind].refuse_foreign(path, vouched=sure)
+        INSIDE[kind].refuse_foreign(path, vouched=is_run)
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what killed processes left in a run's folder; a checkpoint that was moved away returns."""
+    """Remove temporary files of killed processes; restore a checkpoint whose replacement was interrupted."""
     remove_partial_files(folder, OWN_FILES.names.__contains__)
     checkpoints = folder / CHECKPOINTS
     for kind in () if checkpoints.is_symlink() else INSIDE:

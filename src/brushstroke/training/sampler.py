@@ -1,6 +1,6 @@
-"""Which examples make up which step: a seeded shuffle, every example once an epoch.
+"""Chooses the examples of each step: a seeded shuffle, every example once per epoch.
 
-It holds no state: any step can be asked for at any time, so a resumed run needs none.
+It has no state: any step can be computed at any time, so a checkpoint does not store it.
 """
 
 import math
@@ -15,8 +15,8 @@ class BatchSampler:
 
     Args:
         examples: the data.
-        batch_size: examples in a step; the last step of an epoch has what is left.
-        seed: of the shuffle.
+        batch_size: examples per step; the last step of an epoch has the remaining ones.
+        seed: for the shuffle.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:

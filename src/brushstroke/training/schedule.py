@@ -1,6 +1,6 @@
-"""Learning-rate schedules: a step's factor on the learning rate.
+"""Learning-rate schedules: the factor that multiplies the learning rate in each step.
 
-They hold no state, so a resumed run needs none.
+They have no state, so a checkpoint does not store them.
 """
 
 import math
@@ -16,7 +16,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warm-up: `warmup` itself, or that share of the run where it is below 1.
+    """Steps of warm-up: `warmup` itself, or that share of the run if it is below 1.
 
     >>> warmup_steps(0.1, 50), warmup_steps(20, 50)
     (5, 20)
@@ -25,7 +25,7 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 
 def factor(schedule: str, step: int, total: int, warmup: float = 0.0) -> float:
-    """The factor for a step (from 0) of a run of `total` steps, as in the Hugging Face Trainer.
+    """The factor for a step (counted from 0) of a run of `total` steps, as in the Hugging Face Trainer.
 
     >>> [factor("linear", step, 4) for step in range(4)]
     [1.0, 0.75, 0.5, 0.25]

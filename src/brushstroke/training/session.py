@@ -1,6 +1,6 @@
-"""`Training`: the verbs of a training run, for loops of one's own.
+"""`Training`: the operations of a training run, for custom training loops.
 
-The loop itself is in `loop`; files are in `checkpoint`.
+It contains no loop (see `loop`) and no file format (see `checkpoint`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,19 +32,20 @@ from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import LORA_OVER_FULL, StepConfig, default_learning_rate
 from brushstroke.training.philox import dropout_seed
 
-NAMED_TARGETS = 12  # at most, in an error
-EVALUATED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
+NAMED_TARGETS = 12  # maximum number of targets in an error message
+EVALUATED_AT_ONCE = 64  # examples per group in which shared prefixes are found
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one `forward_backward` did.
+    """The result of one `forward_backward` call.
 
     Args:
         loss: per trained token, in nats.
         trained_tokens: tokens whose prediction is in the loss.
         real_tokens: tokens of the examples, without padding.
-        computed_tokens: tokens that ran through the layers: prefixes once, nothing after a last target.
+        computed_tokens: tokens that ran through the layers; a shared prefix counts once, and
+            tokens after the last target do not count.
     """
 
     loss: float
@@ -54,27 +55,28 @@ class StepResult:
 
 
 class Training:
-    """A base in which an adapter, or some weights themselves, are trained; a context manager that detaches.
+    """A base with a trainable adapter, or with trainable weights; a context manager that detaches on exit.
 
     Several `forward_backward` calls before one `optim_step` equal one call with all the examples: gradients
     add up, and the step divides them by the trained tokens of all calls.
 
     Args:
-        base: the frozen model; a Base, or an nn.Module for examples that are tokenised already.
-        start: the config of a new adapter, an adapter to go on from, or the sites whose W itself is trained.
+        base: the frozen model: a Base, or an nn.Module for tokenised examples.
+        start: the config of a new adapter, an existing adapter, or the sites whose W is trained directly.
         config: the settings of a step.
-        dropout: on the low-rank path; a config's own by default.
-        chat_template: for examples and prompts, in place of that of the config, the adapter or the tokenizer:
-            a template, a file, the name of one, or a chat format.
-        allow_different_base: go on from an adapter although it belongs to another base.
+        dropout: on the low-rank path; by default that of the LoraConfig.
+        chat_template: for examples and prompts, instead of that of the config, the adapter or the tokenizer:
+            a template, a file, the name of a template, or a chat format.
+        allow_different_base: accept a start adapter that belongs to another base.
         settings: fields of `StepConfig` that replace those of `config`, such as `learning_rate=1e-3`.
 
-    Gradients are on inside, whatever the caller's mode. Norms, rotary embeddings and MLPs run through own
-    functions until `close`: their outputs are the base's up to rounding, where `attach` keeps every bit.
+    Gradients are enabled inside, independent of the caller's mode. Until `close`, norms, rotary embeddings
+    and MLPs run as fused functions: their outputs equal the base's up to rounding (`attach` alone keeps every
+    bit).
 
     Raises:
         TargetError, AttachError, BaseMismatchError: as `attach`.
-        ConfigError: a value that cannot work, or a model that does not predict the next token.
+        ConfigError: an invalid value, or a model that is not a causal language model.
     """
 
     @torch.inference_mode(False)
@@ -94,7 +96,7 @@ class Training:
         self.model = self.base.model
         check_model(self.model)
         check_max_length(self.model, self.config.max_length)
-        self.context = context_length(self.model)  # found once: it looks at every module
+        self.context = context_length(self.model)  # computed once, because it visits every module
         self.attachment = self._attach(start, dropout, allow_different_base)
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._prepared: Prepared | None = None
@@ -156,35 +158,35 @@ class Training:
 
     @property
     def step(self) -> Prepared:
-        """What was decided about the steps, with reasons."""
+        """The decisions about the steps, with reasons."""
         assert self._prepared is not None
         return self._prepared
 
     @property
     def packed(self) -> bool:
-        """Whether the packed pass is used; padded batches otherwise, and `step.forward_reason` says why."""
+        """Whether packed passes are used; if not, padded batches are, and `step.forward_reason` says why."""
         return self.step.forward.name == "packed"
 
     @torch.inference_mode(False)
     def forward_backward(self, examples: Any, loss: LossFunction | None = None) -> StepResult:
-        """Add the gradients of these examples to those that wait for `optim_step`.
+        """Add the gradients of these examples to the pending gradients (gradient accumulation).
 
         Args:
-            examples: tokenised examples, or anything that `train` takes as data.
-            loss: in place of cross-entropy: (logits of the trained positions (m×v, fp32 or wider), targets
-                (m), weights (m), the examples' own divided by m) → scalar, averaged over the positions.
+            examples: tokenised examples, or anything that `train` accepts as data.
+            loss: replaces cross-entropy: (logits of the trained positions (m×v, fp32 or wider), targets (m),
+                weights (m): those of the examples divided by m) → scalar, averaged over the positions.
 
         Raises:
-            NonFiniteError: the loss is not a finite number. After any error no gradient waits any more.
+            NonFiniteError: the loss is non-finite. Any error discards all pending gradients.
             DataError: the examples cannot be trained on.
-            ConfigError: `loss` cannot be called so, or gives no scalar that depends on the logits.
+            ConfigError: `loss` has another signature, or returns no scalar that depends on the logits.
         """
         self._check_open()
         if loss is not None:
             check_loss(loss)
         encoded = self.encode(examples)
         if not encoded:
-            raise DataError("there is no example to learn from; give at least one")
+            raise DataError("no examples given; pass at least one")
         total = torch.zeros((), dtype=torch.float64)
         computed = 0
         trained = sum(example.trained for example in encoded)
@@ -199,11 +201,11 @@ class Training:
                 value = outputs.summed_loss(loss)
                 if not bool(torch.isfinite(value)):
                     suspect = "the base's weights" if loss is None else "`loss` or the base's weights"
-                    before = "" if self.steps else f" (nothing is trained yet: {suspect} may be at fault)"
+                    cause = "" if self.steps else f" (nothing is trained yet: {suspect} may be the cause)"
                     raise NonFiniteError(
                         f"the loss is {value.item()} in step {self.steps + 1}; lower the learning rate "
                         f"(it is {self.learning_rate:g}), use float32, or look for broken rows in the "
-                        f"data{before}"
+                        f"data{cause}"
                     )
                 value.backward()
                 total += value.detach().item()
@@ -215,22 +217,22 @@ class Training:
         return StepResult(float(total) / max(1, trained), trained, real, computed)
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
-        """How the examples of one step are arranged over passes."""
+        """The passes into which the examples of one step are split."""
         rows = [Row.of(example) for example in examples]
         return self.step.forward.passes(rows, self.micro_tokens, self.share_prefixes)
 
     def optim_step(self, learning_rate: float | None = None) -> float:
-        """One AdamW step on the gradients that wait; returns their norm before clipping.
+        """One AdamW step with the pending gradients; returns their norm before clipping.
 
         Raises:
-            TrainingError: no gradient waits, or a site ran and got none; the factors stay as they are.
-            NonFiniteError: a gradient is not a finite number; the factors stay as they are.
+            TrainingError: no gradients are pending, or a site ran but got none; the factors do not change.
+            NonFiniteError: a gradient is non-finite; the factors do not change.
         """
         self._check_open()
         if not self._pending_tokens:
             raise TrainingError(
-                "there is no gradient to step on; call forward_backward() first, with examples that have a "
-                "trained token"
+                "no gradients are pending; call forward_backward() first, with examples that have a trained "
+                "token"
             )
         self._refuse_unreached()
         for parameter in self.parameters:
@@ -240,7 +242,7 @@ class Training:
         if not bool(torch.isfinite(norm)):
             self.zero_grad()
             raise NonFiniteError(
-                f"a gradient is not a finite number in step {self.steps + 1}; lower the learning rate "
+                f"a gradient is non-finite in step {self.steps + 1}; lower the learning rate "
                 f"(it is {self.learning_rate:g}) or use float32"
             )
         for group in self.optimizer.param_groups:
@@ -259,15 +261,15 @@ class Training:
         total, computed = 0.0, 0
         with _no_dropout(self.attachment), self.step.context():
             for start in range(0, len(encoded), EVALUATED_AT_ONCE):
-                some = encoded[start : start + EVALUATED_AT_ONCE]
-                for part, outputs in self.step.forward.run(self.passes(some)):
+                chunk = encoded[start : start + EVALUATED_AT_ONCE]
+                for part, outputs in self.step.forward.run(self.passes(chunk)):
                     total += outputs.summed_loss(None).item()
                     computed += part.computed_tokens
         trained = sum(example.trained for example in encoded)
         return StepResult(total / max(1, trained), trained, sum(len(e) for e in encoded), computed)
 
     def sample(self, prompts: Any, **options: Any) -> list[str]:
-        """Answers of the model as it is now; options as `generate`."""
+        """Answers of the model in its current state; takes the options of `generate`."""
         self._check_open()
         with _no_dropout(self.attachment):
             options.setdefault("chat_template", self.chat.template if self.chat else None)
@@ -275,14 +277,14 @@ class Training:
 
     @cached_property
     def chat(self) -> ChatFormat | None:
-        """How conversations are written; None without a tokenizer."""
+        """The chat format of conversations; None without a tokenizer."""
         given, card = self._chat_template, self.attachment.card
         if self.base.tokenizer is None or isinstance(given, ChatFormat):
             return given if isinstance(given, ChatFormat) else None
         return ChatFormat(self.base.tokenizer, find_template(given) or (card.chat_template if card else None))
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now, as a value, with the chat template and the stop tokens in its card."""
+        """A copy of the current adapter, with the chat template and the stop tokens in its card."""
         card, chat = self.attachment.card, self.chat
         if card is not None and chat is not None:
             stops = tuple(dict.fromkeys((*card.stop_tokens, *chat.stop_texts)))
@@ -290,22 +292,23 @@ class Training:
         return self.attachment.adapter(card)
 
     def save(self, folder: str | Path) -> None:
-        """Write factors, optimiser and counters, from which `load` goes on to the same bits.
+        """Write factors, optimiser state and counters; after `load`, training continues bit for bit.
 
         Raises:
-            TrainingError: a gradient waits for `optim_step`, which a checkpoint does not hold.
+            TrainingError: gradients are pending, which a checkpoint does not store.
         """
         self._check_open()
         if self._pending_tokens:
             raise TrainingError(
-                "a gradient waits for optim_step(), and a checkpoint holds none; step first, or zero_grad()"
+                "gradients are pending and are not stored in checkpoints; call optim_step() or zero_grad() "
+                "first"
             )
         save_session(self, Path(folder))
 
     def load(self, folder: str | Path) -> "Training":
-        """Take over the state of a checkpoint that `save` wrote for the same base and sites.
+        """Load the state of a checkpoint that `save` wrote for the same base and sites.
 
-        A gradient that waits for `optim_step` is dropped: it belongs to the state before.
+        Pending gradients are discarded: they belong to the earlier state.
 
         Raises:
             ResumeError: it belongs to another adapter, or is damaged.
@@ -316,7 +319,7 @@ class Training:
         return self
 
     def close(self) -> None:
-        """Take the adapter out, if nobody did; the base is bit for bit what it was."""
+        """Detach the adapter, if it is still attached; then the base is bit for bit the same as before."""
         if self._closed:
             return
         self._closed = True
@@ -328,7 +331,7 @@ class Training:
             self.attachment.detach()
 
     def encode(self, examples: Any) -> list[Example]:
-        """Tokenised examples from anything that can be trained on."""
+        """Tokenised examples from any data that `train` accepts."""
         if isinstance(examples, Example):
             examples = [examples]
         if isinstance(examples, Iterable) and not isinstance(examples, str | dict):
@@ -349,7 +352,7 @@ class Training:
         self.close()
 
     def zero_grad(self) -> None:
-        """Drop the gradients that wait for `optim_step`."""
+        """Discard the pending gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         self._pending_tokens = 0
         self._micro_calls = 0
@@ -357,7 +360,7 @@ class Training:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """An error inside leaves no gradient behind that nobody counts."""
+        """Context manager: on an error, discard the pending gradients."""
         try:
             yield
         except BaseException:
@@ -369,7 +372,7 @@ class Training:
         return [path for path, module in self.attachment.modules.items() if module in self._ran]
 
     def unreached(self) -> list[str]:
-        """The sites that ran since the last `optim_step` and got no gradient."""
+        """The sites that ran since the last `optim_step` but got no gradient."""
         named = self.attachment.named_parameters()
         without = {name.rpartition(".")[0] for name, parameter in named if parameter.grad is None}
         return [path for path in self.ran() if path in without]
@@ -378,7 +381,7 @@ class Training:
         """Check that every site that ran since the last step got a gradient.
 
         Raises:
-            TrainingError: naming those that got none; no gradient waits then.
+            TrainingError: it names the sites without a gradient; the pending gradients are discarded.
         """
         lost = self.unreached()
         if lost:
@@ -388,7 +391,7 @@ class Training:
             names = short_names(rest, [path for path, _ in self.model.named_modules()])
             flags = f" (--targets {','.join(names)})" if 0 < len(names) <= NAMED_TARGETS else ""
             raise TrainingError(
-                f"{len(lost)} of {len(self.attachment.sites)} sites ran in step {self.steps + 1} and got no "
+                f"{len(lost)} of {len(self.attachment.sites)} sites ran in step {self.steps + 1} but got no "
                 f"gradient: {', '.join(lost[:4])}{more}; the model detaches their output, or does not use it "
                 f"for its predictions: leave them out of the targets{flags}"
             )
@@ -396,11 +399,11 @@ class Training:
     def _check_open(self) -> None:
         if self._closed or not self.attachment.attached:
             raise TrainingError(
-                "this training was closed; make a new one, from its adapter if you want to go on"
+                "this training was closed; create a new one (start it from the old adapter to continue)"
             )
 
     def _dropout_seed(self) -> AbstractContextManager[None]:
-        """Dropout follows from (seed, step, call): a resumed run draws what the whole run would have."""
+        """Seed dropout from (seed, step, call): a resumed run draws the values of an uninterrupted one."""
         if not self.has_dropout:
             return nullcontext()
         return _seeded(dropout_seed(self.config.seed, self.steps, self._micro_calls))
@@ -408,7 +411,7 @@ class Training:
 
 @contextmanager
 def _no_dropout(attachment: TrainableAttachment) -> Iterator[None]:
-    """Context manager: switch the dropout of the low-rank path off."""
+    """Context manager: switch off the dropout of the low-rank path."""
     attachment.train(False)
     try:
         yield
@@ -418,7 +421,7 @@ def _no_dropout(attachment: TrainableAttachment) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Context manager: start torch's generators from this seed; afterwards they are as before."""
+    """Context manager: seed torch's generators with `seed`; restore their state on exit."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

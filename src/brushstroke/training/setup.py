@@ -1,6 +1,6 @@
-"""What `train`, `plan` and the studies have in common: the request, its tokenised data, and its session.
+"""Code shared by `train`, `plan` and the studies: the request, its tokenised data, and its session.
 
-It runs no step.
+It runs no training step.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from brushstroke.training.session import Training
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is asked to do, apart from its base, its data and its folder. For the fields see `train`.
+    """The arguments of a run except its base, its data and its folder. For the fields see `train`.
 
     Raises:
-        ConfigError: an adapter in place of a LoraConfig, a scale that no float32 holds, or a LoraConfig that
-            asks for another adapter than the one to go on from.
+        ConfigError: an adapter instead of a LoraConfig, a scale outside the range of float32, or a
+            LoraConfig that contradicts the start adapter.
     """
 
     config: TrainConfig
@@ -38,27 +38,29 @@ class RunRequest:
     def __post_init__(self) -> None:
         lora = self.lora
         if isinstance(lora, Adapter):
-            raise ConfigError("got an adapter in place of a LoraConfig; to go on from it, pass it as start=")
+            raise ConfigError(
+                "got an adapter instead of a LoraConfig; to continue its training, pass it as start="
+            )
         alphas = (lora.alpha, *lora.alpha_pattern.values()) if lora else ()
         if any(alpha > torch.finfo(torch.float32).max for alpha in alphas):
-            raise ConfigError(f"alpha must be a number that float32 holds; got {max(alphas):g}")
+            raise ConfigError(f"alpha must be within the range of float32; got {max(alphas):g}")
         if self.start is not None and lora is not None and lora != LoraConfig(dropout=lora.dropout):
             raise ConfigError(
-                "an adapter to go on from keeps its own rank, scale and targets; give a LoraConfig with no "
-                "more than dropout, or no adapter"
+                "a start adapter keeps its own rank, scale and targets; give a LoraConfig that sets only "
+                "dropout, or give no start adapter"
             )
 
 
 def make_chat(base: Base, request: RunRequest, date: str | None = None) -> ChatFormat | None:
-    """The chat format of a run: the config's, that of the adapter that it goes on from, or the base's own.
+    """The chat format of a run: from the config, else from the start adapter, else from the base.
 
     Args:
-        base: with its tokenizer; without one there is no chat format.
+        base: a base; without a tokenizer there is no chat format.
         request: of the run.
-        date: on which an interrupted run began.
+        date: the day on which an interrupted run began.
 
     Raises:
-        ConfigError: `base` is no Base, or there is no such template.
+        ConfigError: `base` is not a Base, or there is no such template.
     """
     require_base(base)
     if base.tokenizer is None:
@@ -74,7 +76,7 @@ def read_data(base: Base, data: Any, request: RunRequest, chat: ChatFormat | Non
     """Tokenise data for a run.
 
     Raises:
-        ConfigError: `base` is no Base of a language model, or the limit is beyond its context.
+        ConfigError: `base` is not a Base with a language model, or max_length exceeds its context.
         DataError: the data cannot be read or trained on.
     """
     require_base(base)
@@ -95,7 +97,7 @@ def read_data(base: Base, data: Any, request: RunRequest, chat: ChatFormat | Non
 
 
 def open_session(base: Base, request: RunRequest, chat: ChatFormat | None = None) -> Training:
-    """The training session that a request asks for."""
+    """The training session for a request."""
     return Training(
         base,
         request.lora if request.start is None else request.start,

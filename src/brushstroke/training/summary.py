@@ -1,6 +1,6 @@
 """The summary of a finished run, and the card of its adapter.
 
-It computes nothing anew.
+It computes no metrics; it collects those of the run.
 """
 
 import platform
@@ -48,7 +48,7 @@ def summarise(
 
 
 def card_of_run(adapter: Adapter, summary: dict[str, Any], examples: EncodedData) -> Card:
-    """The card of the adapter that a run made."""
+    """The card of the adapter that a run trained."""
     training = {name: summary[name] for name in ON_THE_CARD}
     card = adapter.card or Card()
     stops = tuple(dict.fromkeys((*card.stop_tokens, *examples.report.stop_tokens)))
@@ -56,13 +56,13 @@ def card_of_run(adapter: Adapter, summary: dict[str, Any], examples: EncodedData
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run depends on."""
+    """The versions of the packages that a run depends on."""
     try:
-        own = version("brushstroke")
+        installed = version("brushstroke")
     except PackageNotFoundError:
-        own = "unknown"
+        installed = "unknown"
     return {
-        "brushstroke": own,
+        "brushstroke": installed,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
