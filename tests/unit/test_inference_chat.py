@@ -75,7 +75,7 @@ def test_failed_turn_is_not_stored():
     with ChatSession(base(), sampling=SHORT) as chat:
         with pytest.raises(DataError, match=r"the conversation has \d+ tokens"):
             chat.say("y" * 300)
-        with pytest.raises(DataError, match="say something"):
+        with pytest.raises(DataError, match="the message is empty"):
             chat.say("")
 
         def interrupt(piece: str) -> None:

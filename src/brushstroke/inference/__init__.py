@@ -1,6 +1,6 @@
-"""A model at work: answers, conversations and evaluations.
+"""Text generation, conversations and evaluation.
 
-It trains nothing and knows no terminal.
+It trains nothing and does not print.
 """
 
 from brushstroke.inference.batching import run_requests

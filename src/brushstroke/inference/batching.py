@@ -1,6 +1,6 @@
-"""Prompts that are tokens already, in batches with a route for each row.
+"""Groups tokenised prompts into batches and runs them, with a route for each row.
 
-It renders no prompt and decodes no answer: `generate` and `chat` do.
+It renders no prompts and decodes no answers: `generate` and `chat` do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,30 +35,30 @@ def run_requests(
     streamer: Any = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Output]:
-    """Answer requests in batches of similar length; the results come in the order of the requests.
+    """Answer requests in batches of similar length; the results have the order of the requests.
 
-    One batch may mix adapters and the base. Requests with other sampling parameters or stops run in different
-    batches, and those of different lengths where the model does not answer a padded row as it does alone.
+    One batch may mix adapters and the base. Requests with different sampling parameters or stops run in
+    different batches. If the model does not support left padding, so do requests of different lengths.
 
     Args:
         base: a causal language model of transformers.
-        requests: the prompts, and how each is answered.
-        batch_size: most requests in one batch.
-        bank: holds the adapters that the requests name.
-        streamer: transformers' streamer, for a single request.
-        on_done: called after each batch with the number of requests that are answered.
+        requests: the prompts, with adapter, stops and sampling parameters.
+        batch_size: maximum number of requests in one batch.
+        bank: contains the adapters that the requests name.
+        streamer: a streamer of transformers, for a single request.
+        on_done: called after each batch with the number of answered requests.
 
     Raises:
-        ConfigError: a model that cannot generate, or a batch of no requests.
-        DataError: a prompt is empty, or with its answer longer than the model's context.
-        RouteError: without a bank, a route in force in the model tells rows apart.
+        ConfigError: a model that cannot generate, or an invalid batch size.
+        DataError: a prompt is empty, or prompt and answer together exceed the model's context.
+        RouteError: no bank is given, and the model's active route assigns adapters per row.
     """
     if not hasattr(base.model, "generate"):
         raise ConfigError(
             f"{type(base.model).__name__} has no generate(); pass a causal language model of transformers"
         )
     check_batch_size(batch_size)
-    _refuse_misfits(base.model, requests)
+    _check_requests(base.model, requests)
     if bank is None:
         require_uniform_route(base)
     outputs: dict[int, Output] = {}
@@ -79,25 +79,26 @@ def run_requests(
 
 
 def _by_sampling(requests: Sequence[Request]) -> Iterator[tuple[SamplingParams, list[int]]]:
-    """The requests with the same sampling parameters, which draw from one generator."""
-    found: dict[SamplingParams, list[int]] = {}
+    """Group the requests by sampling parameters; each group draws from one random generator."""
+    groups: dict[SamplingParams, list[int]] = {}
     for index, request in enumerate(requests):
-        found.setdefault(request.sampling, []).append(index)
-    yield from found.items()
+        groups.setdefault(request.sampling, []).append(index)
+    yield from groups.items()
 
 
 def _may_be_padded(base: Base, requests: Sequence[Request]) -> bool:
-    """Whether rows of different lengths are answered together as each one alone."""
+    """Whether requests of different lengths can share a padded batch without changing the answers."""
     longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in requests)
-    moving = dynamic_rope_limit(base.model)
-    return (moving is None or longest <= moving) and supports_left_padding(base.model, pad_id(base))
+    limit = dynamic_rope_limit(base.model)
+    return (limit is None or longest <= limit) and supports_left_padding(base.model, pad_id(base))
 
 
-def _refuse_misfits(model: nn.Module, requests: Sequence[Request]) -> None:
+def _check_requests(model: nn.Module, requests: Sequence[Request]) -> None:
+    """Refuse empty prompts, unknown tokens, and requests that exceed the model's context."""
     context = context_length(model)
     for request in requests:
         if not request.tokens:
-            raise DataError(f"{request.source} is empty; give at least one token to go on from")
+            raise DataError(f"{request.source} is empty; give at least one token")
         refuse_unknown_tokens(model, request.tokens, request.source)
         room = request.sampling.max_new_tokens
         if context is not None and len(request.tokens) + room > context:
@@ -111,9 +112,10 @@ def _refuse_misfits(model: nn.Module, requests: Sequence[Request]) -> None:
 def _batches(
     requests: Sequence[Request], indices: Sequence[int], size: int, equal: bool
 ) -> Iterator[list[int]]:
-    """Some requests in batches of one set of stops each, and of one length if asked; longest prompts first.
+    """Batches of the requests `indices`, longest prompts first; each batch has one set of stops.
 
-    Within a batch the rows of one adapter stand together, so that no row has to be gathered.
+    With `equal`, all prompts of a batch have the same length. Within a batch, rows of one adapter are
+    adjacent, so that no rows must be gathered.
     """
     ends = [(sorted(request.stop_token_ids), sorted(request.stop_strings)) for request in requests]
     order = sorted(indices, key=lambda i: (ends[i], -len(requests[i].tokens), i))
@@ -126,7 +128,7 @@ def _batches(
 
 @contextmanager
 def _ready(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing of the model's own generation defaults holds, and no module is in training mode."""
+    """Context manager: ignore the model's generation defaults; put all modules in evaluation mode."""
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]
@@ -145,7 +147,7 @@ def _ready(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded(base: Base, sampling: SamplingParams) -> Iterator[None]:
-    """Inside, draws come from the seed; the caller's random state is untouched."""
+    """Context manager: seed the random draws; the caller's random state does not change."""
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=sampling.temperature > 0):
         if sampling.temperature > 0:

@@ -1,6 +1,6 @@
 """A conversation with a base and its adapters.
 
-It knows no terminal: text goes out as a result, or piece by piece through a callback.
+It does not print: it returns text, or passes it to a callback in pieces.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,24 +16,25 @@ from brushstroke.inference.request import Request, SamplingParams
 
 
 class ChatSession:
-    """A conversation that remembers its turns; a context manager that takes the adapters out at its end.
+    """A conversation that stores its turns; a context manager that detaches the adapters on exit.
 
-    Switching the adapter keeps the turns. Without a chat template the conversation is one growing text.
+    Switching the adapter keeps the turns. Without a chat template, the conversation is one text to which each
+    turn is appended.
 
     Args:
         base: the model and its tokenizer.
-        adapters: one adapter, several by name, or a bank that is in the base already. The only one speaks at
-            first; of several none does before `use`.
-        system: a system message that stands before every conversation.
-        sampling: how tokens are chosen.
+        adapters: one adapter, several by name, or a bank that is attached to the base. A single adapter
+            answers from the start; with several, the base answers until `use` selects one.
+        system: a system message at the start of every conversation.
+        sampling: the sampling parameters.
         tools: declarations of functions that the model may call.
-        chat_template: used whatever the adapter: a template, a file, or the name of one.
-        date: what chat templates take for today (YYYY-MM-DD); by default the day of an adapter's training.
-        allow_different_base: use adapters although their fingerprints say that they belong to another base.
+        chat_template: used for every adapter: a template, a file, or the name of a template.
+        date: today's date for chat templates (YYYY-MM-DD); by default the day of an adapter's training.
+        allow_different_base: use adapters although their fingerprints belong to another base.
 
     Raises:
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
-        ConfigError: a base that is no language model.
+        ConfigError: the base is not a language model.
     """
 
     def __init__(
@@ -59,18 +60,18 @@ class ChatSession:
         )
         with ExitStack() as undo:
             undo.push(self._stack)
-            self._voices = PromptEncoder(base, self._bank, chat_template, date)
+            self._encoder = PromptEncoder(base, self._bank, chat_template, date)
             undo.pop_all()
         self._name = self.names[0] if len(self.names) == 1 else None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters to choose from."""
+        """The names of the adapters."""
         return self._bank.names if self._bank is not None else ()
 
     @property
     def adapter(self) -> str | None:
-        """The adapter that speaks; None is the base."""
+        """The adapter that answers; None is the base."""
         return self._name
 
     @property
@@ -79,44 +80,44 @@ class ChatSession:
         return tuple(dict(message) for message in (*self._system, *self._turns))
 
     def use(self, name: str | None) -> None:
-        """Let another adapter speak from now on; None is the base.
+        """Select the adapter that answers from now on; None is the base.
 
         Raises:
             RouteError: there is no such adapter.
         """
         if name is not None:
             assign_rows(1, self._bank, None, name)
-            self._voices.format(name)
+            self._encoder.format(name)
         self._name = name
 
     def reset(self) -> None:
-        """Forget the conversation; the adapter stays."""
+        """Delete all turns; the selected adapter stays."""
         self._turns.clear()
 
     def say(self, text: str, on_text: Callable[[str], None] | None = None) -> str:
-        """Say something and get the answer. If it fails or is interrupted, neither is remembered.
+        """Send a user message and return the answer. After an error or interrupt neither is stored.
 
-        Tool calls are remembered with the answer, and are in the last of `messages`.
+        Tool calls are stored with the answer, in the last entry of `messages`.
 
         Args:
-            text: what the user says.
-            on_text: called with each new piece of what the model writes while it is made (not with a beam
-                search), reasoning and tool calls included.
+            text: the user's message.
+            on_text: called with each new piece of text as the model generates it, including reasoning and
+                tool calls. With beam search, called once at the end with the whole text.
 
         Raises:
-            DataError: the conversation no longer fits the model's context; `reset` it.
+            DataError: the message is empty, or the conversation exceeds the model's context; `reset` it.
         """
         turn = {"role": "user", "content": text}
         request = self._request(turn)
         streamer = (
-            _Streamer(self._voices, on_text, request)
+            _Streamer(self._encoder, on_text, request)
             if on_text is not None and request.sampling.num_beams == 1
             else None
         )
         (output,) = run_requests(self._base, [request], bank=self._bank, streamer=streamer)
-        answer = self._voices.answer(output, self._name, self._tools)
+        answer = self._encoder.answer(output, self._name, self._tools)
         if on_text is not None:
-            _emit_rest(self._voices.written(output), streamer, on_text)
+            _emit_rest(self._encoder.written(output), streamer, on_text)
         reply: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if answer.reasoning:
             reply["reasoning_content"] = answer.reasoning
@@ -129,7 +130,7 @@ class ChatSession:
         return answer.text
 
     def close(self) -> None:
-        """Take the adapters out of the base; a bank that was given stays."""
+        """Detach the adapters from the base; a bank that was passed in stays attached."""
         self._stack.close()
 
     def __enter__(self) -> "ChatSession":
@@ -140,44 +141,44 @@ class ChatSession:
 
     def _request(self, turn: dict[str, Any]) -> Request:
         prompt: Prompt = [*self._system, *self._turns, turn]
-        if not self._voices.format(self._name).has_template:
+        if not self._encoder.format(self._name).has_template:
             prompt = "".join(message["content"] for message in prompt)
         if not turn["content"]:
-            raise DataError("there is nothing to answer; say something")
-        return self._voices.request(
+            raise DataError("the message is empty; give a text")
+        return self._encoder.request(
             prompt, self._name, tools=self._tools, source="the conversation", sampling=self._sampling
         )
 
 
 class _Streamer:
-    """What transformers calls with new tokens; hands on the text that is certain already."""
+    """A streamer for transformers; passes on only text that later tokens cannot change."""
 
     def __init__(self, encoder: PromptEncoder, on_text: Callable[[str], None], request: Request) -> None:
-        self._voices, self._on_text, self._request = encoder, on_text, request
+        self._encoder, self._on_text, self._request = encoder, on_text, request
         self._tokens: list[int] = []
         self._prompt = True
         self.emitted = ""
 
     def put(self, value: Any) -> None:
-        """Take the prompt (the first call) or the next token."""
+        """Receive the prompt (the first call) or the next token."""
         if self._prompt:
             self._prompt = False
             return
         self._tokens += [
             token for token in value.reshape(-1).tolist() if token not in self._request.stop_token_ids
         ]
-        text = _before_stop(self._voices.text(self._tokens), self._request.stop_strings)
-        # A character of several tokens decodes to the replacement character until it is whole.
+        text = _before_stop(self._encoder.text(self._tokens), self._request.stop_strings)
+        # A character of several tokens decodes to the replacement character until it is complete.
         if not text.endswith("\ufffd") and text.startswith(self.emitted) and text != self.emitted:
             self._on_text(text[len(self.emitted) :])
             self.emitted = text
 
     def end(self) -> None:
-        """Nothing: the caller hands on what is left."""
+        """Do nothing: the caller passes on the remaining text."""
 
 
 def _before_stop(text: str, stop_strings: Sequence[str]) -> str:
-    """A text up to a stop string, or to what may be the beginning of one at its end."""
+    """The text before a stop string, and before a possible beginning of a stop string at its end."""
     for string in stop_strings:
         text = text.partition(string)[0]
         begun = next((n for n in range(len(string) - 1, 0, -1) if text.endswith(string[:n])), 0)

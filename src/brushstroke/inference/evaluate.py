@@ -1,6 +1,6 @@
-"""How well a base answers a data set, with an adapter, several, or none.
+"""Evaluates a base on a data set, with one adapter, several, or none.
 
-The scores of answers are defined in `scores`, the loss in `loss`.
+It does not define the metrics: see `scores` and `loss`.
 """
 
 import time
@@ -41,15 +41,15 @@ class Evaluation:
     """The scores of one adapter (or the base) on a data set.
 
     Args:
-        rows: rows of the data.
-        loss: nats per trained token; None where no token is trained.
+        rows: number of rows in the data.
+        loss: nats per trained token; None if there is no trained token.
         trained_tokens: tokens whose prediction is in the loss.
         exact_match: share of answers that equal the expected text, see `Scores`.
         valid_json: share of answers that are one JSON object, see `Scores`.
-        field_f1: over the (key, value) pairs of the objects, see `Scores`.
+        field_f1: F1 of the (key, value) pairs of the objects, see `Scores`.
         seconds: wall time.
-        answers: for each row that was answered {row, prompt, expected, answer, adapter}; rows count from 1.
-            With tool calls also {expected_calls, calls}, with reasoning {reasoning}.
+        answers: for each answered row {row, prompt, expected, answer, adapter}; rows count from 1. With tool
+            calls also {expected_calls, calls}, with reasoning {reasoning}.
     """
 
     rows: int
@@ -69,7 +69,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Question:
-    """What a row asks, what the answer should be, and that answer as its chat template writes it."""
+    """The prompt of a row, the expected answer, and that answer as the chat template writes it."""
 
     row: int
     prompt: Prompt
@@ -97,34 +97,34 @@ def evaluate(
     date: str | None = None,
     allow_different_base: bool = False,
 ) -> Evaluation:
-    """The loss on a data set, and how its questions are answered (greedily).
+    """The loss on a data set, and the scores of the generated answers (greedy decoding).
 
-    A row of `messages` is judged on its last assistant turn, with what stands before it as the prompt; `text`
-    and tokenised rows have a loss only.
+    For a row of `messages`, the expected answer is the last assistant turn, and the prompt is everything
+    before it. `text` and tokenised rows have only a loss.
 
     Args:
         base: the model and its tokenizer.
-        data: whatever `read_rows` or `encode` reads.
-        adapter: None is the base as it is, with whatever is attached to it.
-        max_new_tokens: most tokens of an answer.
-        batch_size: rows that are answered in one batch.
-        generate: whether to answer at all; without it the loss alone is computed.
-        on_progress: called with ("loss" or "answers", done, of).
+        data: any data that `read_rows` or `encode` accepts.
+        adapter: the adapter; None is the base in its current state, including an attached adapter.
+        max_new_tokens: maximum number of tokens of an answer.
+        batch_size: number of rows that are answered in one batch.
+        generate: whether to generate answers; if not, only the loss is computed.
+        on_progress: called with ("loss" or "answers", done, total).
         prompt_column: another name for `prompt`.
         completion_column: another name for `completion`.
-        max_length: limit of an example in tokens for the loss; the model's context by default.
-        split_turns: the loss of every assistant turn as an example of its own, as in training.
+        max_length: maximum example length in tokens for the loss; the model's context by default.
+        split_turns: compute the loss of every assistant turn as a separate example, as in training.
         tools: declarations of functions, for rows that have none.
-        chat_template: used instead of the one that the adapter was trained with.
-        date: what chat templates take for today (YYYY-MM-DD); by default the day of the adapter's training.
-        allow_different_base: use the adapter although its fingerprint says that it belongs to another base.
+        chat_template: used instead of the template that the adapter was trained with.
+        date: today's date for chat templates (YYYY-MM-DD); by default the day of the adapter's training.
+        allow_different_base: use the adapter although its fingerprint belongs to another base.
 
     Raises:
         DataError: rows that cannot be read, or do not fit the model's context.
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
 
     Warns:
-        DataWarning: rows without an answer to judge.
+        DataWarning: rows without an expected answer.
     """
     results = evaluate_all(
         base,
@@ -164,12 +164,15 @@ def evaluate_all(
     date: str | None = None,
     allow_different_base: bool = False,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for several adapters on the same rows; an adapter that is None stands for the base.
+    """`evaluate` for several adapters on the same rows; None as an adapter is the base.
 
-    `on_progress` is called with (name, "loss" or "answers", done, of).
+    `on_progress` is called with (name, "loss" or "answers", done, total).
     """
     if not adapters:
-        raise ConfigError("there is nothing to evaluate; give at least one name (with None for the base)")
+        raise ConfigError(
+            "no adapters given, so there is nothing to evaluate; give at least one name (None as its adapter "
+            "is the base)"
+        )
     require_base(base)
     check_max_length(base.model, max_length)
     check_batch_size(batch_size)
@@ -217,8 +220,8 @@ def evaluate_all(
                     answers, right = _answers(questions, encoder, adapter, sampling, batch_size, done)
                 if 0 < len(questions) < len(source):
                     warnings.warn(
-                        f"{len(source) - len(questions)} of {len(source)} rows have no answer to judge; "
-                        "their loss alone counts",
+                        f"{len(source) - len(questions)} of {len(source)} rows have no expected answer; "
+                        "only their loss counts",
                         DataWarning,
                         stacklevel=2,
                     )
@@ -239,7 +242,7 @@ def evaluate_all(
 
 @contextmanager
 def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Context manager: add what it takes to the seconds of an adapter."""
+    """Context manager: add the elapsed time to the seconds of an adapter."""
     started = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - started
@@ -267,7 +270,7 @@ def _questions(rows: Rows, columns: Columns, chat: ChatFormat, tools: Sequence[A
         elif columns.kind in ("messages", "prompt/completion"):
             conversation = read_row(row, columns, where, tools=tools)
             last = max((i for i in conversation.answers if conversation.trained[i]), default=0)
-            if not last:  # an opening by the assistant answers nothing
+            if not last:  # the assistant's opening turn answers no prompt
                 continue
             expected, written = chat.last_answer(conversation.until(last + 1), where=where)
             if not (expected.content or expected.tool_calls):
@@ -287,7 +290,7 @@ def _answers(
     batch_size: int,
     on_done: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], list[bool]]:
-    """A record of every answer, and of those that should call tools whether they call the same."""
+    """A record of every answer; and for each answer with tool calls, whether the calls are right."""
     requests = [
         encoder.request(question.prompt, adapter, source=question.where, sampling=sampling)
         for question in questions
@@ -316,7 +319,7 @@ def _answers(
 def _same_calls(
     reply: Reply, question: _Question, encoder: PromptEncoder, output: Output, adapter: str | None
 ) -> bool:
-    """Whether an answer says and calls what it should; by its text where calls cannot be read back."""
+    """Whether an answer has the expected text and tool calls; compares raw texts if calls cannot be parsed."""
     expected = question.expected
     readable = encoder.format(adapter).read_reply(question.written, tools_of(question.prompt))
     if not readable.calls_like(expected):

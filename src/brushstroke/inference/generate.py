@@ -1,6 +1,6 @@
-"""Answers to prompts, each by the adapter that its row names, over transformers' `generate`.
+"""Answers prompts with transformers' `generate`, each with the adapter that is assigned to it.
 
-It holds no conversation: `chat` does.
+It stores no conversation: `chat` does.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from brushstroke.inference.request import Finish, Output, Request, SamplingParam
 from brushstroke.layers import Bank, bank
 from brushstroke.sites import unwrap
 
-ONLY = "adapter"  # the name of an adapter that is given alone
+ONLY = "adapter"  # the name of an adapter that is given without one
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 Adapters = Bank | Mapping[str, Adapter] | Adapter | None
@@ -25,15 +25,15 @@ Adapters = Bank | Mapping[str, Adapter] | Adapter | None
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one prompt.
+    """The answer of a model to one prompt.
 
     Args:
         text: the answer, without special tokens, reasoning and tool calls.
-        tokens: its tokens, without the one that ended it.
-        adapter: the adapter that answered, by its name; None is the model as it stands.
-        finish: "stop" where a stop token or string ended it, "length" where `max_new_tokens` did.
-        reasoning: what the model wrote in the place that its chat template has for reasoning.
-        tool_calls: calls as {"name": ..., "arguments": {...}}, read back as the chat template writes them.
+        tokens: its tokens, without the stop token.
+        adapter: the name of the adapter that answered; None is the model in its current state.
+        finish: "stop" if a stop token or stop string ended the answer, "length" if `max_new_tokens` did.
+        reasoning: the text at the place that the chat template defines for reasoning.
+        tool_calls: calls as {"name": ..., "arguments": {...}}, parsed by the format of the chat template.
     """
 
     text: str
@@ -61,34 +61,34 @@ def generate(
     date: str | None = None,
     allow_different_base: bool = False,
 ) -> list[Answer]:
-    """Answer prompts, in their order; one batch may mix several adapters and the untouched base.
+    """Answer prompts, in their order; one batch may mix several adapters and the base.
 
-    A text is a user turn where there is a chat template, else the beginning of a text. Every prompt is
-    written with the chat template that its adapter was trained with, else the tokenizer's own. The sampling
-    defaults of the model never apply.
+    With a chat template, a text prompt is a user turn; without one, the model continues the text. Every
+    prompt is written with the chat template of its adapter's training, otherwise with the tokenizer's own.
+    The sampling defaults of the model are ignored.
 
     Args:
         base: the model and its tokenizer.
         prompts: texts, or conversations as lists of messages (or `Conversation`s, each with its own tools).
-        adapters: one adapter (named "adapter"), several by name, or a bank that is in the base already.
-            Without it the model answers as it stands, with the one adapter that is in force in it.
-        rows: the adapter of each prompt by name; None in the list is the base; one name serves all. Without
-            it: the only adapter, or the bank's route in force.
-        max_new_tokens: most tokens of an answer, its stop token included.
-        temperature: 0 takes the likeliest token each time.
-        top_p: with a temperature, the share of the probability that is drawn from.
-        seed: of the draws.
+        adapters: one adapter (named "adapter"), several by name, or a bank that is attached to the base.
+            Without it the model answers in its current state, with the adapter that is active in it.
+        rows: the adapter name of each prompt; None in the list is the base; a single name applies to all
+            prompts. Without it: the only adapter, or the bank's active route.
+        max_new_tokens: maximum number of tokens of an answer, including its stop token.
+        temperature: 0 always takes the most probable token (greedy).
+        top_p: with a temperature, sample only from the most probable tokens with this total probability.
+        seed: of the random draws.
         num_beams: width of a beam search.
-        batch_size: prompts in one batch.
-        tools: declarations of functions that the model may call, for prompts that bring none.
-        chat_template: used for every prompt, whatever its adapter: a template, a file, or the name of one.
-        date: what chat templates take for today (YYYY-MM-DD); by default the day of the adapter's training,
-            and today for others.
-        allow_different_base: use adapters although their fingerprints say that they belong to another base.
+        batch_size: maximum number of prompts in one batch.
+        tools: declarations of functions that the model may call, for prompts without their own.
+        chat_template: used for every prompt and adapter: a template, a file, or the name of a template.
+        date: today's date for chat templates (YYYY-MM-DD); by default the day of the adapter's training, and
+            without one the current date.
+        allow_different_base: use adapters although their fingerprints belong to another base.
 
     Raises:
-        DataError: a prompt that cannot be written, is empty, or does not fit the model's context.
-        ConfigError, RouteError: settings or names that cannot work.
+        DataError: a prompt cannot be written, is empty, or does not fit the model's context.
+        ConfigError, RouteError: invalid settings or names.
         BaseMismatchError, ShapeError: an adapter that does not fit the base.
     """
     require_base(base)
@@ -97,20 +97,20 @@ def generate(
     with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
         names = assign_rows(len(given), held, adapters, rows)
         encoder = PromptEncoder(base, held, chat_template, date)
-        asked = list(zip(given, names, strict=True))
+        assigned = list(zip(given, names, strict=True))
         requests = [
             encoder.request(prompt, name, tools=tools, source=f"prompt {number}", sampling=sampling)
-            for number, (prompt, name) in enumerate(asked, start=1)
+            for number, (prompt, name) in enumerate(assigned, start=1)
         ]
         outputs = run_requests(base, requests, batch_size=batch_size, bank=held)
         return [
             encoder.answer(output, name, tools_of(prompt) or tools)
-            for output, (prompt, name) in zip(outputs, asked, strict=True)
+            for output, (prompt, name) in zip(outputs, assigned, strict=True)
         ]
 
 
 def tools_of(prompt: Prompt) -> Sequence[Any]:
-    """The functions that a prompt declares by itself."""
+    """The functions that a prompt itself declares."""
     return prompt.tools if isinstance(prompt, Conversation) else ()
 
 
@@ -121,22 +121,24 @@ def shown_prompt(prompt: Prompt) -> Any:
 
 @contextmanager
 def open_bank(base: Base, adapters: Adapters, *, allow_different_base: bool = False) -> Iterator[Bank | None]:
-    """Inside, the adapters sit in the base; a bank that is given is used as it is and stays.
+    """Context manager: attach the adapters as a bank; a bank that is passed in is used and stays attached.
 
     Raises:
-        ConfigError: something else than adapters.
-        RouteError: a bank of another model.
+        ConfigError: `adapters` has another type.
+        RouteError: the bank belongs to another model.
     """
     if isinstance(adapters, Bank):
         if adapters.model is not unwrap(base):
-            raise RouteError("this bank is in another model; make one with bank(base, ...) for this base")
+            raise RouteError(
+                "this bank is attached to another model; create one with bank(base, ...) for this base"
+            )
         yield adapters
     elif adapters is None:
         yield None
     elif not isinstance(adapters, Mapping):
         raise ConfigError(
-            f"adapters must be an Adapter, several by name, or a Bank; got {type(adapters).__name__}: load a "
-            "folder with load(folder), and name several in a dict"
+            f"adapters must be an Adapter, a dict of adapters by name, or a Bank; got "
+            f"{type(adapters).__name__}: load a folder with load(folder)"
         )
     elif not isinstance(adapters, Adapter) and not adapters:
         yield None
@@ -153,7 +155,8 @@ def assign_rows(
     """The adapter of each prompt.
 
     Raises:
-        RouteError: another number of rows than prompts, or no rows where the adapters leave a choice.
+        RouteError: the numbers of rows and prompts differ, or rows is missing although there are several
+            adapters.
     """
     if rows is None:
         if held is None:
@@ -164,8 +167,8 @@ def assign_rows(
             rows = held.names * count
         else:
             raise RouteError(
-                f"there are {len(held.names)} adapters ({', '.join(held.names)}); say with rows= which of "
-                "them answers each prompt"
+                f"there are {len(held.names)} adapters ({', '.join(held.names)}); say with rows= which "
+                "adapter answers each prompt"
             )
     names: list[str | None] = [rows] * count if isinstance(rows, str) else list(rows)
     if len(names) != count:
@@ -173,18 +176,18 @@ def assign_rows(
             f"there are {count} prompts and {len(names)} rows; give an adapter name (or None) for each prompt"
         )
     if held is None and any(name is not None for name in names):
-        raise RouteError("rows name adapters, but none were given; pass them as adapters=")
+        raise RouteError("rows names adapters, but none were given; pass them as adapters=")
     return names
 
 
 class PromptEncoder:
-    """For each adapter in a bank, and the base: its chat format and what ends its answers.
+    """Encodes prompts and decodes answers, with the chat format and the stops of each adapter and the base.
 
     Args:
         base: the model and its tokenizer.
-        held: the adapters.
-        chat_template: for all, in place of the templates that adapters were trained with.
-        date: for all, in place of the day of an adapter's training.
+        held: the bank with the adapters.
+        chat_template: used for all instead of the templates that adapters were trained with.
+        date: used for all instead of the day of an adapter's training.
     """
 
     def __init__(
@@ -192,7 +195,7 @@ class PromptEncoder:
     ) -> None:
         if base.tokenizer is None:
             raise DataError(
-                "this base has no tokenizer, so prompts cannot be read; pass Base(model, tokenizer)"
+                "this base has no tokenizer, so prompts cannot be encoded; pass Base(model, tokenizer)"
             )
         self.base, self.bank, self._date = base, held, date
         self._template = find_template(chat_template)
@@ -200,7 +203,7 @@ class PromptEncoder:
         self._model_stops = _generation_stops(base)
 
     def format(self, name: str | None, *, as_trained: bool = True) -> ChatFormat:
-        """The chat format that an adapter was trained with, else the tokenizer's own.
+        """The chat format that an adapter was trained with, otherwise the tokenizer's own.
 
         Args:
             name: of the adapter; None is the base.
@@ -224,31 +227,31 @@ class PromptEncoder:
         source: str,
         sampling: SamplingParams | None = None,
     ) -> Request:
-        """A prompt as tokens, for one adapter; the base alone is asked as its template asks."""
-        asked = self.format(name, as_trained=name is not None)
-        tokens = asked.prompt_tokens(prompt, tools=tools or None, where=source)
+        """A tokenised prompt for one adapter; for the base, with the template's own generation prompt."""
+        chat = self.format(name, as_trained=name is not None)
+        tokens = chat.prompt_tokens(prompt, tools=tools or None, where=source)
         stops, strings = self._stops(name)
         return Request(tuple(tokens), name, stops, source, strings, sampling or SamplingParams())
 
     def answer(self, output: Output, name: str | None, tools: Sequence[Any] = ()) -> Answer:
-        """What a model said, in its parts."""
+        """An output as an `Answer`: content, reasoning and tool calls."""
         reply = self.reply(output, name, tools)
         return Answer(
             reply.content, output.tokens, name, output.finish, reply.reasoning, tuple(reply.tool_calls)
         )
 
     def reply(self, output: Output, name: str | None, tools: Sequence[Any] = ()) -> Reply:
-        """An output in its parts, read as the chat template writes them."""
-        asked = self.format(name, as_trained=name is not None)
-        return asked.read_reply(self.raw(output), tools)
+        """An output as a `Reply`, parsed by the format of the chat template."""
+        chat = self.format(name, as_trained=name is not None)
+        return chat.read_reply(self.raw(output), tools)
 
     def raw(self, output: Output) -> str:
-        """The text of an output with its special tokens, up to the string that ended it."""
+        """The text of an output with special tokens, up to its stop string."""
         text = self._decode(output.tokens, skip_special_tokens=False)
         return text if output.stop_string is None else text[: text.find(output.stop_string)]
 
     def written(self, output: Output) -> str:
-        """The whole text of an output without special tokens, up to the string that ended it."""
+        """The complete text of an output without special tokens, up to its stop string."""
         text = self.text(output.tokens)
         return text if output.stop_string is None else text[: text.find(output.stop_string)]
 
@@ -262,7 +265,7 @@ class PromptEncoder:
         )
 
     def _stops(self, name: str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What ends an answer: of the tokenizer, the template, the card, and the model's own settings."""
+        """Stop tokens and stop strings of the tokenizer, the template, the card and the generation config."""
         chat, card = self.format(name), self._card(name)
         tokens, strings = chat.stops(card.stop_tokens if card else ())
         return (
@@ -275,7 +278,7 @@ class PromptEncoder:
 
 
 def _generation_stops(base: Base) -> tuple[int, ...]:
-    """The stop tokens in a model's own settings for generation."""
+    """The stop tokens in a model's generation config."""
     stops = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
     return (stops,) if isinstance(stops, int) else tuple(stops or ())
 
@@ -294,6 +297,6 @@ def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
             )
         if not isinstance(prompt, str | Sequence | Conversation):
             raise DataError(
-                f"prompt {number} is a {type(prompt).__name__}; give a text or a list of messages"
+                f"prompt {number} has type {type(prompt).__name__}; give a text or a list of messages"
             )
     return given

@@ -1,6 +1,7 @@
-"""The loss of examples: rows of a packed pass, or of padded batches where packing is not exact for the model.
+"""The loss of examples, in packed passes, or in padded batches if packing is not exact for the model.
 
-`weights[i]` of an example belongs to predicting `tokens[i]` from the tokens before it. No gradients here.
+`weights[i]` of an example belongs to predicting `tokens[i]` from the tokens before it. It computes no
+gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from brushstroke.packed.pack import Row
 from brushstroke.packed.select import select_forward
 from brushstroke.sites import unwrap
 
-PASS_TOKENS = 2048  # computed in one pass: bounds the logits of a head that takes them all at once
+PASS_TOKENS = 2048  # computed per pass; limits the memory of a head that computes all logits at once
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Loss:
 
     @property
     def mean(self) -> float | None:
-        """Nats per trained token; None where none is trained."""
+        """Nats per trained token; None if there is no trained token."""
         return self.total / self.trained_tokens if self.trained_tokens else None
 
 
@@ -40,16 +41,16 @@ def evaluate_loss(
     slot: int | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Loss:
-    """The loss of examples under a causal language model, with whatever is attached to it.
+    """The loss of examples under a causal language model, including its attached adapters.
 
     Args:
         model: an nn.Module or a Base.
-        examples: tokenised; those without a trained token count for nothing.
-        slot: of the bank in the model, 0 for the base; None takes the active route.
-        on_done: called after each pass with the number of examples that are done.
+        examples: tokenised examples; those without a trained token are ignored.
+        slot: a slot of the bank in the model, 0 for the base; None uses the active route.
+        on_done: called after each pass with the number of finished examples.
 
     Raises:
-        RouteError: the active route tells rows apart, and no slot is given.
+        RouteError: the active route assigns adapters per row.
     """
     with loss_forward(model) as forward:
         return total_loss(forward, examples, slot, on_done)
@@ -57,10 +58,10 @@ def evaluate_loss(
 
 @contextmanager
 def loss_forward(model: Any) -> Iterator[Forward]:
-    """Context manager: no gradients, no module in training mode; gives the forward that is exact for a model.
+    """Context manager: disables gradients and training mode; yields the forward that is exact for a model.
 
     Raises:
-        RouteError: the active route tells rows apart, which run in another order here.
+        RouteError: the active route assigns adapters per row, but evaluation reorders rows.
     """
     require_uniform_route(model)
     root = unwrap(model)
@@ -68,7 +69,7 @@ def loss_forward(model: Any) -> Iterator[Forward]:
     try:
         for module in training:
             module.training = False
-        # Not inference_mode: what a model caches under it could not be used in training afterwards.
+        # Not inference_mode: tensors that a model caches under it cannot be used in training afterwards.
         with torch.inference_mode(False), torch.no_grad():
             forward, _ = select_forward(root, share=True)
             with forward.context():
@@ -84,7 +85,7 @@ def total_loss(
     slot: int | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Loss:
-    """As `evaluate_loss`, inside `loss_forward`."""
+    """The same as `evaluate_loss`, for use inside `loss_forward`."""
     rows = [Row.of(example, slot) for example in examples if example.trained]
     total, done = 0.0, 0
     for packed, outputs in forward.run(forward.passes(rows, PASS_TOKENS, share=True)):

@@ -1,6 +1,6 @@
-"""What is asked of a model, as tokens: prompts, how tokens are chosen, answers.
+"""Requests to a model as tokens: prompts, sampling parameters, answers.
 
-It runs nothing: `batching` and `run_batch` do.
+It runs no model: `batching` and `run_batch` do.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from brushstroke.errors import ConfigError
 
 Finish = Literal["stop", "length"]
 
-MIN_TEMPERATURE = 1e-4  # below it logits overflow when they are divided
+MIN_TEMPERATURE = 1e-4  # division of the logits by a smaller value overflows
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of an answer are chosen.
+    """The sampling parameters of an answer.
 
     Args:
-        max_new_tokens: most tokens of an answer, its stop token included.
-        temperature: 0 takes the likeliest token each time (greedy).
-        top_p: with a temperature, the share of the probability that is drawn from.
-        seed: of the draws.
-        num_beams: width of a beam search; 1 is none.
+        max_new_tokens: maximum number of tokens of an answer, including its stop token.
+        temperature: 0 always takes the most probable token (greedy).
+        top_p: with a temperature, sample only from the most probable tokens with this total probability.
+        seed: of the random draws.
+        num_beams: width of a beam search; 1 disables it.
 
     Raises:
-        ConfigError: a value that cannot work, named.
+        ConfigError: an invalid value; the message names the field.
     """
 
     max_new_tokens: int = 256
@@ -52,7 +52,7 @@ class SamplingParams:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Check how many rows are to run at once.
+    """Check the number of rows per batch.
 
     Raises:
         ConfigError: not a whole number of at least 1.
@@ -67,10 +67,10 @@ def _check_count(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: its tokens, the adapter that answers (None is the base), and how.
+    """One prompt: its tokens, the adapter that answers (None is the base), stops and sampling parameters.
 
-    `stop_token_ids` and `stop_strings` (texts of several tokens) end an answer; `source` names the prompt in
-    messages.
+    `stop_token_ids` and `stop_strings` (texts of several tokens) end an answer. `source` names the prompt in
+    error messages.
     """
 
     tokens: tuple[int, ...]
@@ -83,9 +83,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """The tokens of an answer without its stop token, and how it ended.
+    """The tokens of an answer without its stop token, and the reason why it ended.
 
-    Where a string of several tokens ended it, `stop_string` is that string, and the tokens hold it.
+    If a stop string ended it, `stop_string` is that string, and the tokens include it.
     """
 
     tokens: tuple[int, ...]

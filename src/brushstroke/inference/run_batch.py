@@ -1,8 +1,9 @@
-"""One batch of prompts, run through transformers' `generate`; nothing is computed twice or for too long.
+"""Runs one batch of prompts with transformers' `generate`; shares prefixes and drops finished rows.
 
-What all prompts of an adapter begin with, a system message or an instruction, is computed once and its keys
-and values copied to the rows. Rows that are answered leave: the others go on as a smaller batch, so that one
-long answer does not keep many finished ones in every product. Both need a cache whose rows can be picked.
+A prefix that all prompts of an adapter share, such as a system message, is computed once, and its keys and
+values are copied to the rows. Finished rows are dropped: the others continue as a smaller batch, so that one
+long answer does not keep many finished rows in every matrix product. Both need a cache whose rows can be
+selected; without one, the batch runs as a whole. It does not group requests: `batching` does.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from brushstroke.inference.request import Output, Request, SamplingParams
 from brushstroke.inference.stops import Stops
 from brushstroke.layers import Bank
 
-LEAVING_SHARE = 0.25  # of a batch: so many answered rows leave together
-LEAST_SAVED = 64  # tokens: below it computing a shared beginning by itself does not pay
+COMPACT_SHARE = 0.25  # drop finished rows once this share of the batch has finished
+MIN_SAVED = 64  # tokens that a shared prefix must save; below it, computing it separately is not faster
 
 
 def run_batch(
@@ -36,24 +37,24 @@ def run_batch(
     Args:
         base: a causal language model of transformers.
         batch: the prompts.
-        bank: holds the adapters that the prompts name.
-        streamer: transformers' streamer, for a single prompt.
+        bank: contains the adapters that the prompts name.
+        streamer: a streamer of transformers, for a single prompt.
     """
     sampling, stops, pad = batch[0].sampling, Stops(base.tokenizer, batch[0]), pad_id(base)
     options = _options(sampling, stops.tokens, pad)
     if streamer is not None:
         options["streamer"] = streamer
-    apart = len(batch) > 1 and streamer is None and sampling.num_beams == 1
-    cache = row_cache(base.model) if apart else None
+    can_split = len(batch) > 1 and streamer is None and sampling.num_beams == 1
+    cache = row_cache(base.model) if can_split else None
     room = max(len(request.tokens) for request in batch) + sampling.max_new_tokens
     shared = _prefill(base, batch, cache, bank, pad, room) if cache is not None else 0
     ids, mask = _padded(batch, shared, pad, base.device)
     width = ids.shape[1]
     outputs: dict[int, Output] = {}
     rows = list(range(len(batch)))
-    while rows:
+    while rows:  # each round drops the finished rows
         if cache is not None:
-            options |= {**cache.option, "stopping_criteria": [_some_answered(stops, width)]}
+            options |= {**cache.option, "stopping_criteria": [_enough_finished(stops, width)]}
         elif stops.strings:
             options["stopping_criteria"] = [lambda ids, _, **__: stops.reached(ids, width)]
         left = sampling.max_new_tokens - (ids.shape[1] - width)
@@ -62,7 +63,7 @@ def run_batch(
         answers = [stops.output(row) for row in ids[:, width:].tolist()]
         budget_left = cache is not None and ids.shape[1] - width < sampling.max_new_tokens
         stay = [i for i, answer in enumerate(answers) if budget_left and answer.finish == "length"]
-        outputs.update(zip(rows, answers, strict=True))  # those that stay get theirs anew
+        outputs.update(zip(rows, answers, strict=True))  # unfinished rows are overwritten by later rounds
         rows = [rows[i] for i in stay]
         if cache is not None and stay:
             cache.pick(stay)
@@ -73,15 +74,16 @@ def run_batch(
 def _prefill(
     base: Base, batch: Sequence[Request], cache: RowCache, bank: Bank | None, pad: int, width: int
 ) -> int:
-    """Compute once what the prompts of each adapter begin with; returns how many tokens of each that is.
+    """Compute the shared prefix of each adapter's prompts once, into the cache; returns its length in tokens.
 
-    `width` is what the batch's rows grow to.
+    The length is the same for all adapters, and 0 if sharing is not used. `width` is the maximum width of the
+    batch, with its answers.
     """
     first = {request.adapter: request.tokens for request in reversed(batch)}
     shared = min(len(request.tokens) for request in batch) - 1
     for request in batch:
         shared = min(shared, common_length(first[request.adapter], request.tokens))
-    if shared * (len(batch) - len(first)) < LEAST_SAVED:
+    if shared * (len(batch) - len(first)) < MIN_SAVED:
         return 0
     with routed(bank, [None]):
         if not supports_masked_gap(base.model, pad, width):
@@ -95,12 +97,12 @@ def _prefill(
 
 
 def routed(bank: Bank | None, adapters: Sequence[str | None]) -> AbstractContextManager[Any]:
-    """Inside, each row of a batch has its adapter; nothing without a bank."""
+    """Context manager: assign an adapter to each row of a batch; does nothing without a bank."""
     return nullcontext() if bank is None else bank.rows(adapters)
 
 
 def _options(sampling: SamplingParams, stops: Sequence[int], pad: int) -> dict[str, Any]:
-    """How transformers' `generate` is to choose tokens, and where to end."""
+    """Sampling and stop options for transformers' `generate`."""
     options = {"num_beams": sampling.num_beams, "pad_token_id": pad, "eos_token_id": list(stops) or None}
     if not sampling.temperature:
         return {**options, "do_sample": False}
@@ -109,32 +111,32 @@ def _options(sampling: SamplingParams, stops: Sequence[int], pad: int) -> dict[s
 
 
 def _padded(batch: Sequence[Request], shared: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (b×n) with padding behind the shared ones, and the mask of what is no padding."""
+    """Token ids (b×n) with padding after the shared prefix, and the mask (1 for tokens, 0 for padding)."""
     width = max(len(request.tokens) for request in batch)
     ids = torch.full((len(batch), width), pad)
     mask = torch.zeros_like(ids)
     for row, request in enumerate(batch):
         tokens = torch.tensor(request.tokens)
-        behind = width - len(tokens) + shared
-        ids[row, :shared], ids[row, behind:] = tokens[:shared], tokens[shared:]
-        mask[row, :shared], mask[row, behind:] = 1, 1
+        start = width - len(tokens) + shared
+        ids[row, :shared], ids[row, start:] = tokens[:shared], tokens[shared:]
+        mask[row, :shared], mask[row, start:] = 1, 1
     return ids.to(device), mask.to(device)
 
 
-def _some_answered(stops: Stops, width: int) -> Callable[..., Tensor]:
-    """What transformers asks after each token: all rows halt once enough of them are answered."""
-    answered: Tensor | None = None
+def _enough_finished(stops: Stops, width: int) -> Callable[..., Tensor]:
+    """A stopping criterion for transformers: stops all rows once enough of them have finished."""
+    finished: Tensor | None = None
 
     def halt(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        nonlocal answered
+        nonlocal finished
         now = stops.reached(ids, width)
-        answered = now if answered is None else answered | now
-        return (answered.sum() >= LEAVING_SHARE * len(answered)).expand(len(answered))
+        finished = now if finished is None else finished | now
+        return (finished.sum() >= COMPACT_SHARE * len(finished)).expand(len(finished))
 
     return halt
 
 
 def pad_id(base: Base) -> int:
-    """Any token will do: padding is masked, and answers are cut by position."""
+    """The padding token. Any token works: padding is masked, and answers are cut by position."""
     known = (getattr(base.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((token for token in known if isinstance(token, int) and has_embedding(base.model, token)), 0)

@@ -1,4 +1,4 @@
-"""Scores of answers against what they should have been: exact match, JSON validity, field F1.
+"""Scores of answers against the expected texts: exact match, JSON validity, field F1.
 
 It runs no model.
 """
@@ -11,17 +11,17 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares from 0 to 1; None where they make no sense.
+    """Shares from 0 to 1; None if a score is not defined.
 
     Args:
-        exact_match: answers that equal their gold text, both stripped; where both are one JSON object, it is
-            enough that the objects are equal. An answer with tool calls must have the same calls (names, and
-            arguments as JSON values). None without gold texts and calls.
-        valid_json: answers that are one JSON object and nothing else, among the rows whose gold text is one.
-            None where no gold text is.
-        field_f1: micro-averaged over the (key, value) pairs of those rows' objects,
-            2·common / (answered + gold). Values are compared as canonical JSON, where 1.0 is 1; an invalid
-            answer has none.
+        exact_match: share of answers that equal their gold text, both stripped; if both are one JSON object,
+            equal objects are enough. An answer with tool calls must have the same calls (names, and arguments
+            as JSON values). None without gold texts and calls.
+        valid_json: share of answers that are exactly one JSON object, among the rows whose gold text is one.
+            None if no gold text is one.
+        field_f1: micro-averaged over the (key, value) pairs of the objects of those rows,
+            2·common / (answered + gold). Values are compared as canonical JSON, in which 1.0 equals 1; an
+            invalid answer has no pairs.
     """
 
     exact_match: float | None
@@ -30,7 +30,7 @@ class Scores:
 
 
 def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Scores:
-    """The scores of (answer, gold) pairs; `calls` says of further answers whether they call the right tools.
+    """The scores of (answer, gold) pairs; `calls` says for other answers whether their tool calls are right.
 
     >>> score([('{"a": 1}', '{"a":1}'), ('Sure! {"a": 1}', '{"a": 1, "b": 2}')])
     Scores(exact_match=0.5, valid_json=0.5, field_f1=0.5)
@@ -54,7 +54,7 @@ def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Score
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The object that a text is, where the whole of it (stripped) is one JSON object.
+    """The JSON object in a text, if the whole text (stripped) is one object; otherwise None.
 
     >>> json_object(' {"a": [1]} '), json_object('{"a": 1} done'), json_object("[1]")
     ({'a': [1]}, None, None)
@@ -76,7 +76,7 @@ def _pairs(parsed: dict[str, Any] | None) -> set[tuple[str, str]] | None:
 
 
 def _numbers(value: Any) -> Any:
-    """The value with whole floats as whole numbers, at any depth."""
+    """The value with integral floats as integers, at any depth."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -85,4 +85,4 @@ def _numbers(value: Any) -> Any:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
