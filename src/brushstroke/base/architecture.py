@@ -43,7 +43,7 @@ def read_architecture(where: Where) -> tuple[Any, Any]:
 
 
 def unknown_class(config: Any) -> str | None:
-    """The class name in a config ("none" without one) if transformers does not know it; otherwise None."""
+    """The class name in a config ("none" without one) if it is unknown and has no remote code, else None."""
     name = _class_name(config)
     if _known_class(name) is not None or getattr(config, "auto_map", None):
         return None

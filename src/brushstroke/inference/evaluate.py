@@ -275,10 +275,10 @@ def _questions(rows: Rows, columns: Columns, chat: ChatFormat, tools: Sequence[A
             expected, written = chat.last_answer(conversation.until(last + 1), where=where)
             if not (expected.content or expected.tool_calls):
                 continue
-            asked = conversation.until(last)
+            prompt = conversation.until(last)
             is_text = columns.kind != "messages" and last == 1
-            shown = asked.messages[0]["content"] if is_text else shown_prompt(asked)
-            questions.append(_Question(number, asked, shown, expected, written, where))
+            shown = prompt.messages[0]["content"] if is_text else shown_prompt(prompt)
+            questions.append(_Question(number, prompt, shown, expected, written, where))
     return questions
 
 
@@ -319,7 +319,7 @@ def _answers(
 def _same_calls(
     reply: Reply, question: _Question, encoder: PromptEncoder, output: Output, adapter: str | None
 ) -> bool:
-    """Whether an answer has the expected text and tool calls; compares raw texts if calls cannot be parsed."""
+    """Whether an answer has the expected text and tool calls; compares raw texts if calls are unreadable."""
     expected = question.expected
     readable = encoder.format(adapter).read_reply(question.written, tools_of(question.prompt))
     if not readable.calls_like(expected):

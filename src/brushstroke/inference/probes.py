@@ -92,8 +92,8 @@ def _gap_is_ignored(model: nn.Module, pad: int, gap: int) -> bool:
 
 def _near(dtype: torch.dtype, right: Tensor, found: Tensor, wrong: Tensor) -> bool:
     """Whether `found` equals the logits `right` up to rounding in the dtype; `wrong` gives the scale."""
-    difference, fault = (float((x - right).norm() / right.norm()) for x in (found.double(), wrong.double()))
-    return difference <= min(TOLERANCE[dtype], MAX_ERROR_SHARE * fault)
+    difference, scale = (float((x - right).norm() / right.norm()) for x in (found.double(), wrong.double()))
+    return difference <= min(TOLERANCE[dtype], MAX_ERROR_SHARE * scale)
 
 
 def _next_logits(

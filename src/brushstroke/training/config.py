@@ -30,8 +30,9 @@ class StepConfig:
         micro_tokens: maximum number of computed tokens in one forward and backward pass. Memory and speed
             depend on it, and also which values dropout drops. "auto" derives it from the machine's total
             memory, the model and this config.
-        memory: "low" saves fewer activations, recomputes the others and uses smaller passes; "fast" saves the
-            activations that save time; "auto" is fast if that fits into the machine's total memory.
+        memory: "low" saves fewer activations, recomputes the others and uses smaller passes; "fast" saves all
+            activations whose recomputation costs time; "auto" is "fast" if that fits into the machine's total
+            memory.
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
         torch_compile: on a GPU, compile norms, rotary embeddings and gated activations into one kernel each:
             some seconds for each new size of pass, and faster steps for large models.

@@ -294,18 +294,20 @@ class RunFolder:
         """Refuse a folder with an earlier run; the message first offers the options that lose nothing."""
         states = {step_of(folder): folder / STATE for folder in self.checkpoints()}
         steps = [step for step, state in states.items() if STEP_FILES.is_own(state) or not read_first(state)]
-        way = "choose another folder"
+        advice = "choose another folder"
         if self.complete:
             what, lost = f"a finished run{self._finished_steps()}", "adapter, checkpoints and metrics"
         elif steps:
             what, lost = "an unfinished run", "checkpoints and metrics"
-            way = f"continue from its checkpoint of step {max(steps)} with --resume (resume=True), or {way}"
+            advice = (
+                f"continue from its checkpoint of step {max(steps)} with --resume (resume=True), or {advice}"
+            )
         elif OWN_FILES.is_own(self.path / METRICS):
             what, lost = "a run that stopped before its first checkpoint", "metrics"
         else:
             return
         raise OutputError(
-            f"{self.path} holds {what}; {way}, or start over with --overwrite (overwrite=True), which "
+            f"{self.path} holds {what}; {advice}, or start over with --overwrite (overwrite=True), which "
             f"removes its {lost}"
         )
 

@@ -15,7 +15,7 @@ from brushstroke.outputs import output_errors, write_file
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Append one line and flush it to the disk; a new file is created together with its first line.
+    """Append one line and flush it to the disk; a new file is created with its first line.
 
     Raises:
         OutputError: it cannot be written.

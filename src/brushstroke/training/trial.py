@@ -96,9 +96,9 @@ def _listed(paths: Iterable[str], sites: Iterable[str]) -> str:
     """Paths as text; the same site in several layers is one entry with its count (of the total)."""
     paths = list(paths)
     counts, known = Counter(map(in_all_layers, paths)), Counter(map(in_all_layers, sites))
-    alone = {in_all_layers(path): path for path in paths}
+    full_paths = {in_all_layers(path): path for path in paths}
     shown = []
     for name, count in counts.items():
         of = "" if count == known[name] else f" of {known[name]}"
-        shown.append(alone[name] if count == 1 else f"{name} ({count}{of})")
+        shown.append(full_paths[name] if count == 1 else f"{name} ({count}{of})")
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
