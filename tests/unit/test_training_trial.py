@@ -104,7 +104,8 @@ def test_experts_of_a_layer_that_runs_no_expert_are_named() -> None:
     made.model.layers[1].mlp.forward = lambda x: x
     with Training(made, LoraConfig(rank=2, targets="experts\\..*")) as run:
         (said,) = unlearnt_sites(run)
-    assert said.startswith("text does not run through model.layers.*.mlp.experts.* (2 of 4): they are not trained")
+    shown = "model.layers.*.mlp.experts.* (2 of 4)"
+    assert said.startswith(f"text does not run through {shown}: they are not trained")
 
 
 def test_sites_that_text_does_not_reach_are_named() -> None:
