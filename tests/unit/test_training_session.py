@@ -548,7 +548,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in_in_bf16() -> None:
 def test_custom_loss_without_scalar_result_is_refused(own) -> None:
     with (
         Training(tiny_llama(), LoraConfig(rank=4)) as run,
-        pytest.raises(ConfigError, match="loss= must give"),
+        pytest.raises(ConfigError, match="loss= must return"),
     ):
         run.forward_backward(examples(), own)
 
@@ -750,7 +750,7 @@ def test_deep_half_precision_model_is_packed_despite_rounding() -> None:
 
 
 def test_compiling_is_for_gpus() -> None:
-    with pytest.raises(ConfigError, match="torch_compile makes kernels for a GPU, and the model is on cpu"):
+    with pytest.raises(ConfigError, match="torch_compile makes kernels for a GPU, but the model is on cpu"):
         Training(tiny_llama(), LoraConfig(rank=2), torch_compile=True)
 
 

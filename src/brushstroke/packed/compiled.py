@@ -1,6 +1,6 @@
 """Compiles elementwise functions with torch.compile, so that a GPU runs one kernel instead of several.
 
-Norms, rotations and activations define the functions; it contains no model code. It does not compile on a CPU.
+Norms, rotations and activations define the functions; it has no model code, and compiles nothing on a CPU.
 """
 
 import warnings

@@ -109,7 +109,7 @@ def lay_out(packed: Pass, device: torch.device, held: KeyValueCache | None = Non
     for group in packed.groups:
         if group.part is not None and held is None:
             raise ValueError(
-                "this pass is part of a group, but it has no prefix cache; run the passes of a step with `run`"
+                "this pass is part of a group but has no prefix cache; run the passes of a step with `run`"
             )
         prefix = None
         if group.prefix and group.part is None:

@@ -24,7 +24,7 @@ class NoEmbeddings(Exception):
 
 
 def probe_rows(model: nn.Module, lengths: tuple[int, int, int] = SHORT, seed: int = 0) -> tuple[Row, Row]:
-    """Two rows with a shared prefix; wanted are the positions that predict all but the first token after it."""
+    """Two rows with a shared prefix; positions that predict all but the first token after it are wanted."""
     one, other = probe_examples(model, lengths, seed)
     return Row.of(one), Row.of(other)
 
