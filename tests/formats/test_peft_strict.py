@@ -315,7 +315,7 @@ def test_non_adapter_folder_error_suggests_nearby_adapters(folder: Path, tmp_pat
     assert "there is no folder" in refusal(tmp_path / "nowhere")
     assert "is a file" in refusal(folder / "README.md")
     (folder / "adapter_model.safetensors").unlink()
-    assert "not complete" in refusal(folder)
+    assert "has not finished" in refusal(folder)
     (folder / "adapter_model.bin").write_bytes(b"")
     assert "pickle" in refusal(folder)
 
