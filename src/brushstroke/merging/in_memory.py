@@ -1,6 +1,6 @@
-"""Fold an adapter into weights: W + ΔW in fp32, rounded once, with a report of what the rounding cost.
+"""Merges an adapter into weights: W + ΔW in fp32, rounded once, with a report of the loss by rounding.
 
-The base is never changed; files are the part of `inference.export`.
+It never changes the base, and writes no files (see `export`).
 """
 
 import copy
@@ -32,7 +32,7 @@ from brushstroke.sites import (
 )
 from brushstroke.sites.kinds import example_input
 
-MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
+MIN_SURVIVAL = 0.5  # below it, rounding removes more of the update than it keeps
 PROBE_ROWS = 16
 BLOCK_ELEMENTS = 4 * 1024 * 1024  # of W that are summed at a time; 16 MiB in fp32
 
@@ -41,7 +41,7 @@ ModelT = TypeVar("ModelT")
 
 @dataclass(frozen=True)
 class SiteDrift:
-    """What merging did at one site.
+    """The effect of merging at one site.
 
     Args:
         survived: ⟨M − W, ΔW⟩ / ‖ΔW‖²: the share of the update that is in the merged weight M; 1 is all of it.
@@ -169,7 +169,7 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
 
 
 def require_adapter(adapter: object) -> None:
-    """Refuse what is no `Adapter`.
+    """Check that the argument is an `Adapter`.
 
     Raises:
         MergeError: it is a path, an attachment or something else.
@@ -193,7 +193,7 @@ def merge(
     Args:
         model: an nn.Module or a Base, with nothing attached.
         adapter: the adapter.
-        allow_different_base: pass over the verdict of the fingerprint.
+        allow_different_base: accept an adapter whose fingerprint shows another base.
         report: a list to which the `MergeReport` is appended.
 
     Raises:
@@ -248,7 +248,7 @@ def _storage(module: nn.Module) -> str:
 
 
 def _part_other_ties(model: Any) -> None:
-    """Give what else an HF model ties a tensor of its own: its config unties all at once."""
+    """Give all other tied weights of an HF model separate tensors, because its config unties all of them."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in ties.items():
@@ -259,7 +259,7 @@ def _part_other_ties(model: Any) -> None:
 
 
 def _untie_config(model: Any) -> None:
-    """Tell an HF model that its head has a weight of its own now, or loading it would tie the two again."""
+    """Set tie_word_embeddings to false in an HF model's config; otherwise loading would tie weights again."""
     config = getattr(model, "config", None)
     for part in (config, text_config(model)):
         if part is not None and getattr(part, "tie_word_embeddings", False):

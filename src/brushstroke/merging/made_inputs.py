@@ -1,6 +1,6 @@
-"""Made-up inputs for a model's own forward, from its config alone: text, images and sound.
+"""Generates inputs for a model's forward from its config: text, images and sound, without a processor.
 
-No processor is needed, and nothing is judged: whoever runs the model sees which of them it takes.
+It does not check whether the model accepts them; the caller tries them.
 """
 
 import inspect

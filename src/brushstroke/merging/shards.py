@@ -1,6 +1,6 @@
-"""Merging in safetensors files: each is copied, then the bytes of its adapted tensors are replaced.
+"""Copies safetensors files and replaces the bytes of their adapted tensors.
 
-One tensor is in memory at a time; names, order and metadata stay. The caller says which tensor goes where.
+One tensor is in memory at a time; names, order and metadata stay. It does not decide which tensors to replace.
 """
 
 import json

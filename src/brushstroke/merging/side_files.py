@@ -1,6 +1,6 @@
-"""What stands beside the weights in a base's folder: copied with the merged ones, or named as left out.
+"""Copies the files of a base's folder other than weights (config, tokenizer, templates), or lists them.
 
-The weights themselves are the part of `merge_stream` and of transformers.
+It does not write weights; `stream` and transformers do.
 """
 
 import json
@@ -33,9 +33,9 @@ _OF_DOWNLOADS = (".git", ".gitattributes", ".cache")  # no part of a model: neit
 
 
 def copy_beside(folder: Path, target: Path, merged: Collection[str]) -> tuple[str, ...]:
-    """Copy what is no weight; returns the names of what is left out.
+    """Copy all files that are not weights; returns the names of those that are left out.
 
-    These are weights in a form that was not merged, hidden files and folders, and links to folders.
+    Left out are weights in a form that was not merged, hidden files and folders, and links to folders.
 
     Args:
         folder: the base's.

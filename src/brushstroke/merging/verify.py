@@ -1,6 +1,6 @@
-"""The whole merged model against the whole adapted one, where there is memory for it.
+"""Compares the outputs of the merged model with those of the adapted model, if there is enough memory.
 
-It writes nothing and judges nothing: it reports a number.
+It writes no files and makes no decision: it reports a number.
 """
 
 import gc
@@ -66,7 +66,7 @@ def check_merged(
         return CheckResult(skipped=reason)
     load = partial(load_base, device="cpu", trust_remote_code=trust_remote_code)
     base = source if isinstance(source, Base) else load(source, dtype="float32")
-    with attach(base, adapter, allow_different_base=True) as attachment:  # judged before
+    with attach(base, adapter, allow_different_base=True) as attachment:  # checked before
         trials, idle, failure = _try_inputs(base.model, attachment)
     missed = f"{len(idle)} of {len(adapter)} sites, such as {idle[0]}: {failure}" if idle else None
     if not trials:
