@@ -48,7 +48,7 @@ _NO_EFFECT = frozenset(
         # where the adapter comes from
         *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
         *("peft_version", "transformers_version", "unsloth_version", "unsloth_fixed"),
-        # which modules were chosen: the keys of the file name them, tied ones each by itself
+        # which modules were chosen: the keys of the file name them, each tied one separately
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         "ensure_weight_tying",
         # how the factors began: what changes the base's weights too is refused by `init_lora_weights`

@@ -132,6 +132,6 @@ def _consequences(kind: Any, config: dict[str, Any], untied: dict[str, Any]) -> 
 
 
 def _give_back_freed_memory() -> None:
-    """Have glibc map every large tensor by itself, so that freeing it lowers the process's memory at once."""
+    """Make glibc map each large tensor separately, so that freeing it lowers the process's memory at once."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; others lack it

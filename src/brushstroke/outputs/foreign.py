@@ -23,7 +23,7 @@ class OwnFiles:
         names: the names of all files.
         keys: name → whether the JSON object in that file (for .jsonl: in its first line) is of our form.
         marks: names in `keys`; if one of these files is recognised, files that cannot be checked, and damaged
-            ones, count as ours too.
+            ones, count as written by brushstroke.
         vouchers: name → names of files, one of which must be recognised for that file.
         texts: name → a text that also identifies the file.
         otherwise: the reason in the error for a file that is not recognised.

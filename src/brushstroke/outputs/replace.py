@@ -183,7 +183,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _carry_over(old: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
-    """Copy files of the old folder that are neither ours nor replaced, as hard links where possible.
+    """Copy files of the old folder that `is_ours` does not select and no file replaces, as hard links.
 
     Raises:
         OutputError: the old folder has a file or a link where the new one has a folder, or the reverse.
