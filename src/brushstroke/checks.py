@@ -1,7 +1,6 @@
-"""Checks of what an analysis is asked, by numbers, names and shapes alone.
+"""Checks the arguments of an analysis that need only numbers, names and shapes.
 
-Neither torch nor transformers is loaded, so that the command line can refuse in an instant what the analysis
-itself would refuse.
+It does not load torch or transformers, so that the command line can report errors of an analysis at once.
 """
 
 import re
@@ -10,11 +9,11 @@ from collections.abc import Mapping
 from brushstroke.errors import ConfigError, ShapeError, did_you_mean
 
 Shapes = Mapping[str, tuple[int, int]]  # site → (d, h)
-_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the stack that a key or a site is in, and the number of its layer
+_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # in a key or a site: the stack of layers, and the number of the layer
 
 
 def check_dense_limit(dense_limit: int) -> None:
-    """Refuse a negative limit.
+    """Check that the limit is not negative.
 
     Raises:
         ConfigError: it is negative.
@@ -24,10 +23,10 @@ def check_dense_limit(dense_limit: int) -> None:
 
 
 def check_intruder_settings(top: int, threshold: float) -> None:
-    """Refuse to judge no direction, and a threshold that no cosine or every one is below.
+    """Check the number of directions to compare, and the threshold of the cosine.
 
     Raises:
-        ConfigError: top below 1, or a threshold outside (0, 1].
+        ConfigError: top is below 1, or the threshold is outside (0, 1].
     """
     if top < 1 or not 0 < threshold <= 1:
         raise ConfigError(
@@ -36,7 +35,7 @@ def check_intruder_settings(top: int, threshold: float) -> None:
 
 
 def check_share(share: float) -> None:
-    """Refuse what is no share of an energy.
+    """Check a share of the energy.
 
     Raises:
         ConfigError: it is not in (0, 1].
@@ -46,10 +45,10 @@ def check_share(share: float) -> None:
 
 
 def check_alike(ones: Shapes, twos: Shapes) -> None:
-    """Refuse two adapters that cannot be compared.
+    """Check that two adapters can be compared.
 
     Raises:
-        ShapeError: they have no site in common, or a common one of different shapes.
+        ShapeError: they have no site in common, or a common site has different shapes.
     """
     shared = [site for site in ones if site in twos]
     if not shared:
@@ -67,7 +66,7 @@ def check_alike(ones: Shapes, twos: Shapes) -> None:
 
 
 def misshapen(site: str, shape: tuple[int, int], found: tuple[int, ...]) -> ShapeError:
-    """The error for a W of another shape than its update."""
+    """The error for a W whose shape differs from its update's."""
     return ShapeError(
         f"{site}: W must be (d, h) = {shape}; the base's is {found} (torch's Linear.weight is the transpose)"
     )
@@ -82,15 +81,16 @@ def lacking(absent: list[str], total: int, at_least: str = "") -> ShapeError:
 
 
 def check_stored(sites: Shapes, stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a base whose files certainly do not fit an adapter; what is not certain is told later.
+    """Check that a base's files can fit an adapter; cases that are not certain are checked after loading.
 
-    A model may rename, fuse, split or tie tensors while it is loaded, and store a weight as (d, h) or (h, d).
-    So what is refused is a weight of the site's own name and neither shape, a layer of which the files hold
-    nothing though they hold others of its stack, and a site with as many inputs as no tensor's side is long.
+    A model may rename, fuse, split or tie tensors while it is loaded, and may store a weight as (d, h) or
+    (h, d). An error is therefore certain only in three cases: a weight with the site's name has neither
+    shape; the files hold no tensor of a layer, but some of other layers in its stack; or no tensor has a side
+    as long as the site's input width.
 
     Args:
         sites: of the adapter.
-        stored: tensor key → shape, of all of the base's files; nothing is refused where it is empty.
+        stored: tensor key → shape, of all of the base's files; if it is empty, nothing is checked.
 
     Raises:
         ShapeError: the base does not fit.

@@ -1,6 +1,6 @@
-"""The files of an adapter: where they are, on the disk or fetched from the hub, and what their heads say.
+"""Finds the files of an adapter on disk or fetches them from the hub, and reads shapes from their headers.
 
-It reads no tensor, and loads neither torch nor transformers.
+It reads no tensors, and loads neither torch nor transformers.
 """
 
 import json
@@ -21,21 +21,23 @@ CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "bru
 PICKLE = "adapter_model.bin"
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer_config.json")
 FETCHED = (CONFIG, TENSORS, CARD, *TEMPLATES)
-PATIENCE = 2.0  # seconds for the hub's first answer; then the cache must do
+PATIENCE = 2.0  # seconds to wait for the hub's first answer; after that, the cache is used
 _FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.[^.]+){0,2}")
 _EXPECTED = f"an adapter is a folder with {CONFIG} and {TENSORS}, or a hub id (owner/name)"
-OTHER_FORMATS: list[Callable[[Path], bool]] = []  # tests of formats that are registered besides PEFT's layout
+OTHER_FORMATS: list[
+    Callable[[Path], bool]
+] = []  # the `recognises` functions of registered formats other than PEFT's
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def find_adapter(name: str | Path) -> Path:
     """The folder of an adapter: a local one, or the cached files of a hub id such as "owner/name".
 
-    What is there by this name on the disk wins. Where the hub does not answer, files of an earlier fetch are
-    taken.
+    A file or folder of this name on disk takes precedence. If the hub does not answer, cached files of an
+    earlier fetch are used.
 
     Raises:
-        AdapterFileError: neither the disk, nor the hub, nor the cache has it.
+        AdapterFileError: it is not on disk, on the hub or in the cache.
     """
     path = Path(name).expanduser()
     text = name.as_posix() if isinstance(name, Path) else name
@@ -44,10 +46,10 @@ def find_adapter(name: str | Path) -> Path:
 
 @contextmanager
 def open_adapter(name: str | Path) -> Iterator[OpenFolder]:
-    """Context manager: the folder of an adapter; what replaces it before the end of the block is not seen.
+    """Context manager: the folder of an adapter; if it is replaced inside the block, the old files are read.
 
     Raises:
-        AdapterFileError: see `find_adapter`, or something in it cannot be read.
+        AdapterFileError: see `find_adapter`, or a file in it cannot be read.
     """
     folder = find_adapter(name)
     try:
@@ -62,10 +64,10 @@ def open_adapter(name: str | Path) -> Iterator[OpenFolder]:
 
 
 def adapter_files(folder: OpenFolder) -> tuple[OpenFolder, OpenFolder]:
-    """The config and the tensors of an adapter's folder.
+    """The config file and the tensor file of an adapter's folder.
 
     Raises:
-        AdapterFileError: it is no folder, or lacks one of them.
+        AdapterFileError: it is not a folder, or lacks one of them.
     """
     config, tensors = folder / CONFIG, folder / TENSORS
     if not folder.is_dir():
@@ -80,7 +82,7 @@ def adapter_files(folder: OpenFolder) -> tuple[OpenFolder, OpenFolder]:
         hint = (
             f"it has {PICKLE}, a pickle, which is never read: load it in PEFT and save it again"
             if pickled
-            else "the run that writes it is not complete, or the copy is not"
+            else "the run that writes it has not finished, or the copy is incomplete"
         )
         raise AdapterFileError(f"{folder} has no {TENSORS}; {hint}")
     return config, tensors
@@ -90,29 +92,31 @@ def read_object(file: Traversable) -> dict[str, Any]:
     """The JSON object in a file of an adapter.
 
     Raises:
-        AdapterFileError: it cannot be read, or holds something else.
+        AdapterFileError: it cannot be read, or does not hold one JSON object.
     """
     try:
         stored = read_json(file)
-        json.dumps(stored, ensure_ascii=False).encode("utf-8")  # half a letter could not be saved again
+        json.dumps(stored, ensure_ascii=False).encode(
+            "utf-8"
+        )  # fails for half of a surrogate pair, which cannot be saved
     except OSError as error:
         raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(stored, dict):
-        raise AdapterFileError(f"{file} should hold one JSON object; it holds a {type(stored).__name__}")
+        raise AdapterFileError(f"{file} must hold one JSON object; it holds a {type(stored).__name__}")
     return stored
 
 
 def damaged_tensors(file: Traversable, error: Exception) -> AdapterFileError:
-    """The error for a file of tensors that is none."""
-    return AdapterFileError(f"{file} is damaged ({error}); copy it again from where it came")
+    """The error for a damaged file of tensors."""
+    return AdapterFileError(f"{file} is damaged ({error}); copy it again from its source")
 
 
 def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
-    """Site → (d, h) of an adapter, by the heads of its files; nothing for formats other than PEFT's layout.
+    """Site → (d, h) of an adapter, from the headers of its files; empty for formats other than PEFT's.
 
-    What is wrong with single factors is left to `load`, which lists all of it.
+    Sites with wrong factors are left out here; `load` lists all of them.
 
     Raises:
         AdapterFileError: there is no adapter of that name, or its files are damaged.
@@ -145,7 +149,7 @@ def _fetch(name: str) -> Path:
     with _quiet(), hub_or_cache() as unreachable:
         try:
             listed = HfApi().model_info(name, timeout=PATIENCE).siblings
-        except Exception as error:  # no network, none wanted, or no such model: the cache may have it
+        except Exception as error:  # no network, offline mode, or no such model: the cache may have it
             failure, listed = error, None
         if listed:
             _check_listed(name, {entry.rfilename for entry in listed})
@@ -160,8 +164,8 @@ def _fetch(name: str) -> Path:
                     "the Hugging Face hub has no model of that name, or a private one (log in: hf auth login)"
                 )
             else:
-                said = unreachable or " ".join(str(cause).split())[:160] or type(cause).__name__
-                found = f"the Hugging Face hub cannot be asked ({said})"
+                reason = unreachable or " ".join(str(cause).split())[:160] or type(cause).__name__
+                found = f"the Hugging Face hub cannot be reached ({reason})"
             raise AdapterFileError(
                 f"there is no folder {name}, and {found}; check the name and the network"
             ) from error
@@ -183,7 +187,7 @@ def _check_listed(name: str, files: set[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager: the hub's client draws no progress bars and logs errors only."""
+    """Context manager: the hub's client shows no progress bars and logs only errors."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,

@@ -1,6 +1,6 @@
-"""Reading files of any kind: JSON, check sums.
+"""Reads JSON files and computes checksums.
 
-Writing them is the part of `outputs`.
+It writes no files; the package `outputs` does.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def read_json(path: Path | Traversable) -> Any:
-    """The value in a JSON file, whoever wrote it.
+    """The value in a JSON file.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, or is nested too deeply to be read.
+        ValueError: it is not JSON in UTF-8, or is nested too deeply to be read.
         OSError: there is no such file, or it cannot be read.
     """
     try:
@@ -24,6 +24,6 @@ def read_json(path: Path | Traversable) -> Any:
 
 
 def file_sum(path: Path) -> str:
-    """The check sum of a file's bytes."""
+    """The SHA-256 checksum of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

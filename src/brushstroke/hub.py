@@ -1,6 +1,6 @@
-"""Whether the Hugging Face hub can be reached, found out in seconds.
+"""Checks within seconds whether the Hugging Face hub can be reached.
 
-It fetches nothing. The hub's client tries every request six times, which takes a minute without a network.
+It fetches nothing. The hub's client tries each request six times, which takes a minute without a network.
 """
 
 import os
@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS = 3.0  # until an address without an answer counts as out of reach; HF_HUB_ETAG_TIMEOUT sets another
-PAUSE = 0.5  # before the one further try
-KEPT_SECONDS = 30.0  # that an answer holds
+SECONDS = 3.0  # without an answer after this time, the hub is unreachable; HF_HUB_ETAG_TIMEOUT overrides it
+PAUSE = 0.5  # before the second and last try
+KEPT_SECONDS = 30.0  # how long a result is cached
 _OUT_OF_REACH = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx; any other error is an answer
-_known: list[tuple[float, str]] = []  # when it was found out, and what
+_known: list[tuple[float, str]] = []  # the cached result: time, and why the hub is unreachable
 
 
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
-    """Context manager: where the hub cannot be reached, its clients use their cache alone.
+    """Context manager: if the hub cannot be reached, its clients use only their cache.
 
     Yields:
-        Why it cannot be reached; an empty text where it can.
+        Why it cannot be reached; an empty text if it can.
     """
     from huggingface_hub import constants
 
@@ -35,7 +35,7 @@ def hub_or_cache() -> Iterator[str]:
 
 
 def is_cached(name: str, revision: str | None = None) -> bool:
-    """Whether the cache holds the config of a model, without which none is loaded."""
+    """Whether the cache holds the config of a model, which every load needs."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -52,7 +52,7 @@ def _why_unreachable() -> str:
 
 
 def _ask() -> str:
-    """Ask in a thread of its own: the look-up of a name may hang longer than any timeout."""
+    """Send the request in a separate thread, because a DNS look-up may take longer than any timeout."""
     from huggingface_hub import constants
 
     patience = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else SECONDS
@@ -70,7 +70,7 @@ def _ask() -> str:
 
 
 def _head(patience: float, pause: float = 0.0) -> str:
-    """Why one request gets no answer; to be slow once connected is an answer."""
+    """Why one request gets no answer, or an empty text; a slow answer after the connection counts as one."""
     from huggingface_hub import constants, get_session
 
     time.sleep(pause)

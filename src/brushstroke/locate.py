@@ -1,6 +1,6 @@
-"""Where a base lies: in a folder, in a GGUF file, or on the Hugging Face hub.
+"""Finds a base: a folder, a GGUF file, or a model on the Hugging Face hub.
 
-It reads no model, and loads neither torch nor transformers.
+It loads no model, and imports neither torch nor transformers.
 """
 
 import os
@@ -16,20 +16,19 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".
 
 
 def require_base_files(name: str) -> None:
-    """Refuse a name under which no base can be found; takes no time where it can.
+    """Check that a base of this name can be found; fast for local files.
 
     Raises:
-        BaseLoadError: there is no such file or folder, it holds no model, or the hub is out of reach.
+        BaseLoadError: there is no such file or folder, it holds no model, or the hub cannot be reached.
     """
     with hub_if_needed(name, locate_base(name)):
         pass
 
 
 def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Tensor key → shape, by the heads of a folder's safetensors; nothing where these do not tell a base.
+    """Tensor key → shape, from the headers of a folder's safetensors files.
 
-    They do not for hub ids, GGUF files, other formats, incomplete folders, and weights that are stored
-    quantised.
+    Empty for hub ids, GGUF files, other formats, incomplete folders, and quantised weights.
 
     Raises:
         BaseLoadError: the folder holds no weights, or a file is damaged.
@@ -40,7 +39,7 @@ def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
     if folder is None or not folder.is_dir():
         return {}
     if not any(entry.suffix in WEIGHTS for entry in folder.iterdir()):
-        raise BaseLoadError(f"{folder} has no weights beside its config.json; fetch the folder again")
+        raise BaseLoadError(f"{folder} has a config.json but no weights; fetch the folder again")
     if "quantization_config" in (folder / "config.json").read_text("utf-8", errors="replace"):
         return {}
     found: dict[str, tuple[int, ...]] = {}
@@ -54,7 +53,7 @@ def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model; none where one is missing or their index is damaged."""
+    """The safetensors files of a model; empty if one is missing or their index is damaged."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     try:
         named = set(read_json(index)["weight_map"].values()) if index.is_file() else {single.name}
@@ -65,7 +64,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def locate_base(name: str) -> Path | None:
-    """The folder or GGUF file that a name means, or None for a hub id.
+    """The folder or GGUF file of a name, or None for a hub id.
 
     Raises:
         BaseLoadError: there is no such file or folder, or it holds no model.
@@ -109,15 +108,15 @@ def _model_in(folder: Path) -> Path:
 
 @contextmanager
 def hub_if_needed(name: str, source: Path | None, revision: str | None = None) -> Iterator[None]:
-    """Context manager: a hub id is read from the cache where the hub cannot be reached.
+    """Context manager: if the hub cannot be reached, a hub id is read from the cache.
 
     Args:
         name: the base, as the user named it.
-        source: where `locate_base` found it.
+        source: the result of `locate_base`.
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        BaseLoadError: it is not there either; the hub's own clients try for a minute.
+        BaseLoadError: the cache does not have it either (the hub's own clients would try for a minute).
     """
     if source is not None:
         yield

@@ -1,16 +1,16 @@
-"""Several chat templates of a tokenizer as one.
+"""Joins several chat templates of a tokenizer into one.
 
-It renders nothing.
+It renders no template.
 """
 
 from collections.abc import Mapping
 
 
 def one_template(templates: Mapping[str, str]) -> str | None:
-    """One chat template that chooses between several as transformers does: by whether there are tools.
+    """One chat template that selects among several like transformers: by whether there are tools.
 
     Args:
-        templates: by name, as tokenizers have them; only "default" and "tool_use" are ever chosen.
+        templates: name → template, as in tokenizers; only "default" and "tool_use" are used.
     """
     default, tools = templates.get("default"), templates.get("tool_use")
     if default is None or tools is None or default == tools:

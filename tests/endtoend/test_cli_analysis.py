@@ -521,7 +521,7 @@ def test_another_base_and_a_merged_one_are_refused(cli, tiny, adapters, tmp_path
         assert "--allow-different-base" in done.error
         assert cli(command, adapters / "four", tmp_path / "other", "--allow-different-base").status == 0
     assert cli("merge", tiny, adapters / "four", "--out", tmp_path / "merged", "--no-verify").status == 0
-    assert "merged into the base already" in cli("relate", adapters / "four", tmp_path / "merged").error
+    assert "already merged into the base" in cli("relate", adapters / "four", tmp_path / "merged").error
 
 
 @pytest.mark.parametrize("command", ["relate", "intruders"])
@@ -554,7 +554,7 @@ def _adapter_of(base, out):
 AT_ONCE = {
     "no adapter": ("relate {none} {tiny}", 1, "there is no folder"),
     "no base": ("intruders {four} {none}", 1, "there is no file or folder"),
-    "no weights": ("relate {four} {empty}", 1, "has no weights beside its config.json"),
+    "no weights": ("relate {four} {empty}", 1, "has a config.json but no weights"),
     "another width": (
         "relate {four} {wide}",
         1,

@@ -79,7 +79,7 @@ def test_a_changed_embedding_is_refused_by_every_command(
     assert not (tmp_path / "merged").exists()
     allowed = cli("merge", tiny, folder, "--out", tmp_path / "merged", "--allow-different-base")
     assert allowed.status == 0
-    assert allowed.err.count("warning: this adapter's file holds weights that are not this base's") == 1
+    assert allowed.err.count("warning: this adapter's file contains weights that differ from the base's") == 1
     assert "they are not used" in allowed.err
 
 

@@ -194,7 +194,7 @@ def test_a_tied_head_is_untied_openly(tmp_path, shards):
 def test_the_same_adapter_is_not_merged_twice_and_a_foreign_base_is_refused(folder, tmp_path):
     adapter = adapter_for(llama())
     merge_folder(folder, adapter, tmp_path / "once")
-    with pytest.raises(BaseMismatchError, match="merged into the base already"):
+    with pytest.raises(BaseMismatchError, match="already merged into the base"):
         merge_folder(tmp_path / "once", adapter, tmp_path / "twice")
     foreign = llama()
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earli
     earlier.rename(work / "old")
     earlier.mkdir()  # an empty folder is as none
     shutil.copytree(folder, work / "new")
-    with pytest.raises(OutputError, match="holds files already"):
+    with pytest.raises(OutputError, match="is not empty"):
         merge_folder(folder, adapter, earlier, verify=False)
     assert everything(earlier) == before
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
@@ -348,7 +348,7 @@ def test_what_a_living_process_writes_is_left_alone(folder, earlier):
         earlier.rename(work / "old")
         with pytest.raises(
             OutputError,
-            match=rf"another process is replacing .*{WORK}/old now; wait for it, or if it is gone",
+            match=rf"another process is replacing .*{WORK}/old; wait for it, or if it has ended",
         ):
             merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
         process.communicate(b"\n")
@@ -388,7 +388,7 @@ def test_folder_filled_during_a_merge_is_not_replaced(folder, tmp_path, monkeypa
         (out / "config.json").write_text("mine")
 
     made_meanwhile(monkeypatch, fill)
-    with pytest.raises(OutputError, match="holds files already"):
+    with pytest.raises(OutputError, match="is not empty"):
         merge_folder(folder, adapter, out, verify=False)
     shutil.rmtree(out)
     if there:
@@ -414,7 +414,7 @@ def test_of_two_merges_into_one_folder_the_second_to_end_is_refused(folder, tmp_
         (tmp_path / "other").rename(out)
 
     made_meanwhile(monkeypatch, other_ends)
-    with pytest.raises(OutputError, match="made it anew" if overwrite else "holds files already"):
+    with pytest.raises(OutputError, match="made it anew" if overwrite else "is not empty"):
         merge_folder(folder, adapter, out, overwrite=overwrite, verify=False)
     assert everything(out) == everything(tmp_path / "new")
 

@@ -315,7 +315,7 @@ def test_non_adapter_folder_error_suggests_nearby_adapters(folder: Path, tmp_pat
     assert "there is no folder" in refusal(tmp_path / "nowhere")
     assert "is a file" in refusal(folder / "README.md")
     (folder / "adapter_model.safetensors").unlink()
-    assert "not complete" in refusal(folder)
+    assert "has not finished" in refusal(folder)
     (folder / "adapter_model.bin").write_bytes(b"")
     assert "pickle" in refusal(folder)
 
@@ -462,7 +462,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
         else:
             absent += 1
             assert "there is no folder" in refusal(folder)
-        with pytest.raises(errors.OutputError, match="holds files already"):
+        with pytest.raises(errors.OutputError, match="is not empty"):
             save(new, folder)
         assert contents(folder) in [{**whole, "notes.txt": b"mine"} for whole in wholes]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
@@ -616,11 +616,11 @@ def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
     folder.rename(work / "old")
     handle = lock.hold(work)
     assert "there is no folder" in refusal(folder)
-    with pytest.raises(errors.OutputError, match=r"another process is replacing .*abcd/old now; wait for it"):
+    with pytest.raises(errors.OutputError, match=r"another process is replacing .*abcd/old; wait for it"):
         save(adapter, folder)
     assert contents(work / "old") == before
     os.close(handle)
-    with pytest.raises(errors.OutputError, match="holds files already"):
+    with pytest.raises(errors.OutputError, match="is not empty"):
         save(adapter, folder)
     assert contents(folder) == before
     assert not work.exists()

@@ -160,7 +160,7 @@ def test_what_depends_on_the_base_is_refused_with_the_reason(model):
             act()
     with pytest.raises(ShapeError, match=r"only low-rank updates can be analysed; found\n .* a DoRA"):
         bs.spectrum(adapter)
-    with pytest.raises(AttachError, match="which a bank cannot hold; attach it by itself, or merge it"):
+    with pytest.raises(AttachError, match="which a bank cannot hold; attach it alone, or merge it"):
         bank(model, {"dora": adapter})
 
 

@@ -76,7 +76,7 @@ def test_unwritable_folder_is_refused_before_training(
             begin("~/first", overwrite=True)
         for written, folder in (("second", "~/second"), ("third-12", "~/third")):
             bs.save(attachment.adapter(), tmp_path / written)
-            with pytest.raises(bs.errors.OutputError, match=rf"{written} holds files already"):
+            with pytest.raises(bs.errors.OutputError, match=rf"{written} is not empty"):
                 begin(folder)
             begin(folder, overwrite=True)
         (tmp_path / "fourth-2024").mkdir()  # a year, not one of this training's steps

@@ -203,7 +203,7 @@ def test_attach_compares_fingerprints(llama):
     with pytest.raises(BaseMismatchError, match=r"another base.*--allow-different-base"):
         attach(toys.tiny_llama(seed=1), adapter)
     attach(toys.tiny_llama(seed=1), adapter, allow_different_base=True).detach()
-    with pytest.raises(BaseMismatchError, match="merged into the base already"):
+    with pytest.raises(BaseMismatchError, match="already merged into the base"):
         attach(merge(llama, adapter), adapter)
 
 

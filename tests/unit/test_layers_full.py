@@ -136,7 +136,7 @@ def test_what_cannot_be_trained_is_refused_and_the_model_is_as_before() -> None:
     before = toys.snapshot(model)
     with pytest.raises(TargetError, match="fc3"):
         attach_full(model, FullFineTuning(("fc3",)))
-    with attach(model, LoraConfig(rank=2)), pytest.raises(AttachError, match="attached already"):
+    with attach(model, LoraConfig(rank=2)), pytest.raises(AttachError, match="already has an adapter"):
         attach_full(model, FullFineTuning())
     with attach_full(model, FullFineTuning(("fc1",))) as first:
         with pytest.raises(AttachError, match=r"fc1 is in training already; detach"):

@@ -62,7 +62,7 @@ def test_backward_check_compares_slots_not_objects():
     y.sum().backward()
     y = route.guard(x * 2)
     route.set((2,))
-    with pytest.raises(RouteError, match=r"under the route \(1,\).*under \(2,\)"):
+    with pytest.raises(RouteError, match=r"used the route \(1,\).*is now \(2,\)"):
         y.sum().backward()
 
 

@@ -210,9 +210,7 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "new"):
-        with pytest.raises(
-            OutputError, match=r"link is a link to something that is not there; name a folder"
-        ):
+        with pytest.raises(OutputError, match=r"link is a broken link; name a folder"):
             refuse_existing(folder, overwrite)
 
 

@@ -154,7 +154,7 @@ def test_model_that_fails_with_fused_functions_trains_without_them() -> None:
     model.model.norm = Watching(model.model.norm)
     with Training(model, LoraConfig(rank=3)) as run:
         described = run.step.fusion.describe()
-        assert described == "none (with them the model fails: ValueError: an unknown norm)"
+        assert described == "none (the model fails with them: ValueError: an unknown norm)"
         assert run.packed
     assert type(model.model.norm.norm) is LlamaRMSNorm
     assert gradients_are_the_models_own(model)

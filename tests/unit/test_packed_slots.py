@@ -222,7 +222,7 @@ def test_gradients_reach_the_embeddings_of_each_row(kind) -> None:
 def test_a_slot_without_a_bank_is_an_error() -> None:
     model = llama()
     forward, _ = select_forward(model, share=True)
-    with forward.context(), pytest.raises(RouteError, match="the model has none"):
+    with forward.context(), pytest.raises(RouteError, match="the model has no bank"):
         forward.logits(unshared([Row((1, 2, 3), (2,), slot=1)]))
     with forward.context(), torch.no_grad():
         based, plain = (forward.logits(unshared([Row((1, 2, 3), (2,), slot=slot)])) for slot in (0, None))

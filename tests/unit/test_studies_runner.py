@@ -199,7 +199,7 @@ def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
         Store(tmp_path / "s", identity(seeds=[1]))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds files already"):
+    with pytest.raises(OutputError, match="is not empty"):
         Store(tmp_path / "mine", IDENTITY)
 
 
@@ -377,7 +377,7 @@ def test_what_a_kill_leaves_before_the_study_begins_is_no_foreign_file(tmp_path,
         (tmp_path / name).mkdir()
     check_folder(tmp_path)
     (tmp_path / "base.other").mkdir()
-    with pytest.raises(OutputError, match="holds files already"):
+    with pytest.raises(OutputError, match="is not empty"):
         check_folder(tmp_path)
 
 

@@ -289,7 +289,7 @@ def test_files_written_by_another_run_meanwhile_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])
 def test_dangling_output_link_is_refused_at_the_start(tmp_path: Path, flags: dict[str, bool]) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
-    with pytest.raises(OutputError, match="is a link to something that is not there"):
+    with pytest.raises(OutputError, match="is a broken link"):
         RunFolder(tmp_path / "out", **flags)
 
 
@@ -314,7 +314,7 @@ def test_an_adapter_whose_replacement_was_killed_is_put_back_and_not_overlooked(
     out, files = tmp_path / "out", {"adapter_model.safetensors": "whole"}
     write(tmp_path / ".out.partial-0123abcd" / "old", files)
     write(tmp_path / ".out.partial-0123abcd" / "new", {"adapter_config.json": PEFT})
-    with pytest.raises(OutputError, match="holds files already"):
+    with pytest.raises(OutputError, match="is not empty"):
         RunFolder(out)
     assert contents(tmp_path) == {f"out/{name}": text for name, text in files.items()}
 
@@ -370,5 +370,5 @@ def test_repeated_command_error_suggests_resume_first(
 def test_foreign_folder_is_not_a_run(tmp_path: Path) -> None:
     for files in ({"notes.txt": "mine"}, {"metrics.jsonl": "a,b"}, {f"{STEP}/state.json": '{"epoch": 3}'}):
         write(tmp_path, files)
-        with pytest.raises(OutputError, match="holds files already"):
+        with pytest.raises(OutputError, match="is not empty"):
             RunFolder(tmp_path)

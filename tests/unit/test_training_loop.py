@@ -234,7 +234,7 @@ def test_non_finite_base_and_too_high_rate_give_different_errors(tmp_path: Path)
     broken = base()
     broken.model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
     with (
-        pytest.warns(PlanWarning, match="packing is not shown to be right"),
+        pytest.warns(PlanWarning, match="could not verify that packing is exact"),
         pytest.raises(NonFiniteError, match=r"step 1; .*the base's weights may be the cause"),
     ):
         bs.train(broken, examples(4), LORA, CONFIG, out=tmp_path / "run")

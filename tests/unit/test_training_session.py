@@ -87,7 +87,7 @@ def test_model_that_ignores_the_layout_uses_padded_batches(make: type[nn.Module]
     for micro_tokens in (1024, 60):
         with Training(model, LoraConfig(rank=2, targets=targets), micro_tokens=micro_tokens) as run:
             assert not run.packed
-            assert "packing is not shown to be right" in run.step.forward_reason
+            assert "could not verify that packing is exact" in run.step.forward_reason
             randomise(run.parameters)
             run.forward_backward(batch)
             ours = gradients(run)
@@ -255,7 +255,7 @@ def test_a_model_without_a_language_head_is_refused() -> None:
         def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"hidden": self.q(self.words(input_ids))}
 
-    with pytest.raises(ConfigError, match=r"gives no logits for each token \(it gives hidden\)"):
+    with pytest.raises(ConfigError, match=r"returns no logits for each token \(it returns hidden\)"):
         Training(Headless(), LoraConfig(rank=2, targets="q"))
     with pytest.raises(ConfigError, match="cannot be run on tokens"):
         Training(nn.Sequential(nn.Linear(8, 8)), LoraConfig(rank=2, targets="0"))
@@ -269,7 +269,7 @@ def test_non_causal_model_keeps_tokens_after_the_last_target() -> None:
     assert any(example.reach < len(example) - 1 for example in examples())
     with Training(model, LoraConfig(rank=2, targets="q"), micro_tokens=60) as run:
         assert not run.packed
-        assert "tokens behind a prediction change it" in run.step.forward_reason
+        assert "later tokens change a prediction" in run.step.forward_reason
         randomise(run.parameters)
         run.forward_backward(examples())
         ours = gradients(run)
@@ -509,7 +509,7 @@ def test_window_defined_only_by_masks_is_not_packed() -> None:
     model = Qwen2MoeForCausalLM(config).eval()
     with Training(model, LoraConfig(rank=4, targets=("attention",))) as run:
         assert not run.packed
-        assert "its window of 100 tokens is in its masks alone" in run.step.forward_reason
+        assert "its window of 100 tokens is applied only in its masks" in run.step.forward_reason
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_cross_entropy_as_the_users_loss_equals_the_built_in_in_bf16() -> None:
 def test_custom_loss_without_scalar_result_is_refused(own) -> None:
     with (
         Training(tiny_llama(), LoraConfig(rank=4)) as run,
-        pytest.raises(ConfigError, match="loss= must give"),
+        pytest.raises(ConfigError, match="loss= must return"),
     ):
         run.forward_backward(examples(), own)
 
@@ -750,7 +750,7 @@ def test_deep_half_precision_model_is_packed_despite_rounding() -> None:
 
 
 def test_compiling_is_for_gpus() -> None:
-    with pytest.raises(ConfigError, match="torch_compile makes kernels for a GPU, and the model is on cpu"):
+    with pytest.raises(ConfigError, match="torch_compile makes kernels for a GPU, but the model is on cpu"):
         Training(tiny_llama(), LoraConfig(rank=2), torch_compile=True)
 
 

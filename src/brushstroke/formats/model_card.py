@@ -1,4 +1,4 @@
-"""The `README.md` beside an adapter: what it is, how it was made, how to load it.
+"""Writes the text of an adapter's `README.md`: what it is, how it was made, how to load it.
 
 It is for people and for the hub; brushstroke reads nothing back from it.
 """

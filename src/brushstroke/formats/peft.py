@@ -1,7 +1,8 @@
 """Adapters in PEFT's layout: the only place where factors are called A and B.
 
-A folder holds `adapter_config.json`, `adapter_model.safetensors`, and of ours `brushstroke.json` (the card),
-`chat_template.jinja` and a `README.md`. PEFT's lora_A is Uᵀ (r×d), its lora_B is Vᵀ (h×r). No pickle, ever.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`; brushstroke adds `brushstroke.json` (the
+card), `chat_template.jinja` and a `README.md`. PEFT's lora_A is Uᵀ (r×d), its lora_B is Vᵀ (h×r). It never
+reads or writes a pickle.
 """
 
 import json
@@ -71,7 +72,8 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
-        OutputError: the folder holds files already, or others with our names, or cannot be written.
+        OutputError: the folder is not empty, has files with our names that another program wrote, or cannot
+            be written.
     """
     folder = Path(folder).expanduser()
     check_output(folder, overwrite)
@@ -111,10 +113,10 @@ def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Check that an adapter may be written into a folder, and remove what a killed `save` left beside it.
+    """Check that an adapter may be written to a folder, and remove leftovers of a killed `save` next to it.
 
     Raises:
-        OutputError: it holds files and `overwrite` is false, or files with our names that may be the user's.
+        OutputError: it holds files and `overwrite` is false, or another program wrote files with our names.
     """
     clear_leftovers(folder, ADAPTER_FILES.__contains__)
     refuse_existing(folder, overwrite)
@@ -122,7 +124,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove an adapter's files in one step, and the folder where nothing else is in it.
+    """Remove an adapter's files in one step, and the folder if it is then empty.
 
     Raises:
         OutputError: they cannot be removed.
@@ -134,8 +136,8 @@ def remove(folder: Path) -> None:
 def load(folder: str | Path) -> Adapter:
     """Read an adapter that brushstroke or PEFT wrote, on the CPU and in the dtype that it was saved in.
 
-    A name such as "owner/name" that is no folder is looked up on the Hugging Face hub. Where another process
-    replaces the adapter meanwhile, what comes is the old one or the new, whole.
+    If a name such as "owner/name" is not a folder, it is looked up on the Hugging Face hub. If another
+    process replaces the adapter meanwhile, the result is the complete old or the complete new one.
 
     Raises:
         AdapterFileError: something is missing, unknown, of a wrong shape or not finite; all of it is listed.
@@ -229,7 +231,7 @@ def _contents(
 
 
 def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str, keys: str) -> str | None:
-    """Why a site's tensors are no update of this form, or None."""
+    """Why a site's tensors are not an update of this form, or None if they are."""
     missing = [stem for stem in form.stems if stem not in found]
     if missing:
         return f"has {keys}, but no (usable) {', '.join(missing)}"

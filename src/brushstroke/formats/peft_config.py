@@ -1,6 +1,6 @@
-"""PEFT's `adapter_config.json`: what its fields say of ranks and scales, and the reverse.
+"""Converts the fields of PEFT's `adapter_config.json` to ranks and scales, and back.
 
-It reads and writes no files and sees no tensors.
+It reads and writes no files and no tensors.
 """
 
 import math
@@ -19,7 +19,7 @@ _UNKNOWN = (
     "a setting that this version does not know; if it mattered in training alone, take it out of the file, "
     "else merge the adapter with the tool that wrote it"
 )
-_REFUSED = {  # what changes the meaning of the factors, or adds something to them
+_REFUSED = {  # fields that change the meaning of the factors, or add to them
     "bias": "it changes biases too",
     "lora_bias": "its second factors have biases",
     "modules_to_save": (
@@ -41,14 +41,14 @@ _REFUSED = {  # what changes the meaning of the factors, or adds something to th
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-# A field has no effect on the update where all that it decides is in the tensors of the file, or ended with
-# the training. Fields of PEFT 0.2 to 0.21, of Unsloth (the first group) and of ms-swift (the last).
+# These fields do not change the update: their effect is already in the file's tensors, or ended with the
+# training. Fields of PEFT 0.2 to 0.21, of Unsloth (the first group) and of ms-swift (the last).
 _NO_EFFECT = frozenset(
     (
         # where the adapter comes from
         *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
         *("peft_version", "transformers_version", "unsloth_version", "unsloth_fixed"),
-        # which modules were chosen: the keys of the file name them, tied ones each by itself
+        # which modules were chosen: the keys of the file name them, each tied one separately
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         "ensure_weight_tying",
         # how the factors began: what changes the base's weights too is refused by `init_lora_weights`
@@ -96,12 +96,12 @@ class Rule:
 
 
 def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
-    """The rule that a stored config stands for.
+    """The ranks and scales that a stored config describes.
 
-    A field that this version doesn't know is ignored where its value says "off" (null, false, 0, empty).
+    A field that this version does not know is ignored if its value means "off" (null, false, 0, empty).
 
     Raises:
-        AdapterFileError: fields that would change the update, or values of a wrong kind; all are named.
+        AdapterFileError: fields would change the update, or values have a wrong type; all are listed.
     """
     problems = _refused_fields(stored)
     for field, fits, wanted in _KINDS:
@@ -131,7 +131,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
 
 
 def card_from(stored: Mapping[str, Any], rule: Rule, paths: Collection[str]) -> Card:
-    """What a PEFT config says about an adapter's origin."""
+    """A card with the facts about an adapter's origin in a PEFT config."""
     targets = stored.get("target_modules")
     names = (targets,) if isinstance(targets, str) else tuple(targets or ())
     lora = {
@@ -202,7 +202,7 @@ def write_config(
 
 
 def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
-    """Whether a list of names, read as PEFT reads it, selects each of these paths, and no name is idle."""
+    """Whether a list of names, by PEFT's rule, selects all of these paths and no name selects none."""
     hits = {name: [path for path in paths if path == name or path.endswith("." + name)] for name in names}
     return all(hits.values()) and {path for found in hits.values() for path in found} == set(paths)
 

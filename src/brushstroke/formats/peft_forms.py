@@ -1,6 +1,6 @@
-"""How PEFT's files hold each type of update: tensor names, and the config field that goes with them.
+"""Describes how PEFT's files store each type of update: tensor names, and the field of the config.
 
-A new type of update that PEFT knows is one line in `FORMS`.
+A new type of update is one entry in `FORMS`. It reads and writes no files.
 """
 
 import re
@@ -70,7 +70,7 @@ FLAGS = {form.flag for form in FORMS if form.flag}
 
 
 def form_of(update: Update) -> Form | None:
-    """The form of an update's own type, or None where PEFT's files cannot hold it."""
+    """The form of an update's type, or None if PEFT's files cannot hold it."""
     return next((form for form in FORMS if form.update is type(update)), None)
 
 
@@ -80,7 +80,7 @@ def closest_form(stems: Any) -> Form:
 
 
 def parse_key(key: str) -> re.Match[str] | None:
-    """The site, the stem and the adapter's name in a tensor's key; None where no form has such a key."""
+    """The match (site, stem, adapter's name) of a tensor's key; None if no form has such a key."""
     match = _KEY.fullmatch(key)
     ends = [
         end for form in FORMS for end in form.keys.values() if match and end.split(".")[0] == match["stem"]

@@ -1,6 +1,6 @@
-"""The formats of adapters on disk: `load` reads PEFT's layout and every format that was registered.
+"""The formats of adapters on disk: `load` reads PEFT's layout and every registered format.
 
-Writing is the part of each format; `save` writes PEFT's layout.
+It writes no files; `save` writes PEFT's layout.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Format:
     Args:
         name: for people.
         recognises: whether a file or folder is of this format, by its name or its first bytes.
-        load: reads it; raises `AdapterFileError` for what is damaged.
+        load: reads it; raises `AdapterFileError` if it is damaged.
     """
 
     name: str
@@ -31,7 +31,7 @@ _formats: list[Format] = []
 
 
 def register_format(new: Format) -> Callable[[], None]:
-    """Let `load`, `--adapter` and all commands read another format; returns what takes it back."""
+    """Let `load`, `--adapter` and all commands read another format; returns a function that undoes this."""
     _formats.append(new)
     OTHER_FORMATS.append(new.recognises)
 

@@ -1,6 +1,6 @@
-"""The chat template beside an adapter: in a file of its own, or in the settings of a tokenizer.
+"""Reads the chat template in an adapter's folder: from a separate file, or from the tokenizer's settings.
 
-It renders nothing.
+It renders no template.
 """
 
 from importlib.resources.abc import Traversable
@@ -13,9 +13,9 @@ TEMPLATE, OTHERS, SETTINGS = "chat_template.jinja", "additional_chat_templates",
 
 
 def read_template(folder: Traversable) -> str | None:
-    """The chat template that an adapter was trained with, as far as its folder tells.
+    """The chat template in an adapter's folder, with which it was trained; None if there is none.
 
-    Where there are several, it is one that chooses between them as transformers does.
+    If there are several, the result is one template that selects among them like transformers.
 
     Raises:
         AdapterFileError: a file that cannot be read.

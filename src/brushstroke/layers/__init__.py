@@ -1,6 +1,6 @@
-"""W + U·V in a live model: attach, and banks of adapters with a route for each row.
+"""Runs W + U·V in a live model: `attach`, and banks of adapters with a route for each row.
 
-It knows no files and no training; HF's Conv1D is known by its class name alone.
+It reads no files, trains nothing, and does not import transformers (HF's Conv1D is recognised by class name).
 """
 
 from brushstroke.layers.attach import Attachment, attach

@@ -1,6 +1,6 @@
-"""What all adapted layers have in common, and the class swap that makes a module one.
+"""The interface of all adapted layers, and the class swap that turns a module into one.
 
-No hooks and no wrapper modules; the forward passes are in a file for each kind of layer.
+It uses no hooks and no wrapper modules; each kind of layer has its own file with the forward passes.
 """
 
 import copy
@@ -19,7 +19,7 @@ from brushstroke.sites import Kind, require_kind
 
 
 class Trial(NamedTuple):
-    """An update to try in an adapted layer, and what the layer should give with it.
+    """An update to try in an adapted layer, and the expected output.
 
     Args:
         tensors: parameters and buffers for the trial, by name.
@@ -33,14 +33,14 @@ class Trial(NamedTuple):
 
 
 class Adapted(nn.Module):
-    """A layer with one adapter or several: its own class, the kind of layer, and the route of all sites."""
+    """A layer with one or several adapters: its original class, its kind, and the route of all sites."""
 
     weight: Tensor
     bias: Tensor | None
     _route: Route
     _base_class: ClassVar[type[nn.Module]]
     _kind: ClassVar[Kind]
-    _plain: ClassVar[bool]  # whether the base class has the kind's own forward
+    _plain: ClassVar[bool]  # whether the base class has the standard forward of its kind
     _added: ClassVar[tuple[str, ...]]  # the attributes that an adapter adds besides the route
 
     @property
@@ -49,7 +49,7 @@ class Adapted(nn.Module):
         return self._kind.shape(self)
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """What a fused function needs to run this layer on x, or None where the layer must run itself."""
+        """The tensors with which a fused function runs this layer on x; None if the layer must be called."""
         return None
 
     def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
@@ -70,7 +70,7 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise AttachError(
-            "a model with an adapter in it cannot be pickled; save the adapter by itself with "
+            "a model with an adapter in it cannot be pickled; save only the adapter with "
             "brushstroke.save(), or detach it first"
         )
 
@@ -81,21 +81,21 @@ class Attached(Adapted):
     dropout: float
 
     def install(self, update: Any, *, trainable: bool, dropout: float) -> None:
-        """Take over an update, as parameters of the layer.
+        """Store an update as parameters of the layer.
 
         Args:
-            update: of the type that the registry has for this class.
-            trainable: hold it in at least fp32, and let it have gradients.
+            update: of the type that the registry lists for this class.
+            trainable: store it in at least fp32, and give it gradients.
             dropout: probability on the input of the low-rank path, while the layer trains.
         """
         raise NotImplementedError
 
     def factors(self) -> Mapping[str, nn.Parameter]:
-        """What an optimiser trains, by name."""
+        """The trained parameters, by name."""
         raise NotImplementedError
 
     def update(self) -> Update:
-        """The update as it is now, as a value of its own."""
+        """A copy of the current update."""
         raise NotImplementedError
 
 
@@ -104,20 +104,20 @@ class Banked(Adapted):
 
     @classmethod
     def fits(cls, update: Any, dtype: torch.dtype) -> bool:
-        """Whether all numbers of an update are finite in the dtype in which the layer would hold them."""
+        """Whether all numbers of an update are finite in the dtype in which the layer would store them."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make room for slots; all of them are empty."""
+        """Allocate slots; all of them are empty."""
         raise NotImplementedError
 
     def write(self, slot: int, update: Any) -> None:
-        """Put an update, of the type that the registry has for this class, into a slot; None empties it."""
+        """Write an update, of the type that the registry lists for this class, to a slot; None empties it."""
         raise NotImplementedError
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether hooks watch this module, so that it must be called."""
+    """Whether the module has hooks, so that it must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
@@ -132,14 +132,14 @@ MixinT = TypeVar("MixinT", bound=Adapted)
 
 
 def swap_class(module: nn.Module, path: str, mixin: type[MixinT], route: Route) -> MixinT:
-    """Turn a module into its adapted self, in place, and return it.
+    """Swap the class of a module for its adapted subclass, in place, and return the module.
 
     Raises:
-        AttachError: an object's own forward would bypass the new class.
+        AttachError: the object has its own forward attribute, which would bypass the new class.
     """
     if "forward" in module.__dict__:
         raise AttachError(
-            f"{path} carries a forward of its own (offload and device-map hooks do this), which would "
+            f"{path} has its own forward attribute (offload and device-map hooks set one), which would "
             "silently bypass the adapter; load the model without device_map offloading, or remove the hooks "
             "first"
         )
@@ -149,17 +149,17 @@ def swap_class(module: nn.Module, path: str, mixin: type[MixinT], route: Route) 
 
 
 def restore_classes(modules: Mapping[str, Adapted]) -> None:
-    """Give modules the classes back that `swap_class` found, and take out what an adapter has added.
+    """Restore the classes that modules had before `swap_class`, and remove the attributes of the adapter.
 
     Raises:
-        AttachError: something else changed a class since; nothing is changed then.
+        AttachError: other code changed a class since; then nothing is changed.
     """
     changed = [path for path, module in modules.items() if not _has_swapped_class(module)]
     if changed:
         found = type(modules[changed[0]]).__name__
         raise AttachError(
-            f"the class of {', '.join(changed)} was changed by something else since the adapter was attached "
-            f"(it is {found}); undo that first"
+            f"other code changed the class of {', '.join(changed)} since the adapter was attached "
+            f"(it is now {found}); undo that change first"
         )
     for module in modules.values():
         for name in module._added:
@@ -171,4 +171,4 @@ def restore_classes(modules: Mapping[str, Adapted]) -> None:
 
 
 def _has_swapped_class(module: nn.Module) -> bool:
-    return "_base_class" in type(module).__dict__  # of the very class that `adapted_class` made
+    return "_base_class" in type(module).__dict__  # not inherited: the class that `adapted_class` made

@@ -1,6 +1,6 @@
-"""Put one adapter into a live model, and take it out again bit for bit.
+"""Attaches one adapter to a live model, and detaches it so that the model is restored bit for bit.
 
-Several adapters at once are the bank's part.
+For several adapters in one model, see `bank`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,10 +37,10 @@ from brushstroke.sites.targets import short_names
 
 
 class Attachment:
-    """One adapter inside a model; a context manager that detaches at its end.
+    """One adapter in a model; a context manager that detaches it at the end.
 
-    Made by `attach`. `model` is the module that it sits in, `plan` the resolved targets of a new adapter,
-    `card` where it comes from.
+    Made by `attach`. `model` is the module that contains it, `plan` the resolved targets of a new adapter,
+    `card` the record of its origin.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Attachment:
         return any(module.dropout for module in self._modules.values())
 
     def train(self, mode: bool = True) -> None:
-        """Switch the dropout of the low-rank path on or off, and not the base's."""
+        """Switch the dropout of the low-rank path on or off; the base's dropout does not change."""
         for module in self._modules.values():
             module.training = mode
 
@@ -101,14 +101,14 @@ class Attachment:
                 yield f"{path}.{name}", factor
 
     def adapter(self, card: Card | None = None) -> Adapter:
-        """The adapter as it is now, as a value of its own: later training does not change it."""
+        """A copy of the current adapter; later training does not change it."""
         self._check_attached()
         updates = {path: module.update() for path, module in self._modules.items()}
         return Adapter(updates, card or self.card)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager: the model is its base again, bit for bit."""
+        """Context manager: the model computes exactly what its base computes, bit for bit."""
         self._check_attached()
         restore = self._route.set((0,))
         try:
@@ -118,16 +118,16 @@ class Attachment:
 
     @contextmanager
     def recorded(self) -> Iterator[set[object]]:
-        """Context manager: collect those of `modules` that run with the adapter."""
+        """Context manager: collect the members of `modules` that run with the adapter."""
         self._check_attached()
         with self._route.recorded() as ran:
             yield ran
 
     def detach(self) -> None:
-        """Take the adapter out: classes, parameters, buffers and flags are as `attach` found them.
+        """Remove the adapter: restore classes, parameters, buffers and flags as they were before `attach`.
 
         Raises:
-            AttachError: it is detached already, or something else changed a module's class since.
+            AttachError: it is already detached, or other code changed a module's class since.
         """
         self._check_attached()
         restore_classes(self._modules)
@@ -157,25 +157,26 @@ def attach(
     dropout: float | None = None,
     allow_different_base: bool = False,
 ) -> Attachment:
-    """Put an adapter, or a fresh one by a config, into a model; it takes effect at once.
+    """Attach an adapter, or a new one made from a config, to a model; it takes effect at once.
 
-    Every adapted module's class is swapped for a subclass whose forward is x·W + scale·(x·U)·V. No module is
-    wrapped, no hook is installed and no base weight is touched. A fresh adapter starts with V = 0, so that
-    the model computes exactly what it did before.
+    The class of each adapted module is swapped for a subclass whose forward is x·W + scale·(x·U)·V. No module
+    is wrapped, no hook is installed and no base weight changes. A new adapter starts with V = 0 (embeddings:
+    U = 0), so that the model computes exactly what it did before.
 
     Args:
         model: an nn.Module or a Base.
         what: an adapter, or the config of a new one.
-        trainable: freeze the base and let the factors have gradients; detaching restores the base's flags.
-        seed: for the starting factors of a fresh adapter.
-        dropout: on the low-rank path; a config's own by default.
-        allow_different_base: attach although the fingerprint says that the adapter belongs to another base.
+        trainable: freeze the base and give the factors gradients; detaching restores the base's flags.
+        seed: for the starting factors of a new adapter.
+        dropout: on the low-rank path; by default that of the config.
+        allow_different_base: attach even if the fingerprint shows that the adapter belongs to another base.
 
     Raises:
         TargetError: a target pattern matches nothing, or a rank does not fit.
-        BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+        BaseMismatchError: the adapter belongs to another base, or is already merged into this one.
         ShapeError: sites are missing or have other shapes.
-        AttachError: a site has an adapter already, or cannot take one.
+        AttachError: a site already has an adapter, or cannot have one.
+        ConfigError: dropout is not in [0, 1), or the config's variant cannot adapt a site.
     """
     root = unwrap(model)
     require_unattached(root)
@@ -192,7 +193,7 @@ def attach(
         check_base(root, what, allow_different_base=allow_different_base)
         updates = {canonical_path(path, sites): update for path, update in what.items()}
         card = what.card
-        if trainable:  # what it becomes belongs to this base
+        if trainable:  # the trained adapter belongs to this base
             name = getattr(model, "name", None) or (card.base_name if card else None)
             card = _on_base(card or Card(), root, {path: sites[path] for path in updates}, name)
     else:

@@ -1,6 +1,6 @@
-"""Several adapters in one model at once, with a route that says which of them each row of a batch uses.
+"""Several adapters in one model at the same time; a route selects the adapter of each row of a batch.
 
-It serves; it does not train. Loading and evicting change no route that is in use.
+It does not train. Loading and evicting do not change the active route.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +21,9 @@ from brushstroke.sites.kinds import compute_dtype
 
 
 class Bank:
-    """Adapters by name in the slots of one model; a context manager that detaches at its end.
+    """Named adapters in the slots of one model; a context manager that detaches them at the end.
 
-    Made by `bank`. Slot 0 is always "no adapter". Switching changes one small object, no weight.
+    Made by `bank`. Slot 0 always means "no adapter". Switching changes the route, not the weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,7 +43,7 @@ class Bank:
 
     @property
     def active(self) -> tuple[str | None, ...]:
-        """The adapter of each row of the active route; None is the base."""
+        """The adapter of each row of the active route; None means the base."""
         names = {slot: name for name, slot in self._slots.items()}
         return tuple(names.get(slot) for slot in self._route.slots)
 
@@ -51,7 +51,7 @@ class Bank:
         """The card of an adapter in the bank.
 
         Raises:
-            RouteError: there is none of that name.
+            RouteError: the bank has no adapter of that name.
         """
         self.slot(name)
         return self._cards[name]
@@ -60,8 +60,10 @@ class Bank:
         """Add an adapter, or replace the one of that name.
 
         Raises:
-            ShapeError, BaseMismatchError: it does not fit the base.
-            AttachError: a site is adapted already by something else, or numbers are not finite there.
+            RouteError: the name is empty or not a text.
+            ShapeError, BaseMismatchError: the adapter does not fit the base.
+            AttachError: a site already has another adapter or another type of update, a bank cannot hold this
+                type, or there are non-finite values.
         """
         if not name or not isinstance(name, str):
             raise RouteError(f"an adapter in a bank needs a name; got {name!r}")
@@ -77,10 +79,10 @@ class Bank:
         self._cards[name] = adapter.card
 
     def evict(self, name: str) -> None:
-        """Take an adapter out of the bank.
+        """Remove an adapter from the bank.
 
         Raises:
-            RouteError: there is none of that name, or a row of the active route uses it.
+            RouteError: the bank has no adapter of that name, or a row of the active route uses it.
         """
         slot = self.slot(name)
         if any(slot in slots for slots in (self._route.slots, *self._outer)):
@@ -93,19 +95,19 @@ class Bank:
             module.write(slot, None)
 
     def use(self, *names: str | None) -> None:
-        """Switch for good: one name for the whole batch, or one for each row; None is the base."""
+        """Set the route permanently: one name for the whole batch, or one per row; None means the base."""
         self._route.set([self.slot(name) for name in names])
 
     @contextmanager
     def rows(self, names: Sequence[str | None] | str | None) -> Iterator["Bank"]:
-        """Context manager: each row of a batch uses the adapter named for it; None is the base.
+        """Context manager: each row of a batch uses the adapter with the given name; None means the base.
 
-        One name serves a batch of any size. Beams and repeated samples repeat the route.
+        One name fits a batch of any size. Beams and repeated samples repeat the route.
         """
         given = [names] if names is None or isinstance(names, str) else list(names)
         before = self._route.slots
         restore = self._route.set([self.slot(name) for name in given])
-        self._outer.append(before)  # it comes back, so its adapters may not be evicted meanwhile
+        self._outer.append(before)  # restored below, so its adapters must not be evicted before
         try:
             yield self
         finally:
@@ -113,7 +115,7 @@ class Bank:
             restore()
 
     def detach(self) -> None:
-        """Take every adapter out; the model is bit for bit its base again."""
+        """Remove all adapters; the model is restored to its base bit for bit."""
         restore_classes(self._modules)
         self._open()
         self._modules.clear()
@@ -127,24 +129,24 @@ class Bank:
         self.detach()
 
     def _banked_class(self, name: str, path: str, update: Update) -> type[Banked]:
-        """The layer class that holds this update; that of the site, where it holds others already."""
+        """The layer class that can hold this update; it must match the updates already at this site."""
         cls = banked_class(name, path, variant_of(path, update, self._sites[path].kind))
         module, held = site_module(self.model, path), self._modules.get(path)
         if held is not None and not isinstance(held, cls):
             raise AttachError(
                 f"adapter {name!r} has a {type(update).__name__} at {path}, where the bank holds another "
-                "type of update; use a bank of its own"
+                "type of update; put it into a separate bank"
             )
         dtype = compute_dtype(module)
         if not cls.fits(update, dtype):
             raise AttachError(
-                f"adapter {name!r} has non-finite values at {path} in {dtype}, in which this base would use "
-                "it; do not serve it, or load the base in float32"
+                f"adapter {name!r} has non-finite values at {path} in {dtype}, the dtype of this base; "
+                "do not serve it, or load the base in float32"
             )
         return cls
 
     def _swap(self, classes: Mapping[str, type[Banked]]) -> None:
-        """Turn further modules into banked ones, all of them or none."""
+        """Swap the classes of further modules for banked ones: all of them, or none after an error."""
         fresh: dict[str, Banked] = {}
         try:
             for path, cls in classes.items():
@@ -165,10 +167,10 @@ class Bank:
         self._undo.clear()
 
     def slot(self, name: str | None) -> int:
-        """The slot of an adapter in the bank; 0 is the base, None.
+        """The slot of an adapter in the bank; for None it is 0, the base.
 
         Raises:
-            RouteError: there is none of that name.
+            RouteError: the bank has no adapter of that name.
         """
         if name is None:
             return 0
@@ -187,16 +189,16 @@ class Bank:
 def bank(
     model: Any, adapters: Mapping[str, Adapter] | None = None, *, allow_different_base: bool = False
 ) -> Bank:
-    """Put several adapters into one model; until a route is set, every row uses the base alone.
+    """Put several adapters into one model; until a route is set, every row uses only the base.
 
     Args:
         model: an nn.Module or a Base.
         adapters: name → adapter; more can be loaded later.
-        allow_different_base: pass over the verdict of the fingerprints.
+        allow_different_base: accept adapters whose fingerprint shows another base.
 
     Raises:
         ShapeError, BaseMismatchError: an adapter does not fit the base.
-        AttachError: a site has an adapter attached already.
+        AttachError: a site already has an adapter attached.
     """
     made = Bank(unwrap(model))
     try:
@@ -209,10 +211,10 @@ def bank(
 
 
 def require_uniform_route(model: Any) -> None:
-    """Check that the active route treats all rows alike, for callers that reorder rows.
+    """Check that the active route gives all rows the same slot, for callers that reorder rows.
 
     Raises:
-        RouteError: one does.
+        RouteError: the rows have different slots.
     """
     route = find_route(model)
     if route is not None and route.uniform is None:
@@ -223,5 +225,5 @@ def require_uniform_route(model: Any) -> None:
 
 
 def find_route(model: Any) -> Route | None:
-    """The route that all adapted modules of a model share; None where nothing is adapted."""
+    """The route that all adapted modules of a model share; None if no module is adapted."""
     return next((m._route for m in unwrap(model).modules() if isinstance(m, Adapted)), None)

@@ -1,7 +1,7 @@
 """DoRA, weight-decomposed low-rank adaptation (arXiv:2402.09353, equation 5): the update and its layer.
 
-W' = m · (W + scale·U·V) / ‖W + scale·U·V‖, with the norm of each output column (the paper's rows, in torch's
-layout). W' − W depends on W, so such updates cannot be added or measured without a base.
+W' = m · (W + scale·U·V) / ‖W + scale·U·V‖, with the norm of each output column (rows in the paper, which uses
+torch's layout). W' − W depends on W, so it does not support sums, products or norms without a base.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from brushstroke.sites import weight_dxh
 
 @dataclass(frozen=True, eq=False)
 class DoRA(Update):
-    """A direction scale·U·V and the norm of each output column after it.
+    """A low-rank direction scale·U·V, and the norm of each output column of the result.
 
     Args:
         U: input factor.
         V: output factor, same dtype and device as U.
-        magnitude: m, likewise.
+        magnitude: m, the norms; same dtype and device as U.
         scale: multiplies U·V.
 
     Raises:
@@ -90,7 +90,7 @@ class DoRA(Update):
     def entries(
         self, i: Int[Tensor, " n"], j: Int[Tensor, " n"], W: Float[Tensor, "d h"] | None = None
     ) -> Float[Tensor, " n"]:
-        """W' − W at the positions (i, j), in float64 on the CPU, from those columns alone."""
+        """W' − W at the positions (i, j), in float64 on the CPU; reads only those columns of W."""
         if W is None:
             _refuse("its change")
         columns, at = j.unique(return_inverse=True)
@@ -107,19 +107,19 @@ class DoRA(Update):
         return DoRA(U, V, magnitude, self.scale)
 
     def delta_norm(self) -> float:
-        """Refused, as the norm depends on W."""
+        """Raises ShapeError, because the norm depends on W."""
         _refuse("its norm")
 
     def apply(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
-        """Refused, as x·(W' − W) depends on W."""
+        """Raises ShapeError, because x·(W' − W) depends on W."""
         _refuse("its product")
 
     def inner(self, other: Update) -> float:
-        """Refused, as it depends on W."""
+        """Raises ShapeError, because the inner product depends on W."""
         _refuse("its inner product")
 
     def truncate(self, rank: int) -> "DoRA":
-        """Refused: the best approximation depends on W."""
+        """Raises ShapeError, because the best approximation depends on W."""
         _refuse("its truncation")
 
     def __add__(self, other: Update) -> "DoRA":
@@ -137,7 +137,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def fresh_dora(start: Start) -> DoRA:
-    """V = 0 and the norms of W as magnitude, so that the model is its base at first."""
+    """V = 0 and the norms of W as magnitude, so that the model first computes what its base computes."""
     zero = zero_V(start)
     return DoRA(zero.U, zero.V, _plain_weight(start.module, start.site.path).norm(dim=0).cpu(), zero.scale)
 
@@ -154,7 +154,7 @@ class AttachedDoRA(AttachedLinear):
     _added = (*AttachedLinear._added, "lora_magnitude", "lora_squares")
 
     def install(self, update: DoRA, *, trainable: bool, dropout: float) -> None:  # type: ignore[override]
-        """Take over U, V and the magnitude."""
+        """Store U, V and the magnitude."""
         super().install(update._direction, trainable=trainable, dropout=dropout)
         held = update.magnitude.detach().to(self.lora_V.device, self.lora_V.dtype).clone()
         self.register_parameter("lora_magnitude", nn.Parameter(held, requires_grad=trainable))
@@ -166,17 +166,17 @@ class AttachedDoRA(AttachedLinear):
         return {**super().factors(), "lora_magnitude": self.lora_magnitude}
 
     def update(self) -> DoRA:  # type: ignore[override]
-        """The tensors as they are now, copied."""
+        """Copies of the current tensors."""
         low = super().update()
         return DoRA(low.U, low.V, self.lora_magnitude.detach().clone(), low.scale)
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions know no norms."""
+        """None: the fused functions do not support norms."""
         self._route.record(self)
         return None
 
     def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
-        """y + (m/n − 1)·x·W + m/n·scale·(x·U)·V, n the norms of W + scale·U·V."""
+        """y + (m/n − 1)·x·W + m/n·scale·(x·U)·V, where n are the norms of W + scale·U·V."""
         gain = self.lora_magnitude / self._norms(factors)
         if dropout:
             x = nn.functional.dropout(x, dropout)
@@ -186,7 +186,7 @@ class AttachedDoRA(AttachedLinear):
         return y + ((gain - 1) * base + gain * self.term(x, factors)).to(y.dtype)
 
     def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
-        """A random U·V, and magnitudes of twice the norms that W has."""
+        """A random U·V, and magnitudes of twice the norms of W."""
         tensors, settings, expected = super().trial(x, base, generator)
         magnitude = 2 * self.lora_squares.sqrt()
         factors = tensors["lora_U_rows"], tensors["lora_V"], 1.0

@@ -1,6 +1,6 @@
 """Low-rank updates of embeddings: the output of token t is W[t] + scale·U[t]·V, for one adapter or a bank.
 
-U (d×r) has a row for each token. A tied output layer keeps the base's weight; merging unties the two.
+U (d×r) has one row per token. It does not change a tied output layer, which keeps W; merging unties the two.
 """
 
 import torch
@@ -14,24 +14,24 @@ from brushstroke.lowrank.apply import LinearParts
 
 
 class EmbeddingLowRank(LowRank):
-    """scale·U·V for an embedding of d tokens and width h; files have other names for its factors."""
+    """scale·U·V for an embedding of d tokens and width h; in files its factors have other names."""
 
 
 def zero_U(start: Start) -> EmbeddingLowRank:
-    """U = 0 and V from the standard normal distribution: every token's row of U moves at the same rate."""
+    """U = 0 and V from the standard normal distribution, so that all rows of U train at the same rate."""
     V = torch.randn(start.rank, start.site.h, generator=start.generator)
     return EmbeddingLowRank(torch.zeros(start.site.d, start.rank), V, start.scale)
 
 
 class _Lookup(_LowRankLayer):
-    """The low-rank term of token t: scale·U[t]·V, times the factor that some models multiply W[t] by."""
+    """The low-rank term of token t: scale·U[t]·V, times the factor by which some models multiply W[t]."""
 
     def leading(self, x: Int[Tensor, "*b"]) -> Size:
-        """Every number of the input is a token."""
+        """The whole shape: every number of the input is a token."""
         return x.shape
 
     def term(self, x: Int[Tensor, "*b"], factors: Factors, dropout: float = 0.0) -> Float[Tensor, "*b h"]:
-        """Dropout does not apply: there is no input to drop."""
+        """The low-rank term; dropout does not apply, because there is no input vector to drop."""
         U_rows, V, scale = factors
         return self._kind.product(self, x, U_rows.mT) @ (scale * V)
 
@@ -45,23 +45,23 @@ class AttachedEmbedding(_Lookup, AttachedLinear):
         return None
 
     def update(self) -> EmbeddingLowRank:
-        """U and V as they are now, copied."""
+        """Copies of the current U and V."""
         return EmbeddingLowRank(*super().update().factors)
 
 
 class BankedEmbedding(_Lookup, BankedLinear):
-    """The base's row of each token, plus the term of the slot of its row; buffers as in `BankedLinear`."""
+    """The base's row of each token, plus the term of its batch row's slot; buffers as in `BankedLinear`."""
 
     def parts(self, x: Tensor) -> LinearParts | None:
         """None: the fused functions are for linear layers."""
         return None
 
     def may_stack(self, x: Tensor) -> bool:
-        """Never: a lookup of all slots costs more than those of the rows."""
+        """False: a lookup for all slots costs more than one for each row's slot."""
         return False
 
     def gathered(self, x: Tensor, slots: Tensor) -> Tensor:
-        """The term of rows with these slots: U is indexed by slot and token at once."""
+        """The term of rows with these slots; one index selects slot and token in U."""
         index = slots.view(-1, *[1] * (x.ndim - 1))
         xu = self.bank_U_rows.mT[index, x]
         return torch.einsum("b...r,brh->b...h", xu, self.bank_V[slots])

@@ -1,4 +1,7 @@
-"""What a fresh update is made from; layers with another start than V = 0 bring their own function."""
+"""Makes new updates that start with V = 0.
+
+It does not contain other starts: a layer with another start defines its own function.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +15,7 @@ from brushstroke.sites import Site
 
 
 class Start(NamedTuple):
-    """What a fresh update is made from."""
+    """The inputs from which a new update is made."""
 
     config: LoraConfig
     site: Site
@@ -23,6 +26,6 @@ class Start(NamedTuple):
 
 
 def zero_V(start: Start) -> LowRank:
-    """U by the config's rule and V = 0, so that the model is its base at first."""
+    """U by the config's rule and V = 0, so that the model first computes exactly what its base computes."""
     U_rows = INITS[start.config.init](start.site.d, start.rank, start.generator)
     return LowRank(U_rows.mT, torch.zeros(start.rank, start.site.h), start.scale)

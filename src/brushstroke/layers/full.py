@@ -1,6 +1,6 @@
-"""Train W itself at chosen sites of a live model, and give the base its own weights back.
+"""Trains W itself at chosen sites of a live model, and restores the original weights at the end.
 
-Low-rank updates are `attach`'s part.
+For low-rank updates, see `attach`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,9 +40,9 @@ class FullFineTuning:
 
 
 class FullAttachment:
-    """Weights of a model in training, with the verbs of `Attachment`; as a context manager it detaches.
+    """Trained weights in a model, with the methods of `Attachment`; a context manager that detaches them.
 
-    Made by `attach_full`. The base's own weights are set aside untouched, and `detach` puts them back.
+    Made by `attach_full`. The original weights are kept unchanged, and `detach` restores them.
     """
 
     has_dropout = False
@@ -79,7 +79,7 @@ class FullAttachment:
         return max(site.h for site in self._sites.values())
 
     def train(self, mode: bool = True) -> None:
-        """Do nothing: W has no dropout of its own."""
+        """Does nothing, because W has no dropout."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained weights, for an optimiser."""
@@ -92,7 +92,7 @@ class FullAttachment:
             yield f"{path}.weight", cast(nn.Parameter, module.weight)
 
     def adapter(self, card: Card | None = None) -> Adapter:
-        """ΔW of every site as factors of its full rank min(d, h), in float32."""
+        """ΔW of every site as factors of full rank min(d, h), in float32."""
         self._check_attached()
         updates = {path: self._update(path, site) for path, site in self._sites.items()}
         return Adapter(updates, card or self.card)
@@ -106,7 +106,7 @@ class FullAttachment:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager: the model is its base again, bit for bit."""
+        """Context manager: the model computes exactly what its base computes, bit for bit."""
         self._check_attached()
         trained = dict(zip(self._modules, self.parameters(), strict=True))
         self._put(self._base)
@@ -117,7 +117,7 @@ class FullAttachment:
 
     @contextmanager
     def recorded(self) -> Iterator[set[object]]:
-        """Context manager: collect those of `modules` that run."""
+        """Context manager: collect the members of `modules` that run."""
         self._check_attached()
         ran: set[object] = set()
 
@@ -132,10 +132,10 @@ class FullAttachment:
                 handle.remove()
 
     def detach(self) -> None:
-        """Put the base's weights and flags back, as `attach_full` found them.
+        """Restore the base's weights and flags as they were before `attach_full`.
 
         Raises:
-            AttachError: it is detached already.
+            AttachError: it is already detached.
         """
         self._check_attached()
         self._put(self._base)
@@ -162,19 +162,19 @@ TrainableAttachment = Attachment | FullAttachment
 
 
 def attach_full(model: Any, what: FullFineTuning) -> FullAttachment:
-    """Let W itself be trained at the chosen sites, and freeze the rest; detaching restores the base's flags.
+    """Make W trainable at the chosen sites, and freeze the rest; detaching restores the base's flags.
 
-    A weight that is tied to another module is trained for the site alone.
+    A weight that is tied to another module is trained only for this site.
 
     Args:
         model: an nn.Module or a Base, in float32 or float64.
-        what: which sites.
+        what: selects the sites.
 
     Raises:
         TargetError: a target pattern matches nothing.
-        AttachError: the model has an adapter attached, or a weight is in training already.
-        ConfigError: a weight in half precision, whose small updates would be rounded away, or one that is
-            stored in a packed form.
+        AttachError: the model has an adapter attached, or a weight is already being trained.
+        ConfigError: a weight is in half precision, which would round small updates to 0, or is stored in a
+            packed form.
     """
     root = unwrap(model)
     require_unattached(root)
@@ -186,10 +186,10 @@ def attach_full(model: Any, what: FullFineTuning) -> FullAttachment:
 
 
 def _plain_weight(path: str, module: nn.Module) -> nn.Parameter:
-    """W of a site, which can be trained.
+    """W of a site, if it can be trained.
 
     Raises:
-        AttachError: it is in training already.
+        AttachError: it is already being trained.
         ConfigError: it is stored in a packed form, or in half precision.
     """
     if weight_dxh(module) is None or "weight" not in module._parameters:

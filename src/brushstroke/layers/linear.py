@@ -1,6 +1,6 @@
 """Low-rank updates in linear layers: y = x·W + scale·(x·U)·V, for one adapter or a bank of them.
 
-Other kinds of layers whose update is U·V derive from these classes, and change how x meets U.
+Layers of other kinds derive from these classes and change how x is multiplied by U; it contains none of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,16 @@ from brushstroke.lowrank.apply import (
 from brushstroke.sites import has_plain_forward
 from brushstroke.sites.kinds import CONV1D, compute_dtype
 
-STACKED_ROWS, STACKED_RANKS = 256, 256  # up to here all factors meet all rows: fewer operations count more
+STACKED_ROWS, STACKED_RANKS = 256, 256  # up to this size, one product of all factors and rows is faster
 
 Factors = tuple[Tensor, Tensor, float]  # Uᵀ (r×d), V (r×h), scale
 
 
 class _LowRankLayer(Adapted):
-    """What layers with one update U·V and with several have in common."""
+    """Base class of layers with one update U·V and of layers with several."""
 
     def leading(self, x: Tensor) -> torch.Size:
-        """The shape of an input without its width: a route speaks of these tokens."""
+        """The shape of an input without its width: the tokens to which a route assigns slots."""
         return x.shape[:-1]
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
@@ -59,7 +59,7 @@ class _LowRankLayer(Adapted):
         factors: Mapping[int, Factors],
         dropout: float = 0.0,
     ) -> Tensor:
-        """The output with the update of each span's slot, by plain operations."""
+        """The output with the update of each span's slot, without fused functions."""
         if [span.tokens for span in spans] == [EVERYTHING.rows]:
             return self.add_update(y, x, factors[spans[0].slot], dropout)
         tokens = x.reshape(self.leading(x).numel(), *x.shape[len(self.leading(x)) :])
@@ -71,7 +71,7 @@ class _LowRankLayer(Adapted):
         return out.view(y.shape)
 
     def may_fuse(self, x: Tensor) -> bool:
-        """Whether the fused functions compute what this layer's own forward and its updates would."""
+        """Whether the fused functions equal this layer's forward with its updates."""
         return self._plain and _is_frozen(self) and not torch.is_autocast_enabled(x.device.type)
 
     def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -98,7 +98,7 @@ class AttachedLinear(_LowRankLayer, Attached):
     _added = ("lora_U_rows", "lora_V", "lora_scale", "dropout")
 
     def install(self, update: LowRank, *, trainable: bool, dropout: float) -> None:
-        """Take over U and V, in the update's dtype or, where they train, in fp32 or float64."""
+        """Store U and V in the update's dtype; if they train, in fp32 or float64."""
         dtype = update.dtype
         if trainable:
             dtype = torch.float64 if torch.float64 in (self.weight.dtype, dtype) else torch.float32
@@ -112,7 +112,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         return {"lora_U_rows": self.lora_U_rows, "lora_V": self.lora_V}
 
     def update(self) -> LowRank:
-        """U and V as they are now, copied."""
+        """Copies of the current U and V."""
         U, V = self.lora_U_rows.detach().clone().mT, self.lora_V.detach().clone()
         return LowRank(U, V, self.lora_scale)
 
@@ -122,7 +122,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         return Trial({"lora_U_rows": U_rows, "lora_V": V}, {"lora_scale": 1.0}, expected)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output, plus the low-rank term where the route asks for it."""
+        """The base's output, plus the low-rank term where the route selects the adapter."""
         route = self._route
         if route.uniform == 0:
             return route.guard(super().forward(x))
@@ -138,7 +138,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         return self.dropout if self.training else 0.0
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """The update in each span that uses it; None with dropout, or where the whole input is the base's."""
+        """The update in each span that uses it; None with dropout, or if no token uses the adapter."""
         self._route.record(self)
         if self._route.uniform == 0 or self._active_dropout or not self.may_fuse(x):
             return None
@@ -148,10 +148,10 @@ class AttachedLinear(_LowRankLayer, Attached):
 
 
 class BankedLinear(_LowRankLayer, Banked):
-    """y = x·W + (x·U_s)·V_s with the slot s chosen for each row; scales are folded into V.
+    """y = x·W + (x·U_s)·V_s, where s is the slot of each row; V includes the scale.
 
-    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h); a slot of smaller rank is padded with zeros, its true
-    rank is in `bank_ranks`. Slot 0 is all zero.
+    Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h). A slot of smaller rank is padded with zeros; its rank
+    is in `bank_ranks`. Slot 0 is all zeros.
     """
 
     bank_U_rows: Tensor
@@ -161,7 +161,7 @@ class BankedLinear(_LowRankLayer, Banked):
 
     @classmethod
     def fits(cls, update: LowRank, dtype: torch.dtype) -> bool:
-        """Whether U and scale·V are finite: rows of several adapters share products."""
+        """Whether U and scale·V are finite; nan would spread, because several adapters share products."""
         return all(bool(torch.isfinite(t.to(dtype)).all()) for t in (update.U, _scaled_V(update)))
 
     def prepare(self) -> None:
@@ -171,12 +171,12 @@ class BankedLinear(_LowRankLayer, Banked):
         self.bank_ranks = [0]
 
     def write(self, slot: int, update: LowRank | None) -> None:
-        """Write a slot, growing the stacks where there are too few slots or too small a rank."""
+        """Write a slot; the stacks grow if they have too few slots or too small a rank."""
         U_rows, V = self.bank_U_rows, self.bank_V
         rank = update.rank if update else 0
         slots, width = U_rows.shape[0], max(U_rows.shape[1], rank)
         while slots <= slot:
-            slots *= 2  # room to load more: a compiled graph lives as long as the shapes do
+            slots *= 2  # spare slots: new shapes would need a new compiled graph
         if (slots, width) != U_rows.shape[:2]:
             grown = [stack.new_zeros(slots, width, stack.shape[2]) for stack in (U_rows, V)]
             for new, old in zip(grown, (U_rows, V), strict=True):
@@ -217,7 +217,7 @@ class BankedLinear(_LowRankLayer, Banked):
         return route.guard(self.add_updates(super().forward(x), x, spans, factors))
 
     def parts(self, x: Tensor) -> LinearParts | None:
-        """The stacks, of which each span uses the ranks of its slot."""
+        """The stacked factors; each span uses the ranks of its slot."""
         if not self.may_fuse(x):
             return None
         rank = self.bank_V.shape[1]  # ranks of one slot, with its padding
@@ -229,17 +229,17 @@ class BankedLinear(_LowRankLayer, Banked):
         return LinearParts(self.weight, self.bias, *stacks, 1.0, self._kind is CONV1D, spans)
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
-        """Without those whose slot has no update here."""
+        """The spans whose slot has an update at this site."""
         return tuple(span for span in super().spans(x) if self.bank_ranks[span.slot])
 
     def may_stack(self, x: Tensor) -> bool:
-        """Whether all factors meet all rows, as few rows of a batch with several adapters do."""
+        """Whether to multiply all rows by all factors: for small batches with several adapters."""
         mixed = self._route.uniform is None and self._route.lengths is None and x.ndim > 1
         slots, rank, _ = self.bank_V.shape
         return mixed and x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS
 
     def gathered(self, x: Tensor, slots: Tensor) -> Tensor:
-        """The low-rank term of rows with these slots, in a compiled graph."""
+        """The low-rank term of rows with these slots, for compiled graphs."""
         return gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots])
 
     def _factors(self, slot: int) -> Factors:
@@ -253,9 +253,9 @@ class BankedLinear(_LowRankLayer, Banked):
 
 
 def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] | None:
-    """The parts of linears that one fused function may run together; None where one of them must run itself.
+    """The parts of linears that one fused function can run together; None if one of them must be called.
 
-    A plain linear takes part where it is frozen; hooks are never passed over.
+    A plain linear must be frozen. A module with hooks must always be called.
     """
     found = []
     for module in modules:
@@ -276,7 +276,7 @@ def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether no gradient of W or the bias is wanted."""
+    """Whether no gradient of W or the bias is needed."""
     own = (module.weight, module.bias)
     return not torch.is_grad_enabled() or not any(p.requires_grad for p in own if isinstance(p, Tensor))
 

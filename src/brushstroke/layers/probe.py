@@ -1,6 +1,6 @@
-"""Close the ways by which a model would pass an adapter by, or write it out with the base.
+"""Tests that adapted modules apply their update, and blocks code paths that would bypass or save an adapter.
 
-It swaps no class; everything that it changes in a model can be undone.
+It swaps no class; every change that it makes to a model can be undone.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,22 +19,22 @@ _ABSENT = object()
 
 
 def require_unattached(root: nn.Module, own: Mapping[str, nn.Module] | None = None) -> None:
-    """Refuse a model that holds an adapter other than these modules.
+    """Check that a model has no adapter apart from those in the given modules.
 
     Raises:
-        AttachError: one attachment at a time; the message names the ways to use several adapters.
+        AttachError: it has one; the message names the ways to use several adapters.
     """
     known = {id(module) for module in (own or {}).values()}
     for path, module in root.named_modules():
         if isinstance(module, Adapted) and id(module) not in known:
             raise AttachError(
-                f"the model has an adapter attached already (at {path or 'its root'}); detach it first, add "
+                f"the model already has an adapter attached (at {path or 'its root'}); detach it first, add "
                 "the two adapters (a + b) and attach the sum, or put both into a bank"
             )
 
 
 def block_bypasses(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
-    """Close the bypasses of these adapted modules, and `save_pretrained`; returns what opens them again."""
+    """Block bypasses of these adapted modules, and `save_pretrained`; returns functions that undo this."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise AttachError(
@@ -48,7 +48,7 @@ def block_bypasses(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Ca
             continue
         if hasattr(type(layer), "save_pretrained"):
             undo.append(_override(layer, "save_pretrained", refuse))
-        # The inference fast path of these two reads the weights and runs no forward of the modules below.
+        # The inference fast path of these two classes reads the weights without calling their submodules.
         if isinstance(layer, nn.TransformerEncoderLayer):
             undo.append(_override(layer, "activation_relu_or_gelu", 0))
         if isinstance(layer, nn.TransformerEncoder):
@@ -57,10 +57,10 @@ def block_bypasses(root: nn.Module, modules: Mapping[str, nn.Module]) -> list[Ca
 
 
 def probe(modules: Mapping[str, Adapted]) -> None:
-    """Run one module of each class on random input and see that the low-rank term arrives.
+    """Run one module of each class on random input and check that its output contains the update.
 
     Raises:
-        AttachError: the adapted forward is not run.
+        AttachError: the module does not run the adapted forward.
     """
     for path in {type(module): path for path, module in modules.items()}.values():
         _probe(modules[path], path)
@@ -95,13 +95,13 @@ def _probe(module: Adapted, path: str) -> None:
     error = float((got.double() - expected).norm() / change.norm())
     if not error <= PROBE_TOLERANCE.get(dtype, HALF_PROBE_TOLERANCE):
         raise AttachError(
-            f"{path} ({module._base_class.__name__}) does not run the adapted forward: its output is off by "
+            f"{path} ({module._base_class.__name__}) does not run the adapted forward: its output differs by "
             f"{error:.1e} of the low-rank term; this kind of module cannot be adapted"
         )
 
 
 def _override(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of the instance, past every __setattr__; returns what brings the old state back."""
+    """Set an attribute of the instance without calling __setattr__; returns a function that restores it."""
     before = module.__dict__.get(name, _ABSENT)
     module.__dict__[name] = value
 

@@ -1,6 +1,6 @@
-"""Which layer classes run which type of update, by kind of layer: a new variant is one line here.
+"""Lists which layer class runs which type of update in which kinds of layers; a new variant is one line.
 
-It holds no layer of its own.
+It contains no layer.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ class Variant:
     """One type of update in some kinds of layers.
 
     Args:
-        name: as `LoraConfig.variant` has it.
+        name: the value of `LoraConfig.variant`.
         update: the type of the value.
         kinds: names of the kinds of layers.
         attached: the layer class for one adapter.
-        banked: the layer class for a bank of them; None where a bank cannot hold this type.
-        fresh: makes a fresh update.
+        banked: the layer class for a bank of them; None if a bank cannot hold this type.
+        fresh: makes a new update.
     """
 
     name: str
@@ -84,6 +84,6 @@ def banked_class(name: str, path: str, variant: Variant) -> type[Banked]:
     if variant.banked is None:
         raise AttachError(
             f"adapter {name!r} has a {variant.update.__name__} at {path}, which a bank cannot hold; attach "
-            "it by itself, or merge it"
+            "it alone, or merge it"
         )
     return variant.banked

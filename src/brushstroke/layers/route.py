@@ -1,6 +1,6 @@
-"""The active route: which slot of a bank each row of a batch uses, or each span of a packed row.
+"""The route: the slot of a bank that each row of a batch uses, or each span of a packed row.
 
-It holds no factors and knows no layer; every site of one attachment shares one route.
+It holds no factors and no layers; all sites of one attachment share one route.
 """
 
 import math
@@ -20,18 +20,18 @@ Modules = set[object]
 
 @dataclass(frozen=True)
 class SlotSpan:
-    """Neighbouring tokens that share one slot; a batch counts its tokens row by row."""
+    """Consecutive tokens that share one slot; the tokens of a batch are counted row by row."""
 
     slot: int
     tokens: slice
 
 
 class Route:
-    """Which slot each row of a batch uses; slot 0 is always "no adapter".
+    """The slot that each row of a batch uses; slot 0 always means "no adapter".
 
-    A route of one row serves a batch of any size. A batch with k times as many rows as the route (beams,
-    several samples of one prompt, or rows flattened to tokens) repeats every entry k times. With `lengths`
-    the entries are spans of one packed row, of so many tokens each.
+    A route of one row fits a batch of any size. If a batch has k times as many rows as the route (beams,
+    several samples of one prompt, or rows flattened to tokens), every entry is repeated k times. With
+    `lengths`, the entries are spans of one packed row with these numbers of tokens.
     """
 
     def __init__(self, slots: Sequence[int] = (0,)) -> None:
@@ -47,24 +47,24 @@ class Route:
 
     @property
     def lengths(self) -> tuple[int, ...] | None:
-        """The tokens of each span of a packed row; None where the entries are rows of a batch."""
+        """The tokens of each span of a packed row; None if the entries are rows of a batch."""
         return self._lengths
 
     @property
     def uniform(self) -> int | None:
-        """The one slot of all rows, or None where they differ."""
+        """The slot of all rows, or None if they differ."""
         first = self._slots[0]
         return first if all(slot == first for slot in self._slots) else None
 
     def set(self, slots: Sequence[int], lengths: Sequence[int] | None = None) -> Callable[[], None]:
-        """Switch to other slots; returns what switches back.
+        """Switch to other slots; returns a function that switches back.
 
         Args:
             slots: one for each row of a batch; with `lengths` one for each span of a packed row.
             lengths: tokens of each span.
 
         Raises:
-            RouteError: no slot at all.
+            RouteError: slots is empty.
         """
         if not slots:
             raise RouteError("a route needs at least one row; got none")
@@ -74,7 +74,7 @@ class Route:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Context manager: put back in the end what is active now."""
+        """Context manager: restore the current slots at the end."""
         before = self._slots, self._lengths
         try:
             yield
@@ -82,10 +82,10 @@ class Route:
             self._switch(*before)
 
     def spans(self, shape: Sequence[int]) -> tuple[SlotSpan, ...]:
-        """The tokens of an input of this shape (without its width), without those that use no adapter.
+        """The spans that use an adapter, for an input of this shape (without its width).
 
         Raises:
-            RouteError: the batch is no multiple of the route, or not the packed row that it speaks of.
+            RouteError: the rows are not a multiple of the route's, or the tokens do not add up to `lengths`.
         """
         key = tuple(shape)
         if key not in self._spans:
@@ -98,7 +98,7 @@ class Route:
         return self._spans[key]
 
     def _counts(self, shape: tuple[int, ...]) -> Sequence[int]:
-        """The tokens of each entry."""
+        """The number of tokens of each entry."""
         rows, tokens = (shape or (1,))[0], math.prod(shape)
         if self._lengths is not None:
             if tokens != sum(self._lengths):
@@ -112,23 +112,23 @@ class Route:
         return [tokens // len(self._slots)] * len(self._slots)
 
     def slot_index(self, rows: int, device: torch.device) -> Int[Tensor, " b"]:
-        """One slot for each row of a batch of this size, as a tensor: compiled graphs index by it.
+        """The slot of each row of a batch of this size, as an index tensor for compiled graphs.
 
-        The tensor is read as data, so that one graph serves every route of the same number of rows.
+        The tensor is data, so that one graph works for all routes of the same number of rows.
 
         Raises:
-            RouteError: the batch is no multiple of the route.
+            RouteError: the number of rows is not a multiple of the route's.
         """
         entries = self._index.shape[0]
-        if rows % entries:  # no divmod: compilers don't know it for sizes that vary
+        if rows % entries:  # no divmod: torch.compile does not support it for dynamic sizes
             raise RouteError(_wrong_rows(entries, rows))
         return self._index.to(device).repeat_interleave(rows // entries)
 
     def ranks_used(self, rows: int, slots: int, rank: int, device: torch.device) -> Bool[Tensor, "b k"]:
-        """For each row of a batch of this size, which of the ranks of so many slots are its own.
+        """For each row of a batch of this size, which of the slots·rank stacked ranks belong to its slot.
 
         Raises:
-            RouteError: the batch is no multiple of the route.
+            RouteError: the number of rows is not a multiple of the route's.
         """
         key = (rows, slots, rank, device)
         if key not in self._ranks_used:
@@ -137,7 +137,7 @@ class Route:
         return self._ranks_used[key]
 
     def guard(self, y: Tensor) -> Tensor:
-        """Make the backward pass through y raise if the route is another one by then."""
+        """Make the backward pass through y raise RouteError if the route has changed by then."""
         if isinstance(y, Tensor) and y.requires_grad and not torch.compiler.is_compiling():
             captured = self._slots, self._lengths
             y.register_hook(lambda grad: self.check(*captured))
@@ -153,25 +153,25 @@ class Route:
             self._ran = None
 
     def record(self, module: object) -> None:
-        """Note that a module runs with an adapter, where that is asked for."""
+        """Record that a module runs with an adapter, inside `recorded`."""
         if self._ran is not None:
             self._ran.add(module)
 
     def check(self, slots: tuple[int, ...], lengths: tuple[int, ...] | None = None) -> None:
-        """Raise unless the route is still the one that was captured when the forward began.
+        """Check that the route is still the one of the forward pass.
 
         Raises:
-            RouteError: it is another one.
+            RouteError: it has changed.
         """
         if (slots, lengths) != (self._slots, self._lengths):
             raise RouteError(
-                f"the forward pass ran under the route {slots}, the backward pass runs under {self._slots}; "
+                f"the forward pass used the route {slots}, but the active route is now {self._slots}; "
                 "call backward() before the route changes"
             )
 
     def _switch(self, slots: tuple[int, ...], lengths: tuple[int, ...] | None) -> None:
         if lengths is not None and len(set(slots)) == 1:
-            slots, lengths = slots[:1], None  # of an input of any shape
+            slots, lengths = slots[:1], None  # for an input of any shape
         self._slots, self._lengths = slots, lengths
         self._index = torch.tensor(slots)
         self._spans.clear()

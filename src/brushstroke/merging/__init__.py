@@ -1,6 +1,6 @@
-"""Merging: W + ΔW as new weights, in memory or from folder to folder, and the check of the result.
+"""Merges W + ΔW into new weights, in memory or from folder to folder, and checks the result.
 
-It knows no terminal, and generates nothing.
+It prints nothing, and generates no text.
 """
 
 from brushstroke.merging.export import ExportReport, merge_folder

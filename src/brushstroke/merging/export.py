@@ -1,6 +1,6 @@
-"""A base and an adapter become a model folder that plain transformers loads.
+"""Merges a base and an adapter into a model folder that plain transformers loads.
 
-The sums are made in `layers.merge`; this decides where they come from and go to.
+It does not compute the sums: `in_memory` and `stream` do.
 """
 
 import json
@@ -38,26 +38,25 @@ from brushstroke.merging.verify import CheckResult, check_merged
 from brushstroke.outputs import OwnFiles, clear_leftovers, refuse_existing, replace_folder
 from brushstroke.sites import check_base
 
-MODEL_KEYS = {"model_type", "architectures"}  # by which a model's config is told
+MODEL_KEYS = {"model_type", "architectures"}  # keys that identify the config of a model
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What merging wrote, and what it cost.
+    """The result of a merge to a folder.
 
     Args:
         out: the folder.
         merged: the drift of each site, and the ties that had to be undone.
         logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, and of all other
             float outputs of a model: of the one that differs most, if measured.
-        logit_drift_skipped: what was not measured, and why: nothing at all, or sites that no input reached.
+        logit_drift_skipped: what was not measured, and why: the whole check, or sites that no input reached.
         compared: the names of these outputs.
         chat_template_saved: whether the adapter's chat template replaced another one, or none.
-        stop_tokens_saved: the tokens that end the adapter's answers, where the base's generation did not stop
-            at them.
-        left_out: what of the base's folder was not copied: weights in a form that was not merged, hidden
-            files, links to folders.
+        stop_tokens_saved: the tokens that end the adapter's answers and were added to the base's stop tokens.
+        left_out: files of the base's folder that were not copied: weights in a form that was not merged,
+            hidden files, links to folders.
         streamed: whether the files were merged one tensor at a time, without loading the model.
         seconds: wall time.
     """
@@ -124,7 +123,7 @@ def merge_folder(
     max_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
 ) -> ExportReport:
-    """Merge an adapter into a base and write the result as a folder; the base is untouched.
+    """Merge an adapter into a base and write the result as a folder; the base does not change.
 
     A folder of safetensors is merged file by file, one tensor in memory at a time: file names, tensor names,
     metadata and dtypes stay, and every other file is copied. Any other base is loaded and merged in memory.
@@ -134,19 +133,19 @@ def merge_folder(
         base: a model folder, a `.gguf` file, a hub id, or a loaded Base.
         adapter: the adapter.
         out: the folder to write.
-        overwrite: replace what an earlier merge wrote there, in a model's folder; files of other names stay.
-        allow_different_base: pass over the verdict of the fingerprint.
-        dtype: of the merged weights; "auto" is the one that each is stored in, and where the base has to be
-            loaded, one that holds all of them (float32 for GGUF). Another one means loading the base.
-        verify: run the merged model against the adapted one on made-up inputs and report the drift of its
-            outputs. None does it where it needs no more memory than two of the folder's files and a quarter
-            of the machine's.
-        max_shard_size: of the files, where the model had to be loaded.
-        trust_remote_code: run the code that the model brings along, where it does.
+        overwrite: replace the files of an earlier merge in a model folder; files with other names stay.
+        allow_different_base: accept an adapter whose fingerprint shows another base.
+        dtype: of the merged weights; "auto" keeps the dtype in which each weight is stored, or, if the base
+            must be loaded, uses one that holds all of them (float32 for GGUF). Another dtype loads the base.
+        verify: compare the merged model with the adapted one on generated inputs and report the drift of the
+            outputs. None does so only if it needs no more memory than two of the folder's files and a quarter
+            of the machine's memory.
+        max_shard_size: of the files, if the model has to be loaded.
+        trust_remote_code: run code that is part of the model's folder.
 
     Raises:
-        ConfigError: a dtype that is not the loaded Base's.
-        BaseMismatchError: another base, or one that holds this adapter already.
+        ConfigError: dtype differs from that of a loaded Base.
+        BaseMismatchError: the base is another one, or already contains this adapter.
         BaseLoadError, ShapeError: the base cannot be read or lacks weights, or the adapter does not fit it.
         MergeError: see `brushstroke.merge`.
         OutputError: the folder cannot be written, or holds files that may not be replaced.
@@ -253,7 +252,7 @@ def _refuse_inside(out: Path, base: Path) -> None:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """By what a folder is told from another one in its place; None where there is none."""
+    """Device and inode, which identify a folder; None if it does not exist."""
     with suppress(OSError):
         found = folder.stat()
         return found.st_dev, found.st_ino
@@ -272,7 +271,7 @@ def _folder_of(base: Base | str | Path) -> Path | None:
 
 
 def _readable(folder: Path, adapter: Adapter, trust_remote_code: bool) -> FolderWeights | None:
-    """The weights of a folder, where each adapted one is a tensor of its own in safetensors files."""
+    """The weights of a folder, if each adapted one is a separate tensor in safetensors files; else None."""
     files = {entry.name for entry in folder.iterdir()}
     if CONFIG not in files or ADAPTER_CONFIG in files or not files & {_SINGLE, _INDEX}:
         return None
@@ -329,5 +328,5 @@ def _declare_dtype(config: Path, dtype: str) -> None:
 
 
 def _is_weights(name: str) -> bool:
-    """Weights of an earlier merge, which must not stay beside the new ones."""
+    """Whether a file holds weights of an earlier merge, which must not remain next to the new ones."""
     return name == _INDEX or bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name))

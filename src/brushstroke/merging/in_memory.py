@@ -1,6 +1,6 @@
-"""Fold an adapter into weights: W + ΔW in fp32, rounded once, with a report of what the rounding cost.
+"""Merges an adapter into weights: W + ΔW in fp32, rounded once, with a report of the loss by rounding.
 
-The base is never changed; files are the part of `inference.export`.
+It never changes the base, and writes no files (see `export`).
 """
 
 import copy
@@ -32,7 +32,7 @@ from brushstroke.sites import (
 )
 from brushstroke.sites.kinds import example_input
 
-MIN_SURVIVAL = 0.5  # below it the rounding eats more of the update than it leaves
+MIN_SURVIVAL = 0.5  # below it, rounding removes more of the update than it keeps
 PROBE_ROWS = 16
 BLOCK_ELEMENTS = 4 * 1024 * 1024  # of W that are summed at a time; 16 MiB in fp32
 
@@ -41,7 +41,7 @@ ModelT = TypeVar("ModelT")
 
 @dataclass(frozen=True)
 class SiteDrift:
-    """What merging did at one site.
+    """The effect of merging at one site.
 
     Args:
         survived: ⟨M − W, ΔW⟩ / ‖ΔW‖²: the share of the update that is in the merged weight M; 1 is all of it.
@@ -78,7 +78,7 @@ def merge_weight(
     """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once to W's dtype.
 
     Raises:
-        MergeError: less than half of the update would survive the rounding, or numbers are not finite.
+        MergeError: less than half of the update would survive the rounding, or there are non-finite values.
     """
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     update = update.to(dtype=wide, device=W.device)
@@ -92,7 +92,7 @@ def merge_weight(
         # In W's own memory layout: sums over mixed layouts are several times slower.
         delta = torch.empty_like(base).copy_(update.columns(start, stop).dense(base))
         merged[:, start:stop] = base + delta
-        rest = torch.sub(merged[:, start:stop], base).sub_(delta)  # what the rounding took and gave
+        rest = torch.sub(merged[:, start:stop], base).sub_(delta)  # the rounding error
         size += float(delta.norm()) ** 2
         kept += float((rest * delta).sum())
         lost += float(rest.norm()) ** 2
@@ -114,7 +114,7 @@ def merge_weight(
 
 
 def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> str:
-    """What made a sum go out of bounds, and what to do."""
+    """The cause of a non-finite sum, and what to do."""
     if not torch.isfinite(W).all():
         return (
             f"the base's weight holds non-finite values in {W.dtype}; load the base in a wider "
@@ -129,12 +129,13 @@ def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> st
 
 
 def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None:
-    """Check that a module gives x·ΔW more where W becomes W + ΔW; its class's forward may scale or quantise.
+    """Check that a module's output grows by x·ΔW if W becomes W + ΔW; its forward may scale or quantise W.
 
-    A plain module is believed; another is run on random x and ΔW, with 0 for its tensors on the meta device.
+    A module with the standard forward needs no check. Another one is run on random x and ΔW, with 0 for its
+    tensors on the meta device.
 
     Raises:
-        MergeError: it does not, so that the merged model would be another than the adapted one.
+        MergeError: it does not, so that the merged model would differ from the adapted one.
     """
     if has_plain_forward(module):
         return
@@ -157,7 +158,7 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
         expected = kind.product(module, exact, u.to(wide) @ v.to(wide)).double()
         error = float((run(W + u @ v).double() - base.double() - expected).norm() / expected.norm())
         reason = f"does not add x·ΔW where its weight gets ΔW (off by {error:.1e} of it)"
-    except Exception as failure:  # a forward that is not ours may raise anything, or return no tensor
+    except Exception as failure:  # a model's forward may raise anything, or return no tensor
         error, reason = math.inf, f"fails in a trial ({type(failure).__name__}: {failure})"
     finally:
         module.training = was_training
@@ -169,7 +170,7 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
 
 
 def require_adapter(adapter: object) -> None:
-    """Refuse what is no `Adapter`.
+    """Check that the argument is an `Adapter`.
 
     Raises:
         MergeError: it is a path, an attachment or something else.
@@ -185,22 +186,22 @@ def merge(
     allow_different_base: bool = False,
     report: list[MergeReport] | None = None,
 ) -> ModelT:
-    """A new model with W + ΔW in place of W: the base's own classes and no trace of an adapter.
+    """A new model with W + ΔW in place of W: it has the base's classes and no parts of an adapter.
 
-    Merging a Base gives a Base, merging an nn.Module an nn.Module; the one that is given stays as it is. A
-    weight that is tied to another module is untied first, and the report says so.
+    Merging a Base gives a Base, merging an nn.Module an nn.Module; the argument does not change. A weight
+    that is tied to another module is untied first, and the report lists it.
 
     Args:
         model: an nn.Module or a Base, with nothing attached.
         adapter: the adapter.
-        allow_different_base: pass over the verdict of the fingerprint.
+        allow_different_base: accept an adapter whose fingerprint shows another base.
         report: a list to which the `MergeReport` is appended.
 
     Raises:
-        BaseMismatchError: another base, or the adapter is merged into it already.
-        MergeError: what is given is no adapter, one is attached, a weight is not stored as a plain matrix, a
-            module's own forward computes something else than x·W, numbers are not finite, or the update would
-            be lost.
+        BaseMismatchError: the base is another one, or the adapter is already merged into it.
+        MergeError: the argument is not an adapter, the model has one attached, a weight is not stored as a
+            plain matrix, a module's forward does not compute x·W, there are non-finite values, or rounding
+            would remove most of the update.
     """
     require_adapter(adapter)
     root = unwrap(model)
@@ -248,7 +249,7 @@ def _storage(module: nn.Module) -> str:
 
 
 def _part_other_ties(model: Any) -> None:
-    """Give what else an HF model ties a tensor of its own: its config unties all at once."""
+    """Give all other tied weights of an HF model separate tensors, because its config unties all of them."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in ties.items():
@@ -259,7 +260,7 @@ def _part_other_ties(model: Any) -> None:
 
 
 def _untie_config(model: Any) -> None:
-    """Tell an HF model that its head has a weight of its own now, or loading it would tie the two again."""
+    """Set tie_word_embeddings to false in an HF model's config; otherwise loading would tie weights again."""
     config = getattr(model, "config", None)
     for part in (config, text_config(model)):
         if part is not None and getattr(part, "tie_word_embeddings", False):

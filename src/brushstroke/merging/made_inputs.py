@@ -1,6 +1,6 @@
-"""Made-up inputs for a model's own forward, from its config alone: text, images and sound.
+"""Generates inputs for a model's forward from its config: text, images and sound, without a processor.
 
-No processor is needed, and nothing is judged: whoever runs the model sees which of them it takes.
+It does not check whether the model accepts them; the caller tries them.
 """
 
 import inspect
@@ -27,10 +27,10 @@ _BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_proj
 
 
 def candidate_inputs(model: nn.Module) -> Iterator[Callable[[], Inputs]]:
-    """Inputs to try on a model, the ones that take most of it first; numbers are the same every time.
+    """Inputs to try on a model, those that use most of it first; the numbers are the same every time.
 
-    Images and sound together with text that has a place for them, then each alone, then text alone. Making
-    them may fail as the model may: its own code counts the places.
+    First images and sound with a text that has placeholders for them, then each alone, then only text. Making
+    inputs may fail, because the model's code counts the placeholders.
     """
     made = _Maker(model)
     texts, media, decoder = made.texts(), [*made.images(), *made.sound()], made.decoder()
@@ -41,7 +41,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Callable[[], Inputs]]:
 
 
 class _Maker:
-    """Makes the arguments that a model's forward has."""
+    """Makes the arguments of a model's forward."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
@@ -59,7 +59,7 @@ class _Maker:
         return [self._with_mask(row), self._with_mask(row[None])]
 
     def decoder(self) -> Inputs:
-        """What the decoder of an encoder-decoder has written so far."""
+        """The tokens that the decoder of an encoder-decoder has generated so far."""
         return {"decoder_input_ids": self._tokens()} if "decoder_input_ids" in self._takes else {}
 
     def images(self) -> list[Inputs]:
@@ -81,7 +81,7 @@ class _Maker:
         return made
 
     def sound(self) -> list[Inputs]:
-        """A spectrogram, with its bins before its frames or behind them, or a wave."""
+        """A spectrogram, with the bins before or after the frames, or a wave."""
         bins = self._number(_BINS, 0)
         halved = self._number(("max_source_positions",), 0)  # as Whisper does
         frames = 2 * halved or self._number(("max_length",), SOUND_FRAMES)
@@ -97,7 +97,7 @@ class _Maker:
         return made
 
     def together(self, medium: Inputs, text: Inputs, decoder: Inputs) -> Inputs:
-        """A medium with a text, which has as many tokens in its place as the model makes features of it."""
+        """A medium with a text that has one placeholder token for each feature that the model makes of it."""
         ids = text["input_ids"]
         for kind in ("image", "audio"):
             token = self._number((f"{kind}_token_id", f"{kind}_token_index"), -1)
@@ -108,7 +108,7 @@ class _Maker:
         return {**medium, **text, **decoder}
 
     def _features(self, kind: str, medium: Inputs) -> int:
-        """How many tokens a medium takes in the text: one, or as many as the model says."""
+        """The number of placeholder tokens of a medium: one, or as many as the model makes features."""
         make = getattr(self._model, f"get_{kind}_features", None)
         if not callable(make):
             return 1
@@ -124,7 +124,7 @@ class _Maker:
         return {name: value for name, value in made.items() if name in self._takes}
 
     def _tokens(self) -> Tensor:
-        """Any tokens but those with a meaning of their own, and the end token last: some heads look there."""
+        """Random tokens without special ones; the end token is last, because some heads read it."""
         count = min(TOKENS, context_length(self._model) or TOKENS)
         vocabulary = min(n for n in (vocabulary_size(self._model), embedding_rows(self._model), 2**16) if n)
         special = {token for part in self._configs for token in _special_tokens(part)}

@@ -1,6 +1,6 @@
-"""Merging in safetensors files: each is copied, then the bytes of its adapted tensors are replaced.
+"""Copies safetensors files and replaces the bytes of their adapted tensors.
 
-One tensor is in memory at a time; names, order and metadata stay. The caller says which tensor goes where.
+One tensor is in memory at a time; names, order and metadata stay. It does not choose the tensors.
 """
 
 import json
@@ -34,14 +34,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Header:
-    """The table at the beginning of a safetensors file, and where the numbers start."""
+    """The table at the beginning of a safetensors file, and the offset at which the numbers start."""
 
     entries: Mapping[str, Any]
     start: int
 
     @classmethod
     def read(cls, path: Path) -> "Header":
-        """Read it; the file is known to be whole already."""
+        """Read it; the caller has checked that the file is complete."""
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             return cls(json.loads(file.read(size)), 8 + size)
@@ -58,7 +58,7 @@ def write_shard(source: Path, target: Path, edits: Iterable[Edit]) -> None:
     """Copy a file with other numbers in some tensors, and with new tensors at its end.
 
     Raises:
-        MergeError: a tensor that is made does not have the size of the one it replaces.
+        MergeError: a new tensor does not have the size of the one that it replaces.
     """
     edits = list(edits)
     added = [edit for edit in edits if edit.added]

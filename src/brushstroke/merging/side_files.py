@@ -1,6 +1,6 @@
-"""What stands beside the weights in a base's folder: copied with the merged ones, or named as left out.
+"""Copies the files of a base's folder other than weights (config, tokenizer, templates), or lists them.
 
-The weights themselves are the part of `merge_stream` and of transformers.
+It does not write weights; `stream` and transformers do.
 """
 
 import json
@@ -33,14 +33,14 @@ _OF_DOWNLOADS = (".git", ".gitattributes", ".cache")  # no part of a model: neit
 
 
 def copy_beside(folder: Path, target: Path, merged: Collection[str]) -> tuple[str, ...]:
-    """Copy what is no weight; returns the names of what is left out.
+    """Copy all files that are not weights; returns the names of those that are left out.
 
-    These are weights in a form that was not merged, hidden files and folders, and links to folders.
+    Left out are weights in a form that was not merged, hidden files and folders, and links to folders.
 
     Args:
         folder: the base's.
         target: the folder of the merged model.
-        merged: the files whose weights are merged, and their index.
+        merged: the names of the files whose weights are merged, and of their index.
     """
     left = []
     for path in _entries(folder):
@@ -73,10 +73,10 @@ def loaded_files(folder: Path) -> set[str]:
 
 
 def save_template(folder: Path, template: str) -> bool:
-    """Put an adapter's chat template in the place of the base's default one; returns whether they differed.
+    """Replace the base's default chat template by the adapter's; returns whether they differed.
 
-    An adapter's template is for rows with tools too, so that the base's template "tool_use", which
-    transformers would take for them, goes; templates of other names stay.
+    An adapter's template is also for rows with tools. The base's template "tool_use", which transformers
+    would use for them, is therefore removed; templates with other names stay.
 
     Raises:
         BaseLoadError: the base's are damaged.
@@ -95,7 +95,7 @@ def save_template(folder: Path, template: str) -> bool:
         return False
     own.write_text(template, "utf-8")
     (folder / TEMPLATES / "tool_use.jinja").unlink(missing_ok=True)
-    for name, text in named.items():  # beside a file, those in the settings do not count
+    for name, text in named.items():  # transformers ignores those in the settings if there is a file
         other = folder / TEMPLATES / f"{name}.jinja"
         if name not in ("default", "tool_use") and Path(name).name == name and not other.exists():
             other.parent.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def save_stop_tokens(folder: Path, texts: Collection[str]) -> tuple[str, ...]:
 
     Args:
         folder: a model's, whose generation_config.json is written.
-        texts: of the tokens; those that are no single token of the tokenizer are passed over.
+        texts: of the tokens; texts that are not one added token of the tokenizer are ignored.
 
     Returns:
         The texts that were added.
@@ -126,9 +126,9 @@ def save_stop_tokens(folder: Path, texts: Collection[str]) -> tuple[str, ...]:
         known = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
     with _base_errors(GENERATION):
         model = read_json(folder / CONFIG)
-        told = {key: model[key] for key in _GENERATION_KEYS if model.get(key) is not None}
-        settings = read_json(file) if file.is_file() else told
-        stops = settings.get("eos_token_id", told.get("eos_token_id"))
+        defaults = {key: model[key] for key in _GENERATION_KEYS if model.get(key) is not None}
+        settings = read_json(file) if file.is_file() else defaults
+        stops = settings.get("eos_token_id", defaults.get("eos_token_id"))
         stops = [stops] if isinstance(stops, int) else list(stops or ())
         added = {text: known[text] for text in texts if text in known and known[text] not in stops}
     if added:
@@ -139,7 +139,7 @@ def save_stop_tokens(folder: Path, texts: Collection[str]) -> tuple[str, ...]:
 
 @contextmanager
 def _base_errors(name: str) -> Iterator[None]:
-    """What a file of the base does not hold as it should becomes an error that names it."""
+    """Context manager: an error from invalid contents of a base's file becomes one that names the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""In which dtypes a model's files hold its weights: read from their headers, never from its config.
+"""Finds the dtypes of the weights in a model's files from the files' headers, not from its config.
 
 It reads no numbers.
 """
@@ -53,7 +53,7 @@ def _dtypes(file: Path) -> set[torch.dtype]:
 
 
 def _fetched(name: str) -> Path | None:
-    """The folder of a hub id's weights; None where `load_base` will say it better."""
+    """The folder of a hub id's weights; None after an error, which `load_base` then reports better."""
     from huggingface_hub import snapshot_download
 
     for patterns in _PATTERNS:

@@ -1,6 +1,6 @@
-"""Merging a folder of safetensors into another, without loading the model.
+"""Merges a folder of safetensors files into another one, without loading the model.
 
-Which tensors and bytes stand where in a file is the part of `shards`.
+It does not read or write the bytes of the files; `shards` does.
 """
 
 import copy
@@ -26,9 +26,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> MergeReport:
-    """Write the files of a base's weights into another folder, merged; the base was checked already.
+    """Write the merged files of a base's weights to another folder; the caller has checked the base.
 
-    What stands beside them was copied already (`beside`).
+    The other files of the base must already be copied (see `side_files`).
 
     A weight that is tied to another module gets a tensor of its own, and the config says so.
 
@@ -52,7 +52,7 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
 
 
 class _Merging:
-    """What happens to which file, and what is known afterwards."""
+    """Plans the edits of each file, and collects the drifts and the untied weights."""
 
     def __init__(self, weights: FolderWeights, adapter: Adapter) -> None:
         self._weights, self._adapter = weights, adapter
@@ -87,7 +87,7 @@ class _Merging:
             self.added[own] = (file, width * site.d * site.h, site.d * site.h)
 
     def _part_other_ties(self) -> None:
-        """Give what else is tied a tensor of its own: the config unties all at once."""
+        """Give all other tied weights separate tensors, because the config unties all of them."""
         ties: dict[str, str] = getattr(self._weights.model, "all_tied_weights_keys", {})
         edited = {edit.key for edits in self.edits.values() for edit in edits}
         for name in dict.fromkeys((*ties, *ties.values())):
@@ -113,7 +113,7 @@ class _Merging:
 
 
 def _untie_file(path: Path, kind: Any) -> None:
-    """Say in the config that the head has a weight of its own, or loading would tie the two again."""
+    """Set tie_word_embeddings to false in the config; otherwise loading would tie the weights again."""
     config = json.loads(path.read_text("utf-8"))
     untied = {**config, "tie_word_embeddings": False}
     if text := config.get("text_config"):
@@ -127,11 +127,11 @@ def _consequences(kind: Any, config: dict[str, Any], untied: dict[str, Any]) -> 
     if getattr(kind, "model_type", None) != config.get("model_type"):  # a part of the whole config
         return {}
     before, after = (kind.from_dict(copy.deepcopy(stored)).to_dict() for stored in (config, untied))
-    told = {"tie_word_embeddings", "text_config"}
-    return {name: value for name, value in before.items() if name not in told and after.get(name) != value}
+    changed = {"tie_word_embeddings", "text_config"}
+    return {name: value for name, value in before.items() if name not in changed and after.get(name) != value}
 
 
 def _give_back_freed_memory() -> None:
-    """Have glibc map every large tensor by itself, so that freeing it lowers the process's memory at once."""
+    """Make glibc map each large tensor separately, so that freeing it lowers the process's memory at once."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; others lack it

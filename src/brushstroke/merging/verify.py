@@ -1,6 +1,6 @@
-"""The whole merged model against the whole adapted one, where there is memory for it.
+"""Compares the outputs of the merged model with those of the adapted model, if there is enough memory.
 
-It writes nothing and judges nothing: it reports a number.
+It writes no files and makes no decision: it reports a number.
 """
 
 import gc
@@ -59,14 +59,14 @@ def check_merged(
         source: the base, loaded or as a folder.
         adapter: what was merged into it.
         merged: the folder of the merged model.
-        wanted: None runs the check only where it needs little memory.
-        trust_remote_code: run the code that the model brings along.
+        wanted: None runs the check only if it needs little memory.
+        trust_remote_code: run code that is part of the model's folder.
     """
     if wanted is None and (reason := _too_large(merged)):
         return CheckResult(skipped=reason)
     load = partial(load_base, device="cpu", trust_remote_code=trust_remote_code)
     base = source if isinstance(source, Base) else load(source, dtype="float32")
-    with attach(base, adapter, allow_different_base=True) as attachment:  # judged before
+    with attach(base, adapter, allow_different_base=True) as attachment:  # checked before
         trials, idle, failure = _try_inputs(base.model, attachment)
     missed = f"{len(idle)} of {len(adapter)} sites, such as {idle[0]}: {failure}" if idle else None
     if not trials:
@@ -87,9 +87,9 @@ def check_merged(
 def _try_inputs(
     model: nn.Module, attachment: Attachment
 ) -> tuple[list[tuple[Inputs, Outputs]], list[str], str]:
-    """Made-up inputs and what an adapted model makes of them, until each of its sites has run.
+    """Generated inputs and the outputs of an adapted model, until each of its sites has run.
 
-    Also the sites that none reached, and why.
+    Also returns the sites that no input reached, and why.
     """
     trials: list[tuple[Inputs, Outputs]] = []
     idle, taken, failures = list(attachment.sites), set[str](), list[tuple[set[str], str]]()
@@ -101,9 +101,9 @@ def _try_inputs(
                 outputs = _run(model, inputs)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # the model is not ours: it does not take these inputs
-                said = " ".join(str(error).split())[:160]
-                failures.append((set(inputs), f"made-up inputs fail ({type(error).__name__}: {said})"))
+            except Exception as error:  # any error means that the model does not accept these inputs
+                reason = " ".join(str(error).split())[:160]
+                failures.append((set(inputs), f"made-up inputs fail ({type(error).__name__}: {reason})"))
                 continue
         taken |= set(inputs)
         if outputs and reached & set(idle):
@@ -115,8 +115,8 @@ def _try_inputs(
 
 
 def _why_idle(model: nn.Module, taken: set[str], failures: list[tuple[set[str], str]]) -> str:
-    """Why sites did not run: inputs that failed, and are not just another form of what the model took."""
-    failed = [said for names, said in failures if not names or not names <= taken]
+    """Why sites did not run: the error of the first failed inputs that are not a form of accepted ones."""
+    failed = [reason for names, reason in failures if not names or not names <= taken]
     if failed:
         return failed[0]
     kind = type(model).__name__
@@ -127,7 +127,7 @@ def _why_idle(model: nn.Module, taken: set[str], failures: list[tuple[set[str], 
 
 @contextmanager
 def _reached(attachment: Attachment) -> Iterator[set[str]]:
-    """Within it, the sites of an attachment whose modules run are noted."""
+    """Context manager: collect the sites of an attachment whose modules run."""
     reached: set[str] = set()
 
     def note(site: str) -> Callable[..., None]:
@@ -142,7 +142,7 @@ def _reached(attachment: Attachment) -> Iterator[set[str]]:
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Outputs:
-    """Every float tensor that a model gives, by name; what it draws at random is the same every time."""
+    """Every float tensor that a model returns, by name; its random numbers are the same every time."""
     device = next(model.parameters()).device
     cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), preserved_rope(model):

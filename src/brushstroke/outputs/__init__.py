@@ -1,6 +1,6 @@
-"""Writing files and folders, and reading folders that others may be replacing.
+"""Writes files and folders atomically, and reads folders that other processes may replace.
 
-It knows nothing of what is in the files.
+It does not interpret the contents of the files, apart from checks of who wrote them.
 """
 
 from brushstroke.outputs.foreign import (

@@ -1,4 +1,7 @@
-"""Swapping two folders in one step, where the system and the file system can."""
+"""Exchanges two folders in one step, if the system and the file system support it.
+
+It has no fallback: the caller renames the folders instead.
+"""
 
 import ctypes
 import errno
@@ -14,13 +17,13 @@ _UNAVAILABLE = {
     errno.EXDEV,
     errno.EBUSY,
     errno.ENOTSUP,
-    errno.EPERM,  # of a sandbox that does not know the call
+    errno.EPERM,  # from a sandbox that does not support the call
 }
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two folders; False where that cannot be had here, and nothing was done.
+    """Exchange two folders; returns False, and changes nothing, if this is not supported here.
 
     Raises:
         OSError: they cannot be swapped for another reason.
@@ -38,7 +41,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 @functools.cache
 def _swap() -> Callable[[bytes, bytes], int] | None:
-    """The call of the C library: renameat2(RENAME_EXCHANGE) of Linux, renamex_np(RENAME_SWAP) of macOS."""
+    """The C library function: renameat2(RENAME_EXCHANGE) on Linux, renamex_np(RENAME_SWAP) on macOS."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":

@@ -1,6 +1,6 @@
-"""Whose files are in a folder: refuses to write over what brushstroke did not write.
+"""Refuses to overwrite files that brushstroke did not write.
 
-What is in the files tells, never their names alone.
+It decides by the contents of the files, not only by their names.
 """
 
 import json
@@ -17,15 +17,16 @@ from brushstroke.outputs.write import PARTIAL, output_errors, remove_empty
 
 @dataclass(frozen=True)
 class OwnFiles:
-    """The files that one kind of output consists of, and what tells them from a user's.
+    """The files of one kind of output, and how to recognise that brushstroke wrote them.
 
     Args:
-        names: of all of them.
-        keys: name → whether the JSON object in that file (or in its first line, of .jsonl) is as we write it.
-        marks: of these, each of which vouches for files that cannot tell themselves, and for damaged ones.
-        vouchers: name → other marks, of which that file needs one.
-        texts: name → a text in the file that vouches for it too.
-        otherwise: what is said of a file that is not known.
+        names: the names of all files.
+        keys: name → whether the JSON object in that file (for .jsonl: in its first line) is of our form.
+        marks: names in `keys`; if one of these files is recognised, files that cannot be checked, and damaged
+            ones, count as written by brushstroke.
+        vouchers: name → names of files, one of which must be recognised for that file.
+        texts: name → a text that also identifies the file.
+        otherwise: the reason in the error for a file that is not recognised.
     """
 
     names: tuple[str, ...]
@@ -36,7 +37,7 @@ class OwnFiles:
     otherwise: str = "was not written by brushstroke"
 
     def is_own(self, path: Path) -> bool:
-        """Whether a file holds the JSON that we write there."""
+        """Whether a file holds JSON of the form that brushstroke writes."""
         found = read_first(path)
         return isinstance(found, dict) and self.keys[path.name](found)
 
@@ -44,11 +45,11 @@ class OwnFiles:
         """Check that everything in a folder under one of the names is of this kind.
 
         Args:
-            folder: may be missing.
-            vouched: whether something else shows the folder to be ours.
+            folder: the folder, which may be missing.
+            vouched: whether the caller knows that brushstroke wrote the folder.
 
         Raises:
-            OutputError: it may be the user's or another program's, or is a folder.
+            OutputError: a file may belong to the user or another program, or is a folder.
         """
         own = {name for name in self.keys if self.is_own(folder / name)}
         sure = vouched or bool(own.intersection(self.marks))
@@ -73,7 +74,7 @@ def has_keys(*names: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def read_first(path: Path) -> Any:
-    """The JSON of a file, or of its first line where it is a .jsonl; None where there is none to read."""
+    """The JSON value of a file (for .jsonl: of its first line); None if it cannot be read."""
     try:
         text = path.read_text("utf-8")
         return json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
@@ -82,38 +83,38 @@ def read_first(path: Path) -> Any:
 
 
 def foreign(path: Path, what: str) -> OutputError:
-    """The error for a file that may be the user's."""
+    """The error for a file that may belong to the user."""
     what = "is a link" if path.is_symlink() else what
-    return OutputError(f"{path} {what}, and would be overwritten; move it, or choose another folder")
+    return OutputError(f"{path} {what} and would be overwritten; move it, or choose another folder")
 
 
 def refuse_existing(folder: Path, overwrite: bool, *, ignoring: Collection[str] = ()) -> None:
-    """Check that results may go into a folder: it is new or empty, or its files may be overwritten.
+    """Check that results may be written to a folder: it is new or empty, or its files may be overwritten.
 
     Args:
-        folder: to write.
-        overwrite: whether the folder may hold files already.
-        ignoring: names in it that count for nothing.
+        folder: the output folder.
+        overwrite: whether the folder may already hold files.
+        ignoring: names of files that are ignored.
 
     Raises:
-        OutputError: it holds files and `overwrite` is false, or it, or what it should be in, is no folder.
+        OutputError: it holds files and `overwrite` is false, or it or one of its parents is not a folder.
     """
     there = next((level for level in (folder, *folder.parents) if os.path.lexists(level)), folder)
     if os.path.lexists(there) and not there.is_dir():
-        what = "a file" if there.exists() else "a link to something that is not there"
+        what = "a file" if there.exists() else "a broken link"
         raise OutputError(f"{there} is {what}; name a folder")
     if overwrite or not folder.is_dir():
         return
     names = {entry.name for entry in folder.iterdir()}.difference(ignoring)
     if not all(map(PARTIAL.fullmatch, names)):
         raise OutputError(
-            f"{folder} holds files already; choose another folder, or pass overwrite=True (--overwrite), "
+            f"{folder} is not empty; choose another folder, or pass overwrite=True (--overwrite), "
             f"which replaces only the files that brushstroke writes"
         )
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
-    """Check before any work that its results can be written into a folder; the folder is left as it was.
+    """Check before any work that results can be written to a folder; the folder is not changed.
 
     Raises:
         OutputError: see `refuse_existing`, or the folder or a file in it cannot be made.

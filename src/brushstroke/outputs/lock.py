@@ -1,8 +1,8 @@
-"""The one lock of an output folder: on the folder itself, leaving no file, and ending with its process.
+"""The lock of an output folder: on the folder itself, without a lock file; it ends with its process.
 
-Readers share it, and so do runs and writers that build a folder. Whoever removes a folder, or files that a
-reader may be reading, holds it alone. It keeps nobody out where the system (Windows) or the file system (some
-network drives) has no such locks.
+Readers, runs and writers that build a folder share it. A process that removes a folder, or files that may be
+read, holds it exclusively. It has no effect if the system (Windows) or the file system (some network drives)
+does not support such locks.
 """
 
 import os
@@ -19,14 +19,14 @@ except ImportError:
     fcntl = None
 
 PATIENCE, PAUSE = 1.0, 0.01  # seconds to wait for readers of a folder, and between two tries
-LOCKS = Path("/proc/locks")  # Linux lists here who holds what
+LOCKS = Path("/proc/locks")  # on Linux, the list of locks and the processes that hold them
 
 
 def hold(path: Path) -> int:
     """Open a folder or file and share its lock: until the handle is closed, it is not removed.
 
     Raises:
-        OSError: there is none, or it cannot be opened.
+        OSError: it does not exist, or cannot be opened.
     """
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
@@ -43,7 +43,7 @@ def hold(path: Path) -> int:
 
 
 def is_at(handle: int, path: Path) -> bool:
-    """Whether a path still names what was opened, as far as the system can tell."""
+    """Whether a path still names the opened file or folder; True if the system cannot check it."""
     if fcntl is None:
         return True
     with suppress(FileNotFoundError):
@@ -52,7 +52,7 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 def try_alone(handle: int, *, without_locks: bool) -> bool:
-    """Whether the handle holds the lock alone now; `without_locks` is the answer where there are no locks."""
+    """Try to lock exclusively; returns whether it worked, or `without_locks` if there are no locks."""
     if fcntl is None:
         return without_locks
     try:
@@ -64,10 +64,10 @@ def try_alone(handle: int, *, without_locks: bool) -> bool:
 
 @contextmanager
 def alone(folder: Path, handle: int) -> Iterator[None]:
-    """Context manager: nobody else reads or writes a folder; afterwards the handle shares its lock.
+    """Context manager: hold a folder's lock exclusively; afterwards the handle shares it again.
 
     Raises:
-        OutputError: somebody does, and does not end soon.
+        OutputError: another process still holds it after a second.
     """
     end = time.monotonic() + PATIENCE
     while not try_alone(handle, without_locks=True):
@@ -82,7 +82,7 @@ def alone(folder: Path, handle: int) -> Iterator[None]:
 
 
 class RunLock:
-    """The lock of a folder for as long as a run writes it: shared with readers, not with another run."""
+    """The lock of a folder while a run writes it: shared with readers, but not with other runs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -91,25 +91,25 @@ class RunLock:
 
     @property
     def held(self) -> bool:
-        """Whether this run may write."""
+        """Whether this run holds the lock."""
         return self._handle is not None
 
     def refuse_other(self) -> None:
-        """Check that no other run holds the lock; nothing is made.
+        """Check that no other process holds the lock; creates nothing.
 
         Raises:
-            OutputError: one does.
+            OutputError: another process holds it.
         """
         if self._folder.is_dir():
             with suppress(PermissionError):
                 os.close(self._take())
 
     def take(self) -> None:
-        """Hold the lock from now on; the folder is made if it is not there.
+        """Hold the lock from now on; creates the folder if it does not exist.
 
         Raises:
-            OutputError: another run holds it.
-            OSError: the folder cannot be made.
+            OutputError: another process holds it.
+            OSError: the folder cannot be created.
         """
         if self._handle is None:
             self._made_folder = not self._folder.exists()
@@ -118,12 +118,12 @@ class RunLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context manager: no reader is in a folder that was taken while files of it are removed."""
+        """Context manager: exclude readers while files are removed, if this run holds the lock."""
         with nullcontext() if self._handle is None else alone(self._folder, self._handle):
             yield
 
     def release(self) -> None:
-        """Give the lock back; a folder that was made for it and in which nothing is goes too."""
+        """Release the lock; removes the folder if `take` created it and it is empty."""
         if self._handle is None:
             return
         if self._made_folder:
@@ -153,7 +153,7 @@ def _flock(handle: int, operation: int) -> None:
 
 
 def _in_use(folder: Path) -> OutputError:
-    """The error for a folder whose lock is held, with the process that holds it where the system tells."""
+    """The error for a locked folder; names the process that holds the lock if the system lists it."""
     found, holder = folder.stat(), ""
     place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with suppress(OSError):

@@ -1,4 +1,7 @@
-"""Reading a folder as it is at one moment, whatever replaces it meanwhile."""
+"""Reads one version of a folder, even if another process replaces it meanwhile.
+
+It does not write.
+"""
 
 import os
 import stat
@@ -16,10 +19,10 @@ T = TypeVar("T")
 
 @contextmanager
 def open_folder(path: Path) -> Iterator["OpenFolder"]:
-    """Context manager: a folder, one version of it, which is not removed before the end of the block.
+    """Context manager: one version of a folder, which is not removed before the end of the block.
 
     Raises:
-        OSError: there is none, or it cannot be opened.
+        OSError: it does not exist, or cannot be opened.
     """
     handle = hold(path)
     try:
@@ -29,7 +32,7 @@ def open_folder(path: Path) -> Iterator["OpenFolder"]:
 
 
 def read_unreplaced(path: Path, read: Callable[[], T]) -> T:
-    """What a library reads that opens files by their paths: again where the folder was replaced meanwhile.
+    """The result of `read`, which opens files by path; repeated if the folder is replaced meanwhile.
 
     Raises:
         OSError: there is no such folder, or it cannot be opened.
@@ -48,12 +51,12 @@ def read_unreplaced(path: Path, read: Callable[[], T]) -> T:
 
 
 class OpenFolder(Traversable):
-    """A folder that was opened once, or something in it: read relative to that, shown under its path.
+    """An opened folder, or an entry in it: read relative to the folder's handle, shown by its path.
 
     Args:
-        path: of the folder, by which it was opened.
-        handle: of the folder, or None where the system opens nothing relative to a folder.
-        inner: the path in the folder.
+        path: of the opened folder.
+        handle: of the folder, or None if the system cannot open files relative to a folder.
+        inner: the path of the entry in the folder.
     """
 
     def __init__(self, path: Path, handle: int | None, inner: str = "") -> None:
@@ -68,14 +71,14 @@ class OpenFolder(Traversable):
         return Path(str(self)).name
 
     def joinpath(self, *descendants: Any) -> "OpenFolder":
-        """What the folder holds under a name."""
+        """The entry of the folder at a relative path."""
         return OpenFolder(self._path, self._handle, os.path.join(self._inner, *descendants))
 
     def __truediv__(self, child: Any) -> "OpenFolder":
         return self.joinpath(child)
 
     def iterdir(self) -> Iterator["OpenFolder"]:
-        """Everything in the folder; nothing where there is none."""
+        """All entries of the folder, sorted by name; none if it is not a folder."""
         if self._handle is None:
             names = os.listdir(self._path / self._inner) if self.is_dir() else []
         elif self.is_dir():
@@ -106,7 +109,7 @@ class OpenFolder(Traversable):
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
     def open(self, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
-        """The file."""
+        """Open the file."""
         return open(self._target, mode, *args, opener=self._opener, **kwargs)
 
     def _opener(self, path: str, flags: int) -> int:

@@ -1,9 +1,9 @@
-"""Replacing a folder in one step, so that a kill leaves the old one or the new one, whole.
+"""Replaces a folder in one step, so that a killed process leaves the complete old or the complete new folder.
 
-The new one is built in a hidden folder beside its place: DIR in .DIR.partial-XXXXXXXX/new. Then the two are
-exchanged, and the old one is removed unless a reader is in it; the next write removes what is left. Where
-the system cannot exchange folders, the old one is renamed to .DIR.partial-XXXXXXXX/old first. In the window
-between the two renames there is no folder; after a kill there, the next write first puts the old one back.
+The new folder is built in a hidden folder next to it: DIR in .DIR.partial-XXXXXXXX/new. Then the two are
+exchanged, and the old one is removed unless it is being read; the next write removes leftovers. If the system
+cannot exchange folders, the old one is first renamed to .DIR.partial-XXXXXXXX/old. Between the two renames
+there is no folder; if the process is killed then, the next write first restores the old one.
 """
 
 import os
@@ -33,18 +33,18 @@ _NEW, _OLD = "new", "old"
 def replace_files(
     folder: Path, files: Mapping[str, bytes | str], *, last: str, owned: Collection[str]
 ) -> None:
-    """Write files that belong together in place of those that a folder holds; other files stay.
+    """Replace the files of a folder that belong together; other files stay.
 
-    The folder is replaced in one step. It is written by `write_files` where it holds files but no marker, so
-    that there is nothing to lose, and where it cannot be renamed: a mount point, the current directory, a
-    folder in one that may not be written.
+    The folder is replaced in one step. `write_files` is used instead if the folder holds files but no marker
+    (so that no complete output can be lost), or if it cannot be renamed: a mount point, the current
+    directory, or a folder whose parent is not writable.
 
     Args:
-        folder: made if it is not there; after `clear_leftovers`.
+        folder: created if it does not exist; call `clear_leftovers` first.
         files, last, owned: as for `write_files`.
 
     Raises:
-        OutputError: a file cannot be written; what stood there before is untouched.
+        OutputError: a file cannot be written; the old files are unchanged, unless `write_files` was used.
     """
     nothing_to_lose = folder.is_dir() and any(folder.iterdir()) and not os.path.lexists(folder / last)
     if nothing_to_lose or _is_fixed(folder.resolve()):
@@ -56,7 +56,7 @@ def replace_files(
 
 
 def remove_own(folder: Path, owned: Collection[str]) -> None:
-    """Remove some files of a folder in one step, and the folder where nothing else is in it.
+    """Remove some files of a folder in one step, and the folder if it is then empty.
 
     Raises:
         OutputError: they cannot be removed.
@@ -71,18 +71,18 @@ def remove_own(folder: Path, owned: Collection[str]) -> None:
 def replace_folder(
     folder: Path, is_ours: Callable[[str], bool], *, check: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """Context manager: an empty folder that takes the place of another at the end, or vanishes with an error.
+    """Context manager: an empty folder that replaces another at the end, or is removed after an error.
 
-    Its files replace those of the old folder; others stay.
+    Its files replace those of the old folder; other files stay.
 
     Args:
-        folder: to replace, or to make; after `clear_leftovers`.
-        is_ours: whether a file of the old folder, by its path in it, goes although no new one replaces it.
-        check: called right before the exchange; an error that it raises leaves the old folder as it is.
+        folder: to replace or to create; call `clear_leftovers` first.
+        is_ours: whether to remove a file of the old folder (by its relative path) that no new one replaces.
+        check: called right before the exchange; if it raises, the old folder does not change.
 
     Raises:
-        OutputError: a file stands where the new folder has a folder or the reverse, or something cannot be
-            written; the old folder is untouched.
+        OutputError: the old folder has a file where the new one has a folder or the reverse, or a file cannot
+            be written; the old folder is unchanged.
     """
     folder = folder.expanduser().resolve()
     with output_errors(folder), made_folder(folder.parent), new_partial(folder, Path.mkdir) as work:
@@ -103,21 +103,21 @@ def replace_folder(
 
 
 def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Remove what killed processes left beside a folder; one that has no folder in its place returns there.
+    """Remove leftovers of killed processes next to a folder; restores the old folder if there is no other.
 
     Args:
-        folder: that was to be replaced or made.
+        folder: the folder that was to be replaced or created.
         is_ours: as for `replace_folder`.
 
     Raises:
-        OutputError: it cannot be done, or another process has the folder moved away right now.
+        OutputError: this is not possible, or another process is replacing the folder now.
     """
     folder = folder.expanduser().resolve()
     clear_leftovers_in(folder.parent, folder.name.__eq__, is_ours)
 
 
 def clear_leftovers_in(parent: Path, is_named: Callable[[str], bool], is_ours: Callable[[str], bool]) -> None:
-    """Remove what killed processes left beside folders with certain names; see `clear_leftovers`."""
+    """Remove leftovers of killed processes next to folders with certain names; see `clear_leftovers`."""
     for work in filter(_is_work, partial_names(parent, is_named)):
         folder = parent / PARTIAL.sub(r"\g<name>", work.name)
         with output_errors(folder), suppress(FileNotFoundError):  # another process has removed it
@@ -127,8 +127,8 @@ def clear_leftovers_in(parent: Path, is_named: Callable[[str], bool], is_ours: C
                     _end(work, folder, is_ours, without_locks=False)
                 elif (work / _OLD).is_dir() and not folder.exists():
                     raise OutputError(
-                        f"another process is replacing {folder}, whose files are in {work / _OLD} now; "
-                        "wait for it, or if it is gone, rename that back"
+                        f"another process is replacing {folder}, whose files are now in {work / _OLD}; "
+                        f"wait for it, or if it has ended, rename {work / _OLD} to {folder}"
                     )
             finally:
                 os.close(handle)
@@ -143,13 +143,13 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
 
 
 def _end(work: Path, folder: Path, is_ours: Callable[[str], bool], *, without_locks: bool) -> None:
-    """Finish what was begun in a work folder, or undo it, and remove all of it that nobody reads."""
+    """Finish or undo the replacement in a work folder, and remove all of it that is not being read."""
     old, new = work / _OLD, work / _NEW
     if old.is_dir():
         remove_empty(folder)
         if not folder.exists():
             os.rename(old, folder)
-        elif new.is_dir():  # it was not the new one that came there: somebody else made it
+        elif new.is_dir():  # another process created this folder
             return
         else:
             _carry_over(old, folder, is_ours)
@@ -169,8 +169,8 @@ def _remove_unread(folder: Path, without_locks: bool) -> None:
 
 
 def _is_work(path: Path) -> bool:
-    """Whether a folder is one of `replace_folder`: nothing is in it that this would not put there."""
-    with suppress(FileNotFoundError, PermissionError):  # it has gone since, or is another user's
+    """Whether `replace_folder` made this folder: it contains nothing but the two expected folders."""
+    with suppress(FileNotFoundError, PermissionError):  # it was removed meanwhile, or belongs to another user
         entries = list(path.iterdir()) if _is_folder(path) else None
         return entries is not None and all(
             entry.name in (_NEW, _OLD) and _is_folder(entry) for entry in entries
@@ -183,10 +183,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _carry_over(old: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
-    """Bring over what is in the old folder and is not ours to replace, as links where links work.
+    """Copy files of the old folder that `is_ours` does not select and no file replaces, as hard links.
 
     Raises:
-        OutputError: a file, or a link, where the new folder has a folder, or the reverse.
+        OutputError: the old folder has a file or a link where the new one has a folder, or the reverse.
     """
     for source in sorted(old.rglob("*")) if old.is_dir() else []:
         name = str(source.relative_to(old))
@@ -221,7 +221,7 @@ def _sync(folder: Path) -> None:
 
 
 def _is_fixed(folder: Path) -> bool:
-    """Whether a folder cannot be renamed, or must not, as it is the current one."""
+    """Whether a folder cannot be renamed, or must not because it contains the current directory."""
     if not folder.is_dir():
         return False
     with suppress(FileNotFoundError):  # the current folder was removed

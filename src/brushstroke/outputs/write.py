@@ -1,6 +1,6 @@
-"""Writing files so that a reader sees all of them or none: a hidden name, fsync, rename.
+"""Writes files so that a reader sees all of them or none: a hidden name, fsync, rename.
 
-It replaces no folder that must survive a kill: that is the part of `replace`.
+It does not replace a folder so that the old files survive a killed process; `replace` does.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from brushstroke.errors import BrushstrokeError, OutputError
 from brushstroke.outputs.lock import alone, hold, try_alone
 
-PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")  # of what is being written
+PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")  # a file or folder that is being written
 
 
 @contextmanager
@@ -24,9 +24,9 @@ def output_errors(where: Path) -> Iterator[None]:
     except BrushstrokeError:
         raise
     except OSError as error:
-        said = error.strerror or str(error) or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         raise OutputError(
-            f"cannot write {where}: {said}; make room there, or choose another place"
+            f"cannot write {where}: {reason}; make room there, or choose another place"
         ) from error
 
 
@@ -34,7 +34,7 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Write or replace one file, atomically; its folder must exist.
 
     Raises:
-        OutputError: the file cannot be written; what stood there before is untouched.
+        OutputError: the file cannot be written; the old file is unchanged.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -49,16 +49,16 @@ def write_file(path: Path, content: bytes | str) -> None:
 def write_files(
     folder: Path, files: Mapping[str, bytes | str], *, last: str, owned: Collection[str] = ()
 ) -> None:
-    """Write files that belong together into a folder; one of them appears last, and says that all are there.
+    """Write files that belong together to a folder; one of them, the marker, appears last.
 
-    An old file of that name goes first: a kill may leave neither the old files nor the new ones. What must
-    survive that is the part of `replace_files`.
+    The marker shows that all files are complete. An old marker is removed first, so a killed process may
+    leave neither the old files nor the new ones; `replace_files` avoids that.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         files: name → content.
-        last: the name of the marker, which a reader looks for before all others.
-        owned: every name that this kind of folder may hold; those not written now are removed, no others.
+        last: the name of the marker, for which a reader looks first.
+        owned: every name that this kind of folder may hold; those that are not written now are removed.
 
     Raises:
         OutputError: a file cannot be written.
@@ -73,7 +73,7 @@ def write_files(
 
 
 def write_synced(path: Path, content: bytes | str) -> None:
-    """Write a file that is not there, down to the disk.
+    """Write a new file, sync it to the disk, and read it back.
 
     Raises:
         OutputError: it reads back differently.
@@ -90,9 +90,9 @@ def write_synced(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def new_partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Context manager: a new file or folder under a hidden name beside its place, in use until the end.
+    """Context manager: a new file or folder with a hidden name next to its target, locked until the end.
 
-    Before it is locked, another process may take it for a leftover and remove it: another one is made.
+    Before it is locked, another process may remove it as a leftover; then another one is created.
     """
     while True:
         partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
@@ -108,9 +108,9 @@ def new_partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 @contextmanager
 def partial_files(files: Mapping[Path, bytes | str]) -> Iterator[dict[Path, Path]]:
-    """Context manager: files under hidden names beside their places; those still there at the end go.
+    """Context manager: files with hidden names next to their targets; the end removes those not renamed.
 
-    What killed processes left under such names is removed.
+    Leftovers of killed processes with such names are removed.
     """
     partial: dict[Path, Path] = {}
     with ExitStack() as stack:
@@ -123,14 +123,14 @@ def partial_files(files: Mapping[Path, bytes | str]) -> Iterator[dict[Path, Path
 
 
 def partial_names(folder: Path, is_named: Callable[[str], bool]) -> list[Path]:
-    """What lies in a folder under the hidden names of files or folders with certain names."""
+    """The hidden partial files and folders in a folder whose targets have certain names."""
     entries = list(folder.iterdir()) if folder.is_dir() else []
     found = [(entry, PARTIAL.fullmatch(entry.name)) for entry in entries]
     return [entry for entry, match in found if match and is_named(match["name"])]
 
 
 def remove_partial_files(folder: Path, is_named: Callable[[str], bool]) -> None:
-    """Remove what killed processes left of files with certain names, but nothing that is being written."""
+    """Remove partial files of killed processes with certain names, but none that is being written."""
     for path in partial_names(folder, is_named):
         if path.is_file() and not path.is_symlink():
             with suppress(FileNotFoundError, PermissionError):
@@ -149,7 +149,7 @@ def remove_files(folder: Path, names: Collection[str]) -> None:
 
 
 def remove_empty(*folders: Path) -> None:
-    """Remove folders, each of which is left where something is in it, or is not there."""
+    """Remove each of the folders that exists and is empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -157,7 +157,7 @@ def remove_empty(*folders: Path) -> None:
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Context manager: a folder is made where it is not there; with an error, what was made goes if empty."""
+    """Context manager: create a folder if it is missing; after an error, remove created folders if empty."""
     made = [level for level in (folder, *folder.parents) if not level.exists()]
     if made:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames durable, where the system allows a folder to be opened."""
+    """Make renames durable, if the system allows a folder to be opened."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -180,7 +180,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _unread(folder: Path, marker: str) -> Iterator[None]:
-    """Context manager: where a marker stands, readers may be in the folder, and are waited for."""
+    """Context manager: if the folder has a marker, it may be read; wait for its readers and exclude them."""
     if not os.path.lexists(folder / marker):
         yield
         return

@@ -1,6 +1,6 @@
-"""How rows run in one pass: packed without padding, exact attention, fused functions, logits and loss.
+"""Runs several rows in one pass: packing without padding, exact attention, fused functions, logits and loss.
 
-It knows no run, no file and no optimiser: those are `training`'s. Prompts and answers are `inference`'s.
+It has no training loop, files or optimiser (see `training`), and no prompts or answers (see `inference`).
 """
 
 from brushstroke.packed.cross_entropy import LossFunction

@@ -1,7 +1,8 @@
 """Exact attention for a packed row, as a function in transformers' AttentionInterface.
 
-It reads the layout that the packed pass hands through the model as an extra keyword. Tokens see their own
-example alone: its shared prefix and what stands before them in it. Padding exists inside one call only.
+It reads the layout of the packed pass, which the model receives as an extra keyword argument and passes on.
+A token attends only to its own example: the shared prefix and the earlier tokens. It does not pad the row;
+padding exists only inside one attention call.
 """
 
 from collections.abc import Iterator
@@ -26,13 +27,13 @@ NAME = "brushstroke_packed"
 
 
 class UnsupportedAttention(RuntimeError):
-    """The model's attention does something that the packed form does not; padded batches are used instead."""
+    """The model's attention has a feature that packed attention lacks; padded batches are used instead."""
 
 
 class _Gather(torch.autograd.Function):
-    """Select along one axis, where every position is wanted exactly once, up to copies without a gradient.
+    """Select along one axis; each position is selected exactly once, apart from copies without a gradient.
 
-    The backward pass is a selection too, by the inverse index: no scattering, no adding up.
+    The backward pass is also a selection, by the inverse index: it needs no scatter and no sum.
     """
 
     @staticmethod
@@ -75,10 +76,10 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 n heads w"], None]:
     """Attention for each piece of a packed row.
 
-    `brushstroke_record` is told the settings that the module asks for.
+    The settings that the module passes are written to `brushstroke_record`.
 
     Raises:
-        UnsupportedAttention: no layout arrived, or the model asks for something that is not exact here.
+        UnsupportedAttention: there is no layout, or the model needs a feature that is not exact here.
     """
     if brushstroke_layout is None:
         raise UnsupportedAttention("the model does not pass extra keywords on to its attention")
@@ -135,10 +136,10 @@ def _from_rows(out: Float[Tensor, "rows heads width w"], piece: Piece) -> Float[
 
 
 class AttentionName:
-    """The name of the attention function in a model's configs, set for a packed pass alone and put back.
+    """Sets the name of the attention function in a model's configs during a packed pass, then restores it.
 
-    Under a name that transformers' mask registry does not know it builds no masks at all, so the name must
-    never stay: a padded `generate` would attend to the padding without a word.
+    transformers builds no masks for a name that its mask registry does not contain. The name must therefore
+    always be restored: otherwise a padded `generate` would silently attend to the padding.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -147,19 +148,19 @@ class AttentionName:
 
     @property
     def chunked(self) -> int | None:
-        """The length of the chunks that attention is confined to, which no keyword tells the function."""
+        """The chunk length of chunked attention, which the attention function does not receive."""
         lengths = [getattr(config, "attention_chunk_size", None) for config in self._configs]
         return next((length for length in lengths if length), None)
 
     @property
     def window(self) -> int | None:
-        """The sliding window that a config declares, whether or not a keyword tells the function."""
+        """The sliding window that a config declares, even if the attention function does not receive it."""
         declared = [getattr(config, "sliding_window", None) for config in self._configs if _may_slide(config)]
         return next((window for window in declared if window), None)
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """Inside, attention runs packed."""
+        """Context manager: run packed attention."""
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = NAME
@@ -171,7 +172,7 @@ class AttentionName:
 
 
 def _may_slide(config: Any) -> bool:
-    """False where a config lists the kinds of its layers, and all of them see everything."""
+    """False if a config lists the kinds of its layers and all of them use full attention."""
     return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or (None,))
 
 

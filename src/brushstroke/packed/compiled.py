@@ -1,6 +1,6 @@
-"""Elementwise work as one GPU kernel in place of several, by torch.compile; elsewhere as it is written.
+"""Compiles elementwise functions with torch.compile, so that a GPU runs one kernel instead of several.
 
-It knows no model: norms, rotations and activations say what there is to compute.
+Norms, rotations and activations define the functions; it has no model code, and compiles nothing on a CPU.
 """
 
 import warnings
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-LEAST_NUMBERS = 4 * 1024 * 1024  # of the first input: below it launching takes longer than computing
-_compile = False  # whether it is asked for
-_fails = False  # whether it was tried, and cannot be done here
+LEAST_NUMBERS = 4 * 1024 * 1024  # smallest size of the first input: below it, the kernel launch dominates
+_compile = False  # whether compilation is requested
+_fails = False  # whether compilation failed on this machine
 
 
 @contextmanager
 def compiled(on: bool) -> Iterator[None]:
-    """Inside, large tensors on a GPU take the compiled functions, or not."""
+    """Context manager: turn compiled functions for large GPU tensors on or off."""
     global _compile
     before, _compile = _compile, on
     try:
@@ -27,10 +27,10 @@ def compiled(on: bool) -> Iterator[None]:
 
 
 class CompiledFunction:
-    """A function of tensors, the first of which decides whether it is compiled.
+    """A function of tensors; the size and device of the first one decide whether it is compiled.
 
-    Compiling takes seconds, once for a kind of input. Where it cannot be done (no Triton, no C compiler) a
-    warning says so, once, and the function runs as written.
+    Compilation takes seconds, once per kind of input. If it fails (no Triton, no C compiler), there is one
+    warning, and the function runs uncompiled.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -38,7 +38,7 @@ class CompiledFunction:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, x: torch.Tensor, *inputs: Any) -> Any:
-        """What the function gives."""
+        """The value of the function."""
         if not pays(x) or torch.compiler.is_compiling():
             return self._function(x, *inputs)
         if self._compiled is None:
@@ -59,5 +59,5 @@ class CompiledFunction:
 
 
 def pays(x: torch.Tensor) -> bool:
-    """Whether it is asked for and works, and a tensor is large enough and on a GPU."""
+    """Whether compilation is requested and works, and the tensor is large enough and on a GPU."""
     return _compile and not _fails and x.device.type == "cuda" and x.numel() >= LEAST_NUMBERS

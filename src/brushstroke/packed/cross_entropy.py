@@ -1,6 +1,6 @@
-"""The loss of the trained positions alone, a piece of the vocabulary at a time: logits never exist whole.
+"""Computes the loss of the trained positions in chunks of the vocabulary, without storing the full logits.
 
-It knows no packing and no padding: it is given the outputs that predict trained tokens.
+It does not handle packing or padding: its inputs are the hidden states that predict trained tokens.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from brushstroke.lowrank.autograd import first_order
 from brushstroke.lowrank.matmul import product, product_onto
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits of the trained positions (m×v, fp32 at least), targets (m), weights (m)) → scalar, their average.
+"""(logits of the trained positions (m×v, at least fp32), targets (m), weights (m)) → the average, a scalar.
 
-The weights add up to 1 where every trained token counts the same, so that `F.cross_entropy(logits, targets)`
-and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both right.
+If every trained token has the same weight, the weights add up to 1. Then `F.cross_entropy(logits, targets)`
+and `(F.cross_entropy(logits, targets, reduction="none") * weights).sum()` are both correct.
 """
 
-WORDS = 1024  # of the vocabulary at a time: with their logits they stay in a processor's cache
-GPU_LOGITS = 128 * 1024 * 1024  # at a time: fewer do not fill a GPU
+WORDS = 1024  # words of the vocabulary per chunk: with their logits they fit into a processor's cache
+GPU_LOGITS = 128 * 1024 * 1024  # logits per chunk: fewer do not fill a GPU
 
 
 def vocab_chunk_size(positions: int, device: torch.device) -> int:
-    """How many words' logits of so many positions exist at one time.
+    """The number of words in one chunk of the vocabulary, for this number of positions.
 
     >>> vocab_chunk_size(300, torch.device("cpu"))
     1024
@@ -37,11 +37,12 @@ def vocab_chunk_size(positions: int, device: torch.device) -> int:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ weightᵢ·nllᵢ; the gradient of the hidden states is made in the forward pass, words by words.
+    """Σ weightᵢ·nllᵢ; the forward pass also computes the gradient of the hidden states, chunk by chunk.
 
-    The target is kept apart from the other words. With their maximum, their sum of exponentials and the
-    average of their vectors so far, rescaled where a larger logit comes (arXiv:1805.02867), no logit is
-    needed twice; and no probability near 1 is subtracted from 1, which half precision would not survive.
+    The target is handled separately from the other words. The maximum, the sum of exponentials and the
+    weighted sum of the other words' vectors are updated per chunk and rescaled when a larger logit appears
+    (arXiv:1805.02867), so each logit is used only once. No probability near 1 is subtracted from 1, which
+    would lose all precision in half precision.
     """
 
     @staticmethod
@@ -75,14 +76,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             others.mul_(shrinking).add_(exponentials.sum(1, keepdim=True))
             if pull is not None:
                 pull = _add_product(pull.mul_(shrinking), exponentials, rows)
-        others.clamp_min_(torch.finfo(wide).tiny)  # a vocabulary of one word has no others
-        behind = others.log() + (highest - own)  # log of the odds against the target
-        behind += 0 * own  # nan where the target's logit is infinite, which no probability may hide
+        others.clamp_min_(torch.finfo(wide).tiny)  # 0 if the vocabulary has only one word
+        log_odds = others.log() + (highest - own)  # log of the odds against the target
+        log_odds += 0 * own  # nan if the target's logit is infinite, so that the loss shows it
         if pull is not None:
-            wrong = torch.sigmoid(behind).mul_(weights[:, None])  # 1 − the target's probability
+            wrong = torch.sigmoid(log_odds).mul_(weights[:, None])  # 1 − the target's probability
             pull.div_(others).sub_(weight[targets]).mul_(wrong)
             ctx.save_for_backward(pull.to(hidden.dtype))
-        losses = behind.clamp_min(0) + behind.abs().neg_().exp_().log1p_()  # exact, unlike F.softplus
+        losses = log_odds.clamp_min(0) + log_odds.abs().neg_().exp_().log1p_()  # exact, unlike F.softplus
         return (losses.squeeze(1) * weights).sum()
 
     @staticmethod
@@ -93,14 +94,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _spans(vocabulary: int, words: int) -> list[tuple[int, int]]:
-    """The vocabulary in pieces of about equal size, at most `words` each."""
+    """The bounds of chunks of about equal size, of at most `words` words each."""
     count = -(-vocabulary // words)
     bounds = [i * vocabulary // count for i in range(count + 1)]
     return list(pairwise(bounds))
 
 
 def _add_product(total: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """total + x·rows; what half precision makes is added up in full."""
+    """total + x·rows; half-precision products are added in the dtype of `total`."""
     if total.dtype == rows.dtype:
         return product_onto(total, x, rows.mT)
     return total.add_(product(x.to(rows.dtype), rows.mT))
@@ -114,10 +115,10 @@ def chunked_cross_entropy(
     weights: Float[Tensor, " m"],
     words: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in fp32 at least, for a frozen head.
+    """Σ weightᵢ·(−log softmax(hiddenᵢ·Wᵀ + bias)[targetᵢ]) in at least fp32, for a frozen head.
 
-    Costs 4·d·v FLOP for each position; memory beyond the gradient of `hidden` is the logits of `words` words
-    of the vocabulary (by default `vocab_chunk_size`), whatever v. W must be finite.
+    Costs 4·d·v FLOP for each position. Memory beyond the gradient of `hidden` is the logits of `words` words
+    (by default `vocab_chunk_size`), for any v. W must be finite.
     """
     words = words or vocab_chunk_size(hidden.shape[0], hidden.device)
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights, words)  # type: ignore[return-value]
@@ -129,10 +130,10 @@ def summed_loss(
     weights: Float[Tensor, " m"],
     loss: LossFunction | None,
 ) -> Float[Tensor, ""]:
-    """The loss of these positions as a sum: cross-entropy, or m times what the user's function gives.
+    """The loss of these positions as a sum: cross-entropy, or m times the value of the user's function.
 
     Raises:
-        ConfigError: the user's function gives no scalar that depends on the logits.
+        ConfigError: the user's function does not return a scalar that depends on the logits.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -140,12 +141,12 @@ def summed_loss(
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
     m = targets.shape[0]
     if not m:
-        return logits.sum()  # of nothing; a mean would be 0/0
+        return logits.sum()  # 0, the sum of no logits; a mean would be 0/0
     found = loss(logits, targets, weights / m)
     if not isinstance(found, Tensor) or found.ndim or (logits.requires_grad and not found.requires_grad):
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ConfigError(
-            "loss= must give a tensor of no dimension that depends on the logits; it gave a "
+            "loss= must return a tensor of no dimension that depends on the logits; it returned a "
             f"{type(found).__name__}{shape}"
         )
     return found * m

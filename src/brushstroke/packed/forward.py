@@ -1,6 +1,6 @@
-"""Run a pass through the model, packed or in padded batches, up to the logits or the loss of its rows.
+"""Runs a pass through the model, packed or as a padded batch, up to the logits or the loss of its rows.
 
-It changes no weight and steps no optimiser; which of the two a model gets is decided in `select`.
+It changes no weight and runs no optimiser; `select` decides which of the two forms a model gets.
 """
 
 import inspect
@@ -33,7 +33,7 @@ from brushstroke.packed.probes import probe_rows
 
 
 class Forward(Protocol):
-    """How passes run: planned from rows, then each one's outputs."""
+    """Plans passes from rows and computes the outputs of each pass."""
 
     name: str
 
@@ -42,15 +42,15 @@ class Forward(Protocol):
         ...
 
     def context(self) -> AbstractContextManager[None]:
-        """What must surround forward and backward."""
+        """Context manager that must enclose forward and backward passes."""
         ...
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, "Outputs"]]:
-        """Each pass of a step with what it gives; its backward pass belongs before the next one is taken."""
+        """Each pass of a step with its outputs; run its backward pass before you take the next one."""
         ...
 
     def summed_loss(self, packed: Pass, loss: LossFunction | None) -> Tensor:
-        """Σ weight·nll of a pass's targets, with a graph behind it."""
+        """Σ weight·nll of a pass's targets, with its autograd graph."""
         ...
 
     def logits(self, packed: Pass) -> Tensor:
@@ -58,18 +58,18 @@ class Forward(Protocol):
         ...
 
     def logits_at_once(self, vocabulary: int) -> int:
-        """How many logits exist at one time, at most."""
+        """The largest number of logits that exist at one time."""
         ...
 
 
 @dataclass(frozen=True)
 class Head:
-    """The way from the decoder's last hidden states to the loss.
+    """The head of a model, which maps the decoder's last hidden states to logits.
 
     Args:
-        decoder: the model without its head, or None where only the whole model can be run.
-        layer: the head itself.
-        chunked: whether the head is a plain frozen matrix, so that the chunked loss may be used.
+        decoder: the model without its head, or None if only the whole model can be run.
+        layer: the head.
+        chunked: whether the head is a plain frozen matrix, so that the chunked loss can be used.
     """
 
     decoder: nn.Module | None = None
@@ -77,7 +77,7 @@ class Head:
     chunked: bool = False
 
     def logits_at_once(self, vocabulary: int) -> int:
-        """Those of some words; a full pass's, with softmax and gradient, without the chunked loss."""
+        """Those of one chunk; without the chunked loss, those of a full pass with softmax and gradient."""
         layer: Any = self.layer
         if not self.chunked:
             return 3 * CPU_MICRO_TOKENS * vocabulary
@@ -86,7 +86,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a pass gives for its wanted positions: hidden states where there is a head, else logits."""
+    """The values of a pass at its wanted positions: hidden states if there is a head, else logits."""
 
     values: Tensor
     targets: Tensor
@@ -98,7 +98,7 @@ class Outputs:
         return self.head.layer(self.values) if self.head and self.head.layer else self.values
 
     def summed_loss(self, loss: LossFunction | None) -> Tensor:
-        """Σ weight·nll, in chunks where the head is a plain frozen matrix."""
+        """Σ weight·nll, in chunks if the head is a plain frozen matrix."""
         if loss is None and self.head and self.head.chunked:
             layer: Any = self.head.layer
             return chunked_cross_entropy(self.values, layer.weight, layer.bias, self.targets, self.weights)
@@ -106,12 +106,12 @@ class Outputs:
 
 
 class _Headed:
-    """What packed and padded passes share: the head makes loss and logits of what `_run` gives."""
+    """Base class of packed and padded passes: computes loss and logits from the outputs of `_run`."""
 
     _model: nn.Module
     _head: Head
-    _moving: int | None  # tokens beyond which a row moves the rotary frequencies of its whole pass
-    _ends: Callable[[Row], int]  # how many tokens of a row run
+    _moving: int | None  # rows with more tokens than this change the rotary frequencies of their whole pass
+    _ends: Callable[[Row], int]  # the number of a row's tokens that run
 
     def _run(self, packed: Pass) -> Outputs:
         raise NotImplementedError
@@ -120,7 +120,7 @@ class _Headed:
         raise NotImplementedError
 
     def passes(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
-        """Arrange rows over passes; those that move the frequencies of others run alone."""
+        """Arrange rows over passes; rows that change the rotary frequencies of others run alone."""
         if self._moving is None:
             return self._arrange(rows, micro_tokens, share)
         far = [row for row in rows if self._ends(row) > self._moving]
@@ -130,7 +130,7 @@ class _Headed:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Put frequencies that move, and the active route, back in the end."""
+        """Context manager: restore dynamic rotary frequencies and the active route at the end."""
         route = find_route(self._model)
         with preserved_rope(self._model), nullcontext() if route is None else route.kept():
             yield
@@ -139,18 +139,18 @@ class _Headed:
         """Switch to the slots of a pass, until the next pass or the end of the context.
 
         Raises:
-            RouteError: no bank is in the model.
+            RouteError: the model has no bank.
         """
         route = find_route(self._model) if slots else None
         if route is not None:
             route.set(slots, lengths)
         elif any(slots):
             raise RouteError(
-                "rows name slots of a bank, and the model has none; make one with bank(model, ...)"
+                "rows name slots of a bank, but the model has no bank; make one with bank(model, ...)"
             )
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
-        """Each pass with what it gives for its wanted positions."""
+        """Each pass with the values at its wanted positions."""
         for packed in passes:
             yield packed, self._run(packed)
 
@@ -163,12 +163,12 @@ class _Headed:
         return self._run(packed).logits()
 
     def logits_at_once(self, vocabulary: int) -> int:
-        """How many logits exist at one time, at most."""
+        """The largest number of logits that exist at one time."""
         return self._head.logits_at_once(vocabulary)
 
 
 class PackedForward(_Headed):
-    """All rows of a pass in one, each with positions of its own, shared prefixes once, no padding."""
+    """Runs all rows of a pass as one row without padding; positions restart, shared prefixes occur once."""
 
     name = "packed"
 
@@ -177,7 +177,7 @@ class PackedForward(_Headed):
         self._head = head
         self._moving, self._ends = dynamic_rope_limit(model), attrgetter("input_length")
         self._attention = AttentionName(model)
-        self.windows: set[int | None] = set()  # those that attention calls asked for, so far
+        self.windows: set[int | None] = set()  # the sliding windows that attention calls used so far
         if chunked := self._attention.chunked:
             raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
         self._device = next(model.parameters()).device
@@ -187,38 +187,38 @@ class PackedForward(_Headed):
         return plan_passes(rows, micro_tokens, share, self.reuses_prefix)
 
     def run(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Outputs]]:
-        """Each pass with what it gives; the prefix of several runs before the first, and backward last."""
-        held: PrefixCache | None = None
+        """Each pass with its outputs; a shared prefix runs before its passes, and its backward after them."""
+        cache: PrefixCache | None = None
         for packed in passes:
             group = packed.groups[0]
-            if group.part in (None, 0):  # what was held before is over
-                if held is not None:
-                    held.finish()
-                held = self._hold(group) if group.part == 0 else None
-            yield packed, self._run(packed, held)
-        if held is not None:
-            held.finish()
+            if group.part in (None, 0):  # no later pass uses the previous prefix
+                if cache is not None:
+                    cache.finish()
+                cache = self._cache_prefix(group) if group.part == 0 else None
+            yield packed, self._run(packed, cache)
+        if cache is not None:
+            cache.finish()
 
-    def _hold(self, group: Group) -> PrefixCache:
+    def _cache_prefix(self, group: Group) -> PrefixCache:
         """Run a group's prefix and keep its keys and values."""
-        held = PrefixCache()
-        self._outputs(lay_out_prefix(group, self._device, held))
-        held.close()
-        return held
+        cache = PrefixCache()
+        self._outputs(lay_out_prefix(group, self._device, cache))
+        cache.close()
+        return cache
 
     @property
     def lost_window(self) -> int | None:
-        """The sliding window that the model's config declares and none of its attentions asks for."""
+        """The sliding window that the model's config declares but none of its attention calls uses."""
         return self._attention.window if self.windows <= {None} else None
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """The packed attention too, also for what gradient checkpointing recomputes in the backward pass."""
+        """Context manager: also packed attention, including recomputation by gradient checkpointing."""
         with super().context(), self._attention.packed():
             yield
 
-    def _run(self, packed: Pass, held: PrefixCache | None = None) -> Outputs:
-        return self._outputs(lay_out(packed, self._device, held))
+    def _run(self, packed: Pass, cache: PrefixCache | None = None) -> Outputs:
+        return self._outputs(lay_out(packed, self._device, cache))
 
     def _outputs(self, layout: Layout) -> Outputs:
         if self._moving is not None:
@@ -243,12 +243,12 @@ class PackedForward(_Headed):
 
 
 class PaddedForward(_Headed):
-    """Right-padded batches for models that packing would be wrong for.
+    """Right-padded batches, for models that give wrong results with packing.
 
     Args:
         model: the model.
-        head: of the model.
-        whole: run what follows a row's last wanted position too, as models that look ahead need it.
+        head: the head of the model.
+        whole: also run the tokens after a row's last wanted position, for models that look ahead.
     """
 
     name = "padded"
@@ -262,7 +262,7 @@ class PaddedForward(_Headed):
         self._accepts = _accepted(runner)
 
     def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
-        """Batches of similar length of at most `micro_tokens`, padding counted."""
+        """Batches of rows of similar length, of at most `micro_tokens` tokens with padding."""
         passes: list[Pass] = []
         batch: list[Row] = []
         for row in sorted(rows, key=self._ends):
@@ -300,7 +300,7 @@ class PaddedForward(_Headed):
 
 
 def find_head(model: nn.Module) -> Head:
-    """Decoder and head where running them by hand equals the model's own logits; else an empty `Head`."""
+    """Decoder and head if running them separately gives the model's logits; else an empty `Head`."""
     prefix = getattr(model, "base_model_prefix", "")
     decoder = getattr(model, prefix, None) if prefix else None
     getter = getattr(model, "get_output_embeddings", None)
@@ -314,7 +314,7 @@ def find_head(model: nn.Module) -> Head:
             whole = _logits(model(input_ids=tokens, use_cache=False)).double()
             by_hand = layer(decoder(input_ids=tokens, use_cache=False)[0]).double()
         same = whole.shape == by_hand.shape and float((whole - by_hand).norm() / whole.norm()) < 1e-5
-    except Exception:  # the model is not ours: run it whole
+    except Exception:  # a model may raise anything here: run it whole
         return Head()
     if not same:
         return Head()
@@ -327,10 +327,10 @@ def find_head(model: nn.Module) -> Head:
 
 
 def _logits(output: Any) -> Float[Tensor, "b n v"]:
-    """The logits in what a model returns.
+    """The logits in the value that a model returns.
 
     Raises:
-        ConfigError: there are none for each token.
+        ConfigError: it contains no logits for each token.
     """
     logits = output
     if hasattr(output, "logits"):
@@ -342,8 +342,8 @@ def _logits(output: Any) -> Float[Tensor, "b n v"]:
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
         raise ConfigError(
-            f"the model gives no logits for each token (it gives {found}); load one with a language-model "
-            "head, as AutoModelForCausalLM does"
+            f"the model returns no logits for each token (it returns {found}); load a model with a "
+            "language-model head, for example with AutoModelForCausalLM"
         )
     return logits
 

@@ -1,7 +1,7 @@
-"""Run a model's norms, feed-forward blocks and attention projections through our own functions, and undo it.
+"""Replaces a model's norms, feed-forward blocks and attention projections by fused functions for a session.
 
-A module's class is swapped, for the length of a training session, where a probe shows that output and
-gradients are those of the module's own forward. Other models are not touched, and no weight is.
+A module's class is swapped only if a probe shows that its output and gradients equal those of its original
+forward; `Fusion.remove` restores it. It changes no weight and no other module.
 """
 
 from collections import Counter
@@ -28,10 +28,10 @@ from brushstroke.sites import require_kind
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's output and of each gradient
 HALF_TOLERANCE = 3e-2
-NOISE_FACTOR = 3.0  # half precision: how often a gradient may differ by what rounding the input changes in it
-MOST_NOISE = 0.3  # above it a probe could not tell one function from another
-MAGNITUDES = (1e-3, 30.0, *[1.0] * 6)  # of a probe's rows: an eps shows in small ones, a clamp in large ones
-PROBED = [  # rows of the small input, the large one and the rest: beside others they would settle a softmax
+NOISE_FACTOR = 3.0  # half precision: the tolerated error, as a multiple of the effect of rounding the input
+MOST_NOISE = 0.3  # with more noise, a probe could not distinguish two functions
+MAGNITUDES = (1e-3, 30.0, *[1.0] * 6)  # of a probe's rows: small rows reveal an eps, large rows a clamp
+PROBED = [  # the small and the large row are examples of their own: otherwise they dominate the softmax
     Row((0,) * count, ()) for count in (1, 1, 6)
 ]  # only their lengths matter: modules see no tokens
 
@@ -54,7 +54,7 @@ ACTIVATION_NAMES = ("act_fn", "act", "activation_fn")
 
 
 class Fused(nn.Module):
-    """What a swapped module has besides its own: the class that it had, and the settings of our function."""
+    """Mixin of a swapped module: stores its original class and the settings of the fused function."""
 
     _base_class: ClassVar[type[nn.Module]]
     _fusion: Any
@@ -62,20 +62,20 @@ class Fused(nn.Module):
 
     @staticmethod
     def candidates(module: nn.Module) -> Sequence[Any]:
-        """The settings with which our function may equal the module's forward; the nearest is taken."""
+        """Settings with which the fused function may equal the module's forward; the closest one is used."""
         raise NotImplementedError
 
     @staticmethod
     def trial(module: nn.Module, settings: Any) -> tuple[Tensor, dict[str, Any]]:
-        """An input for the probe, and what goes with it."""
+        """An input for the probe, and further keyword arguments."""
         raise NotImplementedError
 
 
 class FusedNorm(Fused):
-    """RMSNorm of Llama's or of Gemma's kind."""
+    """RMSNorm as in Llama or in Gemma."""
 
     class Settings(NamedTuple):
-        """What `rms_norm` is given besides the weight."""
+        """The arguments of `rms_norm` after the weight."""
 
         eps: float
         offset: float
@@ -85,7 +85,7 @@ class FusedNorm(Fused):
 
     @staticmethod
     def candidates(module: nn.Module) -> Sequence[Settings]:
-        """Gains of the weight, and of 1 + the weight."""
+        """Settings for a gain equal to the weight, and to 1 + the weight."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         weight = getattr(module, "weight", None)
         if (
@@ -103,13 +103,13 @@ class FusedNorm(Fused):
         return _random_rows(weight, weight.shape[0]), {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The norm, where its gain is frozen and x is all that it is given: gated norms take a gate too."""
+        """The fused norm if the gain is frozen and x is the only input (gated norms also take a gate)."""
         x = _only_input(args, kwargs)
         if (
             x is None
             or self.training
             or (torch.is_grad_enabled() and self.weight.requires_grad)
-            or x.shape[-1] != self.weight.shape[0]  # the probe's width, which is not every norm's
+            or x.shape[-1] != self.weight.shape[0]  # the probe used this width, but some norms get another
             or torch.is_autocast_enabled(x.device.type)
         ):
             return super().forward(*args, **kwargs)
@@ -120,7 +120,7 @@ class FusedMLP(Fused):
     """A feed-forward block with or without a gate."""
 
     class Settings(NamedTuple):
-        """The names of the linears, the activation between them, and whether what enters it is kept."""
+        """The names of the linears, the activation, and whether the inputs of the activation are saved."""
 
         names: tuple[str, ...]
         act: Activation
@@ -130,15 +130,15 @@ class FusedMLP(Fused):
 
     @staticmethod
     def candidates(module: nn.Module) -> Sequence[Settings]:
-        """The one reading of the block whose names are all of its children."""
+        """The known structure whose names are exactly those of the block's children, if any."""
         children = dict(module.named_children())
         act = next((children.pop(name) for name in ACTIVATION_NAMES if name in children), None)
         known = ACTIVATIONS.get(type(act).__name__)
         linears = {name for name, child in children.items() if not isinstance(child, nn.Dropout)}
         if known is None:
             return ()
-        readings = [tuple(name for name in names if name) for names in MLP_NAMES]
-        return [FusedMLP.Settings(names, known) for names in readings if set(names) == linears]
+        structures = [tuple(name for name in names if name) for names in MLP_NAMES]
+        return [FusedMLP.Settings(names, known) for names in structures if set(names) == linears]
 
     @staticmethod
     def trial(module: nn.Module, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
@@ -147,7 +147,7 @@ class FusedMLP(Fused):
         return _random_rows(first.weight, require_kind(first).shape(first)[0]), {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The block in one step, where all of its linears are frozen but for low-rank updates."""
+        """The fused block, if all of its linears are frozen apart from low-rank updates."""
         x = _only_input(args, kwargs)
         names, act, keep = self._fusion
         linears = [getattr(self, name) for name in names]
@@ -160,18 +160,18 @@ class FusedMLP(Fused):
 
 
 class FusedAttention(Fused):
-    """What surrounds rotary attention in a packed pass: the projections q, k and v, and the rotation."""
+    """Rotary attention in a packed pass: fuses the projections q, k and v and the rotation."""
 
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
     o_proj: nn.Module
     head_dim: int
-    _fusion: dict[str, Any]  # the settings that the module's own forward gives to its attention function
+    _fusion: dict[str, Any]  # the settings that the original forward passes to its attention function
 
     @staticmethod
     def candidates(module: nn.Module) -> Sequence[dict[str, Any]]:
-        """One, whose settings the probe reads off."""
+        """One empty dict, which the probe fills with the settings."""
         children = {name for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
         needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
         known = needed <= children <= needed | {"q_norm", "k_norm"} and isinstance(
@@ -181,7 +181,7 @@ class FusedAttention(Fused):
 
     @staticmethod
     def trial(module: nn.Module, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Examples, laid out; the module's own forward leaves its attention's settings in `settings`."""
+        """A packed row of examples; the module's original forward writes its settings to `settings`."""
         weight = cast(Any, module).q_proj.weight
         x = _random_rows(weight, weight.shape[1])
         rows = len(MAGNITUDES)
@@ -201,12 +201,12 @@ class FusedAttention(Fused):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Projections, rotation and packed attention; the module's own forward outside of packed passes."""
+        """Projections, rotation and packed attention; the original forward outside of packed passes."""
         projections = [self.q_proj, self.k_proj, self.v_proj]
         layout: Layout | None = kwargs.get("brushstroke_layout")
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         angles = position_embeddings or ()
-        probed = all(angle.dtype == hidden_states.dtype for angle in angles)  # OLMo's are fp32 in any model
+        probed = all(angle.dtype == hidden_states.dtype for angle in angles)  # OLMo's are always fp32
         packed = layout is not None and not cached and not self.training and probed
         parts = shared_parts(hidden_states, projections) if packed else None
         if parts is None:
@@ -241,7 +241,7 @@ KINDS = {"norms": FusedNorm, "feed-forward blocks": FusedMLP, "attentions": Fuse
 
 
 class Fusion:
-    """The swapped modules of a model; `remove` gives every one its own class back."""
+    """The swapped modules of a model; `remove` restores their original classes."""
 
     def __init__(self) -> None:
         self._modules: list[Fused] = []
@@ -260,7 +260,7 @@ class Fusion:
         self._modules.append(cast(Fused, module))
 
     def recompute_activations(self) -> None:
-        """From now on the feed-forward blocks keep their input alone, and make the rest again."""
+        """From now on, feed-forward blocks save only their input and recompute the rest."""
         for module in self._modules:
             if isinstance(module, FusedMLP):
                 module.__dict__["_fusion"] = module._fusion._replace(keep=False)
@@ -270,7 +270,7 @@ class Fusion:
         self._restore(self._modules.pop())
 
     def remove(self) -> None:
-        """Undo all swaps: the model runs its own code again."""
+        """Undo all swaps: the model runs its original code again."""
         while self._modules:
             self.drop_last()
 
@@ -282,7 +282,7 @@ class Fusion:
     def describe(self) -> str:
         """One line, such as "61 norms, 30 feed-forward blocks, 30 attentions"."""
         if self._failure:
-            return f"none (with them the model fails: {self._failure})"
+            return f"none (the model fails with them: {self._failure})"
         return ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "none"
 
     @staticmethod
@@ -292,9 +292,9 @@ class Fusion:
 
 
 def fuse(model: nn.Module) -> Fusion:
-    """Swap what our functions equal, module by module; modules in training mode keep their own code.
+    """Swap each module that a fused function equals; modules in training mode are not changed.
 
-    Where gradients are off nothing is trained, whatever the flags of the parameters say.
+    If gradients are off, all parameters count as frozen, whether or not they have requires_grad.
     """
     with nullcontext() if torch.is_grad_enabled() else _frozen(model):
         return _fuse(model)
@@ -302,7 +302,7 @@ def fuse(model: nn.Module) -> Fusion:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Context manager: no parameter wants a gradient."""
+    """Context manager: no parameter requires a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -331,7 +331,7 @@ def _fuse(model: nn.Module) -> Fusion:
 def _error(
     module: nn.Module, mixin: type[Fused], settings: Any, attention: AttentionName, fusion: Fusion
 ) -> float:
-    """How far output and gradients are from the module's own, as a multiple of what is tolerated."""
+    """The error of output and gradients against the original forward, as a multiple of the tolerance."""
     try:
         x, inputs = mixin.trial(module, settings)
         with attention.packed(), torch.enable_grad():
@@ -339,17 +339,17 @@ def _error(
             noise = _rounding_noise(module, x, inputs, expected)
             fusion.add(module, mixin, settings)
             inputs.pop("brushstroke_record", None)
-            our_form, found = _outcome(module, x, inputs)
-    except Exception:  # the module is not ours: whatever it raises means that it must run its own code
+            fused_form, found = _outcome(module, x, inputs)
+    except Exception:  # a module may raise anything here: it then keeps its original code
         return float("inf")
     finally:
         if isinstance(module, Fused):
             fusion.drop_last()
-    if form != our_form or len(expected) != len(found):
+    if form != fused_form or len(expected) != len(found):
         return float("inf")
     limit = TOLERANCE.get(x.dtype, HALF_TOLERANCE)
     errors = [
-        _difference(a, b) / max(limit, NOISE_FACTOR * n)
+        _relative_error(a, b) / max(limit, NOISE_FACTOR * n)
         for a, b, n in zip(expected, found, noise, strict=True)
     ]
     return max(error if error == error else float("inf") for error in errors)
@@ -358,8 +358,8 @@ def _error(
 def _outcome(module: nn.Module, x: Tensor, inputs: dict[str, Any]) -> tuple[list[type], list[Tensor]]:
     """The types that a module returns; the rows of its output, and the gradients of its input and factors.
 
-    The gradients are those of the rows of ordinary size, which others would outweigh. They are judged whole:
-    in attention a single row's may nearly cancel.
+    Only rows of magnitude 1 contribute to the gradients; other rows would dominate them. Each gradient is
+    compared as a whole: in attention the gradient of a single row can nearly cancel.
     """
     x = x.clone().requires_grad_(True)
     outputs = module(x, **inputs)
@@ -376,36 +376,38 @@ def _outcome(module: nn.Module, x: Tensor, inputs: dict[str, Any]) -> tuple[list
 def _rounding_noise(
     module: nn.Module, x: Tensor, inputs: dict[str, Any], expected: Sequence[Tensor]
 ) -> list[float]:
-    """How far rounding the input once more moves each outcome: gradients through a softmax nearly cancel.
+    """The relative change of each outcome if the input is rounded once more.
 
-    Zero in full precision, where the tolerance alone decides.
+    It can be large because gradients through a softmax nearly cancel. Zero in full precision, where only the
+    tolerance counts.
     """
     if x.dtype in TOLERANCE:
         return [0.0] * len(expected)
     signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(1)).to(x.device) * 2 - 1
     nudged = (x.float() * (1 + signs * torch.finfo(x.dtype).eps / 2)).to(x.dtype)
     _, moved = _outcome(module, nudged, inputs)
-    return [min(_difference(a, b), MOST_NOISE / NOISE_FACTOR) for a, b in zip(expected, moved, strict=True)]
+    limit = MOST_NOISE / NOISE_FACTOR
+    return [min(_relative_error(a, b), limit) for a, b in zip(expected, moved, strict=True)]
 
 
-def _difference(expected: Tensor, found: Tensor) -> float:
+def _relative_error(expected: Tensor, found: Tensor) -> float:
     a, b = expected.double(), found.double()
     return float((a - b).norm() / a.norm().clamp_min(1e-12)) if a.shape == b.shape else float("inf")
 
 
 def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The one tensor that a module was called with, as in the probe; None for any other call."""
+    """The input, if a module was called with exactly one tensor as in the probe; None for any other call."""
     return args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
 
 
 def _guarded(y: Tensor, linears: Sequence[nn.Module]) -> Tensor:
-    """The guard of the route that the linears share, if any is adapted."""
+    """y with the guard of the linears' shared route, if any of them is adapted."""
     adapted = next((module for module in linears if isinstance(module, Adapted)), None)
     return y if adapted is None else adapted._route.guard(y)
 
 
 def _random_rows(like: Tensor, width: int) -> Tensor:
-    """Rows of several magnitudes, each of which is judged by itself."""
+    """Rows of several magnitudes; each row is compared separately."""
     rows = torch.randn(1, len(MAGNITUDES), width, generator=torch.Generator().manual_seed(0))
     return (rows * torch.tensor(MAGNITUDES)[:, None]).to(like.device, like.dtype)
 

@@ -1,6 +1,6 @@
-"""A packed pass as tensors: one row of tokens, and the pieces that attention works on.
+"""Builds the tensors of a packed pass: one row of tokens, and the pieces that attention works on.
 
-No model here. The row is laid out group by group: a shared prefix, then its suffixes in blocks of similar
+It runs no model. The row contains group after group: a shared prefix, then its suffixes in blocks of similar
 length.
 """
 
@@ -15,15 +15,15 @@ from brushstroke.packed.pack import Group, Pass, Row
 from brushstroke.packed.prefix_cache import KeyValueCache
 from brushstroke.packed.varlen import Segments, segments_of
 
-PADDING = 0.25  # largest share of padding inside one attention call: fewer calls are worth some padding
+PADDING = 0.25  # largest share of padding in one attention call; some padding allows fewer calls
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the packed row for one attention call: suffixes of these `lengths`, or one prefix.
+    """A span of the packed row for one attention call: suffixes of these `lengths`, or one prefix.
 
-    Where the suffixes differ in length, `pad` (rows·width entries) says which token of the piece stands at
-    each padded position, and `unpad` (one entry for each token) where each token stands; None where there
+    If the suffixes differ in length, `pad` (rows·width entries) is the index of the token at each padded
+    position, and `unpad` (one entry per token) is the padded position of each token; both are None if there
     is no padding. `prefix` is the index of the piece that these suffixes continue, if any.
     """
 
@@ -34,28 +34,29 @@ class Piece:
 
     @cached_property
     def tokens(self) -> int:
-        """Of the stretch."""
+        """The number of tokens in the span."""
         return sum(self.lengths)
 
     @property
     def rows(self) -> int:
-        """Suffixes in it."""
+        """The number of suffixes in it."""
         return len(self.lengths)
 
     @cached_property
     def width(self) -> int:
-        """The longest suffix."""
+        """The length of the longest suffix."""
         return max(self.lengths)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a packed pass of n tokens, m of whose outputs are wanted.
+    """The tensors of a packed pass of n tokens with m wanted outputs.
 
     `sources` are the positions in the row whose outputs are wanted, `targets` the tokens that they predict.
-    `slots` are those of spans of so many `lengths` tokens; none where the model's active route stays. The
-    row `continues` tokens that ran before it, or `begins` a prefix. `windows` collects the sliding windows
-    that the model's attentions asked for; None is no window.
+    `slots` and `lengths` give the slot and the number of tokens of each span; they are empty if the model's
+    active route does not change. `continues` is the cache of tokens that ran before this row; `begins` is the
+    cache that records this row as a prefix. `windows` collects the sliding windows that the model's attention
+    calls used; None means no window.
     """
 
     tokens: Int[Tensor, "1 n"]
@@ -78,16 +79,16 @@ class Layout:
 
     @property
     def several(self) -> bool:
-        """Whether it is more than one batch of rows of equal length, which any kernel takes at once."""
+        """Whether it is more than one batch of rows of equal length (any kernel can run one such batch)."""
         return len(self.pieces) > 1 or any(piece.pad is not None for piece in self.pieces)
 
     @cached_property
     def segments(self) -> Segments:
-        """The pass as sequences behind one another."""
+        """The pass as consecutive sequences for varlen kernels."""
         return segments_of(self.pieces, self.tokens.device)
 
     def mask(self, queries: int, prefix: int, window: int | None) -> Bool[Tensor, "q k"]:
-        """Which of `prefix + queries` keys each query sees: those before it, within the window if any."""
+        """Which of `prefix + queries` keys each query sees: its own and earlier ones, within any window."""
         key = (queries, prefix, window)
         if key not in self.masks:
             device = self.tokens.device
@@ -99,15 +100,17 @@ class Layout:
 
 
 def lay_out(packed: Pass, device: torch.device, held: KeyValueCache | None = None) -> Layout:
-    """Build the tensors of a pass; a part of a group continues the `held` prefix.
+    """Build the tensors of a pass; a part of a group continues the prefix in `held`.
 
     Raises:
-        ValueError: a part without one.
+        ValueError: the pass is part of a group, and there is no `held` prefix.
     """
     made = _PackedRow()
     for group in packed.groups:
         if group.part is not None and held is None:
-            raise ValueError("a part of a group needs its prefix; run the passes of a step with `run`")
+            raise ValueError(
+                "this pass is part of a group but has no prefix cache; run the passes of a step with `run`"
+            )
         prefix = None
         if group.prefix and group.part is None:
             prefix = len(made.pieces)
@@ -121,7 +124,7 @@ def lay_out(packed: Pass, device: torch.device, held: KeyValueCache | None = Non
 
 
 def lay_out_prefix(group: Group, device: torch.device, held: KeyValueCache) -> Layout:
-    """Build the tensors of a group's prefix alone."""
+    """Build the tensors of a group's prefix; `held` records its keys and values."""
     made = _PackedRow()
     made.add_prefix(group)
     return made.layout(device, begins=held)
@@ -141,12 +144,12 @@ class _PackedRow:
         self.lengths: list[int] = []
 
     def add_prefix(self, group: Group) -> None:
-        """The tokens that a group's rows begin with, as a piece."""
+        """Add the common prefix of a group's rows as a piece."""
         self._add_tokens(group.members[0], 0, group.prefix)
         self.pieces.append(Piece((group.prefix,)))
 
     def add(self, row: Row, prefix: int) -> None:
-        """What a row has after a prefix."""
+        """Add the tokens of a row after its prefix."""
         offset = len(self.tokens) - prefix
         self._add_tokens(row, prefix, row.input_length)
         targets, weights = row.loss_terms
@@ -183,7 +186,7 @@ class _PackedRow:
 
 
 def _blocks(group: Group) -> list[list[Row]]:
-    """Split a group's members into blocks with at most `PADDING` in each."""
+    """Split a group's members into blocks with at most a share `PADDING` of padding in each."""
     blocks: list[list[Row]] = []
     block: list[Row] = []
     tokens = widest = 0

@@ -1,6 +1,6 @@
-"""How much memory a process used, and how much a training pass will need.
+"""Measures the memory of this process and estimates the memory that a training pass needs.
 
-Nothing here looks at free memory: one command gives the same passes, and the same bits, every time.
+It does not read the free memory, so that the same command always gives the same passes and the same bits.
 """
 
 import resource
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from brushstroke.base import model_dtype, total_memory
 
-CPU_MICRO_TOKENS = 1024  # products of this many rows run at full speed; more only costs memory
+CPU_MICRO_TOKENS = 1024  # matrix products reach full speed at this many rows; more only cost memory
 LOW_MICRO_TOKENS = 512
 GPU_MICRO_TOKENS = 16384
 MIN_MICRO_TOKENS = 128
-USABLE = 0.7  # share of the total memory that a run may plan with
-PROCESS_BYTES = 600 * 2**20  # interpreter, torch, transformers, and what loading leaves behind
-PROBED_TOKENS = 48  # of the longer pass that the memory of a token is measured on
-WORKSPACE_BYTES = 160 * 2**20  # what BLAS, autograd and the allocator take besides, measured on a CPU
+USABLE = 0.7  # share of the total memory that a run may plan to use
+PROCESS_BYTES = 600 * 2**20  # interpreter, torch, transformers, and memory that loading does not return
+PROBED_TOKENS = 48  # length of the longer of the two passes that measure the memory per token
+WORKSPACE_BYTES = 160 * 2**20  # used by BLAS, autograd and the allocator, measured on a CPU
 MODES = ("auto", "low", "fast")
 
 
@@ -29,7 +29,7 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes so far: of the process on a CPU, of torch's allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # of this process alone: what Linux reports otherwise begins at the peak of the one that started it
+    try:  # VmHWM counts this process only; ru_maxrss on Linux starts at the peak of the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, ValueError, StopIteration):
@@ -54,12 +54,12 @@ class MemoryNeed:
 
     Args:
         weights: of the base and the adapter.
-        moments: two of every number of the factors.
+        moments: two numbers for every number of the factors.
         gradients: of the factors.
         per_token: of one computed token, from the forward to the backward pass.
         head: the logits that exist at one time.
-        process: what is there without a model.
-        workspace: what the libraries take while they train.
+        process: the process without a model.
+        workspace: memory of the libraries during training.
     """
 
     weights: int
@@ -71,13 +71,13 @@ class MemoryNeed:
     workspace: int
 
     def total(self, micro_tokens: int) -> int:
-        """Bytes with passes of this many computed tokens: a rule of the model and the config alone."""
+        """Bytes with passes of this many computed tokens; depends only on the model and the config."""
         return self.process + self.weights + self.during(micro_tokens)
 
     def during(self, micro_tokens: int, several: bool = True) -> int:
         """Bytes that training adds to a process that holds the model.
 
-        Where a step is not `several` passes, gradients come while the activations go.
+        If a step is one pass (not `several`), activations are freed while gradients are allocated.
         """
         activations = self.per_token * micro_tokens
         both = activations + self.gradients if several else max(activations, self.gradients)
@@ -87,14 +87,14 @@ class MemoryNeed:
 def kept_per_token(
     run: Callable[[int], Tensor], parameters: Iterable[Tensor], context: int | None = None
 ) -> int:
-    """Bytes that a forward pass keeps for its backward pass, for each token of its input.
+    """Bytes that a forward pass saves for its backward pass, per token of its input.
 
     Args:
-        run: a forward pass of so many tokens; its result is dropped.
-        parameters: tensors that are there anyway.
-        context: the most tokens that the model can run.
+        run: a forward pass of this many tokens; its result is not used.
+        parameters: tensors that do not count because they exist anyway.
+        context: the largest number of tokens that the model can run.
     """
-    longer = max(1, min(PROBED_TOKENS, (context or PROBED_TOKENS + 1) - 1))  # its example has one token more
+    longer = max(1, min(PROBED_TOKENS, (context or PROBED_TOKENS + 1) - 1))  # its example has one more token
     probed = (max(1, longer // 3), longer)
     known = {p.untyped_storage().data_ptr() for p in parameters}
     found = []
@@ -117,15 +117,15 @@ def kept_per_token(
 def need_of(
     model: nn.Module, factors: Iterable[Tensor], kept: int, widest: int, logits: int, device: torch.device
 ) -> MemoryNeed:
-    """What training needs.
+    """The memory that training needs.
 
     Args:
         model: with the adapter in it.
         factors: the trained tensors.
         kept: see `kept_per_token`.
-        widest: the widest site, whose gradients come on top in the backward pass.
-        logits: numbers of one chunk of logits.
-        device: where it runs.
+        widest: the width of the widest site; its gradients are added for the backward pass.
+        logits: the number of logits in one chunk.
+        device: on which it runs.
     """
     weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     trained = sum(factor.numel() * factor.element_size() for factor in factors)
@@ -142,17 +142,17 @@ def need_of(
 
 
 def choose_mode(fast: MemoryNeed, asked: str, device: torch.device) -> tuple[str, str]:
-    """ "fast" or "low", and why: low where a pass of full size would not fit the machine's total memory."""
+    """ "fast" or "low", and why: low if a full-size pass would not fit into the machine's total memory."""
     if asked != "auto":
         return asked, "asked for"
     largest = CPU_MICRO_TOKENS if device.type == "cpu" else GPU_MICRO_TOKENS
     total = total_memory(device)
-    told = f"{fast.total(largest) / 2**30:.1f} GiB of {total / 2**30:.0f} GiB"
-    return ("fast", told) if fast.total(largest) <= USABLE * total else ("low", told)
+    reason = f"{fast.total(largest) / 2**30:.1f} GiB of {total / 2**30:.0f} GiB"
+    return ("fast", reason) if fast.total(largest) <= USABLE * total else ("low", reason)
 
 
 def choose_micro_tokens(need: MemoryNeed, mode: str, device: torch.device) -> tuple[int, str]:
-    """The computed tokens of one pass that fit the machine's total memory, and why.
+    """The number of computed tokens of one pass that fits into the machine's total memory, and why.
 
     Returns:
         The number, a multiple of 64, and the reason in one line.

@@ -1,6 +1,7 @@
-"""The feed-forward block as one autograd step that keeps its input and, if asked, what enters the activation.
+"""Runs a feed-forward block as one autograd function that saves its input and optionally the activation's.
 
-Gated: down(act(gate(x)) · up(x)), plain: down(act(up(x))), each of the linears with an update or without.
+Gated: down(act(gate(x)) · up(x)), plain: down(act(up(x))); each linear may have an update. It computes no
+gradients of W or biases.
 """
 
 from collections.abc import Sequence
@@ -31,11 +32,11 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function, and its gradient from the gradient of its value.
+    """An elementwise function and its gradient.
 
     Args:
-        name: of torch's operator, whose gradient is `name_backward`.
-        options: of both.
+        name: name of torch's operator; the operator of its gradient is `name_backward`.
+        options: keyword arguments of both operators.
     """
 
     name: str
@@ -72,7 +73,7 @@ GELU_TANH = Activation("gelu", (("approximate", "tanh"),))
 
 
 class _Middle:
-    """act(gate)·up, or act(up): at once in one kernel where that pays, else in memory that is used again."""
+    """act(gate)·up, or act(up): in one compiled kernel if that is faster, else in reused memory."""
 
     def __init__(self, act: Activation, entering: Sequence[Tensor], scratch: Scratch) -> None:
         self._act, self._entering = act, entering
@@ -87,7 +88,7 @@ class _Middle:
             self.value = torch.mul(self._activated, up, out=scratch.take("middle", *up.shape, like=up))
 
     def gradients(self, grad: Tensor) -> list[Tensor]:
-        """Of what entered, from that of the value; they are made in the memory of both, once."""
+        """Gradients of the inputs from the gradient of the value; overwrites both, so call it only once."""
         if self._at_once:
             return [*self._act.gated_gradients(grad, *self._entering)]
         of_up = [self._activated.mul_(grad) for _ in self._up]
@@ -97,7 +98,7 @@ class _Middle:
 
 
 class _MLP(torch.autograd.Function):
-    """Parts are (gate, up, down), or (up, down). act(gate)·up is made again in the backward pass."""
+    """Parts are (gate, up, down), or (up, down). act(gate)·up is recomputed in the backward pass."""
 
     @staticmethod
     def forward(
@@ -150,9 +151,9 @@ def mlp(
 ) -> Float[Tensor, "*b d"]:
     """down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate (arXiv:2002.05202, equation 6).
 
-    Keeps x, the narrow x·U, and gate(x) and up(x) where `keep` says so: they are made again in the backward
-    pass else, for a third more of the block's products (a quarter without a gate). W and biases get no
-    gradient. `scratch` is memory that blocks share one after another.
+    Saves x, x·U, and with `keep` also gate(x) and up(x). Without `keep` these two are recomputed in the
+    backward pass, which costs a third more matrix products of the block (a quarter without a gate). W and
+    biases get no gradient. `scratch` is memory that blocks reuse one after another.
     """
     parts = [part for part in (gate, up, down) if part is not None]
     static, tensors = flatten(parts)

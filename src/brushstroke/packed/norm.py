@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation that keeps its input and one number a row.
+"""Root-mean-square normalisation that saves only its input and one number per row.
 
-Its gain is frozen; a trained one is not handled here.
+It computes no gradient of the gain.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from brushstroke.packed.compiled import CompiledFunction, pays
 
 @CompiledFunction
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """The norm, and what each row is multiplied by."""
+    """The normalised rows, and the factor of each row."""
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
@@ -54,10 +54,10 @@ def _gain(weight: Tensor, offset: float) -> Tensor:
 def rms_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float, offset: float = 0.0
 ) -> Float[Tensor, "*b d"]:
-    """x / √(mean(x²) + eps) · (weight + offset), in fp32 inside (arXiv:1910.07467, equation 4).
+    """x / √(mean(x²) + eps) · (weight + offset), computed in fp32 (arXiv:1910.07467, equation 4).
 
     The gradient is (g − x·⟨g, x⟩/(d·m))/√m with g = dy·(weight + offset) and m = mean(x²) + eps. Gemma's gain
-    is 1 + weight: an `offset` of 1. On a GPU torch's own kernel does it, one each way.
+    is 1 + weight: an `offset` of 1. On a GPU, torch's kernel is used where possible: one for each direction.
     """
     if x.is_cuda and not offset and x.dtype == weight.dtype != torch.float64 and not pays(x):
         return F.rms_norm(x, weight.shape, weight, eps)

@@ -1,6 +1,6 @@
-"""Rows become packed passes: no padding, shared prefixes once, nothing after the last position wanted.
+"""Plans packed passes from rows: no padding, shared prefixes once, no tokens after the last wanted position.
 
-Pure bookkeeping on token lists; tensors and models come later, in `layout` and `forward`.
+It works on lists of tokens only; `layout` builds tensors, and `forward` runs models.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from itertools import pairwise
 from brushstroke.data import Example, common_length
 
 MAX_GROUP = 256  # rows; bounds the search for the best grouping
-MIN_PREFIX = 8  # tokens; a shorter common beginning is not worth an attention call of its own
-HELD_SAVES = 128  # tokens that a prefix must save to be worth a pass of its own,
-HELD_SHARE = 0.05  # and as a share of all that its group computes
+MIN_PREFIX = 8  # tokens; a shorter common prefix does not justify a separate attention call
+HELD_SAVES = 128  # tokens that a prefix cache must save to justify a separate pass,
+HELD_SHARE = 0.05  # and as a share of the computed tokens of its group
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Row:
     """Tokens to run, and the positions whose outputs are wanted.
 
     Args:
-        tokens: of the whole row; those after the last position wanted run only where a model looks ahead.
-        wanted: positions in ascending order; where there is none, the whole row runs.
-        targets: the token that follows each position wanted, for a loss.
+        tokens: of the whole row; those after the last wanted position run only if a model looks ahead.
+        wanted: positions in ascending order; if there are none, the whole row runs.
+        targets: the token that follows each wanted position, for a loss.
         weights: of each target in the loss.
-        slot: of the bank in the model, 0 for the base; None leaves the model's active route as it is.
+        slot: a slot of the model's bank, 0 for the base; None does not change the model's active route.
     """
 
     tokens: tuple[int, ...]
@@ -36,7 +36,7 @@ class Row:
 
     @classmethod
     def of(cls, example: Example, slot: int | None = None) -> "Row":
-        """The row of a training example: wanted is what predicts its trained tokens.
+        """The row of a training example; the positions that predict its trained tokens are wanted.
 
         >>> Row.of(Example(tokens=(5, 6, 7), weights=(0.0, 0.0, 1.0)))
         Row(tokens=(5, 6, 7), wanted=(1,), targets=(7,), weights=(1.0,), slot=None)
@@ -55,27 +55,27 @@ class Row:
 
     @property
     def input_length(self) -> int:
-        """How many tokens run: those up to the last position wanted."""
+        """The number of tokens that run: those up to the last wanted position."""
         return self.wanted[-1] + 1 if self.wanted else len(self.tokens)
 
     @property
     def loss_terms(self) -> tuple[Sequence[int], Sequence[float]]:
-        """Target and weight of each position wanted; without targets any, of no weight."""
+        """Targets and weights of the wanted positions; without targets, token 0 with weight 0."""
         none = [0] * len(self.wanted)
         return self.targets or none, self.weights or none
 
     @property
     def shareable(self) -> int:
-        """The longest prefix without a position that is wanted, and with at least one token after it."""
+        """The longest prefix that has no wanted position and leaves at least one token after it."""
         return self.wanted[0] if self.wanted else max(0, len(self.tokens) - 1)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that begin with the same `prefix` tokens, none of which is wanted: rows of one slot.
+    """Rows of one slot that begin with the same `prefix` tokens, none of which is a wanted position.
 
-    `part` counts the parts of a group that is spread over passes, from 0: their prefix runs once, by itself,
-    before the first of them.
+    If a group is split over several passes, `part` is the number of the part, from 0. The prefix then runs
+    once, in a separate pass before part 0.
     """
 
     prefix: int
@@ -84,12 +84,12 @@ class Group:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that run through the layers: the prefix once, then every suffix as far as it matters."""
+        """Tokens that run through the layers: the prefix once, each suffix up to its last wanted position."""
         return self.own_tokens + (0 if self.part else self.prefix)
 
     @property
     def own_tokens(self) -> int:
-        """Those behind the prefix."""
+        """The computed tokens after the prefix."""
         return sum(row.input_length - self.prefix for row in self.members)
 
 
@@ -111,16 +111,17 @@ class Pass:
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens whose activations exist at one time."""
+        """Tokens whose activations exist at the same time."""
         return sum(group.prefix + group.own_tokens for group in self.groups)
 
 
 def plan_passes(rows: Sequence[Row], micro_tokens: int, share: bool, hold: bool = False) -> list[Pass]:
     """Arrange rows over passes of at most `micro_tokens` computed tokens.
 
-    A row longer than that gets a pass of its own. A prefix whose members fall into several passes is
-    computed once in each; with `hold` once for all of them, where that saves enough. Its activations stay
-    beside those of each pass, which has half of `micro_tokens` at least. The passes are of about equal size.
+    A longer row gets a separate pass. If the members of a prefix fall into several passes, the prefix is
+    computed once in each; with `hold`, once for all of them if that saves enough. Its activations then stay
+    in memory together with those of each pass, which gets at least half of `micro_tokens`. The passes have
+    about equal size.
     """
     groups = share_prefixes(rows) if share else [Group(0, (row,)) for row in rows]
     whole: list[Group] = []
@@ -136,7 +137,7 @@ def plan_passes(rows: Sequence[Row], micro_tokens: int, share: bool, hold: bool 
 
 
 def _parts(group: Group, micro_tokens: int) -> list[Group]:
-    """A group as parts of about equal size whose prefix is held; its members are sorted by length."""
+    """Split a group into parts of about equal size with one prefix cache; members are sorted by length."""
     room = max(1, micro_tokens - group.prefix, micro_tokens // 2)
     aim = group.own_tokens / max(1, -(-group.own_tokens // room))
     parts: list[list[Row]] = []
@@ -152,7 +153,7 @@ def _parts(group: Group, micro_tokens: int) -> list[Group]:
 
 
 def _fill(groups: Sequence[Group], micro_tokens: int) -> list[Pass]:
-    """Groups one after another, each pass full before the next begins."""
+    """Fill passes with groups in order; a pass is full before the next one begins."""
     total = sum(group.computed_tokens for group in groups)
     aim = total / max(1, -(-total // micro_tokens))
     passes: list[Pass] = []
@@ -174,18 +175,18 @@ def _fill(groups: Sequence[Group], micro_tokens: int) -> list[Pass]:
 
 
 def _pass(groups: Sequence[Group]) -> Pass:
-    """A pass of these groups. Rows that share nothing come together: attention takes them at once."""
+    """A pass of these groups. Rows without a shared prefix form one group, so that attention batches them."""
     shared = [group for group in groups if group.prefix and len(group.members) > 1]
     alone = [row for group in groups if group not in shared for row in group.members]
     return Pass((*shared, Group(0, _ordered(alone)))) if alone else Pass(tuple(shared))
 
 
 def share_prefixes(rows: Sequence[Row]) -> list[Group]:
-    """Group rows of one slot by common beginnings so that the fewest tokens are computed.
+    """Group rows of one slot by common prefixes so that the number of computed tokens is smallest.
 
-    In lexicographic order every useful group is a run of neighbours, so the best grouping is found by dynamic
-    programming over the cuts: a group of n with the common prefix P saves (n − 1)·P tokens. A group's members
-    are sorted by length.
+    In lexicographic order, every useful group is a sequence of neighbours. Dynamic programming over the cuts
+    therefore finds the best grouping: a group of n rows with a common prefix of P tokens saves (n − 1)·P
+    tokens. A group's members are sorted by length.
     """
     order = sorted(rows, key=lambda row: (_slot(row), row.tokens))
     n = len(order)
@@ -217,7 +218,7 @@ def _common(one: Row, other: Row) -> int:
 
 
 def _ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """By length; rows of one slot together, so that each slot is one span."""
+    """Sort by slot, then by length, so that each slot is one span."""
     return tuple(sorted(rows, key=lambda row: (_slot(row), row.input_length)))
 
 
@@ -226,5 +227,5 @@ def _slot(row: Row) -> int:
 
 
 def unshared(rows: Sequence[Row]) -> Pass:
-    """One pass of these rows, each by itself, in this order."""
+    """One pass of these rows in this order, without shared prefixes."""
     return Pass(tuple(Group(0, (row,)) for row in rows))

@@ -1,6 +1,6 @@
-"""A prefix that several passes of a step continue: computed once, its graph kept until all of them are over.
+"""A prefix cache for training: several passes of a step continue one prefix, which is computed only once.
 
-Keys and values are all that later tokens take from it, in a model that may run packed.
+It holds only keys and values: in a model that may run packed, later tokens use nothing else of the prefix.
 """
 
 from typing import Protocol, runtime_checkable
@@ -15,10 +15,10 @@ Values = Float[Tensor, "1 kv p u"]
 
 @runtime_checkable
 class KeyValueCache(Protocol):
-    """Where the attention modules of a pass leave their keys and values, and find those that it continues."""
+    """Stores the keys and values of attention modules for later passes that continue these tokens."""
 
     def record(self, module: nn.Module, key: Keys, value: Values) -> None:
-        """Take the keys and values of a pass's tokens."""
+        """Store the keys and values of a pass's tokens."""
         ...
 
     def of(self, module: nn.Module) -> tuple[Keys, Values]:
@@ -29,8 +29,8 @@ class KeyValueCache(Protocol):
 class PrefixCache:
     """The keys and values of a prefix, for each attention module.
 
-    It records while its own pass runs. The passes that continue it see copies without a graph behind them, on
-    which their gradients add up; `finish` takes those back through the prefix.
+    It records while the prefix runs. Later passes attend to detached copies; their gradients accumulate
+    there, and `finish` propagates them through the prefix. The prefix's graph stays in memory until then.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class PrefixCache:
         self._copies: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def record(self, module: nn.Module, key: Keys, value: Values) -> None:
-        """Take what an attention module made of the prefix; once closed, ignore what is computed again.
+        """Store a module's keys and values of the prefix; after `close`, ignore recomputed ones.
 
         Raises:
             ValueError: the module runs several times in one pass.
@@ -51,7 +51,7 @@ class PrefixCache:
         self._made[module] = (key, value)
 
     def close(self) -> None:
-        """The prefix's own pass is over."""
+        """End the recording; from now on, `of` returns detached copies."""
         self._recording = False
         self._copies = {module: (_copy(key), _copy(value)) for module, (key, value) in self._made.items()}
 
@@ -60,7 +60,7 @@ class PrefixCache:
         return self._copies[module]
 
     def finish(self) -> None:
-        """The backward pass of the prefix, with the gradients of all passes that continued it."""
+        """Run the backward pass of the prefix with the gradients of all passes that continued it."""
         made = [tensor for pair in self._made.values() for tensor in pair]
         copies = [copy for pair in self._copies.values() for copy in pair]
         wanted = [(x, copy.grad) for x, copy in zip(made, copies, strict=True) if copy.grad is not None]

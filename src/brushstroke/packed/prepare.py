@@ -1,6 +1,6 @@
-"""Everything that is decided before the first step: own functions, packed or padded, memory, size of a pass.
+"""Decides before the first step: fused functions, packed or padded passes, memory mode, size of a pass.
 
-Decisions follow from the model, the config and the machine's features; nothing is timed.
+The decisions follow from the model, the config and the machine's features; it does not measure time.
 """
 
 import re
@@ -45,12 +45,12 @@ class Prepared:
 
     Args:
         forward: packed or padded passes.
-        fusion: the modules that run our own functions, to be removed at the end.
+        fusion: the modules that run fused functions; call its `remove` at the end.
         mode: "fast" or "low" memory.
         need: bytes, by part.
         micro_tokens: computed tokens of one pass.
-        kernels: "onednn" or "torch", for the products.
-        torch_compile: whether what lies between the products is compiled.
+        kernels: "onednn" or "torch", for the matrix products.
+        torch_compile: whether the elementwise functions between the matrix products are compiled.
     """
 
     forward: Forward
@@ -67,7 +67,7 @@ class Prepared:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """What must surround every pass, forward and backward."""
+        """Context manager that must enclose every forward and backward pass."""
         with self.forward.context(), kernels(self.kernels), compiled(self.torch_compile):
             yield
 
@@ -92,11 +92,11 @@ def prepare(
         share: whether shared prefixes are computed once.
         memory: "low", "fast" or "auto".
         micro_tokens: computed tokens of one pass, or "auto".
-        checkpointed: recomputes the layers' activations, where that is asked for.
-        torch_compile: whether to compile what lies between the products.
+        checkpointed: recomputes the layers' activations; None without gradient checkpointing.
+        torch_compile: whether to compile the elementwise functions between the matrix products.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: a value is invalid, or the model cannot run on tokens.
     """
     asked = isinstance(micro_tokens, int) and micro_tokens > 0
     if micro_tokens != "auto" and not asked:
@@ -104,7 +104,7 @@ def prepare(
     device = factors[0].device
     if torch_compile and device.type != "cuda":
         raise ConfigError(
-            f"torch_compile makes kernels for a GPU, and the model is on {device.type}; leave it out"
+            f"torch_compile makes kernels for a GPU, but the model is on {device.type}; leave it out"
         )
     limit_kernel_caches()
     chosen_kernels, kernels_reason = choose_kernels(device, model_dtype(model))
@@ -115,7 +115,7 @@ def prepare(
         except _CannotRun as failure:
             if not fusion.counts:
                 raise
-            fusion.give_up(failure.said)
+            fusion.give_up(failure.message)
             forward, forward_reason, need = _first_pass(model, share, factors, widest, checkpointed)
         mode, mode_reason = choose_mode(need, memory, device)
         if mode == "low":
@@ -143,18 +143,18 @@ def prepare(
 
 
 class _CannotRun(ConfigError):
-    """The model fails in its first pass; `said` is what it raised, in one line."""
+    """The model fails in its first pass; `message` is its error in one line."""
 
     def __init__(self, model: nn.Module, error: Exception) -> None:
-        self.said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        self.message = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         dtype = model_dtype(model)
         advice = (
             "Training is for models that predict the next token: for others use attach(model, config, "
             "trainable=True) and a loop of your own"
         )
-        if dtype in HALF_DTYPES and MIXED_DTYPES.search(self.said):
+        if dtype in HALF_DTYPES and MIXED_DTYPES.search(self.message):
             advice = "parts of it compute in another dtype; load it with --dtype float32 (dtype='float32')"
-        super().__init__(f"{type(model).__name__} cannot be run on tokens ({self.said}); {advice}")
+        super().__init__(f"{type(model).__name__} cannot be run on tokens ({self.message}); {advice}")
 
 
 def _first_pass(
@@ -164,10 +164,10 @@ def _first_pass(
     widest: int,
     checkpointed: Checkpointed | None,
 ) -> tuple[Forward, str, MemoryNeed]:
-    """The way that passes run, with its reason, and what one of them needs.
+    """How passes run, the reason, and the memory that they need.
 
     Raises:
-        _CannotRun: the model cannot run even one.
+        _CannotRun: the model cannot run one pass.
     """
     with preserved_rope(model):
         forward, reason = select_forward(model, share, factors)
@@ -190,9 +190,9 @@ def _need(
         kept = kept_per_token(run, model.parameters(), context_length(model))
     except (BrushstrokeError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the model is not ours, and this is the first pass that must succeed
+    except Exception as error:  # a model may raise anything; this is the first pass that must succeed
         raise _CannotRun(model, error) from error
-    if checkpointed is not None:  # the inputs of all layers, and one layer with everything in it
+    if checkpointed is not None:  # the inputs of all layers, and all activations of one layer
         hidden = hidden_size(model) or widest
         kept = kept // len(checkpointed) + len(checkpointed) * hidden * model_dtype(model).itemsize
     logits = forward.logits_at_once(vocabulary_size(model) or 0)

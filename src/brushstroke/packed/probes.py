@@ -1,6 +1,6 @@
-"""What a model is tried on before it is trained: made-up examples, and what its predictions depend on.
+"""Probes of a model before training: artificial examples, and which tokens its predictions depend on.
 
-No judgement here: `select` draws the conclusions.
+It makes no decision from the results; `select` does.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,17 +14,17 @@ from brushstroke.base import vocabulary_size
 from brushstroke.data import Example
 from brushstroke.packed.pack import Row
 
-SHORT = (9, 5, 3)  # tokens that a probe's two examples share, and of each one's own
-LONG = (48, 24, 16)  # for what shows at a distance
-STIRRED = 0.02  # standard deviation of what stands in for zeros: that of many models before training
+SHORT = (9, 5, 3)  # lengths of a probe: the shared prefix, then the rest of each of the two examples
+LONG = (48, 24, 16)  # for effects that need a distance between tokens
+STIRRED = 0.02  # standard deviation of the numbers that replace zeros, common at initialisation of models
 
 
 class NoEmbeddings(Exception):
-    """Nothing in the model looks tokens up, so that nothing can be told about what depends on them."""
+    """The model has no embedding, so the probe cannot check which tokens its outputs depend on."""
 
 
 def probe_rows(model: nn.Module, lengths: tuple[int, int, int] = SHORT, seed: int = 0) -> tuple[Row, Row]:
-    """Two rows with a shared beginning; wanted is what predicts their own tokens but the first."""
+    """Two rows with a shared prefix; positions that predict all but the first token after it are wanted."""
     one, other = probe_examples(model, lengths, seed)
     return Row.of(one), Row.of(other)
 
@@ -32,7 +32,7 @@ def probe_rows(model: nn.Module, lengths: tuple[int, int, int] = SHORT, seed: in
 def probe_examples(
     model: nn.Module, lengths: tuple[int, int, int] = SHORT, seed: int = 0
 ) -> tuple[Example, Example]:
-    """Two examples with a shared beginning; all tokens of their own but the first are trained."""
+    """Two examples with a shared prefix; all tokens after it except the first are trained."""
     vocabulary = vocabulary_size(model) or 16
     prefix, *own = lengths
     generator = torch.Generator().manual_seed(seed)
@@ -49,10 +49,10 @@ def probe_examples(
 
 @contextmanager
 def perturb_zeros(trained: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, trained tensors that are all 0 hold random numbers; afterwards they hold their own bits again.
+    """Context manager: fill trained tensors that are all 0 with random numbers; restore them bit for bit.
 
-    A factor V that is 0, or a block that begins with weights of 0, hides everything that training will let
-    through it.
+    A factor V of 0, or a block that starts with weights of 0, blocks dependencies that appear during
+    training.
     """
     generator = torch.Generator().manual_seed(2)
     kept = [(tensor, tensor.detach().clone()) for tensor in trained if not bool(tensor.any())]
@@ -69,9 +69,9 @@ def perturb_zeros(trained: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def capture_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
-    """Inside, a forward pass has a graph that begins at the embeddings of a row of so many tokens.
+    """Context manager: forward passes of a row of `tokens` tokens start their graph at the embeddings.
 
-    The list fills with them, each (…, tokens, d): those of tokens, and of positions where they are learnt.
+    The list collects the embeddings, each (…, tokens, d): of the tokens, and of learnt positions if any.
     """
     seen: list[Tensor] = []
 
@@ -79,7 +79,7 @@ def capture_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
         if output.ndim < 2 or output.shape[-2] != tokens or not output.is_floating_point():
             return output
         seen.append(output.detach().requires_grad_())
-        return seen[-1].clone()  # models may change it in place
+        return seen[-1].clone()  # some models change it in place
 
     hooks = [m.register_forward_hook(begin_here) for m in model.modules() if isinstance(m, nn.Embedding)]
     try:
@@ -92,7 +92,7 @@ def capture_embeddings(model: nn.Module, tokens: int) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def jitter_embeddings(model: nn.Module) -> Iterator[None]:
-    """Inside, embeddings are as if rounded once more: about half of the numbers move by one last place."""
+    """Context manager: change about half of the numbers of embeddings by one unit in the last place."""
     generator = torch.Generator().manual_seed(3)
 
     def nudge(_: nn.Module, __: object, output: Tensor) -> Tensor:
@@ -110,15 +110,15 @@ def jitter_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 def depends(logits: Float[Tensor, "m v"], embeddings: Sequence[Tensor], tokens: slice) -> bool:
-    """Whether any of these logits depends on any of these tokens; gradients are exactly 0 where none does.
+    """Whether any of these logits depends on any of these tokens; if not, gradients are exactly 0.
 
-    A gradient that is no number says nothing: norms have such a one at embeddings of nothing but zeros.
+    Gradients that are nan are ignored: norms produce them for embeddings of zeros.
 
     Raises:
-        NoEmbeddings: there are none to look at.
+        NoEmbeddings: no embeddings were captured.
     """
     if not embeddings:
-        raise NoEmbeddings("no embedding was seen; whether examples keep apart cannot be told")
+        raise NoEmbeddings("no embedding ran; cannot check whether examples are independent")
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
     with torch.enable_grad():
         projected = (logits.float() * noise).sum()

@@ -1,6 +1,6 @@
-"""Gradient checkpointing of a transformers model without waking its dropout.
+"""Gradient checkpointing of a transformers model that keeps its dropout off.
 
-It chooses no layers of its own: the model's GradientCheckpointingLayers are used.
+It does not choose layers: it uses the model's GradientCheckpointingLayers.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
 
 
 class Checkpointed:
-    """While entered, the model's layers recompute their activations in the backward pass.
+    """Context manager: the model's layers recompute their activations in the backward pass.
 
-    It can be entered again, but not inside of itself. The checkpointing layers get the training flag that
-    they ask for, and lose it while they compute: they and what is inside them stay in evaluation mode. What
-    was set is put back.
+    It can be entered several times, but not nested. The checkpointing layers get the training flag that
+    they require, but it is off while they compute: they and their submodules run in evaluation mode. At the
+    end, all attributes are restored.
 
     Raises:
         ConfigError: the model has no such layers.
@@ -37,7 +37,7 @@ class Checkpointed:
             )
 
     def __len__(self) -> int:
-        """How many layers recompute."""
+        """The number of layers that recompute."""
         return len(self._layers)
 
     def __enter__(self) -> None:
@@ -54,13 +54,13 @@ class Checkpointed:
 
 
 def _recomputed(layer: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-    """What a layer's own forward gives, to be made again in the backward pass."""
+    """The output of a layer's forward, which the backward pass recomputes."""
 
-    def asleep(*inputs: Any) -> Any:
+    def in_evaluation_mode(*inputs: Any) -> Any:
         before, layer.training = layer.training, False
         try:
             return function(*inputs)
         finally:
             layer.training = before
 
-    return checkpoint(asleep, *inputs, use_reentrant=False)
+    return checkpoint(in_evaluation_mode, *inputs, use_reentrant=False)

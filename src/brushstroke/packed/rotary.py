@@ -1,4 +1,7 @@
-"""Rotary position embedding that keeps nothing but the angles, which all layers share."""
+"""Rotary position embedding that saves only the angles, which all layers share.
+
+It does not compute the angles.
+"""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""Attention over the keys that a mask shows: by torch's kernel, or by batched products where they are faster.
+"""Attention kernels: torch's kernel, batched matrix products where they are faster, varlen kernels on a GPU.
 
-It knows no packing: `attention` cuts a packed row into such rows. On a GPU one kernel takes the whole row
-with the bounds of its sequences.
+It does not plan packing: `attention` splits a packed row into batches, or passes the whole row to a varlen
+kernel with the bounds of its sequences.
 """
 
 import inspect
@@ -16,20 +16,20 @@ from torch.nn.attention.varlen import varlen_attn
 from brushstroke.lowrank.autograd import first_order
 from brushstroke.packed.varlen import Segments
 
-MOST_SCORES = 16 * 1024 * 1024  # of one call by products, which hold them all at once
+MOST_SCORES = 16 * 1024 * 1024  # of one `attend_matmul` call, which stores all scores
 HALF = (torch.bfloat16, torch.float16)
-WIDEST_HEAD = 256  # that the flash kernel has a backward pass for
+WIDEST_HEAD = 256  # for which the flash kernel has a backward pass
 ALIGNED_AT_THE_END = (
     2  # the memory-efficient kernel's number for a causal mask with the last key on the diagonal
 )
-# Fewer heads of keys than of queries: torch 2.12 wants to be told, and 2.11 has no word for it.
+# For fewer key heads than query heads, torch 2.12 requires enable_gqa; torch 2.11 has no such parameter.
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 
 
 def prefers_matmul(q: Float[Tensor, "b heads n w"], k: Float[Tensor, "b kv m w"], dropout: float) -> bool:
-    """Whether `attend_matmul` is the choice: bf16 on a CPU, where torch's kernel is slow.
+    """Whether to use `attend_matmul`: for bf16 on a CPU, where torch's kernel is slow.
 
     Measured at 1.5 to 4 times the kernel's speed for 90 to 900 keys; in fp32 the kernel wins.
     """
@@ -45,13 +45,15 @@ def attend(
     scale: float | None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b heads n u"]:
-    """softmax(scale·q·kᵀ)·v over the keys that the mask shows, by torch's kernel; causal without a mask.
+    """softmax(scale·q·kᵀ)·v over the keys where the mask is true, by torch's kernel; causal without a mask.
 
-    Several query heads share one head of keys where there are fewer of those. The scale is 1/√w by default.
+    With fewer key heads than query heads, several query heads share one. The scale is 1/√w by default.
     """
     shared = q.shape[1] // k.shape[1]
     fast = mask is None and q.dtype in HALF
-    if q.device.type == "cuda" and shared > 1 and not fast:  # else torch falls back to holding all scores
+    if (
+        q.device.type == "cuda" and shared > 1 and not fast
+    ):  # else torch falls back to a kernel that stores all scores
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -59,7 +61,7 @@ def attend(
 
 
 class _Products(torch.autograd.Function):
-    """Heads that share keys are rows of one product. Keeps q, k and v; the probabilities are made again."""
+    """Heads that share keys form one product. Saves q, k and v; the probabilities are recomputed."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
@@ -92,7 +94,7 @@ def attend_matmul(
     mask: Bool[Tensor, "n m"],
     scale: float | None,
 ) -> Float[Tensor, "b heads n u"]:
-    """What `attend` gives, by batched products. The scores are rounded to the dtype of q."""
+    """Equals `attend`, by batched products. The scores are rounded to the dtype of q."""
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     hidden = hidden.repeat(q.shape[1] // k.shape[1], 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -102,9 +104,9 @@ def attend_matmul(
 def by_segments(
     q: Float[Tensor, "1 heads n w"], v: Float[Tensor, "1 kv n u"], dropout: float, windowed: bool
 ) -> bool:
-    """Whether `attend_segments` is the choice: on a GPU, without dropout, for widths that its kernels know.
+    """Whether to use `attend_segments`: on a GPU, without dropout, for widths that its kernels support.
 
-    In fp32 a window is not: the kernel's gradients (torch 2.11) are wrong where keys precede the queries.
+    Not for fp32 with a window: the kernel's gradients (torch 2.11) are wrong if keys precede the queries.
     """
     width = q.shape[-1]
     return (
@@ -126,10 +128,10 @@ def attend_segments(
     scale: float | None,
     window: int | None,
 ) -> Float[Tensor, "n heads w"]:
-    """Causal attention of each sequence of a packed row by itself, by torch's kernels for such rows.
+    """Causal attention within each sequence of a packed row, by torch's varlen kernels.
 
-    That is the flash kernel in half precision, and the memory-efficient one, without a window, in fp32. A
-    query sees at most `window` keys, its own among them.
+    These are the flash kernel in half precision, and the memory-efficient kernel, without a window, in fp32.
+    A query sees at most `window` keys, including its own.
     """
     keys, values = segments.of_keys(k), segments.of_keys(v)
     if q.dtype == torch.float32:
@@ -149,7 +151,7 @@ def attend_segments(
 
 
 class _Efficient(torch.autograd.Function):
-    """The memory-efficient kernel over sequences, whose gradients are added up in one order."""
+    """The memory-efficient kernel over sequences; gradients are added in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:

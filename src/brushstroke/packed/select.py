@@ -1,8 +1,8 @@
-"""Which way a model's passes run: packed where probes show that each example gets what it gets alone.
+"""Selects packed or padded passes: packed if probes show that each example gets the same logits as alone.
 
-Two kinds of probe. Logits are compared: packed against alone. And gradients are looked at: what an example
-gives may depend on no embedding of another one, nor on one behind it, and where it does not, a gradient is
-exactly 0, in any dtype and however small the model's numbers are.
+There are two kinds of probe. One compares logits, packed against alone. The other computes gradients: the
+logits of an example must not depend on embeddings of another example or of later tokens; such gradients are
+exactly 0, in any dtype and for any scale of the model's numbers. It does not time the two forms.
 """
 
 import math
@@ -32,18 +32,18 @@ TOLERANCE = {  # relative difference of a probe's logits
     torch.bfloat16: 5e-2,
 }
 ROUNDED_TOLERANCE = 1e-3  # in float32, where products may be rounded to fewer bits (TF32)
-# In bfloat16, where it is more, what rounding the embeddings changes is the limit, up to this:
+# In bfloat16 the limit may rise to the effect of rounding the embeddings, but not above:
 MOST_NOISE = 0.15
-MAX_SHARE_OF_LEAK = 0.3  # an exact pass is far nearer to the example alone than to a row that leaks
+MAX_SHARE_OF_LEAK = 0.3  # largest error as a share of the change that a leak between examples causes
 
 
 def select_forward(model: nn.Module, share: bool, trained: Sequence[Tensor] = ()) -> tuple[Forward, str]:
-    """The packed pass where it is exact, else padded batches.
+    """Packed passes if they are exact, else padded batches.
 
     Args:
-        model: in evaluation mode; an adapter may be in it.
-        share: whether shared prefixes are to be computed once.
-        trained: the tensors that training will change; those that are 0 are tried with other numbers.
+        model: in evaluation mode; it may have an adapter.
+        share: whether shared prefixes are computed once.
+        trained: the tensors that training changes; those that are 0 get random numbers during the probes.
 
     Returns:
         The forward, and the reason in one line.
@@ -58,7 +58,7 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
     try:
         causal = _is_causal(padded, model)
         if not causal:
-            raise UnsupportedAttention("tokens behind a prediction change it")
+            raise UnsupportedAttention("later tokens change a prediction")
         padded = PaddedForward(model, head, whole=False)
         packed = PackedForward(model, head)
         examples = probe_rows(model, _lengths(model))
@@ -69,15 +69,17 @@ def _choose(model: nn.Module, share: bool) -> tuple[Forward, str]:
         if difference > limit and model_dtype(model) == torch.bfloat16:
             limit = max(limit, min(MOST_NOISE, _rounding_noise(padded, model, examples, alone)))
         if window := packed.lost_window:
-            raise UnsupportedAttention(f"its window of {window} tokens is in its masks alone")
-    except Exception as error:  # the model is not ours: whatever it raises means that it cannot run packed
+            raise UnsupportedAttention(f"its window of {window} tokens is applied only in its masks")
+    except Exception as error:  # a model may raise anything here: it then cannot run packed
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     else:
         if difference <= limit and difference <= MAX_SHARE_OF_LEAK * leak:
-            packed.reuses_prefix = share and _held_difference(packed, examples, alone) <= limit
+            packed.reuses_prefix = share and _cached_difference(packed, examples, alone) <= limit
             return packed, f"a packed pair equals each example alone to {difference:.0e}"
-        reason = f"a packed pair is off by {difference:.1e} from each example alone, a leak by {leak:.1e}"
-    return padded, f"packing is not shown to be right for this model: {reason}"
+        reason = (
+            f"a packed pair differs by {difference:.1e} from each example alone; a leak differs by {leak:.1e}"
+        )
+    return padded, f"could not verify that packing is exact for this model: {reason}"
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -87,7 +89,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _is_causal(whole: PaddedForward, model: nn.Module) -> bool:
-    """Whether a prediction in the middle of an example depends on no token behind it."""
+    """Whether a prediction in the middle of an example is independent of all later tokens."""
     tokens = probe_rows(model, SHORT)[0].tokens
     middle = len(tokens) // 2
     with capture_embeddings(model, len(tokens)) as seen:
@@ -102,7 +104,7 @@ def _packed_difference(
     alone: Sequence[Tensor],
     share: bool,
 ) -> float:
-    """The largest difference of a packed example's logits from those that it has alone, relative to them.
+    """The largest relative difference between an example's logits in a packed pair and alone.
 
     Raises:
         UnsupportedAttention: a packed example depends on another one's tokens.
@@ -110,19 +112,19 @@ def _packed_difference(
     counts = [len(logits) for logits in alone]
     found = []
     for arranged in [unshared(examples)] + [Pass((Group(_shared(examples), examples),))] * share:
-        pair = _kept_apart(packed, model, arranged, counts)
+        pair = _independent_logits(packed, model, arranged, counts)
         found += [_difference(one, other) for one, other in zip(alone, pair, strict=True)]
     return _largest(found)
 
 
-def _held_difference(packed: PackedForward, examples: tuple[Row, ...], alone: Sequence[Tensor]) -> float:
-    """As `_packed_difference`, of two examples in passes of their own that continue one held prefix."""
+def _cached_difference(packed: PackedForward, examples: tuple[Row, ...], alone: Sequence[Tensor]) -> float:
+    """Like `_packed_difference`, for two examples in separate passes that continue one prefix cache."""
     prefix = _shared(examples)
     passes = [Pass((Group(prefix, (example,), i),)) for i, example in enumerate(examples)]
     try:
         with packed.context(), torch.no_grad():
             found = [outputs.logits() for _, outputs in packed.run(passes)]
-    except Exception:  # the model is not ours: whatever it raises means that its prefixes cannot be held
+    except Exception:  # a model may raise anything here: it then cannot use a prefix cache
         return math.inf
     return _largest([_difference(one, other) for one, other in zip(alone, found, strict=True)])
 
@@ -132,7 +134,7 @@ def _largest(differences: Sequence[float]) -> float:
 
 
 def _shared(examples: Sequence[Row]) -> int:
-    """Tokens of the probe's examples before each one's own, the first of which is not trained."""
+    """The shared prefix of the probe's examples; the first token after it is not trained."""
     return examples[0].shareable
 
 
@@ -149,14 +151,14 @@ def _alone(padded: PaddedForward, examples: Sequence[Row]) -> list[Tensor]:
 def _rounding_noise(
     padded: PaddedForward, model: nn.Module, examples: Sequence[Row], alone: Sequence[Tensor]
 ) -> float:
-    """How far an example's logits move where embeddings are rounded once more; deep models multiply that."""
+    """The change of an example's logits if embeddings are rounded once more; deep models amplify it."""
     with jitter_embeddings(model):
         moved = _alone(padded, examples)
     return max(_difference(one, other) for one, other in zip(alone, moved, strict=True))
 
 
 def _plain_leak(padded: PaddedForward, model: nn.Module) -> float:
-    """How far an example's logits move where it simply goes on from another one: relative to them.
+    """The relative change of an example's logits if it follows another one in the same sequence.
 
     The examples are short, so that the other one is within every window.
     """
@@ -171,13 +173,15 @@ def _difference(right: Tensor, other: Tensor) -> float:
     return float((other.double() - right.double()).norm() / right.double().norm())
 
 
-def _kept_apart(packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]) -> list[Tensor]:
-    """The logits of both examples of a packed pair, of which the second may not depend on the first.
+def _independent_logits(
+    packed: PackedForward, model: nn.Module, arranged: Pass, counts: list[int]
+) -> list[Tensor]:
+    """The logits of both examples of a packed pair; checks that the second does not depend on the first.
 
-    That the first does not depend on the second is known: nothing depends on later tokens.
+    The first cannot depend on the second, because no prediction depends on later tokens.
 
     Raises:
-        UnsupportedAttention: it does.
+        UnsupportedAttention: the second example depends on the first.
     """
     own = slice(arranged.groups[0].prefix, arranged.rows[0].input_length)
     with packed.context(), capture_embeddings(model, arranged.computed_tokens) as seen:

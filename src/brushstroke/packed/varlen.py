@@ -1,6 +1,6 @@
-"""A packed row as sequences behind one another, for attention kernels that are given their bounds.
+"""A packed row as consecutive sequences, for varlen attention kernels, which get the bounds (cu_seqlens).
 
-Bookkeeping on positions: no kernel here, and no padding. `attend.attend_segments` is what reads it.
+It computes positions only and runs no kernel; `sdpa.attend_segments` uses it.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from brushstroke.lowrank.autograd import first_order
 
 
 class Stretch(Protocol):
-    """What is read of a piece of the row: see `layout.Piece`."""
+    """The fields of `layout.Piece` that this module reads."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -31,19 +31,19 @@ class Stretch(Protocol):
 
 @dataclass(frozen=True)
 class Segments:
-    """The sequences of a packed row of n tokens: queries as they stand, each sequence with keys of its own.
+    """The sequences of a packed row of n tokens: queries in the order of the row, separate keys per sequence.
 
-    A sequence's queries belong to the last of its keys, as a causal mask that is aligned at the end has it.
-    Where examples share a prefix its keys are repeated for each of them.
+    The queries of a sequence are aligned with its last keys, like a causal mask aligned at the end. If
+    examples share a prefix, its keys are repeated for each of them.
 
     Args:
-        cu_seqlens_q: where each sequence's queries begin, and the end of the last one.
+        cu_seqlens_q: the start of each sequence's queries, and the end of the last one.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q: of one sequence.
-        max_seqlen_k: of one sequence.
-        keys: which token of the row each key is; None where the keys are the row as it stands.
-        own: for each token, its place among the keys as one of its own sequence; None like `keys`.
-        copies: for each shared prefix, its first token and the places of its repetitions (rows×tokens).
+        max_seqlen_q: the largest number of queries of a sequence.
+        max_seqlen_k: the largest number of keys of a sequence.
+        keys: for each key, the index of its token in the row; None if the keys are the row unchanged.
+        own: for each token, its index among the keys of its own sequence; None if `keys` is None.
+        copies: for each shared prefix, its first token and the indices of its repetitions (rows×tokens).
     """
 
     cu_seqlens_q: Int[Tensor, " bounds"]
@@ -55,12 +55,12 @@ class Segments:
     copies: tuple[tuple[int, Int[Tensor, "_ _"]], ...] = ()
 
     def of_keys(self, x: Float[Tensor, "n heads w"]) -> Float[Tensor, "m heads w"]:
-        """Keys or values of the row's tokens, as the sequences need them."""
+        """Keys or values of the row's tokens in the order of the sequences, with repeated prefixes."""
         return x if self.keys is None else _Repeated.apply(x, self)  # type: ignore[return-value]
 
 
 class _Repeated(torch.autograd.Function):
-    """Select keys, some of them several times. The backward pass adds up in one order, and in fp32."""
+    """Select keys, some of them several times. The backward pass adds in a fixed order, in at least fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
@@ -87,7 +87,7 @@ class _Repeated(torch.autograd.Function):
 def segments_of(pieces: Sequence[Stretch], device: torch.device) -> Segments:
     """The sequences of a row that is laid out in these pieces."""
     starts = [0, *accumulate(sum(piece.lengths) for piece in pieces)]
-    sequences: list[tuple[range, range]] = []  # the tokens that are keys of each: of a prefix, and its own
+    sequences: list[tuple[range, range]] = []  # for each: the tokens of its prefix, and its own tokens
     for piece, start in zip(pieces, starts, strict=False):
         i = piece.prefix
         shared = range(0) if i is None else range(starts[i], starts[i + 1])

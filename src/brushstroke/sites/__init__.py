@@ -1,6 +1,6 @@
-"""Sites: the adaptable weights of a model, by kind of layer, path and shape.
+"""Sites, the adaptable weights of a model: finds them, describes kind, path and shape, and reads W (d×h).
 
-It finds and describes them, reads W (d×h) of each, and checks an adapter against a base; it changes no model.
+It also checks whether an adapter fits a base. It changes no model.
 """
 
 from brushstroke.sites.compatibility import (

@@ -1,6 +1,6 @@
-"""What a module does with the layers below it that leaves an adapter without effect, or without gradients.
+"""Finds modules that use their submodules in ways that leave an adapter without effect or without gradients.
 
-It reads the source of the class and runs nothing, so it also covers kernels that this machine lacks.
+It reads the source of the class and runs no code, so it also covers kernels that this machine lacks.
 """
 
 import ast
@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-# What a program may ask of a weight without computing with its numbers.
+# Attributes of a weight that code may read without using its numbers.
 _FACTS = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 _FACTS |= {"element_size", "is_floating_point", "itemsize", "layout", "type"}
-_CASTS = {"to", "type_as"}  # x.to(self.linear.weight) asks for no more than the dtype
+_CASTS = {"to", "type_as"}  # x.to(self.linear.weight) uses only the dtype and device
 _QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "type"}
 _NO_GRADIENTS = re.compile(r"(.*\.)?(no_grad|inference_mode|set_grad_enabled\(False\))(\(\))?")
 _GRADIENTS = re.compile(r"(.*\.)?(enable_grad|set_grad_enabled\(True\))(\(\))?")
 
 
 class _Condition(NamedTuple):
-    """A condition on the module's own settings and optional inputs, and the outcome that leads to a read."""
+    """A condition on the module's settings and optional inputs, and the outcome that leads to a use."""
 
     test: CodeType
     outcome: bool
@@ -32,7 +32,7 @@ class _Condition(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """One place where a method reads the weight of a module below, or calls it."""
+    """One place where a method reads the weight of a submodule, or calls it."""
 
     path: str
     method: str
@@ -42,11 +42,12 @@ class _Use(NamedTuple):
 
 
 def weights_read_by(module: nn.Module) -> dict[str, str]:
-    """Path below the module → the method in which the module's class reads that weight directly.
+    """Path of a submodule → the method in which the module's class reads its weight directly.
 
-    Everything that `forward` can reach in the class and its bases counts. A branch that the module's own
-    settings switch off is passed over, but for `training`, which comes and goes; so is one that an optional
-    input of `forward` opens in place of a call of the module, unless that input is a cache.
+    Covers all code of the class and its bases that `forward` can reach. Branches that the module's settings
+    switch off are ignored, but not those that depend on `training`, which can change. Branches that run only
+    with an optional input of `forward`, and otherwise call the submodule, are also ignored, unless that input
+    is a cache.
 
     >>> weights_read_by(nn.MultiheadAttention(4, 2))
     {'out_proj': 'forward'}
@@ -55,10 +56,10 @@ def weights_read_by(module: nn.Module) -> dict[str, str]:
 
 
 def run_without_gradients_by(module: nn.Module) -> dict[str, str]:
-    """Path below the module → the method in which its class runs that module, always under `torch.no_grad`.
+    """Path of a submodule → the method in which the module's class runs it, always under `torch.no_grad`.
 
-    The path is empty where the whole of the module's own forward has no gradients. A module that another
-    method of the class runs with gradients, as reversible layers do in their backward pass, does not count.
+    The path is empty if the module's whole forward has no gradients. A submodule that another method of the
+    class runs with gradients, as reversible layers do in their backward pass, is not included.
     """
     uses = [use for use in _live_uses(module) if use.calls]
     calls = {use.path: use.method for use in uses if not use.gradients}
@@ -94,7 +95,7 @@ def _is_live(use: _Use, module: nn.Module, calls: Sequence[_Use]) -> bool:
 
 @cache
 def _uses(cls: type[nn.Module], methods: frozenset[str]) -> tuple[_Use, ...]:
-    """What happens in these methods, and in all of the class that they can reach."""
+    """The uses in these methods, and in all methods of the class that they can reach."""
     uses: list[_Use] = []
     waiting, seen = list(methods), set[str]()
     while waiting:
@@ -111,7 +112,7 @@ def _uses(cls: type[nn.Module], methods: frozenset[str]) -> tuple[_Use, ...]:
 
 
 def _definitions(cls: type, name: str) -> Iterator[Callable[..., Any]]:
-    """What runs by this name: the nearest definition, and those of the bases that it goes on to."""
+    """The functions that run for this name: the first definition, and those that it calls by super."""
     for base in cls.__mro__:
         if base is nn.Module:
             return
@@ -125,7 +126,7 @@ def _definitions(cls: type, name: str) -> Iterator[Callable[..., Any]]:
 
 
 def _optional(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The inputs that are None unless a caller gives them, caches aside."""
+    """The names of inputs whose default is None, except caches."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.default is None and not re.search("cache|past", p.name))
 
@@ -138,7 +139,7 @@ def _body(function: Callable[..., Any]) -> list[ast.stmt]:
 
 
 class _Reader(ast.NodeVisitor):
-    """Collects what one method does: uses of modules below, and the names of its own class."""
+    """Collects the uses of submodules in one method, and the attributes of `self` that it reads."""
 
     def __init__(self, method: str, optional: tuple[str, ...]) -> None:
         self.uses: list[_Use] = []
@@ -227,7 +228,7 @@ class _Reader(ast.NodeVisitor):
             self._conditions.pop()
 
     def _chain(self, node: ast.expr) -> list[str] | None:
-        """The names in `self.a.b[0].c`, without `self`; None for what begins elsewhere."""
+        """The names in `self.a.b[0].c`, without `self`; None if the expression does not start at `self`."""
         if isinstance(node, ast.Name):
             return self._locals.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -241,7 +242,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _own_settings(test: ast.expr) -> CodeType | None:
-    """A condition that depends on a module's settings alone: no call, and nothing that training switches."""
+    """The code of a condition that depends only on a module's settings; None with calls or `training`."""
     for node in ast.walk(test):
         if isinstance(node, ast.Call | ast.Await | ast.NamedExpr):
             return None

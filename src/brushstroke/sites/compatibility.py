@@ -1,4 +1,4 @@
-"""Does an adapter belong to this base? Sites, shapes, and the weights that its fingerprint knows.
+"""Checks that an adapter belongs to a base: sites, shapes, and the weights sampled in its fingerprint.
 
 It changes nothing in the model.
 """
@@ -18,7 +18,7 @@ from brushstroke.sites.weights import is_quantised, plain_weights
 
 
 class QuantisedBaseWarning(UserWarning):
-    """The adapter is used on a quantised form of its base, or was trained on one."""
+    """The adapter is used with a quantised form of its base, or was trained on one."""
 
 
 def check_base(
@@ -29,19 +29,19 @@ def check_base(
     weights: Mapping[str, Tensor] | None = None,
     parameter: Parameter | None = None,
 ) -> None:
-    """Check an adapter against a base: every site is there with its shape, and the weights are known.
+    """Check an adapter against a base: it has every site with the right shape, and the fingerprint matches.
 
     Args:
-        model: an nn.Module or a Base (also one on the meta device, where `weights` is given).
+        model: an nn.Module or a Base (on the meta device only if `weights` is given).
         adapter: the adapter.
-        allow_different_base: pass over the verdict of the fingerprint.
-        weights: site → W (d×h) to judge by, instead of the model's own.
-        parameter: name → a weight of any kind, instead of the model's own.
+        allow_different_base: accept an adapter whose fingerprint shows another base.
+        weights: site → W (d×h) to compare, instead of the model's weights.
+        parameter: name → a weight of any kind, instead of the model's weights.
 
     Raises:
-        ShapeError: sites that are missing or have other shapes, all of them listed.
-        BaseMismatchError: another base, one that holds this adapter already, or other weights than the copies
-            that the adapter's file holds.
+        ShapeError: sites are missing or have other shapes; all of them are listed.
+        BaseMismatchError: the base is another one, already contains this adapter, or has other weights than
+            the copies in the adapter's file.
     """
     root = unwrap(model)
     sites = {path: site for site in find_sites(root, trial=False) for path in site.paths}
@@ -50,7 +50,7 @@ def check_base(
     others: dict[str, Other] = {}
     for path, update in adapter.items():
         if path in sites and (other := seen.setdefault(sites[path].path, path)) != path:
-            problems.append(f"{path}: it is one module with {other}, and has two updates")
+            problems.append(f"{path}: it is the same module as {other}, but each has an update")
         if path not in sites:
             others = others or {other.path: other for other in find_others(root, list(sites.values()))}
             known = f"in the base it is {others[path].reason}" if path in others else None
@@ -75,7 +75,7 @@ def check_base(
     sampled = [path for path in adapter.card.fingerprint.samples if path in adapter]
     if weights is None:
         weights = plain_weights(root, {path: sites[path] for path in sampled})
-    elif len(sampled) < len(adapter.card.fingerprint.samples):  # else they are read one at a time
+    elif len(sampled) < len(adapter.card.fingerprint.samples):  # else pass on the mapping, which reads lazily
         weights = {path: weights[path] for path in sampled if path in weights}
     verdict, difference = check_fingerprint(adapter, weights, is_quantised(root))
     if verdict is Verdict.QUANTISED:
@@ -96,7 +96,7 @@ def check_fingerprint(
         The verdict, and the relative difference of all samples; SAME where there are none to compare.
 
     Raises:
-        BaseMismatchError: the weights are another base's, or hold this adapter already.
+        BaseMismatchError: the weights belong to another base, or already contain this adapter.
     """
     fingerprint = adapter.card.fingerprint if adapter.card else None
     if fingerprint is None or not any(path in weights for path in fingerprint.samples):
@@ -110,7 +110,7 @@ def check_fingerprint(
     where = f"{next(iter(weights))}: " if len(weights) == 1 else ""
     if verdict is Verdict.MERGED:
         raise BaseMismatchError(
-            f"{where}this adapter is merged into the base already; use the base as it is, or load the "
+            f"{where}this adapter is already merged into the base; use the base without it, or load the "
             f"original weights ({name})"
         )
     if verdict is Verdict.FOREIGN:
@@ -123,5 +123,5 @@ def check_fingerprint(
 
 
 def canonical_path(path: str, sites: Mapping[str, Site]) -> str:
-    """The first of the paths under which a shared module is known."""
+    """The first path of a module that may have several paths."""
     return path if path in sites else next(site.path for site in sites.values() if path in site.aliases)

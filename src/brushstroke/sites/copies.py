@@ -1,6 +1,6 @@
-"""Copies of the base's weights that an adapter's file holds: equal ones say nothing, others would be lost.
+"""Checks copies of base weights in an adapter's file: equal copies are ignored, others would be lost.
 
-It reads weights and changes none.
+It changes no weight.
 """
 
 import warnings
@@ -21,16 +21,16 @@ class ChangedWeightsWarning(UserWarning):
 
 
 def check_copies(adapter: Adapter, parameter: Parameter, *, allow_different_base: bool = False) -> None:
-    """Check that the copies equal the base's own weights, each rounded as it is kept.
+    """Check that the copies equal the base's weights, up to the rounding to the dtype of each.
 
     Raises:
-        BaseMismatchError: some differ, all of them listed: they were trained too, or belong to another base.
+        BaseMismatchError: some differ (all are listed): they were also trained, or belong to another base.
     """
     problems = {name: _difference(copy, parameter(name)) for name, copy in adapter.copies.items()}
     listed = [f"{name}: {problem}" for name, problem in problems.items() if problem]
     if not listed:
         return
-    problem = f"this adapter's file holds weights that are not this base's: {', '.join(listed)}"
+    problem = f"this adapter's file contains weights that differ from the base's: {', '.join(listed)}"
     if allow_different_base:
         warnings.warn(f"{problem}; they are not used", ChangedWeightsWarning, stacklevel=2)
         return
@@ -55,8 +55,8 @@ def _difference(copy: Tensor, own: Tensor | None) -> str | None:
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
-    """Which numbers can be roundings of the same one, each to its own dtype."""
-    if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # neither holds the other's numbers
+    """Where both numbers can be roundings of the same number, each to its own dtype."""
+    if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # neither dtype contains the other's numbers
         a, b = a.double(), b.double()
         return (a - b).abs() <= 2.0**-8 * torch.maximum(a.abs(), b.abs()) + 2.0**-24
     coarse = max((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)

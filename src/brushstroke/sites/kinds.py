@@ -1,6 +1,6 @@
-"""The kinds of layers whose weight can be adapted: how a module is recognised, and what its weight means.
+"""The kinds of layers whose weight can be adapted: how to recognise a module, and how it stores W (d×h).
 
-What runs an update in a layer of some kind is the part of `layers`.
+It runs no updates; the package `layers` does.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ class Kind:
     """One kind of layer, whose weight is W (d×h) in y = x·W.
 
     Args:
-        name: as `Site.kind` has it.
+        name: the value of `Site.kind`.
         matches: whether a module is of this kind.
-        shape: a module's (d, h), also where its weight is packed.
+        shape: a module's (d, h), also if its weight is packed.
         to_dxh: the weight as the layer stores it → W, as a view.
         from_dxh: W and the stored shape → the weight as the layer stores it.
-        is_plain: whether a class has the kind's own forward, y = x·W (+ bias).
+        is_plain: whether a class has the standard forward of the kind, y = x·W (+ bias).
         example: a module, a number of rows and a generator → random input for it.
         product: a module, an input x and W (d×k) → x·W.
         in_groups: whether groups of targets, such as all-linear, select it.
@@ -53,7 +53,7 @@ LINEAR = Kind(
     is_plain=lambda cls: cls.forward is nn.Linear.forward,
     example=lambda module, rows, generator: torch.randn(rows, module.in_features, generator=generator),
 )
-CONV1D = Kind(  # HF's, known by its class name: nothing here imports transformers
+CONV1D = Kind(  # HF's, recognised by its class name, without importing transformers
     name="conv1d",
     matches=_is_conv1d,
     shape=lambda module: tuple(module.weight.shape),
@@ -86,20 +86,20 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def require_kind(module: nn.Module) -> Kind:
-    """The kind of a module that is known to be a site."""
+    """The kind of a module, which must be a site."""
     kind = kind_of(module)
     assert kind is not None, type(module)
     return kind
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Whether a module runs the forward of its kind, and no other of its class or of its own."""
+    """Whether a module runs the standard forward of its kind, not one of its class or instance."""
     kind = kind_of(module)
     return kind is not None and kind.is_plain(type(module)) and "forward" not in module.__dict__
 
 
 def weight_dxh(module: nn.Module) -> Float[Tensor, "d h"] | None:
-    """W (d×h) of a site as a view, or None where it is stored in another form (packed, quantised)."""
+    """W (d×h) of a site as a view, or None if it is stored in another form (packed, quantised)."""
     kind, weight = require_kind(module), module.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
         return None
@@ -108,7 +108,7 @@ def weight_dxh(module: nn.Module) -> Float[Tensor, "d h"] | None:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which a site computes: that of its weight, fp32 where the weight is packed integers."""
+    """The dtype in which a site computes: that of its weight, or fp32 if the weight is packed integers."""
     weight: Any = module.weight
     return weight.dtype if weight.is_floating_point() else torch.float32
 
@@ -116,6 +116,6 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 def example_input(
     module: nn.Module, rows: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Random input for a site: of this dtype, or integers where its kind takes those."""
+    """Random input for a site: of this dtype, or integers if its kind takes integers."""
     x = require_kind(module).example(module, rows, generator)
     return x.to(device, dtype if x.is_floating_point() else None)

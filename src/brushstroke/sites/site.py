@@ -1,4 +1,7 @@
-"""What can be known of one adaptable weight without holding it."""
+"""Descriptions of sites and of other modules of a model.
+
+They hold no modules and no weights.
+"""
 
 from dataclasses import dataclass
 
@@ -12,12 +15,12 @@ class Site:
         d: input width.
         h: output width.
         kind: name of its `Kind`, such as "linear" (stored h×d) or "conv1d" (HF's Conv1D, stored d×h).
-        aliases: further paths of the same module, where a model uses it several times.
-        tied_to: another module whose weight is this very tensor, such as the input embedding.
-        is_output: the layer that makes the logits; groups such as all-linear leave it out.
-        bypassed: why an adapter would have no effect here, or could not be put here, where that is so.
-        frozen: why nothing would be learnt here, where that is so.
-        in_groups: whether groups of targets, such as all-linear, select it; else it must be named.
+        aliases: further paths of the same module, if a model uses it several times.
+        tied_to: another module that shares this weight tensor, such as the input embedding.
+        is_output: whether it is the layer that computes the logits; groups such as all-linear leave it out.
+        bypassed: why an adapter would have no effect or cannot be attached here, else None.
+        frozen: why training would learn nothing here, else None.
+        in_groups: whether groups of targets, such as all-linear, select it; otherwise it must be named.
     """
 
     path: str
@@ -49,13 +52,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Other:
-    """What else a path of a model can mean: a module or a bare parameter that is no site.
+    """A module or a bare parameter of a model that is not a site.
 
     Args:
         path: of the module or the parameter.
         kind: the module's class, such as "Conv2d", or "bare 3-D parameter".
-        weighs: whether it has a weight of two or more axes of its own, embeddings aside, so that groups of
-            targets name it among what they leave out.
+        weighs: whether it has its own weight of two or more axes and is no embedding; then groups of targets
+            list it as left out.
         holds: names of sites below it.
     """
 
@@ -66,7 +69,7 @@ class Other:
 
     @property
     def reason(self) -> str:
-        """Why it is no site, in words.
+        """Why it is not a site, as a phrase.
 
         >>> Other("conv1", "Conv2d").reason
         'a Conv2d, which cannot be adapted yet'
@@ -78,7 +81,7 @@ class Other:
 
 
 def in_all_layers(path: str) -> str:
-    """The path with a star for each number: what is the same module in all layers, of all experts.
+    """The path with a star for each number; it is the same for this module in all layers and all experts.
 
     >>> in_all_layers("layers.0.experts.12.w1")
     'layers.*.experts.*.w1'

@@ -1,6 +1,6 @@
-"""From patterns to sites, ranks and scales.
+"""Resolves target patterns to sites, ranks and scales.
 
-It sees only descriptions of sites, never modules.
+It uses only descriptions of sites, not modules.
 """
 
 import difflib
@@ -50,14 +50,14 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """Which sites get which factors.
+    """The sites that get factors, with ranks and scales.
 
     Args:
         matches: pattern → paths of the sites that it selects, in model order.
         ranks: path → rank.
         scales: path → scale.
-        capped: path → the rank that was asked for, where a group's small site got the largest that fits.
-        skipped: path → why it is left out: a site that no group takes, or a weight that is no site.
+        capped: path → the requested rank, for small sites in a group that got the largest rank that fits.
+        skipped: path → why it is left out: a site that groups do not select, or a weight that is not a site.
     """
 
     matches: Mapping[str, tuple[str, ...]]
@@ -87,11 +87,11 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[
     Args:
         config: the request.
         sites: of the model.
-        others: its modules and parameters that are no sites; what a pattern selects of them is named.
+        others: its modules and parameters that are not sites; those that a pattern selects are listed.
 
     Raises:
-        TargetError: patterns that match nothing (all of them, with near misses), a rank too large for a site
-            that was named explicitly, or a named site where an adapter would have no effect or learn nothing.
+        TargetError: patterns match nothing (all are listed, with near misses), a rank is too large for a site
+            that was named explicitly, or an adapter at a named site would have no effect or learn nothing.
     """
     matches: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
@@ -134,7 +134,7 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[
 
 
 def short_names(selected: Iterable[str], all_paths: Iterable[str]) -> tuple[str, ...]:
-    """The shortest names that select exactly these modules by PEFT's rule (the path ends with the name).
+    """The shortest names that select exactly these modules under PEFT's rule (the path ends with the name).
 
     >>> short_names(["a.0.q", "a.1.q", "a.0.k"], ["a.0.q", "a.1.q", "a.0.k", "a.1.k"])
     ('a.0.k', 'q')
@@ -156,7 +156,7 @@ def _selects(pattern: str, item: Site | Other) -> bool:
 
 
 def _usable(sites: Iterable[Site]) -> list[Site]:
-    """The sites that an adapter may have."""
+    """The sites that can be adapted."""
     return [site for site in sites if not (site.bypassed or site.frozen)]
 
 
@@ -211,7 +211,7 @@ def _group_meant(kind: str, pattern: str) -> str:
 
 
 def _instead(pattern: str, sites: Sequence[Site], others: Sequence[Other]) -> str:
-    """What a pattern that matches no site selects, and why that cannot be adapted; else the nearest names."""
+    """The non-sites that a pattern selects, and why they cannot be adapted; if none, the nearest names."""
     group = pattern in GROUPS
     found = {o.path: f"is {o.reason}" for o in others if _selects(pattern, o) and (o.weighs or not group)}
     if group:

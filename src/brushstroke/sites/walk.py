@@ -1,4 +1,4 @@
-"""From an nn.Module to the sites that an adapter can have in it.
+"""Finds the sites of an nn.Module, and its modules and parameters that are not sites.
 
 It changes nothing in the module.
 """
@@ -14,15 +14,15 @@ from brushstroke.sites.bypass import run_without_gradients_by, weights_read_by
 from brushstroke.sites.kinds import Kind, compute_dtype, example_input, kind_of
 from brushstroke.sites.site import Other, Site
 
-_LAZY_REASON = "its weight gets its shape from the first batch; run one through the model, then attach"
+_LAZY_REASON = "its weight gets its shape from the first batch; run one batch through the model, then attach"
 TRIAL_ROWS = 2
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The nn.Module in a Base, a compiled module, or the module itself.
+    """The nn.Module in a Base or a compiled module, or the module itself.
 
     Raises:
-        AttachError: there is none.
+        AttachError: it contains no nn.Module.
     """
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
@@ -35,8 +35,8 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
 
     Args:
         model: an nn.Module or a Base.
-        trial: run one module of each class that has a forward of its own on a few rows, to find those whose
-            output is not x·W.
+        trial: run one module of each class with a non-standard forward on a few rows, to find those whose
+            output does not have the shape of x·W.
     """
     root = unwrap(model)
     paths: dict[nn.Module, list[str]] = {}
@@ -82,9 +82,9 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
 
 
 def find_others(model: Any, sites: Sequence[Site]) -> list[Other]:
-    """Every module that is no site, and every bare parameter of two or more axes, in model order.
+    """Every module that is not a site, and every bare parameter of two or more axes, in model order.
 
-    What is below a site belongs to it; the weight of a shared module counts under its first path.
+    Modules below a site are not listed. The weight of a shared module is counted only at its first path.
     """
     covered = {path for site in sites for path in site.paths}
     below: dict[str, dict[str, None]] = {}  # the names of the sites below each path
@@ -114,7 +114,7 @@ def site_module(root: nn.Module, path: str) -> nn.Module:
     """The module at a path.
 
     Raises:
-        AttachError: there is none, with near misses.
+        AttachError: there is no such module; the message lists near misses.
     """
     try:
         return root.get_submodule(path)
@@ -124,7 +124,7 @@ def site_module(root: nn.Module, path: str) -> nn.Module:
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without the adapter that may be in it."""
+    """The original class of a module that may be adapted."""
     return getattr(type(module), "_base_class", type(module))
 
 
@@ -132,7 +132,7 @@ def _bypassed(modules: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str
     """Module → why an adapter in it would have no effect: the weight is read without calling the module."""
     found: dict[nn.Module, str] = {}
     for module in modules:
-        if isinstance(module, nn.TransformerEncoderLayer):  # `block_bypasses` closes its fast path
+        if isinstance(module, nn.TransformerEncoderLayer):  # `block_bypasses` blocks its fast path
             continue
         for path, method in weights_read_by(module).items():
             try:
@@ -145,7 +145,7 @@ def _bypassed(modules: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str
 
 
 def _frozen(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """Module → why it gets no gradient: the model itself runs it without."""
+    """Module → why it gets no gradient: the model runs it under `torch.no_grad`."""
     found: dict[nn.Module, str] = {}
     for module in modules:
         for path, method in run_without_gradients_by(module).items():
@@ -159,7 +159,7 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
 
 
 def _unfit(module: nn.Module, kind: Kind) -> str | None:
-    """Why a module with a forward of its own cannot be adapted: its output has not the shape of x·W."""
+    """Why a module with a non-standard forward cannot be adapted: its output lacks the shape of x·W."""
     cls, weight = _own_class(module), cast(Tensor, module.weight)
     if kind.is_plain(cls) or weight.is_meta:
         return None
@@ -169,7 +169,7 @@ def _unfit(module: nn.Module, kind: Kind) -> str | None:
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             y = cls.forward(module, x)
-    except Exception as error:  # a forward that is not ours may raise anything
+    except Exception as error:  # a model's forward may raise anything
         return (
             f"{cls.__name__} fails in a trial on rows of {W.shape[0]} "
             f"({type(error).__name__}: {str(error)[:100]})"
@@ -181,7 +181,7 @@ def _unfit(module: nn.Module, kind: Kind) -> str | None:
     expected = kind.product(module, x.to("meta", W.dtype if x.is_floating_point() else None), W).shape
     if y.shape != expected:
         return (
-            f"{cls.__name__} gives {tuple(y.shape)} for rows of {W.shape[0]}, where x·W has {tuple(expected)}"
+            f"{cls.__name__} returns {tuple(y.shape)} for rows of {W.shape[0]}, but x·W has {tuple(expected)}"
         )
     return None
 

@@ -1,6 +1,6 @@
-"""Site → W (d×h) of a live model; a mapping that reads files is the part of `base.weights`.
+"""Maps sites to W (d×h) of a live model, without copies.
 
-It changes no weight and copies none.
+It changes no weight and reads no files (see `base.weights`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from brushstroke.sites.walk import find_sites, site_module, unwrap
 
 
 class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
-    """The weights of a live model, as views: torch's `Linear.weight` transposed, HF's `Conv1D.weight` as is.
+    """The weights of a live model as views: torch's `Linear.weight` transposed, HF's `Conv1D.weight` as is.
 
     Args:
         model: an nn.Module or a Base.
@@ -51,10 +51,10 @@ class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
 
 
 def weights_of(base: Any) -> Mapping[str, Tensor]:
-    """Site → W (d×h) of a mapping, which is taken as it is, a Base, or an nn.Module.
+    """Site → W (d×h) of a Base or an nn.Module; a mapping is returned unchanged.
 
     Raises:
-        BaseLoadError: it is none of them.
+        BaseLoadError: it is none of these.
     """
     if isinstance(base, Mapping):
         return base
@@ -67,7 +67,7 @@ def weights_of(base: Any) -> Mapping[str, Tensor]:
 
 
 def plain_weights(root: nn.Module, sites: Mapping[str, Site]) -> dict[str, Float[Tensor, "d h"]]:
-    """Site → W (d×h) for all sites whose weight is stored as a plain matrix and is there at all."""
+    """Site → W (d×h) for all sites whose weight is stored as a plain matrix, not on the meta device."""
     found = {path: weight_dxh(site_module(root, path)) for path in sites}
     return {path: W for path, W in found.items() if W is not None and W.device.type != "meta"}
 
@@ -76,7 +76,7 @@ def known_site(sites: Mapping[str, Site], path: str) -> Site:
     """The site of this path.
 
     Raises:
-        KeyError: there is none, with near misses.
+        KeyError: there is no such site; the message lists near misses.
     """
     if path not in sites:
         raise KeyError(f"the model has no site {path!r}{did_you_mean(path, sites)}")
@@ -84,7 +84,7 @@ def known_site(sites: Mapping[str, Site], path: str) -> Site:
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether a model is marked as quantised, by `load_base` or by its own config."""
+    """Whether `load_base` or the model's config marks it as quantised."""
     root = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     marked = getattr(root, "brushstroke_quantised", False)
     return bool(marked) or getattr(getattr(root, "config", None), "quantization_config", None) is not None
