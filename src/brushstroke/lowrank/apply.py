@@ -296,7 +296,7 @@ def lowrank_term(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Float[Tensor, "*b h"]:
-    """scale·(dropout(x)·U)·V from torch operations: for dropout, autocast and layers with a custom forward."""
+    """scale·(dropout(x)·U)·V from torch operations: for dropout, autocast or a custom forward."""
     xu = F.linear(F.dropout(x, dropout, training), U_rows.to(x.dtype))
     return (scale * xu) @ V.to(x.dtype)
 
