@@ -166,10 +166,10 @@ def _ratio(one: Difference) -> Interval:
 
 
 def _answer(level: Interval, means: Mapping[str, Interval], compared: Comparison | None) -> str:
-    told = "; ".join(f"{name} {bounds(mean, 3)}" for name, mean in means.items())
+    levels = "; ".join(f"{name} {bounds(mean, 3)}" for name, mean in means.items())
     text = (
         f"At equal task loss ({level.mean:.4g} nats, which all arms reach), KL from the base on the general "
-        f"text, in nats per token: {told}."
+        f"text, in nats per token: {levels}."
     )
     for one in compared.differences if compared else ():
         verdict = "apart" if one.significant() else "not shown to differ"
@@ -179,12 +179,14 @@ def _answer(level: Interval, means: Mapping[str, Interval], compared: Comparison
 
 def _rises(again: Mapping[str, Sequence[int]]) -> str:
     """A sentence that names the arms that reach the equal loss more than once; "" if there are none."""
-    told = "; ".join(f"{name} with {counted(len(seeds), 'seed')}" for name, seeds in again.items() if seeds)
-    if not told:
+    repeats = "; ".join(
+        f"{name} with {counted(len(seeds), 'seed')}" for name, seeds in again.items() if seeds
+    )
+    if not repeats:
         return ""
     return (
         " The task loss of some arms rose again with more steps, so that they have it more than once "
-        f"({told}): KL is read where it was first reached."
+        f"({repeats}): KL is read where it was first reached."
     )
 
 

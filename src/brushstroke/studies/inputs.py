@@ -67,15 +67,15 @@ def make_material(
             "the given data", read(data), *(None if x is None else read(x) for x in (validation, test))
         )
     }
-    told = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
+    description = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
     used = _tokens(found[TASK])
     if other is not None:
         found[OTHER] = _task("the other data", _new(read(other), used, "the other data"), None, None)
         used |= _tokens(found[OTHER])
-        told["other task"] = _told(found[OTHER])
+        description["other task"] = _told(found[OTHER])
     rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden_size(base.model)))
     texts = () if general is None else _new(read(general), used, "the general text")[:MOST_HELD_OUT]
-    return Material(base, found, config, Grid(rates, tuple(seeds)), texts, told)
+    return Material(base, found, config, Grid(rates, tuple(seeds)), texts, description)
 
 
 def _task(

@@ -259,10 +259,10 @@ def _spread(between: Mapping[int, float | None]) -> str:
     if not passed:
         return "; with no seed is 90 % passed between two dimensions that were tried"
     if len(passed) < len(between):
-        told = ", ".join(f"{d:,.0f}" for d in passed)
+        values = ", ".join(f"{d:,.0f}" for d in passed)
         others = "the other" if len(between) - len(passed) == 1 else "the others"
         return (
-            f", by interpolation {told} with {len(passed)} of {len(between)} seeds; with {others} 90 % is "
+            f", by interpolation {values} with {len(passed)} of {len(between)} seeds; with {others} 90 % is "
             "not passed between two dimensions that were tried"
         )
     found = interval([math.log(d) for d in passed])

@@ -151,9 +151,9 @@ def _rate_table(report: Report) -> Table:
 def _lead(report: Report) -> str:
     model = report.settings["model"]
     runs = sum(len(found.tried) + max(0, len(found.outcomes) - 1) for found in report.results.arms.values())
-    told = "; ".join(f"{name}: {text}" for name, text in model.items())
-    return f"{counted(runs, 'run')} of {counted(len(report.results.arms), 'arm')}. {told}" + (
-        "." if told else ""
+    description = "; ".join(f"{name}: {text}" for name, text in model.items())
+    return f"{counted(runs, 'run')} of {counted(len(report.results.arms), 'arm')}. {description}" + (
+        "." if description else ""
     )
 
 

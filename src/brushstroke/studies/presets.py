@@ -135,7 +135,7 @@ def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Ma
         learning_rates=SMOL_RATES,
         seeds=tuple(seeds),
     )
-    told = {
+    description = {
         **material.told,
         "model": "SmolLM2-135M-Instruct, from its Q4_1 weights, in float32",
         "task": "US addresses into JSON",
@@ -143,7 +143,7 @@ def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Ma
         "general": "the beginnings of Python's help texts",
     }
     sets = {name: targets for name, targets in matrix_sets(material.sites).items() if name != "up,down"}
-    material = replace(material, told=told)
+    material = replace(material, told=description)
     targets = TargetsStudy(sets, SMOL_BUDGET)
     return paper_questions(material, (1, 4, 16, 64), rank=16, targets=targets), material
 

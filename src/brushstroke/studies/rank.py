@@ -187,8 +187,10 @@ def _equal_told(kept: dict[int, str], ranks: Comparison, margin: float) -> str:
 def _whole_told(kept: dict[int, str], against: Comparison) -> str:
     """The ranks that are shown to differ from training W, and the difference at the largest rank."""
     rank_of = {name: rank for rank, name in kept.items()}
-    told = [f"{rank_of[one.first]}" for one in against.differences if one.significant()]
-    text = f"Ranks shown to differ from W's own training ({basis(against)}): {', '.join(told) or 'none'}."
+    differing = [f"{rank_of[one.first]}" for one in against.differences if one.significant()]
+    text = (
+        f"Ranks shown to differ from W's own training ({basis(against)}): {', '.join(differing) or 'none'}."
+    )
     last = next((one for one in against.differences if one.first == kept[max(kept)]), None)
     if last is not None:
         text += f" Loss at rank {max(kept)} less that of W's own training: {bounds(last.difference, 3)}."

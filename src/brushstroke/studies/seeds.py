@@ -223,7 +223,7 @@ def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[
 def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for row in tests:
-        told = [
+        cells = [
             row["block"],
             SIDE_NAMES[row["side"]],
             _shown(row["phi"]),
@@ -231,9 +231,9 @@ def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
             _p(row, "p_chance"),
         ]
         if "other_task" in row:
-            told += [_shown(row["other_task"]), _shown(row["within_other"])]
-            told += [_shown(row["above_other"]), _p(row, "p_other")]
-        rows.append(tuple(told))
+            cells += [_shown(row["other_task"]), _shown(row["within_other"])]
+            cells += [_shown(row["above_other"]), _p(row, "p_other")]
+        rows.append(tuple(cells))
     columns = ["block", "side", "φ, same task", "chance", "p above chance"]
     controlled = any("other_task" in row for row in tests)
     if controlled:
@@ -311,14 +311,14 @@ def _answer(
         )
     kinds = _by_matrix(same, other, sites, k)
     if len(kinds) > 1:
-        told = "; ".join(
+        by_kind = "; ".join(
             f"{matrix} {_sides_shown(sides)}"
             for matrix, sides in kinds.items()
             if sides and matrix != DIFFERENCE
         )
         level = "the other task" if other else "chance"
-        if told:
-            text += f"Directions of {k} that two seeds share above {level}, by kind of matrix: {told}."
+        if by_kind:
+            text += f"Directions of {k} that two seeds share above {level}, by kind of matrix: {by_kind}."
         if kinds.get(DIFFERENCE):
             text += f" Of q more than of v: {_sides_shown(kinds[DIFFERENCE])}."
     return text
