@@ -477,7 +477,11 @@ BAD = {
     "two to truncate": (("spectrum", "{four}", "{two}", "--truncate", "{out}"), 2, "one adapter"),
     "too much energy": (("spectrum", "{four}", "--truncate", "{out}", "--energy", "2"), 2, "share"),
     "no energy": (("spectrum", "{four}", "--truncate", "{out}", "--energy", "0"), 2, "share"),
-    "a tiny budget": (("spectrum", "{four}", "--truncate", "{out}", "--budget", "3"), 2, "pays for no rank"),
+    "a tiny budget": (
+        ("spectrum", "{four}", "--truncate", "{out}", "--budget", "3"),
+        2,
+        "too small for one rank",
+    ),
     "an unknown site": (("compare", "{four}", "{two}", "--site", "model.q"), 2, "no result for the site"),
     "an unknown factor": (("compare", "{four}", "{two}", "--of", "A"), 2, "--of"),
     "a base that is none": (("relate", "{four}", "{none}"), 1, "none"),

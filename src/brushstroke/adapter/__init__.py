@@ -1,6 +1,6 @@
-"""An adapter is data: site → update, with a card that says where it comes from.
+"""Adapters as data: a mapping from sites to updates, and a card that records where the adapter comes from.
 
-It knows no live model, no file format and no training.
+Does not use live models or file formats, and does not train.
 """
 
 from brushstroke.adapter.adapter import Adapter

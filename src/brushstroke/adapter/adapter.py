@@ -1,6 +1,6 @@
-"""`Adapter`, the value at the centre: site → update, with algebra over all sites at once.
+"""Defines `Adapter`, an immutable mapping from sites to updates, with algebra over all sites.
 
-It is attached to nothing: layers put it into a model, formats into files.
+Does not attach adapters to models (`layers` does) and does not read or write files (`formats` does).
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,15 @@ from brushstroke.lowrank.update import Update
 class Adapter(Mapping[str, Update]):
     """An immutable mapping from site paths to updates.
 
-    `a + b`, `a - b`, `0.5 * a` and `-a` are exact in factor form; a site that only one of two adapters has
-    keeps its update. Editing always returns a new adapter.
+    `a + b`, `a - b`, `0.5 * a` and `-a` are exact in factor form; a site that only one of the two adapters
+    has keeps its update. Every operation returns a new adapter.
 
     Args:
         updates: site path → update; at least one.
-        card: where the adapter comes from. Algebra keeps what is still true of the result: base, template.
-        copies: weights of the base that came with the adapter, by parameter name. They are no part of the
-            update: they are compared with the base's own weights before the adapter is used on it.
+        card: where the adapter comes from. Algebra keeps the fields that still hold for the result, such as
+            the base and the chat template.
+        copies: weights of the base that were stored with the adapter, by parameter name. They do not belong
+            to the update: they are compared with the base's weights before the adapter is used on that base.
 
     >>> import torch
     >>> from brushstroke.lowrank import LowRank
@@ -77,7 +78,7 @@ class Adapter(Mapping[str, Update]):
 
     @property
     def copies(self) -> Mapping[str, Tensor]:
-        """Weights of the base that came with the adapter: parameter name → values."""
+        """Weights of the base that were stored with the adapter: parameter name → values."""
         return MappingProxyType(self._copies)
 
     @property
@@ -87,7 +88,7 @@ class Adapter(Mapping[str, Update]):
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds, Σ r·(d + h)."""
+        """The number of values that the adapter holds; Σ r·(d + h) for low-rank updates."""
         return sum(update.parameters for update in self.values())
 
     @property
@@ -98,7 +99,7 @@ class Adapter(Mapping[str, Update]):
         )
 
     def with_card(self, card: Card | None) -> "Adapter":
-        """The same updates under another card."""
+        """The same updates with another card."""
         return type(self)(self._updates, card, copies=self.copies)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Adapter":
@@ -111,11 +112,11 @@ class Adapter(Mapping[str, Update]):
         return sum(update.delta_norm() ** 2 for update in self.values()) ** 0.5
 
     def inner(self, other: "Adapter") -> float:
-        """Σ⟨ΔW₁, ΔW₂⟩ over the sites that both have, in float64."""
+        """Σ⟨ΔW₁, ΔW₂⟩ over the sites that both adapters have, in float64."""
         return sum((update.inner(other[site]) for site, update in self.items() if site in other), 0.0)
 
     def truncate(self, rank: int) -> "Adapter":
-        """Every site's best approximation of at most this rank."""
+        """An adapter with the best approximation of at most this rank at each site."""
         return self.derived({site: update.truncate(rank) for site, update in self.items()})
 
     def __add__(self, other: "Adapter") -> "Adapter":
@@ -150,19 +151,19 @@ class Adapter(Mapping[str, Update]):
     __rmul__ = __mul__
 
     def _shared_fingerprint(self, other: "Adapter") -> Fingerprint | None:
-        """The fingerprint of the base that both belong to.
+        """The fingerprint of the base that both adapters belong to.
 
         Raises:
-            BaseMismatchError: they were trained on different bases.
+            BaseMismatchError: the adapters were trained on different bases.
         """
         known = [a.card.fingerprint for a in (self, other) if a.card and a.card.fingerprint]
         return known[0].joined(known[1]) if len(known) == 2 else (known or [None])[0]
 
     def _shared_copies(self, other: "Adapter") -> dict[str, Tensor]:
-        """The base's weights that came with either.
+        """The base's weights that were stored with either adapter.
 
         Raises:
-            BaseMismatchError: the same one came with both, and they differ.
+            BaseMismatchError: both adapters have a copy of one weight, and the copies differ.
         """
         for name in self.copies.keys() & other.copies.keys():
             if not torch.equal(self.copies[name], other.copies[name]):
@@ -173,7 +174,7 @@ class Adapter(Mapping[str, Update]):
         return {**other.copies, **self.copies}
 
     def derived(self, updates: Mapping[str, Update]) -> "Adapter":
-        """Other updates for the same base, without what the card says of how this adapter was trained."""
+        """An adapter with other updates for the same base; its card keeps no record of the training."""
         return type(self)(updates, self._derived_card(), copies=self.copies)
 
     def _derived_card(self, fingerprint: Fingerprint | None = None) -> Card | None:

@@ -1,6 +1,6 @@
-"""The card of an adapter: where it comes from, as plain data.
+"""The card of an adapter: a record of where the adapter comes from, as plain data.
 
-It decides nothing: layers judge a base by it, formats write it, people read it.
+Does not check a base (`sites` does) and does not read or write files (`formats` does).
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of an adapter's origin; every field may be unknown.
+    """The known facts about an adapter's origin; any field may be unknown.
 
     Args:
         base_name: the base model as the user named it.
@@ -69,7 +69,7 @@ class Card:
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types; the chat template is left to a file of its own."""
+        """The fields as JSON types, without the chat template, which has a separate file."""
         stored = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del stored["chat_template"]
         stored["fingerprint"] = self.fingerprint.as_dict() if self.fingerprint else None
@@ -77,15 +77,15 @@ class Card:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Card":
-        """The inverse of `as_dict`; a field that is null is as one that is not there.
+        """The inverse of `as_dict`; a null field counts as missing.
 
         Raises:
-            AdapterFileError: an unknown field, one of a wrong kind, or a card of a later format.
+            AdapterFileError: a field is unknown or has the wrong type, or the card has another format.
         """
         fields = {name: value for name, value in stored.items() if value is not None}
         if fields.pop("format", None) != FORMAT:
             raise AdapterFileError(
-                f"the card has format {stored.get('format')!r}, this version reads {FORMAT}; upgrade "
+                f"the card has format {stored.get('format')!r}, but this version reads {FORMAT}; upgrade "
                 "brushstroke"
             )
         for name, value in fields.items():

@@ -1,4 +1,7 @@
-"""What a user asks for when making a new adapter."""
+"""The settings of a new adapter.
+
+Does not resolve targets to sites (`sites` does) and does not create tensors (`layers` does).
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -16,22 +19,22 @@ SCALE_RULES = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The request for a new low-rank adapter.
+    """The settings of a new low-rank adapter.
 
     Args:
-        rank: r of every site, unless `rank_pattern` names another.
-        alpha: numerator of the scale, unless `alpha_pattern` names another.
+        rank: r of every site, unless `rank_pattern` sets another.
+        alpha: numerator of the scale, unless `alpha_pattern` sets another.
         targets: "all-linear", "attention", "mlp", module names, path suffixes or regular expressions; one,
-            or a sequence of them. Every one must match a site.
+            or a sequence of them. Each must match at least one site.
         scale_rule: "standard" for alpha/rank, "rslora" for alpha/√rank.
         dropout: probability on the input of the low-rank path.
-        rank_pattern: rank for single patterns; the first that matches a site counts.
-        alpha_pattern: alpha for single patterns, likewise.
+        rank_pattern: pattern → rank; the first pattern that matches a site is used.
+        alpha_pattern: pattern → alpha; the first pattern that matches a site is used.
         init: rule for the starting U, "kaiming" or "gaussian"; V starts at zero.
         variant: type of the update, "lora" for scale·U·V.
 
     Raises:
-        ConfigError: a value that cannot work, named.
+        ConfigError: a value is invalid; the message names it.
 
     >>> LoraConfig(rank=4, targets=["q_proj", "v_proj"]).scale(4, 16)
     4.0
@@ -79,7 +82,7 @@ class LoraConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}{hint}")
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The factor in front of U·V for a site of this rank and alpha."""
+        """The factor that multiplies U·V at a site of this rank and alpha."""
         return SCALE_RULES[self.scale_rule](alpha, rank)
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,6 +91,10 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "LoraConfig":
-        """The inverse of `as_dict`; an unknown key is an error."""
+        """The inverse of `as_dict`.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is invalid.
+        """
         refuse_unknown(settings, (field.name for field in dataclasses.fields(cls)), "a LoRA config")
         return cls(**settings)

@@ -1,6 +1,6 @@
-"""Samples of a base's weights, by which an adapter knows the base that it was trained on.
+"""Samples of a base's weights, which identify the base that an adapter was trained on.
 
-It compares samples; reading them from a live model or from files is the caller's part.
+Compares samples only; does not read weights from a live model or from files.
 """
 
 import base64
@@ -17,12 +17,12 @@ from brushstroke.errors import AdapterFileError, BaseMismatchError
 
 SAMPLES = 256
 QUANTISED_TOLERANCE = 0.15  # relative difference of the samples: int8 differs by about 1 %, 4-bit by 8 %
-_STEP = 2_654_435_761  # Knuth's multiplicative hash: spreads the positions over rows and columns alike
-_BF16_ULP = 2.0**-7  # the largest relative distance of two neighbouring bf16 numbers
+_STEP = 2_654_435_761  # Knuth's multiplicative hash: spreads the positions over both rows and columns
+_BF16_ULP = 2.0**-7  # the largest relative distance between two neighbouring bf16 numbers
 
 
 class Verdict(Enum):
-    """What the samples say of a base."""
+    """The result of comparing a base with the samples."""
 
     SAME = "the same base"
     MERGED = "this adapter is merged into the base already"
@@ -54,7 +54,7 @@ class Fingerprint:
         shapes: path → (d, h).
         samples: path → the sampled values.
         quantised: whether the base was marked as quantised when the samples were taken.
-        half: the paths whose weight was kept in fp16, which rounds differently from bf16.
+        half: the paths whose weight was stored in fp16, which rounds differently from bf16.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -70,15 +70,15 @@ class Fingerprint:
         return cls(shapes, {path: sample(W) for path, W in weights.items()}, quantised, half)
 
     def joined(self, other: "Fingerprint") -> "Fingerprint":
-        """The samples of both, which must be of one base.
+        """The samples of both fingerprints, which must belong to one base.
 
         Raises:
-            BaseMismatchError: samples of the same site differ by more than quantising explains.
+            BaseMismatchError: the samples of a site differ by more than quantisation can explain.
         """
         for path in self.samples.keys() & other.samples.keys():
-            own, others = (f.samples[path].double() for f in (self, other))
+            first, second = (f.samples[path].double() for f in (self, other))
             same_shape = self.shapes[path] == other.shapes[path]
-            if not same_shape or (own - others).norm() > QUANTISED_TOLERANCE * own.norm():
+            if not same_shape or (first - second).norm() > QUANTISED_TOLERANCE * first.norm():
                 raise BaseMismatchError(
                     f"these adapters were trained on different bases: the weights at {path} differ; combine "
                     "adapters of one base, or drop a card with adapter.with_card(None) to combine them anyway"
@@ -104,10 +104,10 @@ class Fingerprint:
             quantised: whether that base is marked as quantised.
 
         Returns:
-            The verdict, and the relative difference ‖now − then‖ / ‖then‖ of all samples.
+            The verdict, and the relative difference ‖current − stored‖ / ‖stored‖ over all samples.
         """
-        nows: list[Tensor] = []
-        thens: list[Tensor] = []
+        current: list[Tensor] = []
+        stored: list[Tensor] = []
         paths = [path for path in self.samples if path in weights]
         same = True
         for path in paths:
@@ -115,9 +115,9 @@ class Fingerprint:
             if tuple(W.shape) != tuple(self.shapes[path]):
                 return Verdict.FOREIGN, float("inf")
             same = same and self._same(path, W)
-            nows.append(sample(W).double())
-            thens.append(self.samples[path].double())
-        now, then = torch.cat(nows), torch.cat(thens)
+            current.append(sample(W).double())
+            stored.append(self.samples[path].double())
+        now, then = torch.cat(current), torch.cat(stored)
         difference = float((now - then).norm() / then.norm().clamp_min(1e-30))
         if same:
             return Verdict.SAME, difference
@@ -128,24 +128,25 @@ class Fingerprint:
         if bool(((now - merged).abs() <= rounding).all()) and (now - merged).norm() < (now - then).norm():
             return Verdict.MERGED, difference
         if (quantised or self.quantised) and difference <= QUANTISED_TOLERANCE:
-            return (Verdict.MERGED if _holds(now - then, delta) else Verdict.QUANTISED), difference
+            merged_in = _contains_delta(now - then, delta)
+            return (Verdict.MERGED if merged_in else Verdict.QUANTISED), difference
         return Verdict.FOREIGN, difference
 
     def _same(self, path: str, W: Float[Tensor, "d h"]) -> bool:
-        """Whether W and the weight that was sampled can be one weight, each rounded as it is kept."""
+        """Whether W and the sampled weight can be the same weight, each rounded to its stored dtype."""
         then, now = self.samples[path], _values(W)
         if (path in self.half) == (W.dtype == torch.float16):
             return torch.equal(sample(W), then)
         if path in self.half and W.dtype != torch.bfloat16:
             return torch.equal(now.to(torch.float16).to(torch.float32).to(torch.bfloat16), then)
-        # Rounded by fp16 and by bf16: a value may fall to either side of the middle of two bf16 numbers.
+        # Rounded to fp16 and to bf16: a value midway between two bf16 numbers may round to either of them.
         power = torch.exp2(torch.frexp(then.double()).exponent.double())
         of_bf16, of_fp16 = 2.0**-9 * power, (2.0**-12 * power).clamp_min(2.0**-25)
         slack = of_bf16 + of_fp16 + (of_bf16 if W.dtype == torch.bfloat16 else 0)
         return bool(((now.double() - then.double()).abs() <= slack).all())
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types; the samples are bf16 bit patterns, little endian, in base64."""
+        """The fields as JSON types; the samples are bf16 bit patterns, little endian, in base64."""
         return {
             "quantised": self.quantised,
             "sites": {
@@ -165,7 +166,7 @@ class Fingerprint:
         """The inverse of `as_dict`.
 
         Raises:
-            AdapterFileError: the stored form is damaged.
+            AdapterFileError: the stored data is damaged.
         """
         shapes: dict[str, tuple[int, int]] = {}
         samples: dict[str, Tensor] = {}
@@ -183,7 +184,8 @@ class Fingerprint:
             return cls(shapes, samples, bool(stored["quantised"]), frozenset(half))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterFileError(
-                f"the fingerprint of the base is damaged ({error}); delete the field to go without"
+                f"the fingerprint in the adapter's card is damaged ({error}); delete the field to use the "
+                "adapter without a check of its base"
             ) from error
 
 
@@ -192,8 +194,8 @@ def _values(W: Float[Tensor, "d h"]) -> Float[Tensor, " n"]:
     return W[i.to(W.device), j.to(W.device)].detach().cpu()
 
 
-def _holds(change: Float[Tensor, " n"], delta: Float[Tensor, " n"]) -> bool:
-    """Whether a change is ΔW and noise rather than noise alone, where ΔW's share in it is certain."""
+def _contains_delta(change: Float[Tensor, " n"], delta: Float[Tensor, " n"]) -> bool:
+    """Whether a change is ΔW plus noise, not noise alone; true only if the noise is small next to ΔW."""
     size = float(delta.square().sum())
     if not size:
         return False

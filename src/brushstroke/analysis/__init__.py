@@ -1,6 +1,6 @@
-"""What an adapter's numbers say: tensors in, tables out; with or without the base's weights.
+"""Analyses of adapters, with or without the base's weights: tensors in, tables out.
 
-It never sees a live model run, and never forms a d×h update. W comes as a mapping site → (d×h).
+Does not run a model and does not form a d×h update. W is a mapping site → (d×h).
 """
 
 from brushstroke.analysis.budget import Truncation, fit_budget, keep_energy

@@ -1,6 +1,7 @@
-"""Ranks for a truncation, and the loss that is known before it.
+"""Chooses the ranks of a truncation, and computes its loss beforehand.
 
-Two rules: a share of the energy at every site, or the best use of a number of parameters over all sites.
+Does not compute spectra (`spectrum` does). Two rules: keep a share of the energy at every site, or make the
+best use of a number of parameters over all sites.
 """
 
 import heapq
@@ -17,14 +18,14 @@ from brushstroke.lowrank import algebra
 
 @dataclass(frozen=True)
 class Truncation:
-    """Ranks for every site, and what cutting to them does.
+    """The rank of every site, and the size and the loss of the truncated adapter.
 
     Args:
-        ranks: site → rank; a site of rank 0 is left out of the result.
-        parameters: numbers that the result holds.
-        parameters_before: those of the adapter.
+        ranks: site → rank; the result omits sites of rank 0.
+        parameters: the number of values in the result.
+        parameters_before: the number of values in the adapter.
         loss: √Σ‖ΔW − truncated‖² over all sites (Eckart-Young: no update of these ranks is nearer).
-        relative_loss: the same divided by √Σ‖ΔW‖².
+        relative_loss: the loss divided by √Σ‖ΔW‖².
     """
 
     ranks: Mapping[str, int]
@@ -35,24 +36,24 @@ class Truncation:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Sites that the result does without."""
+        """Sites that the result omits."""
         return tuple(site for site, rank in self.ranks.items() if rank == 0)
 
     def derived(self) -> dict[str, Any]:
-        """What follows from the fields."""
+        """Values computed from the fields."""
         return {"left_out": list(self.left_out)}
 
     def apply(self, adapter: Adapter) -> Adapter:
-        """The truncated adapter, in the dtype of the given one; its card keeps what is still true."""
+        """The truncated adapter, in the dtype of `adapter`; its card keeps the fields that still hold."""
         updates = low_rank_updates(adapter)
         kept = {site: updates[site].truncate(rank) for site, rank in self.ranks.items() if rank}
         return adapter.derived(kept)
 
 
 def keep_energy(found: Spectrum, share: float = 0.99) -> Truncation:
-    """At every site the smallest rank that keeps this share of its energy ‖ΔW‖².
+    """The smallest rank at every site that keeps this share of its energy ‖ΔW‖².
 
-    The loss is at most √(1 − share) of the norm, at every site and over all.
+    The loss is at most √(1 − share) of the norm, at every site and over all sites.
 
     Raises:
         ConfigError: the share is not in (0, 1], or the adapter is zero everywhere.
@@ -63,20 +64,20 @@ def keep_energy(found: Spectrum, share: float = 0.99) -> Truncation:
 def fit_budget(found: Spectrum, parameters: int) -> Truncation:
     """The ranks with the smallest total loss under a budget, by water-filling over the pooled σ².
 
-    A rank at a site costs d + h numbers and saves σ² of the squared loss. The best σ²/(d + h) is taken first,
-    which is optimal where all sites have one shape, and near it otherwise.
+    One rank at a site costs d + h parameters and reduces the squared loss by σ². The largest σ²/(d + h) is
+    taken first, which is optimal if all sites have the same shape, and nearly optimal otherwise.
 
     Args:
         found: the spectrum.
-        parameters: the largest Σ rank·(d + h).
+        parameters: the maximum of Σ rank·(d + h).
 
     Raises:
-        ConfigError: the budget does not pay for a single rank.
+        ConfigError: the budget is too small for a single rank, or the adapter is zero everywhere.
     """
     cheapest = min(sum(row.shape) for row in found.values())
     if parameters < cheapest:
         raise ConfigError(
-            f"a budget of {parameters:,} parameters pays for no rank; the cheapest costs {cheapest:,}"
+            f"a budget of {parameters:,} parameters is too small for one rank; give at least {cheapest:,}"
         )
     ranks, left = dict.fromkeys(found, 0), parameters
     queue = [(-_gain(row, 0), site) for site, row in found.items() if len(row.sigma)]
@@ -85,7 +86,7 @@ def fit_budget(found: Spectrum, parameters: int) -> Truncation:
         negative_gain, site = heapq.heappop(queue)
         row = found[site]
         if negative_gain == 0 or sum(row.shape) > left:
-            continue  # its later ranks cost the same and save no more
+            continue  # later ranks of this site cost the same and reduce the loss by no more
         left -= sum(row.shape)
         ranks[site] += 1
         if ranks[site] < row.numerical_rank:
@@ -94,13 +95,13 @@ def fit_budget(found: Spectrum, parameters: int) -> Truncation:
 
 
 def _gain(row: SiteSpectrum, number: int) -> float:
-    """What this rank saves of the squared loss for each number that it costs."""
+    """By how much this rank reduces the squared loss, per parameter."""
     return float(row.sigma[number]) ** 2 / sum(row.shape)
 
 
 def _truncation(found: Spectrum, ranks: Mapping[str, int]) -> Truncation:
     if not any(ranks.values()):
-        raise ConfigError("the adapter is zero at every site; there is nothing to keep")
+        raise ConfigError("the adapter is zero at every site, so it cannot be truncated; check the adapter")
     lost = sum(algebra.tail_norm(row.sigma, ranks[site]) ** 2 for site, row in found.items()) ** 0.5
-    held = sum(ranks[site] * sum(row.shape) for site, row in found.items())
-    return Truncation(ranks, held, found.parameters, lost, lost / found.norm)
+    kept = sum(ranks[site] * sum(row.shape) for site, row in found.items())
+    return Truncation(ranks, kept, found.parameters, lost, lost / found.norm)

@@ -1,6 +1,6 @@
-"""The singular directions of base weights, which no adapter changes, and a cache that keeps them.
+"""The singular directions of base weights, and a cache of them on disk.
 
-It knows no adapter and reads no weight's file: a weight is known by the content of its tensor.
+Does not use adapters and does not read weight files: the cache identifies a weight by its values.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from brushstroke.lowrank.krylov import Shifted, dense_svd, top_svd
 from brushstroke.outputs import write_file
 from brushstroke.samples.assets import cache_folder
 
-STEP = 40  # strongest directions of a large W come in multiples of this, so that all questions share them
-SMALLEST = 2**16  # entries of a W that is worth a file
-LIMIT = 4 * 2**30  # bytes of all files
-LARGEST = 1e18  # norm of a W whose products with WᵀW are in the range of float32
-FORMAT = "brushstroke directions 1"  # another one wherever the maths or the layout changes
+STEP = 40  # the number of directions of a large W is a multiple of this, so that analyses share them
+SMALLEST = 2**16  # a W with fewer entries is not cached
+LIMIT = 4 * 2**30  # maximum bytes of all files
+LARGEST = 1e18  # largest norm of a W whose products with WᵀW are in the range of float32
+FORMAT = "brushstroke directions 1"  # change it whenever the mathematics or the layout changes
 _SUFFIX = ".directions"
 
 
@@ -38,7 +38,7 @@ class Directions:
         left: input directions, in columns.
         sigma: descending.
         right: output directions, in rows.
-        residual: ‖Wᵀ·left_i − sigma_i·right_i‖ of each; 0 where W was decomposed whole.
+        residual: ‖Wᵀ·left_i − sigma_i·right_i‖ of each; 0 if they come from a full SVD of W.
     """
 
     norm: float
@@ -48,9 +48,9 @@ class Directions:
     residual: Float[Tensor, " k"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file holds."""
-        found = {name: getattr(self, name) for name in ("left", "sigma", "right", "residual")}
-        return {**found, "norm": torch.tensor(self.norm, dtype=torch.float64)}
+        """The tensors that a cache file stores."""
+        parts = {name: getattr(self, name) for name in ("left", "sigma", "right", "residual")}
+        return {**parts, "norm": torch.tensor(self.norm, dtype=torch.float64)}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Directions":
@@ -60,63 +60,63 @@ class Directions:
 
 
 class Working:
-    """W in the dtype that it is multiplied in: float64 where it is decomposed whole, otherwise float32.
+    """Converts W to the dtype of the computation: float64 for a full SVD, otherwise float32 or W's float64.
 
-    Weights in half precision are converted into one piece of memory that is used again for the next, which is
-    many times faster than fresh memory for each. So a result is good until the next call.
+    Weights in half precision are converted into one buffer that is reused, which is many times faster than
+    new memory for each. So a result is valid only until the next call.
     """
 
     def __init__(self) -> None:
-        self._room = torch.empty(0)
+        self._buffer = torch.empty(0)
 
     def __call__(self, W: Float[Tensor, "d h"], whole: bool) -> Float[Tensor, "d h"]:
-        """W itself where it has the dtype already."""
+        """W in the dtype of the computation; W itself, not a copy, if it already has that dtype."""
         if whole or W.dtype in (torch.float64, torch.float32):
             return W.double() if whole else W
-        if self._room.numel() < W.numel() or self._room.device != W.device:
-            self._room = torch.empty(W.numel(), device=W.device)
-        rows = _as_it_lies(W)
-        copied = self._room[: W.numel()].view(rows.shape).copy_(rows)
-        return copied.mT if _turned(W) else copied
+        if self._buffer.numel() < W.numel() or self._buffer.device != W.device:
+            self._buffer = torch.empty(W.numel(), device=W.device)
+        rows = _memory_rows(W)
+        copied = self._buffer[: W.numel()].view(rows.shape).copy_(rows)
+        return copied.mT if _is_transposed(W) else copied
 
 
 class DirectionCache:
-    """Directions of weights in a folder, one file a weight, by the content of the weight and what was asked.
+    """A folder with one file per weight and query, named by a hash of the weight's values and the query.
 
-    A file appears whole or not at all. One that is damaged, or is not what its name says, is as none. The
-    files of all bases together stay below a limit: the ones that were not used for longest go, and where all
-    that are left belong to this run, no more are kept.
+    Files are written atomically. A file that is damaged, or does not match its name, counts as missing. The
+    files of all bases together stay below a limit: the least recently used files are deleted, and if all
+    files belong to this run, no more are written.
 
     Args:
         folder: by default `directions` in the cache folder (`BRUSHSTROKE_CACHE`, or ~/.cache/brushstroke).
-        limit: of all files, in bytes.
+        limit: maximum size of all files, in bytes.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
         self.folder, self.limit = folder or cache_folder() / "directions", limit
-        self.used = self.kept = 0  # how many weights' directions came from files, and how many files are new
-        self.failure = ""  # why nothing can be kept
-        self._mine: set[Path] = set()
+        self.used = self.kept = 0  # number of weights whose directions came from files, and of new files
+        self.failure = ""  # why files cannot be written
+        self._own_files: set[Path] = set()  # files that this run read or wrote
 
     def find(self, key: str) -> dict[str, Tensor] | None:
-        """What the file of a key holds."""
+        """The tensors in the file of a key; None if the file is missing or damaged."""
         import safetensors.torch
 
         path = self._path(key)
         try:
-            told, payload = path.read_bytes().split(b"\n", 1)
-            if told.decode() != _sum(key, payload):
+            checksum, payload = path.read_bytes().split(b"\n", 1)
+            if checksum.decode() != _sum(key, payload):
                 return None
             found = safetensors.torch.load(payload)
-        except Exception:  # none, or damaged in whatever way: it is computed anew and replaced
+        except Exception:  # missing or damaged in any way: the caller computes and replaces it
             return None
-        self._mine.add(path)
+        self._own_files.add(path)
         with suppress(OSError):
             os.utime(path)
         return found
 
     def keep(self, key: str, found: dict[str, Tensor]) -> None:
-        """Write the file of a key, unless there is no room for it or no permission."""
+        """Write the file of a key, unless it exceeds the limit or cannot be written (see `failure`)."""
         import safetensors.torch
 
         payload = safetensors.torch.save({name: tensor.cpu() for name, tensor in found.items()})
@@ -124,7 +124,7 @@ class DirectionCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._make_room(len(payload)):
                 write_file(self._path(key), _sum(key, payload).encode() + b"\n" + payload)
-                self._mine.add(self._path(key))
+                self._own_files.add(self._path(key))
                 self.kept += 1
         except (OutputError, OSError) as error:
             self.failure = str(error)
@@ -133,10 +133,14 @@ class DirectionCache:
         return self.folder / f"{key}{_SUFFIX}"
 
     def _make_room(self, size: int) -> bool:
-        """Whether a file of this size fits, once the oldest ones that this run has not used are gone."""
+        """Delete the oldest files that this run has not used, until a file of this size fits.
+
+        Returns:
+            Whether it fits.
+        """
         files = {path: path.stat() for path in self.folder.glob(f"*{_SUFFIX}")}
         total = size + sum(stat.st_size for stat in files.values())
-        for path in sorted(files.keys() - self._mine, key=lambda path: files[path].st_mtime):
+        for path in sorted(files.keys() - self._own_files, key=lambda path: files[path].st_mtime):
             if total <= self.limit:
                 break
             path.unlink(missing_ok=True)
@@ -154,19 +158,19 @@ def base_directions(
     cache: DirectionCache | None = None,
     working: Working | None = None,
 ) -> Directions:
-    """At least the k strongest singular directions of W, from the cache where it has them.
+    """At least the k strongest singular directions of W, from the cache if it has them.
 
     Args:
-        site: the name of W, for errors.
+        site: the name of W, for error messages.
         W: in the dtype of its file.
-        k: how many; rounded up to a multiple of 40, so that questions with several k share one result.
-        whole: decompose W whole, in float64, and give all of its directions.
-        seed: of the Krylov start.
-        cache: where they are looked for, and kept.
-        working: what converts W.
+        k: the number of directions; rounded up to a multiple of 40, so that several k share one result.
+        whole: compute a full SVD of W in float64, and return all of its directions.
+        seed: for the Krylov start.
+        cache: read first, and written; None for no cache.
+        working: converts W.
 
     Raises:
-        BaseLoadError: W holds NaN or infinity, or is larger than any weight of a model that works.
+        BaseLoadError: W contains NaN or infinity, or its square is too large for float32.
     """
     k = -(-max(k, 1) // STEP) * STEP
     key = "" if cache is None or W.numel() < SMALLEST else _key(W, "whole" if whole else f"{k} from {seed}")
@@ -175,13 +179,16 @@ def base_directions(
         return Directions.of(kept)
     norm, work = finite_norm(site, W), (working or Working())(W, whole)
     if norm > LARGEST and work.dtype == torch.float32:
-        raise BaseLoadError(f"{site}: the norm of W is {norm:.1g}; its square is too large for float32")
+        raise BaseLoadError(
+            f"{site}: the norm of W is {norm:.1g}; its square is too large for float32; get the model again "
+            "from where it came"
+        )
     if whole:
         parts = dense_svd(work)
-        found = _laid_out(norm, *parts, torch.zeros_like(parts.sigma))
+        found = _contiguous(norm, *parts, torch.zeros_like(parts.sigma))
     else:
         top = top_svd(Shifted(work), k, generator=torch.Generator().manual_seed(seed))
-        found = _laid_out(norm, top.left, top.sigma, top.right, top.residual)
+        found = _contiguous(norm, top.left, top.sigma, top.right, top.residual)
     if cache is not None and key:
         cache.keep(key, found.tensors())
     return found
@@ -190,7 +197,7 @@ def base_directions(
 def base_floor(
     W: Float[Tensor, "d h"], strongest: float, working: Working, cache: DirectionCache | None = None
 ) -> float:
-    """The share of sigma₁ below which W (d ≤ h) has no singular value, from the cache where it has it.
+    """The share of sigma₁ below which W (d ≤ h) has no singular value, from the cache if it has it.
 
     See `proven_floor`.
     """
@@ -203,15 +210,15 @@ def base_floor(
     return floor
 
 
-def _laid_out(norm: float, *parts: Tensor) -> Directions:
-    """Directions with the memory as a file gives it, so that products with them round alike."""
+def _contiguous(norm: float, *parts: Tensor) -> Directions:
+    """Directions with the memory layout that a file gives, so that products with them round the same way."""
     return Directions(norm, *(part.contiguous() for part in parts))
 
 
-def _key(W: Float[Tensor, "d h"], asked: str) -> str:
-    rows = _as_it_lies(W).cpu().contiguous()
-    told = f"{FORMAT}, {asked}, {tuple(W.shape)}, {W.dtype}, rows of {'outputs' if _turned(W) else 'inputs'}"
-    digest = hashlib.sha256(told.encode())
+def _key(W: Float[Tensor, "d h"], query: str) -> str:
+    rows = _memory_rows(W).cpu().contiguous()
+    layout = f"rows of {'outputs' if _is_transposed(W) else 'inputs'}"
+    digest = hashlib.sha256(f"{FORMAT}, {query}, {tuple(W.shape)}, {W.dtype}, {layout}".encode())
     digest.update(rows.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -220,10 +227,11 @@ def _sum(key: str, payload: bytes) -> str:
     return hashlib.sha256(key.encode() + payload).hexdigest()
 
 
-def _turned(W: Float[Tensor, "d h"]) -> bool:
-    """Whether the memory of W holds its transpose row by row."""
+def _is_transposed(W: Float[Tensor, "d h"]) -> bool:
+    """Whether the memory of W contains the rows of its transpose."""
     return W.stride(1) != 1 and W.stride(0) == 1
 
 
-def _as_it_lies(W: Float[Tensor, "d h"]) -> Tensor:
-    return W.mT if _turned(W) else W
+def _memory_rows(W: Float[Tensor, "d h"]) -> Tensor:
+    """W or its transpose: the one whose rows are contiguous in memory."""
+    return W.mT if _is_transposed(W) else W

@@ -1,6 +1,6 @@
-"""Intruder dimensions: strong directions of W + ΔW that no direction of W resembles, with certificates.
+"""Intruder dimensions: strong directions of W + ΔW that are far from every direction of W, with bounds.
 
-W + ΔW is never formed. What an intruder does to the model's answers is not seen from here.
+Does not form W + ΔW, and does not measure the effect of intruders on the model's answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, 
 from brushstroke.lowrank.spectra import numerical_rank
 from brushstroke.lowrank.sums import PASSES, top_of_sum
 
-WHOLE_PASSES = 40  # on a W that is decomposed whole, the sum is nearly so too
-ROUNDS, STEPS = 8, 3  # of growing the space for directions that are not decided yet, and blocks in each
+WHOLE_PASSES = 40  # passes for a W with a full SVD; they decompose the sum almost completely
+ROUNDS, STEPS = 8, 3  # rounds that extend the space for undecided directions, and blocks per round
 
 Verdict = Literal["intruder", "known", "undecided"]
 
@@ -39,11 +39,13 @@ class Direction:
         position: 0 is the strongest.
         sigma: its singular value in W + ΔW.
         lower: the largest |cosine| with a singular vector of W is at least this.
-        upper: and at most this; equal to `lower` where W was decomposed whole. It is sought only where
-            `lower` leaves the question open and the direction has converged, and is 1 elsewhere.
-        outside: √(1 − ‖part of it within W's strongest directions‖²); near 1 it is new even as a mixture.
+        upper: and at most this; equal to `lower` after a full SVD of W. Otherwise it is computed only if
+            `lower` is below ε and the direction has converged; else it is 1.
+        outside: √(1 − ‖part of it within W's strongest directions‖²); near 1 the direction is also far from
+            every mixture of them.
         residual: ‖(W + ΔW)ᵀ·left − sigma·right‖/σ₁ of the iteration that found it.
-        verdict: "intruder" where upper < ε, "known" where lower ≥ ε, otherwise "undecided".
+        verdict: "intruder" if upper < ε and the direction has converged, "known" if lower ≥ ε, otherwise
+            "undecided".
     """
 
     position: int
@@ -61,8 +63,8 @@ class SiteIntruders:
 
     Args:
         shape: (d, h).
-        directions: the top ones, strongest first.
-        found: Σ σ·left·right over the intruders, as an update; what the repair scales down.
+        directions: the top directions, strongest first.
+        found: Σ σ·left·right over the intruders, as an update; `repair` scales it down.
     """
 
     shape: tuple[int, int]
@@ -70,11 +72,11 @@ class SiteIntruders:
     found: LowRank | None = field(default=None, metadata=HIDDEN)
 
     def count(self, verdict: Verdict = "intruder") -> int:
-        """How many directions have this verdict."""
+        """The number of directions with this verdict."""
         return sum(direction.verdict == verdict for direction in self.directions)
 
     def derived(self) -> dict[str, Any]:
-        """What follows from the fields."""
+        """Values computed from the fields."""
         return {"intruders": self.count(), "undecided": self.count("undecided")}
 
 
@@ -83,7 +85,7 @@ class Intruders(SiteTable[SiteIntruders]):
 
     Args:
         rows: the results.
-        top: how many directions were judged at each site.
+        top: the number of directions checked at each site.
         threshold: ε.
     """
 
@@ -92,11 +94,11 @@ class Intruders(SiteTable[SiteIntruders]):
         self.top, self.threshold = top, threshold
 
     def count(self, verdict: Verdict = "intruder") -> int:
-        """How many directions of all sites have this verdict."""
+        """The number of directions with this verdict over all sites."""
         return sum(row.count(verdict) for row in self.values())
 
     def totals(self) -> dict[str, Any]:
-        """The settings, and how many of each verdict there are."""
+        """The settings, and the number of directions by verdict."""
         return {
             "top": self.top,
             "threshold": self.threshold,
@@ -118,30 +120,31 @@ def intruders(
     on_site: OnSite | None = None,
     cache: DirectionCache | None = None,
 ) -> Intruders:
-    """Which of the strongest output directions of W + ΔW no singular vector of W resembles.
+    """Find the strongest output directions of W + ΔW that are far from every singular vector of W.
 
-    Source: arXiv:2410.21228, algorithm 1, on the left singular vectors of (out×in) weights: in our (d×h) they
-    are the `right` ones, in R^h. A direction y is an intruder where max_i |⟨y, x_i⟩| < ε over all singular
-    vectors x_i of W. The top ones come from a Krylov space of W and of the factors; the maximum is exact
-    where W is small, and otherwise lies between a hit among W's strongest directions and a bound
-    (`cosine_bounds`). A direction that the iteration did not settle is a mixture, and no intruder. Vectors of
-    W of singular value 0 are arbitrary, and count as none.
+    Source: arXiv:2410.21228, algorithm 1, which uses the left singular vectors of (out×in) weights; for
+    weights W (d×h) they are the `right` ones, in R^h. A direction y is an intruder if max_i |⟨y, x_i⟩| < ε
+    over all singular vectors x_i of W. The strongest directions come from a Krylov space of W and of the
+    factors. The maximum is exact if W is small; otherwise it lies between the largest cosine with W's
+    strongest directions and an upper bound (`cosine_bounds`). A direction that has not converged is a mixture
+    and never counts as an intruder. Singular vectors of W with singular value 0 are arbitrary, and ignored.
 
     Args:
-        adapter: of low-rank updates.
+        adapter: an adapter with low-rank updates.
         base: a Base, an nn.Module, or a mapping site → W (d×h), which may read lazily.
-        top: how many directions to judge at each site.
+        top: the number of directions to check at each site.
         threshold: ε.
-        seed: of the Krylov starts.
-        dense_limit: a W whose smaller side is at most this is decomposed whole, in float64.
-        allow_different_base: pass over the verdict of the fingerprint.
-        on_site: called with (site, its number, how many) before each is read.
-        cache: where W's own directions are looked for and kept; without one they are computed every time.
+        seed: for the Krylov starts.
+        dense_limit: a W whose smaller side is at most this gets a full SVD, in float64.
+        allow_different_base: skip the comparison with the fingerprint.
+        on_site: called with (site, its number, number of sites) before each site is read.
+        cache: a cache of W's directions; None computes them every time.
 
     Raises:
-        ConfigError: top below 1, a threshold outside (0, 1], or a negative dense_limit.
-        ShapeError: an update without factors, or a base that lacks a site or has another shape there.
+        ConfigError: top is below 1, the threshold is outside (0, 1], or dense_limit is negative.
+        ShapeError: an update has no factors, or a site is missing in the base or has another shape there.
         BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+        BaseLoadError: a weight contains NaN or infinity, or is too large for float32.
 
     >>> W = torch.diag(torch.tensor([3.0, 2.0, 0.0]))
     >>> new = Adapter({"fc": LowRank(torch.eye(3)[:, 2:], 9 * torch.eye(3)[2:])})
@@ -153,30 +156,30 @@ def intruders(
     rows, working = {}, Working()
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
         dense = min(update.shape) <= dense_limit
-        own = base_directions(site, W, 4 * top, whole=dense, seed=seed, cache=cache, working=working)
-        floor = partial(base_floor, W, float(own.sigma[0]), working, cache)
-        judged = (
-            _exact(update, working(W, dense), own, top)
+        known = base_directions(site, W, 4 * top, whole=dense, seed=seed, cache=cache, working=working)
+        floor = partial(base_floor, W, float(known.sigma[0]), working, cache)
+        compared = (
+            _exact(update, working(W, dense), known, top)
             if dense
-            else _bounded(update, working(W, dense), own, top, threshold, floor)
+            else _bounded(update, working(W, dense), known, top, threshold, floor)
         )
-        rows[site] = _site(update.shape, judged, threshold)
+        rows[site] = _site(update.shape, compared, threshold)
     return Intruders(rows, top=top, threshold=threshold)
 
 
 def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
     """The adapter with its intruders scaled down: ΔW − (1 − scale)·Σ σ·left·right over the intruders.
 
-    Exact in factor form: a site's rank grows by the number of its intruders; `truncate` brings it back.
-    Undecided directions stay as they are. Source: arXiv:2410.21228, section 5, with λ = scale.
+    Exact in factor form: the rank of a site grows by the number of its intruders; `truncate` reduces it.
+    Undecided directions do not change. Source: arXiv:2410.21228, section 5, with λ = scale.
 
     Raises:
-        ConfigError: a scale outside [0, 1], or an adapter that has not the sites of the result.
+        ConfigError: the scale is outside [0, 1], or the adapter and the result have different sites.
     """
     if not 0 <= scale <= 1:
         raise ConfigError(f"a scale must be between 0 and 1; got {scale}")
     if set(adapter) != set(found):
-        raise ConfigError("the intruders were found in another adapter; look for them in this one first")
+        raise ConfigError("the intruders were found in another adapter; call intruders() on this one first")
     updates = low_rank_updates(adapter)
     repaired: dict[str, LowRank] = {}
     for site, update in updates.items():
@@ -187,14 +190,14 @@ def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """The strongest directions of W + ΔW with what is known of their cosines with W's.
+class _Compared:
+    """The strongest directions of W + ΔW, with bounds of their cosines with the directions of W.
 
     Args:
         top: the triples.
-        lower: of the largest |cosine| of each.
-        upper: of the same.
-        outside: of W's strongest directions.
+        lower: lower bounds of the largest |cosine| of each.
+        upper: upper bounds of the same.
+        outside: norm of the part of each outside of W's strongest directions.
     """
 
     top: TopSvd
@@ -203,74 +206,77 @@ class _Judged:
     outside: list[float]
 
 
-def _site(shape: tuple[int, int], judged: _Judged, threshold: float) -> SiteIntruders:
-    ours, lower, upper = judged.top, judged.lower, judged.upper
-    strongest = float(ours.sigma[0]) or 1.0
-    settled = (ours.residual <= TOLERANCE * strongest).tolist()
+def _site(shape: tuple[int, int], compared: _Compared, threshold: float) -> SiteIntruders:
+    changed, lower, upper = compared.top, compared.lower, compared.upper
+    strongest = float(changed.sigma[0]) or 1.0
+    converged = (changed.residual <= TOLERANCE * strongest).tolist()
     directions = tuple(
         Direction(
             position,
-            float(ours.sigma[position]),
+            float(changed.sigma[position]),
             lower[position],
             upper[position],
-            judged.outside[position],
-            float(ours.residual[position]) / strongest,
-            _verdict(lower[position], upper[position], threshold, settled[position]),
+            compared.outside[position],
+            float(changed.residual[position]) / strongest,
+            _verdict(lower[position], upper[position], threshold, converged[position]),
         )
-        for position in range(len(ours.sigma))
-        if float(ours.sigma[position]) > 0
+        for position in range(len(changed.sigma))
+        if float(changed.sigma[position]) > 0
     )
     picked = [direction.position for direction in directions if direction.verdict == "intruder"]
     extra = None
     if picked:
-        rows = ours.right[picked] * ours.sigma[picked][:, None]
-        extra = LowRank(ours.left[:, picked].double(), rows.double())
+        rows = changed.right[picked] * changed.sigma[picked][:, None]
+        extra = LowRank(changed.left[:, picked].double(), rows.double())
     return SiteIntruders(shape, directions, extra)
 
 
-def _exact(update: LowRank, W: Float[Tensor, "d h"], own: Directions, top: int) -> _Judged:
-    changed = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
-    ours = top_svd(changed, top, passes=WHOLE_PASSES)
-    known = own.right[: numerical_rank(own.sigma, max(W.shape))]
-    cosines = (ours.right.double() @ known.mT).abs()
-    largest = cosines.max(dim=1).values.tolist() if len(known) else [0.0] * len(ours.right)
-    return _Judged(ours, largest, largest, _outside(cosines[:, : 4 * top]))
+def _exact(update: LowRank, W: Float[Tensor, "d h"], known: Directions, top: int) -> _Compared:
+    """The cosines with all singular vectors of W."""
+    matrix = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
+    changed = top_svd(matrix, top, passes=WHOLE_PASSES)
+    vectors = known.right[: numerical_rank(known.sigma, max(W.shape))]
+    cosines = (changed.right.double() @ vectors.mT).abs()
+    largest = cosines.max(dim=1).values.tolist() if len(vectors) else [0.0] * len(changed.right)
+    return _Compared(changed, largest, largest, _outside(cosines[:, : 4 * top]))
 
 
 def _bounded(
     update: LowRank,
     W: Float[Tensor, "d h"],
-    own: Directions,
+    known: Directions,
     top: int,
     threshold: float,
     floor: Callable[[], float],
-) -> _Judged:
-    """Everything happens on the smaller side of W, where WᵀW (or WWᵀ) has no null space of its own."""
-    turned, parts = W.shape[1] > W.shape[0], update.svd()
-    least = TOLERANCE * own.sigma[0]
-    settled = (own.residual <= least) & (
-        own.sigma > least
-    )  # below, it may be of the null space, or a mixture
-    # where W's own did not converge, those of the sum that are W's won't: only new ones do, and soon
-    passes = PASSES if bool(settled[:top].all()) else PASSES // 2
-    if turned:
-        found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), own.left, top, passes)
-        ours = TopSvd(found.top.right.mT, found.top.sigma, found.top.left.mT, found.top.residual)
+) -> _Compared:
+    """Bounds of the cosines, computed on the smaller side of W, where W's shape forces no null space."""
+    transposed, parts = W.shape[1] > W.shape[0], update.svd()
+    least = TOLERANCE * known.sigma[0]
+    # a direction with a smaller sigma may belong to the null space, or be a mixture
+    converged = (known.residual <= least) & (known.sigma > least)
+    # if directions of W did not converge, those that the sum shares with W will not; new ones converge early
+    passes = PASSES if bool(converged[:top].all()) else PASSES // 2
+    if transposed:
+        found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), known.left, top, passes)
+        changed = TopSvd(found.top.right.mT, found.top.sigma, found.top.left.mT, found.top.residual)
     else:
-        found = top_of_sum(W, parts, own.right.mT, top, passes)
-        ours = found.top
-    found.space.extend((own.left if turned else own.right.mT)[:, settled])
-    cosines = (ours.right.double() @ own.right.mT.double()).abs()
-    hits = torch.where(settled, cosines, 0).max(dim=1).values
-    open_ = found.settled & (hits < threshold)
-    targets = found.back if turned else ours.right.mT
+        found = top_of_sum(W, parts, known.right.mT, top, passes)
+        changed = found.top
+    found.space.extend((known.left if transposed else known.right.mT)[:, converged])
+    cosines = (changed.right.double() @ known.right.mT.double()).abs()
+    hits = torch.where(converged, cosines, 0).max(dim=1).values
+    undecided = found.settled & (hits < threshold)
+    targets = found.back if transposed else changed.right.mT
     uppers = torch.ones_like(hits)
-    uppers[open_] = _upper_bounds(found.space, targets[:, open_], threshold, FLOOR if turned else None)
+    uppers[undecided] = _upper_bounds(
+        found.space, targets[:, undecided], threshold, FLOOR if transposed else None
+    )
     new = uppers < threshold
-    if turned and bool(new.any()) and (weakest := floor()) < FLOOR:  # so far, of W's stronger vectors only
+    if transposed and bool(new.any()) and (weakest := floor()) < FLOOR:
+        # the bounds so far ignore singular values of W below FLOOR
         uppers[new] = _upper_bounds(found.space, targets[:, new], threshold, weakest) if weakest else 1.0
-    return _Judged(
-        ours,
+    return _Compared(
+        changed,
         hits.tolist(),
         torch.maximum(uppers, hits).tolist(),
         _outside(cosines[:, : 4 * top]),
@@ -280,9 +286,9 @@ def _bounded(
 def _upper_bounds(
     space: KrylovSpace, targets: Float[Tensor, "n k"], threshold: float, floor: float | None
 ) -> Float[Tensor, " k"]:
-    """Bounds of cosines with W's singular vectors, in a space that grows while one is not low enough.
+    """Bounds of cosines with W's singular vectors; extends the space while a bound is not low enough.
 
-    With a floor, of those above this share of sigma₁, and the targets are images.
+    With a floor, only singular values above this share of sigma₁ count, and the targets are images.
     """
     if not targets.shape[1]:
         return torch.zeros(0, dtype=torch.float64)
@@ -303,8 +309,8 @@ def _outside(cosines: Float[Tensor, "k m"]) -> list[float]:
     return (1 - cosines.square().sum(dim=1)).clamp_min(0).sqrt().tolist()
 
 
-def _verdict(lower: float, upper: float, threshold: float, settled: bool) -> Verdict:
-    """A direction that has not converged is a mixture; that none of W's resembles it says nothing."""
-    if upper < threshold and settled:
+def _verdict(lower: float, upper: float, threshold: float, converged: bool) -> Verdict:
+    """A direction that has not converged is a mixture, so that its upper bound proves nothing."""
+    if upper < threshold and converged:
         return "intruder"
     return "known" if lower >= threshold else "undecided"

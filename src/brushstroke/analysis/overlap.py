@@ -1,6 +1,6 @@
-"""How much two sets of orthonormal directions share, for all leading subsets at once, and what chance gives.
+"""The overlap of two sets of orthonormal directions, for all leading subsets, and its chance level.
 
-Pure functions on directions; which weights they come from is the part of `subspace`.
+Does not compute directions of updates (`subspace` does); these are pure functions on directions.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 def overlap_grid(first: Float[Tensor, "n i"], second: Float[Tensor, "n j"]) -> Float[Tensor, "i j"]:
     """φ(i, j) = ‖firstᵢᵀ·secondⱼ‖_F² / min(i, j) for the leading i and j columns; entry [i−1, j−1].
 
-    One product and two cumulative sums (arXiv:2106.09685, eq. 4). It is the mean squared cosine of the
-    principal angles, 1 − D²/min(i, j) with the projection metric D (appendix G of the paper misprints it).
+    One product and two cumulative sums (arXiv:2106.09685, eq. 4). φ is the mean squared cosine of the
+    principal angles, 1 − D²/min(i, j) with the projection metric D (appendix G of the paper has a misprint).
 
     Args:
         first: orthonormal columns.
@@ -33,7 +33,7 @@ def chance(i: int, j: int, n: int) -> Float[Tensor, "i j"]:
 
 
 def chance_deviation(i: int, j: int, n: int) -> Float[Tensor, "i j"]:
-    """The standard deviation of φ for such subspaces.
+    """The standard deviation of φ for independent uniformly random subspaces of R^n.
 
     Var‖XᵀY‖² = 2ij(n − i)(n − j) / (n²(n − 1)(n + 2)) for Haar-random X (n×i), Y (n×j).
     """
@@ -43,7 +43,7 @@ def chance_deviation(i: int, j: int, n: int) -> Float[Tensor, "i j"]:
 
 
 def z_scores(grid: Float[Tensor, "i j"], n: int) -> Float[Tensor, "i j"]:
-    """(φ − E φ) in standard deviations; 0 where a subspace is the whole space and φ cannot differ."""
+    """(φ − E φ) in standard deviations; 0 if a subspace is the whole space, so that φ is constant."""
     i, j = grid.shape
     deviation = chance_deviation(i, j, n)
     gap = grid - chance(i, j, n)
@@ -56,9 +56,9 @@ def weighted_overlap(
     second: Float[Tensor, "n j"],
     second_sigma: Float[Tensor, " j"],
 ) -> float:
-    """Σ σ₁ᵢ²·σ₂ⱼ²·(firstᵢ·secondⱼ)² / (‖σ₁²‖·‖σ₂²‖): the cosine of the matrices Σσ²·x·xᵀ of either set.
+    """Σ σ₁ᵢ²·σ₂ⱼ²·(firstᵢ·secondⱼ)² / (‖σ₁²‖·‖σ₂²‖): the cosine of the matrices Σσ²·x·xᵀ of the two sets.
 
-    It depends on no single direction, so it stays put where two singular values nearly agree and their
+    It does not depend on single directions, so it is stable if two singular values are nearly equal and their
     directions change places.
     """
     one, two = first_sigma.square(), second_sigma.square()
@@ -67,7 +67,7 @@ def weighted_overlap(
 
 
 def weighted_chance(first_sigma: Float[Tensor, " i"], second_sigma: Float[Tensor, " j"], n: int) -> float:
-    """What `weighted_overlap` is on average for directions at random in R^n."""
+    """The mean of `weighted_overlap` for random directions in R^n."""
     one, two = first_sigma.square(), second_sigma.square()
     size = float(one.norm() * two.norm())
     return float(one.sum() * two.sum()) / (n * size) if size else 0.0

@@ -1,6 +1,6 @@
-"""Where an update lies in its base's weight: what it amplifies, and what chance would give.
+"""Compares an update with its base's weight: which directions of W it amplifies, and the chance level.
 
-W is read one tensor at a time. Whether the update helps is not seen from here.
+Does not measure whether the update improves the model. Reads W one tensor at a time.
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ from brushstroke.checks import check_dense_limit
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.krylov import multiply
 
-DENSE_LIMIT = 1536  # smaller side of a W that is decomposed whole
+DENSE_LIMIT = 1536  # a W whose smaller side is at most this gets a full SVD
 PARTS = 10
-_ROUNDING = 64.0  # a projection below this many roundings of ‖W‖ is none
+_ROUNDING = 64.0  # a projection below this multiple of the rounding of ‖W‖ counts as 0
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """How the energy ‖ΔW‖² of an update falls on W's singular directions, strongest first.
+    """The distribution of an update's energy ‖ΔW‖² over W's singular directions, strongest first.
 
     Args:
-        left: of its input directions: ten shares, each of a tenth of W's min(d, h) directions.
-        right: of its output directions.
-        chance_left: what a random update would have in each tenth; less than 0.1 where d > h.
-        chance_right: the same of the output directions; less than 0.1 where h > d.
+        left: for the input directions: ten shares, one per tenth of W's min(d, h) directions.
+        right: the same for the output directions.
+        chance_left: the expected shares of a random update; less than 0.1 if d > h.
+        chance_right: the same for the output directions; less than 0.1 if h > d.
     """
 
     left: tuple[float, ...]
@@ -45,19 +45,19 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class SiteRelation:
-    """One ΔW against its W: ‖leftᵀ·W·rightᵀ‖_F for r directions of either side.
+    """One ΔW compared with its W: ‖leftᵀ·W·rightᵀ‖_F for r input and r output directions.
 
     Args:
         shape: (d, h).
-        rank: r, the directions of ΔW that stand above rounding.
+        rank: r, the number of directions of ΔW above rounding.
         norm_base: ‖W‖_F.
         norm_delta: ‖ΔW‖_F, scale included.
         projection_delta: with the directions of ΔW.
-        projection_base: with W's own first r, √Σ_{i≤r} σ_i(W)².
-        projection_random: with random ones, in closed form: the root of the mean square, r·‖W‖/√(d·h).
-        projection_sampled: with random ones, drawn once.
-        residual: largest ‖Wᵀ·left − σ·right‖/σ₁ of W's first r; 0 where W was decomposed whole.
-        deciles: energy of ΔW over W's spectrum, where W was decomposed whole.
+        projection_base: with the first r directions of W, √Σ_{i≤r} σ_i(W)².
+        projection_random: with random directions, in closed form: the root mean square, r·‖W‖/√(d·h).
+        projection_sampled: with one sample of random directions.
+        residual: largest ‖Wᵀ·left − σ·right‖/σ₁ of W's first r directions; 0 after a full SVD of W.
+        deciles: energy of ΔW over W's spectrum; None without a full SVD of W.
     """
 
     shape: tuple[int, int]
@@ -73,21 +73,21 @@ class SiteRelation:
 
     @property
     def amplification(self) -> float | None:
-        """‖ΔW‖/projection_delta, the paper's factor; infinite where ΔW avoids W, None where ΔW is 0."""
+        """‖ΔW‖/projection_delta, the paper's factor; infinite if the projection is 0, None if ΔW is 0."""
         return amplification(self.norm_delta, self.projection_delta)
 
     @property
     def amplification_random(self) -> float | None:
-        """What a random update of this norm and rank would have: ‖ΔW‖·√(d·h)/(r·‖W‖)."""
+        """The amplification of a random update of this norm and rank: ‖ΔW‖·√(d·h)/(r·‖W‖)."""
         return amplification(self.norm_delta, self.projection_random)
 
     @property
     def ratio_to_chance(self) -> float | None:
-        """projection_delta/projection_random: above 1 where ΔW uses directions that W uses; free of r."""
+        """projection_delta/projection_random: above 1 if ΔW uses directions that W uses; independent of r."""
         return self.projection_delta / self.projection_random if self.projection_random else None
 
     def derived(self) -> dict[str, Any]:
-        """What follows from the fields."""
+        """Values computed from the fields."""
         return {
             "amplification": self.amplification,
             "amplification_random": self.amplification_random,
@@ -96,10 +96,10 @@ class SiteRelation:
 
 
 class Relation(SiteTable[SiteRelation]):
-    """Site → `SiteRelation` of an adapter in its base."""
+    """Site → `SiteRelation` of an adapter and its base."""
 
     def totals(self) -> dict[str, Any]:
-        """Root sums of squares over the sites with an update, and the quotients of those."""
+        """Root sums of squares over the sites with a non-zero update, and the ratios of these sums."""
         rows = [row for row in self.values() if row.rank]
         names = (
             "norm_base",
@@ -125,7 +125,7 @@ class Relation(SiteTable[SiteRelation]):
 def amplification(norm_delta: float, projection: float) -> float | None:
     """‖ΔW‖_F / ‖leftᵀ·W·rightᵀ‖_F (arXiv:2106.09685, appendix H.4).
 
-    Infinite where the update lies outside of what W uses; None where there is no update.
+    Infinite if the projection is 0; None if the update is zero.
 
     >>> round(amplification(6.91, 0.32), 2), round(amplification(3.57, 1.90), 2)
     (21.59, 1.88)
@@ -136,7 +136,7 @@ def amplification(norm_delta: float, projection: float) -> float | None:
 
 
 def random_projection(norm_base: float, rank: int, shape: tuple[int, int]) -> float:
-    """√E‖leftᵀ·W·rightᵀ‖² = r·‖W‖/√(d·h) for r random directions of either side.
+    """√E‖leftᵀ·W·rightᵀ‖² = r·‖W‖/√(d·h) for r random input and r random output directions.
 
     >>> round(random_projection(61.95, 4, (12288, 12288)), 4)
     0.0202
@@ -154,27 +154,27 @@ def relate(
     on_site: OnSite | None = None,
     cache: DirectionCache | None = None,
 ) -> Relation:
-    """‖UᵀWVᵀ‖_F of the paper's table 7 at every site, with what chance gives beside it.
+    """‖UᵀWVᵀ‖_F of the paper's table 7 at every site, with its chance level.
 
     Source: arXiv:2106.09685, section 7.3 and appendix H.4, where W is (out×in), U holds left vectors in
-    columns and V right vectors in rows; the norm is the same in our (d×h), where the sides change places.
+    columns and V right vectors in rows. With W (d×h) the two sides change places, and the norm is the same.
     Neither ΔW nor a projector is formed.
 
     Args:
-        adapter: of low-rank updates.
+        adapter: an adapter with low-rank updates.
         base: a Base, an nn.Module, or a mapping site → W (d×h), which may read lazily.
-        seed: of the sampled random directions and of the Krylov start.
-        dense_limit: a W whose smaller side is at most this is decomposed whole, in float64; a larger one by
-            block Krylov in float32, which gives no deciles.
-        allow_different_base: pass over the verdict of the fingerprint.
-        on_site: called with (site, its number, how many) before each is read.
-        cache: where W's own directions are looked for and kept; without one they are computed every time.
+        seed: for the sampled random directions and the Krylov start.
+        dense_limit: a W whose smaller side is at most this gets a full SVD, in float64; a larger W uses block
+            Krylov iteration, in float32 for half precision, without deciles.
+        allow_different_base: skip the comparison with the fingerprint.
+        on_site: called with (site, its number, number of sites) before each site is read.
+        cache: a cache of W's directions; None computes them every time.
 
     Raises:
-        ShapeError: an update without factors, or a base that lacks a site or has another shape there.
+        ShapeError: an update has no factors, or a site is missing in the base or has another shape there.
         BaseMismatchError: the adapter belongs to another base, or is merged into this one.
-        BaseLoadError: a weight that holds NaN or infinity.
-        ConfigError: a negative dense_limit.
+        BaseLoadError: a weight contains NaN or infinity, or is too large for float32.
+        ConfigError: dense_limit is negative.
 
     >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> row = relate(Adapter({"fc": LowRank(torch.eye(3, 1), 6 * torch.eye(1, 3))}), {"fc": W})["fc"]
@@ -190,32 +190,33 @@ def relate(
             zero = update.delta_norm()
             rows[site] = SiteRelation(update.shape, 0, finite_norm(site, W), zero, 0.0, 0.0, 0.0, 0.0, 0.0)
             continue
-        own = base_directions(site, W, len(delta.sigma), whole=dense, seed=seed, cache=cache, working=working)
-        rows[site] = _relate(update, delta, working(W, dense), own, dense, generator)
+        k = len(delta.sigma)
+        known = base_directions(site, W, k, whole=dense, seed=seed, cache=cache, working=working)
+        rows[site] = _relate(update, delta, working(W, dense), known, dense, generator)
     return Relation(rows)
 
 
 def _relate(
-    update: LowRank, delta: Svd, work: Tensor, own: Directions, dense: bool, generator: torch.Generator
+    update: LowRank, delta: Svd, work: Tensor, known: Directions, dense: bool, generator: torch.Generator
 ) -> SiteRelation:
     (d, h), r = update.shape, len(delta.sigma)
     lefts = torch.cat([delta.left.to(work), random_directions(d, r, generator).to(work)], dim=1)
     products = multiply(work.mT, lefts).mT.double()
     random_right = random_directions(h, r, generator).to(products)
-    smallest = _ROUNDING * torch.finfo(work.dtype).eps * own.norm
+    smallest = _ROUNDING * torch.finfo(work.dtype).eps * known.norm
     projection = float((products[:r] @ delta.right.to(products).mT).norm())
-    strongest = float(own.sigma[0]) if len(own.sigma) else 0.0
+    strongest = float(known.sigma[0]) if len(known.sigma) else 0.0
     return SiteRelation(
         (d, h),
         r,
-        own.norm,
+        known.norm,
         update.delta_norm(),
         projection if projection > smallest else 0.0,
-        float(own.sigma[:r].double().square().sum().sqrt()),
-        random_projection(own.norm, r, (d, h)),
+        float(known.sigma[:r].double().square().sum().sqrt()),
+        random_projection(known.norm, r, (d, h)),
         float((products[r:] @ random_right).norm()),
-        float(own.residual[:r].max() / strongest) if strongest else 0.0,
-        _deciles(delta, own) if dense else None,
+        float(known.residual[:r].max() / strongest) if strongest else 0.0,
+        _deciles(delta, known) if dense else None,
     )
 
 
@@ -226,15 +227,15 @@ def _deciles(delta: Svd, base: Directions) -> Share:
     energy = delta.sigma.square() / delta.sigma.square().sum()
     edges = [round(k * part / PARTS) for part in range(PARTS + 1)]
     sides = []
-    for ours, theirs in ((delta.left, base.left), (delta.right.mT, base.right.mT)):
-        along = (theirs.mT @ ours.to(theirs)).square() @ energy.to(theirs)
+    for of_delta, of_base in ((delta.left, base.left), (delta.right.mT, base.right.mT)):
+        along = (of_base.mT @ of_delta.to(of_base)).square() @ energy.to(of_base)
         sides.append(tuple(float(along[a:b].sum()) for a, b in pairwise(edges)))
     chances = [tuple((b - a) / n for a, b in pairwise(edges)) for n in (d, h)]
     return Share(sides[0], sides[1], chances[0], chances[1])
 
 
 def mean_deciles(found: Mapping[str, SiteRelation]) -> Share | None:
-    """The deciles averaged over sites, each weighted by its ‖ΔW‖²; None where no site has them."""
+    """The mean deciles over sites, each weighted by its ‖ΔW‖²; None if no site has them."""
     rows = [(row.norm_delta**2, row.deciles) for row in found.values() if row.deciles is not None]
     total = sum(weight for weight, _ in rows)
     if not total:

@@ -1,6 +1,6 @@
-"""The singular values of every update of an adapter, and the ranks that they speak of.
+"""The singular values of every update of an adapter, and the ranks that follow from them.
 
-It needs no base; with one, the norms are also given relative to ‖W‖. Truncating is the part of `budget`.
+Does not need a base (with one, it also gives norms relative to ‖W‖), and does not truncate (`budget` does).
 """
 
 import math
@@ -35,8 +35,8 @@ class SiteSpectrum:
         rank: r of the factors.
         sigma: singular values, descending, float64, k = min(r, d, h).
         norm: ‖ΔW‖_F.
-        norm_base: ‖W‖_F, where a base was given.
-        rounding: what rounding of the factors to their dtype can account for in each of them.
+        norm_base: ‖W‖_F, if a base was given.
+        rounding: the part of each singular value that rounding of the factors to their dtype can explain.
     """
 
     shape: tuple[int, int]
@@ -53,7 +53,7 @@ class SiteSpectrum:
 
     @property
     def numerical_rank(self) -> int:
-        """Singular values above rounding: of the factors to their dtype, and of float64."""
+        """The number of singular values above rounding of the factors to their dtype, and of float64."""
         return numerical_rank(self.sigma, max(self.shape), self.rounding)
 
     @property
@@ -76,7 +76,7 @@ class SiteSpectrum:
         return energy_rank(self.sigma, share)
 
     def derived(self) -> dict[str, Any]:
-        """What follows from the fields."""
+        """Values computed from the fields."""
         return {
             "relative_norm": self.relative_norm,
             "numerical_rank": self.numerical_rank,
@@ -92,7 +92,7 @@ class Spectrum(SiteTable[SiteSpectrum]):
 
     @property
     def parameters(self) -> int:
-        """Numbers that the adapter holds, Σ r·(d + h)."""
+        """The number of values that the adapter holds, Σ r·(d + h)."""
         return sum(row.rank * sum(row.shape) for row in self.values())
 
     @property
@@ -101,14 +101,14 @@ class Spectrum(SiteTable[SiteSpectrum]):
         return sum(row.norm**2 for row in self.values()) ** 0.5
 
     def advised_ranks(self, share: float = 0.99, quantile: float = 0.9) -> dict[str, int]:
-        """For each kind of matrix the rank that keeps a share of the energy at most of its sites.
+        """For each kind of matrix, the rank that keeps a share of the energy at most of its sites.
 
-        All experts of a mixture are one kind. Sites whose update is zero are passed over; a kind that has no
-        other sites gets no advice.
+        All experts of a mixture of experts are one kind. Sites with a zero update are ignored; a kind that
+        has only such sites is missing from the result.
 
         Args:
             share: of ‖ΔW‖².
-            quantile: the share of the sites of one kind at which the rank must be enough; 1 for all.
+            quantile: the share of the sites of a kind at which the rank must be sufficient; 1 for all sites.
 
         Raises:
             ConfigError: the share or the quantile is not in (0, 1].
@@ -128,7 +128,7 @@ class Spectrum(SiteTable[SiteSpectrum]):
         }
 
     def totals(self) -> dict[str, Any]:
-        """Size, norm and the advice."""
+        """Size, norm and advised ranks."""
         return {"parameters": self.parameters, "norm": self.norm, "advised_ranks_99": self.advised_ranks()}
 
 
@@ -139,13 +139,14 @@ def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool =
     scale·R_u·R_vᵀ (r×r).
 
     Args:
-        adapter: of low-rank updates.
+        adapter: an adapter with low-rank updates.
         base: a Base, an nn.Module or a mapping site → W (d×h); only for the norms relative to ‖W‖.
-        allow_different_base: pass over the verdict of the fingerprint.
+        allow_different_base: skip the comparison with the fingerprint.
 
     Raises:
-        ShapeError: an update without factors, or a base that lacks a site or has another shape there.
+        ShapeError: an update has no factors, or a site is missing in the base or has another shape there.
         BaseMismatchError: the adapter belongs to another base, or is merged into this one.
+        BaseLoadError: a weight contains NaN or infinity.
 
     >>> import torch
     >>> from brushstroke.lowrank import LowRank
@@ -156,8 +157,8 @@ def spectrum(adapter: Adapter, base: Any = None, *, allow_different_base: bool =
     updates = low_rank_updates(adapter)
     norms: Mapping[str, float] = {}
     if base is not None:
-        found = walk(adapter, base, allow_different_base=allow_different_base)
-        norms = {site: finite_norm(site, W) for site, _, W in found}
+        weights = walk(adapter, base, allow_different_base=allow_different_base)
+        norms = {site: finite_norm(site, W) for site, _, W in weights}
     rows = {}
     for site, update in updates.items():
         parts = update.svd()

@@ -1,6 +1,6 @@
-"""Two adapters side by side: the directions that their updates share, site by site.
+"""Compares two adapters: the directions that their updates share at each site, with chance levels.
 
-It needs no base. What chance would give stands beside every number, in closed form.
+Does not need a base. The chance levels are in closed form.
 """
 
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ Of = Literal["delta", "U", "V"]
 
 @dataclass(frozen=True, eq=False)
 class SiteOverlap:
-    """How two updates of one weight compare; grids hold φ(i, j) at [i−1, j−1], float64.
+    """The comparison of two updates of one weight; grids hold φ(i, j) at [i−1, j−1], float64.
 
     Args:
         shape: (d, h).
-        ranks: how many directions of either update are there: singular values above rounding.
-        left: φ of the input directions (in R^d); None where only V was asked for.
-        right: φ of the output directions (in R^h); None where only U was asked for.
-        cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖); its chance level is 0, with a deviation of about 1/√(d·h).
+        ranks: the number of directions of each update: its singular values above rounding.
+        left: φ of the input directions (in R^d); None if only V is compared.
+        right: φ of the output directions (in R^h); None if only U is compared.
+        cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖); its chance level is 0, with a standard deviation of about 1/√(d·h).
         weighted_left: overlap of the input directions weighted by σ₁²·σ₂², in [0, 1].
-        weighted_right: the same of the output directions.
-        weighted_chance_left: its average for random directions.
-        weighted_chance_right: the same of the output directions.
+        weighted_right: the same for the output directions.
+        weighted_chance_left: the mean of `weighted_left` for random directions.
+        weighted_chance_right: the same for the output directions.
     """
 
     shape: tuple[int, int]
@@ -70,29 +70,34 @@ class SiteOverlap:
         return None if self.right is None else overlap.z_scores(self.right, self.shape[1])
 
     def block(self, size: int | None = None) -> dict[str, int | float]:
-        """φ(size, size) of either side with its chance level and z-score; by default of the smaller rank.
+        """φ(size, size) of each side with its chance level and z-score.
 
-        A block is steadier than φ(1, 1): where two singular values nearly agree, their directions change
+        A block is more stable than φ(1, 1): if two singular values are nearly equal, their directions change
         places between runs.
 
+        Args:
+            size: the number of directions; by default the smaller rank.
+
         Raises:
-            ConfigError: one of the updates has not that many directions.
+            ConfigError: one of the updates has fewer directions.
         """
         size = min(self.ranks) if size is None else size
         if not 1 <= size <= min(self.ranks):
-            raise ConfigError(f"a block must be between 1 and {min(self.ranks)} directions; got {size}")
+            raise ConfigError(
+                f"the size of a block must be between 1 and {min(self.ranks)} directions; got {size}"
+            )
         at = (size - 1, size - 1)
-        told: dict[str, int | float] = {"size": size}
+        values: dict[str, int | float] = {"size": size}
         for side, grid, z, n in (
             ("left", self.left, self.z_left, self.shape[0]),
             ("right", self.right, self.z_right, self.shape[1]),
         ):
             if grid is not None and z is not None:
-                told |= {side: float(grid[at]), f"chance_{side}": size / n, f"z_{side}": float(z[at])}
-        return told
+                values |= {side: float(grid[at]), f"chance_{side}": size / n, f"z_{side}": float(z[at])}
+        return values
 
     def derived(self) -> dict[str, Any]:
-        """What follows from the fields."""
+        """Values computed from the fields."""
         return {
             "chance_left": None if self.left is None else self.chance_left,
             "chance_right": None if self.right is None else self.chance_right,
@@ -107,9 +112,9 @@ class Unmatched:
     """Sites that could not be compared.
 
     Args:
-        only_first: sites that the second adapter lacks.
-        only_second: sites that the first adapter lacks.
-        zero: sites where an update is zero, so that it has no directions.
+        only_first: sites that only the first adapter has.
+        only_second: sites that only the second adapter has.
+        zero: sites where at least one update is zero, so that it has no directions.
     """
 
     only_first: tuple[str, ...] = field(default=())
@@ -122,9 +127,9 @@ class Overlap(SiteTable[SiteOverlap]):
 
     Args:
         rows: the results.
-        of: whose directions: those of ΔW, or of one factor alone.
-        unmatched: sites that were left out.
-        cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) over all sites that both have; None where one is zero at all of them.
+        of: whose directions are compared: "delta" for ΔW, or one factor, "U" or "V".
+        unmatched: sites without a result.
+        cosine: ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) over all shared sites; None if an adapter is zero at all of them.
     """
 
     def __init__(
@@ -146,28 +151,29 @@ class Overlap(SiteTable[SiteOverlap]):
         return f"no result for the site {site!r}{did_you_mean(site, self)}"
 
     def totals(self) -> dict[str, Any]:
-        """Whose directions, the cosine over all sites, and what was left out."""
+        """The settings, the cosine over all sites, and the sites without a result."""
         return {"of": self.of, "cosine": self.cosine, "unmatched": self.unmatched}
 
 
 def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
-    """The normalised subspace similarity φ(i, j) at every site that both have, for all i and j.
+    """The normalised subspace similarity φ(i, j) at every site that both adapters have, for all i and j.
 
-    An update that is zero has no directions, and φ is undefined there: such sites have no row, and are named
-    in `unmatched.zero`.
+    A zero update has no directions, and φ is undefined there: such sites have no row, and are listed in
+    `unmatched.zero`.
 
-    Source: arXiv:2106.09685, eq. 4 and appendix G, whose matrices are (out×in). The paper took the right
-    vectors of A (r×in); our U is Aᵀ, so they are the `left` ones here. By default ours are of ΔW itself:
-    a factor alone changes with every (U·M, M⁻¹·V), although ΔW does not.
+    Source: arXiv:2106.09685, eq. 4 and appendix G, whose matrices are (out×in). The paper uses the right
+    vectors of A (r×in); U is Aᵀ, so here they are the `left` ones. By default the directions are those of ΔW:
+    a single factor changes with every (U·M, M⁻¹·V), although ΔW does not.
 
     Args:
-        first: its directions are counted by i.
-        second: its directions are counted by j.
-        of: "delta" for ΔW, or "U" or "V" for that factor alone, as the paper did.
+        first: the adapter whose directions i counts.
+        second: the adapter whose directions j counts.
+        of: "delta" for ΔW, or "U" or "V" for that factor alone, as in the paper.
 
     Raises:
-        ConfigError: `of` is none of these.
-        ShapeError: no common site, or sites of different shapes.
+        ConfigError: `of` has another value.
+        ShapeError: the adapters have no site in common, or a site has different shapes, or an update has no
+            factors.
 
     >>> import torch
     >>> a = Adapter({"fc": LowRank(torch.eye(4, 2), torch.diag(torch.tensor([3.0, 1.0])))})
@@ -203,7 +209,7 @@ def subspace(first: Adapter, second: Adapter, *, of: Of = "delta") -> Overlap:
 
 
 def random_pair(row: SiteOverlap, side: str, seed: int = 0) -> Float[Tensor, "i j"]:
-    """φ of two random Gaussian matrices with a site's shape and ranks, drawn once; of their `side`."""
+    """φ of one sample of random subspaces with a site's ranks, and its width on this `side` (left, right)."""
     generator = torch.Generator().manual_seed(seed)
     n, (i, j) = row.shape[side == "right"], row.ranks
     return overlap.overlap_grid(
@@ -244,7 +250,7 @@ def _compare(
 
 
 def _directions(update: LowRank, parts: Svd, of: Of) -> Svd:
-    """The singular triples of ΔW or of one factor, without those that are rounding."""
+    """The singular triples of ΔW or of one factor, without those below rounding."""
     if of == "delta":
         rounding = product_rounding(*update.factors, parts)
     else:

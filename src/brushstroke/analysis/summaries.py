@@ -1,6 +1,6 @@
-"""The summary of each analysis: what it averages, and the sentence that says what was found.
+"""The summary of each analysis: the measures that it averages, and a sentence with the result.
 
-It computes nothing but totals.
+Computes only totals and means.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ from brushstroke.analysis.subspace import Overlap
 from brushstroke.analysis.summary import Measure, Summary, average, summary
 from brushstroke.analysis.text_tables import number
 
-ENDS = {"left": "input", "right": "output"}  # of a side: whose directions it holds
+ENDS = {"left": "input", "right": "output"}  # side → the kind of its directions
 
 
 def spectrum_summary(name: str, found: Spectrum) -> Summary:
-    """Norms and ranks of an adapter; for the ranks, sites whose update is zero do not count."""
+    """Norms and ranks of an adapter; the ranks ignore sites with a zero update."""
     based = any(row.norm_base is not None for row in found.values())
     measures = [
         Measure("norm", "norm", lambda row: row.norm, form=".4g"),
@@ -29,7 +29,7 @@ def spectrum_summary(name: str, found: Spectrum) -> Summary:
 
 
 def overlap_summary(names: tuple[str, str], found: Overlap) -> Summary:
-    """What two adapters share: cosine, and φ of as many directions as the smaller rank has."""
+    """The overlap of two adapters: cosine, and φ(r, r) for the smaller rank r."""
     cosine = Measure("cosine", "cosine", lambda row: row.cosine, 0.0, form=".3f")
     sides = {
         side: Measure(
@@ -46,7 +46,7 @@ def overlap_summary(names: tuple[str, str], found: Overlap) -> Summary:
 
 
 def relation_summary(name: str, found: Relation) -> Summary:
-    """What an adapter amplifies in its base, beside a random update of the same norm and rank."""
+    """The amplification of an adapter in its base, and that of a random update of the same norm and rank."""
     measures = [
         Measure(
             "amplification",
@@ -61,7 +61,7 @@ def relation_summary(name: str, found: Relation) -> Summary:
 
 
 def intruder_summary(name: str, found: Intruders) -> Summary:
-    """How many directions are intruders, and undecided, of how many that were judged."""
+    """The numbers of intruders, of undecided directions, and of all checked directions."""
     measures = [
         Measure("directions", "judged", lambda row: len(row.directions), counted=True),
         Measure("intruders", "intruders", lambda row: row.count(), counted=True),
@@ -82,10 +82,12 @@ def _overlap_sentence(names: tuple[str, str], found: Overlap, sides: Mapping[str
     for side, measure in sides.items():
         one = average(measure, found.values())
         shared.append(f"{one.mean:.3f} of their {ENDS[side]} directions (chance {one.chance:.3f})")
-    told = "" if found.cosine is None else f"; their cosine is {round(found.cosine, 4) + 0.0:.4f} (chance 0)"
+    cosine = ""
+    if found.cosine is not None:
+        cosine = f"; their cosine is {round(found.cosine, 4) + 0.0:.4f} (chance 0)"
     return (
         f"{names[0]} and {names[1]} share {' and '.join(shared)}, on average over {_sites(len(found))}"
-        f"{_zero(zero)}{told}."
+        f"{_zero(zero)}{cosine}."
     )
 
 
@@ -104,29 +106,29 @@ def _spectrum_sentence(name: str, found: Spectrum) -> str:
 
 
 def _relation_sentence(name: str, found: Relation) -> str:
-    told = found.totals()
-    if told["amplification"] is None:
+    totals = found.totals()
+    if totals["amplification"] is None:
         return f"{name} amplifies nothing: its update is zero at {_all_sites(len(found))}."
-    count = len(found) - len(told["zero"])
-    if told["ratio_to_chance"] is None:
-        return f"{name} amplifies nothing: W is zero at {_all_sites(count)}{_zero(len(told['zero']))}."
+    count = len(found) - len(totals["zero"])
+    if totals["ratio_to_chance"] is None:
+        return f"{name} amplifies nothing: W is zero at {_all_sites(count)}{_zero(len(totals['zero']))}."
     return (
-        f"{name} amplifies what W does in its directions {number(told['amplification'])} times (a random "
-        f"update of its norms and ranks: {number(told['amplification_random'])}), and W does there "
-        f"{number(told['ratio_to_chance'])} times what it does in random directions (chance 1), over "
-        f"{_sites(count)}{_zero(len(told['zero']))}."
+        f"{name} amplifies what W does in its directions {number(totals['amplification'])} times (a random "
+        f"update of its norms and ranks: {number(totals['amplification_random'])}), and W does there "
+        f"{number(totals['ratio_to_chance'])} times what it does in random directions (chance 1), over "
+        f"{_sites(count)}{_zero(len(totals['zero']))}."
     )
 
 
 def _intruder_sentence(name: str, found: Intruders) -> str:
-    told, places = found.totals(), sum(row.count() > 0 for row in found.values())
-    strongest = f"of the {told['directions']} strongest directions of W + {name}"
+    totals, places = found.totals(), sum(row.count() > 0 for row in found.values())
+    strongest = f"of the {totals['directions']} strongest directions of W + {name}"
     meaning = f"(|cosine| below {found.threshold:g} with every singular vector of W)"
-    if told["intruders"]:
-        many = f"{told['intruders']} {strongest} are intruders {meaning}, at {places} of {_sites(len(found))}"
+    if count := totals["intruders"]:
+        text = f"{count} {strongest} are intruders {meaning}, at {places} of {_sites(len(found))}"
     else:
-        many = f"None {strongest} is an intruder {meaning}, at {_all_sites(len(found))}"
-    return f"{many}; {told['undecided']} undecided." if told["undecided"] else f"{many}."
+        text = f"None {strongest} is an intruder {meaning}, at {_all_sites(len(found))}"
+    return f"{text}; {totals['undecided']} undecided." if totals["undecided"] else f"{text}."
 
 
 def _share_of_intruders(row: SiteIntruders) -> float | None:

@@ -1,6 +1,6 @@
-"""Results of an analysis in small: a table by kind of matrix and one by layer, under one sentence.
+"""The summary of an analysis: one sentence, a table by kind of matrix, and a table by layer.
 
-It computes no measure of its own, only means and deviations over sites; `summaries` says of what.
+Does not define measures (`summaries` does); computes their means and standard deviations over sites.
 """
 
 import math
@@ -13,27 +13,27 @@ from typing import Any
 from brushstroke.analysis.table import SiteTable, as_plain, kind_names
 from brushstroke.analysis.text_tables import Listing, number
 
-MOST_LAYERS = 12  # that a table for people shows one by one
-RANGES = 3  # as which it shows more of them
+MOST_LAYERS = 12  # a table for people shows at most this many layers separately
+RANGES = 3  # number of ranges in which it groups more layers
 NO_LAYER = "–"
 SPREAD = "mean ± standard deviation over the sites"
-MOST_DIGITS = 6  # behind the point of a mean, and before it
+MOST_DIGITS = 6  # maximum number of digits after the decimal point of a mean, and before it
 
 Value = Callable[[Any], float | None]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of every site.
+    """A number that every site has.
 
     Args:
-        name: for programs.
-        head: for people.
-        value: of a site's result; None where it has none.
-        chance: what chance gives at a site, or everywhere.
-        chance_head: of it, for people, where it is of a site.
-        form: how it is written.
-        counted: it counts something, so that people read its sum over the sites instead of the mean.
+        name: the name in JSON.
+        head: the column head in tables for people.
+        value: computes the number from a site's result; None if the site has none.
+        chance: the chance level: computed from a site's result, or one number for all sites.
+        chance_head: the column head of a chance level that differs by site.
+        form: the format of the number.
+        counted: whether it is a count; tables for people show the sum over the sites, not the mean.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Measure:
 
     @property
     def heads(self) -> list[str]:
-        """The columns of it in a table for people."""
+        """The heads of its columns in a table for people."""
         if callable(self.chance):
             return [self.head, self.chance_head]
         return [
@@ -54,25 +54,25 @@ class Measure:
         ]
 
     def cells(self, found: "Average") -> list[str]:
-        """What stands in those columns."""
+        """The cells of those columns."""
         if self.counted:
             return [f"{found.total:g}"]
-        told = number(found.mean, self.form)
+        mean = number(found.mean, self.form)
         if found.mean is not None and found.sd is not None:
-            told = with_deviation(found.mean, found.sd, self.form)
-        return [told, number(found.chance, self.form)] if callable(self.chance) else [told]
+            mean = with_deviation(found.mean, found.sd, self.form)
+        return [mean, number(found.chance, self.form)] if callable(self.chance) else [mean]
 
 
 @dataclass(frozen=True)
 class Average:
-    """A measure over some sites; those without a value do not count.
+    """A measure over several sites; sites without a value are ignored.
 
     Args:
-        sites: how many have a value.
-        total: their sum.
-        mean: their mean; None without any.
-        sd: their standard deviation (n − 1); None of fewer than two, or where one is infinite.
-        chance: the mean of what chance gives there; None where there is no chance level.
+        sites: the number of sites with a value.
+        total: the sum of the values.
+        mean: the mean of the values; None if there are none.
+        sd: the standard deviation (n − 1); None for fewer than two values, or if one is infinite.
+        chance: the mean chance level of these sites; None if there is none.
     """
 
     sites: int
@@ -84,7 +84,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Part:
-    """Some sites together, of one kind of matrix or of some layers: measure → average."""
+    """The averages of a group of sites, of one kind of matrix or of several layers: measure → average."""
 
     name: str
     sites: int
@@ -93,14 +93,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """What an analysis found.
+    """The result of an analysis.
 
     Args:
-        sentence: with its numbers, and with their chance levels where there are such.
-        measures: what is averaged.
+        sentence: the result with its numbers, and their chance levels if they have any.
+        measures: the measures that are averaged.
         matrices: a part for each kind of matrix, in reading order.
-        layers: a part for each layer; sites outside of layers are one.
-        ranges: the layers for people: the same, or ranges of them where there are many.
+        layers: a part for each layer; sites outside of layers form one part.
+        ranges: the layers in tables for people: `layers`, or ranges of layers if there are many.
     """
 
     sentence: str
@@ -118,7 +118,7 @@ class Summary:
         }
 
     def listings(self) -> dict[str, Listing]:
-        """The tables for people; none by layer where there is but one, and none at all without a site."""
+        """The tables for people; no table by layer if there is only one layer, and none without sites."""
         if not self.matrices:
             return {}
         found = {"matrices": self._listing("matrix", self.matrices)}
@@ -127,12 +127,12 @@ class Summary:
         return found
 
     def _plain(self, part: Part) -> dict[str, Any]:
-        """An average without a chance level says nothing of one."""
-        told = as_plain(part.averages)
+        """The averages of a part as JSON types; measures without a chance level have no key for it."""
+        averages = as_plain(part.averages)
         for one in self.measures:
             if one.chance is None:
-                del told[one.name]["chance"]
-        return {"sites": part.sites, **told}
+                del averages[one.name]["chance"]
+        return {"sites": part.sites, **averages}
 
     def _listing(self, kind: str, parts: Sequence[Part]) -> Listing:
         heads = [head for one in self.measures for head in one.heads]
@@ -157,13 +157,14 @@ def summary(sentence: str, measures: Sequence[Measure], found: SiteTable[Any]) -
     ]
     layers = [part(one or NO_LAYER, lambda layer, _, one=one: layer == one) for one in grid.layers]
     ranges = [
-        part(name, lambda layer, _, some=some: layer in some) for name, some in _ranges(grid.layers).items()
+        part(name, lambda layer, _, group=group: layer in group)
+        for name, group in _ranges(grid.layers).items()
     ]
     return Summary(sentence, tuple(measures), tuple(matrices), tuple(layers), tuple(ranges))
 
 
 def average(measure: Measure, rows: Iterable[Any]) -> Average:
-    """A measure over the results of some sites.
+    """The average of a measure over the results of several sites.
 
     >>> average(Measure("size", "size", float), [1, 3]).mean
     2.0
@@ -178,7 +179,7 @@ def average(measure: Measure, rows: Iterable[Any]) -> Average:
 
 
 def with_deviation(mean: float, sd: float, form: str) -> str:
-    """A mean with its standard deviation: both of a fixed form, or to the second digit of the latter.
+    """A mean with its standard deviation: in a fixed format, or with two digits of the standard deviation.
 
     >>> with_deviation(17.4963, 0.1238, ".3g"), with_deviation(2.0, 0.0, ".3g")
     ('17.50 ± 0.12', '2 ± 0')
@@ -204,7 +205,7 @@ def _chance(measure: Measure, rows: Iterable[Any]) -> float | None:
 
 
 def _ranges(layers: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    """Name → layers: each by itself, or as few ranges where there are many."""
+    """Name → layers: each layer separately, or a few ranges if there are many layers."""
     numbered = [layer for layer in layers if layer]
     outside = {NO_LAYER: [""]} if len(numbered) < len(layers) else {}
     if len(numbered) <= MOST_LAYERS:

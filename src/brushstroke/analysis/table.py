@@ -1,6 +1,6 @@
-"""What all results of an analysis have in common: a mapping from sites to frozen values, and plain data.
+"""The common form of all results of an analysis: a mapping from sites to frozen values, and plain data.
 
-It computes nothing.
+Does not compute results.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from torch import Tensor
 from brushstroke.errors import did_you_mean
 
 Row = TypeVar("Row")
-HIDDEN = {"plain": False}  # metadata of a field that `as_plain` leaves out
-# Words of names, in reading order
+HIDDEN = {"plain": False}  # metadata of a field that `as_plain` omits
+# words in module names, in reading order
 _ATTENTION = ({"q", "query"}, {"v", "value"}, {"o", "out"}, {"k", "key"})
 _FEED_FORWARD = ({"gate"}, {"up"}, {"down"})
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class SiteTable(Mapping[str, Row]):
-    """An immutable mapping from site paths to the results there."""
+    """An immutable mapping from site paths to results."""
 
     def __init__(self, rows: Mapping[str, Row]) -> None:
         self._rows = dict(rows)
@@ -46,15 +46,15 @@ class SiteTable(Mapping[str, Row]):
         return f"no result for the site {site!r}{did_you_mean(site, self._rows)}"
 
     def ordered(self) -> list[tuple[str, Row]]:
-        """The rows, layer 2 before layer 10."""
+        """The rows in natural order: layer 2 before layer 10."""
         return [(site, self[site]) for site in sorted(self, key=natural)]
 
     def grid(self) -> "Grid":
-        """The map of layers and matrices."""
+        """The sites as a map of layers and matrices."""
         return arrange(sorted(self, key=natural))
 
     def totals(self) -> dict[str, Any]:
-        """What is known of all sites together."""
+        """Results over all sites together."""
         return {}
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class SiteTable(Mapping[str, Row]):
 
 
 def as_plain(value: Any) -> Any:
-    """JSON types of a result: tensors as lists, numbers that are not finite as None; no hidden fields."""
+    """A result as JSON types: tensors as lists, non-finite values as None, without hidden fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         more = getattr(value, "derived", dict)()
         kept = {
@@ -85,7 +85,7 @@ def as_plain(value: Any) -> Any:
 
 
 def natural(path: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
+    """A sort key that places layer 2 before layer 10."""
     return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]
 
 
@@ -95,8 +95,8 @@ class Grid:
 
     Args:
         layers: the numbers in the paths, ascending; "" for sites outside of layers.
-        matrices: what is left of the paths, without what all have in common; of each attention block q, v, o
-            and k in this order, then gate, up and down, and the rest.
+        matrices: the paths without the layer number and without their common prefix; of each attention block
+            q, v, o and k in this order, then gate, up and down, and the rest.
         sites: (layer, matrix) → site.
     """
 
@@ -149,7 +149,7 @@ def reading_order(matrices: Iterable[str]) -> list[str]:
 
 
 def side_by_side(matrices: Sequence[str]) -> list[tuple[str, ...]]:
-    """Neighbours in the reading order as pairs for a figure: q beside v, o beside k, and so on.
+    """Neighbours in the reading order as pairs for a figure: q with v, o with k, and so on.
 
     >>> side_by_side(["q", "v", "o", "k", "up"])
     [('q', 'v'), ('o', 'k'), ('up',)]
@@ -158,13 +158,13 @@ def side_by_side(matrices: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def short_names(matrices: Sequence[str]) -> dict[str, str]:
-    """Kind of matrix → the last part of its name, or the whole name where last parts repeat."""
+    """Kind of matrix → the last part of its name, or the complete name if last parts repeat."""
     last = {name: name.rsplit(".", 1)[-1] for name in matrices}
     return last if len({*last.values()}) == len(last) else {name: name for name in matrices}
 
 
 def kind_names(matrices: Sequence[str]) -> dict[str, str]:
-    """Matrix → the name of its kind in a table: the same for all experts, and short as far as kinds differ.
+    """Matrix → the name of its kind in a table: the same for all experts, and short if short names differ.
 
     >>> kind_names(["attn.q", "experts.0.up", "experts.1.up"])
     {'attn.q': 'q', 'experts.0.up': 'up', 'experts.1.up': 'up'}

@@ -1,6 +1,6 @@
-"""The results of an analysis as columns and rows of text, the same on a terminal and on a page.
+"""The results of an analysis as columns and rows of text, for terminals and HTML pages.
 
-It computes nothing.
+Does not compute results.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from brushstroke.analysis.table import natural
 
 
 class Listing(NamedTuple):
-    """A table: the heads of its columns, and its rows; the first column names sites."""
+    """A table: column heads and rows; the first column contains the name of a site or group."""
 
     columns: list[str]
     rows: list[list[str]]
 
 
 def spectrum_listing(found: Spectrum) -> Listing:
-    """A row for each site: size, norms, and the ranks that its singular values speak of."""
+    """A row for each site: size, norms, and the ranks that follow from its singular values."""
     based = any(row.relative_norm is not None for row in found.values())
     columns = [
         "site",
@@ -55,20 +55,20 @@ def spectrum_listing(found: Spectrum) -> Listing:
 
 
 def rank_advice(found: Spectrum) -> str:
-    """The ranks to store an adapter with, by kind of matrix; "" where every update is zero."""
+    """The advised ranks for storing an adapter, by kind of matrix; "" if every update is zero."""
     kinds: dict[int, list[str]] = {}
     for matrix, rank in found.advised_ranks().items():
         kinds.setdefault(rank, []).append(matrix)
-    told = "; ".join(f"rank {rank} for {', '.join(kinds[rank])}" for rank in sorted(kinds))
+    ranks = "; ".join(f"rank {rank} for {', '.join(kinds[rank])}" for rank in sorted(kinds))
     if len(kinds) == 1:
-        told = f"rank {min(kinds)}"
-    return f"{told}: keeps 99 % of the energy at 90 % of the sites of a kind of matrix" if kinds else ""
+        ranks = f"rank {min(kinds)}"
+    return f"{ranks}: keeps 99 % of the energy at 90 % of the sites of a kind of matrix" if kinds else ""
 
 
 def overlap_listing(found: Overlap) -> Listing:
-    """A row for each site: cosine, and for each side φ of all directions beside chance.
+    """A row for each site: cosine, and for each side φ of all directions with its chance level.
 
-    Sites where an update is zero come last, without numbers: φ is undefined there.
+    Sites with a zero update come last, without numbers: φ is undefined there.
     """
     sides = found.sides
     columns = [f"{side} {what}" for side in sides for what in ("φ", "chance", "z", "weighted")]
@@ -87,7 +87,7 @@ def overlap_listing(found: Overlap) -> Listing:
 
 
 def relation_listing(found: Relation) -> Listing:
-    """A row for each site: the projections of W, the norms, the amplification beside chance."""
+    """A row for each site: the projections of W, the norms, and the amplification with its chance level."""
     columns = ["site", "r", "‖·‖ ΔW", "‖·‖ W", "‖·‖ random", "sampled", "‖W‖", "‖ΔW‖"]
     columns += ["amplification", "at random", "to chance", "residual"]
     rows = []
@@ -105,7 +105,7 @@ def relation_listing(found: Relation) -> Listing:
 
 
 def decile_listing(found: Share) -> Listing:
-    """Per cent of ‖ΔW‖² in each tenth of W's directions, strongest first, with what chance gives below."""
+    """Per cent of ‖ΔW‖² in each tenth of W's directions, strongest first, and the chance levels below."""
     rows = {
         "inputs": found.left,
         "chance, inputs": found.chance_left,
@@ -120,7 +120,7 @@ def decile_listing(found: Share) -> Listing:
 
 
 def intruder_listing(found: Intruders) -> Listing:
-    """A row for each direction that is new or undecided, with its certificate."""
+    """A row for each intruder or undecided direction, with the bounds of its cosine."""
     columns = ["site", "position", "σ", "cosine ≥", "cosine ≤", "outside", "verdict"]
     return Listing(
         columns,
@@ -140,7 +140,7 @@ def intruder_listing(found: Intruders) -> Listing:
 
 
 def number(value: float | None, spec: str = ".4g") -> str:
-    """A number in a cell; one that is not there is a dash."""
+    """A number as the text of a cell; a dash for None."""
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:{spec}}"

@@ -1,6 +1,6 @@
-"""The base's weights for an analysis: one tensor at a time, each checked against the adapter.
+"""Reads the base's weights for an analysis, one tensor at a time, and checks each against the adapter.
 
-It keeps no weight and knows no file; a mapping that reads files lazily is as good as a live model.
+Does not keep weights and does not open files; accepts a live model or a mapping that reads files lazily.
 """
 
 import math
@@ -17,23 +17,24 @@ from brushstroke.lowrank import LowRank
 from brushstroke.lowrank.krylov import frobenius
 from brushstroke.sites import check_fingerprint, is_quantised, weights_of
 
-OnSite = Callable[[str, int, int], None]  # the site that comes next, its number, and how many there are
+OnSite = Callable[[str, int, int], None]  # the next site, its number (from 1), the number of sites
 
 
 def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
-    """Site → factors.
+    """Site → low-rank update.
 
     Raises:
-        ShapeError: sites whose update has no factors, all of them listed; factors that are not finite.
+        ShapeError: updates have no factors (the message lists all sites), or factors contain non-finite
+            values.
     """
-    found = {site: update for site, update in adapter.items() if isinstance(update, LowRank)}
-    others = [f"{site}: a {type(adapter[site]).__name__}" for site in adapter if site not in found]
+    updates = {site: update for site, update in adapter.items() if isinstance(update, LowRank)}
+    others = [f"{site}: a {type(adapter[site]).__name__}" for site in adapter if site not in updates]
     if others:
         raise ShapeError("only low-rank updates can be analysed; found\n  " + "\n  ".join(others))
-    for site, update in found.items():
+    for site, update in updates.items():
         if not (update.U.isfinite().all() and update.V.isfinite().all()):
             raise ShapeError(f"{site}: the factors hold NaN or infinity; such an update has no directions")
-    return found
+    return updates
 
 
 def walk(
@@ -43,11 +44,13 @@ def walk(
     allow_different_base: bool = False,
     on_site: OnSite | None = None,
 ) -> Iterator[tuple[str, LowRank, Float[Tensor, "d h"]]]:
-    """(site, update, W) for each site, W read when it is its turn.
+    """Yield (site, update, W) for each site; each W is read when its site is reached.
 
     Raises:
-        ShapeError: sites that the base lacks, all listed before anything is read, or a W of another shape.
-        BaseMismatchError: by the fingerprint another base, or one that holds this adapter already.
+        ShapeError: sites are missing in the base (checked before any W is read; the message lists all), or a
+            W has another shape.
+        BaseMismatchError: by the fingerprint, this is another base, or the adapter is merged into it.
+        BaseLoadError: the fingerprint differs and W contains NaN or infinity.
     """
     updates, weights = low_rank_updates(adapter), weights_of(base)
     absent = [f"{site}{did_you_mean(site, weights, count=1)}" for site in updates if site not in weights]
@@ -64,7 +67,7 @@ def walk(
             try:
                 check_fingerprint(adapter, {site: W}, quantised)
             except BaseMismatchError:
-                finite_norm(site, W)  # a damaged weight is the first thing to say
+                finite_norm(site, W)  # report a damaged weight first
                 raise
         yield site, update, W
 
@@ -73,7 +76,7 @@ def finite_norm(site: str, W: Float[Tensor, "d h"]) -> float:
     """‖W‖_F, in float64.
 
     Raises:
-        BaseLoadError: W holds NaN or infinity.
+        BaseLoadError: W contains NaN or infinity.
     """
     norm = frobenius(W)
     if not math.isfinite(norm) and not W.isfinite().all():

@@ -1,6 +1,6 @@
-"""The maths of low-rank updates: pure functions and frozen values on tensors.
+"""The mathematics of low-rank updates: pure functions and frozen values on tensors.
 
-It knows no module, no file and no model.
+Does not use modules, files or models.
 """
 
 from brushstroke.lowrank.factors import LowRank

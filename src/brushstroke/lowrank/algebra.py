@@ -1,6 +1,6 @@
-"""Sums, products and best approximations of low-rank products, in factor form.
+"""Sums, inner products and best approximations of low-rank products, in factor form.
 
-Nothing here forms a d×h matrix. A triple (U, V, scale) stands for scale·U·V.
+Does not form a d×h matrix. A triple (U, V, scale) represents scale·U·V.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Factors(NamedTuple):
 
 
 def add(terms: Sequence[Factors]) -> Factors:
-    """Σ scaleₖ·Uₖ·Vₖ, exactly: the factors side by side, the rank is the sum of the ranks.
+    """Σ scaleₖ·Uₖ·Vₖ, exactly: concatenates the factors; the rank is the sum of the ranks.
 
-    Scales that differ move into V; where all are equal no number is touched.
+    If the scales differ, they are multiplied into V; if all are equal, the factors keep their values.
     """
     scale = terms[0].scale
     U = torch.cat([term.U for term in terms], dim=1)
@@ -41,9 +41,9 @@ def inner(a: Factors, b: Factors) -> float:
 
 
 def norm(a: Factors) -> float:
-    """‖scale·U·V‖_F through the r×r core of the two QR decompositions, in float64.
+    """‖scale·U·V‖_F from the r×r core of the two QR decompositions, in float64.
 
-    Taking the root of `inner(a, a)` would lose half of the digits where the terms cancel.
+    The square root of `inner(a, a)` would lose half of the digits when the terms cancel.
     """
     r_u = torch.linalg.qr(a.U.double(), mode="r").R
     r_v = torch.linalg.qr(a.V.double().mT, mode="r").R
@@ -51,7 +51,7 @@ def norm(a: Factors) -> float:
 
 
 def from_svd(parts: Svd, rank: int, dtype: torch.dtype) -> Factors:
-    """The leading `rank` triples of an SVD, √sigma on either side, scale 1."""
+    """The leading `rank` triples of an SVD as factors: √sigma is multiplied into U and into V; scale 1."""
     root = parts.sigma[:rank].sqrt()
     U_rows = (root[:, None] * parts.left[:, :rank].mT).to(dtype).contiguous()
     V = (root[:, None] * parts.right[:rank]).to(dtype).contiguous()
@@ -59,5 +59,5 @@ def from_svd(parts: Svd, rank: int, dtype: torch.dtype) -> Factors:
 
 
 def tail_norm(sigma: Float[Tensor, " k"], rank: int) -> float:
-    """√Σ_{i>rank} sigma_i²: what the best approximation of that rank loses (Eckart-Young)."""
+    """√Σ_{i>rank} sigma_i²: the error of the best approximation of that rank (Eckart-Young)."""
     return float(sigma[rank:].square().sum().sqrt())

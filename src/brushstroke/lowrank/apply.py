@@ -1,9 +1,9 @@
-"""y = x·W + scale·(x·U)·V as one step, for training and for rows that use different factors.
+"""Computes y = x·W + scale·(x·U)·V as one autograd function, also for rows that use different factors.
 
-It holds no parameters and decides nothing about routes: layers do.
+Does not hold parameters and does not choose routes (`layers` does).
 
-Both factors come as contiguous rows, Uᵀ (r×d) and V (r×h): on CPUs the skinny products are up to four times
-faster that way than with U as (d×r).
+Both factors are contiguous rows, Uᵀ (r×d) and V (r×h): on CPUs the narrow products are up to four times
+faster than with U as (d×r).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from brushstroke.lowrank.matmul import in_onednn, product, product_onto, scaled_
 
 
 class Span(NamedTuple):
-    """Rows of the input that share one update, and which of the ranks of the factors it is."""
+    """Rows of the input that share one update, and the ranks of the stacked factors that the update uses."""
 
     rows: slice
     ranks: slice
@@ -29,15 +29,15 @@ EVERYTHING = Span(slice(None), slice(None))
 
 
 class LinearParts(NamedTuple):
-    """One frozen linear map and its updates, x·W + bias + scale·(x·U)·V, as tensors.
+    """One frozen linear layer and its updates, x·W + bias + scale·(x·U)·V, as tensors.
 
     Args:
-        weight: (h×d) as torch stores it, or (d×h) as HF's Conv1D does where `weight_is_dxh`.
+        weight: (h×d) as torch stores it, or (d×h) as HF's Conv1D stores it if `weight_is_dxh`.
         bias: (h) or None.
-        U_rows, V: Uᵀ (r×d) and V (r×h); both None where nothing is added to W.
-        scale: in front of the low-rank term.
-        weight_is_dxh: the layout of `weight`.
-        spans: which rows use which ranks, where they differ; no two spans have a row in common.
+        U_rows, V: Uᵀ (r×d) and V (r×h); both None if the layer has no update.
+        scale: the factor of the low-rank term.
+        weight_is_dxh: whether `weight` is (d×h).
+        spans: which rows use which ranks; spans do not overlap. By default all rows use all ranks.
     """
 
     weight: Tensor
@@ -49,45 +49,49 @@ class LinearParts(NamedTuple):
     spans: tuple[Span, ...] = (EVERYTHING,)
 
     def factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
-        """Uᵀ and V of the update that these rows use, if any."""
+        """Uᵀ and V of the update that these rows use; None if they use none."""
         ranks = self.ranks(rows)
         if ranks is None or self.U_rows is None or self.V is None:
             return None
         return self.U_rows[ranks], self.V[ranks]
 
     def ranks(self, rows: slice) -> slice | None:
-        """Those of the update that these rows use, if any."""
+        """The ranks of the update that these rows use; None if they use none."""
         return next((span.ranks for span in self.spans if span.rows == rows), None)
 
 
-TENSORS = 4  # of one LinearParts: what an autograd function is given of it, one after another
+TENSORS = 4  # the number of tensors of one LinearParts that an autograd function receives
 
 
 def flatten(parts: Sequence[LinearParts]) -> tuple[tuple[Any, ...], list[Tensor | None]]:
-    """Settings and tensors apart, as `torch.autograd.Function.apply` needs them."""
+    """Separate settings from tensors, as `torch.autograd.Function.apply` needs them."""
     parts = [part if part.U_rows is not None else part._replace(spans=()) for part in parts]
     return tuple(part[TENSORS:] for part in parts), [tensor for part in parts for tensor in part[:TENSORS]]
 
 
 def unflatten(static: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list[LinearParts]:
     """The inverse of `flatten`."""
-    return [LinearParts(*tensors[TENSORS * i : TENSORS * (i + 1)], *own) for i, own in enumerate(static)]
+    return [
+        LinearParts(*tensors[TENSORS * i : TENSORS * (i + 1)], *settings) for i, settings in enumerate(static)
+    ]
 
 
 def base_product(
     x: Float[Tensor, "*b d"], weight: Tensor, bias: Float[Tensor, " h"] | None, weight_is_dxh: bool
 ) -> Float[Tensor, "*b h"]:
-    """x·W + bias, for a weight stored as (h×d), as torch does, or as (d×h), as HF's Conv1D does."""
+    """x·W + bias for a weight stored as (h×d), like torch's, or as (d×h), like HF's Conv1D."""
     return product(x, weight.mT if weight_is_dxh else weight, bias)
 
 
 class LowRankActivations(NamedTuple):
-    """What the updates of a span save for backward, in the dtype of the input; R is the sum of their ranks.
+    """Low-rank activations of one span, saved for backward in the dtype of the input.
+
+    R is the sum of the ranks of all linears.
 
     Args:
-        xu: x·U of all linears side by side (n×R).
-        U_rows: their Uᵀ below one another (R×d).
-        V: of each linear, None where nothing is added to it.
+        xu: x·U of all linears, concatenated along the columns (n×R).
+        U_rows: Uᵀ of all linears, concatenated along the rows (R×d).
+        V: V of each linear; None for a linear without an update.
     """
 
     xu: Tensor
@@ -96,11 +100,11 @@ class LowRankActivations(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """One after another, for an autograd function to keep."""
+        """All tensors in one tuple, as `save_for_backward` needs them."""
         return self.xu, self.U_rows, *self.V
 
     def columns(self) -> Iterator[tuple[int, Tensor, slice]]:
-        """For each linear with an update: its number, its V, and where its ranks stand in `xu`."""
+        """For each linear with an update: its index, its V, and its columns in `xu`."""
         start = 0
         for i, V in enumerate(self.V):
             if V is not None:
@@ -109,7 +113,7 @@ class LowRankActivations(NamedTuple):
 
 
 def saved_activations(saved: list[Any], static: Sequence[tuple[Any, ...]]) -> list[LowRankActivations]:
-    """Take what `forward_products` saved for parts of these settings off the beginning of a list."""
+    """Remove from the start of a list the tensors that `forward_products` saved for these settings."""
     parts = unflatten(static, [None] * (TENSORS * len(static)))
     return [
         LowRankActivations(saved.pop(0), saved.pop(0), [saved.pop(0) for _ in parts])
@@ -118,7 +122,7 @@ def saved_activations(saved: list[Any], static: Sequence[tuple[Any, ...]]) -> li
 
 
 def _spanned_rows(parts: Sequence[LinearParts]) -> list[slice]:
-    """The rows in which at least one of the parts has an update, span by span."""
+    """The row ranges in which at least one of the parts has an update."""
     found: list[slice] = []
     for part in parts:
         found += [span.rows for span in part.spans if span.rows not in found]
@@ -128,11 +132,11 @@ def _spanned_rows(parts: Sequence[LinearParts]) -> list[slice]:
 def forward_products(
     x: Tensor, parts: Sequence[LinearParts]
 ) -> tuple[list[Tensor], list[LowRankActivations]]:
-    """The outputs (n×h each) of linears that share an input (…×d of n rows), and what each span saves."""
+    """The outputs (n×h each) of linears that share an input (…×d, n rows), and the activations to save."""
     rows = x.reshape(-1, x.shape[-1])
     ys = []
     for part in parts:
-        # x as it came: torch rounds otherwise for other shapes, and the base's own output must not change.
+        # x keeps its shape: torch rounds differently for other shapes, and the base's output must not change.
         dxh = part.weight_is_dxh
         y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
         ys.append(y.view(-1, y.shape[-1]))
@@ -142,21 +146,21 @@ def forward_products(
 def _add_updates(
     ys: Sequence[Tensor], rows: Tensor, parts: Sequence[LinearParts], span: slice
 ) -> LowRankActivations:
-    """Add to a span of the outputs what its updates make of the same span of the input."""
+    """Add the low-rank terms of one span of the rows to the outputs, in place."""
     factors = [part.factors(span) for part in parts]
-    found = [pair[0] for pair in factors if pair is not None]
-    U_rows = (found[0] if len(found) == 1 else torch.cat(found)).to(rows.dtype)
+    stacked = [pair[0] for pair in factors if pair is not None]
+    U_rows = (stacked[0] if len(stacked) == 1 else torch.cat(stacked)).to(rows.dtype)
     V = [None if pair is None else pair[1].to(rows.dtype) for pair in factors]
     saved = LowRankActivations(product(rows[span], U_rows), U_rows, V)
-    for i, own, columns in saved.columns():
-        ys[i][span].addmm_(saved.xu[:, columns], own, alpha=parts[i].scale)
+    for i, own_V, columns in saved.columns():
+        ys[i][span].addmm_(saved.xu[:, columns], own_V, alpha=parts[i].scale)
     return saved
 
 
 def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
-    """An output (n×h) as (*leading, h), for the end of an autograd function: y must not be used any more.
+    """An output (n×h) as (*leading, h), for the end of an autograd function; y must not be used afterwards.
 
-    Unlike `y.view` it is no view to autograd, which lets nobody change a function's views in place.
+    Unlike `y.view`, autograd does not treat the result as a view, so that callers can change it in place.
     """
     return torch.ops.aten._unsafe_view(y, [*leading, y.shape[-1]])
 
@@ -169,15 +173,15 @@ def backward_products(
     need_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of the rows (n×d), and of each part's four tensors: U_rows' and V's, no others.
+    """The gradient of the rows (n×d), and four gradients per part; only those of U_rows and V are set.
 
     Args:
         dys: gradients of the outputs (n×h each).
         rows: the input (n×d).
-        saved: what `forward_products` gave.
+        saved: the activations that `forward_products` returned.
         parts: the linears.
-        need_x: whether the gradient of the rows is wanted.
-        needs: for each tensor of each part, whether its gradient is wanted.
+        need_x: whether the gradient of the rows is needed.
+        needs: for each tensor of each part, whether its gradient is needed.
     """
     dx = None
     if need_x:
@@ -185,38 +189,38 @@ def backward_products(
             weight = part.weight if part.weight_is_dxh else part.weight.mT
             dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
     gradients: list[Tensor | None] = [None] * (TENSORS * len(parts))
-    for span, own in zip(_spanned_rows(parts), saved, strict=True):
-        terms = [_of_xu(dys[i][span], V, parts[i].scale) for i, V, _ in own.columns()]
+    for span, activations in zip(_spanned_rows(parts), saved, strict=True):
+        terms = [_xu_gradient(dys[i][span], V, parts[i].scale) for i, V, _ in activations.columns()]
         dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
         if dx is not None:
-            dx[span].addmm_(dxu, own.U_rows)
+            dx[span].addmm_(dxu, activations.U_rows)
         dU = None
-        for i, _, columns in own.columns():
+        for i, _, columns in activations.columns():
             part, first = parts[i], TENSORS * i
             if part.U_rows is None or part.V is None:
                 continue
             if needs[first + 2]:
-                if dU is None:  # of all at once
+                if dU is None:  # one product for all parts
                     dU = scaled_product(dxu.mT, rows[span], 1.0, _widest(parts))
                 own_dU = dU[columns].to(part.U_rows.dtype)
                 gradients[first + 2] = _add_span(gradients[first + 2], own_dU, part.U_rows, part.ranks(span))
             if needs[first + 3]:
-                dV = scaled_product(own.xu[:, columns].mT, dys[i][span], part.scale, part.V.dtype)
+                dV = scaled_product(activations.xu[:, columns].mT, dys[i][span], part.scale, part.V.dtype)
                 gradients[first + 3] = _add_span(gradients[first + 3], dV, part.V, part.ranks(span))
     return dx, gradients
 
 
-def _add_span(total: Tensor | None, found: Tensor, factor: Tensor, ranks: slice | None) -> Tensor:
-    """The gradient of a factor so far, with that of one span of the rows."""
-    if total is None and found.shape == factor.shape:
-        return found
+def _add_span(total: Tensor | None, gradient: Tensor, factor: Tensor, ranks: slice | None) -> Tensor:
+    """Add the gradient of one span of the rows to the accumulated gradient of a factor."""
+    if total is None and gradient.shape == factor.shape:
+        return gradient
     total = torch.zeros_like(factor) if total is None else total
-    total[ranks] += found
+    total[ranks] += gradient
     return total
 
 
 def _widest(parts: Sequence[LinearParts]) -> torch.dtype:
-    """The dtype that holds the factors of all parts."""
+    """The dtype that all factors promote to."""
     dtypes = [part.U_rows.dtype for part in parts if part.U_rows is not None]
     widest = dtypes[0]
     for dtype in dtypes[1:]:
@@ -224,18 +228,18 @@ def _widest(parts: Sequence[LinearParts]) -> torch.dtype:
     return widest
 
 
-def _of_xu(dy: Tensor, V: Tensor, scale: float) -> Tensor:
-    """The gradient of x·U: scaled inside the product, where the kernels can."""
+def _xu_gradient(dy: Tensor, V: Tensor, scale: float) -> Tensor:
+    """The gradient of x·U; the kernels apply the scale inside the product if they can."""
     return product(dy, V).mul_(scale) if in_onednn(dy, V) else scaled_product(dy, V.mT, scale, dy.dtype)
 
 
 class _LowRankLinears(torch.autograd.Function):
-    """The fused step: keeps x and what is narrow for the backward pass, never makes a gradient of W."""
+    """Saves x and low-rank activations for the backward pass, and never forms the gradient of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, static: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ys, saved = forward_products(x, unflatten(static, tensors))
-        ctx.save_for_backward(x, *(tensor for own in saved for tensor in own.tensors), *tensors)
+        ctx.save_for_backward(x, *(tensor for one in saved for tensor in one.tensors), *tensors)
         ctx.static = static
         return tuple(reshaped(y, x.shape[:-1]) for y in ys)
 
@@ -252,9 +256,10 @@ class _LowRankLinears(torch.autograd.Function):
 
 
 def lowrank_linears(x: Float[Tensor, "*b d"], parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
-    """x·Wᵢ + biasᵢ + scaleᵢ·(x·Uᵢ)·Vᵢ for several linears that share x, in one autograd step.
+    """x·Wᵢ + biasᵢ + scaleᵢ·(x·Uᵢ)·Vᵢ for several linears that share x, in one autograd function.
 
-    x is kept once, all x·Uᵢ are one product, and the gradients of x add up in place. Wᵢ and biasᵢ are frozen.
+    x is saved once, one product computes all x·Uᵢ, and the gradients of x accumulate in place. Wᵢ and biasᵢ
+    are frozen.
 
     Returns:
         One (…×h) tensor for each part.
@@ -272,10 +277,13 @@ def lowrank_linear(
     scale: float,
     weight_is_dxh: bool = False,
 ) -> Float[Tensor, "*b h"]:
-    """x·W + bias + scale·(x·U)·V with W frozen, in one autograd step (arXiv:2106.09685, equation 3).
+    """x·W + bias + scale·(x·U)·V with W frozen, in one autograd function (arXiv:2106.09685, equation 3).
 
-    The low-rank products run in x's dtype; gradients come back in the dtype of the factors. W and bias get no
-    gradient, ever. A second derivative is refused (RuntimeError).
+    The low-rank products run in x's dtype; the gradients have the dtype of the factors. W and bias never get
+    a gradient.
+
+    Raises:
+        RuntimeError: the backward pass would need a second derivative (`create_graph=True`).
     """
     return lowrank_linears(x, [LinearParts(weight, bias, U_rows, V, scale, weight_is_dxh)])[0]
 
@@ -288,7 +296,7 @@ def lowrank_term(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Float[Tensor, "*b h"]:
-    """scale·(dropout(x)·U)·V by plain operations: for dropout, autocast, layers with their own forward."""
+    """scale·(dropout(x)·U)·V from torch operations: for dropout, autocast or a custom forward."""
     xu = F.linear(F.dropout(x, dropout, training), U_rows.to(x.dtype))
     return (scale * xu) @ V.to(x.dtype)
 
@@ -299,10 +307,11 @@ def stacked_term(
     V: Float[Tensor, "s r h"],
     uses: Bool[Tensor, "b k"],
 ) -> Float[Tensor, "b *n h"]:
-    """The low-rank term where each row of the batch uses some of the stacked ranks, scales folded into V.
+    """The low-rank term if each row of the batch uses some of the stacked ranks; V includes the scales.
 
-    All factors meet all rows in two products, and what a row does not use is put to zero between them: more
-    arithmetic than a product for each group of rows, and far fewer operations. V must be finite.
+    Two products multiply all rows with all factors; between them, the ranks that a row does not use are set
+    to zero. This needs more arithmetic than one product per group of rows, but far fewer operations. V must
+    be finite.
     """
     xu = F.linear(x, U_rows.flatten(0, 1).to(x.dtype))
     used = uses.view(uses.shape[0], *[1] * (x.ndim - 2), uses.shape[1])
@@ -312,7 +321,7 @@ def stacked_term(
 def gathered_term(
     x: Float[Tensor, "b *n d"], U_rows: Float[Tensor, "b r d"], V: Float[Tensor, "b r h"]
 ) -> Float[Tensor, "b *n h"]:
-    """The low-rank term where each row of the batch brings its own factors, with the scale folded into V."""
+    """The low-rank term if each row of the batch has its own factors; V includes the scale."""
     rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
     y = torch.bmm(torch.bmm(rows, U_rows.mT), V)
     return y.view(*x.shape[:-1], V.shape[-1])

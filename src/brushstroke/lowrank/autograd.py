@@ -1,4 +1,7 @@
-"""Backward passes that have no derivative of their own, and say so."""
+"""Backward passes that raise an error when a second derivative is computed.
+
+Does not compute second derivatives.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,13 +11,13 @@ import torch
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that refuses to be part of a graph (`create_graph=True`).
+    """Decorator: the backward pass raises an error under `create_graph=True`.
 
-    torch's `once_differentiable` refuses only where the incoming gradient has a graph behind it; a sum has
-    none, and the second derivative is wrong without a word.
+    torch's `once_differentiable` raises only if the incoming gradient has a graph; the gradient of a sum has
+    none, so that the second derivative is silently wrong.
 
     Raises:
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: the backward pass runs with gradients enabled.
     """
 
     @wraps(backward)

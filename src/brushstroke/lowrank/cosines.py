@@ -1,7 +1,7 @@
-"""How much of a direction can lie on one singular vector of a large matrix: upper bounds without its SVD.
+"""Upper bounds of the cosine between a direction and any singular vector of a large matrix, without its SVD.
 
-It finds no singular vector. Each is orthogonal to all that WᵀW − σ² makes, and what of a direction cannot be
-made so bounds its cosine.
+Does not find singular vectors. Each is orthogonal to the range of WᵀW − σ², so the distance of a direction
+from that range bounds its cosine.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from brushstroke.lowrank.krylov import KrylovSpace
 
-FLOOR = 0.05  # of sigma₁: where W has a null space, singular values below it take longer to cover
-_NOISE = 1e-5  # of σ₁²: a float32 product WᵀW·x is off by less, and a Cholesky factor in float64 exists
-_ABOVE = 1.1  # of the largest eigenvalue within the space: W has none above
-_STRONGEST, _DEGREE = 16, 24  # directions of a large space in which a problem is solved, and Krylov steps
-_NOTHING = 1e-10  # what is left of a vector after projection, against it, that is rounding
-_PARTS = 32  # intervals of eigenvalues at first
-_ROUNDS, _WORST, _SPLIT = 6, 4, 4  # rounds in which so many intervals are split into so many
-_ROWS = 1024  # of WWᵀ at a time, of which only the lower half is needed
+FLOOR = 0.05  # share of σ₁: if W has a null space, smaller singular values take longer to cover
+_NOISE = 1e-5  # share of σ₁² above the error of a float32 product WᵀW·x; a float64 Cholesky factor exists
+_ABOVE = 1.1  # multiple of the largest eigenvalue within the space; W has no eigenvalue above it
+_STRONGEST, _DEGREE = 16, 24  # in a large space: strongest directions, and Krylov steps, of a problem
+_ZERO = 1e-10  # after projection, a vector shorter than this share of its length is rounding
+_PARTS = 32  # number of eigenvalue intervals at the start
+_ROUNDS, _WORST, _SPLIT = 6, 4, 4  # rounds; intervals that a round splits; parts of a split interval
+_ROWS = 1024  # rows of WWᵀ computed at a time; only the lower triangle is needed
 
 
 class CosineBounds(NamedTuple):
@@ -27,7 +27,7 @@ class CosineBounds(NamedTuple):
 
     Args:
         values: one for each direction.
-        left_over: what the space does not explain of each at its worst; a space that grows from these has
+        left_over: for each direction the residual at its worst λ; a space extended by these residuals gives
             lower bounds.
     """
 
@@ -46,21 +46,21 @@ def cosine_bounds(
     """Upper bounds of max_i |⟨q_i, z⟩| over the right singular vectors q_i of W (d×h), for each z.
 
     With WᵀW·q_i = λ·q_i, q_i is orthogonal to (WᵀW − λ)·y for every y. So |⟨q_i, z⟩| ≤ ‖z − (WᵀW − λ)·Y·a‖
-    for an orthonormal Y and any a. The same a serves all λ within η of c: there the norm is at most
+    for an orthonormal Y and any a. One a is valid for all λ within η of c: there the norm is at most
     ‖z − (WᵀW − c)·Y·a‖ + η·‖a‖, and an error of at most ν in the computed WᵀW·Y adds ν·‖a‖. A good a
-    minimises the sum of the squares, which is a small least squares problem once WᵀW·Y is known. Intervals
-    cover all λ, and the worst of them are split. Where Y is the Krylov space of z this is its Christoffel
-    function; a Y that holds more, such as W's strongest directions, can only be better.
+    minimises the sum of the squares, which is a small least squares problem if WᵀW·Y is known. Intervals
+    cover all λ, and the worst intervals are split. If Y is the Krylov space of z, the bound is its
+    Christoffel function; further directions in Y, such as W's strongest ones, can only improve it.
 
     Args:
-        space: Y, with WᵀW·Y; it must know σ₁ to 5 %.
+        space: Y, with WᵀW·Y; its largest singular value must be within 5 % of σ₁.
         directions: z, in columns.
-        floor: leave out singular values below this share of sigma₁.
-        of_images: z = Wᵀ·z′, and the left singular vectors are asked for: ⟨p_i, z′⟩ = ⟨q_i, z⟩/σ_i.
-        enough: no bound needs to be lower than this.
+        floor: ignore singular values below this share of sigma₁.
+        of_images: z = Wᵀ·z′, and the bounds are for the left singular vectors: ⟨p_i, z′⟩ = ⟨q_i, z⟩/σ_i.
+        enough: bounds below this value are not improved further.
     """
     problems = _Problems(space, directions, of_images)
-    if problems.largest <= 0:  # W is 0 and has no singular vectors that count
+    if problems.largest <= 0:  # W is 0 and has no singular vectors with σ > 0
         return CosineBounds(problems.sizes * 0, directions)
     low, high = problems.intervals(floor)
     found = problems.bounds(low, high)
@@ -69,7 +69,7 @@ def cosine_bounds(
         centre = (low + high).gather(1, at) / 2
         hopeless = (problems.bounds(centre, centre) >= enough) & (enough > 0)
         if bool(((worst < enough) | hopeless).all()):
-            break  # each is low enough, or smaller intervals cannot make it so
+            break  # each bound is low enough, or smaller intervals cannot lower it enough
         picked = found.topk(min(_WORST, found.shape[1]), dim=1).indices
         rest = torch.ones_like(found, dtype=torch.bool).scatter(1, picked, False)
         edges = torch.linspace(0, 1, _SPLIT + 1, dtype=torch.float64)
@@ -83,10 +83,10 @@ def cosine_bounds(
 
 
 def proven_floor(W: Float[Tensor, "d h"], strongest: float) -> float:
-    """A share f of sigma₁ below which W with d ≤ h has no singular value: 5 %, half of it, and so on.
+    """A share f of sigma₁ such that W (d ≤ h) has no singular value below f·sigma₁.
 
-    WWᵀ − f²·σ₁² has a Cholesky factor where every singular value is above f·σ₁, and only there. 0 where W has
-    a singular value so small that rounding of the products hides it.
+    Tries 5 %, 2.5 % and so on. WWᵀ − f²·σ₁² has a Cholesky factor if and only if every singular value is
+    above f·σ₁. Returns 0 if W has a singular value so small that rounding of the products hides it.
 
     Args:
         W: float32 or float64.
@@ -107,11 +107,11 @@ def proven_floor(W: Float[Tensor, "d h"], strongest: float) -> float:
 
 
 class _Problems:
-    """The least squares problems of some directions for all λ, in float64.
+    """The least squares problems of several directions for all λ, in float64.
 
-    They are written in eigenvectors of WᵀW within the space: WᵀW·Y·x = λ·Y·x + L·x, where the leak L lies
-    outside of Y. In a large space they are solved in a part of it for each direction: their cost grows with
-    the third power of the size.
+    The basis is the eigenvectors of WᵀW within the space: WᵀW·Y·x = λ·Y·x + L·x, where the leak L lies
+    outside of Y. In a large space, each problem is solved in a subspace, because its cost grows with the
+    third power of the size.
     """
 
     def __init__(self, space: KrylovSpace, z: Float[Tensor, "h k"], of_images: bool) -> None:
@@ -133,7 +133,7 @@ class _Problems:
         self.sizes = torch.linalg.vector_norm(z.double(), dim=0)
 
     def intervals(self, floor: float) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
-        """Lower and upper ends of intervals that cover all λ, closer where the space has eigenvalues."""
+        """Lower and upper ends of intervals that cover all λ; narrower near the space's eigenvalues."""
         lowest, highest = floor**2 * self.largest, _ABOVE * self.largest
         within = self.values[(self.values > lowest) & (self.values < highest)]
         picked = within[torch.linspace(0, max(len(within) - 1, 0), min(len(within), _PARTS)).long()]
@@ -142,7 +142,7 @@ class _Problems:
         return edges[:, :-1], edges[:, 1:]
 
     def bounds(self, low: Float[Tensor, "k n"], high: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-        """The bound of each direction in intervals of its own."""
+        """The bound of each direction in each of its intervals."""
         a, right, slack = self._solve((low + high) / 2, (high - low) / 2 + self.noise)
         lengths, sizes = torch.linalg.vector_norm(a, dim=2), self.sizes[:, None]
         squares = sizes.square() - (a * right).sum(2) - (slack * lengths).square()
@@ -150,7 +150,7 @@ class _Problems:
         return found / low.clamp_min(self.noise).sqrt() if self.of_images else found
 
     def left_over(self, at: Float[Tensor, "k 1"]) -> Float[Tensor, "h k"]:
-        """z − (WᵀW − λ)·Y·a of each direction at one λ."""
+        """z − (WᵀW − λ)·Y·a of each direction at one λ per direction."""
         a = self._solve(at, torch.full_like(at, self.noise))[0][:, 0]
         inner = _times(self.part, a)
         within = self.vectors @ ((self.values - at) * inner).mT
@@ -168,7 +168,7 @@ class _Problems:
 
 
 def _useful_part(values: Float[Tensor, " m"], along: Float[Tensor, "k m"]) -> Float[Tensor, "k m n"]:
-    """For each direction the whole space, or in a large one its strongest directions and a Krylov space."""
+    """A subspace for each direction: the whole space, or the strongest directions and a Krylov space."""
     whole = torch.eye(len(values), dtype=torch.float64).expand(len(along), -1, -1)
     if len(values) <= _STRONGEST + _DEGREE:
         return whole
@@ -178,7 +178,7 @@ def _useful_part(values: Float[Tensor, " m"], along: Float[Tensor, "k m"]) -> Fl
         for _ in range(2):
             new = new - _times(part, _times(part.mT, new))
         size = new.norm(dim=1, keepdim=True)
-        new = torch.where(size > _NOTHING * before, new / size, 0)
+        new = torch.where(size > _ZERO * before, new / size, 0)
         part = torch.cat([part, new[:, :, None]], dim=2)
         new = values * new
     return part

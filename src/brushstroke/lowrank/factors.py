@@ -1,6 +1,6 @@
-"""`LowRank`, the value of one low-rank update.
+"""Defines `LowRank`, one low-rank update as an immutable value.
 
-It does not know which weight it belongs to, nor any module or file.
+Does not record which weight it belongs to, and does not use modules or files.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from brushstroke.lowrank.update import Update
 class LowRank(Update):
     """ΔW = scale·U·V (arXiv:2106.09685, section 4.1, with U = Aᵀ, V = Bᵀ).
 
-    Operators return new values: sums are exact in factor form, up to the rounding of the factors'
-    dtype where scales differ, and the rank of a sum is the sum of the ranks.
+    Operators return new values. Sums are exact in factor form (if the scales differ, up to rounding of the
+    factors' dtype), and the rank of a sum is the sum of the ranks.
 
     Args:
         U: input factor, any float dtype.
@@ -103,7 +103,7 @@ class LowRank(Update):
         return svd(*self.factors)
 
     def directions(self) -> Svd:
-        """The thin SVD of ΔW, float64, without what may be rounding of the factors to their dtype."""
+        """The thin SVD of ΔW, float64, without triples that rounding of the factors could explain."""
         parts = self.svd()
         kept = above_rounding(parts.sigma, max(self.shape), product_rounding(*self.factors, parts))
         return Svd(parts.left[:, kept], parts.sigma[kept], parts.right[kept])
@@ -143,19 +143,19 @@ class LowRank(Update):
         return algebra.inner(self.factors, other.factors)
 
     def truncate(self, rank: int) -> "LowRank":
-        """The nearest update (in Frobenius norm) of at most this rank; itself where its rank is no larger.
+        """The nearest update (in Frobenius norm) of at most this rank; `self` if its rank is not larger.
 
         Raises:
             ConfigError: rank is below 1.
         """
         if rank < 1:
-            raise ConfigError(f"a rank must be at least 1; got {rank}")
+            raise ConfigError(f"the rank of a truncation must be at least 1; got {rank}")
         if rank >= self.rank:
             return self
         return type(self)(*algebra.from_svd(self.svd(), rank, self.dtype))
 
     def truncation_loss(self, rank: int) -> float:
-        """‖ΔW − truncate(rank)‖_F, known before truncating (Eckart-Young)."""
+        """‖ΔW − truncate(rank)‖_F, computed without truncating (Eckart-Young)."""
         return algebra.tail_norm(self.sigma, rank)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LowRank":

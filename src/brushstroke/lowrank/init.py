@@ -1,6 +1,6 @@
-"""Starting factors: U random, V zero, so that a fresh adapter changes nothing.
+"""Initial values of U; V starts at zero, so that a fresh adapter does not change the model.
 
-Each rule is one function in `INITS`; a new one is a function and a line there.
+Does not create updates (`layers` does). Each rule is one function in `INITS`; add a rule there.
 """
 
 import math
@@ -20,7 +20,7 @@ def kaiming(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "r d
 
 
 def gaussian(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "r d"]:
-    """Uᵀ normal with variance 1/d, after the text of arXiv:2106.09685, section 4.1."""
+    """Uᵀ normal with variance 1/d, as described in arXiv:2106.09685, section 4.1."""
     return torch.empty(rank, d).normal_(std=1.0 / math.sqrt(d), generator=generator)
 
 

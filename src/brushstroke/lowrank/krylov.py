@@ -1,6 +1,6 @@
-"""The top singular directions of a large matrix that is only multiplied with, by block Krylov iteration.
+"""Block Krylov iteration: the top singular directions of a large matrix from products with it.
 
-The matrix may be W + scale·U·V: the sum is never formed. It chooses no matrix and reads no file.
+Does not form the matrix if it is W + scale·U·V, and does not read files.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from brushstroke.lowrank.spectra import Svd
 
-NARROW = 16  # columns of a product
-PASSES = 10  # of the matrix and its transpose, at most
-CHECKED = 2  # passes between two looks at what has converged
-TOLERANCE = 1e-4  # of ‖Wᵀ·left − sigma·right‖ against sigma₁, at which the iteration ends early
+NARROW = 16  # products with fewer columns are padded to this number
+PASSES = 10  # maximum number of products with the matrix and its transpose
+CHECKED = 2  # passes between two checks of convergence
+TOLERANCE = 1e-4  # a triple has converged if ‖Wᵀ·left − sigma·right‖ is at most this share of sigma₁
 
 
 @dataclass(frozen=True, eq=False)
 class Shifted:
-    """W + scale·U·V as something to multiply with; U and V may be missing.
+    """W + scale·U·V as an operator for products; U and V may be missing.
 
     Args:
         W: dense, float32 or float64.
         U: input factor in W's dtype.
         V: output factor in W's dtype.
-        scale: of the product.
+        scale: the factor of U·V.
     """
 
     W: Float[Tensor, "d h"]
@@ -56,8 +56,8 @@ class Shifted:
 def multiply(W: Float[Tensor, "d h"], X: Float[Tensor, "h k"]) -> Float[Tensor, "d k"]:
     """W·X for a few columns.
 
-    For 2 to 11 of them, and a W that lies in memory as its transpose, the BLAS library inside torch takes up
-    to forty times as long as for 16: then columns of zeros are added.
+    For 2 to 11 columns, and a W that is stored as its transpose, torch's BLAS library takes up to forty times
+    as long as for 16 columns. From 2 to 15 columns, X is therefore padded with columns of zeros.
     """
     k = X.shape[1]
     return W @ X if k < 2 or k >= NARROW else (W @ torch.nn.functional.pad(X, (0, NARROW - k)))[:, :k]
@@ -65,13 +65,14 @@ def multiply(W: Float[Tensor, "d h"], X: Float[Tensor, "h k"]) -> Float[Tensor, 
 
 @dataclass(frozen=True, eq=False)
 class TopSvd:
-    """The leading singular triples of a matrix, with what is known of their error.
+    """The leading singular triples of a matrix, with bounds of their error.
 
     Args:
         left: input directions, in columns.
         sigma: descending.
         right: output directions, in rows.
-        residual: ‖Wᵀ·left_i − sigma_i·right_i‖ of each triple; some singular value lies within it of sigma_i.
+        residual: ‖Wᵀ·left_i − sigma_i·right_i‖ of each triple; a singular value lies at most this far from
+            sigma_i.
     """
 
     left: Float[Tensor, "d k"]
@@ -81,12 +82,12 @@ class TopSvd:
 
 
 class KrylovSpace:
-    """An orthonormal basis of output directions that grows, together with W·basis and Wᵀ·W·basis.
+    """A growing orthonormal basis of output directions, together with W·basis and Wᵀ·W·basis.
 
-    Every block costs one product with W and one with Wᵀ; all that is asked of the space later costs none.
+    Each block needs one product with W and one with Wᵀ; later queries of the space need none.
 
     Args:
-        matrix: what is multiplied with.
+        matrix: the matrix of the products.
     """
 
     def __init__(self, matrix: Shifted) -> None:
@@ -97,11 +98,11 @@ class KrylovSpace:
 
     @property
     def size(self) -> int:
-        """How many directions the basis has."""
+        """The number of directions in the basis."""
         return self.basis.shape[1]
 
     def extend(self, block: Float[Tensor, "h n"]) -> Float[Tensor, "h m"]:
-        """Add what a block holds beyond the basis; returns Wᵀ·W·(what was added), for the next block."""
+        """Add the part of a block that is orthogonal to the basis; returns Wᵀ·W·(that part) as next block."""
         block = _orthonormal(block, self.basis)
         if not block.shape[1]:
             return block
@@ -122,7 +123,7 @@ class KrylovSpace:
         return torch.linalg.eigh(self.gram).eigenvectors.flip(1)[:, :k].to(self.basis)
 
     def residuals(self, top: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
-        """‖Wᵀ·left_i − sigma_i·right_i‖ of directions, up to rounding."""
+        """‖Wᵀ·left_i − sigma_i·right_i‖ of each direction, up to rounding."""
         sigma = torch.linalg.vector_norm(self.images @ top, dim=0).clamp_min(torch.finfo(top.dtype).tiny)
         return torch.linalg.vector_norm(self.backs @ (top / sigma) - self.basis @ (top * sigma), dim=0)
 
@@ -132,15 +133,16 @@ def top_svd(
 ) -> TopSvd:
     """The k leading singular triples, from the space of Ω, (WᵀW)Ω, …, (WᵀW)^q·Ω.
 
-    After Musco and Musco (arXiv:1504.05477), with full reorthogonalisation; written for W (d×h), so the space
-    lies on the output side. It ends where every residual is below 1e-4·sigma₁, where the space is the whole
-    one (then the result is exact), or after `passes`. All in W's dtype, with the small matrices in float64.
+    Source: Musco and Musco (arXiv:1504.05477), with full reorthogonalisation; written for W (d×h), so the
+    space is on the output side. The iteration ends if every residual is at most 1e-4·sigma₁, if the space is
+    complete (then the result is exact), or after `passes`. It runs in W's dtype, with the small matrices in
+    float64.
 
     Args:
         matrix: W, or W + scale·U·V.
-        k: cut to min(d, h).
-        generator: of the Gaussian start, on the CPU; seed 0 by default.
-        passes: the largest number of blocks.
+        k: the number of triples; at most min(d, h) are returned.
+        generator: for the Gaussian start, on the CPU; seed 0 by default.
+        passes: the maximum number of blocks.
 
     >>> top = top_svd(Shifted(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), 2)
     >>> [round(x, 4) for x in top.sigma.tolist()]
@@ -162,11 +164,11 @@ def top_svd(
             strongest = float(torch.linalg.vector_norm(space.images @ top[:, 0]))
             if float(space.residuals(top).max()) <= TOLERANCE * strongest:
                 break
-    return _triples(space, space.top(k)) if space.size else _nothing(matrix, k)
+    return _triples(space, space.top(k)) if space.size else _zero_triples(matrix, k)
 
 
 def _triples(space: KrylovSpace, top: Float[Tensor, "m k"]) -> TopSvd:
-    """Singular triples from directions within a space, with residuals by products of their own."""
+    """Singular triples from directions within a space; their residuals come from new products."""
     q, core = torch.linalg.qr(space.images @ top)
     left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     left, right = q @ left, ((space.basis @ top) @ right.mT).mT
@@ -175,10 +177,10 @@ def _triples(space: KrylovSpace, top: Float[Tensor, "m k"]) -> TopSvd:
 
 
 def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Float[Tensor, "h n"]:
-    """An orthonormal basis of what the block adds to the space; directions that add nothing are left out."""
+    """An orthonormal basis of the part of the block that is outside the space; it may have fewer columns."""
     if not block.shape[1]:
         return block
-    block = block / block.abs().max().clamp_min(torch.finfo(block.dtype).tiny)  # its squares are summed
+    block = block / block.abs().max().clamp_min(torch.finfo(block.dtype).tiny)  # squares must not overflow
     before = torch.linalg.vector_norm(block, dim=0)
     room = min(block.shape[0] - space.shape[1], block.shape[1])
     for _ in range(2):
@@ -190,7 +192,8 @@ def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Fl
     return torch.linalg.qr(new).Q
 
 
-def _nothing(matrix: Shifted, k: int) -> TopSvd:
+def _zero_triples(matrix: Shifted, k: int) -> TopSvd:
+    """Triples of a zero matrix."""
     d, h = matrix.shape
     zeros = matrix.W.new_zeros(k)
     eye = [torch.eye(n, k, dtype=matrix.W.dtype, device=matrix.W.device) for n in (d, h)]
@@ -198,17 +201,17 @@ def _nothing(matrix: Shifted, k: int) -> TopSvd:
 
 
 def dense_svd(W: Float[Tensor, "d h"]) -> Svd:
-    """The thin SVD of a dense matrix in float64; O(d·h·min(d, h)), so for small ones."""
+    """The thin SVD of a dense matrix in float64; O(d·h·min(d, h)), so only for small matrices."""
     return Svd(*torch.linalg.svd(W.double(), full_matrices=False))
 
 
 def frobenius(W: Float[Tensor, "d h"]) -> float:
     """‖W‖_F of a dense matrix in any float dtype, summed in float64 over blocks of rows."""
-    rows = W if W.stride(-1) == 1 else W.mT  # blocks of memory as it lies
-    step = max(1, 2**17 // max(1, rows.shape[1]))  # of which a processor keeps the float64 copy close
-    room = torch.empty(step, rows.shape[1], dtype=torch.float64, device=W.device)
+    rows = W if W.stride(-1) == 1 else W.mT  # rows that are contiguous in memory
+    step = max(1, 2**17 // max(1, rows.shape[1]))  # the float64 copy of a block fits into the cache
+    buffer = torch.empty(step, rows.shape[1], dtype=torch.float64, device=W.device)
     total = 0.0
     for part in rows.split(step) if W.numel() else ():
-        copied = room[: len(part)].copy_(part).view(-1)
+        copied = buffer[: len(part)].copy_(part).view(-1)
         total += float(copied @ copied)
     return total**0.5

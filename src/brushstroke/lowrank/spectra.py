@@ -1,6 +1,6 @@
 """The singular values and directions of scale·U·V, from the factors alone.
 
-It never forms the d×h product: two thin QR decompositions and one SVD of an r×r core, in float64.
+Does not form the d×h product: uses two thin QR decompositions and one SVD of an r×r core, in float64.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,8 @@ class Svd(NamedTuple):
 def svd(U: Float[Tensor, "d r"], V: Float[Tensor, "r h"], scale: float = 1.0) -> Svd:
     """The thin SVD of scale·U·V with k = min(r, d, h), in O((d + h)·r² + r³).
 
-    U = Q_u·R_u, Vᵀ = Q_v·R_v, then the SVD of the core scale·R_u·R_vᵀ. The route over the Gram matrix
-    would square the condition number and lose the small singular values.
+    U = Q_u·R_u, Vᵀ = Q_v·R_v, then the SVD of the core scale·R_u·R_vᵀ. The Gram matrix would square the
+    condition number and lose the small singular values.
 
     >>> U, V = torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0, 2.0]])
     >>> svd(U, V).sigma
@@ -49,12 +49,12 @@ def singular_values(
 def above_rounding(
     sigma: Float[Tensor, " k"], size: int, rounding: Float[Tensor, " k"] | None = None
 ) -> Bool[Tensor, " k"]:
-    """Which singular values of a matrix are above the rounding of float64 and of what it was made from.
+    """Which singular values of a matrix are above the rounding of float64 and of the matrix's factors.
 
     Args:
         sigma: descending.
         size: the larger side of the matrix; the threshold is sigma₁·size·2⁻⁵².
-        rounding: a further threshold for each of them, such as `product_rounding`.
+        rounding: a second threshold for each singular value, such as `product_rounding`.
 
     >>> above_rounding(torch.tensor([2.0, 1.0, 1e-15]), 100).sum()
     tensor(2)
@@ -66,18 +66,18 @@ def above_rounding(
 
 
 def numerical_rank(sigma: Float[Tensor, " k"], size: int, rounding: Float[Tensor, " k"] | None = None) -> int:
-    """How many singular values are above rounding; see `above_rounding`."""
+    """The number of singular values above rounding; see `above_rounding`."""
     return int(above_rounding(sigma, size, rounding).sum())
 
 
 def rounding_along(factor: Float[Tensor, "n r"], images: Float[Tensor, "r k"]) -> Float[Tensor, " k"]:
-    """‖E·x‖ that is to be expected for each column x, where E is the rounding of a factor to its dtype.
+    """The expected ‖E·x‖ for each column x, where E is the rounding error of a factor in its dtype.
 
-    An entry is off by at most e = max(u·|entry|, η), with u half the dtype's epsilon (2⁻⁸ in bfloat16, 2⁻¹¹
-    in float16) and η half its smallest number; a 0 is taken as exact. With the norms D of the columns of the
+    The error of an entry is at most e = max(u·|entry|, η), with u half the dtype's epsilon (2⁻⁸ in bfloat16,
+    2⁻¹¹ in float16) and η half its smallest number; a 0 is exact. With the norms D of the columns of the
     bounds, E = N·D and ‖E·x‖ ≤ ‖N‖·‖D·x‖. The entries of N are independent, of variance e²/(3D²), so that ‖N‖
-    is at most about the norms of its largest column and its largest row together, both over √3 (Bandeira and
-    van Handel, arXiv:1408.6185).
+    is at most about the sum of the norms of its largest column and its largest row, divided by √3 (Bandeira
+    and van Handel, arXiv:1408.6185).
     """
     kind, sizes = torch.finfo(factor.dtype), factor.double().abs()
     bounds = (kind.eps / 2 * sizes).clamp_min(kind.smallest_normal * kind.eps / 2)
@@ -90,14 +90,14 @@ def rounding_along(factor: Float[Tensor, "n r"], images: Float[Tensor, "r k"]) -
 def product_rounding(
     U: Float[Tensor, "d r"], V: Float[Tensor, "r h"], scale: float, parts: Svd
 ) -> Float[Tensor, " k"]:
-    """The part of each singular value of scale·U·V that rounding of the stored factors can account for.
+    """The part of each singular value of scale·U·V that rounding of the stored factors can explain.
 
-    The stored factors are U = U₀ + E and V = V₀ + F with rounding errors E and F, so σᵢ = scale·lᵢᵀ·U·V·rᵢ
-    differs from what the true product has along the same pair, scale·lᵢᵀ·U₀·V₀·rᵢ, by
-    scale·lᵢᵀ·(E·V + U₀·F)·rᵢ: at most |scale|·(‖E·(V·rᵢ)‖ + ‖Fᵀ·(Uᵀ·lᵢ)‖), each judged by `rounding_along`.
-    A σᵢ below it may be nothing but rounding. The threshold is one for each direction, as it must be: in
-    factors that were cut by an SVD every σᵢ has its own column, and is right to u·σᵢ however small it is; in
-    factors of more columns than the product has rank, the surplus is u·σ₁ or u²·σ₁.
+    The stored factors are U = U₀ + E and V = V₀ + F with rounding errors E and F. So σᵢ = scale·lᵢᵀ·U·V·rᵢ
+    differs from the value of the exact product along the same pair, scale·lᵢᵀ·U₀·V₀·rᵢ, by
+    scale·lᵢᵀ·(E·V + U₀·F)·rᵢ: at most |scale|·(‖E·(V·rᵢ)‖ + ‖Fᵀ·(Uᵀ·lᵢ)‖); `rounding_along` estimates each
+    term. A smaller σᵢ may consist of rounding only. Each direction needs its own threshold: in factors that
+    were truncated by an SVD each σᵢ has its own column, and its error is u·σᵢ even if σᵢ is small; in factors
+    with more columns than the product's rank, the surplus singular values are about u·σ₁ or u²·σ₁.
 
     >>> U, V = torch.ones(4, 1).bfloat16(), torch.ones(1, 4).bfloat16()
     >>> 2**-8 < product_rounding(U, V, 1.0, svd(U, V)) / 4 < 2**-6
@@ -110,7 +110,7 @@ def product_rounding(
 
 
 def stable_rank(sigma: Float[Tensor, " k"]) -> float:
-    """Σσ² / σ₁²: 1 where one direction holds all the energy, k where all are equal; 0 of nothing.
+    """Σσ² / σ₁²: 1 if one direction has all the energy, k if all σ are equal, 0 if all are zero.
 
     >>> stable_rank(torch.tensor([4.0, 2.0, 1.0]))
     1.3125
@@ -121,7 +121,7 @@ def stable_rank(sigma: Float[Tensor, " k"]) -> float:
 
 
 def effective_rank(sigma: Float[Tensor, " k"]) -> float:
-    """exp(H(σ/Σσ)), the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007); 0 of nothing.
+    """exp(H(σ/Σσ)) with the entropy H (Roy and Vetterli, EUSIPCO 2007); 0 if all singular values are zero.
 
     >>> round(effective_rank(torch.ones(3)), 6)
     3.0
@@ -133,7 +133,7 @@ def effective_rank(sigma: Float[Tensor, " k"]) -> float:
 
 
 def energy_rank(sigma: Float[Tensor, " k"], share: float) -> int:
-    """The smallest k with Σ_{i≤k} σ² ≥ share · Σσ²; 0 of nothing.
+    """The smallest k with Σ_{i≤k} σ² ≥ share · Σσ²; 0 if all singular values are zero.
 
     >>> energy_rank(torch.tensor([4.0, 2.0, 1.0]), 0.97)
     3
@@ -141,5 +141,5 @@ def energy_rank(sigma: Float[Tensor, " k"], share: float) -> int:
     if not len(sigma) or float(sigma[0]) == 0:
         return 0
     energy = (sigma / sigma[0]).double().square().cumsum(0)
-    enough = energy >= share * energy[-1] * (1 - 1e-12)  # a share that is met exactly is met
+    enough = energy >= share * energy[-1] * (1 - 1e-12)  # tolerates rounding where the share is met exactly
     return int(torch.nonzero(enough)[0]) + 1

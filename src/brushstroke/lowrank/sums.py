@@ -1,6 +1,6 @@
-"""The strongest directions of W + U·V, from W's own and those of U·V.
+"""The strongest directions of W + U·V, from the directions of W and of U·V.
 
-The sum is never formed, and all products are with W alone, so that the space serves questions about W too.
+Does not form the sum: all products are with W alone, so that the space can also answer queries about W.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torch import Tensor
 from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, multiply
 from brushstroke.lowrank.spectra import Svd
 
-PASSES = 10  # blocks, at most
-_SPARE = 6  # directions of W that the space grows from, beyond as many as are asked for
-_WIDEST = 16  # directions of the update that the space grows from
-_FASTER = 1.5  # Krylov spaces converge faster and faster: what is left is judged as so many more passes
+PASSES = 10  # maximum number of blocks
+_SPARE = 6  # the space starts from this many directions of W more than are requested
+_WIDEST = 16  # the space starts from at most this many directions of the update
+_FASTER = 1.5  # convergence accelerates: each remaining pass counts as this many passes at the current pace
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class SumTop:
     """The leading singular triples of W + ΔW, and the space in which they were found.
 
     Args:
-        top: the triples; their residuals are of W + ΔW.
+        top: the triples; their residuals are with respect to W + ΔW.
         back: Wᵀ·left.
-        space: the directions that were tried, with their products with WᵀW.
+        space: the basis, with its products with WᵀW.
     """
 
     top: TopSvd
@@ -43,17 +43,18 @@ def top_of_sum(
 ) -> SumTop:
     """The k leading singular triples of M = W + ΔW with ΔW = left·diag(sigma)·right.
 
-    The space is the Krylov space of MᵀM from the strongest directions of W, from `right` and from Wᵀ·left:
-    the result is near their span. As MᵀM·x = WᵀW·x + Wᵀ·left·(…) + rightᵀ·(…), a block takes one product with
-    W and one with Wᵀ, and it is the Krylov space of WᵀW too, up to directions of an update of many. It ends
-    where every residual is below 1e-4·sigma₁, or will not be in the passes that are left.
+    The space is the Krylov space of MᵀM that starts from the strongest directions of W, from `right` and from
+    Wᵀ·left: the result is near their span. Because MᵀM·x = WᵀW·x + Wᵀ·left·(…) + rightᵀ·(…), a block needs
+    one product with W and one with Wᵀ, and the space is also the Krylov space of WᵀW, except for directions
+    of an update of high rank. The iteration ends if every residual is at most 1e-4·sigma₁, or if no further
+    one can reach that in the remaining passes.
 
     Args:
         W: float32 or float64.
         update: of any rank.
         known: strongest output directions of W, in columns.
-        k: how many.
-        passes: the largest number of blocks.
+        k: the number of triples.
+        passes: the maximum number of blocks.
     """
     k = min(k, *W.shape)
     U, V = update.left.to(W), (update.sigma[:, None] * update.right).to(W)
@@ -66,15 +67,15 @@ def top_of_sum(
         size, passes = space.size, passes - 1
         back = space.extend(block)
         found = _triples(space, U, V, pulled, k)
-        if space.size in (size, W.shape[1]) or not _hopeful(found.top, before, passes):
+        if space.size in (size, W.shape[1]) or not _can_converge(found.top, before, passes):
             return found
         before = found.top.residual
         inner = V @ space.basis[:, size:]
         block = back + pulled @ inner + V.mT @ (U.mT @ space.images[:, size:] + inner)
 
 
-def _hopeful(top: TopSvd, before: Tensor | None, passes: int) -> bool:
-    """Whether a triple that has not converged can do so in the passes that are left, at its pace."""
+def _can_converge(top: TopSvd, before: Tensor | None, passes: int) -> bool:
+    """Whether, at its current pace, any unconverged triple can converge in the remaining passes."""
     wanted = TOLERANCE * top.sigma[0]
     unsettled = top.residual > wanted
     if before is None or passes < 1:
@@ -91,8 +92,8 @@ def _triples(
     gram = space.gram + cross + cross.mT + inner.double().mT @ inner.double()
     chosen = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :k].to(U)
     q, core = torch.linalg.qr(space.images @ chosen + U @ (inner @ chosen))
-    turn, sigma, mixed = torch.linalg.svd(core, full_matrices=False)
-    chosen, left = chosen @ mixed.mT, q @ turn
+    rotation, sigma, mixed = torch.linalg.svd(core, full_matrices=False)
+    chosen, left = chosen @ mixed.mT, q @ rotation
     right = space.basis @ chosen
     back = (space.backs @ chosen + pulled @ (inner @ chosen)) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
     gap = back + V.mT @ (U.mT @ left) - right * sigma

@@ -1,7 +1,7 @@
-"""The family of updates that an adapter can hold for one weight.
+"""The interface of every kind of update that an adapter can hold for one weight.
 
-It holds no update of its own; `LowRank` is the first member, others (magnitudes, whole tensors) come later,
-so code outside the family asks an update and never assumes that it has factors.
+Does not implement an update: `LowRank` is one kind, DoRA another. Code outside of an implementation uses this
+interface and does not assume that an update has factors.
 """
 
 from abc import ABC, abstractmethod
@@ -22,22 +22,22 @@ class Update(ABC):
     @property
     @abstractmethod
     def parameters(self) -> int:
-        """How many numbers the update holds."""
+        """The number of values that the update holds."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype of the numbers that it holds."""
+        """The dtype of the values that the update holds."""
 
     @abstractmethod
     def dense(self, W: Float[Tensor, "d h"] | None = None) -> Float[Tensor, "d h"]:
-        """ΔW itself; W is needed only by members of the family whose change depends on it."""
+        """ΔW as a matrix; W is needed only by updates whose ΔW depends on it."""
 
     @abstractmethod
     def entries(
         self, i: Int[Tensor, " n"], j: Int[Tensor, " n"], W: Float[Tensor, "d h"] | None = None
     ) -> Float[Tensor, " n"]:
-        """ΔW at the positions (i, j), in float64 on the CPU, without forming ΔW where that can be avoided."""
+        """ΔW at the positions (i, j), in float64 on the CPU; does not form ΔW unless that is necessary."""
 
     @abstractmethod
     def columns(self, start: int, stop: int) -> "Update":
@@ -49,7 +49,7 @@ class Update(ABC):
 
     @abstractmethod
     def apply(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
-        """x·ΔW, without forming ΔW where that can be avoided."""
+        """x·ΔW; does not form ΔW unless that is necessary."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""The paper's questions on a model and data of one's own: arms, runs, statistics, one report.
+"""Runs the LoRA paper's experiments on any model and data: arms, runs, statistics, one report.
 
-Each question is a module: `targets`, `rank`, `seeds`, `delta`, `intrinsic`. `run_studies` runs them.
+Does not implement training or analyses (`training` and `analysis` do). Each question is a module: `targets`,
+`rank`, `seeds`, `delta`, `intrinsic`. `run_studies` runs them.
 """
 
 from brushstroke.studies.arm_run import Task

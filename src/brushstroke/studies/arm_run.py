@@ -1,6 +1,7 @@
-"""One run of a study: train an arm at a learning rate with a seed, score it, keep its update.
+"""One run of a study: trains an arm at a learning rate with a seed, scores it, and stores its update.
 
-Every run of a study happens on one base that is loaded once, and leaves it bit for bit as it was.
+Does not choose learning rates or seeds (`runner` does). All runs use one base, loaded once; a run leaves it
+bit for bit unchanged.
 """
 
 import math
@@ -27,9 +28,9 @@ from brushstroke.training import TrainConfig, Training
 from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import factor
 
-MICRO_TOKENS = 1024  # of a pass whose predictions are compared with the base's
-SCORED_AT_ONCE = 64  # examples whose shared prefixes are looked for together
-WORDS = 128  # whose distributions are compared at one time
+MICRO_TOKENS = 1024  # size of a pass when predictions are compared with the base's
+SCORED_AT_ONCE = 64  # number of examples among which shared prefixes are found
+WORDS = 128  # number of token positions whose distributions are compared at a time
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Task:
     """Examples of one task; no example is in two of the splits.
 
     Args:
-        name: as reports call it.
-        train: to learn from.
-        validation: learning rates are chosen on it.
-        test: what is reported.
-        repeated: rows that were left out, as they were there twice or held out too.
+        name: the name in reports.
+        train: training examples.
+        validation: examples for choosing learning rates.
+        test: examples whose scores are reported.
+        repeated: number of rows that were removed because they are duplicates or also in a held-out split.
     """
 
     name: str
@@ -53,13 +54,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Score:
-    """How well examples are predicted.
+    """Loss and accuracy on examples.
 
     Args:
         loss: per trained token, in nats.
-        accuracy: share of the trained tokens that are the likeliest ones.
-        tokens: trained tokens.
-        divergence: mean over the tokens of KL(base ‖ model), in nats, where it was measured.
+        accuracy: share of the trained tokens that have the highest probability.
+        tokens: number of trained tokens.
+        divergence: mean over the tokens of KL(base ‖ model), in nats; None if it was not measured.
     """
 
     loss: float
@@ -68,26 +69,26 @@ class Score:
     divergence: float | None = None
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> "Score":
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Score":
         """The inverse of `dataclasses.asdict`."""
-        found = told.get("divergence")
-        divergence = None if found is None else float(found)
-        return cls(float(told["loss"]), float(told["accuracy"]), int(told["tokens"]), divergence)
+        value = stored.get("divergence")
+        divergence = None if value is None else float(value)
+        return cls(float(stored["loss"]), float(stored["accuracy"]), int(stored["tokens"]), divergence)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to; without scores where its loss stopped being a number.
+    """The result of a run; it has no scores if the loss or a factor became non-finite.
 
     Args:
-        arm, learning_rate, seed: the run.
-        parameters: numbers that learnt.
-        steps, real_tokens, seconds: what it took.
+        arm, learning_rate, seed: identify the run.
+        parameters: number of trained values.
+        steps, real_tokens, seconds: the cost of the run.
         train_loss: mean over the last tenth of the steps.
-        validation, test: on the task's splits.
-        general: on the general text; None where there is none.
-        start_change: ‖U − U₀‖/‖U₀‖ over all sites; None where there is no U.
-        test_rows: summed loss of each row of the test split; empty where it was not kept.
+        validation, test: scores on the task's splits.
+        general: score on the general text; None if there is no such text.
+        start_change: ‖U − U₀‖/‖U₀‖ over all sites; None if there is no U.
+        test_rows: summed loss of each row of the test split; empty if it was not stored.
     """
 
     arm: str
@@ -106,33 +107,33 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss, or a factor, stopped being a number; then there are no scores and no update."""
+        """Whether the loss or a factor became non-finite; then there are no scores and no update."""
         return self.test is None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types; without the losses of single rows, which are kept in a file of their own."""
+        """The fields as JSON types, without the losses of single rows, which have a separate file."""
         return {name: value for name, value in asdict(self).items() if name != "test_rows"}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> "Outcome":
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Outcome":
         """The inverse of `as_dict`."""
         scores = {
-            name: None if told[name] is None else Score.from_dict(told[name])
+            name: None if stored[name] is None else Score.from_dict(stored[name])
             for name in ("validation", "test", "general")
         }
-        return cls(**{**told, **scores})
+        return cls(**{**stored, **scores})
 
 
 @dataclass
 class ArmRunner:
-    """A base and the tasks that runs happen on.
+    """Runs arms on a base and its tasks.
 
     Args:
         base: the frozen model.
-        tasks: name → task, as arms name them.
-        general: text of what the base was made for, to see how far a run strays; may be empty.
-        config: how to train; learning rate and seed are those of each run.
-        folder: where runs leave their updates.
+        tasks: name → task; arms refer to these names.
+        general: general text, for measuring the divergence of a run from the base; may be empty.
+        config: the training settings; each run sets its own learning rate and seed.
+        folder: where runs store their updates.
     """
 
     base: Base
@@ -142,7 +143,7 @@ class ArmRunner:
     folder: Path
 
     def run(self, run: Run) -> Outcome:
-        """Train, score, and keep the update in the run's folder."""
+        """Train, score, and store the update in the run's folder."""
         task = self.tasks[run.arm.task]
         began = time.perf_counter()
         session = self._open(run)
@@ -184,11 +185,11 @@ class ArmRunner:
         return max(1, round(arm.steps_share * whole))
 
     def numbers(self, arm: Arm) -> int:
-        """How many weights an arm's sites and its update have: what a step of it costs goes with these.
+        """The number of weights of an arm's sites and its update; the cost of a step grows with it.
 
         Raises:
-            TargetError: a pattern that selects nothing, or a rank that a named site does not allow.
-            ConfigError: a subspace larger than what it lies in.
+            TargetError: a pattern selects nothing, or a named site does not allow the rank.
+            ConfigError: the subspace has more dimensions than there are trained parameters.
         """
         sites = {site.path: site for site in find_sites(self.base.model)}
         ranks = resolve_targets(arm.lora, list(sites.values())).ranks
@@ -203,7 +204,7 @@ class ArmRunner:
         return whole + (0 if arm.rank is None else factors)
 
     def untouched(self) -> dict[str, Score]:
-        """The scores of the base itself: on the test split of each task, and "general"."""
+        """The scores of the base: on the test split of each task, and on "general"."""
         session = Training(self.base, Arm("none", ("all-linear",), 1).lora)
         try:
             scores = {name: score(session, task.test) for name, task in self.tasks.items()}
@@ -212,10 +213,10 @@ class ArmRunner:
             session.close()
 
     def seconds_of(self, arm: Arm, steps: int = 4) -> float:
-        """How long a run of this arm will take, from a few of its steps and from its scores."""
+        """The estimated seconds of a run of this arm, from a few of its steps and part of its scoring."""
         task = self.tasks[arm.task]
         run = Run(arm, (arm.rates or (1e-4,))[0], 0)
-        session = self._open(run)  # what is built once in a process is not part of every run
+        session = self._open(run)  # warms up: do not measure what is built only once per process
         session.close()
         began = time.perf_counter()
         session = self._open(run)
@@ -229,17 +230,17 @@ class ArmRunner:
                 session.optim_step(0.0)
             stepped = time.perf_counter()
             scored = [*task.validation, *task.test, *self.general]
-            some = scored[: max(1, len(scored) // 8)]
-            score(session, some)
+            sample = scored[: max(1, len(scored) // 8)]
+            score(session, sample)
             ended = time.perf_counter()
         finally:
             session.close()
         per_step = (stepped - opened) / steps
-        return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(some)
+        return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(sample)
 
     def _open(self, run: Run) -> Training:
         config = replace(self.config, learning_rate=run.learning_rate, seed=run.start_seed)
-        if run.arm.dimension is not None:  # the norm of the whole gradient says little about its projection
+        if run.arm.dimension is not None:  # clipping would use the norm of the full gradient
             config = replace(config, clip=0.0)
         session = Training(self.base, run.arm.request, config)
         if run.arm.dimension is not None:
@@ -262,7 +263,7 @@ class ArmRunner:
 
 
 def score(session: Training, examples: Sequence[Example]) -> Score:
-    """Loss per trained token and share of tokens that are the likeliest ones.
+    """Loss per trained token and share of tokens that have the highest probability.
 
     Raises:
         NonFiniteError: a loss is not a finite number.
@@ -272,7 +273,7 @@ def score(session: Training, examples: Sequence[Example]) -> Score:
 
 @torch.no_grad()
 def score_rows(session: Training, examples: Sequence[Example]) -> tuple[Score, tuple[float, ...]]:
-    """The score, and the summed loss of each example, in their order.
+    """The score, and the summed loss of each example, in the order of the examples.
 
     Raises:
         NonFiniteError: a loss is not a finite number.
@@ -290,21 +291,21 @@ def score_rows(session: Training, examples: Sequence[Example]) -> tuple[Score, t
                 )
                 total += float(losses.sum())
                 of_rows = losses.cpu().double().split([len(row.wanted) for row in part.rows])
-                by_row |= {row: float(own.sum()) for row, own in zip(part.rows, of_rows, strict=True)}
+                by_row |= {row: float(loss.sum()) for row, loss in zip(part.rows, of_rows, strict=True)}
                 right += int((logits.argmax(-1) == targets).sum())
                 tokens += len(targets)
     if not math.isfinite(total):
-        raise NonFiniteError("the loss after training is not a finite number")
+        raise NonFiniteError("the loss after training is not finite; lower the learning rate")
     found = Score(total / max(1, tokens), right / max(1, tokens), tokens)
     return found, tuple(by_row[Row.of(example)] for example in examples)
 
 
 @torch.no_grad()
 def divergence(session: Training, examples: Sequence[Example]) -> float:
-    """Mean over the trained tokens of KL(base ‖ model) = Σ p·(ln p − ln q), in nats, p those of the base.
+    """Mean over the trained tokens of KL(base ‖ model) = Σ p·(ln p − ln q), in nats; p is from the base.
 
     Raises:
-        NonFiniteError: it is not a finite number.
+        NonFiniteError: the divergence is not finite.
     """
     forward = session.step.forward
     total, tokens = 0.0, 0
@@ -317,7 +318,7 @@ def divergence(session: Training, examples: Sequence[Example]) -> float:
                 total += float((ln_p.exp() * (ln_p - ln_q)).sum(dtype=torch.float64))
             tokens += len(before)
     if not math.isfinite(total):
-        raise NonFiniteError("the divergence from the base is not a finite number")
+        raise NonFiniteError("the divergence from the base is not finite; lower the learning rate")
     return max(0.0, total / max(1, tokens))
 
 

@@ -1,6 +1,6 @@
-"""What a study compares: arms. Each says which matrices learn, in what form, and on which task.
+"""The arms of a study: which matrices are trained, in which form, and on which task.
 
-It trains nothing.
+Does not train (`arm_run` does).
 """
 
 import hashlib
@@ -19,29 +19,29 @@ from brushstroke.sites.targets import matches_path, resolve_targets
 from brushstroke.studies.words import listed
 
 TASK, OTHER = "task", "other task"
-WHOLE_RATE = 10  # W itself learns at about a tenth of the rate of low-rank factors (Schulman et al. 2025)
-RUN_KEY = re.compile(r"[\w-]*-[0-9a-f]{8}-lr[0-9.e+-]+-seed-?\d+")  # what `Run.key` gives
-BUDGET_TOLERANCE = 0.05  # how far an arm may be from the parameter budget, as a share of it
+WHOLE_RATE = 10  # the best rate of W is about a tenth of that of low-rank factors (Schulman et al. 2025)
+RUN_KEY = re.compile(r"[\w-]*-[0-9a-f]{8}-lr[0-9.e+-]+-seed-?\d+")  # the form of `Run.key`
+BUDGET_TOLERANCE = 0.05  # maximum deviation from the parameter budget, as a share of it
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is compared.
+    """One training setup that a study compares with others.
 
     Args:
-        name: as tables show it.
-        targets: patterns of the matrices that learn.
-        rank: of the low-rank update; None trains W itself.
+        name: the name in tables.
+        targets: patterns of the trained matrices.
+        rank: of the low-rank update; None trains W (full fine-tuning).
         alpha: numerator of the scale.
         scale_rule: "standard" (alpha/rank) or "rslora" (alpha/√rank).
-        task: the task that it learns.
-        rates: learning rates to choose from; None takes those of the study.
-        dimension: learn only a random subspace of this many dimensions of the parameters; None learns all.
-        rate_of: name of the arm whose chosen learning rate this one takes; None chooses its own.
-        steps_share: of the steps of the study's runs, with a schedule of its own length.
+        task: the name of its task.
+        rates: learning rates to choose from; None uses those of the study.
+        dimension: train only a random subspace with this many dimensions; None trains all parameters.
+        rate_of: name of the arm whose chosen learning rate this arm uses; None chooses its own.
+        steps_share: share of the steps of the study's runs; the schedule is shortened to it.
 
     Raises:
-        ConfigError: a rank or dimension below 1.
+        ConfigError: the rank or the dimension is below 1.
     """
 
     name: str
@@ -62,27 +62,27 @@ class Arm:
 
     @property
     def request(self) -> LoraConfig | FullFineTuning:
-        """What is trained."""
+        """The training settings of this arm: full fine-tuning or LoRA."""
         return FullFineTuning(self.targets) if self.rank is None else self.lora
 
     @property
     def lora(self) -> LoraConfig:
-        """The request for the update; of rank 1 where W itself learns, for the sites."""
+        """The LoRA settings; an arm that trains W has rank 1 here, which serves to find its sites."""
         return LoraConfig(
             rank=self.rank or 1, alpha=self.alpha, targets=self.targets, scale_rule=self.scale_rule
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON types; without those of a control where it is none."""
-        told = {
+        """The settings as JSON types; omits `rate_of` and `steps_share` if they have their default."""
+        settings = {
             **asdict(self),
             "targets": list(self.targets),
             "rates": None if self.rates is None else list(self.rates),
         }
-        for name, usual in (("rate_of", None), ("steps_share", 1.0)):
-            if told[name] == usual:
-                del told[name]
-        return told
+        for name, default in (("rate_of", None), ("steps_share", 1.0)):
+            if settings[name] == default:
+                del settings[name]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A name for files: equal for equal runs, and for no others."""
+        """A name for files; two runs have the same key only if they are equal."""
         settings = self.arm.as_dict()
         for name in ("rates", "rate_of"):
             settings.pop(name, None)
@@ -105,9 +105,9 @@ class Run:
 
     @property
     def start_seed(self) -> int:
-        """The seed of the starting factors, another one for each arm and seed.
+        """The seed of the starting factors, different for each arm and seed.
 
-        Equal starts would give two ranks or tasks equal directions that no training made.
+        Equal starts would give two ranks or tasks common directions that do not come from training.
         """
         settings = (self.arm.name, self.arm.targets, self.arm.rank, self.arm.task, self.seed)
         return int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:4])
@@ -119,8 +119,8 @@ class Budget:
 
     Args:
         parameters: the budget.
-        arms: those that meet it.
-        left_out: name → why a set of matrices cannot.
+        arms: the arms that meet the budget.
+        left_out: name of a set of matrices → why it cannot meet the budget.
     """
 
     parameters: int
@@ -150,13 +150,13 @@ def parameters_per_rank(targets: Iterable[str], sites: Sequence[Site]) -> int:
 def equal_budget(
     sets: Mapping[str, tuple[str, ...]], sites: Sequence[Site], budget: int, alpha: float = 16.0
 ) -> Budget:
-    """One arm for each set of matrices, its rank solved for by Σ r·(d + h) = budget.
+    """One arm for each set of matrices, with the rank that satisfies Σ r·(d + h) = budget.
 
     Args:
         sets: name → patterns.
-        sites: of the model.
-        budget: trained parameters of every arm.
-        alpha: the same for all.
+        sites: the model's sites.
+        budget: trained parameters of each arm.
+        alpha: of all arms.
 
     Raises:
         TargetError: a pattern that selects nothing.
@@ -188,12 +188,12 @@ def equal_budget(
 def low_rank(
     matrices: str, targets: tuple[str, ...], rank: int, alpha: float = 16.0, scale_rule: str = "standard"
 ) -> Arm:
-    """An arm of one rank, under the name that all studies give it, so that none runs it twice."""
+    """An arm of one rank; all studies use the same name for it, so that it runs only once."""
     return Arm(f"{matrices} r={rank}", targets, rank, alpha, scale_rule)
 
 
 def whole(matrices: str, targets: tuple[str, ...], rates: tuple[float, ...]) -> Arm:
-    """The arm that trains W itself at these sites, at a tenth of the rates of low-rank factors."""
+    """The arm that trains W at these sites, at a tenth of the rates of low-rank factors."""
     return Arm(f"{matrices} W itself", targets, None, rates=two_digits([rate / WHOLE_RATE for rate in rates]))
 
 
@@ -203,10 +203,10 @@ def equal_rank(sets: Mapping[str, tuple[str, ...]], rank: int, alpha: float = 16
 
 
 def matrix_sets(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
-    """The sets of matrices of the paper's table 5, and the feed-forward block beside them.
+    """The sets of matrices of the paper's table 5, and the feed-forward block.
 
-    Each attention matrix alone, the first with each of two others, all of attention, the feed-forward
-    block, everything.
+    Each attention matrix alone, q with k, q with v, all attention matrices, the feed-forward block, up with
+    down, and all linear layers.
     """
     names: dict[str, tuple[str, ...]] = {}
     attention = _names("attention", sites)
@@ -225,7 +225,7 @@ def matrix_sets(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
 
 
 def matrices_name(targets: Sequence[str]) -> str:
-    """How reports call the matrices that these patterns select.
+    """The name in reports of the matrices that these patterns select.
 
     >>> matrices_name(("q_proj", "v_proj")), matrices_name(("all-linear",))
     ('q,v', 'all')
@@ -234,7 +234,7 @@ def matrices_name(targets: Sequence[str]) -> str:
 
 
 def short(name: str) -> str:
-    """A matrix's name without the ending that Llama-like models give all of them.
+    """A matrix's name without the suffix `_proj` of Llama-like models.
 
     >>> short("q_proj"), short("c_attn"), short("attn.c_proj")
     ('q', 'c_attn', 'attn.c_proj')
@@ -244,7 +244,7 @@ def short(name: str) -> str:
 
 
 def rate_grid(center: float, ratio: float = math.sqrt(10), points: int = 4) -> tuple[float, ...]:
-    """A logarithmic grid around a learning rate, two significant digits each where that keeps them apart.
+    """A logarithmic grid around a learning rate, with two significant digits if the rates stay different.
 
     >>> rate_grid(1e-3)
     (0.00032, 0.001, 0.0032, 0.01)
@@ -254,7 +254,7 @@ def rate_grid(center: float, ratio: float = math.sqrt(10), points: int = 4) -> t
 
 
 def two_digits(rates: Sequence[float]) -> tuple[float, ...]:
-    """The rates with two significant digits each, where that keeps them apart.
+    """The rates rounded to two significant digits, if they stay different.
 
     >>> two_digits((0.00316, 0.01)), two_digits((0.001, 0.001001))
     ((0.0032, 0.01), (0.001, 0.001001))
@@ -264,7 +264,7 @@ def two_digits(rates: Sequence[float]) -> tuple[float, ...]:
 
 
 def exact(rate: float) -> str:
-    """A learning rate in as few digits as tell it from every other.
+    """A learning rate with as few digits as identify it exactly.
 
     >>> exact(1e-3), exact(1.0), exact(1.0000001e-3)
     ('0.001', '1', '0.0010000001')
@@ -274,7 +274,7 @@ def exact(rate: float) -> str:
 
 
 def on_other_task(arm: Arm) -> Arm:
-    """The same arm on the other task, at the rate of the task: the control of what belongs to the task."""
+    """The same arm on the other task, at this arm's learning rate: the control of a task's effect."""
     return replace(arm, name=f"{arm.name}, other task", task=OTHER, rate_of=arm.name, rates=None)
 
 
@@ -308,7 +308,7 @@ def allowed_ranks(ranks: Sequence[int], targets: Sequence[str], sites: Sequence[
     """The ranks, in order, that the smallest of the chosen matrices allows.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it allows none of them.
     """
     largest = min(min(site.shape) for site in chosen_sites(targets, sites))
     allowed = [rank for rank in sorted(set(ranks)) if rank <= largest]
@@ -318,12 +318,12 @@ def allowed_ranks(ranks: Sequence[int], targets: Sequence[str], sites: Sequence[
 
 
 def by_rank(matrices: str, ranks: Sequence[int], planned: Sequence[str]) -> tuple[dict[int, str], list[int]]:
-    """Rank → the arm's name, of the arms that were planned, and the ranks that were not, both in order."""
+    """Rank → name of the planned arms, and the ranks without a planned arm, both in order."""
     wanted = {rank: f"{matrices} r={rank}" for rank in sorted(set(ranks))}
     found = {rank: name for rank, name in wanted.items() if name in planned}
     return found, [rank for rank in wanted if rank not in found]
 
 
 def too_large_note(ranks: Sequence[int]) -> str:
-    """What a report says of ranks that were left out."""
+    """The note of a report about ranks that were left out."""
     return f"Left out: {listed('rank', ranks)}, which the smallest of the matrices does not allow."

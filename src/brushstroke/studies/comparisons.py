@@ -1,9 +1,9 @@
-"""Arms over seeds as a randomised block: which arms differ, and which are shown to be equal.
+"""Compares arms over seeds as randomised blocks: which arms differ, and which are shown to be equal.
 
-A seed gives every arm the same data in the same order, so it is a block. Single-step comparisons use the
-spread that is left when the means of arms and seeds are taken away: Tukey's for all pairs, Dunnett's where
-one arm is the reference. The constants below were fixed by `benchmarks/study_statistics.py` before any study
-was read with them. A large p is never read as equality: that takes an interval inside of a margin.
+Does not run arms, and does not treat a large p as equality: equality needs an interval inside of a margin.
+A seed gives every arm the same data in the same order, so it is a block. The single-step comparisons use the
+residual spread after subtracting the means of arms and seeds: Tukey's for all pairs, Dunnett's if one arm is
+the reference. `benchmarks/study_statistics.py` fixed the constants below before any study was evaluated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +17,14 @@ import numpy as np
 from brushstroke.errors import ConfigError, require
 from brushstroke.studies.statistics import ROUNDING, Interval
 
-PRIOR_FREEDOM = (
-    10  # the variance of all arms weighs like so many degrees of freedom, an arm's own like seeds − 1
-)
+# degrees of freedom that the pooled variance of all arms counts for; an arm's own variance: seeds − 1
+PRIOR_FREEDOM = 10
 TUKEY_LEVEL = 0.0275  # nominal; with variances of 4 to 1 the family-wise error stays below 6.5 %
-DUNNETT_LEVEL = 0.0125  # lower, as the variance of the reference is in every comparison
-RESAMPLES = 2000  # of the test rows
-MARGIN = (
-    0.01  # nats of test loss per trained token, 1 % of perplexity: what equal means where nothing is said
-)
+DUNNETT_LEVEL = 0.0125  # lower, because the variance of the reference is in every comparison
+RESAMPLES = 2000  # bootstrap samples of the test rows
+MARGIN = 0.01  # default margin of equality: nats of test loss per trained token, 1 % of perplexity
 NORMAL_95 = 1.96  # the quantile of a 95 % interval over rows
-LARGEST_T = 1e4  # beyond it p is 0
+LARGEST_T = 1e4  # p is 0 from this t on
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ class Procedure:
     """A single-step procedure for comparisons of one table.
 
     Args:
-        name: as reports call it.
-        level: nominal family-wise level; a comparison whose p is below it is significant.
+        name: the name in reports.
+        level: nominal family-wise level; a comparison is significant if its p is below the level.
         p: (t, arms, degrees of freedom) → adjusted p.
     """
 
@@ -45,21 +42,21 @@ class Procedure:
     p: Callable[[float, int, int], float]
 
     def quantile(self, arms: int, freedom: int) -> float:
-        """The t at which p is the level."""
+        """The t at which p equals the level."""
         return _quantile(self, arms, freedom)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two arms differ over the seeds that every compared arm ran.
+    """The difference of two arms over the seeds that all compared arms have.
 
     Args:
         first, second: names of the arms.
-        difference: mean of first − second; the intervals of one comparison hold together.
-        p: adjusted for all comparisons that were made together; None with fewer than two seeds.
-        level: below which p is significant.
-        new_rows: the same difference with the interval that holds for other test rows too; None where
-            the losses of single rows were not kept.
+        difference: mean of first − second; the intervals of one comparison are simultaneous.
+        p: adjusted for all simultaneous comparisons; None with fewer than two seeds.
+        level: p is significant below this level.
+        new_rows: the same difference with an interval that is also valid for other test rows; None if the
+            losses of single rows were not stored.
     """
 
     first: str
@@ -70,7 +67,7 @@ class Difference:
     new_rows: Interval | None = None
 
     def significant(self) -> bool:
-        """Whether the arms are shown to differ, on the rows of the test split."""
+        """Whether the arms are shown to differ on the rows of the test split."""
         return self.p is not None and self.p < self.level
 
     def lower(self) -> bool:
@@ -78,13 +75,13 @@ class Difference:
         return self.significant() and self.difference.mean < 0
 
     def significant_on_new_rows(self) -> bool:
-        """Whether they are shown to differ on other rows of this kind too."""
-        return self.significant() and self.new_rows is not None and not _holds(self.new_rows, 0.0)
+        """Whether the arms are also shown to differ on other rows from the same distribution."""
+        return self.significant() and self.new_rows is not None and not _contains(self.new_rows, 0.0)
 
     def equal_within(self, margin: float) -> bool:
         """Whether two one-sided tests show that the difference is smaller than a margin.
 
-        That is, the interval lies inside of ±margin: the one for new rows, where it is known.
+        That is, the interval lies inside of ±margin; uses the interval for new rows if it is known.
         """
         found = self.new_rows or self.difference
         return found.low is not None and found.high is not None and -margin < found.low <= found.high < margin
@@ -92,16 +89,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences that were judged together, and what they rest on.
+    """Simultaneous comparisons of several arms, and the data that they are based on.
 
     Args:
         procedure: its name.
         level: its nominal family-wise level.
         differences: one for each pair.
-        seeds: the complete blocks.
+        seeds: the seeds that all compared arms have.
         spread: standard deviation of the residuals; None with fewer than two seeds.
         freedom: degrees of freedom of the residuals.
-        notes: which arms or seeds are left out, in words.
+        notes: sentences about arms and seeds that are left out.
     """
 
     procedure: str
@@ -113,7 +110,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def of(self, first: str, second: str) -> Difference | None:
-        """The difference of two arms, in this order; None where they were not compared."""
+        """The difference of two arms, in this order; None if they were not compared."""
         return next((one for one in self.differences if (one.first, one.second) == (first, second)), None)
 
 
@@ -135,7 +132,7 @@ def compare_all(values: Mapping[str, Mapping[int, float]], rows: RowLosses | Non
 
     Args:
         values: arm → (seed → value).
-        rows: where they were kept.
+        rows: losses of single test rows, if they were stored.
     """
     return _compare(values, lambda arms: list(combinations(arms, 2)), TUKEY, rows)
 
@@ -143,7 +140,7 @@ def compare_all(values: Mapping[str, Mapping[int, float]], rows: RowLosses | Non
 def compare_with(
     reference: str, values: Mapping[str, Mapping[int, float]], rows: RowLosses | None = None
 ) -> Comparison:
-    """Every other arm against one, by Dunnett's procedure from the block-adjusted residuals."""
+    """Every other arm against the reference, by Dunnett's procedure from the block-adjusted residuals."""
     others = {name: seeds for name, seeds in values.items() if name != reference}
 
     def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
@@ -153,7 +150,7 @@ def compare_with(
 
 
 def own_variances(table: np.ndarray) -> np.ndarray:
-    """Residual variance of every arm, (…, arms, seeds) → (…, arms); their mean is that of all arms together.
+    """Residual variance of every arm, (…, arms, seeds) → (…, arms); their mean is the pooled variance.
 
     >>> float(own_variances(np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 6.0]])).mean())
     1.5
@@ -167,8 +164,8 @@ def own_variances(table: np.ndarray) -> np.ndarray:
 def pair_errors(own: np.ndarray, first: Sequence[int], second: Sequence[int], seeds: int) -> np.ndarray:
     """Standard error of the difference of two arms' means, (…, arms) → (…, pairs).
 
-    The variance is that of all arms, drawn a little towards those of the two: an error of 5 % becomes 9 %
-    under one variance where a third of nine arms have four times that of the others.
+    The variance is the pooled one, shrunk a little towards those of the two arms: with the pooled variance
+    alone, an error of 5 % becomes 9 % if a third of nine arms have four times the variance of the others.
     """
     share = (seeds - 1) / (seeds - 1 + PRIOR_FREEDOM)
     of_pair = (own[..., first] + own[..., second]) / 2
@@ -176,18 +173,18 @@ def pair_errors(own: np.ndarray, first: Sequence[int], second: Sequence[int], se
 
 
 def row_errors(rows: RowLosses, arms: Sequence[str], seeds: Sequence[int]) -> np.ndarray | None:
-    """Standard errors over test rows of every pair's difference: a bootstrap of the rows, (arms, arms).
+    """Standard errors over test rows of every pair's difference, from a bootstrap of the rows, (arms, arms).
 
-    None where some run's losses were not kept.
+    None if the losses of a run were not stored.
     """
     means = _resampled(rows, arms, seeds)
     return None if means is None else np.std(means[:, :, None] - means[:, None, :], axis=0, ddof=1)
 
 
 def mean_on_new_rows(found: Interval, rows: RowLosses, arm: str, seeds: Sequence[int]) -> Interval | None:
-    """An arm's mean over seeds with the interval that holds for other test rows too.
+    """An arm's mean over seeds with an interval that is also valid for other test rows.
 
-    None where it has no interval over seeds, or some run's losses were not kept.
+    None if it has no interval over seeds, or if the losses of a run were not stored.
     """
     means = _resampled(rows, [arm], seeds)
     if means is None or found.high is None:
@@ -197,7 +194,7 @@ def mean_on_new_rows(found: Interval, rows: RowLosses, arm: str, seeds: Sequence
 
 
 def tukey_p(t: float, arms: int, freedom: int) -> float:
-    """P(the largest |t| of all pairs of arms ≥ t), where no arms differ.
+    """P(the largest |t| of all pairs of arms ≥ t) if no arms differ.
 
     >>> round(tukey_p(3.557, 9, 16), 3)
     0.05
@@ -207,9 +204,9 @@ def tukey_p(t: float, arms: int, freedom: int) -> float:
 
 
 def dunnett_p(t: float, arms: int, freedom: int) -> float:
-    """P(the largest |t| of the arms against the reference, one of `arms`, ≥ t), where no arms differ.
+    """P(the largest |t| against the reference ≥ t) if no arms differ; `arms` includes the reference.
 
-    The probability given the reference's mean and the residual spread, integrated over both.
+    Integrates the conditional probability over the reference's mean and the residual spread.
 
     >>> round(dunnett_p(2.974, 9, 16), 3)
     0.05
@@ -226,10 +223,10 @@ def dunnett_p(t: float, arms: int, freedom: int) -> float:
 
 
 def check_margin(margin: float) -> None:
-    """Refuse a margin that is none.
+    """Check a margin of equality.
 
     Raises:
-        ConfigError: it is no finite number above 0.
+        ConfigError: it is not a finite number above 0.
     """
     if not 0 < margin < float("inf"):
         raise ConfigError(
@@ -241,7 +238,7 @@ TUKEY = Procedure("Tukey", TUKEY_LEVEL, tukey_p)
 DUNNETT = Procedure(
     "Dunnett",
     DUNNETT_LEVEL,
-    # Few degrees of freedom make its level the harsher one; Tukey's for all pairs holds for these as well.
+    # with few degrees of freedom Dunnett's level is stricter; Tukey's for all pairs is also valid for these
     lambda *given: min(dunnett_p(*given), tukey_p(*given) * DUNNETT_LEVEL / TUKEY_LEVEL),
 )
 
@@ -261,24 +258,25 @@ def _compare(
     first, second = ([arms.index(pair[side]) for pair in pairs] for side in (0, 1))
     gaps = [float(gap) for gap in (table[first] - table[second]).mean(1)]
     if len(seeds) < 2:
-        told = [
+        single = [
             Difference(a, b, Interval(gap, None, None, 1), None, procedure.level)
             for (a, b), gap in zip(pairs, gaps, strict=True)
         ]
-        return replace(empty, differences=tuple(told))
-    own = own_variances(table)
+        return replace(empty, differences=tuple(single))
+    variances = own_variances(table)
     freedom = (len(arms) - 1) * (len(seeds) - 1)
     reach = procedure.quantile(len(arms), freedom)
-    errors = [float(error) for error in pair_errors(own, first, second, len(seeds))]
+    errors = [float(error) for error in pair_errors(variances, first, second, len(seeds))]
     by_row = row_errors(rows, arms, seeds) if rows else None
     found = []
     for (a, b), gap, error, i, j in zip(pairs, gaps, errors, first, second, strict=True):
         wider = None if by_row is None else reach * float(np.hypot(error, by_row[i, j]))
-        told = _around(gap, reach * error, len(seeds))
+        difference = _around(gap, reach * error, len(seeds))
         new_rows = None if wider is None else _around(gap, wider, len(seeds))
         p = _p(procedure, gap, error, len(arms), freedom)
-        found.append(Difference(a, b, told, p, procedure.level, new_rows))
-    return replace(empty, differences=tuple(found), spread=float(own.mean() ** 0.5), freedom=freedom)
+        found.append(Difference(a, b, difference, p, procedure.level, new_rows))
+    spread = float(variances.mean() ** 0.5)
+    return replace(empty, differences=tuple(found), spread=spread, freedom=freedom)
 
 
 @cache
@@ -288,9 +286,10 @@ def _quantile(procedure: Procedure, arms: int, freedom: int) -> float:
 
 
 def _complete(values: Mapping[str, Mapping[int, float]]) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Arms and the seeds that all of them have; the arm of fewest seeds goes while less than two are common.
+    """Arms, their common seeds, and notes.
 
-    The first arm stays: it may be the reference.
+    Drops the arm with the fewest seeds while fewer than two seeds are common. Never drops the first arm,
+    because it may be the reference.
     """
     arms, notes = list(values), []
     most = max((len(seeds) for seeds in values.values()), default=0)
@@ -321,7 +320,7 @@ def _resampled(rows: RowLosses, arms: Sequence[str], seeds: Sequence[int]) -> np
 
 
 def _p(procedure: Procedure, gap: float, error: float, arms: int, freedom: int) -> float:
-    """Adjusted p; 1 where both the spread and the difference are no more than rounding."""
+    """Adjusted p; 1 if both the spread and the difference are within rounding."""
     if error < ROUNDING and abs(gap) < ROUNDING:
         return 1.0
     t = abs(gap) / error if error > 0 else LARGEST_T
@@ -332,5 +331,5 @@ def _around(mean: float, half: float, count: int) -> Interval:
     return Interval(mean, mean - half, mean + half, count)
 
 
-def _holds(found: Interval, value: float) -> bool:
+def _contains(found: Interval, value: float) -> bool:
     return found.low is None or found.high is None or found.low <= value <= found.high

@@ -1,4 +1,7 @@
-"""What two runs would share without having learnt the same task: directions of the layers' own inputs."""
+"""Controls for shared directions: the principal directions of the layers' inputs in the base.
+
+Does not compare them with updates (`seeds` does).
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +15,7 @@ from brushstroke.packed.pack import Row
 from brushstroke.packed.select import select_forward
 from brushstroke.sites.walk import site_module
 
-EXAMPLES = 64  # whose activations are looked at
+EXAMPLES = 64  # number of examples whose activations are used
 MICRO_TOKENS = 1024
 
 
@@ -20,19 +23,19 @@ MICRO_TOKENS = 1024
 def principal_inputs(
     base: Base, sites: Sequence[str], examples: Sequence[Example], k: int
 ) -> dict[str, Tensor]:
-    """The top k principal directions (d×k, float64) of what enters each site, over some examples.
+    """The top k principal directions (d×k, float64) of the inputs of each site, over the first examples.
 
     Args:
-        base: the untouched model.
+        base: the model without an adapter.
         sites: module paths.
-        examples: the first of them are run.
-        k: directions, at most the width of the site.
+        examples: at most the first 64 are run.
+        k: the number of directions; at most the width of the site.
     """
     moments: dict[str, tuple[Tensor, Tensor, int]] = {}
     model = base.model.eval()
     forward, _ = select_forward(model, share=False)
     rows = [Row.of(example) for example in examples[:EXAMPLES]]
-    with forward.context(), _watched(model, sites, moments):
+    with forward.context(), _recorded_moments(model, sites, moments):
         for part in forward.passes(rows, MICRO_TOKENS, False):
             forward.logits(part)
     found = {}
@@ -44,12 +47,12 @@ def principal_inputs(
 
 
 @contextmanager
-def _watched(
+def _recorded_moments(
     model: torch.nn.Module, sites: Sequence[str], moments: dict[str, tuple[Tensor, Tensor, int]]
 ) -> Iterator[None]:
-    """Inside, the second and first moments of every site's input add up."""
+    """Context manager: accumulates the second and first moments of every site's input."""
 
-    def watch(site: str):
+    def record(site: str):
         def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
             second, first, count = moments.get(site, (0.0, 0.0, 0))
@@ -57,7 +60,7 @@ def _watched(
 
         return hook
 
-    handles = [site_module(model, site).register_forward_pre_hook(watch(site)) for site in sites]
+    handles = [site_module(model, site).register_forward_pre_hook(record(site)) for site in sites]
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""Question 3 of the paper: how does ΔW relate to W, and how far does the model stray for a task?"""
+"""Question 3 of the paper: how does ΔW relate to W, and how far does training move the model from its base?
+
+Does not implement the analyses (`analysis` does) or the divergence (`divergence` does).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,26 +34,26 @@ COLUMNS = (
     *("rank", "site", "‖leftᵀ·W·right‖: ΔW", "W", "random"),
     *("‖W‖", "‖ΔW‖", "amplification", "over chance"),
 )
-MEASURES = {  # of the map, as the table calls them
+MEASURES = {  # measures of the map → their names in the table
     "ratio_to_chance": "over chance",
     "amplification": "amplification",
     "amplification_random": "amplification at random",
     "norm_delta": "‖ΔW‖",
     "norm_base": "‖W‖",
 }
-RATIOS = ("ratio_to_chance",)  # of them: 1 is what chance gives
+RATIOS = ("ratio_to_chance",)  # measures whose chance level is 1
 
 
 @dataclass(frozen=True)
 class DeltaStudy:
-    """A small and a large rank of one set of matrices, against W.
+    """Compares the updates of a small and a large rank of one set of matrices with W.
 
     Args:
         targets: the matrices.
-        ranks: those whose updates are related to W.
-        alpha: the same for all.
-        train_whole: whether an arm that trains W itself is what the others' divergence is compared with,
-            where there is general text.
+        ranks: the ranks whose updates are compared with W.
+        alpha: of all ranks.
+        train_whole: whether to add an arm that trains W as the reference for divergence, if there is
+            general text.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -60,7 +63,7 @@ class DeltaStudy:
     name: str = "delta"
 
     def arms(self, material: Material) -> list[Arm]:
-        """One for each rank; with general text also W itself, and each with fewer steps."""
+        """One arm for each rank; with general text also one that trains W, and each with fewer steps."""
         matrices = matrices_name(self.targets)
         ranks = allowed_ranks(self.ranks, self.targets, material.sites)
         arms = [low_rank(matrices, self.targets, rank, self.alpha) for rank in ranks]
@@ -71,7 +74,7 @@ class DeltaStudy:
         return [*arms, *shortened_arms(arms)]
 
     def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
-        """Projection norms, amplification beside its expectation, and how far each arm strayed."""
+        """Projection norms, amplification with its chance level, and the divergence of each arm."""
         matrices = matrices_name(self.targets)
         ranked, too_large = by_rank(matrices, self.ranks, results.planned)
         good = results.conclusive(list(ranked.values()))
@@ -151,7 +154,7 @@ class DeltaStudy:
 
 
 def _ratios(relations: Sequence[Relation]) -> tuple[Interval, Interval]:
-    """Projection over its chance level, the median of all matrices, over seeds: of ΔW, and at random."""
+    """Projection / chance level, median over matrices and interval over seeds: for ΔW, and for a sample."""
     own, drawn = [], []
     for relation in relations:
         values = [row for row in relation.values() if row.rank and row.projection_random]
@@ -218,7 +221,7 @@ def _decile_figure(found: dict) -> list[Figure]:
 
 
 def _general_table(results: Results, arm_runner: ArmRunner) -> list[Table]:
-    """Loss on the general text before and after, of every arm that learns the task, beside ‖ΔW‖/‖W‖."""
+    """Loss on the general text before and after, and ‖ΔW‖/‖W‖, of every arm that is trained on the task."""
     before = results.untouched.get("general")
     if before is None:
         return []

@@ -1,8 +1,8 @@
-"""How far arms stray from the base on general text, at equal task loss.
+"""The divergence of arms from the base on general text, at equal task loss.
 
-An arm that learns more also strays farther, and a higher rate carries it farther for the same loss. So every
-arm is trained for shares of its steps too, each with a whole schedule at the arm's own rate, and the arms are
-compared where their task losses are equal.
+Does not measure the divergence of a run (`arm_run` does). An arm with a lower task loss usually has a larger
+divergence, and a higher learning rate increases it at the same loss. So every arm is also trained for shares
+of its steps, each with a complete schedule at the arm's rate, and arms are compared at equal task loss.
 """
 
 import math
@@ -23,17 +23,17 @@ from brushstroke.studies.tables import as_interval, band, rate_told
 from brushstroke.studies.words import counted
 
 SHARES = (Fraction(1, 4), Fraction(1, 2))  # of the steps
-Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the untouched base to all steps
+Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the base to the full number of steps
 
 
 @dataclass(frozen=True)
 class Straying:
-    """What the arms of a study strayed from the base.
+    """The divergence of a study's arms from the base.
 
     Args:
-        answer: in words.
-        tables, figures: what it rests on.
-        data: JSON types.
+        answer: as text.
+        tables, figures: the data behind the answer.
+        data: the numbers as JSON types.
     """
 
     answer: str
@@ -51,9 +51,9 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
     """Divergence from the base at the task loss that all arms reach.
 
     Args:
-        results: of the arms and of their shortened forms.
+        results: results of the arms and of their shortened forms.
         names: the arms.
-        reference: the one of them that the others are compared with; None compares nothing.
+        reference: the arm that the others are compared with; None for no comparison.
     """
     if "general" not in results.untouched:
         return Straying("How far the model strayed is not known: no general text was given (--general).")
@@ -101,10 +101,10 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
 
 
 def at_loss(curve: Curve, level: float) -> float:
-    """The divergence where a curve first reaches a task loss; the least that it has where it never does.
+    """The divergence at which a curve first reaches a task loss; if it never does, that at its lowest loss.
 
-    Between two points the root of the divergence is taken to be linear in the loss: both begin at the
-    untouched base, where the loss falls with the update and the divergence with its square.
+    Interpolates the square root of the divergence linearly in the loss: near the base, the loss changes
+    linearly with the update and the divergence with its square.
 
     >>> at_loss([(3.0, 0.0), (1.0, 0.04)], 2.0)
     0.01
@@ -117,7 +117,7 @@ def at_loss(curve: Curve, level: float) -> float:
 
 
 def reached(curve: Curve, level: float) -> int:
-    """How often a curve has a task loss: more than once where the loss rose again with more steps.
+    """How often a curve reaches a task loss: more than once if the loss rose again with more steps.
 
     >>> reached([(3.0, 0.0), (1.0, 0.04), (2.5, 0.09)], 2.0)
     2
@@ -129,7 +129,7 @@ def reached(curve: Curve, level: float) -> int:
 
 
 def _curves(results: Results, name: str) -> dict[int, Curve]:
-    """Seed → the curve of an arm; empty where the arm is inconclusive, or its divergence was not measured."""
+    """Seed → the curve of an arm; empty if the arm is inconclusive or its divergence was not measured."""
     found = results.conclusive([name]).get(name)
     if found is None:
         return {}
@@ -150,7 +150,7 @@ def _curves(results: Results, name: str) -> dict[int, Curve]:
 
 
 def _levels(curves: Mapping[str, Mapping[int, Curve]]) -> dict[int, float]:
-    """Seed → the lowest task loss that all arms reach, of the seeds with which all of them learn."""
+    """Seed → the lowest task loss that all arms reach, for seeds with which every arm improves."""
     if not curves:
         return {}
     common = set.intersection(*(set(found) for found in curves.values()))
@@ -166,10 +166,10 @@ def _ratio(one: Difference) -> Interval:
 
 
 def _answer(level: Interval, means: Mapping[str, Interval], compared: Comparison | None) -> str:
-    told = "; ".join(f"{name} {bounds(mean, 3)}" for name, mean in means.items())
+    levels = "; ".join(f"{name} {bounds(mean, 3)}" for name, mean in means.items())
     text = (
         f"At equal task loss ({level.mean:.4g} nats, which all arms reach), KL from the base on the general "
-        f"text, in nats per token: {told}."
+        f"text, in nats per token: {levels}."
     )
     for one in compared.differences if compared else ():
         verdict = "apart" if one.significant() else "not shown to differ"
@@ -178,13 +178,15 @@ def _answer(level: Interval, means: Mapping[str, Interval], compared: Comparison
 
 
 def _rises(again: Mapping[str, Sequence[int]]) -> str:
-    """Of which arms the reading at equal loss is one of several."""
-    told = "; ".join(f"{name} with {counted(len(seeds), 'seed')}" for name, seeds in again.items() if seeds)
-    if not told:
+    """A sentence that names the arms that reach the equal loss more than once; "" if there are none."""
+    repeats = "; ".join(
+        f"{name} with {counted(len(seeds), 'seed')}" for name, seeds in again.items() if seeds
+    )
+    if not repeats:
         return ""
     return (
         " The task loss of some arms rose again with more steps, so that they have it more than once "
-        f"({told}): KL is read where it was first reached."
+        f"({repeats}): KL is read where it was first reached."
     )
 
 

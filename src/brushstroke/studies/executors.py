@@ -1,6 +1,6 @@
-"""Where runs happen: an executor takes an `ArmRunner` and runs, and yields each run with its outcome.
+"""Executors: each takes an `ArmRunner` and runs, executes the runs, and yields each run with its outcome.
 
-In whatever order the outcomes come, the results of a study are the same.
+Do not choose runs (`runner` does). The results of a study do not depend on the order of the outcomes.
 """
 
 import os
@@ -27,16 +27,16 @@ Executor = Callable[[ArmRunner, Sequence[Run]], Iterator[tuple[Run, Outcome]]]
 
 
 def in_process(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
-    """One run after the other, here."""
+    """Execute the runs in sequence, in this process."""
     for run in runs:
         yield run, arm_runner.run(run)
 
 
 def finished_only(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
-    """No run at all: a finished study is read again, and nothing is trained.
+    """Execute no run: for reading a finished study again.
 
     Raises:
-        TrainingError: a run is not finished.
+        TrainingError: there is an unfinished run.
     """
     if runs:
         first = runs[0]
@@ -48,17 +48,18 @@ def finished_only(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
+    """The number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def processes(count: int) -> Executor:
-    """An executor of some processes of one thread each, for models so small that threads do not help.
+    """An executor with several worker processes of one thread each, for models too small for threads.
 
-    Each gets a copy of the arm_runner once, and serves every later call with that arm_runner: a start takes
-    seconds. They end with the executor, after an error, and when this process does, even if it is killed.
-    A script that uses it keeps its own code under `if __name__ == "__main__":`, as each process imports it.
+    Each process gets a copy of the `ArmRunner` once and is reused for later calls with it, because starting a
+    process takes seconds. The processes end with the executor, after an error, and when this process ends,
+    even if it is killed. A script that uses this executor must guard its code with
+    `if __name__ == "__main__":`, because each process imports the script.
     """
     pool: ProcessPoolExecutor | None = None
     served: ArmRunner | None = None
@@ -66,7 +67,7 @@ def processes(count: int) -> Executor:
     workers: set[BaseProcess] = set()
 
     def end() -> None:
-        """Runs that are under way end too: nobody would keep what they come to."""
+        """Stop the pool and terminate its processes, also those with a run in progress."""
         nonlocal pool
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -82,16 +83,16 @@ def processes(count: int) -> Executor:
         if pool is None or arm_runner is not served or size < min(count, len(runs)):
             end()
             served, size, spawn = arm_runner, min(count, len(runs)), get_context("spawn")
-            copies = spawn.Queue()  # filled by a thread: a process takes its copy when it has started
+            copies = spawn.Queue()  # a thread fills it; each process takes its copy after it has started
             copies.cancel_join_thread()
-            # As bytes: multiprocessing itself would share the weights' memory, and runs train in place.
+            # pickled here: multiprocessing would share the memory of the weights, and runs train in place
             copied = pickle.dumps(arm_runner)
             for _ in range(size):
                 copies.put(copied)
             pool = ProcessPoolExecutor(size, spawn, initializer=_enter, initargs=(copies, os.getpid()))
         try:
             before = set(active_children())
-            with _interrupts_held():
+            with _deferred_interrupts():
                 waiting = {pool.submit(_run, run): run for run in runs}
                 workers.update(set(active_children()) - before)
             for done in as_completed(waiting):
@@ -99,10 +100,10 @@ def processes(count: int) -> Executor:
         except BrokenProcessPool as error:
             end()
             raise TrainingError(
-                "a process of the study ended by itself, most likely for want of memory; start it again with "
-                "fewer processes (--workers 1): it goes on with what is not finished"
+                "a worker process of the study ended unexpectedly, probably because memory ran out; run the "
+                "command again with fewer processes (--workers 1): it continues with the unfinished runs"
             ) from error
-        except BaseException:  # also when nobody asks for the rest
+        except BaseException:  # also if the caller stops reading the outcomes
             end()
             raise
 
@@ -110,15 +111,18 @@ def processes(count: int) -> Executor:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Inside, Ctrl-C waits. Processes that start inside never hear it (a terminal tells all): we end them."""
+def _deferred_interrupts() -> Iterator[None]:
+    """Context manager: delays Ctrl-C until the end.
+
+    Processes that start inside ignore Ctrl-C, which a terminal sends to all processes; `end` terminates them.
+    """
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    resource_tracker.ensure_running()  # which lets signals through when it starts
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    resource_tracker.ensure_running()  # started before, because its start unblocks signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask
     try:
         yield
     finally:
@@ -128,14 +132,14 @@ def _interrupts_held() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-_workshop: ArmRunner | None = None
+_arm_runner: ArmRunner | None = None
 
 
 def _enter(copies: "Queue[bytes]", parent: int) -> None:
-    global _workshop
+    global _arm_runner
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
-    _workshop = pickle.loads(copies.get())
+    _arm_runner = pickle.loads(copies.get())
 
 
 def _end_with(parent: int) -> None:
@@ -145,5 +149,5 @@ def _end_with(parent: int) -> None:
 
 
 def _run(run: Run) -> Outcome:
-    assert _workshop is not None
-    return _workshop.run(run)
+    assert _arm_runner is not None
+    return _arm_runner.run(run)

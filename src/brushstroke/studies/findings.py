@@ -1,4 +1,7 @@
-"""What a study says: a question, an answer, tables and figures. Reports and files are made of these."""
+"""The findings of a study: a question with its answer, tables and figures, and the texts of comparisons.
+
+Does not write reports or files (`page` does).
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +11,9 @@ from brushstroke.studies.comparisons import Comparison, Difference
 from brushstroke.studies.statistics import Interval
 from brushstroke.studies.words import counted
 
-SMALLEST_P = 0.0001  # below it p is told as a bound
+SMALLEST_P = 0.0001  # a smaller p is written as a bound
 
-MOST_DIGITS = 10  # of a number in a table
+MOST_DIGITS = 10  # maximum number of digits of a number in a table
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Finding:
-    """One question and what the runs say of it.
+    """One question and its answer from the runs.
 
     Args:
-        question: what was asked.
-        answer: in one paragraph, with its uncertainty.
-        tables, figures: what the answer rests on.
-        notes: what limits it.
-        data: every number, as JSON types.
+        question: the question.
+        answer: one paragraph, with the uncertainty.
+        tables, figures: the data behind the answer.
+        notes: limitations of the answer.
+        data: all numbers, as JSON types.
     """
 
     question: str
@@ -52,7 +55,7 @@ class Finding:
 
 
 def bounds(found: Interval, digits: int = 4) -> str:
-    """An interval for a table.
+    """A mean and its interval as text.
 
     >>> bounds(Interval(1.25, 1.2, 1.3, 5), 3), bounds(Interval(1.678, 1.67796, 1.67804, 5))
     ('1.25 [1.2, 1.3]', '1.678 [1.67796, 1.67804]')
@@ -64,19 +67,19 @@ def bounds(found: Interval, digits: int = 4) -> str:
 
 
 def apart(values: Sequence[float], digits: int, form: str = "g") -> list[str]:
-    """Numbers as text with at least so many digits, and as many as tell different numbers apart.
+    """Numbers as text with at least this many digits, and more if different numbers would look equal.
 
     >>> apart([0.5, 0.50004], 3, "f")
     ['0.50000', '0.50004']
     """
-    told = [f"{value:.{digits}{form}}" for value in values]
-    if len({*told}) == len({*values}) or digits >= MOST_DIGITS:
-        return told
+    texts = [f"{value:.{digits}{form}}" for value in values]
+    if len({*texts}) == len({*values}) or digits >= MOST_DIGITS:
+        return texts
     return apart(values, digits + 1, form)
 
 
 def seeds_told(counts: Iterable[int]) -> str:
-    """How many seeds stand behind some numbers, in words.
+    """The numbers of seeds that several values are based on, as text.
 
     >>> seeds_told([5, 5]), seeds_told([4, 2]), seeds_told([1])
     ('5 seeds', '2 to 4 seeds', 'one seed')
@@ -88,21 +91,21 @@ def seeds_told(counts: Iterable[int]) -> str:
 
 
 def difference_table(found: Comparison, margin: float, caption: str) -> Table:
-    """Differences with the intervals that hold together, adjusted p, and what is shown of each pair."""
+    """The table of a comparison: differences with simultaneous intervals, adjusted p, and the conclusion."""
     by_row = any(one.new_rows for one in found.differences)
     rows = []
     for one in found.differences:
-        told = [one.first, one.second, bounds(one.difference, 3)]
+        cells = [one.first, one.second, bounds(one.difference, 3)]
         if by_row:
-            told.append(bounds(one.new_rows, 3) if one.new_rows else "–")
-        told += ["–" if one.p is None else p_told(one.p), _shown(one, margin)]
-        rows.append(tuple(told))
+            cells.append(bounds(one.new_rows, 3) if one.new_rows else "–")
+        cells += ["–" if one.p is None else p_told(one.p), _shown(one, margin)]
+        rows.append(tuple(cells))
     columns = ("arm", "against", "difference", *(["on new rows too"] if by_row else []), "p", "shown")
     return Table(f"{caption} {rests_on(found)}", columns, tuple(rows))
 
 
 def pairs_told(found: Comparison, margin: float) -> str:
-    """How many of the pairs are shown to be apart, how many to be equal, and what that rests on."""
+    """A sentence: how many pairs are shown to differ, how many to be equal, and by which procedure."""
     apart = [one for one in found.differences if one.significant()]
     equal = sum(one.equal_within(margin) for one in found.differences)
     on_new = ""
@@ -117,14 +120,14 @@ def pairs_told(found: Comparison, margin: float) -> str:
 
 
 def basis(found: Comparison) -> str:
-    """Procedure, seeds and residual spread of a comparison, for a sentence."""
+    """Procedure, seeds and residual spread of a comparison, as part of a sentence."""
     seeds = seeds_told([len(found.seeds)])
     spread = "" if found.spread is None else f"; residual standard deviation {found.spread:.3g}"
     return f"{found.procedure} over {seeds}{spread}"
 
 
 def rests_on(found: Comparison) -> str:
-    """The same under a table, with the level and what the columns mean."""
+    """The same as text for a table's caption, with the level and the meaning of the columns."""
     if found.spread is None:
         return "One seed: no interval, no p, and nothing is claimed."
     return (
@@ -135,14 +138,14 @@ def rests_on(found: Comparison) -> str:
 
 
 def p_told(p: float) -> str:
-    """A p for a table: two digits, or the bound that it is below."""
+    """A p for a table: two digits, or an upper bound."""
     return f"{p:.2g}" if p >= SMALLEST_P else f"< {SMALLEST_P:.4f}"
 
 
 def _shown(one: Difference, margin: float) -> str:
-    told = []
+    shown = []
     if one.significant():
-        told.append("apart, on new rows too" if one.significant_on_new_rows() else "apart")
+        shown.append("apart, on new rows too" if one.significant_on_new_rows() else "apart")
     if one.equal_within(margin):
-        told.append(f"equal within ±{margin:g}")
-    return "; ".join(told) or "neither"
+        shown.append(f"equal within ±{margin:g}")
+    return "; ".join(shown) or "neither"

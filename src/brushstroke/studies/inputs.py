@@ -1,4 +1,7 @@
-"""From the user's model and files to the material of a study: three splits that share no example."""
+"""Builds the inputs of a study from the user's model and data: three splits that share no example.
+
+Does not parse files or rows (`data` does).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +20,7 @@ from brushstroke.training import TrainConfig
 from brushstroke.training.config import default_learning_rate
 from brushstroke.training.setup import RunRequest, read_data
 
-HELD_OUT_SHARE = 0.1  # of the rows, for validation and again for the test, where no file is named
+HELD_OUT_SHARE = 0.1  # share of the rows for validation, and for the test, if no file is given
 MOST_HELD_OUT = 256
 
 
@@ -39,18 +42,19 @@ def make_material(
 
     Args:
         base: the frozen model.
-        data: what the task is learnt from; anything that `train` takes.
-        validation, test: data of their own; otherwise a tenth of the rows each, always the same.
-        other: data of another task, the control of `SeedsStudy`; rows that the task has too are left out.
-        general: text of what the base was made for, to see how far runs stray; without rows of the tasks.
-        config: how every run trains; one epoch by default.
-        learning_rates: to choose from; by default four around the rule of `TrainConfig`.
+        data: the training data of the task; anything that `train` accepts.
+        validation, test: separate data; if None, a fixed tenth of the rows each, at most 256.
+        other: data of another task, the control of `SeedsStudy`; rows that the task also has are removed.
+        general: general text, for measuring divergence from the base; rows of the tasks are removed.
+        config: the training settings of every run; one epoch by default.
+        learning_rates: rates to choose from; by default four around the default of `TrainConfig`.
         seeds: of every arm.
         prompt_column, completion_column: other names for "prompt" and "completion".
 
     Raises:
-        DataError: data that cannot be read, too few rows to split, or a control that is the task itself.
-        ConfigError: settings that cannot work.
+        DataError: data cannot be read, there are too few rows to split, or the control has only rows of the
+            task.
+        ConfigError: settings are invalid.
     """
     config = config or TrainConfig(epochs=1)
     request = RunRequest(config, prompt_column=prompt_column, completion_column=completion_column)
@@ -63,15 +67,15 @@ def make_material(
             "the given data", read(data), *(None if x is None else read(x) for x in (validation, test))
         )
     }
-    told = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
+    description = {"model": base.name or type(base.model).__name__, "data": _told(found[TASK])}
     used = _tokens(found[TASK])
     if other is not None:
         found[OTHER] = _task("the other data", _new(read(other), used, "the other data"), None, None)
         used |= _tokens(found[OTHER])
-        told["other task"] = _told(found[OTHER])
+        description["other task"] = _told(found[OTHER])
     rates = tuple(learning_rates) or rate_grid(default_learning_rate(hidden_size(base.model)))
     texts = () if general is None else _new(read(general), used, "the general text")[:MOST_HELD_OUT]
-    return Material(base, found, config, Grid(rates, tuple(seeds)), texts, told)
+    return Material(base, found, config, Grid(rates, tuple(seeds)), texts, description)
 
 
 def _task(
@@ -83,8 +87,8 @@ def _task(
     named = [{example.tokens for example in given or ()} for given in (validation, test)]
     if shared := named[0] & named[1]:
         raise DataError(
-            f"{name}: the validation data and the test data share {counted(len(shared), 'row')}; take them "
-            "out of one, else the learning rate is chosen on what the report is about"
+            f"{name}: the validation data and the test data share {counted(len(shared), 'row')}; remove them "
+            "from one of the two, because the learning rate must not be chosen on test rows"
         )
     rest = list({e.tokens: e for e in examples if e.tokens not in named[0] | named[1]}.values())
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
@@ -93,7 +97,7 @@ def _task(
     if len(rest) < missing * share + 1:
         raise DataError(
             f"{name}: too few rows for training, validation and test ({len(rest)} different); give more "
-            "rows, or files of their own (--validation, --test)"
+            "rows, or separate files (--validation, --test)"
         )
     parts = {}
     for split, given in (("validation", validation), ("test", test)):
@@ -110,14 +114,14 @@ def _tokens(task: Task) -> set[tuple[int, ...]]:
 
 
 def _new(examples: tuple[Example, ...], used: set[tuple[int, ...]], name: str) -> tuple[Example, ...]:
-    """The examples that no task has.
+    """The examples that are in no task.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     new = tuple(example for example in examples if example.tokens not in used)
     if not new:
-        raise DataError(f"{name}: every row is in the task's data too, so it is no control; give other rows")
+        raise DataError(f"{name}: every row is in the task's data too; give data with other rows")
     return new
 
 

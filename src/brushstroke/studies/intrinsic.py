@@ -1,4 +1,7 @@
-"""The background of the paper: how many dimensions does a task need? d90 by training in random subspaces."""
+"""The intrinsic dimension of a task, d90, from training in random subspaces (background of the paper).
+
+Does not implement the subspaces (`random_subspace` does).
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +26,7 @@ from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import arms_table, as_interval, band, limits, test_loss
 
-SMALL = 500_000  # weights at the sites up to which the subspace is one of W itself
+SMALL = 500_000  # up to this number of weights at the sites, subspaces are those of W
 SHARE = 0.9
 ALREADY = "not asked, since the untouched base has 90 % of it already"
 
@@ -35,9 +38,9 @@ class IntrinsicStudy:
     Args:
         targets: the matrices.
         dimensions: of the subspaces.
-        rank: of the update whose factors the subspace lies in, where the matrices are large; 8 by default.
-        alpha: its numerator; 16 by default.
-        of: "W" for subspaces of the weights themselves, "factors" for those of U and V, "auto" by size.
+        rank: rank of the update if the subspaces are those of its factors; 8 by default.
+        alpha: numerator of that update's scale; 16 by default.
+        of: "W" for subspaces of the weights, "factors" for subspaces of U and V, "auto" to choose by size.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -48,13 +51,13 @@ class IntrinsicStudy:
     name: str = "intrinsic"
 
     def arms(self, material: Material) -> list[Arm]:
-        """All parameters, and one arm for each dimension, its rates those of all parameters times √(D/d).
+        """One arm with all parameters, and one for each dimension, with its rates multiplied by √(D/d).
 
         Adam moves each of the d coordinates by about the rate; the columns of the projection have norm 1, so
         that each of the D parameters moves by the rate times √(d/D).
 
         Raises:
-            ConfigError: a rank or alpha where the subspaces are those of W itself.
+            ConfigError: a rank or alpha is set, but the subspaces are those of W.
         """
         full = self._full(material)
         rates, size = material.grid.of(full), self._parameters(material, full)
@@ -66,7 +69,7 @@ class IntrinsicStudy:
         return [full, *map(subspace, sorted(set(self.dimensions)))]
 
     def _parameters(self, material: Material, full: Arm) -> int:
-        """How many numbers the arm of all parameters trains."""
+        """The number of values that the arm with all parameters trains."""
         if full.rank is not None:
             return full.rank * parameters_per_rank(self.targets, material.sites)
         return _weights(self.targets, material)
@@ -77,24 +80,24 @@ class IntrinsicStudy:
         if self.of == "W" or (self.of == "auto" and size <= SMALL):
             if self.rank is not None or self.alpha is not None:
                 raise ConfigError(
-                    f"the subspaces are those of W itself, {size:,} weights of {matrices}: they have no "
-                    "rank and no alpha; leave these out (--rank, --alpha)"
+                    f"the subspaces are those of the {size:,} weights W of {matrices}: they have no rank and "
+                    "no alpha; leave these out (--rank, --alpha)"
                 )
             return whole(matrices, self.targets, material.grid.rates)
         return low_rank(matrices, self.targets, *self._factors)
 
     @property
     def _factors(self) -> tuple[int, float]:
-        """Rank and alpha of the update whose factors the subspaces lie in."""
+        """Rank and alpha of the update if the subspaces are those of its factors."""
         return 8 if self.rank is None else self.rank, 16.0 if self.alpha is None else self.alpha
 
     def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """d90 by both definitions, and the curve."""
         names = list(results.arms)
-        mine = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]
+        subspaces = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]
         matrices = matrices_name(self.targets)
-        own = (f"{matrices} W itself", f"{matrices} r={self._factors[0]}")
-        full = next((n for n in own if n in results.arms), None)
+        full_names = (f"{matrices} W itself", f"{matrices} r={self._factors[0]}")
+        full = next((n for n in full_names if n in results.arms), None)
         question = "How many dimensions does the task need?"
         notes = (
             "A random subspace of the parameters (Li et al. 2018); d90 is an upper bound at the dimensions "
@@ -102,12 +105,12 @@ class IntrinsicStudy:
             "The accuracy is the share of test tokens that are predicted first.",
             "Between two dimensions that were tried, the share that is reached is taken as linear in log d; "
             "the interval is a t-interval over seeds of log d90.",
-            *limits(results, [*mine, *([full] if full else [])]),
+            *limits(results, [*subspaces, *([full] if full else [])]),
         )
         table = arms_table(
-            results, [*([full] if full else []), *mine], "All parameters, and random subspaces."
+            results, [*([full] if full else []), *subspaces], "All parameters, and random subspaces."
         )
-        good = results.conclusive([*mine, *([full] if full else [])])
+        good = results.conclusive([*subspaces, *([full] if full else [])])
         if full is None or full not in good:
             answer = "Training all of the parameters is not conclusive, so there is nothing to take 90 % of."
             return Finding(question, answer, (table,), (), notes)
@@ -115,7 +118,7 @@ class IntrinsicStudy:
         if after.loss >= before.loss:
             answer = "Training all of the parameters is no better than the untouched base: 90 % of nothing."
             return Finding(question, answer, (table,), (), notes)
-        kept = [name for name in mine if name in good]
+        kept = [name for name in subspaces if name in good]
         losses = {results.arms[name].arm.dimension or 0: _mean_score(results, name) for name in kept}
         kept_scores = {seed: _scores(results, kept, seed) for seed in _by_seed(results, full)}
         of_gain = _d90(_gain, before, after, losses, _by_seed(results, full), kept_scores)
@@ -144,7 +147,7 @@ class IntrinsicStudy:
 
 
 def _figure(results: Results, kept: Sequence[str], before: float, after: float) -> Figure:
-    """Loss by dimension with its intervals, between the untouched base and training all parameters."""
+    """Loss by dimension with its intervals, with the levels of the base and of training all parameters."""
     found = {results.arms[name].arm.dimension or 0: test_loss(results.arms[name]) for name in kept}
     records = [
         {"dimension": d, "loss": loss.mean, "arm": "random subspace", **band(loss)}
@@ -179,7 +182,7 @@ def _weights(targets: Sequence[str], material: Material) -> int:
 
 
 def _gain(before: Score, after: Score, score: Score) -> float:
-    """The share of the gain in loss over the untouched base."""
+    """The share of full training's gain in loss over the base."""
     return (before.loss - score.loss) / (before.loss - after.loss)
 
 
@@ -190,12 +193,12 @@ def _accuracy(before: Score, after: Score, score: Score) -> float:
 
 @dataclass(frozen=True)
 class _D90:
-    """The dimensions that reach 90 % of something.
+    """The dimensions that reach 90 % of a measure.
 
     Args:
-        smallest: of those that were tried, over the means of the seeds; None where none reaches it.
-        tried: all of them.
-        between: seed → where it passes 90 % between two of them.
+        smallest: the smallest tried dimension that reaches it, by means over seeds; None if none does.
+        tried: all tried dimensions.
+        between: seed → interpolated dimension at which it reaches 90 %.
     """
 
     smallest: int | None
@@ -221,11 +224,11 @@ def _d90(
     """d90 by one definition.
 
     Args:
-        share: (untouched, all parameters, subspace) → how much of full training is reached.
-        before: the untouched base.
-        after: all parameters, the mean over seeds.
-        losses: dimension → the mean over seeds.
-        full: seed → all parameters.
+        share: (score of the base, of all parameters, of a subspace) → the share of full training.
+        before: score of the base.
+        after: score of all parameters, the mean over seeds.
+        losses: dimension → score, the mean over seeds.
+        full: seed → score of all parameters.
         by_seed: seed → dimension → score.
     """
     smallest = next((d for d in sorted(losses) if share(before, after, losses[d]) >= SHARE), None)
@@ -238,7 +241,7 @@ def _d90(
 
 
 def _crossing(shares: Mapping[int, float]) -> float | None:
-    """Where a share passes 90 % for the first time, linear in log d; None where that is not between two."""
+    """The first dimension with a share of 90 %, linear in log d; None if it is not between two dimensions."""
     for smaller, larger in pairwise(sorted(shares)):
         low, high = shares[smaller], shares[larger]
         if low >= SHARE:
@@ -249,17 +252,17 @@ def _crossing(shares: Mapping[int, float]) -> float | None:
 
 
 def _spread(between: Mapping[int, float | None]) -> str:
-    """The interval over seeds, or which seeds pass 90 % between two dimensions where not all of them do."""
+    """The interval over seeds as text, or the values of single seeds if not all seeds have one."""
     if len(between) < 2:
         return ""
     passed = [d for d in between.values() if d is not None]
     if not passed:
         return "; with no seed is 90 % passed between two dimensions that were tried"
     if len(passed) < len(between):
-        told = ", ".join(f"{d:,.0f}" for d in passed)
+        values = ", ".join(f"{d:,.0f}" for d in passed)
         others = "the other" if len(between) - len(passed) == 1 else "the others"
         return (
-            f", by interpolation {told} with {len(passed)} of {len(between)} seeds; with {others} 90 % is "
+            f", by interpolation {values} with {len(passed)} of {len(between)} seeds; with {others} 90 % is "
             "not passed between two dimensions that were tried"
         )
     found = interval([math.log(d) for d in passed])

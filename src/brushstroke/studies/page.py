@@ -1,4 +1,7 @@
-"""A finished study as one self-contained page, one results.json; figures and tables as files if asked for."""
+"""Writes a finished study: results.json, a self-contained HTML page, optional figure and table files.
+
+Does not compute findings (each study does).
+"""
 
 import json
 import re
@@ -33,16 +36,19 @@ def write_report(
     csv: bool = False,
     latex: bool = False,
 ) -> Path:
-    """Write results.json, report.html, and figures and tables as files if asked for; returns the page's path.
+    """Write results.json, report.html, and optional files of figures and tables.
 
     Args:
         report: the finished study.
-        folder: that of the study.
-        title: the heading.
-        command: what runs it again.
-        png: draw every figure as PNG and SVG too.
-        csv: write every table as CSV too.
-        latex: write every table as LaTeX too.
+        folder: the folder of the study.
+        title: the heading of the page.
+        command: the command that runs the study again.
+        png: also draw every figure as PNG and SVG.
+        csv: also write every table as CSV.
+        latex: also write every table as LaTeX.
+
+    Returns:
+        The path of the page.
 
     Raises:
         OutputError: a file cannot be written.
@@ -59,7 +65,7 @@ def write_report(
 
 
 def _write_tables(report: Report, folder: Path, *, csv: bool, latex: bool) -> None:
-    """Every table of the page but its settings, named by the question that it answers."""
+    """Write every table of the page except its settings; the file names come from the questions."""
     tables = {"learning-rates": _rate_table(report)}
     for finding in report.findings:
         for number, table in enumerate(finding.tables, 1):
@@ -76,7 +82,7 @@ def _write_tables(report: Report, folder: Path, *, csv: bool, latex: bool) -> No
 
 
 def _write_figures(report: Report, folder: Path) -> None:
-    """Every figure as PNG and SVG, in the state in which the page shows it first."""
+    """Write every figure as PNG and SVG, in the state in which the page shows it at first."""
     convert = require("vl_convert", extra="report")
     drawn = {file_name(one): _alone(one) for finding in report.findings for one in finding.figures}
     files = {f"{name}.png": convert.vegalite_to_png(spec, scale=PNG_SCALE) for name, spec in drawn.items()}
@@ -87,7 +93,7 @@ def _write_figures(report: Report, folder: Path) -> None:
 
 
 def file_name(figure: Figure) -> str:
-    """The name of a figure's file without its ending: what is drawn, the layer, the matrices, the measure.
+    """The name of a figure's file without its extension: the figure, the layer, the matrices, the measure.
 
     >>> file_name(Figure("spectra", "", {}))
     'spectra'
@@ -102,7 +108,7 @@ def _slug(text: str) -> str:
 
 
 def report_page(report: Report, *, title: str, command: str = "") -> Page:
-    """The page: each question with its answer, tables and figures; then what it rests on."""
+    """The page: each question with its answer, figures and tables; then learning rates and settings."""
     page = Page(title, _lead(report))
     for finding in report.findings:
         page.section(finding.question)
@@ -145,9 +151,9 @@ def _rate_table(report: Report) -> Table:
 def _lead(report: Report) -> str:
     model = report.settings["model"]
     runs = sum(len(found.tried) + max(0, len(found.outcomes) - 1) for found in report.results.arms.values())
-    told = "; ".join(f"{name}: {text}" for name, text in model.items())
-    return f"{counted(runs, 'run')} of {counted(len(report.results.arms), 'arm')}. {told}" + (
-        "." if told else ""
+    description = "; ".join(f"{name}: {text}" for name, text in model.items())
+    return f"{counted(runs, 'run')} of {counted(len(report.results.arms), 'arm')}. {description}" + (
+        "." if description else ""
     )
 
 
@@ -181,7 +187,7 @@ def _loss(tried: Mapping[float, float | None], rate: float) -> str:
 
 
 def _alone(figure: Figure) -> dict[str, Any]:
-    """A figure for a file: with width, background and title of its own, as there is no page around it."""
+    """A figure for a separate file: with its own width, background and title."""
     spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
     if spec.get("width") == "container":
         spec["width"] = WIDTH

@@ -1,4 +1,7 @@
-"""Questions of the paper on a model that is trained here, and on a real one."""
+"""Presets of the paper's experiments: on a small model that is trained first, and on SmolLM2-135M.
+
+Does not run studies (`run_studies` does).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,20 +25,20 @@ from brushstroke.training import TrainConfig
 
 QV = ("q_proj", "v_proj")
 
-# On the tiny model.
+# on the tiny model
 STEPS = 250
-RATES = (1e-2, 3e-2, 1e-1)  # of W's own training a tenth; all are extended where need be
+RATES = (1e-2, 3e-2, 1e-1)  # arms that train W use a tenth; grids are extended if necessary
 SEEDS = (0, 1, 2, 3, 4)
 TINY_DIMENSIONS = (1_000, 3_000, 10_000, 30_000, 60_000)  # of 106,496 weights
 
-# On SmolLM2-135M.
-SMOL_MINUTES = 110  # what is planned at most, where no other budget is named
+# on SmolLM2-135M
+SMOL_MINUTES = 110  # default time budget
 SMOL_STEPS, SMOL_BATCH = 32, 4
 SMOL_RATES = (1.5e-3, 5e-3, 1.5e-2)
 SMOL_SEEDS = (0, 1, 2)
 SMOL_ROWS = {"train": 800, "validation": 32, "test": 48, "other": 400}
-SMOL_GENERAL, SMOL_CHARACTERS = 16, 300  # texts, and how much of each
-SMOL_BUDGET = 915_840  # trained parameters: three ranks of every matrix, which all sets meet to 5 %
+SMOL_GENERAL, SMOL_CHARACTERS = 16, 300  # number of texts, and characters of each
+SMOL_BUDGET = 915_840  # trained parameters: rank 3 of all matrices, which all sets meet within 5 %
 
 
 def tiny_paper(
@@ -45,7 +48,7 @@ def tiny_paper(
     overwrite: bool = False,
     on_base: Callable[[], None] | None = None,
 ) -> tuple[list[Study], Material]:
-    """Studies and material of `study paper --tiny`; arguments and errors as those of `tiny_material`."""
+    """Studies and material of `study paper --tiny`; arguments and errors are those of `tiny_material`."""
     material = tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
     return paper_questions(material, (1, 2, 4, 8, 16, 32)), material
 
@@ -57,7 +60,7 @@ def tiny_intrinsic(
     overwrite: bool = False,
     on_base: Callable[[], None] | None = None,
 ) -> tuple[list[Study], Material]:
-    """Study and material of `study intrinsic --tiny`; arguments and errors as those of `tiny_material`."""
+    """Study and material of `study intrinsic --tiny`; arguments and errors are those of `tiny_material`."""
     return [IntrinsicStudy(dimensions=TINY_DIMENSIONS)], tiny_material(
         out, seeds=seeds, overwrite=overwrite, on_base=on_base
     )
@@ -70,20 +73,20 @@ def tiny_material(
     overwrite: bool = False,
     on_base: Callable[[], None] | None = None,
 ) -> Material:
-    """A small model that is trained here, and texts that every Python carries.
+    """A small model that is trained first, and texts of the Python standard library.
 
     Args:
-        out: the folder of the study; the model is kept in its `base`.
+        out: the folder of the study; the model is stored in its subfolder `base`.
         seeds: of every arm.
-        overwrite: whether the study is to start over there.
-        on_base: told before the model is trained.
+        overwrite: whether to start the study over.
+        on_base: called before the model is trained.
 
     Raises:
-        ConfigError: no seed.
-        DataError: this Python does not carry the texts.
-        OutputError: the folder cannot be written, or holds something else.
+        ConfigError: there is no seed.
+        DataError: this Python does not have the texts.
+        OutputError: the folder cannot be written, or contains other files.
     """
-    grid = Grid(RATES, tuple(seeds))  # refuses before the model is trained
+    grid = Grid(RATES, tuple(seeds))  # raises errors before the model is trained
     folder = Path(out).expanduser()
     check_folder(folder, overwrite=overwrite)
     with output_errors(folder):
@@ -109,14 +112,14 @@ def tiny_material(
 def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Material]:
     """Studies and material of `study paper --smollm2`: SmolLM2-135M-Instruct on labelled US addresses.
 
-    Model and rows are fetched where they are not there yet.
+    Downloads the model and the rows if they are missing.
 
     Args:
         seeds: of every arm.
 
     Raises:
-        AssetError: they cannot be fetched.
-        DataError: this Python does not carry the general text.
+        AssetError: they cannot be downloaded.
+        DataError: this Python does not have the general text.
     """
     addresses = read_task("addresses", labelled_file("addresses"))
     people = read_task("people", labelled_file("people"))
@@ -132,7 +135,7 @@ def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Ma
         learning_rates=SMOL_RATES,
         seeds=tuple(seeds),
     )
-    told = {
+    description = {
         **material.told,
         "model": "SmolLM2-135M-Instruct, from its Q4_1 weights, in float32",
         "task": "US addresses into JSON",
@@ -140,7 +143,7 @@ def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Ma
         "general": "the beginnings of Python's help texts",
     }
     sets = {name: targets for name, targets in matrix_sets(material.sites).items() if name != "up,down"}
-    material = replace(material, told=told)
+    material = replace(material, told=description)
     targets = TargetsStudy(sets, SMOL_BUDGET)
     return paper_questions(material, (1, 4, 16, 64), rank=16, targets=targets), material
 
@@ -152,16 +155,16 @@ def paper_questions(
     rank: int = 8,
     targets: TargetsStudy | None = None,
 ) -> list[Study]:
-    """The paper's questions 1 to 3 of any material, with q and v as the matrices where there are such.
+    """The paper's questions 1 to 3 for any material; q and v are the matrices if the model has them.
 
     Args:
         material: model and data.
-        ranks: of the second question; the third takes a small one and the largest that the matrices allow.
-        rank: of the seeds that are compared.
-        targets: the first question, where its sets or budget are not the usual ones.
+        ranks: of the second question; the third uses a small one and the largest that the matrices allow.
+        rank: of the study that compares seeds.
+        targets: the first question, if its sets or budget are not the defaults.
 
     Raises:
-        ConfigError: the matrices allow none of the ranks, or there are no such matrices.
+        ConfigError: the matrices allow none of the ranks, or the model has no attention matrices.
     """
     names = {site.name for site in material.sites}
     matrices = QV if names >= set(QV) else ("attention",)

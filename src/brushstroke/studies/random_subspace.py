@@ -1,8 +1,8 @@
-"""Training in a random subspace: θ = θ₀ + P·z, where only z (k numbers) learns.
+"""Training in a random subspace: θ = θ₀ + P·z, where only z (k values) is trained.
 
-Source: Li et al. 2018 (arXiv:1804.08838), whose P has normalised Gaussian columns. Where that P would be too
-large, each parameter is tied to one coordinate of z with a random sign, as a hash does; the columns are
-normalised too, and are exactly orthogonal.
+Does not choose dimensions (`intrinsic` does). Source: Li et al. 2018 (arXiv:1804.08838), whose P has
+normalised Gaussian columns. If that P would be too large, each parameter is assigned to one coordinate of z
+with a random sign, as in hashing; these columns are also normalised, and exactly orthogonal.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from brushstroke.errors import ConfigError
 
-DENSE_NUMBERS = 2**26  # of a Gaussian P that is kept whole: 256 MiB
+DENSE_NUMBERS = 2**26  # maximum number of values of a dense Gaussian P: 256 MiB in float32
 
 
 class SubspaceAdamW:
-    """An optimiser over z that writes θ₀ + P·z into the parameters; AdamW's verbs.
+    """An optimiser of z that writes θ₀ + P·z into the parameters; has the methods of AdamW.
 
     Args:
-        parameters: θ, D numbers in all.
+        parameters: θ, with D values in total.
         dimension: k, of z.
         learning_rate: of AdamW on z.
         seed: of P.
@@ -33,7 +33,10 @@ class SubspaceAdamW:
         self._parameters = list(parameters)
         total = sum(parameter.numel() for parameter in parameters)
         if not 1 <= dimension <= total:
-            raise ConfigError(f"a subspace of {dimension} dimensions does not fit {total:,} parameters")
+            raise ConfigError(
+                f"a subspace of {dimension} dimensions does not fit {total:,} parameters; choose from 1 to "
+                f"{total:,} dimensions"
+            )
         first = self._parameters[0]
         self._start = [parameter.detach().clone() for parameter in self._parameters]
         self._projection = _projection(total, dimension, seed, first)
@@ -42,7 +45,7 @@ class SubspaceAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """AdamW's, so that a schedule can set the learning rate."""
+        """AdamW's parameter groups, so that a schedule can set the learning rate."""
         return self._adam.param_groups
 
     @torch.no_grad()
@@ -65,7 +68,7 @@ class SubspaceAdamW:
 
 
 class _Gaussian:
-    """P (D×k) whole, its columns normalised."""
+    """P (D×k) as a dense matrix with normalised columns."""
 
     def __init__(self, total: int, dimension: int, seed: int, like: Tensor) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -80,7 +83,7 @@ class _Gaussian:
 
 
 class _Hashed:
-    """One entry ±1/√n in each row of P, n the parameters that share a coordinate."""
+    """One entry ±1/√n in each row of P; n is the number of parameters that share the coordinate."""
 
     def __init__(self, total: int, dimension: int, seed: int, like: Tensor) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,7 @@
-"""Question 2 of the paper, first half: what rank is enough, and is the update itself of low rank?"""
+"""Question 2 of the paper, first half: which rank is sufficient, and is the update of low rank?
+
+Does not implement spectra or comparisons (`analysis` and `comparisons` do).
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,18 +46,18 @@ COMPARED_RANK = 8  # the smaller rank of the overlap figures, as in the paper
 
 @dataclass(frozen=True)
 class RankStudy:
-    """Ranks of one set of matrices, and W itself at the same sites.
+    """Compares ranks of one set of matrices, and full fine-tuning of the same sites.
 
     Args:
         targets: the matrices.
-        ranks: ascending; ranks that the smallest matrix does not allow are left out.
+        ranks: ranks that the smallest matrix does not allow are left out.
         alpha: the same for all ranks, as in the paper.
         scale_rule: "standard" or "rslora".
-        train_whole: whether one arm trains W itself.
-        margin: what equal means, in nats of test loss per trained token; stated before the runs.
+        train_whole: whether one arm trains W (full fine-tuning).
+        margin: the margin of equality, in nats of test loss per trained token; stored before the runs.
 
     Raises:
-        ConfigError: a margin that is no number above 0.
+        ConfigError: the margin is not a finite number above 0.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -69,7 +72,7 @@ class RankStudy:
         check_margin(self.margin)
 
     def arms(self, material: Material) -> list[Arm]:
-        """One for each rank, and W itself."""
+        """One arm for each rank, and one that trains W."""
         matrices = matrices_name(self.targets)
         arms = [
             low_rank(matrices, self.targets, rank, self.alpha, self.scale_rule)
@@ -138,7 +141,7 @@ def _answer(
     against: Comparison | None,
     margin: float,
 ) -> str:
-    """What is shown of the steps between ranks, of equal ranks, and of the ranks against W itself."""
+    """The answer: steps between ranks, equal ranks, and ranks compared with training W."""
     if not kept:
         return "No rank has a learning rate that could be chosen: the study is inconclusive."
     means = {rank: sum(losses[name].values()) / len(losses[name]) for rank, name in kept.items()}
@@ -182,10 +185,12 @@ def _equal_told(kept: dict[int, str], ranks: Comparison, margin: float) -> str:
 
 
 def _whole_told(kept: dict[int, str], against: Comparison) -> str:
-    """The largest rank against W itself, and which ranks are shown to differ from it."""
+    """The ranks that are shown to differ from training W, and the difference at the largest rank."""
     rank_of = {name: rank for rank, name in kept.items()}
-    told = [f"{rank_of[one.first]}" for one in against.differences if one.significant()]
-    text = f"Ranks shown to differ from W's own training ({basis(against)}): {', '.join(told) or 'none'}."
+    differing = [f"{rank_of[one.first]}" for one in against.differences if one.significant()]
+    text = (
+        f"Ranks shown to differ from W's own training ({basis(against)}): {', '.join(differing) or 'none'}."
+    )
     last = next((one for one in against.differences if one.first == kept[max(kept)]), None)
     if last is not None:
         text += f" Loss at rank {max(kept)} less that of W's own training: {bounds(last.difference, 3)}."
@@ -273,7 +278,7 @@ def _spectra_figure(spectra: dict[str, Any]) -> Figure:
 
 
 def _thinned(count: int) -> list[int]:
-    """At most about 40 of the numbers 1 to count, all of the small ones, then ever fewer."""
+    """At most about 40 of the numbers from 1 to count: all small ones, and fewer and fewer of the larger."""
     found, index = [], 1.0
     while index <= count:
         found.append(int(index))
@@ -282,7 +287,7 @@ def _thinned(count: int) -> list[int]:
 
 
 def _deficiency(found: list[Spectrum]) -> str:
-    """How far the energy of W's own training is spread, over seeds."""
+    """A sentence on the energy distribution and stable rank of an update from training W, over seeds."""
     if not found:
         return "Whether the update is rank-deficient is not answered: there is no conclusive run of W itself."
     sites: list[SiteSpectrum] = list(found[0].values())

@@ -1,9 +1,9 @@
-"""From arms to results: choose each arm's learning rate on the validation split, then run its other seeds.
+"""Runs the arms of a study: chooses each arm's learning rate on the validation split, then runs its seeds.
 
-Where the best learning rate of an arm lies on the edge of its grid, the grid is extended until it does not,
-at most `EXTENSIONS` times; an arm for which that is not enough is inconclusive: a better rate may lie beyond.
-A control takes the rate of another arm, so that the two differ in nothing else.
-What a run does is in `arm_runner`, where it runs in `executors`.
+Does not execute runs (`arm_run` and `executors` do). If the best learning rate of an arm is at the edge of
+its grid, the grid is extended, at most `EXTENSIONS` times; if it is still at the edge, the arm is
+inconclusive, because a better rate may lie beyond. A control uses the rate of another arm, so that the two
+have the same rate.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,20 +22,20 @@ from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
 from brushstroke.studies.words import listed
 
-EXTENSIONS = 5  # of an arm's grid, by one rate each
+EXTENSIONS = 5  # maximum number of extensions of an arm's grid, by one rate each
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried of each arm.
+    """The learning rates and seeds of each arm.
 
     Args:
-        rates: learning rates, ascending, for arms that name none of their own.
-        seeds: the first one is what rates are chosen with.
-        extend: whether a grid is extended where its best rate lies on the edge.
+        rates: learning rates for arms without their own.
+        seeds: the first seed is used for choosing rates.
+        extend: whether a grid is extended if its best rate is at the edge.
 
     Raises:
-        ConfigError: no rate or no seed, or a rate that is no finite number above 0.
+        ConfigError: there are fewer than two rates or no seed, or a rate is not a finite number above 0.
     """
 
     rates: tuple[float, ...]
@@ -44,7 +44,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.seeds:
-            raise ConfigError("a study needs at least one seed")
+            raise ConfigError("a study needs at least one seed; give more (--seeds)")
         if len(set(self.rates)) < 2:
             raise ConfigError(
                 "a study needs at least two learning rates, better three, so that the best one can lie "
@@ -58,27 +58,27 @@ class Grid:
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def of(self, arm: Arm) -> tuple[float, ...]:
-        """The rates that an arm begins with; none where it takes that of another arm."""
+        """The initial rates of an arm; none if it uses the rate of another arm."""
         if arm.rate_of is not None:
             return ()
         return tuple(sorted(arm.rates)) if arm.rates else self.rates
 
     def runs(self, arm: Arm, seeds: int) -> int:
-        """How many runs an arm takes where its grid is not extended."""
+        """The number of runs of an arm if its grid is not extended."""
         return seeds + max(0, len(self.of(arm)) - 1)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a study will take, and what a budget of time leaves out.
+    """The estimated time of a study, and the arms and seeds that a time budget leaves out.
 
     Args:
-        seconds: of all runs that are planned, on this machine.
-        runs: how many.
-        arms: those that fit.
-        seeds: those that fit.
-        left_out: in words, one line each.
-        made_before: whether this is the plan that the study was begun with.
+        seconds: estimated time of all planned runs on this machine.
+        runs: number of planned runs.
+        arms: the arms that fit into the budget.
+        seeds: the seeds that fit into the budget.
+        left_out: the arms and seeds that do not fit, as text, one line each.
+        made_before: whether the plan was read from the folder of an interrupted or finished study.
     """
 
     seconds: float
@@ -89,28 +89,28 @@ class Estimate:
     made_before: bool = False
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> "Estimate":
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Estimate":
         """The inverse of `dataclasses.asdict`, also after JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: the data is not an estimate.
         """
-        arms, seeds, left_out = (tuple(told[name]) for name in ("arms", "seeds", "left_out"))
+        arms, seeds, left_out = (tuple(stored[name]) for name in ("arms", "seeds", "left_out"))
         if not arms or not seeds or {type(seed) for seed in seeds} != {int}:
-            raise ValueError("no plan is without arms, or seeds that are whole numbers")
-        return cls(float(told["seconds"]), int(told["runs"]), arms, seeds, left_out)
+            raise ValueError("a plan needs arms, and seeds that are whole numbers")
+        return cls(float(stored["seconds"]), int(stored["runs"]), arms, seeds, left_out)
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What became of one arm.
+    """The results of one arm.
 
     Args:
         arm: the arm.
-        tried: learning rate → validation loss of the first seed; None where it diverged. Empty where the
-            arm takes the rate of another one.
-        chosen: the rate with the lowest; None where all diverged.
-        edge: "lowest" or "highest" where the chosen rate is the grid's last one in that direction.
+        tried: learning rate → validation loss of the first seed; None if the run diverged. Empty if the arm
+            uses the rate of another arm.
+        chosen: the rate with the lowest validation loss; None if all runs diverged.
+        edge: "lowest" or "highest" if the chosen rate is at that end of the grid, else None.
         outcomes: seed → outcome at the chosen rate; a run that diverged has no scores.
     """
 
@@ -122,7 +122,7 @@ class ArmResult:
 
     @property
     def conclusive(self) -> bool:
-        """Whether the chosen rate has a neighbour on either side."""
+        """Whether the chosen rate has a neighbour in the grid on both sides."""
         return self.chosen is not None and self.edge is None
 
     @property
@@ -137,19 +137,19 @@ class ArmResult:
 
 @dataclass
 class Results:
-    """All arms of a study, and where their updates are."""
+    """The results of all arms of a study, with access to their updates."""
 
     store: Store
     arms: dict[str, ArmResult]
     untouched: dict[str, Any]
     estimate: Estimate
-    planned: tuple[str, ...] = ()  # every arm that was asked for, whether the budget left it out or not
-    test_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by task, of each test row
-    margins: Mapping[str, float] = field(default_factory=dict)  # of each study, as stated before its runs
+    planned: tuple[str, ...] = ()  # every requested arm, also those that the budget left out
+    test_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # task → tokens of each test row
+    margins: Mapping[str, float] = field(default_factory=dict)  # study → margin stored before its runs
     _loaded: dict[tuple[str, int], Adapter] = field(default_factory=dict)
 
     def adapter(self, arm: str, seed: int) -> Adapter:
-        """The update that an arm learnt with a seed."""
+        """The update of an arm with a seed, at the chosen learning rate."""
         if (arm, seed) not in self._loaded:
             found = self.arms[arm]
             assert found.chosen is not None
@@ -157,7 +157,7 @@ class Results:
         return self._loaded[arm, seed]
 
     def row_losses(self, names: Sequence[str]) -> RowLosses:
-        """The losses of single test rows of some arms of one task, where they were kept."""
+        """The losses of single test rows of arms of one task, if they were stored."""
         sums, tokens = {}, ()
         for found in (self.arms[name] for name in names):
             tokens = self.test_tokens.get(found.arm.task, ())
@@ -166,7 +166,7 @@ class Results:
         return RowLosses(tokens, sums)
 
     def seeds(self, *names: str) -> tuple[int, ...]:
-        """The seeds with which every one of these arms has an update."""
+        """The seeds with which all of these arms have an update."""
         common = [set(self.arms[name].seeds) for name in names]
         return tuple(seed for seed in self.estimate.seeds if all(seed in found for found in common))
 
@@ -180,13 +180,13 @@ class Results:
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every run.
+    """The progress of a study, reported after every run.
 
     Args:
-        done, planned: runs of this stage.
-        stage: in words.
+        done, planned: numbers of runs of this stage.
+        stage: the name of the stage.
         outcome: of the run that ended.
-        seconds_left: of the whole study.
+        seconds_left: estimated time left for the study.
     """
 
     done: int
@@ -203,14 +203,13 @@ def estimate(
     workers: int = 1,
     budget_minutes: float | None = None,
 ) -> Estimate:
-    """Time a few steps, and plan what fits into the budget; wider grids are not foreseen.
+    """Time a few steps, and plan the runs that fit into the budget; ignores extensions of grids.
 
-    Timed are the largest arm of low rank and the largest that trains W itself; the others count like these.
-
-    Seeds are left out first, the last ones first, down to one; then arms, the last ones first.
+    Times the largest low-rank arm and the largest arm that trains W, and uses these times for the other arms.
+    To meet the budget, drops seeds first, from the last, down to one; then arms, from the last.
 
     Raises:
-        ConfigError: not even one arm fits, or the budget is no number above 0.
+        ConfigError: not even one arm fits, or the budget is not a number above 0.
     """
     check_budget(budget_minutes)
     each: dict[bool, float] = {}
@@ -246,10 +245,10 @@ def estimate(
 
 
 def check_budget(minutes: float | None) -> None:
-    """Refuse a budget of time that is none.
+    """Check a time budget.
 
     Raises:
-        ConfigError: it is no number above 0.
+        ConfigError: it is not a number above 0.
     """
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {minutes}")
@@ -276,7 +275,7 @@ def conduct(
     workers: int = 1,
     on_run: Callable[[Progress], None] | None = None,
 ) -> dict[str, ArmResult]:
-    """Do every run that is not finished yet; `workers` is how many `execute` does at a time.
+    """Execute every run that is not finished; `workers` is the number of parallel runs of `execute`.
 
     Raises:
         TrainingError: every run of every arm diverged.
@@ -332,9 +331,9 @@ class _Conductor:
     workers: int
     planned: int
     on_run: Callable[[Progress], None] | None
-    finished: int = 0  # of the whole study
-    ran: int = 0  # here
-    seconds: float = 0.0  # of those that ran here, each for itself
+    finished: int = 0  # finished runs of the study
+    ran: int = 0  # runs of this session
+    seconds: float = 0.0  # sum of the times of this session's runs
 
     def do(self, stage: str, runs: Sequence[Run]) -> None:
         missing = [run for run in runs if self.store.outcome(run) is None]
@@ -361,9 +360,10 @@ def _tried(store: Store, arm: Arm, rates: Sequence[float], seed: int) -> dict[fl
 
 
 def _choose(tried: Mapping[float, float | None]) -> tuple[float | None, str | None]:
-    """The best rate, and the edge that it lies on, if any. One that only a diverged rate limits is inside.
+    """The best rate, and the edge of the grid that it is at, if any.
 
-    Rates of exactly the same loss are all the best: where one of them is an edge, nothing limits the choice.
+    A rate whose neighbour diverged is not at the edge. If several rates have exactly the lowest loss and one
+    of them is at an edge, that one is chosen.
     """
     known = {rate: loss for rate, loss in tried.items() if loss is not None}
     if not known:
@@ -378,7 +378,7 @@ def _choose(tried: Mapping[float, float | None]) -> tuple[float | None, str | No
 
 
 def _beyond(rates: Sequence[float], tried: Mapping[float, float | None]) -> float | None:
-    """The next rate over the edge that the best one lies on; None where it lies inside."""
+    """The next rate beyond the edge that the best rate is at; None if it is not at an edge."""
     best, edge = _choose(tried)
     ordered = sorted(rates)
     if best is None:

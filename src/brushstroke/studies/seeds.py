@@ -1,7 +1,8 @@
-"""Question 2 of the paper, second half: do two seeds learn the same directions, and are they the task's own?
+"""Question 2 of the paper, second half: do two seeds learn the same directions, and are these task-specific?
 
-Beside chance stand two controls that the paper lacks: another task, learnt at the same rate, and the layers'
-own inputs. What the other task's seeds share with one another says how much a control could share at most.
+Does not implement overlaps (`analysis` does). Adds two controls to the chance level: another task, trained at
+the same rate, and the principal directions of the layers' inputs. The overlap between seeds of the other task
+is an upper limit for the overlap with this control.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,13 +45,13 @@ Pairs = Mapping[tuple[int, int], Mapping[str, SiteOverlap]]
 
 @dataclass(frozen=True)
 class SeedsStudy:
-    """Several seeds of one arm, and of the same arm on another task.
+    """Compares several seeds of one arm, and of the same arm on another task.
 
     Args:
         targets: the matrices.
         rank: of the update.
-        alpha: its numerator.
-        inner: the smaller size of the blocks φ(inner, rank) that are tested beside φ(rank, rank).
+        alpha: numerator of the scale.
+        inner: tests the block φ(inner, rank) in addition to φ(rank, rank).
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -60,12 +61,12 @@ class SeedsStudy:
     name: str = "seeds"
 
     def arms(self, material: Material) -> list[Arm]:
-        """The arm, and its control where there is another task."""
+        """The arm, and its control if there is another task."""
         arm = low_rank(matrices_name(self.targets), self.targets, self.rank, self.alpha)
         return [arm, on_other_task(arm)] if OTHER in material.tasks else [arm]
 
     def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
-        """φ between seeds against chance, the other task, and the principal directions of the inputs."""
+        """φ between seeds, compared with chance, the other task, and principal directions of the inputs."""
         arm = low_rank(matrices_name(self.targets), self.targets, self.rank, self.alpha)
         names = [arm.name, on_other_task(arm).name]
         good = results.conclusive(names)
@@ -119,15 +120,15 @@ class SeedsStudy:
         sites: Sequence[str],
         k: int,
     ) -> dict[str, float]:
-        """Site → φ(k, k) of the update's input directions with the inputs' own, mean over seeds."""
-        own = principal_inputs(arm_runner.base, sites, arm_runner.tasks["task"].train, k)
+        """Site → φ(k, k) of the update's and the inputs' principal directions, mean over seeds."""
+        principal = principal_inputs(arm_runner.base, sites, arm_runner.tasks["task"].train, k)
         updates = {seed: low_rank_updates(results.adapter(arm, seed)) for seed in seeds}
         found = {}
         for site in sites:
             values = []
             for seed in seeds:
                 left = updates[seed][site].svd().left[:, :k]
-                values.append(float(overlap_grid(left.cpu(), own[site])[-1, -1]))
+                values.append(float(overlap_grid(left.cpu(), principal[site])[-1, -1]))
             found[site] = fmean(values)
         return found
 
@@ -137,9 +138,8 @@ def _tests(
 ) -> list[dict[str, Any]]:
     """For each block and side: φ, chance, control, the excess over both with interval and corrected p.
 
-    Beside the control stands φ of its own pairs of seeds, which a control hardly exceeds.
-
-    Where a block fills its side, φ is 1 for any two updates: there is no test.
+    `within_other` is φ between seeds of the control, which the overlap with the control rarely exceeds. If a
+    block fills its side, φ is 1 for any two updates, and there is no test.
     """
     found: list[dict[str, Any]] = []
     for i, j in sizes:
@@ -181,7 +181,7 @@ def _tests(
 
 
 def _filled(pairs: Pairs, sites: Sequence[str], side: str, count: int) -> bool:
-    """Whether so many directions are all that a side has, at every site: any two updates share them."""
+    """Whether `count` directions fill the side at every site, so that any two updates share them all."""
     first = next(iter(pairs.values()))
     return all(count >= first[site].shape[side == "right"] for site in sites)
 
@@ -193,8 +193,8 @@ def _mean(rows: Mapping[str, SiteOverlap], sites: Sequence[str], side: str, i: i
 def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[str, dict[str, Any]]:
     """Kind of matrix → directions that two seeds share above the control, k·(φ(k, k) − control), by side.
 
-    Where there are q and v, their paired difference stands under `DIFFERENCE`. Where k directions fill a
-    side, any two updates share them all: that side is left out.
+    If there are q and v, the key `DIFFERENCE` has their paired difference. Omits a side that k directions
+    fill, because any two updates share all directions there.
     """
     where = places(sites)
     shared: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
@@ -223,7 +223,7 @@ def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[
 def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for row in tests:
-        told = [
+        cells = [
             row["block"],
             SIDE_NAMES[row["side"]],
             _shown(row["phi"]),
@@ -231,9 +231,9 @@ def _block_table(tests: Sequence[Mapping[str, Any]]) -> Table:
             _p(row, "p_chance"),
         ]
         if "other_task" in row:
-            told += [_shown(row["other_task"]), _shown(row["within_other"])]
-            told += [_shown(row["above_other"]), _p(row, "p_other")]
-        rows.append(tuple(told))
+            cells += [_shown(row["other_task"]), _shown(row["within_other"])]
+            cells += [_shown(row["above_other"]), _p(row, "p_other")]
+        rows.append(tuple(cells))
     columns = ["block", "side", "φ, same task", "chance", "p above chance"]
     controlled = any("other_task" in row for row in tests)
     if controlled:
@@ -311,21 +311,21 @@ def _answer(
         )
     kinds = _by_matrix(same, other, sites, k)
     if len(kinds) > 1:
-        told = "; ".join(
+        by_kind = "; ".join(
             f"{matrix} {_sides_shown(sides)}"
             for matrix, sides in kinds.items()
             if sides and matrix != DIFFERENCE
         )
         level = "the other task" if other else "chance"
-        if told:
-            text += f"Directions of {k} that two seeds share above {level}, by kind of matrix: {told}."
+        if by_kind:
+            text += f"Directions of {k} that two seeds share above {level}, by kind of matrix: {by_kind}."
         if kinds.get(DIFFERENCE):
             text += f" Of q more than of v: {_sides_shown(kinds[DIFFERENCE])}."
     return text
 
 
 def _overlap_figures(results: Results, arms: Sequence[str], same: Pairs, other: Pairs) -> list[Figure]:
-    """φ of the first pair of seeds, with the other task where there is one."""
+    """φ of the first pair of seeds, and of the other task if there is one."""
     (a, b), first = next(iter(same.items()))
 
     def with_factor(second: str, found: Mapping[str, SiteOverlap]) -> dict[str, Mapping[str, SiteOverlap]]:

@@ -1,6 +1,6 @@
-"""Means over seeds and over pairs of seeds with their intervals, and Holm's correction for many tests.
+"""Means over seeds and over pairs of seeds with their intervals, and Holm's correction for multiple tests.
 
-How arms are compared is in `comparisons`.
+Does not compare arms (`comparisons` does).
 """
 
 import statistics
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 from brushstroke.errors import require
 
-ROUNDING = 1e-12  # of nats and of shares of one: below it is float64's rounding, and evidence of nothing
+ROUNDING = 1e-12  # smaller differences of nats or shares are float64 rounding
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its confidence interval; without bounds where one value says nothing of them.
+    """A mean over seeds with its confidence interval.
 
     Args:
         mean: of the values.
-        low, high: bounds of the interval.
-        count: how many values.
+        low, high: bounds of the interval; None for a single value.
+        count: the number of values.
     """
 
     mean: float
@@ -37,7 +37,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """The t-interval of a mean: mean ± t·sd/√n with n − 1 degrees of freedom.
 
     Raises:
-        ValueError: no value.
+        ValueError: there are no values.
 
     >>> print(interval([1.0, 2.0, 3.0]))
     2 [-0.4841, 4.484]
@@ -54,7 +54,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def holm(ps: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down correction (1979): the k-th smallest of m times m − k + 1, never descending.
 
-    None stands for a comparison that has no p; it counts in m all the same.
+    None represents a comparison without a p; it also counts in m.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -90,9 +90,9 @@ def over_pairs(values: Mapping[tuple[int, int], float]) -> list[float]:
 
 
 def exceeds(values: Sequence[float], level: float) -> float | None:
-    """One-sided p that the mean of the values lies above a level (t-test); None with fewer than two values.
+    """One-sided p that the mean of the values is above a level (t-test); None with fewer than two values.
 
-    It is 1 where both the spread and the distance from the level are no more than rounding.
+    It is 1 if both the spread and the distance from the level are within rounding.
 
     >>> exceeds([0.4, 0.5, 0.6], 0.1) < 0.05
     True

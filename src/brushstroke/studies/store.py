@@ -1,6 +1,6 @@
-"""The folder of a study: what it is, and every run that is finished. A kill at any time leaves it whole.
+"""The folder of a study: its identity, notes and finished runs; consistent even if the process is killed.
 
-A run is finished when its outcome is there; the outcome is written last, at once.
+Does not execute runs. A run is finished when its outcome file exists; it is written last, atomically.
 """
 
 import json
@@ -25,11 +25,11 @@ from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import RUN_KEY, Run
 
 STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
-ROWS = "test_rows.json"  # summed loss of each row of the test split; runs of older versions have none
+ROWS = "test_rows.json"  # summed loss of each row of the test split; missing in runs of older versions
 RESULTS, REPORT = "results.json", "report.html"
-FIGURES, TABLES = "figures", "tables"  # folders, and the notes of which files in them are the study's
-BASE = "base"  # a model that was trained for the study; made before the study begins
-ALWAYS = {"studies", "seeds", "arms"}  # of every study's identity: what tells it from a foreign study.json
+FIGURES, TABLES = "figures", "tables"  # folders, and names of the notes that list the study's files in them
+BASE = "base"  # a model that was trained for the study before it starts
+ALWAYS = {"studies", "seeds", "arms"}  # keys of every study's identity; a foreign study.json lacks them
 OWN_FILES = OwnFiles((RUNS, RESULTS, REPORT, FIGURES, TABLES), otherwise=f"is there without a {STUDY}")
 START_OVER = "start over (--overwrite), or choose another folder"
 
@@ -38,13 +38,14 @@ class Store:
     """The folder of one study.
 
     Args:
-        folder: made where it is not there.
-        identity: what a study must share with the one that the folder holds, as JSON types; `ALWAYS` in it.
-        overwrite: remove what another study left there.
+        folder: created if it does not exist.
+        identity: settings that must equal those of the study in the folder, as JSON types, with the keys of
+            `ALWAYS`.
+        overwrite: remove the files of a study in the folder.
 
     Raises:
-        OutputError: the folder holds something else, or cannot be written.
-        ResumeError: it holds a study with another identity; the message names what differs.
+        OutputError: the folder contains other files, or cannot be written.
+        ResumeError: the folder contains a study with another identity; the message lists the differences.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -66,20 +67,20 @@ class Store:
         return self.folder / RUNS
 
     def note(self, name: str) -> Any:
-        """Something that was decided once; None where it was not."""
+        """A stored note; None if there is none."""
         return self._read()["notes"].get(name)
 
     def keep_note(self, name: str, value: Any) -> None:
-        """Decide something once: a study that goes on finds it."""
+        """Store a note, which a resumed study can read."""
         whole = self._read()
         whole["notes"][name] = value
         write_file(self.folder / STUDY, json.dumps(whole, indent=2) + "\n")
 
     def outcome(self, run: Run) -> Outcome | None:
-        """What a run came to; None where it is not finished.
+        """The outcome of a run; None if the run is not finished.
 
         Raises:
-            OutputError: what is kept of it is damaged.
+            OutputError: the file is damaged.
         """
         file = self.runs / run.key / OUTCOME
         if not file.is_file():
@@ -88,19 +89,19 @@ class Store:
             return Outcome.from_dict(json.loads(file.read_text("utf-8")))
 
     def test_rows(self, run: Run) -> tuple[float, ...]:
-        """The summed loss of each row of the test split; empty where it was not kept.
+        """The summed loss of each row of the test split; empty if it was not stored.
 
         Raises:
-            OutputError: what is kept is damaged.
+            OutputError: the file is damaged.
         """
         file = self.runs / run.key / ROWS
         if not file.is_file():
             return ()
-        with damaged(file, "remove this file, and intervals speak of the same rows only"):
+        with damaged(file, "remove this file; intervals are then valid only for these test rows"):
             return tuple(float(loss) for loss in json.loads(file.read_text("utf-8")))
 
     def finish(self, run: Run, outcome: Outcome) -> None:
-        """Keep what a run came to; from now on it is never run again."""
+        """Store the outcome of a run, which is then finished and never runs again."""
         files = {OUTCOME: json.dumps(outcome.as_dict(), indent=2, allow_nan=True) + "\n"}
         if rows := outcome.test_rows:
             files[ROWS] = json.dumps([float(f"{loss:.7g}") for loss in rows]) + "\n"
@@ -110,7 +111,7 @@ class Store:
         """The update of a finished run.
 
         Raises:
-            OutputError: it is damaged, or not there.
+            OutputError: the update is damaged or missing.
         """
         try:
             return load(self.runs / run.key / ADAPTER)
@@ -120,7 +121,7 @@ class Store:
             ) from error
 
     def forget_adapter(self, run: Run) -> None:
-        """Remove the update of a run that no report needs; its scores stay."""
+        """Remove the update of a run that no report needs; keeps its scores."""
         with suppress(OutputError):
             remove(self.runs / run.key / ADAPTER)
 
@@ -138,7 +139,7 @@ class Store:
             )
 
     def _clear(self) -> None:
-        """Remove what a study has written but study.json; folders go where nothing is left in them."""
+        """Remove everything that the study wrote except study.json, and folders that become empty."""
         if not (self.folder / STUDY).is_file():
             return
         files = [file for kind in (FIGURES, TABLES) for file in self._noted(kind)]
@@ -159,17 +160,17 @@ class Store:
             remove_empty(*folders)
 
     def _noted(self, kind: str) -> list[Path]:
-        """The study's own files in one of its folders."""
+        """The files in one of the study's folders that the study wrote."""
         noted = self.note(kind)
         names = noted if isinstance(noted, list) else []
         return [file for file in (self.folder / kind).glob("*") if file.is_file() and file.name in names]
 
 
 def check_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """Check that a study may be begun, or gone on with, in a folder; nothing is written.
+    """Check that a study can start or continue in a folder; writes nothing.
 
     Raises:
-        OutputError: it holds something else, or files of the names that a study writes and that are none's.
+        OutputError: the folder contains other files, or files with a study's names but without a study.json.
     """
     if (folder / STUDY).is_file():
         _read(folder)
@@ -179,20 +180,20 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 
 def planned_before(folder: Path) -> dict[str, Any] | None:
-    """The plan of the study that a folder holds; None where there is none.
+    """The stored plan of the study in a folder; None if there is none.
 
     Raises:
-        OutputError: what stands there for one cannot be read.
+        OutputError: study.json cannot be read, or was not written by a study.
     """
     return _read(folder)["notes"].get("plan") if (folder / STUDY).is_file() else None
 
 
 @contextmanager
 def damaged(file: Path, remedy: str) -> Iterator[None]:
-    """Inside, what a file holds is taken apart; where it is not what it should be, one message says so.
+    """Context manager for parsing a file: reports any error in its contents as one message.
 
     Raises:
-        OutputError: naming the file, and the remedy.
+        OutputError: the file cannot be read or parsed; the message gives the file and the remedy.
     """
     try:
         yield
@@ -213,7 +214,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, by name; of settings only those that do."""
+    """The settings that differ, by name, with both values."""
     for name in dict.fromkeys([*now, *then]):
         new, old = now.get(name), then.get(name)
         if isinstance(new, dict) and isinstance(old, dict):

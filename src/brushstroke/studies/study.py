@@ -1,6 +1,7 @@
-"""What every study has: arms to run, and a reading of their results. `run_studies` does the rest.
+"""The interface of a study (its arms, and its finding from their results), and `run_studies`.
 
-Several studies may share one folder and one report: an arm that two of them need is run once.
+Does not implement a question (`targets`, `rank`, `seeds`, `delta` and `intrinsic` do). Several studies can
+share one folder and one report: an arm that two of them need runs once.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from brushstroke.studies.store import RUNS, START_OVER, STUDY, Store, check_fold
 from brushstroke.training import TrainConfig
 from brushstroke.training.summary import versions
 
-USED = (  # of a training config; rates and seeds come from the grid
+USED = (  # settings of a training config that runs use; rates and seeds come from the grid
     *("epochs", "max_steps", "schedule", "warmup", "weight_decay", "clip", "batch_size"),
     *("micro_tokens", "memory", "max_length"),
 )
@@ -35,15 +36,15 @@ USED = (  # of a training config; rates and seeds come from the grid
 
 @dataclass(frozen=True)
 class Material:
-    """What a study is made of: a model and data.
+    """The inputs of a study: model, data and training settings.
 
     Args:
         base: the frozen model.
-        tasks: "task", and "other task" where there is a control.
-        general: text of what the base was made for; may be empty.
-        config: how every run trains; learning rates and seeds come from the grid.
-        grid: what is tried of each arm.
-        told: what the report says of model and data: name → text.
+        tasks: "task", and "other task" if there is a control.
+        general: general text, for measuring divergence from the base; may be empty.
+        config: training settings of every run; learning rates and seeds come from the grid.
+        grid: learning rates and seeds of each arm.
+        told: the description of model and data in the report: name → text.
     """
 
     base: Base
@@ -64,25 +65,25 @@ class Study(Protocol):
 
     @property
     def name(self) -> str:
-        """What settings call it."""
+        """The name of the study in settings."""
         ...
 
     def arms(self, material: Material) -> list[Arm]:
-        """What has to be run.
+        """The arms that the study needs.
 
         Raises:
-            ConfigError, TargetError: the question cannot be asked of this model or data.
+            ConfigError, TargetError: the study is not possible with this model or data.
         """
         ...
 
     def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
-        """What the results say."""
+        """The finding from the results."""
         ...
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished study: its findings, what they rest on, and the time of all its sessions together."""
+    """A finished study: its findings, results and settings, and the total time of all its sessions."""
 
     findings: tuple[Finding, ...]
     results: Results
@@ -90,7 +91,7 @@ class Report:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """What results.json holds."""
+        """The contents of results.json."""
         return {
             "versions": versions(),
             "settings": self.settings,
@@ -132,24 +133,23 @@ def run_studies(
     on_estimate: Callable[[Estimate], None] | None = None,
     on_run: Callable[[Progress], None] | None = None,
 ) -> Report:
-    """Run every arm that is not finished in the folder, and read the results.
+    """Execute every run that is not finished in the folder, and compute the findings.
 
     Args:
         studies: the questions.
         material: model and data.
-        out: the folder; a study that was interrupted there goes on.
+        out: the folder; an interrupted study in it is resumed.
         overwrite: start over.
-        budget_minutes: plan no more than fits, and say what was left out. A plan that was made stays: a
-            study that goes on does not plan again.
-        execute: where runs happen.
-        workers: how many runs `execute` does at a time, for the estimate and the time left.
-        on_estimate: told before the first run.
-        on_run: told after every run.
+        budget_minutes: plan only what fits, and report what was left out. A resumed study keeps its plan.
+        execute: the executor of the runs.
+        workers: number of parallel runs of `execute`, for the estimate and the remaining time.
+        on_estimate: called before the first run.
+        on_run: called after every run.
 
     Raises:
-        ConfigError: a question that cannot be asked of this model or data, or a budget too small.
-        OutputError: the folder holds something else, or a file of the study in it is damaged.
-        ResumeError: the folder holds another study.
+        ConfigError: a study is not possible with this model or data, or the budget is too small.
+        OutputError: the folder contains other files, or a file of the study in it is damaged.
+        ResumeError: the folder contains another study.
         TrainingError: every run diverged.
     """
     began = time.perf_counter()
@@ -159,11 +159,13 @@ def run_studies(
     for study in studies:
         for arm in study.arms(material):
             if arms.setdefault(arm.name, arm) != arm:
-                raise ConfigError(f"two studies mean different things by the arm {arm.name!r}")
+                raise ConfigError(
+                    f"two studies define the arm {arm.name!r} differently; run them in separate folders"
+                )
     every = list(arms.values())
     arm_runner = ArmRunner(material.base, material.tasks, material.general, material.config, folder / RUNS)
     for arm in every:
-        arm_runner.numbers(arm)  # refuses now what would be refused after hours
+        arm_runner.numbers(arm)  # raises errors now instead of after hours
     settings = _settings(studies, material, every)
     known = None if overwrite else planned_before(folder)
     if known is None:
@@ -204,7 +206,7 @@ def run_studies(
 
 
 def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm]) -> dict[str, Any]:
-    """What two parts of one study must share; the report prints it."""
+    """The settings that a resumed study must share; the report prints them."""
     hashes = {name: _hash([*t.train, *t.validation, *t.test]) for name, t in material.tasks.items()}
     return {
         "studies": [study.name for study in studies],

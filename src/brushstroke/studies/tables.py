@@ -1,4 +1,7 @@
-"""What several readings need: sites by layer and matrix, φ of pairs of runs, losses of arms."""
+"""Tables, figures and notes that several studies use: sites by layer and matrix, φ of pairs of runs, losses.
+
+Does not compute comparisons or overlaps (`comparisons` and `analysis` do).
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -19,7 +22,7 @@ from brushstroke.studies.statistics import Interval, interval, over_pairs
 from brushstroke.studies.words import listed
 
 SIDES = ("left", "right")
-QUANTITIES = {  # of the overlap figures: name of the file → whose directions, the side, title
+QUANTITIES = {  # overlap figures: name of the file → whose directions, the side, the title
     "dW-input": ("delta", "left", "ΔW, input side"),
     "A": ("U", "left", "the right-singular vectors of A (our U), as in the paper"),
     "dW-output": ("delta", "right", "ΔW, output side"),
@@ -31,7 +34,7 @@ ABOUT_A = (
 
 
 def places(sites: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Site → (layer, matrix), for tables and menus; of each layer q and v first."""
+    """Site → (layer, matrix), for tables and menus; in each layer q and v first."""
     grid = arrange(sites)
     names = short_names(grid.matrices)
     return {
@@ -54,7 +57,7 @@ def rate_told(found: ArmResult) -> str:
 
 
 def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
-    """Arm, parameters, chosen rate and whether it is inside of its grid, losses, accuracy, the way of U."""
+    """The table of arms: parameters, chosen rate and whether it is conclusive, losses, change of U."""
     rows = []
     for name in names:
         found = results.arms.get(name)
@@ -120,13 +123,13 @@ def overlap_figures(
     controls: Mapping[str, Mapping[str, Mapping[str, SiteOverlap]]] | None = None,
     corner: bool = False,
 ) -> list[Figure]:
-    """φ of ΔW on either side and of A, each q beside v and a random pair.
+    """φ of ΔW on both sides and of A, with q next to v and a random pair.
 
     Args:
         found: "delta" and "U" → site → φ.
-        name: what the files begin with.
-        i, j: what rows and columns are.
-        controls: name → the same of another pair of runs.
+        name: prefix of the file names.
+        i, j: titles of rows and columns.
+        controls: name → the same as `found` for another pair of runs.
         corner: also draw the lower-left corners.
     """
     figures = []
@@ -148,7 +151,7 @@ def overlap_figures(
 
 
 def difference_figure(compared: Sequence[Comparison], study: str) -> list[Figure]:
-    """Differences with their intervals around a line at 0; nothing where there are none."""
+    """Differences with their intervals and a line at 0; no figure if there are no differences."""
     records = [
         {"pair": f"{one.first} less {one.second}", "difference": one.difference.mean, **band(one.difference)}
         for comparison in compared
@@ -162,7 +165,7 @@ def difference_figure(compared: Sequence[Comparison], study: str) -> list[Figure
 
 
 def block(row: SiteOverlap, side: str, i: int, j: int) -> float:
-    """φ(i, j) of one side; the largest block there is where an update has fewer directions."""
+    """φ(i, j) of one side; if an update has fewer directions, that of the largest block."""
     grid = getattr(row, side)
     return float(grid[min(i, grid.shape[0]) - 1, min(j, grid.shape[1]) - 1])
 
@@ -173,7 +176,7 @@ def over_seeds(values: Mapping[tuple[int, int], float]) -> Interval:
 
 
 def diverged_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
-    """Which later seeds diverged; no number includes them."""
+    """A note on seeds that diverged; no result includes them."""
     lost = [
         f"{name} ({listed('seed', [seed for seed in found.outcomes if seed not in found.seeds])})"
         for name in names
@@ -183,7 +186,7 @@ def diverged_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def limits(results: Results, names: Sequence[str]) -> tuple[str, ...]:
-    """What limits a finding about these arms: inconclusive ones, diverged seeds, the budget of time."""
+    """Notes that limit a finding about these arms: inconclusive arms, diverged seeds, the time budget."""
     return (
         *inconclusive_note(results, names),
         *diverged_note(results, names),
@@ -198,12 +201,12 @@ def smallest_side_of(results: Results, arm: str) -> int:
 
 
 def own_ranks(adapter: Adapter) -> int:
-    """The smallest rank of its updates."""
+    """The smallest rank of an adapter's updates."""
     return min(min(update.rank, *update.shape) for update in low_rank_updates(adapter).values())
 
 
 def inconclusive_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
-    """What to say of arms whose learning rate could not be chosen."""
+    """A note on arms whose learning rate could not be chosen."""
     open_ones = [name for name in names if name in results.arms and not results.arms[name].conclusive]
     if not open_ones:
         return ()
@@ -215,12 +218,12 @@ def inconclusive_note(results: Results, names: Sequence[str]) -> tuple[str, ...]
 
 
 def left_out_note(results: Results) -> tuple[str, ...]:
-    """What the budget of time left out."""
+    """Notes on arms and seeds that the time budget left out."""
     return tuple(f"Left out by the budget of time: {line}." for line in results.estimate.left_out)
 
 
 def as_interval(found: Interval | None) -> dict[str, Any] | None:
-    """JSON types."""
+    """An interval as JSON types."""
     return (
         None
         if found is None
@@ -229,7 +232,7 @@ def as_interval(found: Interval | None) -> dict[str, Any] | None:
 
 
 def as_comparison(found: Comparison, margin: float) -> dict[str, Any]:
-    """JSON types of differences that were judged together."""
+    """A comparison as JSON types."""
     return {
         "procedure": found.procedure,
         "level": found.level,
@@ -254,7 +257,7 @@ def as_comparison(found: Comparison, margin: float) -> dict[str, Any]:
 
 
 def comparison_notes(found: Comparison, results: Results, study: str, margin: float) -> tuple[str, ...]:
-    """What limits a comparison: what was left out, the rows that it speaks of, when the margin was stated."""
+    """Notes that limit a comparison: exclusions, the rows it is valid for, when the margin was set."""
     if found.spread is None:
         return found.notes
     rows = "The losses of single test rows were not kept: all differences speak of these test rows only."
@@ -270,5 +273,5 @@ def comparison_notes(found: Comparison, results: Results, study: str, margin: fl
 
 
 def band(found: Interval) -> dict[str, float]:
-    """The bounds for a figure; nothing where there are none."""
+    """The bounds of an interval for a figure; empty if it has none."""
     return {} if found.low is None or found.high is None else {"low": found.low, "high": found.high}

@@ -1,4 +1,7 @@
-"""Question 1 of the paper: which matrices deserve a limited budget of parameters?"""
+"""Question 1 of the paper: which matrices should be trained with a limited budget of parameters?
+
+Does not implement the comparison (`comparisons` does).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from brushstroke.studies.tables import (
     test_loss,
 )
 
-BUDGET_RANK = 8  # the budget is what the first set needs at this rank, as in the paper's table 5
+BUDGET_RANK = 8  # the budget is the parameters of the first set at this rank, as in the paper's table 5
 
 
 @dataclass
@@ -31,13 +34,13 @@ class TargetsStudy:
 
     Args:
         sets: name → patterns; by default those of the paper's table 5 and the feed-forward block.
-        budget: parameters of each arm; by default what the first set needs at rank 8.
-        rank: one rank for all sets instead of a budget; bigger sets then have more parameters.
-        alpha: the same for all.
-        margin: what equal means, in nats of test loss per trained token; stated before the runs.
+        budget: parameters of each arm; by default those of the first set at rank 8.
+        rank: one rank for all sets instead of a budget; larger sets then have more parameters.
+        alpha: of all arms.
+        margin: the margin of equality, in nats of test loss per trained token; stored before the runs.
 
     Raises:
-        ConfigError: a budget below 1, or a margin that is no number above 0.
+        ConfigError: the budget is below 1, or the margin is not a finite number above 0.
     """
 
     sets: Mapping[str, tuple[str, ...]] | None = None
@@ -56,7 +59,7 @@ class TargetsStudy:
             )
 
     def arms(self, material: Material) -> list[Arm]:
-        """One for each set."""
+        """One arm for each set of matrices."""
         sites = material.sites
         sets = dict(self.sets or matrix_sets(sites))
         if self.rank is not None:
@@ -69,7 +72,7 @@ class TargetsStudy:
         return list(self._found.arms)
 
     def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
-        """The order of the sets, and which of them the seeds can tell apart."""
+        """The order of the sets by test loss, and the pairs that are shown to differ."""
         assert self._found is not None
         names = [arm.name for arm in self._found.arms]
         good = results.conclusive(names)
@@ -139,7 +142,7 @@ def _answer(ordered: list[str], compared: Comparison, margin: float) -> str:
 
 
 def _on_new_rows(lower: Sequence[Difference]) -> str:
-    """Of the sets that the best one is lower than: with which of them that holds on new test rows."""
+    """A phrase: for which of these differences the best set is also lower on new test rows."""
     if not any(one.new_rows for one in lower):
         return " on these test rows"
     kept = [one.second for one in lower if one.significant_on_new_rows()]

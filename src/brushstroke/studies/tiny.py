@@ -1,6 +1,6 @@
-"""A small language model of one's own, trained here in half a minute on text that every Python carries.
+"""A small language model of two layers over bytes, trained in half a minute on the Python standard library.
 
-Two layers over bytes. It is large enough for the questions of the paper and no model of anything else.
+Does not model language well: it is only large enough for the paper's experiments.
 """
 
 import ast
@@ -22,25 +22,25 @@ from brushstroke.studies.arms import OTHER, TASK
 from brushstroke.training.schedule import factor
 
 WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 192
-WINDOW = 64  # bytes of an example
+WINDOW = 64  # bytes per example
 STEPS, BATCH, RATE, WARMUP = 2000, 16, 3e-3, 50
-LEFT_OUT = {  # folders: text of the tasks, and what not every Python carries
+LEFT_OUT = {  # folders with text of the tasks, and folders that some Python installations lack
     *("pydoc_data", "encodings", "site-packages", "dist-packages"),
     *("test", "tests", "idlelib", "__pycache__"),
 }
-HELD_OUT = 20  # every 20th file is text that the model never saw
-SHARED = 32  # bytes that no window to learn from shares with a text that is held out
-MADE = "made_by.json"  # in the model's folder: how it was made
+HELD_OUT = 20  # every 20th file is held out from the model's training
+SHARED = 32  # a training window has no piece of this many bytes in common with a held-out text
+MADE = "made_by.json"  # file in the model's folder with its training settings
 SIZES = {"train": 4096, "validation": 96, "test": 256}  # windows of a task
-GENERAL = 128  # windows of Python source of which the model saw neither half
+GENERAL = 128  # windows of Python source whose halves are not in the model's training text
 
 
 def tiny_base(folder: Path, seed: int = 0) -> Base:
-    """The model from the folder, trained there first where it is not; float32, on the CPU.
+    """The model in the folder, trained first if the folder does not exist; float32, on the CPU.
 
     Raises:
         DataError: this Python has no standard library in source form.
-        OutputError: the folder cannot be written, or holds another model.
+        OutputError: the folder cannot be written, or contains another model.
     """
     how = {"width": WIDTH, "layers": LAYERS, "steps": STEPS, "seed": seed}
     if folder.is_dir():
@@ -64,10 +64,10 @@ def tiny_base(folder: Path, seed: int = 0) -> Base:
 
 
 def tasks() -> dict[str, Task]:
-    """English prose (the help texts of pydoc) as the task, and character tables as the other one.
+    """English prose (the help texts of pydoc) as the task, and character tables as the other task.
 
     Raises:
-        DataError: this Python does not carry them.
+        DataError: this Python does not have these files.
     """
     prose = [text.encode() for text in help_texts()]
     return {
@@ -77,7 +77,7 @@ def tasks() -> dict[str, Task]:
 
 
 def general() -> tuple[Example, ...]:
-    """Python source that the model was not trained on: neither half of a window stands in what it saw."""
+    """Python source that the model was not trained on: no half of a window is in its training text."""
     parts = list(enumerate(_sources()))
     seen = b"".join(part for index, part in parts if index % HELD_OUT)
     candidates = _windows(b"".join(part for index, part in parts if not index % HELD_OUT), 4 * GENERAL)
@@ -120,24 +120,24 @@ def _pretrained(seed: int) -> Any:
 
 
 def _sources() -> Iterator[bytes]:
-    """The standard library's files in the order of their names."""
+    """The contents of the standard library's files, in the order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(
         file for file in root.rglob("*.py") if not set(file.relative_to(root).parts[:-1]) & LEFT_OUT
     )
     if not files:
         raise DataError(
-            f"there is no Python source in {root}; this Python carries no standard library as text"
+            f"there is no Python source in {root}; use a Python that has its standard library as text"
         )
     for file in files:
         yield file.read_bytes()
 
 
 def help_texts() -> list[str]:
-    """The prose of pydoc's topics, by name. The file is read, not run.
+    """The prose of pydoc's topics, sorted by topic. The file is parsed, not executed.
 
     Raises:
-        DataError: this Python does not carry it.
+        DataError: this Python does not have the file.
     """
     file = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     if not file.is_file():
@@ -160,7 +160,7 @@ def _tables() -> list[bytes]:
 
 
 def without_repeats(texts: Sequence[bytes], separator: bytes) -> list[bytes]:
-    """The texts without those of their parts that stood in an earlier text, or earlier in the same.
+    """The texts without parts that occur in an earlier text, or earlier in the same text.
 
     >>> without_repeats([b"a b a", b"b c"], b" ")
     [b'a b', b'c']
@@ -169,20 +169,20 @@ def without_repeats(texts: Sequence[bytes], separator: bytes) -> list[bytes]:
     kept = []
     for text in texts:
         parts = [(part, b" ".join(part.split())) for part in text.split(separator)]
-        own = []
+        new = []
         for part, plain in parts:
             if plain not in seen:
                 seen.add(plain)
-                own.append(part)
-        kept.append(separator.join(own))
+                new.append(part)
+        kept.append(separator.join(new))
     return kept
 
 
 def _task(name: str, texts: Sequence[bytes]) -> Task:
-    """Whole texts go to one split: every tenth to validation, every tenth to the test.
+    """Assigns each text to one split: every tenth to validation, every tenth to the test.
 
-    Windows to learn from that share 32 bytes with a held-out text are left out, and so are windows of the
-    validation split that share them with the test's.
+    Removes training windows that share 32 bytes with a held-out text, and validation windows that share 32
+    bytes with the test split.
     """
     test = b"".join(texts[5::10])
     validation = b"".join(texts[0::10])
@@ -209,7 +209,7 @@ def _halves(example: Example) -> tuple[bytes, bytes]:
 
 
 def _windows(text: bytes, count: int | None = None) -> list[Example]:
-    """Windows that do not overlap: all, or `count` of them spread over the text."""
+    """Windows that do not overlap: all of them, or `count` at even distances."""
     weights = (0.0, *[1.0] * (WINDOW - 1))
     starts = range(0, len(text) - WINDOW + 1, WINDOW)
     chosen = starts if count is None else _spread(starts, count)
@@ -217,5 +217,5 @@ def _windows(text: bytes, count: int | None = None) -> list[Example]:
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, at even distances."""
+    """At most `count` items, at even distances."""
     return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]

@@ -1,13 +1,13 @@
-"""Counts and lists in a study's sentences, in the singular where there is one.
+"""Formats counts and lists for the sentences of a study, with singular and plural.
 
-It knows nothing of studies.
+Does not use studies.
 """
 
 from collections.abc import Sequence
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """How many of something.
+    """A count with its noun.
 
     >>> counted(1, "run"), counted(3, "run"), counted(2, "matrix", "matrices")
     ('1 run', '3 runs', '2 matrices')
@@ -16,7 +16,7 @@ def counted(count: int, one: str, many: str = "") -> str:
 
 
 def listed(one: str, names: Sequence[object]) -> str:
-    """Some things by their names.
+    """A noun with the names of several things.
 
     >>> listed("seed", [2]), listed("seed", [1, 2])
     ('seed 2', 'seeds 1, 2')
