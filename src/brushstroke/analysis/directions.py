@@ -5,9 +5,10 @@ Does not use adapters and does not read weight files: the cache identifies a wei
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,8 +174,8 @@ def base_directions(
         BaseLoadError: W contains NaN or infinity, or its square is too large for float32.
     """
     k = -(-max(k, 1) // STEP) * STEP
-    key = "" if cache is None or W.numel() < SMALLEST else _key(W, "whole" if whole else f"{k} from {seed}")
-    if cache is not None and key and (kept := cache.find(key)) is not None:
+    kept, keep = _cached(cache, W, "whole" if whole else f"{k} from {seed}")
+    if kept is not None and cache is not None:
         cache.used += 1
         return Directions.of(kept)
     norm, work = finite_norm(site, W), (working or Working())(W, whole)
@@ -189,8 +190,7 @@ def base_directions(
     else:
         top = top_svd(Shifted(work), k, generator=torch.Generator().manual_seed(seed))
         found = _contiguous(norm, top.left, top.sigma, top.right, top.residual)
-    if cache is not None and key:
-        cache.keep(key, found.tensors())
+    keep(found.tensors())
     return found
 
 
@@ -201,13 +201,22 @@ def base_floor(
 
     See `proven_floor`.
     """
-    key = "" if cache is None or W.numel() < SMALLEST else _key(W, "floor")
-    if cache is not None and key and (kept := cache.find(key)) is not None:
+    kept, keep = _cached(cache, W, "floor")
+    if kept is not None:
         return float(kept["floor"])
     floor = proven_floor(working(W, whole=False), strongest)
-    if cache is not None and key:
-        cache.keep(key, {"floor": torch.tensor(floor, dtype=torch.float64)})
+    keep({"floor": torch.tensor(floor, dtype=torch.float64)})
     return floor
+
+
+def _cached(
+    cache: DirectionCache | None, W: Float[Tensor, "d h"], asked: str
+) -> tuple[dict[str, Tensor] | None, Callable[[dict[str, Tensor]], None]]:
+    """What the cache holds for a question about W, and the function that stores the answer if it holds nothing."""
+    if cache is None or W.numel() < SMALLEST:
+        return None, lambda found: None
+    key = _key(W, asked)
+    return cache.find(key), partial(cache.keep, key)
 
 
 def _contiguous(norm: float, *parts: Tensor) -> Directions:
