@@ -212,7 +212,7 @@ def base_floor(
 def _cached(
     cache: DirectionCache | None, W: Float[Tensor, "d h"], asked: str
 ) -> tuple[dict[str, Tensor] | None, Callable[[dict[str, Tensor]], None]]:
-    """What the cache holds for a question about W, and the function that stores the answer if it holds nothing."""
+    """What the cache holds for a question about W, and a function that stores a new answer."""
     if cache is None or W.numel() < SMALLEST:
         return None, lambda found: None
     key = _key(W, asked)
