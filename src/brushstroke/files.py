@@ -1,4 +1,4 @@
-"""Reads JSON files and computes checksums.
+"""Reads JSON and safetensors files and computes checksums.
 
 It writes no files; the package `outputs` does.
 """
@@ -7,7 +7,10 @@ import hashlib
 import json
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_json(path: Path | Traversable) -> Any:
@@ -21,6 +24,21 @@ def read_json(path: Path | Traversable) -> Any:
         return json.loads(path.read_bytes().decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_tensors(content: bytes) -> dict[str, "Tensor"]:
+    """The tensors in the bytes of a safetensors file, in the order of their names, in memory of their own.
+
+    Reading the same bytes twice gives the same results to the last bit: products round differently when the
+    memory of a tensor is not aligned, and views of the bytes are aligned at random.
+
+    Raises:
+        safetensors.SafetensorError: they are not the bytes of such a file.
+    """
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(content)  # in random order
+    return {name: tensors[name].clone() for name in sorted(tensors)}
 
 
 def file_sum(path: Path) -> str:

@@ -17,7 +17,7 @@ import pytest
 from cli_kit import ENVIRONMENT, PLAIN, rows, write_rows
 
 from brushstroke import errors, fetch, save
-from brushstroke.formats.peft import READ_FILES
+from brushstroke.formats.peft import ADAPTER_FILES, README
 from brushstroke.formats.templates import OTHERS, SETTINGS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -271,7 +271,7 @@ def test_paths_are_not_hub_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_all_files_that_are_read_are_fetched() -> None:
-    assert {*READ_FILES, SETTINGS, f"{OTHERS}/*.jinja"} <= set(fetch.FETCHED)
+    assert {*ADAPTER_FILES} - {README} | {SETTINGS, f"{OTHERS}/*.jinja"} <= set(fetch.FETCHED)
 
 
 def test_missing_adapter_folder_is_refused(tmp_path: Path) -> None:

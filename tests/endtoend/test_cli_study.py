@@ -251,7 +251,7 @@ def test_finished_runs_are_read_again_and_nothing_is_trained(cli, tiny, data, tm
     assert cli(*words).status == 0
     runs = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")}
     before = results(out)
-    assert len([file for file in runs if file.name == "test_invalid_rows_are_refused.json"]) == len(runs) / 2
+    assert len([file for file in runs if file.name == "test_rows.json"]) == len(runs) / 2
     again = cli(*words, "--reread")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")} == runs
@@ -269,7 +269,7 @@ def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, tiny, data, tmp
     out = tmp_path / "out"
     words = ("study", "targets", tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS["targets"])
     assert cli(*words).status == 0
-    for file in out.glob("runs/*/test_invalid_rows_are_refused.json"):
+    for file in out.glob("runs/*/test_rows.json"):
         file.unlink()
     study = json.loads((out / "study.json").read_text("utf-8"))
     del study["notes"]["margins"]

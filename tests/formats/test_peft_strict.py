@@ -18,6 +18,7 @@ from torch import nn
 from brushstroke import errors, load, save
 from brushstroke.adapter import Adapter, Card, Fingerprint
 from brushstroke.formats import peft
+from brushstroke.formats.peft_forms import FLAGS
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.outputs import exchange, lock, replace, write
 
@@ -165,7 +166,7 @@ def test_every_field_of_the_installed_peft_is_handled() -> None:
 
     from brushstroke.formats import peft_config
 
-    known = {*peft_config._READ, *peft_config._NO_EFFECT, *peft_config._REFUSED}
+    known = {*FLAGS, *peft_config._READ, *peft_config._NO_EFFECT, *peft_config._REFUSED}
     assert {field.name for field in dataclasses.fields(their_peft.LoraConfig)} <= known
     assert not peft_config._NO_EFFECT & set(peft_config._REFUSED)
 
@@ -507,7 +508,7 @@ def test_a_save_beside_a_save_cannot_take_its_folder_away(
     assert contents(folder) == whole
 
 
-@pytest.mark.parametrize("read", ["read_object", "read_rule", "from_bytes", "read_template"])
+@pytest.mark.parametrize("read", ["read_object", "read_rule", "read_tensors", "read_template"])
 def test_a_load_beside_saves_reads_one_adapter_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch, read: str, way: str
 ) -> None:

@@ -195,7 +195,7 @@ def test_invalid_energy_shares_are_refused(share):
 
 def test_too_small_budgets_are_refused():
     found = spectrum(bs.Adapter({"a": with_spectrum(4, 4, [1.0])}))
-    with pytest.raises(ConfigError, match="cheapest costs 8"):
+    with pytest.raises(ConfigError, match="too small for one rank; give at least 8"):
         fit_budget(found, 7)
     zero = spectrum(bs.Adapter({"a": LowRank(torch.ones(3, 1), torch.zeros(1, 3))}))
     with pytest.raises(ConfigError, match="zero at every site"):

@@ -4,7 +4,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from brushstroke.analysis.listing import intruder_listing
+from brushstroke.analysis.text_tables import intruder_listing
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import intruders, relate, spectrum, subspace

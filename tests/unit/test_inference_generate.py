@@ -80,9 +80,9 @@ def test_per_row_route_requires_the_bank_argument():
         with held.rows(rows):
             assert generate(b, prompts, adapters=held, max_new_tokens=6) == expected
             for adapters in (None, {}):
-                with pytest.raises(RouteError, match="a route of 3 rows is in force"):
+                with pytest.raises(RouteError, match="the active route assigns adapters to 3 rows"):
                     generate(b, prompts, adapters=adapters, max_new_tokens=6)
-            with pytest.raises(RouteError, match="a route of 3 rows is in force"):
+            with pytest.raises(RouteError, match="the active route assigns adapters to 3 rows"):
                 evaluate_loss(b, [Example((1, 2), (0.0, 1.0))])
         held.use("other")
         alone = generate(b, prompts, adapters=held, rows="other", max_new_tokens=6)

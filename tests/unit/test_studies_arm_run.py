@@ -136,8 +136,8 @@ def test_the_losses_of_single_rows_are_those_of_each_row_alone(arm_runner, rows)
 def test_a_run_keeps_the_losses_of_its_test_rows(arm_runner):
     for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
         outcome = arm_runner.run(Run(arm, 1e-3, 0))
-        assert len(outcome.test_invalid_rows_are_refused) == 6
-        assert sum(outcome.test_invalid_rows_are_refused) == pytest.approx(
+        assert len(outcome.test_rows) == 6
+        assert sum(outcome.test_rows) == pytest.approx(
             outcome.test.loss * outcome.test.tokens, rel=1e-6
         )
 

@@ -206,7 +206,7 @@ def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
 def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     store = Store(tmp_path, identity(seeds=[0]))
     store.finish(
-        Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_invalid_rows_are_refused=(1.0, 2.0))
+        Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.0, 2.0))
     )
     (tmp_path / "mine.txt").write_text("mine")
     fresh = Store(tmp_path, identity(seeds=[1]), overwrite=True)
@@ -218,14 +218,14 @@ def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
 
 def test_row_losses_are_stored_with_the_outcome(tmp_path):
     store, run = Store(tmp_path, IDENTITY), Run(ARM, 0.1, 0)
-    store.finish(run, Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_invalid_rows_are_refused=(1.23456789, 2.0)))
-    assert store.test_invalid_rows_are_refused(run) == (1.234568, 2.0)
-    assert "test_invalid_rows_are_refused" not in (tmp_path / "runs" / run.key / "outcome.json").read_text()
+    store.finish(run, Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.23456789, 2.0)))
+    assert store.test_rows(run) == (1.234568, 2.0)
+    assert "test_rows" not in (tmp_path / "runs" / run.key / "outcome.json").read_text()
     assert store.outcome(run) == Outcome("a", 0.1, 0, 1, 1, 1, 0.1)
-    assert store.test_invalid_rows_are_refused(Run(ARM, 0.1, 1)) == ()
-    (tmp_path / "runs" / run.key / "test_invalid_rows_are_refused.json").write_text("[1, null]")
-    with pytest.raises(OutputError, match=r"test_invalid_rows_are_refused.json is damaged; remove this file"):
-        store.test_invalid_rows_are_refused(run)
+    assert store.test_rows(Run(ARM, 0.1, 1)) == ()
+    (tmp_path / "runs" / run.key / "test_rows.json").write_text("[1, null]")
+    with pytest.raises(OutputError, match=r"test_rows.json is damaged; remove this file"):
+        store.test_rows(run)
 
 
 def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from brushstroke.analysis.weights import finite_norm
 from brushstroke.errors import BaseLoadError, OutputError
+from brushstroke.files import read_tensors
 from brushstroke.lowrank.cosines import proven_floor
 from brushstroke.lowrank.krylov import Shifted, dense_svd, top_svd
 from brushstroke.outputs import write_file
@@ -101,14 +102,12 @@ class DirectionCache:
 
     def find(self, key: str) -> dict[str, Tensor] | None:
         """The tensors in the file of a key; None if the file is missing or damaged."""
-        import safetensors.torch
-
         path = self._path(key)
         try:
             checksum, payload = path.read_bytes().split(b"\n", 1)
             if checksum.decode() != _sum(key, payload):
                 return None
-            found = safetensors.torch.load(payload)
+            found = read_tensors(payload)
         except Exception:  # missing or damaged in any way: the caller computes and replaces it
             return None
         self._own_files.add(path)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from brushstroke.fetch import (
     open_adapter,
     read_object,
 )
+from brushstroke.files import read_tensors
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
 from brushstroke.formats.peft_forms import Form, closest_form, form_of, parse_key
@@ -148,7 +148,7 @@ def load(folder: str | Path) -> Adapter:
         stored = read_object(config_file)
         rule = read_rule(stored, str(config_file))
         try:
-            tensors = from_bytes(tensor_file.read_bytes())
+            tensors = read_tensors(tensor_file.read_bytes())
         except SafetensorError as error:
             raise damaged_tensors(tensor_file, error) from error
         updates, copies = _contents(tensors, rule, str(tensor_file))

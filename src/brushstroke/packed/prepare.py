@@ -16,7 +16,6 @@ from brushstroke.base import (
     hidden_size,
     limit_kernel_caches,
     model_dtype,
-    preserved_rope,
     vocabulary_size,
 )
 from brushstroke.errors import BrushstrokeError, ConfigError
@@ -169,8 +168,7 @@ def _first_pass(
     Raises:
         _CannotRun: the model cannot run one pass.
     """
-    with preserved_rope(model):
-        forward, reason = select_forward(model, share, factors)
+    forward, reason = select_forward(model, share, factors)
     return forward, reason, _need(model, forward, factors, widest, checkpointed)
 
 

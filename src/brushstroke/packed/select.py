@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from brushstroke.base import context_length, model_dtype
+from brushstroke.base import context_length, model_dtype, preserved_rope
 from brushstroke.packed.attention import UnsupportedAttention
 from brushstroke.packed.forward import Forward, PackedForward, PaddedForward, find_head
 from brushstroke.packed.pack import Group, Pass, Row, unshared
@@ -48,7 +48,7 @@ def select_forward(model: nn.Module, share: bool, trained: Sequence[Tensor] = ()
     Returns:
         The forward, and the reason in one line.
     """
-    with perturb_zeros(trained):
+    with preserved_rope(model), perturb_zeros(trained):
         return _choose(model, share)
 
 

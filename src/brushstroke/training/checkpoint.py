@@ -12,11 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 from brushstroke.errors import ResumeError
-from brushstroke.files import read_json
+from brushstroke.files import read_json, read_tensors
 from brushstroke.layers import TrainableAttachment
 from brushstroke.outputs import OpenFolder, OwnFiles, clear_leftovers, has_keys, open_folder, replace_files
 
@@ -77,7 +76,7 @@ def load_session(session: Resumable, folder: Path) -> dict[str, Any]:
             content = (opened / TENSORS).read_bytes()
         if hashlib.sha256(content).hexdigest() != state["tensors"]:
             raise damaged(folder, f"the checksum of {TENSORS} does not match")
-        tensors = from_bytes(content)
+        tensors = read_tensors(content)
     except (OSError, SafetensorError) as error:
         raise damaged(folder, str(error)) from error
     named = dict(session.attachment.named_parameters())
