@@ -25,11 +25,11 @@ with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
         out=out,
         on_step=lambda event: losses.append(event.loss),
     )
-told = ("real_tokens", "trained_tokens", "computed_tokens", "seconds", "dtype")
+reported = ("real_tokens", "trained_tokens", "computed_tokens", "seconds", "dtype")
 print(
     json.dumps(
         {
-            **{name: result.summary[name] for name in told},
+            **{name: result.summary[name] for name in reported},
             "peak_bytes": peak_memory(base.device),  # the save in it, as on the other side
             "losses": losses,
         }

@@ -39,10 +39,10 @@ def main() -> None:
                 missing = sorted(set(expected) - set(found))
                 ratios = [found[site] / expected[site] for site in expected if site in found]
                 worst = max(abs(ratio - 1) for ratio in ratios)
-                told = (
+                reported = (
                     f"σ₁ is {min(ratios):.4f} to {max(ratios):.4f} of PEFT's own, at worst off by {worst:.1e}"
                 )
-                print(f"{kind:14} {name:12} {told}; {len(missing)} sites missing; {seconds:.1f} s")
+                print(f"{kind:14} {name:12} {reported}; {len(missing)} sites missing; {seconds:.1f} s")
                 keep(
                     "against gradience",
                     kind=kind,
@@ -71,32 +71,32 @@ def write(folder: Path, settings: dict) -> dict[str, float]:
 
 
 def by_brushstroke(folder: Path) -> tuple[dict[str, float], float]:
-    told, seconds = run("brushstroke", "spectrum", folder, "--json")
-    (adapter,) = told["adapters"]
+    reported, seconds = run("brushstroke", "spectrum", folder, "--json")
+    (adapter,) = reported["adapters"]
     return {row["site"]: row["sigma"][0] for row in adapter["sites"]}, seconds
 
 
 def by_gradience(folder: Path) -> tuple[dict[str, float], float]:
     words = ("--peft-dir", folder, "--json", "--layers", "--no-udr")
-    told, seconds = run("gradience", "audit", *words)
+    reported, seconds = run("gradience", "audit", *words)
     found = {
         str(row["name"]).removeprefix("base_model.model."): float(row["sigma_max_scaled"])
-        for row in told["layer_data"]["layer_rows"]
+        for row in reported["layer_data"]["layer_rows"]
     }
     return found, seconds
 
 
 def run(*words: object) -> tuple[dict, float]:
     """The JSON of a command, and the median of its wall times."""
-    times, told = [], {}
+    times, reported = [], {}
     for _ in range(ROUNDS):
         began = time.perf_counter()
         done = subprocess.run(
             [BIN / str(words[0]), *map(str, words[1:])], capture_output=True, text=True, check=True
         )
         times.append(time.perf_counter() - began)
-        told = json.loads(done.stdout[done.stdout.index("{") :])
-    return told, statistics.median(times)
+        reported = json.loads(done.stdout[done.stdout.index("{") :])
+    return reported, statistics.median(times)
 
 
 if __name__ == "__main__":

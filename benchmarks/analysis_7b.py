@@ -58,8 +58,8 @@ def main() -> None:
                 whole = seconds * LAYERS / asked.layers
                 print(f"{command}, {size} adapter, directions {directions}: {seconds:.1f} s", end="")
                 print("" if asked.layers == LAYERS else f" for {asked.layers} layers, {whole:.0f} s for 32")
-                told = {"adapter": size, "directions": directions, "layers": asked.layers}
-                keep(f"analysis of a 7B shape: {command}", **told, seconds=seconds)
+                reported = {"adapter": size, "directions": directions, "layers": asked.layers}
+                keep(f"analysis of a 7B shape: {command}", **reported, seconds=seconds)
 
 
 def modules() -> dict[str, tuple[int, int]]:

@@ -49,8 +49,8 @@ def singular_values(rank: int) -> dict[str, float]:
     expected = torch.linalg.svd(dense, full_matrices=False).S[:rank].double()
     slow = time.perf_counter() - began
     worst = float(((found - expected) / expected).abs().max())
-    told = f"{1e3 * fast:.2f} ms, dense {slow:.1f} s, {slow / fast:,.0f}×, off {worst:.1e}"
-    print(f"σ at {SIDE}×{SIDE}, r = {rank}: {told}")
+    reported = f"{1e3 * fast:.2f} ms, dense {slow:.1f} s, {slow / fast:,.0f}×, off {worst:.1e}"
+    print(f"σ at {SIDE}×{SIDE}, r = {rank}: {reported}")
     times = {"seconds": fast, "dense_seconds": slow, "ratio": slow / fast}
     return {"rank": rank, **times, "relative_error": worst}
 

@@ -25,9 +25,9 @@ def main() -> None:
     for setting in SETTINGS:
         estimate, peak = in_own_process(Path(__file__).resolve(), setting)
         found.append({**setting, "estimate": estimate, "peak": peak})
-        told = ", ".join(f"{name} {value}" for name, value in setting.items())
+        reported = ", ".join(f"{name} {value}" for name, value in setting.items())
         print(
-            f"{told}: estimate {estimate / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB, "
+            f"{reported}: estimate {estimate / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB, "
             f"{estimate / peak - 1:+.1%}"
         )
     keep("memory_estimate", settings=found)

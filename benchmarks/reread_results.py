@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.studies.comparisons import MARGIN, Comparison, compare_all, compare_with
-from brushstroke.studies.findings import Table, difference_table, pairs_told
+from brushstroke.studies.findings import Table, describe_pairs, difference_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 QUESTIONS = ("Which matrices", "What rank")
@@ -64,7 +64,9 @@ def main(files: list[str]) -> None:
         results = json.loads(Path(file).read_text("utf-8"))
         print(f"\n## {Path(file).stem}")
         for caption, found in comparisons(results):
-            print(f"\n{pairs_told(found, MARGIN)}\n\n{markdown(difference_table(found, MARGIN, caption))}")
+            print(
+                f"\n{describe_pairs(found, MARGIN)}\n\n{markdown(difference_table(found, MARGIN, caption))}"
+            )
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def main() -> None:
                 f"{ours['peak_bytes'] / run['peak_bytes']:.2f}x the memory, "
                 f"mean loss {ours['mean_loss'] / run['mean_loss'] - 1:+.1%}"
             )
-    told = {name: getattr(options, name) for name in ("task", "steps", "rounds")}
-    keep("training_speed", **told, **chosen, medians=middle)
+    reported = {name: getattr(options, name) for name in ("task", "steps", "rounds")}
+    keep("training_speed", **reported, **chosen, medians=middle)
 
 
 if __name__ == "__main__":

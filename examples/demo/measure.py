@@ -155,14 +155,14 @@ def merged(base: bs.Base, adapter: bs.Adapter, adapted: Judged, form: Settings) 
     """Merge into a copy; compare its shortest answers with the adapted model's, its speed with the base's."""
     folded = bs.merge(base, adapter)
     short = sorted(range(adapted.rows), key=lambda i: len(adapted.expected[i]))[: form.compared]
-    told = [adapted.answers[i] for i in short]
+    reported = [adapted.answers[i] for i in short]
     answers = _answers(folded, [adapted.prompts[i] for i in short], [adapted.expected[i] for i in short])
     base_times, merged_times = _latencies(base.model, folded.model, form.timed)
     classes = [[type(module) for module in model.modules()] for model in (base.model, folded.model)]
     return Merged(
-        same_tokens=all(_agree(one, two) for one, two in zip(answers, told, strict=True)),
-        compared=len(told),
-        tokens=sum(len(answer.tokens) for answer in told),
+        same_tokens=all(_agree(one, two) for one, two in zip(answers, reported, strict=True)),
+        compared=len(reported),
+        tokens=sum(len(answer.tokens) for answer in reported),
         base_ms=statistics.median(base_times),
         merged_ms=statistics.median(merged_times),
         latency_ratio=statistics.median(b / a for a, b in zip(base_times, merged_times, strict=True)),

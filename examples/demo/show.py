@@ -92,9 +92,9 @@ def answers(who: str, judged: Any, limit: int) -> None:
 
 def trained(run: Any) -> None:
     """Say what an adapter was trained on."""
-    told = f"trained on {run.real_tokens:,} tokens in {run.seconds:.0f} s"
-    reused = f"Reused: the same rows and settings made it before, {told}."
-    console.print(reused if run.reused else f"{told.capitalize()}.")
+    reported = f"trained on {run.real_tokens:,} tokens in {run.seconds:.0f} s"
+    reused = f"Reused: the same rows and settings made it before, {reported}."
+    console.print(reused if run.reused else f"{reported.capitalize()}.")
 
 
 def mixed(rows: Sequence[Any], switch_ms: float) -> None:

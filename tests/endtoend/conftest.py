@@ -16,8 +16,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     def run(*words: object) -> Done:
         capsys.readouterr()
         status = main([str(word) for word in words])
-        told = capsys.readouterr()
-        return Done(status, told.out, told.err)
+        reported = capsys.readouterr()
+        return Done(status, reported.out, reported.err)
 
     return run
 

@@ -78,21 +78,21 @@ def by_peft(request, tiny, tmp_path_factory):
 
 def test_spectra_of_adapters_that_peft_wrote(cli, by_peft):
     folder, deltas = by_peft
-    (told,) = json.loads(cli("spectrum", folder, "--json").out)["adapters"]
-    assert {site["site"] for site in told["sites"]} == set(deltas)
-    for site in told["sites"]:
+    (reported,) = json.loads(cli("spectrum", folder, "--json").out)["adapters"]
+    assert {site["site"] for site in reported["sites"]} == set(deltas)
+    for site in reported["sites"]:
         dense = torch.linalg.svdvals(deltas[site["site"]].double())
         assert site["sigma"] == pytest.approx(dense[: len(site["sigma"])].tolist(), rel=1e-4)
         assert site["rank"] == (2 if folder.name == "patterns" and "q_proj" in site["site"] else 4)
     norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in deltas.values()))
-    assert told["norm"] == pytest.approx(norm, rel=FLOAT32)
+    assert reported["norm"] == pytest.approx(norm, rel=FLOAT32)
 
 
 def test_relations_of_adapters_that_peft_wrote(cli, tiny, by_peft):
     folder, deltas = by_peft
-    told = json.loads(cli("relate", folder, tiny, "--json").out)
+    reported = json.loads(cli("relate", folder, tiny, "--json").out)
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    for row in told["sites"]:
+    for row in reported["sites"]:
         W = model.get_submodule(row["site"]).weight.detach().double().mT
         left, _, right = torch.linalg.svd(deltas[row["site"]].double(), full_matrices=False)
         r = row["rank"]
@@ -110,9 +110,9 @@ def test_spectrum_prints_sites_a_map_and_advice(cli, tiny, adapters):
     for expected in ("model.layers.0.self_attn.q_proj", "layer, relative", "mlp.down_proj", "four", "two"):
         assert expected in done.out
     assert "rank 4: keeps 99 % of the energy at 90 % of the sites of a kind of matrix" in done.out
-    told = json.loads(cli("spectrum", adapters / "four", "--base", tiny, "--json").out)["adapters"][0]
+    reported = json.loads(cli("spectrum", adapters / "four", "--base", tiny, "--json").out)["adapters"][0]
     weights = FolderWeights(tiny)
-    for row in told["sites"]:
+    for row in reported["sites"]:
         assert row["relative_norm"] == pytest.approx(
             row["norm"] / float(weights[row["site"]].norm()), rel=1e-5
         )
@@ -141,8 +141,8 @@ def test_compare_gives_grids_with_chance(cli, adapters):
     assert done.status == 0, done.err
     assert "left φ" in done.out
     assert "right z" in done.out
-    told = json.loads(cli("compare", adapters / "four", adapters / "two", "--json").out)
-    row = next(row for row in told["sites"] if row["site"].endswith("0.mlp.down_proj"))
+    reported = json.loads(cli("compare", adapters / "four", adapters / "two", "--json").out)
+    row = next(row for row in reported["sites"] if row["site"].endswith("0.mlp.down_proj"))
     assert (len(row["left"]), len(row["left"][0])) == (4, 2)
     assert row["chance_left"][3][1] == pytest.approx(4 / 48)
     assert row["chance_right"][0][1] == pytest.approx(2 / 32)
@@ -170,13 +170,13 @@ def test_the_repair_is_written(cli, tiny, adapters, tmp_path):
     words = ("intruders", adapters / "four", tiny, "--threshold", "0.6")
     done = cli(*words, "--repair", out, "--scale", "0", "--json")
     assert done.status == 0, done.err
-    told = json.loads(done.out)
-    assert told["intruders"] > 0
+    reported = json.loads(done.out)
+    assert reported["intruders"] > 0
     before, after = bs.load(adapters / "four"), bs.load(out)
-    for row in told["sites"]:
+    for row in reported["sites"]:
         assert after[row["site"]].rank == before[row["site"]].rank + row["intruders"]
     assert (before - after).norm() > 0
-    assert json.loads(cli(*words, "--json").out)["intruders"] == told["intruders"]
+    assert json.loads(cli(*words, "--json").out)["intruders"] == reported["intruders"]
 
 
 @pytest.fixture
@@ -214,12 +214,12 @@ def test_the_summary_comes_first_and_sites_when_asked_for(cli, commands, command
 @pytest.mark.parametrize("command", ALL)
 def test_json_holds_the_summary_and_all_sites(cli, commands, command):
     words, sentence = commands[command]
-    told = json.loads(cli(*words, "--json").out)
-    told = told["adapters"][0] if command == "spectrum" else told
-    assert sentence in told["summary"]["sentence"]
-    assert [row["matrix"] for row in told["summary"]["matrices"]][:2] == ["q_proj", "v_proj"]
-    assert [row["layer"] for row in told["summary"]["layers"]] == ["0", "1"]
-    assert len(told["sites"]) == 14
+    reported = json.loads(cli(*words, "--json").out)
+    reported = reported["adapters"][0] if command == "spectrum" else reported
+    assert sentence in reported["summary"]["sentence"]
+    assert [row["matrix"] for row in reported["summary"]["matrices"]][:2] == ["q_proj", "v_proj"]
+    assert [row["layer"] for row in reported["summary"]["layers"]] == ["0", "1"]
+    assert len(reported["sites"]) == 14
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -229,8 +229,8 @@ def test_every_table_is_written_as_csv_and_latex(cli, commands, command, tmp_pat
     names = {"matrices", "layers", "sites"} | ({more[command]} if command in more else set())
     done = cli(*words, "--csv", tmp_path / "t", "--latex", tmp_path / "t", "--json")
     assert done.status == 0, done.err
-    told = json.loads(done.out)
-    told = told["adapters"][0] if command == "spectrum" else told
+    reported = json.loads(done.out)
+    reported = reported["adapters"][0] if command == "spectrum" else reported
     printed = names - ({"sites"} if command == "intruders" else set())
     assert files_in(tmp_path / "t") == {f"{name}.csv" for name in names} | {f"{x}.tex" for x in printed}
     tables = {name: table(tmp_path / "t" / f"{name}.csv") for name in names}
@@ -240,13 +240,13 @@ def test_every_table_is_written_as_csv_and_latex(cli, commands, command, tmp_pat
         "relate": "projection_delta",
         "intruders": "undecided",
     }
-    for plain, row in zip(told["sites"], tables["sites"], strict=True):
+    for plain, row in zip(reported["sites"], tables["sites"], strict=True):
         assert (row["site"], row["matrix"]) == (plain["site"], plain["site"].rpartition(".")[2])
         assert row["layer"] == plain["site"].split(".")[2]
         assert [int(row["d"]), int(row["h"])] == plain["shape"]
         assert float(row[measure[command]]) == plain[measure[command]]
     for name in ("matrices", "layers"):
-        for plain, row in zip(told["summary"][name], tables[name], strict=True):
+        for plain, row in zip(reported["summary"][name], tables[name], strict=True):
             measures = {key: value for key, value in plain.items() if isinstance(value, dict)}
             for key, value in measures.items():
                 assert float(row[f"{key}_mean"]) == value["mean"]
@@ -338,9 +338,9 @@ def test_deciles_are_shown_with_chance(cli, tiny, adapters):
     assert list(rows) == list(DECILES)
     for row in rows.values():
         assert sum(map(float, row)) <= 100.5
-    told = json.loads(cli("relate", adapters / "four", tiny, "--json").out)["sites"]
-    total = sum(row["norm_delta"] ** 2 for row in told)
-    chance = sum(row["norm_delta"] ** 2 * row["deciles"]["chance_right"][0] for row in told) / total
+    reported = json.loads(cli("relate", adapters / "four", tiny, "--json").out)["sites"]
+    total = sum(row["norm_delta"] ** 2 for row in reported)
+    chance = sum(row["norm_delta"] ** 2 * row["deciles"]["chance_right"][0] for row in reported) / total
     assert float(rows["chance, outputs"][0]) == pytest.approx(100 * chance, abs=0.05)
     assert chance < 0.1  # some W have more outputs than directions
 
@@ -370,8 +370,8 @@ def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlik
     advice = "rank 1 for q_proj; rank 2 for k_proj; rank 4 for o_proj, gate_proj, up_proj, down_proj"
     assert advice in done.out
     assert advice in (tmp_path / "mixed.html").read_text("utf-8")
-    (told,) = json.loads(cli("spectrum", unlike / "mixed", "--json").out)["adapters"]
-    assert told["advised_ranks_99"] == {
+    (reported,) = json.loads(cli("spectrum", unlike / "mixed", "--json").out)["adapters"]
+    assert reported["advised_ranks_99"] == {
         "q_proj": 1,
         "o_proj": 4,
         "k_proj": 2,
@@ -385,8 +385,8 @@ def test_the_advice_is_by_kind_of_matrix_and_a_zero_adapter_gets_none(cli, unlik
     page = (tmp_path / "zero.html").read_text("utf-8")
     assert "changes nothing" in page
     assert not any("advice" in text.lower() for text in (done.out, page))
-    (told,) = json.loads(cli("spectrum", unlike / "untrained", "--json").out)["adapters"]
-    assert told["advised_ranks_99"] == {}
+    (reported,) = json.loads(cli("spectrum", unlike / "untrained", "--json").out)["adapters"]
+    assert reported["advised_ranks_99"] == {}
 
 
 def test_every_command_accepts_untrained_adapters(cli, tiny, adapters, unlike):
@@ -411,9 +411,9 @@ def test_a_comparison_with_an_adapter_that_is_zero_is_told(cli, adapters, unlike
     assert len(table(tmp_path / "sites.csv")) == 14
     assert files_in(tmp_path) == {"sites.csv", "sites.tex", "page.html"}
     assert "φ is undefined" in (tmp_path / "page.html").read_text("utf-8")
-    told = json.loads(cli(*words, "--json").out)
-    assert len(told["unmatched"]["zero"]) == 14
-    assert (told["cosine"], told["sites"], told["summary"]["matrices"]) == (None, [], [])
+    reported = json.loads(cli(*words, "--json").out)
+    assert len(reported["unmatched"]["zero"]) == 14
+    assert (reported["cosine"], reported["sites"], reported["summary"]["matrices"]) == (None, [], [])
 
 
 def test_adapters_with_few_common_sites_and_of_other_models(cli, adapters, tmp_path):

@@ -298,10 +298,10 @@ def test_long_prompts_are_left_out_and_long_answers_cut_when_asked(cli, tiny, tm
 
 
 def test_warmup_as_long_as_the_run_is_reported(cli, tiny, train_rows):
-    for warmup, told in (("2", True), ("1", False), ("0.5", False)):
+    for warmup, reported in (("2", True), ("1", False), ("0.5", False)):
         done = cli("plan", tiny, train_rows, *PLAIN, "--max-steps", "2", "--warmup", warmup)
         assert done.status == 0, done.err
-        assert ("the warm-up has 2 steps and the run 2" in done.err) == told
+        assert ("the warm-up has 2 steps and the run 2" in done.err) == reported
 
 
 def test_nan_loss_stops_with_advice(cli, tiny, train_rows, tmp_path):

@@ -31,15 +31,15 @@ def test_data_marks_the_trained_tokens(cli, tiny, train_rows):
     assert done.out.count("⟦") == done.out.count("⟧") == 2
     assert '⟦{"n": "1"}<|im_end|>⟧' in done.out
     assert "<|im_start|>user\nSplit 1 Oak St<|im_end|>" in done.out
-    told = json.loads(cli("data", tiny, train_rows, "--rows", "1", "--json").out)
-    assert told["kind"] == "prompt/completion"
-    assert told["rows"] == told["examples"] == 12
-    assert told["stop_tokens"] == ["<|im_end|>"]
-    assert sum(told["roles"].values()) == told["real_tokens"]
-    lengths = told["lengths"]
+    reported = json.loads(cli("data", tiny, train_rows, "--rows", "1", "--json").out)
+    assert reported["kind"] == "prompt/completion"
+    assert reported["rows"] == reported["examples"] == 12
+    assert reported["stop_tokens"] == ["<|im_end|>"]
+    assert sum(reported["roles"].values()) == reported["real_tokens"]
+    lengths = reported["lengths"]
     assert lengths["min"] <= lengths["median"] <= lengths["max"]
-    assert lengths["mean"] * 12 == pytest.approx(told["real_tokens"])
-    (example,) = told["examples_shown"]
+    assert lengths["mean"] * 12 == pytest.approx(reported["real_tokens"])
+    (example,) = reported["examples_shown"]
     assert [part["trained"] for part in example["parts"]] == [False, True, False]
     for expected in ("by role", "stop token  <|im_end|>", "lengths", "median"):
         assert expected in done.out
@@ -49,9 +49,9 @@ def test_data_counts_what_is_left_out_and_cut(cli, tiny, tmp_path):
     given = [*rows(2), {"prompt": "x" * 99, "completion": "b"}, {"prompt": "a", "completion": "y" * 99}]
     data = write_rows(tmp_path / "rows.jsonl", given)
     flags = ("--max-length", "90", "--skip-too-long")
-    told = json.loads(cli("data", tiny, data, *flags, "--json").out)
-    assert told["skipped_rows"] == [3]
-    assert told["cut_rows"] == [4]
+    reported = json.loads(cli("data", tiny, data, *flags, "--json").out)
+    assert reported["skipped_rows"] == [3]
+    assert reported["cut_rows"] == [4]
     assert "1 rows whose prompt fills the limit" in cli("data", tiny, data, *flags).out
 
 
@@ -88,18 +88,18 @@ def test_generate_answers_by_every_adapter_or_by_those_in_use(cli, tiny, adapter
         "20",
     )
     adapters = ("--adapter", adapter, "--adapter", f"again={adapter}")
-    told = [json.loads(line) for line in cli(*words, *adapters, "--json").out.splitlines()]
-    assert [one["adapter"] for one in told] == ["oak", "again", "oak", "again"]
-    assert [one["prompt"] for one in told] == ["Split 3 Oak St"] * 2 + ["Split 4 Oak St"] * 2
-    assert set(told[0]) == {"adapter", "prompt", "answer", "finish"}
-    assert told[0]["answer"] == told[1]["answer"]
+    reported = [json.loads(line) for line in cli(*words, *adapters, "--json").out.splitlines()]
+    assert [one["adapter"] for one in reported] == ["oak", "again", "oak", "again"]
+    assert [one["prompt"] for one in reported] == ["Split 3 Oak St"] * 2 + ["Split 4 Oak St"] * 2
+    assert set(reported[0]) == {"adapter", "prompt", "answer", "finish"}
+    assert reported[0]["answer"] == reported[1]["answer"]
     mixed = cli(*words, *adapters, "--use", "base,again", "--json")
     chosen = [json.loads(line) for line in mixed.out.splitlines()]
     assert [one["adapter"] for one in chosen] == ["base", "again"]
-    assert chosen[1]["answer"] == told[3]["answer"]
+    assert chosen[1]["answer"] == reported[3]["answer"]
     base = bs.load_base(tiny, dtype="float32", device="cpu")
     (answer,) = bs.generate(base, "Split 3 Oak St", adapters=bs.load(adapter), max_new_tokens=20)
-    assert told[0]["answer"] == answer.text
+    assert reported[0]["answer"] == answer.text
     plain = cli(*words[:3], *words[5:], "--adapter", adapter)
     assert plain.out == answer.text + "\n"
 
@@ -128,13 +128,13 @@ def test_chat_reads_lines(cli, tiny, adapter, monkeypatch):
     flags = (*PLAIN, "--adapter", adapter, "--max-new-tokens", "20")
     done = cli("chat", tiny, *flags, "--json")
     assert done.status == 0
-    told = [json.loads(line) for line in done.out.splitlines()]
-    assert [one["adapter"] for one in told] == ["oak", "base", "oak"]
-    assert told[0]["answer"] == told[2]["answer"]
+    reported = [json.loads(line) for line in done.out.splitlines()]
+    assert [one["adapter"] for one in reported] == ["oak", "base", "oak"]
+    assert reported[0]["answer"] == reported[2]["answer"]
     assert "no adapter 'none'" in done.err
     assert "unknown command '/what'" in done.err
     monkeypatch.setattr("sys.stdin", io.StringIO("Split 3 Oak St\n"))
-    assert cli("chat", tiny, *flags).out == told[0]["answer"] + "\n"
+    assert cli("chat", tiny, *flags).out == reported[0]["answer"] + "\n"
 
 
 def test_evaluate_prints_the_numbers_and_keeps_the_answers(cli, tiny, adapter, train_rows, tmp_path):
@@ -190,20 +190,20 @@ def test_show_accepts_cards_of_other_programs(cli, adapter, tmp_path):
 
 
 def test_show_needs_no_base(cli, adapter):
-    told = json.loads(cli("show", adapter, "--json").out)
+    reported = json.loads(cli("show", adapter, "--json").out)
     value = bs.load(adapter)
-    assert told["parameters"] == value.parameters
-    assert told["bytes"] == value.bytes
-    assert {site["site"] for site in told["sites"]} == set(value)
-    for site in told["sites"]:
+    assert reported["parameters"] == value.parameters
+    assert reported["bytes"] == value.bytes
+    assert {site["site"] for site in reported["sites"]} == set(value)
+    for site in reported["sites"]:
         update = value[site["site"]]
         assert site["norm"] == pytest.approx(update.delta_norm())
         assert site["shape"] == list(update.shape)
         assert site["rank"] == 8
         assert site["scale"] == 2.0
         assert 0 < site["top_singular_value"] <= site["norm"]
-    assert told["card"]["stop_tokens"] == ["<|im_end|>"]
-    assert told["card"]["training"]["steps"] == 60
+    assert reported["card"]["stop_tokens"] == ["<|im_end|>"]
+    assert reported["card"]["training"]["steps"] == 60
     done = cli("show", adapter)
     for expected in ("model.layers.1.mlp.down_proj", "48×32", "rank 8", "parameters", "stop tokens", "steps"):
         assert expected in done.out

@@ -74,9 +74,9 @@ def test_plan_names_left_out_weights_with_their_share(
     named = [name for name in sizes if name.startswith(first) and name.removesuffix(".weight").endswith(last)]
     share = sum(sizes[name] for name in named) / sum(sizes.values())
 
-    told = cli("plan", tmp_path / "base", train_rows, *PLAIN)
-    assert told.status == 0, told.err
-    (line,) = [line for line in told.out.splitlines() if line.startswith("  left out")]
+    reported = cli("plan", tmp_path / "base", train_rows, *PLAIN)
+    assert reported.status == 0, reported.err
+    (line,) = [line for line in reported.out.splitlines() if line.startswith("  left out")]
     assert f"{largest} ({count}, {100 * share:.3g} % of the base): {why}" in line
 
     plan = json.loads(cli("plan", tmp_path / "base", train_rows, *PLAIN, "--json").out)
@@ -91,8 +91,8 @@ def test_plan_names_the_largest_weights_first_and_no_unrequested_ones(
 ) -> None:
     mixtral().save_pretrained(tmp_path / "base")  # type: ignore[operator]
     inference_kit.tokenizer().save_pretrained(tmp_path / "base")
-    told = cli("plan", tmp_path / "base", train_rows, *PLAIN)
-    (line,) = [line for line in told.out.splitlines() if line.startswith("  left out")]
+    reported = cli("plan", tmp_path / "base", train_rows, *PLAIN)
+    (line,) = [line for line in reported.out.splitlines() if line.startswith("  left out")]
     shares = [float(found) for found in re.findall(r"([\d.]+) % of the base", line)]
     assert len(shares) == 4
     assert shares == sorted(shares, reverse=True)

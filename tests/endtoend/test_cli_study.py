@@ -28,12 +28,12 @@ def results(folder):
     return json.loads((folder / "results.json").read_text("utf-8"))
 
 
-def without_clock(told):
+def without_clock(reported):
     """The results but for the seconds."""
-    if isinstance(told, dict):
+    if isinstance(reported, dict):
         skipped = ("seconds", "command", "estimate")
-        return {key: without_clock(value) for key, value in told.items() if key not in skipped}
-    return [without_clock(part) for part in told] if isinstance(told, list) else told
+        return {key: without_clock(value) for key, value in reported.items() if key not in skipped}
+    return [without_clock(part) for part in reported] if isinstance(reported, list) else reported
 
 
 QUESTIONS = {
@@ -52,13 +52,13 @@ def test_study_writes_answer_page_and_numbers(cli, tiny, data, others, tmp_path,
     extra = {"seeds": ("--other", others), "delta": ("--general", others)}.get(question, ())
     done = cli("study", question, tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS[question], *extra)
     assert done.status == 0, done.err
-    told = results(out)
-    (finding,) = told["findings"]
+    reported = results(out)
+    (finding,) = reported["findings"]
     assert finding["answer"] in done.out
     page = (out / "report.html").read_text("utf-8")
     assert finding["question"] in page.replace("&#x27;", "'")
     assert len(page) < 5_000_000
-    for name, found in told["arms"].items():
+    for name, found in reported["arms"].items():
         assert found["conclusive"] == (found["chosen"] is not None and found["edge"] is None), name
         assert len(found["outcomes"]) == (3 if found["conclusive"] else bool(found["chosen"]))
 

@@ -135,10 +135,10 @@ def test_plan_command_prints_the_same_plan_and_writes_nothing(cli, tiny, train_r
     assert done.status == 0
     assert "q_proj: 2 sites; mlp: 6 sites" in done.out
     assert "0.001 (asked for)" in done.out
-    told = json.loads(cli("plan", tiny, train_rows, *flags, "--json").out)
-    assert told["matches"] == {"q_proj": 2, "mlp": 6}
-    assert told["examples"] == 12
-    assert told["dtype_reason"] == "asked for"
+    reported = json.loads(cli("plan", tiny, train_rows, *flags, "--json").out)
+    assert reported["matches"] == {"q_proj": 2, "mlp": 6}
+    assert reported["examples"] == 12
+    assert reported["dtype_reason"] == "asked for"
     assert not files_in(tmp_path)
 
 
@@ -171,9 +171,9 @@ def test_interrupted_run_keeps_a_checkpoint_and_resumes(cli, tiny, train_rows, t
     process = start("train", tiny, train_rows, "--out", out, *LONG_RUN)
     catch(process, out, CAUGHT_AT)
     process.send_signal(signal.SIGINT)
-    told, err = process.communicate(timeout=60)
+    reported, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told == ""
+    assert reported == ""
     assert "Traceback" not in err
     steps = len(lines_of(out / "metrics.jsonl"))
     kept = out / "checkpoints" / f"step-{steps:08d}"

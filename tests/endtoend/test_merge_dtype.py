@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def base(folder: Path, stored: torch.dtype, told: str | None, *, norm: torch.dtype | None = None) -> Path:
+def base(folder: Path, stored: torch.dtype, reported: str | None, *, norm: torch.dtype | None = None) -> Path:
     """A Llama in one dtype, or with its norm in another, whose config says a third."""
     toys.tiny_llama().save_pretrained(folder)
     file, config = folder / "model.safetensors", folder / "config.json"
@@ -27,7 +27,7 @@ def base(folder: Path, stored: torch.dtype, told: str | None, *, norm: torch.dty
     if norm is not None:
         tensors[NORM] = (1 + 1e-4 * torch.arange(32)).to(norm)  # which no half precision holds
     save_file(tensors, file, metadata={"format": "pt"})
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": told}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": reported}))
     return folder
 
 
@@ -57,10 +57,10 @@ def dtypes(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors.values()}
 
 
-@pytest.mark.parametrize("told", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("reported", ["float32", "bfloat16", None])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_dtype_follows_files_or_flag_not_the_config(cli, tmp_path, adapter, stored, told):
-    folder = base(tmp_path / "base", FLOATS[stored], told)
+def test_dtype_follows_files_or_flag_not_the_config(cli, tmp_path, adapter, stored, reported):
+    folder = base(tmp_path / "base", FLOATS[stored], reported)
     for asked in ("auto", "float32", "bfloat16"):
         tensors, streamed = merged(cli, folder, adapter, "--dtype", asked)
         assert dtypes(tensors) == {FLOATS[stored if asked == "auto" else asked]}
@@ -79,17 +79,17 @@ def test_mixed_dtypes_are_kept_or_converted_to_the_given_one(cli, tmp_path, adap
     assert dtypes(tensors) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("told", ["float32", "bfloat16"])
-def test_loaded_base_keeps_full_precision(cli, tmp_path, adapter, told):
-    folder = pickled(base(tmp_path / "base", torch.bfloat16, told, norm=torch.float32))
+@pytest.mark.parametrize("reported", ["float32", "bfloat16"])
+def test_loaded_base_keeps_full_precision(cli, tmp_path, adapter, reported):
+    folder = pickled(base(tmp_path / "base", torch.bfloat16, reported, norm=torch.float32))
     before = torch.load(folder / "pytorch_model.bin", weights_only=True)
     tensors, streamed = merged(cli, folder, adapter)
     assert not streamed
     assert dtypes(tensors) == {torch.float32}  # it holds bf16 too
     assert torch.equal(tensors[NORM], before[NORM])
-    whole = pickled(base(tmp_path / "whole", torch.bfloat16, told))
+    whole = pickled(base(tmp_path / "whole", torch.bfloat16, reported))
     assert dtypes(merged(cli, whole, adapter)[0]) == {torch.bfloat16}
-    both = pickled(base(tmp_path / "both", torch.bfloat16, told, norm=torch.float16))
+    both = pickled(base(tmp_path / "both", torch.bfloat16, reported, norm=torch.float16))
     assert dtypes(merged(cli, both, adapter)[0]) == {torch.float32}  # neither holds the other
 
 

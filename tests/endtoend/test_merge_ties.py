@@ -35,8 +35,8 @@ def test_the_merged_folder_is_the_adapted_model(tmp_path: Path, kind: str, loade
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())  # the embeddings
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
-    _, told = type(kinds.made(kind)).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not told["missing_keys"]
+    _, reported = type(kinds.made(kind)).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not reported["missing_keys"]
     again = merge_folder(tmp_path / "out", adapter, tmp_path / "again", verify=True)
     assert again.logit_drift is not None
     assert again.logit_drift < EXACT

@@ -665,11 +665,11 @@ def test_another_user_reads_beside_a_staging_folder_that_is_not_his(folder: Path
     if not (child := os.fork()):
         try:
             os.setuid(65534)
-            told = "same" if digest(load(folder)) == own else "other"
+            reported = "same" if digest(load(folder)) == own else "other"
             (folder / "x").mkdir()
         except BaseException as error:
-            told = f"{told} {error}" if isinstance(error, PermissionError) else f"failed: {error!r}"
-        os.write(writing, told.encode())
+            reported = f"{reported} {error}" if isinstance(error, PermissionError) else f"failed: {error!r}"
+        os.write(writing, reported.encode())
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reading, 500).decode().startswith("same [Errno 13]")

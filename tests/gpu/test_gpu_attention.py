@@ -6,7 +6,7 @@ from torch import nn
 
 import brushstroke as bs
 from brushstroke.packed.attention import packed_attention
-from brushstroke.packed.layout import lay_out
+from brushstroke.packed.layout import build_layout
 from brushstroke.packed.pack import Row, plan_passes
 from brushstroke.packed.sdpa import by_segments
 from toys import tiny_llama
@@ -25,7 +25,7 @@ ROUNDING = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 3e-6}  # o
 @pytest.mark.parametrize("share", [True, False])
 def test_one_call_for_the_row_equals_the_pieces(dtype, window, heads, kv, width, share):
     (whole,) = plan_passes([Row.of(example) for example in examples(20)], 10_000, share)
-    layout = lay_out(whole, torch.device("cuda"))
+    layout = build_layout(whole, torch.device("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
     n = sum(layout.sizes)
     shapes = [(1, h, n, width) for h in (heads, kv, kv)]

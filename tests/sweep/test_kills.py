@@ -53,8 +53,11 @@ def version(number: int, width: int) -> Adapter:
 
 def numbers(adapter: Adapter) -> set[int]:
     assert adapter.card is not None
-    told = int(str(adapter.card.chat_template).split()[-1])
-    return {told, *(int(value) for update in adapter.values() for value in update.tensors()["U"].flatten())}
+    reported = int(str(adapter.card.chat_template).split()[-1])
+    return {
+        reported,
+        *(int(value) for update in adapter.values() for value in update.tensors()["U"].flatten()),
+    }
 
 
 def adapter_case(tmp_path: Path) -> Case:

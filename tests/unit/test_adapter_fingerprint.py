@@ -32,7 +32,7 @@ def update(seed: int = 0, size: float = 0.05, rank: int = 4) -> LowRank:
 
 def judge(fingerprint, now, delta=None, quantised=False):
     deltas = delta or {path: update(seed=i) for i, path in enumerate(now)}
-    return fingerprint.judge(now, lambda path, i, j: deltas[path].dense()[i, j], quantised)[0]
+    return fingerprint.compare(now, lambda path, i, j: deltas[path].dense()[i, j], quantised)[0]
 
 
 def to(base, dtype):

@@ -286,9 +286,9 @@ def test_intruder_counts_equal_those_of_peft():
     ours = found(update, W)["q"]
     before = layer.get_delta_weight("default").detach()
     torch.testing.assert_close(update.dense().mT, before, rtol=1e-5, atol=1e-5)
-    told: list[str] = []
-    reduce_intruder_dimension(model, logging_sink=told.append)
+    lines: list[str] = []
+    reduce_intruder_dimension(model, logging_sink=lines.append)
     assert ours.count() > 0
-    assert f"{ours.count()}" in " ".join(told) or ours.count() == sum("ntruder" in line for line in told), (
-        told
+    assert f"{ours.count()}" in " ".join(lines) or ours.count() == sum("ntruder" in line for line in lines), (
+        lines
     )

@@ -127,13 +127,13 @@ def test_sums_over_sites():
     second = LowRank(left[:, 1:2], 8.0 * right[1:2])
     zero = LowRank(torch.ones(12, 1).double(), torch.zeros(1, 9).double())
     found = relate(bs.Adapter({"a": first, "b": second, "c": zero}), {"a": W, "b": W, "c": W})
-    told = found.as_dict()
-    assert told["norm_delta"] == pytest.approx(10)
-    assert told["projection_delta"] == pytest.approx(math.sqrt(34))
-    assert told["amplification"] == pytest.approx(10 / math.sqrt(34))
-    assert told["zero"] == ["c"]
+    reported = found.as_dict()
+    assert reported["norm_delta"] == pytest.approx(10)
+    assert reported["projection_delta"] == pytest.approx(math.sqrt(34))
+    assert reported["amplification"] == pytest.approx(10 / math.sqrt(34))
+    assert reported["zero"] == ["c"]
     assert (found["c"].amplification, found["c"].ratio_to_chance) == (None, None)
-    assert json.loads(json.dumps(told)) == told
+    assert json.loads(json.dumps(reported)) == reported
     mean = mean_deciles(found)
     assert sum(mean.left) == pytest.approx(1)
 

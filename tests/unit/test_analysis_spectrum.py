@@ -217,9 +217,9 @@ def test_sites_as_a_map():
 def test_results_are_plain_data():
     import json
 
-    told = spectrum(bs.Adapter({"a": with_spectrum(4, 3, [1.0])}), {"a": torch.zeros(4, 3)}).as_dict()
-    assert json.loads(json.dumps(told)) == told
-    assert told["sites"][0]["site"] == "a"
-    assert told["sites"][0]["relative_norm"] is None
+    reported = spectrum(bs.Adapter({"a": with_spectrum(4, 3, [1.0])}), {"a": torch.zeros(4, 3)}).as_dict()
+    assert json.loads(json.dumps(reported)) == reported
+    assert reported["sites"][0]["site"] == "a"
+    assert reported["sites"][0]["relative_norm"] is None
     with pytest.raises(KeyError, match="did you mean 'abc'"):
         spectrum(bs.Adapter({"abc": with_spectrum(4, 3, [1.0])}))["abd"]

@@ -253,7 +253,7 @@ def test_random_pair_and_plain_data():
     for side in ("left", "right"):
         assert random_pair(row, side).shape == getattr(row, side).shape
         torch.testing.assert_close(random_pair(row, side), random_pair(row, side), rtol=0, atol=0)
-    told = json.loads(json.dumps(found.as_dict()))
-    assert told["of"] == "delta"
-    assert told["sites"][0]["left"][2][1] == float(row.left[2, 1])
-    assert told["sites"][0]["block"]["size"] == 3
+    reported = json.loads(json.dumps(found.as_dict()))
+    assert reported["of"] == "delta"
+    assert reported["sites"][0]["left"][2][1] == float(row.left[2, 1])
+    assert reported["sites"][0]["block"]["size"] == 3

@@ -4,7 +4,6 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from brushstroke.analysis.text_tables import intruder_listing
 
 from brushstroke.adapter import Adapter
 from brushstroke.analysis import intruders, relate, spectrum, subspace
@@ -15,6 +14,7 @@ from brushstroke.analysis.summaries import (
     spectrum_summary,
 )
 from brushstroke.analysis.summary import Measure, average, with_deviation
+from brushstroke.analysis.text_tables import intruder_listing
 from brushstroke.lowrank import LowRank
 
 KINDS = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{x}_proj" for x in "kovq"))
@@ -203,9 +203,9 @@ def test_weak_directions_of_a_large_weight_that_became_strong_are_told_as_undeci
     W = (left * torch.logspace(0, -4, 60).double()) @ right.mT
     adapter = Adapter({"q": LowRank(left[:, 55:58], right[:, 55:58].mT, 5.0)})
     found = intruders(adapter, {"q": W.float()}, top=3, dense_limit=0)
-    told = intruder_summary("a", found)
-    assert told.sentence.startswith("None of the 3 strongest directions")
-    assert told.sentence.endswith("; 3 undecided.")
-    assert told.matrices[0].averages["undecided"].total == 3
+    reported = intruder_summary("a", found)
+    assert reported.sentence.startswith("None of the 3 strongest directions")
+    assert reported.sentence.endswith("; 3 undecided.")
+    assert reported.matrices[0].averages["undecided"].total == 3
     assert found.as_dict()["undecided"] == 3
     assert [row[-1] for row in intruder_listing(found).rows] == ["undecided"] * 3

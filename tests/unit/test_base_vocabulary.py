@@ -63,9 +63,9 @@ def test_training_on_such_tokens_is_refused_with_both_numbers(small, tmp_path, c
     data = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
     out = ["--out", str(tmp_path / "out")] if command == "train" else []
     assert main([command, str(small), str(data), *out, *PLAIN]) == 1
-    told = capsys.readouterr().err
-    assert "warning: the tokenizer of" in told
-    assert re.search(r"error: row 1 has the token 25\d, and the model's embedding has 250 rows", told)
+    reported = capsys.readouterr().err
+    assert "warning: the tokenizer of" in reported
+    assert re.search(r"error: row 1 has the token 25\d, and the model's embedding has 250 rows", reported)
 
 
 def test_texts_without_such_tokens_run(small, tmp_path, capsys) -> None:

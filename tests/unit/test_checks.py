@@ -46,7 +46,7 @@ def test_bases_that_may_fit_are_not_refused(stored):
 
 
 @pytest.mark.parametrize(
-    ("stored", "told"),
+    ("stored", "reported"),
     [
         (keys(shape=(64, 32)), r"layers.0.mlp.up_proj: W must be .* = \(32, 48\); the base's is \(32, 64\)"),
         (keys("layers.{}.mlp.up_proj.weight", (48, 30)), r"the base's is \(30, 48\)"),
@@ -56,6 +56,6 @@ def test_bases_that_may_fit_are_not_refused(stored):
     ],
     ids=["wider", "narrower", "fewer layers", "fewer, without the prefix", "another width"],
 )
-def test_bases_that_cannot_fit_are_refused(stored, told):
-    with pytest.raises(ShapeError, match=told):
+def test_bases_that_cannot_fit_are_refused(stored, reported):
+    with pytest.raises(ShapeError, match=reported):
         check_stored(SITES, stored)

@@ -36,7 +36,7 @@ def interrupted_again_and_again(done: list[str]) -> None:
             raise OSError("no room")
         finally:
             press()
-            done.append("told")
+            done.append("reported")
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -45,7 +45,7 @@ def test_cleanup_after_an_interrupt_is_not_interrupted() -> None:
     for _ in range(2):  # and a later one counts again
         with pytest.raises(OSError, match="no room"):
             interrupted_again_and_again(done)
-    assert done == ["undone", "told"] * 2
+    assert done == ["undone", "reported"] * 2
 
 
 def test_an_end_that_takes_long_can_be_cut_short(

@@ -54,9 +54,9 @@ def test_table_without_rows_has_headings():
 
 def test_columns_are_omitted_in_the_stated_order_and_in_groups():
     order = [("rank", "norm"), "d×h", "99 %"]
-    told = [tuple(arrange(COLUMNS, ROWS, width, order)[1]) for width in range(100, 20, -1)]
+    reported = [tuple(arrange(COLUMNS, ROWS, width, order)[1]) for width in range(100, 20, -1)]
     steps = [(), ("rank", "norm"), ("rank", "norm", "d×h"), ("rank", "norm", "d×h", "99 %")]
-    assert list(dict.fromkeys(told)) == steps
+    assert list(dict.fromkeys(reported)) == steps
 
 
 def test_required_columns_continue_in_a_table_below():
@@ -145,12 +145,12 @@ def test_output_to_a_file_is_not_shortened(capsys):
     cli_console.table(console, ["site", *(f"column{n}" for n in range(400))], rows, leave_out=["column3"])
     cli_console.facts(console, {"targets": "q_proj, " * 300})
     cli_console.say("word " * 300)
-    told = capsys.readouterr()
-    assert "…" not in told.out
-    assert "model." * 300 in told.out
-    assert told.out.splitlines()[1].split() == ["site", *(f"column{n}" for n in range(400))]
-    assert len(told.out.splitlines()) == 6
-    assert len(told.err.splitlines()) == 1
+    reported = capsys.readouterr()
+    assert "…" not in reported.out
+    assert "model." * 300 in reported.out
+    assert reported.out.splitlines()[1].split() == ["site", *(f"column{n}" for n in range(400))]
+    assert len(reported.out.splitlines()) == 6
+    assert len(reported.err.splitlines()) == 1
 
 
 def test_names_are_not_interpreted_as_markup_or_emoji(capsys):
@@ -158,6 +158,6 @@ def test_names_are_not_interpreted_as_markup_or_emoji(capsys):
     cli_console.table(console, ["site", "norm"], [["a[red]b", "1"], [":star:", "2"]])
     cli_console.facts(console, {"base": "[bold]x:smile:"})
     cli_console.warn("[red]:smile:")
-    told = capsys.readouterr()
-    assert all(name in told.out for name in ("a[red]b", ":star:", "[bold]x:smile:"))
-    assert told.err == "warning: [red]:smile:\n"
+    reported = capsys.readouterr()
+    assert all(name in reported.out for name in ("a[red]b", ":star:", "[bold]x:smile:"))
+    assert reported.err == "warning: [red]:smile:\n"

@@ -69,10 +69,10 @@ def test_clock(seconds, words):
 def test_progress_lines_without_terminal_are_rate_limited(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with TrainProgress() as told:
+    with TrainProgress() as reported:
         for step in range(1, 101):
             now[0] += 0.5
-            told.step(StepEvent(step, 100, 1.25, 100, 40, 80, 0.5, 1e-3, 2**30))
+            reported.step(StepEvent(step, 100, 1.25, 100, 40, 80, 0.5, 1e-3, 2**30))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["1/100", "21/100", "41/100", "61/100", "81/100", "100/100"]
     assert all("loss 1.2500  200 tokens/s" in line and "peak 1.00 GiB" in line for line in lines)

@@ -80,7 +80,7 @@ def test_every_setting_of_a_run_has_a_flag():
 
 
 @pytest.mark.parametrize(
-    ("told", "config"),
+    ("reported", "config"),
     [
         (AdapterOptions.__doc__, bs.LoraConfig()),
         (TrainingOptions.__doc__, bs.TrainConfig()),
@@ -88,9 +88,9 @@ def test_every_setting_of_a_run_has_a_flag():
         (evaluate.evaluate.__doc__, EvaluateDefaults()),
     ],
 )
-def test_help_states_the_defaults_of_the_configs(told, config):
+def test_help_states_the_defaults_of_the_configs(reported, config):
     """They are written out, because reading them from the configs would load torch."""
-    lines = re.findall(r"^\s+(\w+): ((?:.|\n\s{12})*?)\[default: ([^\]]+)\]", told or "", re.MULTILINE)
+    lines = re.findall(r"^\s+(\w+): ((?:.|\n\s{12})*?)\[default: ([^\]]+)\]", reported or "", re.MULTILINE)
     settings = {field.name for field in dataclasses.fields(config)}
     checked = 0
     for name, _, default in lines:

@@ -174,8 +174,8 @@ def test_nulls_added_by_parquet_are_not_trained(tmp_path):
 
 def test_prompts_of_a_file_are_texts_or_conversations():
     assert read_prompt({"prompt": "a"}, "row 1") == "a"
-    told = read_prompt({"prompt": "a", "system": "b"}, "row 1")
-    assert [message["role"] for message in told.messages] == ["system", "user"]
+    reported = read_prompt({"prompt": "a", "system": "b"}, "row 1")
+    assert [message["role"] for message in reported.messages] == ["system", "user"]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     asked = read_prompt({"messages": turns, "tools": TOOLS}, "row 1")
     assert asked.messages == ({"role": "user", "content": "a"},)

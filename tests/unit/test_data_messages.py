@@ -103,8 +103,8 @@ def test_null_arguments_are_left_out_unless_the_tool_may_have_them():
     messages = [ASK, {"role": "assistant", "tool_calls": [call]}]
     bare = read_conversation(messages, where="row 1").messages[1]["tool_calls"][0]["function"]["arguments"]
     assert bare == {"harbour": "Brest", "deep": {"b": [1, None]}}
-    told = read_conversation(messages, tools=[TOOL], where="row 1")
-    kept = told.messages[1]["tool_calls"][0]["function"]["arguments"]
+    reported = read_conversation(messages, tools=[TOOL], where="row 1")
+    kept = reported.messages[1]["tool_calls"][0]["function"]["arguments"]
     assert kept == {"harbour": "Brest", "day": None, "deep": {"b": [1, None]}}
 
 
@@ -140,10 +140,10 @@ def test_messages_may_be_json_text():
     ],
 )
 def test_weight_and_train_keys_select_trained_messages(fields, trained):
-    told = read(ASK, {"role": "assistant", "content": "noon", **fields})
-    assert told.trained == (False, trained)
-    assert (UNTRAINED in told.notes) == (not trained)
-    assert told.messages[1] == {"role": "assistant", "content": "noon"}
+    reported = read(ASK, {"role": "assistant", "content": "noon", **fields})
+    assert reported.trained == (False, trained)
+    assert (UNTRAINED in reported.notes) == (not trained)
+    assert reported.messages[1] == {"role": "assistant", "content": "noon"}
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_a_result_gets_the_name_of_the_call_that_it_answers():
 
 
 def test_leading_think_block_becomes_reasoning():
-    told = read(ASK, {"role": "assistant", "content": "<think>\nlook\n</think>\n\nnoon"})
-    split = told.with_thoughts_split()
+    reported = read(ASK, {"role": "assistant", "content": "<think>\nlook\n</think>\n\nnoon"})
+    split = reported.with_thoughts_split()
     answer = {"role": "assistant", "content": "noon", SPLIT: True}
     assert split.messages[1] == {**answer, "reasoning_content": "look"}
     blank = read(ASK, {"role": "assistant", "content": "<think> </think>noon"}).with_thoughts_split()

@@ -134,9 +134,9 @@ def test_commands_report_unreachable_hub_in_one_line(words, monkeypatch, capsys,
     began = time.monotonic()
     assert main([places.get(word, word) for word in words]) == 1
     assert time.monotonic() - began < LIMIT
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: there is no folder 'nobody/")
-    assert "check the spelling and the network" in told
+    reported = capsys.readouterr().err.splitlines()[-1]
+    assert reported.startswith("error: there is no folder 'nobody/")
+    assert "check the spelling and the network" in reported
 
 
 @pytest.mark.parametrize("case", CASES)

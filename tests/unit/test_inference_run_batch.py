@@ -36,7 +36,14 @@ UNPADDED = {  # each for a reason of its own they do not answer a padded row as 
         "Pegasus", d_model=32, decoder_layers=2, decoder_ffn_dim=48, init_std=0.3
     ),
 }
-APART = {"Llama", "GPT-2", "Qwen3", "Gemma", "OPT", "GPT-NeoX"}  # those that are told positions, and see all
+APART = {
+    "Llama",
+    "GPT-2",
+    "Qwen3",
+    "Gemma",
+    "OPT",
+    "GPT-NeoX",
+}  # those that are given positions, and see all
 BUDGET = 24
 
 

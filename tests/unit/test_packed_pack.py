@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brushstroke.data import Example
-from brushstroke.packed.layout import lay_out
+from brushstroke.packed.layout import build_layout
 from brushstroke.packed.pack import MIN_PREFIX, Group, Pass, Row, plan_passes, share_prefixes
 from training_kit import examples
 
@@ -80,7 +80,7 @@ def test_passes_of_a_step_have_similar_sizes() -> None:
 @given(batches(), st.booleans())
 def test_a_layout_puts_every_target_behind_the_token_before_it(rows: list[Row], share: bool) -> None:
     groups = tuple(share_prefixes(rows)) if share else tuple(Group(0, (row,)) for row in rows)
-    layout = lay_out(Pass(groups), torch.device("cpu"))
+    layout = build_layout(Pass(groups), torch.device("cpu"))
     assert layout.tokens.shape[1] == sum(layout.sizes) == Pass(groups).computed_tokens
     assert len(layout.targets) == sum(len(row.wanted) for row in rows)
     expected = sorted((i, row.tokens[i], row.tokens[i + 1]) for row in rows for i in row.wanted)
@@ -97,20 +97,20 @@ def test_an_example_longer_than_a_pass_gets_its_own() -> None:
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_equal_lengths_need_no_padding(count: int) -> None:
     rows = [made([i] * 5, [1, 2]) for i in range(count)]
-    layout = lay_out(Pass((Group(0, tuple(rows)),)), torch.device("cpu"))
+    layout = build_layout(Pass((Group(0, tuple(rows)),)), torch.device("cpu"))
     assert [piece.pad for piece in layout.pieces] == [None]
 
 
 def test_examples_of_one_length_that_share_nothing_are_one_call_of_attention() -> None:
     rows = [made([100 * i + j for j in range(12)], [9, 9, 9]) for i in range(6)]
     (packed,) = plan_passes(rows, 1024, share=True)
-    layout = lay_out(packed, torch.device("cpu"))
+    layout = build_layout(packed, torch.device("cpu"))
     assert [(piece.rows, piece.width, piece.pad) for piece in layout.pieces] == [(6, 14, None)]
 
 
 def test_tokens_after_the_last_target_are_not_computed() -> None:
     row = made([1, 2, 3], [4, 5], tail=[6, 7, 8])
-    layout = lay_out(Pass((Group(0, (row,)),)), torch.device("cpu"))
+    layout = build_layout(Pass((Group(0, (row,)),)), torch.device("cpu"))
     assert layout.tokens.tolist() == [[1, 2, 3, 4]]
     assert layout.targets.tolist() == [4, 5]
 
@@ -118,7 +118,7 @@ def test_tokens_after_the_last_target_are_not_computed() -> None:
 @given(batches(), st.integers(20, 200), st.booleans())
 def test_the_spans_of_a_layout_are_the_tokens_of_each_slot(rows: list[Row], micro: int, share: bool) -> None:
     for packed in plan_passes(rows, micro, share):
-        layout = lay_out(packed, torch.device("cpu"))
+        layout = build_layout(packed, torch.device("cpu"))
         if packed.rows[0].slot is None:
             assert (layout.slots, layout.lengths) == ((), ())
             continue
@@ -148,6 +148,6 @@ def test_a_prefix_is_shared_by_rows_of_one_slot_alone() -> None:
 
 
 def test_a_row_may_want_any_positions_and_have_no_targets() -> None:
-    layout = lay_out(Pass((Group(0, (Row((5, 6, 7, 8), (0, 2)),)),)), torch.device("cpu"))
+    layout = build_layout(Pass((Group(0, (Row((5, 6, 7, 8), (0, 2)),)),)), torch.device("cpu"))
     assert layout.tokens.tolist() == [[5, 6, 7]]
     assert (layout.sources.tolist(), layout.weights.tolist()) == ([0, 2], [0.0, 0.0])

@@ -284,7 +284,7 @@ def test_cached_prefix_is_computed_once_and_leaves_room_for_passes(
         )
         for i, own in enumerate(suffixes)
     ]
-    passes = plan_passes(rows, micro, share=True, hold=True)
+    passes = plan_passes(rows, micro, share=True, reuse_prefix=True)
     found = [row for part in passes for row in part.rows]
     assert sorted(map(id, found)) == sorted(map(id, rows))
     computed = sum(part.computed_tokens for part in passes)

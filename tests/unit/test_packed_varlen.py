@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from brushstroke.data import Example
 from brushstroke.packed import sdpa as attend_module
 from brushstroke.packed.attention import packed_attention
-from brushstroke.packed.layout import Layout, lay_out
+from brushstroke.packed.layout import Layout, build_layout
 from brushstroke.packed.pack import Row, plan_passes
 from brushstroke.packed.sdpa import attend_segments
 
@@ -66,7 +66,7 @@ def batches(draw: st.DrawFn) -> list[Example]:
 
 def laid_out(rows: list[Example]) -> Layout:
     (whole,) = plan_passes([Row.of(row) for row in rows], 10_000, share=True)
-    return lay_out(whole, torch.device("cpu"))
+    return build_layout(whole, torch.device("cpu"))
 
 
 @settings(deadline=None)

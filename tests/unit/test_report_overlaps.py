@@ -63,12 +63,16 @@ def cells_of(spec) -> dict[str, dict[tuple[int, int], tuple[float, str, tuple[fl
         moved = re.match(r"translate\(([-\d.e]+),([-\d.e]+)\)", element.get("transform", ""))
         if moved:
             x, y = x + float(moved[1]), y + float(moved[2])
-        told = dict(re.findall(r"(panel|i|j|phi): ([^;]+)", element.get("aria-label", "")))
-        if len(told) == 4:
+        label = dict(re.findall(r"(panel|i|j|phi): ([^;]+)", element.get("aria-label", "")))
+        if len(label) == 4:
             at = re.match(r"M([-\d.]+),([-\d.]+)", element.get("d"))
             place = (round(x + float(at[1]), 1), round(y + float(at[2]), 1))
-            cell = (int(told["i"]), int(told["j"]))
-            found.setdefault(told["panel"], {})[cell] = (float(told["phi"]), element.get("fill"), place)
+            cell = (int(label["i"]), int(label["j"]))
+            found.setdefault(label["panel"], {})[cell] = (
+                float(label["phi"]),
+                element.get("fill"),
+                place,
+            )
         for child in element:
             walk(child, x, y)
 

@@ -81,8 +81,8 @@ def test_page_with_charts_contains_the_drawing_code():
     assert "vegaEmbed" in html
     assert len(html) < 2_000_000
     (spec,) = html.split('type="application/json"')[1:]
-    told = json.loads(spec.split(">", 1)[1].split("</script>")[0])
-    assert told["data"]["values"] == [record]
+    reported = json.loads(spec.split(">", 1)[1].split("</script>")[0])
+    assert reported["data"]["values"] == [record]
 
 
 def test_a_page_without_charts_carries_no_script():

@@ -25,7 +25,7 @@ def asset(*, source=True, content=CONTENT):
 
 
 def pip_that_writes(monkeypatch, write):
-    """Stand in for pip alone: the archive that it would have fetched is written where it was told to."""
+    """Stand in for pip alone: the archive that it would have fetched is written where it was reported to."""
     commands = []
 
     def run(command, **kwargs):

@@ -125,13 +125,13 @@ def test_differences_only_on_these_test_rows_are_labelled():
     }
     even = {name: {seed: [loss] * 8 for seed, loss in seeds.items()} for name, seeds in losses.items()}
     uneven = {**even, "c": {seed: [8 * loss - 7] + [1.0] * 7 for seed, loss in losses["c"].items()}}
-    told = {}
+    reported = {}
     for name, rows in (("even", even), ("uneven", uneven)):
         compared = compare_all(losses, RowLosses([1] * 8, rows))
-        told[name] = _targets_answer(list(losses), compared, 0.01)
-    assert told["even"].endswith("a is shown to be lower than every other, on new rows too.")
+        reported[name] = _targets_answer(list(losses), compared, 0.01)
+    assert reported["even"].endswith("a is shown to be lower than every other, on new rows too.")
     expected = "lower than every other on these test rows, on new rows too than b."
-    assert told["uneven"].endswith(expected)
+    assert reported["uneven"].endswith(expected)
 
 
 def test_large_p_claims_neither_difference_nor_equality():

@@ -137,9 +137,7 @@ def test_a_run_keeps_the_losses_of_its_test_rows(arm_runner):
     for arm in (low_rank("q,v", QV, 4), whole("q,v", QV, (1e-3,))):
         outcome = arm_runner.run(Run(arm, 1e-3, 0))
         assert len(outcome.test_rows) == 6
-        assert sum(outcome.test_rows) == pytest.approx(
-            outcome.test.loss * outcome.test.tokens, rel=1e-6
-        )
+        assert sum(outcome.test_rows) == pytest.approx(outcome.test.loss * outcome.test.tokens, rel=1e-6)
 
 
 def test_diverged_run_is_marked(arm_runner):

@@ -267,9 +267,9 @@ def test_simulation_uses_the_same_tests_as_the_library(simulation):
     values["a"] = {s: value + 6 for s, value in values["a"].items()}
     table = np.array([[list(seeds.values()) for seeds in values.values()]])
     for found, procedure in ((compare_all(values), TUKEY), (compare_with("a", values), DUNNETT)):
-        told = simulation.judged(table, procedure)[0]
-        assert list(told) == [one.significant() for one in found.differences]
-        assert 0 < told.sum() < len(told) or procedure is DUNNETT
+        reported = simulation.judged(table, procedure)[0]
+        assert list(reported) == [one.significant() for one in found.differences]
+        assert 0 < reported.sum() < len(reported) or procedure is DUNNETT
 
 
 def test_the_committed_table_is_that_of_the_script(simulation):

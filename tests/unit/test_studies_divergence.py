@@ -7,7 +7,7 @@ import pytest
 
 from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import low_rank, shortened, whole
-from brushstroke.studies.divergence import SHARES, at_loss, reached, shortened_arms, stray
+from brushstroke.studies.divergence import SHARES, at_loss, compare_divergence, reached, shortened_arms
 from brushstroke.studies.runner import ArmResult, Estimate, Results
 
 QV = ("q_proj", "v_proj")
@@ -43,7 +43,7 @@ def quadratic(size, losses):
 def test_arms_are_compared_where_their_losses_are_equal_and_not_where_they_end():
     """W itself learns twice as much and so diverges more in the end, but less at the loss of the other."""
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0)), FULL: quadratic(0.1, (2.5, 2.0, 1.0))}
-    found = stray(results(curves), [FEW.name, FULL.name], FULL.name)
+    found = compare_divergence(results(curves), [FEW.name, FULL.name], FULL.name)
     few, full = (found.data["divergence"][arm.name] for arm in (FEW, FULL))
     assert found.data["task_loss"]["mean"] == pytest.approx(2.0)
     assert few["of_all_steps"]["mean"] < full["of_all_steps"]["mean"]
@@ -87,32 +87,32 @@ def test_how_often_a_curve_has_a_loss(losses, level, expected):
 
 def test_a_loss_that_was_reached_more_than_once_is_told():
     falling, rising = quadratic(0.2, (2.8, 2.6, 2.0)), [(1.5, 0.2), (1.4, 0.3), (2.2, 0.5)]
-    found = stray(results({FEW: falling, FULL: rising}), [FEW.name, FULL.name], FULL.name)
+    found = compare_divergence(results({FEW: falling, FULL: rising}), [FEW.name, FULL.name], FULL.name)
     assert "rose again with more steps" in found.answer
     assert f"({FULL.name} with 3 seeds): KL is read where it was first reached." in found.answer
     assert found.data["divergence"][FULL.name]["seeds_at_equal_loss_twice"] == [0, 1, 2]
     assert found.data["divergence"][FEW.name]["seeds_at_equal_loss_twice"] == []
-    straight = stray(results({FEW: falling, FULL: falling}), [FEW.name, FULL.name], FULL.name)
+    straight = compare_divergence(results({FEW: falling, FULL: falling}), [FEW.name, FULL.name], FULL.name)
     assert "rose again" not in straight.answer
 
 
 def test_arms_without_reference_are_not_compared():
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0))}
-    found = stray(results(curves), [FEW.name], None)
+    found = compare_divergence(results(curves), [FEW.name], None)
     assert found.data["ratios"] == []
     assert len(found.tables[0].columns) == len(found.tables[0].rows[0]) == 5
 
 
 def test_arm_that_learnt_nothing_sets_no_common_level():
     curves = {FEW: [(3.1, 0.1), (3.2, 0.2), (3.3, 0.3)], FULL: quadratic(0.1, (2.5, 2.0, 1.0))}
-    found = stray(results(curves), [FEW.name, FULL.name], FULL.name)
+    found = compare_divergence(results(curves), [FEW.name, FULL.name], FULL.name)
     assert "not known" in found.answer
     assert not found.tables
 
 
 def test_no_divergence_without_general_text():
     curves = {FEW: quadratic(0.2, (2.8, 2.6, 2.0))}
-    assert "--general" in stray(results(curves, general=False), [FEW.name], None).answer
+    assert "--general" in compare_divergence(results(curves, general=False), [FEW.name], None).answer
 
 
 def test_shortened_arms_use_the_rate_of_the_full_arm():

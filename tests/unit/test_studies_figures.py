@@ -63,8 +63,8 @@ def test_a_map_of_ratios_has_two_colours_around_one_and_other_maps_have_one(show
     found = re.findall(
         r'<path aria-label="matrix[^"]*; shown: ([\d.]+);[^"]*"[^>]*fill="rgb\(([^)]+)\)"', drawn
     )
-    told = {float(value): [int(part) for part in colour.split(",")] for value, colour in found}
-    assert told == {
+    reported = {float(value): [int(part) for part in colour.split(",")] for value, colour in found}
+    assert reported == {
         value: [int(colour[at : at + 2], 16) for at in (1, 3, 5)] for value, colour in colours.items()
     }
 

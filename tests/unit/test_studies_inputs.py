@@ -18,7 +18,7 @@ def test_the_splits_of_one_data_set_share_no_row_even_where_rows_repeat(llama):
     assert [len(part) for part in splits] == [16, 2, 2]
     assert len(set().union(*splits)) == 20
     assert task.repeated == 40
-    assert "40 left out that were there twice" in material.told["data"]
+    assert "40 left out that were there twice" in material.description["data"]
 
 
 def test_named_held_out_rows_are_not_trained(llama):

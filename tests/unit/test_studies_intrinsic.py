@@ -35,8 +35,8 @@ def test_the_interval_is_over_seeds_and_by_ratio():
     assert "1,000, 50 with 2 of 4 seeds; with the others" in _spread({0: 1e3, 1: None, 2: 50.0, 3: None})
     assert _spread({0: None, 1: None}) == f"; with no seed is 90 % {tried}"
     assert _spread({0: 100.0, 1: 100.0, 2: 100.0}) == ", by interpolation 100 [100, 100]"
-    told = _spread({0: 50.0, 1: 100.0, 2: 200.0})
-    low, high = (float(part.strip("[],").replace(",", "")) for part in told.split()[-2:])
+    reported = _spread({0: 50.0, 1: 100.0, 2: 200.0})
+    low, high = (float(part.strip("[],").replace(",", "")) for part in reported.split()[-2:])
     assert math.sqrt(low * high) == pytest.approx(100, rel=0.1)
     assert low < 50
     assert high > 200

@@ -11,7 +11,7 @@ from brushstroke.studies import executors
 from brushstroke.studies import store as store_module
 from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import Arm, Run, on_other_task
-from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, conduct, estimate
+from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, estimate, run_arms
 from brushstroke.studies.store import Store, check_folder
 
 
@@ -44,7 +44,7 @@ def identity(**others):
 
 
 def run(folder, ledger, arms=(ARM,), grid=GRID, plan=PLAN):
-    return conduct(None, Store(folder, IDENTITY), arms, grid, plan, execute=ledger)
+    return run_arms(None, Store(folder, IDENTITY), arms, grid, plan, execute=ledger)
 
 
 def test_the_rate_is_chosen_inside_and_the_other_seeds_use_it(tmp_path):
@@ -205,9 +205,7 @@ def test_a_store_refuses_another_study_and_foreign_files(tmp_path):
 
 def test_overwrite_removes_a_study_and_nothing_else(tmp_path):
     store = Store(tmp_path, identity(seeds=[0]))
-    store.finish(
-        Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.0, 2.0))
-    )
+    store.finish(Run(ARM, 0.1, 0), Outcome("a", 0.1, 0, 1, 1, 1, 0.1, test_rows=(1.0, 2.0)))
     (tmp_path / "mine.txt").write_text("mine")
     fresh = Store(tmp_path, identity(seeds=[1]), overwrite=True)
     assert fresh.outcome(Run(ARM, 0.1, 0)) is None
@@ -243,7 +241,7 @@ def test_overwrite_leaves_the_users_files_in_the_studys_own_folders(tmp_path):
 def test_time_left_includes_runs_of_an_extended_grid(tmp_path):
     left = []
     store = Store(tmp_path, IDENTITY)
-    conduct(
+    run_arms(
         None,
         store,
         [ARM],
@@ -387,9 +385,9 @@ def test_damaged_outcome_error_names_the_file_and_next_step(tmp_path, content):
     store.finish(one, outcome_of(one))
     file = store.runs / one.key / "outcome.json"
     file.write_text(content)
-    with pytest.raises(OutputError, match="is damaged; remove this file") as told:
+    with pytest.raises(OutputError, match="is damaged; remove this file") as reported:
         store.outcome(one)
-    assert str(file) in str(told.value)
+    assert str(file) in str(reported.value)
 
 
 def test_scores_of_other_types_are_damage(tmp_path):
@@ -397,8 +395,8 @@ def test_scores_of_other_types_are_damage(tmp_path):
     ((_, outcome),) = Ledger(best_at(1e-2))(None, [one])
     store.finish(one, outcome)
     file = store.runs / one.key / "outcome.json"
-    told = json.loads(file.read_text("utf-8"))
-    file.write_text(json.dumps({**told, "test": {**told["test"], "loss": "low"}}), "utf-8")
+    reported = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**reported, "test": {**reported["test"], "loss": "low"}}), "utf-8")
     with pytest.raises(OutputError, match=r"outcome\.json is damaged; remove this file"):
         store.outcome(one)
 
@@ -411,9 +409,9 @@ def test_missing_update_error_names_the_file_and_next_step(tmp_path):
 
 
 def test_invalid_plan_is_refused():
-    told = {"arms": ["a"], "seeds": [0, 0.5], "left_out": [], "seconds": 1.0, "runs": 2}
+    reported = {"arms": ["a"], "seeds": [0, 0.5], "left_out": [], "seconds": 1.0, "runs": 2}
     with pytest.raises(ValueError, match="whole numbers"):
-        Estimate.from_dict(told)
+        Estimate.from_dict(reported)
 
 
 def test_extended_grid_uses_the_ratio_at_its_edge(tmp_path):
@@ -426,7 +424,7 @@ def test_extended_grid_uses_the_ratio_at_its_edge(tmp_path):
 def test_time_left_divides_runs_among_workers(tmp_path):
     """What else passes, such as the start of processes, is not part of a run."""
     left = []
-    conduct(
+    run_arms(
         None,
         Store(tmp_path, IDENTITY),
         [ARM],

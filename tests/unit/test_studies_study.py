@@ -30,9 +30,9 @@ def material(llama) -> Material:
 def test_damaged_plan_error_names_the_file_and_next_step(material, tmp_path, plan):
     file = tmp_path / "study.json"
     file.write_text(json.dumps({"identity": IDENTITY, "notes": {"plan": plan}}))
-    with pytest.raises(OutputError, match=r"is damaged; start over \(--overwrite\)") as told:
+    with pytest.raises(OutputError, match=r"is damaged; start over \(--overwrite\)") as reported:
         run_studies([RankStudy(("q_proj",), (1,))], material, tmp_path)
-    assert str(file) in str(told.value)
+    assert str(file) in str(reported.value)
 
 
 @pytest.mark.parametrize("notes", [{"untouched": {"task": 5}}, {"untouched": [1]}, {"seconds": "x"}])
@@ -44,9 +44,9 @@ def test_damaged_study_files_are_reported_before_any_run(material, tmp_path, not
     with pytest.raises(KeyboardInterrupt):
         run_studies(studies, material, tmp_path, on_estimate=interrupted)
     file = tmp_path / "study.json"
-    told = json.loads(file.read_text())
-    told["notes"] |= notes
-    file.write_text(json.dumps(told))
+    reported = json.loads(file.read_text())
+    reported["notes"] |= notes
+    file.write_text(json.dumps(reported))
     with pytest.raises(OutputError, match="is damaged; start over"):
         run_studies(studies, material, tmp_path, execute=untold)
 
@@ -59,8 +59,8 @@ def test_nearly_equal_rates_are_separate_in_results():
     tried = {1e-3: 1.0, 1.0000001e-3: 2.0, 1.0: None}
     found = ArmResult(Arm("q", ("q_proj",)), tried, None, None, {})
     results = SimpleNamespace(estimate=Estimate(1.0, 3, ("q",), (0,)), untouched={}, arms={"q": found})
-    told = Report((), results, {}, 1.0).as_dict()["arms"]["q"]["tried"]
-    assert told == {"0.001": 1.0, "0.0010000001": 2.0, "1": None}
+    reported = Report((), results, {}, 1.0).as_dict()["arms"]["q"]["tried"]
+    assert reported == {"0.001": 1.0, "0.0010000001": 2.0, "1": None}
 
 
 @pytest.mark.parametrize("given", [{"rank": 8}, {"alpha": 16.0}])

@@ -249,11 +249,11 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
         early.claim()
         early.claim()  # a second time changes nothing
         number = rf" \(process {os.getpid()}\)" if LOCKS.exists() else ""
-        told = rf"another process writes or reads .*out{number}; wait for it"
+        reported = rf"another process writes or reads .*out{number}; wait for it"
         for flags in ({}, {"overwrite": True}, {"resume": True}):
-            with pytest.raises(OutputError, match=told):
+            with pytest.raises(OutputError, match=reported):
                 RunFolder(out, **flags)
-        with pytest.raises(OutputError, match=told), late:
+        with pytest.raises(OutputError, match=reported), late:
             late.claim()
         assert (early.claimed, late.claimed) == (True, False)
         assert list(out.iterdir()) == []

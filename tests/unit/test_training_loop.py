@@ -116,8 +116,8 @@ def test_resuming_with_the_same_rows_in_other_tokens_is_refused(tmp_path: Path) 
     first, other = inference_kit.base(), inference_kit.base(template=inference_kit.OTHER_TEMPLATE)
     with pytest.raises(Stop):
         bs.train(first, rows, LORA, CONFIG, out=tmp_path, eval_data=rows[:2], on_step=crash)
-    told = r"\(the tokenised data changed; the tokenised evaluation data changed\)"
-    with pytest.raises(ResumeError, match=told):
+    caught = r"\(the tokenised data changed; the tokenised evaluation data changed\)"
+    with pytest.raises(ResumeError, match=caught):
         bs.train(other, rows, LORA, CONFIG, out=tmp_path, eval_data=rows[:2], resume=True)
     again = bs.train(first, rows, LORA, CONFIG, out=tmp_path, eval_data=rows[:2], resume=True)
     assert again.resumed_from == 2
@@ -243,9 +243,9 @@ def test_non_finite_base_and_too_high_rate_give_different_errors(tmp_path: Path)
 def test_plan_warnings_become_python_warnings_without_on_plan() -> None:
     made = base()
     made.model.get_submodule("model.layers.1.mlp").forward = lambda x: x
-    with pytest.warns(PlanWarning, match=r"text does not run through model.layers.1.mlp.gate_proj") as told:
+    with pytest.warns(PlanWarning, match=r"text does not run through model.layers.1.mlp.gate_proj") as caught:
         bs.train(made, examples(4), LORA, CONFIG)
-    assert len(told) == 1
+    assert len(caught) == 1
     plans: list[bs.Plan] = []
     bs.train(made, examples(4), LORA, CONFIG, on_plan=lambda plan, _: plans.append(plan))
     assert "model.layers.1.mlp.gate_proj" in plans[0].warnings[0]
@@ -614,9 +614,9 @@ def test_an_interrupt_without_a_folder_keeps_nothing() -> None:
     def stop(event: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as told:
+    with pytest.raises(KeyboardInterrupt) as caught:
         bs.train(base(), examples(10), LORA, CONFIG, on_step=stop)
-    assert str(told.value) == ""
+    assert str(caught.value) == ""
 
 
 def test_factors_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:

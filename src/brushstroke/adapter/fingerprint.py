@@ -90,7 +90,7 @@ class Fingerprint:
             self.half | (other.half - self.samples.keys()),
         )
 
-    def judge(
+    def compare(
         self,
         weights: Mapping[str, Float[Tensor, "d h"]],
         delta_at: Callable[[str, Tensor, Tensor], Tensor],

@@ -425,10 +425,10 @@ class _Progress:
         started = ", plus the start of the processes" if self._workers > 1 else ""
         if not self._reread:
             say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
-        if plan.made_before and not self._reread:
+        if plan.resumed and not self._reread:
             say("the study continues with its existing plan; --budget-minutes is ignored")
         for line in plan.left_out:
-            say(f"left out by --budget-minutes{' then' if plan.made_before else ''}: {line}")
+            say(f"left out by --budget-minutes{' then' if plan.resumed else ''}: {line}")
         if self._console.is_terminal:
             from rich.live import Live
 

@@ -64,7 +64,7 @@ def train(
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")
-    request.judge(base, run.trust_remote_code)
+    request.check_data(base, run.trust_remote_code)
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
     from brushstroke.training.interrupt import ignore_interrupts
@@ -120,7 +120,7 @@ def plan(
     run, data_options = run or RunOptions(), data_options or DataOptions()
     require_base_files(base)
     request = _Request(data, adapter or AdapterOptions(), training, data_options)
-    request.judge(base, run.trust_remote_code)
+    request.check_data(base, run.trust_remote_code)
     loaded, why = _load(base, run)
     from brushstroke.training import plan as make_plan
 
@@ -162,7 +162,7 @@ class _Request:
             "completion_column": options.completion,
         }
 
-    def judge(self, base: str, trust_remote_code: bool) -> None:
+    def check_data(self, base: str, trust_remote_code: bool) -> None:
         """Check the data with the base's tokenizer, without loading the weights."""
         start = self.arguments["start"]
         check_data(

@@ -25,7 +25,7 @@ from brushstroke.packed.cross_entropy import (
     summed_loss,
     vocab_chunk_size,
 )
-from brushstroke.packed.layout import Layout, lay_out, lay_out_prefix
+from brushstroke.packed.layout import Layout, build_layout, build_prefix_layout
 from brushstroke.packed.memory import CPU_MICRO_TOKENS
 from brushstroke.packed.pack import Group, Pass, Row, plan_passes, unshared
 from brushstroke.packed.prefix_cache import PrefixCache
@@ -202,7 +202,7 @@ class PackedForward(_Headed):
     def _cache_prefix(self, group: Group) -> PrefixCache:
         """Run a group's prefix and keep its keys and values."""
         cache = PrefixCache()
-        self._outputs(lay_out_prefix(group, self._device, cache))
+        self._outputs(build_prefix_layout(group, self._device, cache))
         cache.close()
         return cache
 
@@ -218,7 +218,7 @@ class PackedForward(_Headed):
             yield
 
     def _run(self, packed: Pass, cache: PrefixCache | None = None) -> Outputs:
-        return self._outputs(lay_out(packed, self._device, cache))
+        return self._outputs(build_layout(packed, self._device, cache))
 
     def _outputs(self, layout: Layout) -> Outputs:
         if self._moving is not None:

@@ -18,7 +18,7 @@ from brushstroke.layers.adapted import Adapted, hooked
 from brushstroke.layers.linear import shared_parts
 from brushstroke.lowrank.apply import lowrank_linears
 from brushstroke.packed.attention import AttentionName, packed_attention
-from brushstroke.packed.layout import Layout, lay_out
+from brushstroke.packed.layout import Layout, build_layout
 from brushstroke.packed.mlp import GELU, GELU_TANH, SILU, Activation, mlp
 from brushstroke.packed.norm import rms_norm
 from brushstroke.packed.pack import Row, unshared
@@ -190,7 +190,7 @@ class FusedAttention(Fused):
         return x, {
             "position_embeddings": (angles.cos().to(x.dtype), angles.sin().to(x.dtype)),
             "attention_mask": None,
-            "brushstroke_layout": lay_out(unshared(PROBED), x.device),
+            "brushstroke_layout": build_layout(unshared(PROBED), x.device),
             "brushstroke_record": settings,
         }
 

@@ -99,15 +99,15 @@ class Layout:
         return self.masks[key]
 
 
-def lay_out(packed: Pass, device: torch.device, held: KeyValueCache | None = None) -> Layout:
-    """Build the tensors of a pass; a part of a group continues the prefix in `held`.
+def build_layout(packed: Pass, device: torch.device, cache: KeyValueCache | None = None) -> Layout:
+    """Build the tensors of a pass; a part of a group continues the prefix in `cache`.
 
     Raises:
-        ValueError: the pass is part of a group, and there is no `held` prefix.
+        ValueError: the pass is part of a group, and there is no `cache` prefix.
     """
     made = _PackedRow()
     for group in packed.groups:
-        if group.part is not None and held is None:
+        if group.part is not None and cache is None:
             raise ValueError(
                 "this pass is part of a group but has no prefix cache; run the passes of a step with `run`"
             )
@@ -120,14 +120,14 @@ def lay_out(packed: Pass, device: torch.device, held: KeyValueCache | None = Non
                 made.add(row, group.prefix)
             lengths = tuple(row.input_length - group.prefix for row in block)
             made.pieces.append(_piece(lengths, prefix, device))
-    return made.layout(device, continues=held)
+    return made.layout(device, continues=cache)
 
 
-def lay_out_prefix(group: Group, device: torch.device, held: KeyValueCache) -> Layout:
-    """Build the tensors of a group's prefix; `held` records its keys and values."""
+def build_prefix_layout(group: Group, device: torch.device, cache: KeyValueCache) -> Layout:
+    """Build the tensors of a group's prefix; `cache` records its keys and values."""
     made = _PackedRow()
     made.add_prefix(group)
-    return made.layout(device, begins=held)
+    return made.layout(device, begins=cache)
 
 
 class _PackedRow:

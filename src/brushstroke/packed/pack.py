@@ -115,19 +115,21 @@ class Pass:
         return sum(group.prefix + group.own_tokens for group in self.groups)
 
 
-def plan_passes(rows: Sequence[Row], micro_tokens: int, share: bool, hold: bool = False) -> list[Pass]:
+def plan_passes(
+    rows: Sequence[Row], micro_tokens: int, share: bool, reuse_prefix: bool = False
+) -> list[Pass]:
     """Arrange rows over passes of at most `micro_tokens` computed tokens.
 
     A longer row gets a separate pass. If the members of a prefix fall into several passes, the prefix is
-    computed once in each; with `hold`, once for all of them if that saves enough. Its activations then stay
-    in memory together with those of each pass, which gets at least half of `micro_tokens`. The passes have
-    about equal size.
+    computed once in each; with `reuse_prefix`, once for all of them if that saves enough. Its activations
+    then stay in memory together with those of each pass, which gets at least half of `micro_tokens`. The
+    passes have about equal size.
     """
     groups = share_prefixes(rows) if share else [Group(0, (row,)) for row in rows]
     whole: list[Group] = []
     held: list[Pass] = []
     for group in groups:
-        parts = _parts(group, micro_tokens) if hold and group.prefix else []
+        parts = _parts(group, micro_tokens) if reuse_prefix and group.prefix else []
         saved = (len(parts) - 1) * group.prefix
         if saved >= max(HELD_SAVES, HELD_SHARE * group.computed_tokens):
             held += [Pass((part,)) for part in parts]

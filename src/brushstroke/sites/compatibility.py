@@ -105,7 +105,7 @@ def check_fingerprint(
     def delta_at(path: str, i: Tensor, j: Tensor) -> Tensor:
         return adapter[path].entries(i, j, weights[path])
 
-    verdict, difference = fingerprint.judge(weights, delta_at, quantised)
+    verdict, difference = fingerprint.compare(weights, delta_at, quantised)
     name = (adapter.card.base_name if adapter.card else None) or "unknown"
     where = f"{next(iter(weights))}: " if len(weights) == 1 else ""
     if verdict is Verdict.MERGED:

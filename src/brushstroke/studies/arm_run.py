@@ -158,8 +158,8 @@ class ArmRunner:
                 test, by_row = score_rows(session, task.test)
                 scores = {"validation": score(session, task.validation), "test": test}
                 if self.general:
-                    strayed = divergence(session, self.general)
-                    scores["general"] = replace(score(session, self.general), divergence=strayed)
+                    spread = divergence(session, self.general)
+                    scores["general"] = replace(score(session, self.general), divergence=spread)
             except NonFiniteError:
                 return replace(outcome, seconds=time.perf_counter() - began)
             adapter = session.adapter()

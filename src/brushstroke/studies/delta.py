@@ -21,12 +21,12 @@ from brushstroke.studies.arms import (
     too_large_note,
     whole,
 )
-from brushstroke.studies.divergence import shortened_arms, stray
-from brushstroke.studies.findings import Figure, Finding, Table, bounds, seeds_told
+from brushstroke.studies.divergence import compare_divergence, shortened_arms
+from brushstroke.studies.findings import Figure, Finding, Table, bounds, format_seeds
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.tables import as_interval, limits, places, rate_told
+from brushstroke.studies.tables import as_interval, format_rate, limits, places
 from brushstroke.studies.words import counted
 
 SHOWN = 8  # rows of the table by site, for each rank
@@ -104,8 +104,8 @@ class DeltaStudy:
                 f"{counted(len(values), 'matrix', 'matrices')}, first seed); a random update of the same "
                 f"norm would {chance:.3g} times. "
                 f"W does {bounds(own, 3)} times as much in the directions of ΔW as chance gives "
-                f"(median of the matrices, over {seeds_told([own.count])}); with directions drawn at random "
-                f"it is {bounds(drawn, 3)}."
+                f"(median of the matrices, over {format_seeds([own.count])}); with directions drawn at "
+                f"random it is {bounds(drawn, 3)}."
             )
         figures = []
         if records:
@@ -121,20 +121,22 @@ class DeltaStudy:
             figures += _decile_figure(found)
         full = f"{matrices} W itself" if self.train_whole else None
         names = [*ranked.values(), *([full] if full in results.planned else [])]
-        strayed = stray(results, names, full)
+        diverged = compare_divergence(results, names, full)
         return Finding(
             "How does ΔW relate to W?",
-            " ".join([*texts, strayed.answer]) if texts else "No arm is conclusive: the question stays open.",
+            " ".join([*texts, diverged.answer])
+            if texts
+            else "No arm is conclusive: the question stays open.",
             (
                 Table(
                     f"Frobenius norms, first seed; the first {SHOWN} matrices of each rank.",
                     COLUMNS,
                     tuple(rows),
                 ),
-                *strayed.tables,
+                *diverged.tables,
                 *_general_table(results, arm_runner),
             ),
-            (*figures, *strayed.figures),
+            (*figures, *diverged.figures),
             (
                 "Amplification falls like 1/rank almost by construction; the number free of the rank is the "
                 "ratio to chance.",
@@ -149,7 +151,7 @@ class DeltaStudy:
                 }
                 for rank, relation in found.items()
             }
-            | {"general": strayed.data or {}},
+            | {"general": diverged.data or {}},
         )
 
 
@@ -234,7 +236,7 @@ def _general_table(results: Results, arm_runner: ArmRunner) -> list[Table]:
         spectra = spectrum(results.adapter(name, found.seeds[0]), arm_runner.base, allow_different_base=True)
         change = interval([loss - before.loss for loss in after])
         relative = median(row.relative_norm or 0.0 for row in spectra.values())
-        rows.append((name, rate_told(found), bounds(interval(after)), bounds(change, 3), f"{relative:.3f}"))
+        rows.append((name, format_rate(found), bounds(interval(after)), bounds(change, 3), f"{relative:.3f}"))
     caption = (
         f"Loss on the general text, no row of which is in the tasks; {before.loss:.4f} before. Each arm at a "
         "rate and a task loss of its own, so that arms cannot be compared here; median of the norms."

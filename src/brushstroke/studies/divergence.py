@@ -16,10 +16,10 @@ from typing import Any
 from brushstroke.report.charts import lines
 from brushstroke.studies.arms import Arm, shortened
 from brushstroke.studies.comparisons import Comparison, Difference, compare_with
-from brushstroke.studies.findings import Figure, Table, bounds, p_told, rests_on
+from brushstroke.studies.findings import Figure, Table, bounds, format_p, rests_on
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
-from brushstroke.studies.tables import as_interval, band, rate_told
+from brushstroke.studies.tables import as_interval, band, format_rate
 from brushstroke.studies.words import counted
 
 SHARES = (Fraction(1, 4), Fraction(1, 2))  # of the steps
@@ -27,7 +27,7 @@ Curve = Sequence[tuple[float, float]]  # (task loss, divergence), from the base 
 
 
 @dataclass(frozen=True)
-class Straying:
+class DivergenceComparison:
     """The divergence of a study's arms from the base.
 
     Args:
@@ -47,7 +47,7 @@ def shortened_arms(arms: Sequence[Arm]) -> list[Arm]:
     return [shortened(arm, share) for arm in arms for share in SHARES]
 
 
-def stray(results: Results, names: Sequence[str], reference: str | None) -> Straying:
+def compare_divergence(results: Results, names: Sequence[str], reference: str | None) -> DivergenceComparison:
     """Divergence from the base at the task loss that all arms reach.
 
     Args:
@@ -56,7 +56,9 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
         reference: the arm that the others are compared with; None for no comparison.
     """
     if "general" not in results.untouched:
-        return Straying("How far the model strayed is not known: no general text was given (--general).")
+        return DivergenceComparison(
+            "How far the model diverges from its base is not known: no general text was given (--general)."
+        )
     curves = {name: found for name in names if (found := _curves(results, name))}
     levels = _levels(curves)
     at_level = {
@@ -64,7 +66,9 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
         for name, found in curves.items()
     }
     if not levels:
-        return Straying("How far the arms strayed at equal task loss is not known: see the notes.")
+        return DivergenceComparison(
+            "How far the arms diverge from the base at equal task loss is not known: see the notes."
+        )
     logs = {
         name: {seed: math.log(value) for seed, value in found.items() if value > 0}
         for name, found in at_level.items()
@@ -76,7 +80,7 @@ def stray(results: Results, names: Sequence[str], reference: str | None) -> Stra
         for name, found in curves.items()
     }
     means = {name: interval(list(found.values())) for name, found in at_level.items()}
-    return Straying(
+    return DivergenceComparison(
         _answer(level, means, compared) + _rises(again),
         (_table(results, level, curves, means, compared),),
         (_figure(curves),),
@@ -203,12 +207,12 @@ def _table(
         rows.append(
             (
                 name,
-                rate_told(results.arms[name]),
+                format_rate(results.arms[name]),
                 bounds(interval([curve[-1][0] for curve in found.values()])),
                 bounds(interval([curve[-1][1] for curve in found.values()]), 3),
                 bounds(means[name], 3),
                 bounds(_ratio(one), 3) if one else "–",
-                "–" if one is None or one.p is None else p_told(one.p),
+                "–" if one is None or one.p is None else format_p(one.p),
             )
         )
     against = next((one.second for one in compared.differences), None) if compared else None
@@ -250,4 +254,4 @@ def _figure(curves: Mapping[str, Mapping[int, Curve]]) -> Figure:
     )
     shares = ", ".join(map(str, SHARES))
     caption = f"From the untouched base over {shares} of the steps to all of them, means of the seeds."
-    return Figure("divergence", f"{caption} Lower is less strayed at the same loss.", spec)
+    return Figure("divergence", f"{caption} Lower means less divergence at the same loss.", spec)

@@ -78,10 +78,10 @@ def apart(values: Sequence[float], digits: int, form: str = "g") -> list[str]:
     return apart(values, digits + 1, form)
 
 
-def seeds_told(counts: Iterable[int]) -> str:
+def format_seeds(counts: Iterable[int]) -> str:
     """The numbers of seeds that several values are based on, as text.
 
-    >>> seeds_told([5, 5]), seeds_told([4, 2]), seeds_told([1])
+    >>> format_seeds([5, 5]), format_seeds([4, 2]), format_seeds([1])
     ('5 seeds', '2 to 4 seeds', 'one seed')
     """
     least, most = min(found := list(counts)), max(found)
@@ -98,13 +98,13 @@ def difference_table(found: Comparison, margin: float, caption: str) -> Table:
         cells = [one.first, one.second, bounds(one.difference, 3)]
         if by_row:
             cells.append(bounds(one.new_rows, 3) if one.new_rows else "–")
-        cells += ["–" if one.p is None else p_told(one.p), _shown(one, margin)]
+        cells += ["–" if one.p is None else format_p(one.p), _shown(one, margin)]
         rows.append(tuple(cells))
     columns = ("arm", "against", "difference", *(["on new rows too"] if by_row else []), "p", "shown")
     return Table(f"{caption} {rests_on(found)}", columns, tuple(rows))
 
 
-def pairs_told(found: Comparison, margin: float) -> str:
+def describe_pairs(found: Comparison, margin: float) -> str:
     """A sentence: how many pairs are shown to differ, how many to be equal, and by which procedure."""
     apart = [one for one in found.differences if one.significant()]
     equal = sum(one.equal_within(margin) for one in found.differences)
@@ -121,7 +121,7 @@ def pairs_told(found: Comparison, margin: float) -> str:
 
 def basis(found: Comparison) -> str:
     """Procedure, seeds and residual spread of a comparison, as part of a sentence."""
-    seeds = seeds_told([len(found.seeds)])
+    seeds = format_seeds([len(found.seeds)])
     spread = "" if found.spread is None else f"; residual standard deviation {found.spread:.3g}"
     return f"{found.procedure} over {seeds}{spread}"
 
@@ -137,7 +137,7 @@ def rests_on(found: Comparison) -> str:
     )
 
 
-def p_told(p: float) -> str:
+def format_p(p: float) -> str:
     """A p for a table: two digits, or an upper bound."""
     return f"{p:.2g}" if p >= SMALLEST_P else f"< {SMALLEST_P:.4f}"
 

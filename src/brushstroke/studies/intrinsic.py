@@ -20,7 +20,7 @@ from brushstroke.studies.arms import (
     two_digits,
     whole,
 )
-from brushstroke.studies.findings import Figure, Finding, seeds_told
+from brushstroke.studies.findings import Figure, Finding, format_seeds
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
@@ -128,7 +128,7 @@ class IntrinsicStudy:
         )
         return Finding(
             question,
-            f"{'Over the means of' if len(seeds) > 1 else 'With'} {seeds_told([len(seeds)])}: "
+            f"{'Over the means of' if len(seeds) > 1 else 'With'} {format_seeds([len(seeds)])}: "
             f"d90 of the gain in loss over the untouched base ({before.loss:.3f} to {after.loss:.3f} nats): "
             f"{of_gain}. d90 of the accuracy of "
             f"full training ({100 * after.accuracy:.1f} %; the untouched base has "

@@ -136,14 +136,14 @@ def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Ma
         seeds=tuple(seeds),
     )
     description = {
-        **material.told,
+        **material.description,
         "model": "SmolLM2-135M-Instruct, from its Q4_1 weights, in float32",
         "task": "US addresses into JSON",
         "other task": "names of people into JSON",
         "general": "the beginnings of Python's help texts",
     }
     sets = {name: targets for name, targets in matrix_sets(material.sites).items() if name != "up,down"}
-    material = replace(material, told=description)
+    material = replace(material, description=description)
     targets = TargetsStudy(sets, SMOL_BUDGET)
     return paper_questions(material, (1, 4, 16, 64), rank=16, targets=targets), material
 

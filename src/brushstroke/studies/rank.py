@@ -21,7 +21,7 @@ from brushstroke.studies.arms import (
     whole,
 )
 from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all, compare_with
-from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table, seeds_told
+from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table, format_seeds
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
@@ -297,7 +297,7 @@ def _deficiency(found: list[Spectrum]) -> str:
     return (
         f"Trained without a limit on its rank, ΔW has 90 % of its energy in {bounds(needed, 3)} of {most:g} "
         f"directions (median of {counted(len(sites), 'matrix', 'matrices')}, over "
-        f"{seeds_told([needed.count])}) and a stable rank of {bounds(stable, 3)}."
+        f"{format_seeds([needed.count])}) and a stable rank of {bounds(stable, 3)}."
     )
 
 

@@ -78,7 +78,7 @@ class Estimate:
         arms: the arms that fit into the budget.
         seeds: the seeds that fit into the budget.
         left_out: the arms and seeds that do not fit, as text, one line each.
-        made_before: whether the plan was read from the folder of an interrupted or finished study.
+        resumed: whether the plan was read from the folder of an interrupted or finished study.
     """
 
     seconds: float
@@ -86,7 +86,7 @@ class Estimate:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     left_out: tuple[str, ...] = ()
-    made_before: bool = False
+    resumed: bool = False
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Estimate":
@@ -264,7 +264,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def conduct(
+def run_arms(
     arm_runner: ArmRunner,
     store: Store,
     arms: Sequence[Arm],

@@ -23,7 +23,7 @@ from brushstroke.studies.arm_run import ArmRunner, Score, Task
 from brushstroke.studies.arms import Arm, exact
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
-from brushstroke.studies.runner import Estimate, Grid, Progress, Results, conduct, estimate
+from brushstroke.studies.runner import Estimate, Grid, Progress, Results, estimate, run_arms
 from brushstroke.studies.store import RUNS, START_OVER, STUDY, Store, check_folder, damaged, planned_before
 from brushstroke.training import TrainConfig
 from brushstroke.training.summary import versions
@@ -44,7 +44,7 @@ class Material:
         general: general text, for measuring divergence from the base; may be empty.
         config: training settings of every run; learning rates and seeds come from the grid.
         grid: learning rates and seeds of each arm.
-        told: the description of model and data in the report: name → text.
+        description: the description of model and data in the report: name → text.
     """
 
     base: Base
@@ -52,7 +52,7 @@ class Material:
     config: TrainConfig
     grid: Grid
     general: tuple[Example, ...] = ()
-    told: Mapping[str, str] = field(default_factory=dict)
+    description: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
@@ -96,7 +96,7 @@ class Report:
             "versions": versions(),
             "settings": self.settings,
             "seconds": self.seconds,
-            "estimate": {k: v for k, v in asdict(self.results.estimate).items() if k != "made_before"},
+            "estimate": {k: v for k, v in asdict(self.results.estimate).items() if k != "resumed"},
             "untouched": {name: asdict(score) for name, score in self.results.untouched.items()},
             "arms": {
                 name: {
@@ -172,7 +172,7 @@ def run_studies(
         planned = estimate(arm_runner, every, material.grid, workers, budget_minutes)
     else:
         with damaged(folder / STUDY, START_OVER):
-            planned = replace(Estimate.from_dict(known), made_before=True)
+            planned = replace(Estimate.from_dict(known), resumed=True)
             if unknown := {*planned.arms} - {*arms}:
                 raise ValueError(f"no arms of this study: {unknown}")
     store = Store(folder, settings, overwrite=overwrite)
@@ -194,7 +194,7 @@ def run_studies(
         if on_run:
             on_run(progress)
 
-    found = conduct(
+    found = run_arms(
         arm_runner, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
     )
     rows = {name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()}
@@ -210,7 +210,7 @@ def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm])
     hashes = {name: _hash([*t.train, *t.validation, *t.test]) for name, t in material.tasks.items()}
     return {
         "studies": [study.name for study in studies],
-        "model": dict(material.told),
+        "model": dict(material.description),
         "base": _hash_weights(material.base),
         "dtype": str(material.base.dtype).removeprefix("torch."),
         "data": {**hashes, "general": _hash(material.general)},

@@ -51,7 +51,7 @@ def test_loss(found: ArmResult) -> Interval | None:
     return interval(values) if values else None
 
 
-def rate_told(found: ArmResult) -> str:
+def format_rate(found: ArmResult) -> str:
     """The chosen learning rate for a table."""
     return "–" if found.chosen is None else f"{found.chosen:g}"
 
@@ -68,7 +68,7 @@ def arms_table(results: Results, names: Sequence[str], caption: str) -> Table:
         loss = test_loss(found)
         scores = [o.test.accuracy for o in found.outcomes.values() if o.test]
         moved = [o.start_change for o in found.outcomes.values() if o.start_change is not None]
-        rate = rate_told(found)
+        rate = format_rate(found)
         if not found.conclusive:
             rate += f" (inconclusive: the {found.edge} of the grid)" if found.edge else " (diverged)"
         rows.append(

@@ -11,7 +11,7 @@ from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
 from brushstroke.studies.comparisons import MARGIN, Comparison, Difference, check_margin, compare_all
-from brushstroke.studies.findings import Figure, Finding, difference_table, pairs_told
+from brushstroke.studies.findings import Figure, Finding, describe_pairs, difference_table
 from brushstroke.studies.runner import Results
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
@@ -132,7 +132,7 @@ def _answer(ordered: list[str], compared: Comparison, margin: float) -> str:
     order = " < ".join(ordered)
     if compared.spread is None:
         return f"By test loss, from one seed and so without any claim: {order}."
-    text = f"By test loss, lowest first: {order}. {pairs_told(compared, margin)} "
+    text = f"By test loss, lowest first: {order}. {describe_pairs(compared, margin)} "
     lower = [one for one in compared.differences if one.first == best and one.lower()]
     if not lower:
         return text + f"{best} is not shown to be lower than any other."
