@@ -292,3 +292,48 @@ def test_intruder_counts_equal_those_of_peft():
     assert f"{ours.count()}" in " ".join(lines) or ours.count() == sum("ntruder" in line for line in lines), (
         lines
     )
+
+
+def clustered(d: int, h: int, width: float) -> torch.Tensor:
+    """Half of the singular values lie within `width` of one another."""
+    k = min(d, h)
+    left, right = (torch.linalg.qr(randn(n, k)).Q for n in (d, h))
+    sigma = torch.cat([1 + width * torch.linspace(1, 0, k // 2), 0.5 * torch.linspace(1, 0.1, k - k // 2)])
+    return ((left * sigma.double()) @ right.mT).float()
+
+
+@pytest.mark.parametrize("width", [1e-6, 4e-5, 2e-4])
+@pytest.mark.parametrize("size", [1e-7, 1e-3])
+@pytest.mark.parametrize("flags", [{}, LARGE])
+@pytest.mark.parametrize(("d", "h"), [(60, 150), (150, 60), (90, 90)])
+def test_verdicts_with_close_singular_values_are_true(d, h, width, size, flags):
+    W, update = clustered(d, h, width), LowRank(randn(d, 3) / d**0.5, randn(3, h) / h**0.5, size)
+    row = found(update, W, **flags)["q"]
+    for direction, cosine in zip(row.directions, dense_cosines(update, W, 10).tolist(), strict=True):
+        assert direction.verdict != ("known" if cosine < 0.5 else "intruder")
+        assert direction.lower <= cosine + FLOAT32
+        assert direction.upper >= cosine - FLOAT32
+    if not flags:
+        assert row.count("undecided") == 0
+
+
+@pytest.mark.parametrize("size", [100, 1000, 1e5])
+@pytest.mark.parametrize("flags", [{}, LARGE])
+def test_verdicts_of_an_update_much_larger_than_the_weight_are_true(size, flags):
+    W, update = randn(80, 120).float(), LowRank(randn(80, 4), randn(4, 120), float(size))
+    row = found(update, W, **flags)["q"]
+    for direction, cosine in zip(row.directions, dense_cosines(update, W, 10).tolist(), strict=True):
+        assert direction.verdict != ("known" if cosine < 0.5 else "intruder")
+    if not flags:
+        assert row.count("undecided") == 0
+
+
+@pytest.mark.parametrize("flags", [{}, LARGE])
+def test_a_weight_of_equal_singular_values_has_no_false_intruders(flags):
+    orthogonal = torch.linalg.qr(torch.randn(70, 70)).Q
+    for W in (torch.eye(70), orthogonal, torch.zeros(70, 70)):
+        still = found(LowRank(torch.randn(70, 2), torch.zeros(2, 70)), W, **flags)["q"]
+        assert still.count() == still.count("undecided") == 0
+    small = LowRank(torch.randn(70, 2), torch.randn(2, 70), 1e-8)
+    assert found(small, torch.eye(70), **flags)["q"].count() == 0
+    assert found(small, torch.zeros(70, 70), **flags)["q"].count() == 2

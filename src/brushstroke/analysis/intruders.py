@@ -1,6 +1,7 @@
 """Intruder dimensions: strong directions of W + ΔW that are far from every direction of W, with bounds.
 
-Does not form W + ΔW, and does not measure the effect of intruders on the model's answers.
+Forms W + ΔW only if W is small and iteration cannot tell its directions apart; does not measure the effect of
+intruders on the model's answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +22,16 @@ from brushstroke.checks import check_dense_limit, check_intruder_settings
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.cosines import FLOOR, cosine_bounds
-from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, top_svd
+from brushstroke.lowrank.krylov import (
+    TOLERANCE,
+    KrylovSpace,
+    Shifted,
+    TopSvd,
+    angles,
+    dense_svd,
+    gaps,
+    top_svd,
+)
 from brushstroke.lowrank.spectra import numerical_rank
 from brushstroke.lowrank.sums import PASSES, top_of_sum
 
@@ -39,13 +49,13 @@ class Direction:
         position: 0 is the strongest.
         sigma: its singular value in W + ΔW.
         lower: the largest |cosine| with a singular vector of W is at least this.
-        upper: and at most this; equal to `lower` after a full SVD of W. Otherwise it is computed only if
-            `lower` is below ε and the direction has converged; else it is 1.
+        upper: and at most this. After a full SVD of W the two differ only by the error of the direction
+            itself. Otherwise it is computed only if `lower` is below ε and the direction has converged; else
+            it is 1.
         outside: √(1 − ‖part of it within W's strongest directions‖²); near 1 the direction is also far from
             every mixture of them.
         residual: ‖(W + ΔW)ᵀ·left − sigma·right‖/σ₁ of the iteration that found it.
-        verdict: "intruder" if upper < ε and the direction has converged, "known" if lower ≥ ε, otherwise
-            "undecided".
+        verdict: "intruder" if upper < ε, "known" if lower ≥ ε, otherwise "undecided".
     """
 
     position: int
@@ -125,9 +135,11 @@ def intruders(
     Source: arXiv:2410.21228, algorithm 1, which uses the left singular vectors of (out×in) weights; for
     weights W (d×h) they are the `right` ones, in R^h. A direction y is an intruder if max_i |⟨y, x_i⟩| < ε
     over all singular vectors x_i of W. The strongest directions come from a Krylov space of W and of the
-    factors. The maximum is exact if W is small; otherwise it lies between the largest cosine with W's
-    strongest directions and an upper bound (`cosine_bounds`). A direction that has not converged is a mixture
-    and never counts as an intruder. Singular vectors of W with singular value 0 are arbitrary, and ignored.
+    factors. If W is small, all x_i are known; otherwise the maximum lies between the largest cosine with W's
+    strongest directions and an upper bound (`cosine_bounds`). Both bounds allow for the error of y, which is
+    large if its singular value is close to another one (`angles`). Singular vectors of W with equal singular
+    values are arbitrary within their subspace: the cosine with the subspace counts. Those with singular value
+    0 are ignored. An update of zeros has no intruders.
 
     Args:
         adapter: an adapter with low-rank updates.
@@ -158,11 +170,12 @@ def intruders(
         dense = min(update.shape) <= dense_limit
         known = base_directions(site, W, 4 * top, whole=dense, seed=seed, cache=cache, working=working)
         floor = partial(base_floor, W, float(known.sigma[0]), working, cache)
-        compared = (
-            _exact(update, working(W, dense), known, top)
-            if dense
-            else _bounded(update, working(W, dense), known, top, threshold, floor)
-        )
+        if update.delta_norm() == 0:
+            compared = _unchanged(known, top)
+        elif dense:
+            compared = _exact(update, working(W, dense), known, top, threshold)
+        else:
+            compared = _bounded(update, working(W, dense), known, top, threshold, floor)
         rows[site] = _site(update.shape, compared, threshold)
     return Intruders(rows, top=top, threshold=threshold)
 
@@ -209,7 +222,6 @@ class _Compared:
 def _site(shape: tuple[int, int], compared: _Compared, threshold: float) -> SiteIntruders:
     changed, lower, upper = compared.top, compared.lower, compared.upper
     strongest = float(changed.sigma[0]) or 1.0
-    converged = (changed.residual <= TOLERANCE * strongest).tolist()
     directions = tuple(
         Direction(
             position,
@@ -218,7 +230,7 @@ def _site(shape: tuple[int, int], compared: _Compared, threshold: float) -> Site
             upper[position],
             compared.outside[position],
             float(changed.residual[position]) / strongest,
-            _verdict(lower[position], upper[position], threshold, converged[position]),
+            _verdict(lower[position], upper[position], threshold),
         )
         for position in range(len(changed.sigma))
         if float(changed.sigma[position]) > 0
@@ -231,14 +243,56 @@ def _site(shape: tuple[int, int], compared: _Compared, threshold: float) -> Site
     return SiteIntruders(shape, directions, extra)
 
 
-def _exact(update: LowRank, W: Float[Tensor, "d h"], known: Directions, top: int) -> _Compared:
+def _unchanged(known: Directions, top: int) -> _Compared:
+    """The directions of W itself."""
+    sigma, k = known.sigma[:top], min(top, len(known.sigma))
+    changed = TopSvd(known.left[:, :k], sigma, known.right[:k], known.residual[:k], gaps(known.sigma)[:k])
+    return _Compared(changed, [1.0] * k, [1.0] * k, [0.0] * k)
+
+
+def _exact(
+    update: LowRank, W: Float[Tensor, "d h"], known: Directions, top: int, threshold: float
+) -> _Compared:
     """The cosines with all singular vectors of W."""
-    matrix = Shifted(W, update.U.to(W), update.V.to(W), update.scale)
-    changed = top_svd(matrix, top, passes=WHOLE_PASSES)
-    vectors = known.right[: numerical_rank(known.sigma, max(W.shape))]
-    cosines = (changed.right.double() @ vectors.mT).abs()
-    largest = cosines.max(dim=1).values.tolist() if len(vectors) else [0.0] * len(changed.right)
-    return _Compared(changed, largest, largest, _outside(cosines[:, : 4 * top]))
+    U, V = update.U.to(W), update.V.to(W)
+    compared = _with_all(top_svd(Shifted(W, U, V, update.scale), top, passes=WHOLE_PASSES), known, top)
+    bounds = zip(compared.lower, compared.upper, strict=True)
+    if any(_verdict(lower, upper, threshold) == "undecided" for lower, upper in bounds):
+        return _with_all(_top_of_dense(W.addmm(U, V, alpha=update.scale), top), known, top)
+    return compared
+
+
+def _top_of_dense(W: Float[Tensor, "d h"], top: int) -> TopSvd:
+    """The strongest directions by a full SVD in float64."""
+    parts = dense_svd(W)
+    k, gap = min(top, len(parts.sigma)), gaps(parts.sigma)
+    rounding = torch.full_like(gap, _rounding(parts.sigma, W.shape))
+    return TopSvd(parts.left[:, :k], parts.sigma[:k], parts.right[:k], rounding[:k], gap[:k])
+
+
+def _with_all(changed: TopSvd, known: Directions, top: int) -> _Compared:
+    """Bounds from all singular vectors of W; those of equal singular values count as one subspace."""
+    rank = numerical_rank(known.sigma, max(known.left.shape[0], known.right.shape[1]))
+    cosines = (changed.right.double() @ known.right[:rank].mT).abs()
+    sigma, largest = known.sigma[:rank], cosines.new_zeros(len(cosines))
+    if rank:
+        apart = sigma[:-1] - sigma[1:] > 100 * _rounding(sigma, (known.left.shape[0], known.right.shape[1]))
+        subspace = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+        squares = cosines.new_zeros(len(cosines), int(subspace[-1]) + 1)
+        largest = squares.index_add_(1, subspace, cosines.square()).max(dim=1).values.sqrt()
+    angle = angles(changed.residual, changed.gap)
+    lower, upper = _turned(largest, angle).tolist(), _turned(largest, -angle).tolist()
+    return _Compared(changed, lower, upper, _outside(cosines[:, : 4 * top]))
+
+
+def _rounding(sigma: Float[Tensor, " k"], shape: tuple[int, ...]) -> float:
+    """The error of singular values from a full SVD in float64."""
+    return max(shape) * torch.finfo(torch.float64).eps * float(sigma[0])
+
+
+def _turned(cosine: Float[Tensor, "*n k"], angle: Float[Tensor, " k"]) -> Float[Tensor, "*n k"]:
+    """The cosine after a turn away by an angle; a negative angle is a turn towards."""
+    return (cosine.double().clamp_max(1).acos() + angle).clamp(0, torch.pi / 2).cos()
 
 
 def _bounded(
@@ -258,13 +312,16 @@ def _bounded(
     passes = PASSES if bool(converged[:top].all()) else PASSES // 2
     if transposed:
         found = top_of_sum(W.mT, Svd(parts.right.mT, parts.sigma, parts.left.mT), known.left, top, passes)
-        changed = TopSvd(found.top.right.mT, found.top.sigma, found.top.left.mT, found.top.residual)
+        changed = found.top.mT
     else:
         found = top_of_sum(W, parts, known.right.mT, top, passes)
         changed = found.top
     found.space.extend((known.left if transposed else known.right.mT)[:, converged])
     cosines = (changed.right.double() @ known.right.mT.double()).abs()
-    hits = torch.where(converged, cosines, 0).max(dim=1).values
+    gap = gaps(known.sigma)
+    if len(gap) < min(W.shape):
+        gap[-1] = 0  # the next singular value is not known
+    hits = torch.where(converged, _turned(cosines, angles(known.residual, gap)), 0).max(dim=1).values
     undecided = found.settled & (hits < threshold)
     targets = found.back if transposed else changed.right.mT
     uppers = torch.ones_like(hits)
@@ -275,10 +332,11 @@ def _bounded(
     if transposed and bool(new.any()) and (weakest := floor()) < FLOOR:
         # the bounds so far ignore singular values of W below FLOOR
         uppers[new] = _upper_bounds(found.space, targets[:, new], threshold, weakest) if weakest else 1.0
+    angle = angles(changed.residual, changed.gap)
     return _Compared(
         changed,
-        hits.tolist(),
-        torch.maximum(uppers, hits).tolist(),
+        _turned(hits, angle).tolist(),
+        _turned(torch.maximum(uppers, hits), -angle).tolist(),
         _outside(cosines[:, : 4 * top]),
     )
 
@@ -309,8 +367,7 @@ def _outside(cosines: Float[Tensor, "k m"]) -> list[float]:
     return (1 - cosines.square().sum(dim=1)).clamp_min(0).sqrt().tolist()
 
 
-def _verdict(lower: float, upper: float, threshold: float, converged: bool) -> Verdict:
-    """A direction that has not converged is a mixture, so that its upper bound proves nothing."""
-    if upper < threshold and converged:
+def _verdict(lower: float, upper: float, threshold: float) -> Verdict:
+    if upper < threshold:
         return "intruder"
     return "known" if lower >= threshold else "undecided"

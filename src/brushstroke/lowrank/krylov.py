@@ -73,12 +73,19 @@ class TopSvd:
         right: output directions, in rows.
         residual: ‖Wᵀ·left_i − sigma_i·right_i‖ of each triple; a singular value lies at most this far from
             sigma_i.
+        gap: distance of each sigma to the nearest other singular value in the space, or to 0.
     """
 
     left: Float[Tensor, "d k"]
     sigma: Float[Tensor, " k"]
     right: Float[Tensor, "k h"]
     residual: Float[Tensor, " k"]
+    gap: Float[Tensor, " k"]
+
+    @property
+    def mT(self) -> "TopSvd":
+        """The triples of the transposed matrix."""
+        return TopSvd(self.right.mT, self.sigma, self.left.mT, self.residual, self.gap)
 
 
 class KrylovSpace:
@@ -117,6 +124,10 @@ class KrylovSpace:
         self.images = torch.cat([self.images, image], dim=1)
         self.backs = torch.cat([self.backs, back], dim=1)
         return back
+
+    def sigmas(self) -> Float[Tensor, " m"]:
+        """All singular values within the space, descending, in float64."""
+        return torch.linalg.eigvalsh(self.gram).clamp_min(0).sqrt().flip(0)
 
     def top(self, k: int) -> Float[Tensor, "m k"]:
         """The k strongest directions within the space (Ritz vectors), in coordinates of the basis."""
@@ -172,8 +183,8 @@ def _triples(space: KrylovSpace, top: Float[Tensor, "m k"]) -> TopSvd:
     q, core = torch.linalg.qr(space.images @ top)
     left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     left, right = q @ left, ((space.basis @ top) @ right.mT).mT
-    gap = space.matrix.transposed_times(left) - right.mT * sigma
-    return TopSvd(left, sigma, right, torch.linalg.vector_norm(gap, dim=0))
+    residual = torch.linalg.vector_norm(space.matrix.transposed_times(left) - right.mT * sigma, dim=0)
+    return TopSvd(left, sigma, right, residual, gaps(space.sigmas())[: len(sigma)].to(sigma))
 
 
 def _orthonormal(block: Float[Tensor, "h k"], space: Float[Tensor, "h m"]) -> Float[Tensor, "h n"]:
@@ -197,7 +208,23 @@ def _zero_triples(matrix: Shifted, k: int) -> TopSvd:
     d, h = matrix.shape
     zeros = matrix.W.new_zeros(k)
     eye = [torch.eye(n, k, dtype=matrix.W.dtype, device=matrix.W.device) for n in (d, h)]
-    return TopSvd(eye[0], zeros, eye[1].mT, zeros)
+    return TopSvd(eye[0], zeros, eye[1].mT, zeros, zeros)
+
+
+def gaps(sigma: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """The distance of each of some descending values to its nearest neighbour; the last one's may be 0."""
+    below = sigma - torch.cat([sigma[1:], sigma.new_zeros(1)])
+    return torch.cat([below[:1], torch.minimum(below[1:], below[:-1])])
+
+
+def angles(residual: Float[Tensor, " k"], gap: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Upper bounds, in radians and float64, of the angle between computed and true singular vectors.
+
+    Source: the sin θ theorem of Davis and Kahan, for the symmetric matrix with the blocks W and Wᵀ: the sine
+    is at most residual/gap. Without a gap, a vector is an arbitrary mixture of several, and the bound is π/2.
+    """
+    share = residual.double() / gap.double().clamp_min(torch.finfo(torch.float64).tiny)
+    return share.clamp_max(1).asin()
 
 
 def dense_svd(W: Float[Tensor, "d h"]) -> Svd:

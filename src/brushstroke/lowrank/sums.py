@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, multiply
+from brushstroke.lowrank.krylov import TOLERANCE, KrylovSpace, Shifted, TopSvd, gaps, multiply
 from brushstroke.lowrank.spectra import Svd
 
 PASSES = 10  # maximum number of blocks
@@ -90,12 +90,14 @@ def _triples(
     inner = V @ space.basis
     cross = (space.basis.mT @ pulled).double() @ inner.double()  # imagesᵀ·U·V·basis
     gram = space.gram + cross + cross.mT + inner.double().mT @ inner.double()
-    chosen = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :k].to(U)
+    values, vectors = torch.linalg.eigh(gram)
+    chosen = vectors.flip(1)[:, :k].to(U)
     q, core = torch.linalg.qr(space.images @ chosen + U @ (inner @ chosen))
     rotation, sigma, mixed = torch.linalg.svd(core, full_matrices=False)
     chosen, left = chosen @ mixed.mT, q @ rotation
     right = space.basis @ chosen
     back = (space.backs @ chosen + pulled @ (inner @ chosen)) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
-    gap = back + V.mT @ (U.mT @ left) - right * sigma
-    top = TopSvd(left, sigma, right.mT, torch.linalg.vector_norm(gap, dim=0))
+    residual = torch.linalg.vector_norm(back + V.mT @ (U.mT @ left) - right * sigma, dim=0)
+    gap = gaps(values.clamp_min(0).sqrt().flip(0))[: len(sigma)]
+    top = TopSvd(left, sigma, right.mT, residual, gap.to(sigma))
     return SumTop(top, back, space)
