@@ -8,11 +8,14 @@ from brushstroke.lowrank.apply import (
     LinearParts,
     Span,
     gathered_term,
-    lowrank_linear,
     lowrank_linears,
     lowrank_term,
     stacked_term,
 )
+
+
+def lowrank_linear(x, weight, bias, U_rows, V, scale, weight_is_dxh=False):
+    return lowrank_linears(x, [LinearParts(weight, bias, U_rows, V, scale, weight_is_dxh)])[0]
 
 
 @pytest.mark.parametrize("dxh", [True, False])

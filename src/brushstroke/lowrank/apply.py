@@ -259,33 +259,17 @@ def lowrank_linears(x: Float[Tensor, "*b d"], parts: Sequence[LinearParts]) -> t
     """x·Wᵢ + biasᵢ + scaleᵢ·(x·Uᵢ)·Vᵢ for several linears that share x, in one autograd function.
 
     x is saved once, one product computes all x·Uᵢ, and the gradients of x accumulate in place. Wᵢ and biasᵢ
-    are frozen.
+    are frozen and never get a gradient. The low-rank products run in x's dtype; gradients have the dtype of
+    the factors. Source: arXiv:2106.09685, equation 3.
 
     Returns:
         One (…×h) tensor for each part.
-    """
-    static, tensors = flatten(parts)
-    return _LowRankLinears.apply(x, static, *tensors)  # type: ignore[return-value]
-
-
-def lowrank_linear(
-    x: Float[Tensor, "*b d"],
-    weight: Tensor,
-    bias: Float[Tensor, " h"] | None,
-    U_rows: Float[Tensor, "r d"],
-    V: Float[Tensor, "r h"],
-    scale: float,
-    weight_is_dxh: bool = False,
-) -> Float[Tensor, "*b h"]:
-    """x·W + bias + scale·(x·U)·V with W frozen, in one autograd function (arXiv:2106.09685, equation 3).
-
-    The low-rank products run in x's dtype; the gradients have the dtype of the factors. W and bias never get
-    a gradient.
 
     Raises:
         RuntimeError: the backward pass would need a second derivative (`create_graph=True`).
     """
-    return lowrank_linears(x, [LinearParts(weight, bias, U_rows, V, scale, weight_is_dxh)])[0]
+    static, tensors = flatten(parts)
+    return _LowRankLinears.apply(x, static, *tensors)  # type: ignore[return-value]
 
 
 def lowrank_term(
