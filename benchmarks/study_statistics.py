@@ -8,7 +8,7 @@ variance for all arms. It takes well under a minute; the seeds are fixed:
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 
 import numpy as np
@@ -21,13 +21,15 @@ from brushstroke.studies.comparisons import (
     dunnett_p,
     own_variances,
     pair_errors,
+    t_at,
     tukey_p,
 )
 
 STUDIES = 2000
 SIZES = ((9, 3), (9, 5), (6, 5), (3, 3), (9, 2))  # arms and seeds; the procedures were chosen by the first
 GAP = 4.0  # of one pair, in residual standard deviations
-PLAIN_TUKEY, PLAIN_DUNNETT = Procedure("Tukey", 0.05, tukey_p), Procedure("Dunnett", 0.05, dunnett_p)
+PLAIN_TUKEY = Procedure("Tukey", partial(t_at, tukey_p, 0.05), tukey_p)
+PLAIN_DUNNETT = Procedure("Dunnett", partial(t_at, dunnett_p, 0.05), dunnett_p)
 Draw = Callable[[np.random.Generator, int, int, int], np.ndarray]
 
 

@@ -12,6 +12,7 @@ from brushstroke.studies import RankStudy, TargetsStudy
 from brushstroke.studies.comparisons import (
     DUNNETT,
     TUKEY,
+    TUKEY_LEVEL,
     RowLosses,
     compare_all,
     compare_with,
@@ -72,7 +73,7 @@ def test_two_arms_are_compared_by_the_paired_t_test():
     (found,) = compare_all(values).differences
     expected = stats.ttest_rel(list(values["a"].values()), list(values["b"].values()))
     assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
-    low, high = expected.confidence_interval(1 - TUKEY.level)
+    low, high = expected.confidence_interval(1 - TUKEY_LEVEL)
     assert (found.difference.low, found.difference.high) == pytest.approx((low, high), rel=1e-6)
 
 
@@ -102,6 +103,20 @@ def test_every_other_arm_is_compared_with_the_reference():
     found = compare_with("c", study(0))
     assert [(one.first, one.second) for one in found.differences] == [("a", "c"), ("b", "c"), ("d", "c")]
     assert found.procedure == "Dunnett"
+
+
+@pytest.mark.parametrize("arms", [2, 3, 5, 9])
+def test_p_and_the_level_of_the_intervals_are_those_of_dunnett(arms):
+    values = study(1, tuple("abcdefghi"[:arms]), seeds=3)
+    found = compare_with("a", values)
+    for one in found.differences:
+        half = one.difference.high - one.difference.mean
+        t = abs(one.difference.mean) / half * DUNNETT.quantile(arms, found.freedom)
+        assert one.p == pytest.approx(dunnett_p(t, arms, found.freedom), rel=1e-6)
+        assert one.significant() == (abs(one.difference.mean) > half)
+    at_the_edge = dunnett_p(DUNNETT.quantile(arms, found.freedom), arms, found.freedom)
+    assert found.level == pytest.approx(at_the_edge, rel=1e-6)
+    assert dunnett_p(0.0, arms, found.freedom) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 16, 40])

@@ -20,7 +20,7 @@ from brushstroke.studies.statistics import ROUNDING, Interval
 # degrees of freedom that the pooled variance of all arms counts for; an arm's own variance: seeds − 1
 PRIOR_FREEDOM = 10
 TUKEY_LEVEL = 0.0275  # nominal; with variances of 4 to 1 the family-wise error stays below 6.5 %
-DUNNETT_LEVEL = 0.0125  # lower, because the variance of the reference is in every comparison
+DUNNETT_LEVEL = 0.0125  # lower, because the variance of the reference is in every comparison; see DUNNETT
 RESAMPLES = 2000  # bootstrap samples of the test rows
 MARGIN = 0.01  # default margin of equality: nats of test loss per trained token, 1 % of perplexity
 NORMAL_95 = 1.96  # the quantile of a 95 % interval over rows
@@ -33,17 +33,17 @@ class Procedure:
 
     Args:
         name: the name in reports.
-        level: nominal family-wise level; a comparison is significant if its p is below the level.
+        quantile: (arms, degrees of freedom) → the t from which on a difference is significant.
         p: (t, arms, degrees of freedom) → adjusted p.
     """
 
     name: str
-    level: float
+    quantile: Callable[[int, int], float]
     p: Callable[[float, int, int], float]
 
-    def quantile(self, arms: int, freedom: int) -> float:
-        """The t at which p equals the level."""
-        return _quantile(self, arms, freedom)
+    def level(self, arms: int, freedom: int) -> float:
+        """The nominal family-wise level: a comparison is significant if its p is below it."""
+        return self.p(self.quantile(arms, freedom), arms, freedom)
 
 
 @dataclass(frozen=True)
@@ -234,13 +234,22 @@ def check_margin(margin: float) -> None:
         )
 
 
-TUKEY = Procedure("Tukey", TUKEY_LEVEL, tukey_p)
-DUNNETT = Procedure(
-    "Dunnett",
-    DUNNETT_LEVEL,
-    # with few degrees of freedom Dunnett's level is stricter; Tukey's for all pairs is also valid for these
-    lambda *given: min(dunnett_p(*given), tukey_p(*given) * DUNNETT_LEVEL / TUKEY_LEVEL),
-)
+def tukey_quantile(arms: int, freedom: int) -> float:
+    """The t at which Tukey's p is `TUKEY_LEVEL`."""
+    return t_at(tukey_p, TUKEY_LEVEL, arms, freedom)
+
+
+def dunnett_quantile(arms: int, freedom: int) -> float:
+    """The t at which Dunnett's p is `DUNNETT_LEVEL`, or Tukey's quantile if that is smaller.
+
+    Tukey's is valid for all pairs, and so for these; with few arms it is the smaller one, and the level of
+    Dunnett's procedure is then above `DUNNETT_LEVEL`.
+    """
+    return min(t_at(dunnett_p, DUNNETT_LEVEL, arms, freedom), tukey_quantile(arms, freedom))
+
+
+TUKEY = Procedure("Tukey", tukey_quantile, tukey_p)
+DUNNETT = Procedure("Dunnett", dunnett_quantile, dunnett_p)
 
 
 def _compare(
@@ -251,7 +260,9 @@ def _compare(
 ) -> Comparison:
     arms, seeds, notes = _complete(values)
     pairs = pairs_of(arms)
-    empty = Comparison(procedure.name, procedure.level, (), tuple(seeds), None, 0, notes)
+    freedom = (len(arms) - 1) * (len(seeds) - 1)
+    level = procedure.level(len(arms), freedom) if pairs and len(seeds) > 1 else 0.0
+    empty = Comparison(procedure.name, level, (), tuple(seeds), None, 0, notes)
     if not pairs or not seeds:
         return empty
     table = np.array([[values[arm][seed] for seed in seeds] for arm in arms], dtype=float)
@@ -259,12 +270,11 @@ def _compare(
     gaps = [float(gap) for gap in (table[first] - table[second]).mean(1)]
     if len(seeds) < 2:
         single = [
-            Difference(a, b, Interval(gap, None, None, 1), None, procedure.level)
+            Difference(a, b, Interval(gap, None, None, 1), None, level)
             for (a, b), gap in zip(pairs, gaps, strict=True)
         ]
         return replace(empty, differences=tuple(single))
     variances = own_variances(table)
-    freedom = (len(arms) - 1) * (len(seeds) - 1)
     reach = procedure.quantile(len(arms), freedom)
     errors = [float(error) for error in pair_errors(variances, first, second, len(seeds))]
     by_row = row_errors(rows, arms, seeds) if rows else None
@@ -274,15 +284,16 @@ def _compare(
         difference = _around(gap, reach * error, len(seeds))
         new_rows = None if wider is None else _around(gap, wider, len(seeds))
         p = _p(procedure, gap, error, len(arms), freedom)
-        found.append(Difference(a, b, difference, p, procedure.level, new_rows))
+        found.append(Difference(a, b, difference, p, level, new_rows))
     spread = float(variances.mean() ** 0.5)
     return replace(empty, differences=tuple(found), spread=spread, freedom=freedom)
 
 
 @cache
-def _quantile(procedure: Procedure, arms: int, freedom: int) -> float:
+def t_at(p: Callable[[float, int, int], float], level: float, arms: int, freedom: int) -> float:
+    """The t at which p(t, arms, degrees of freedom) equals a level."""
     solve = require("scipy.optimize", extra="study").brentq
-    return float(solve(lambda t: procedure.p(t, arms, freedom) - procedure.level, 1.0, LARGEST_T, rtol=1e-9))
+    return float(solve(lambda t: p(t, arms, freedom) - level, 1.0, LARGEST_T, rtol=1e-9))
 
 
 def _complete(values: Mapping[str, Mapping[int, float]]) -> tuple[list[str], list[int], tuple[str, ...]]:

@@ -133,7 +133,7 @@ def rests_on(found: Comparison) -> str:
     return (
         f"{basis(found)} with {found.freedom} degrees of freedom, seeds as blocks. The intervals of the "
         f"table hold together, at {100 * (1 - found.level):.4g} %; p is adjusted for all rows of it, and a "
-        f"pair is apart where p is below {found.level:g}. A large p shows nothing."
+        f"pair is apart where p is below {found.level:.3g}. A large p shows nothing."
     )
 
 
