@@ -294,6 +294,17 @@ def test_intruder_counts_equal_those_of_peft():
     )
 
 
+def test_the_upper_bound_of_a_wide_weight_covers_its_weak_directions():
+    left, right = (torch.linalg.qr(randn(n, 64)).Q for n in (64, 200))
+    W = (left * 0.9 ** torch.arange(64).double()) @ right.mT
+    row = found(LowRank(left[:, -1:], right[:, -1:].mT, 2.0), W.float(), dense_limit=0)["q"]
+    cosines = dense_cosines(LowRank(left[:, -1:], right[:, -1:].mT, 2.0), W.float(), 10).tolist()
+    for direction, cosine in zip(row.directions, cosines, strict=True):
+        assert direction.lower <= cosine + FLOAT32
+        assert direction.upper >= cosine - FLOAT32
+    assert row.directions[0].verdict == "undecided"
+
+
 def clustered(d: int, h: int, width: float) -> torch.Tensor:
     """Half of the singular values lie within `width` of one another."""
     k = min(d, h)

@@ -7,7 +7,7 @@ import pytest
 
 import training_kit
 from brushstroke.base import Base
-from brushstroke.errors import ConfigError, OutputError
+from brushstroke.errors import ConfigError, OutputError, ResumeError
 from brushstroke.studies import Estimate, Grid, IntrinsicStudy, Material, RankStudy, Report, Task, run_studies
 from brushstroke.studies.arms import Arm
 from brushstroke.studies.runner import ArmResult
@@ -33,6 +33,14 @@ def test_damaged_plan_error_names_the_file_and_next_step(material, tmp_path, pla
     with pytest.raises(OutputError, match=r"is damaged; start over \(--overwrite\)") as reported:
         run_studies([RankStudy(("q_proj",), (1,))], material, tmp_path)
     assert str(file) in str(reported.value)
+
+
+def test_other_ranks_in_the_same_folder_are_another_study(material, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_studies([RankStudy(("q_proj",), (1, 2))], material, tmp_path, on_estimate=interrupted)
+    for ranks in ((1,), (1, 4)):
+        with pytest.raises(ResumeError, match="holds another study"):
+            run_studies([RankStudy(("q_proj",), ranks)], material, tmp_path)
 
 
 @pytest.mark.parametrize("notes", [{"untouched": {"task": 5}}, {"untouched": [1]}, {"seconds": "x"}])

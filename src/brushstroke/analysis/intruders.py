@@ -329,9 +329,10 @@ def _bounded(
         found.space, targets[:, undecided], threshold, FLOOR if transposed else None
     )
     new = uppers < threshold
-    if transposed and bool(new.any()) and (weakest := floor()) < FLOOR:
-        # the bounds so far ignore singular values of W below FLOOR
-        uppers[new] = _upper_bounds(found.space, targets[:, new], threshold, weakest) if weakest else 1.0
+    if transposed:  # the bounds so far ignore singular values of W below FLOOR
+        uppers[~new] = 1.0
+        if bool(new.any()) and (weakest := floor()) < FLOOR:
+            uppers[new] = _upper_bounds(found.space, targets[:, new], threshold, weakest) if weakest else 1.0
     angle = angles(changed.residual, changed.gap)
     return _Compared(
         changed,

@@ -173,9 +173,10 @@ def run_studies(
     else:
         with damaged(folder / STUDY, START_OVER):
             planned = replace(Estimate.from_dict(known), resumed=True)
-            if unknown := {*planned.arms} - {*arms}:
-                raise ValueError(f"no arms of this study: {unknown}")
     store = Store(folder, settings, overwrite=overwrite)
+    if unknown := {*planned.arms} - {*arms}:
+        with damaged(folder / STUDY, START_OVER):
+            raise ValueError(f"no arms of this study: {unknown}")
     store.keep_note("plan", asdict(planned))
     stated = store.note("margins")
     if known is None and stated is None:
