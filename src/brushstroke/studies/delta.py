@@ -11,6 +11,7 @@ from typing import Any
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.analysis.table import short_names
+from brushstroke.checks import check_counts
 from brushstroke.report.charts import lines, site_map
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
@@ -56,6 +57,9 @@ class DeltaStudy:
         alpha: of all ranks.
         train_whole: whether to add an arm that trains W as the reference for divergence, if there is
             general text.
+
+    Raises:
+        ConfigError: a rank is below 1.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -63,6 +67,9 @@ class DeltaStudy:
     alpha: float = 16.0
     train_whole: bool = True
     name: str = "delta"
+
+    def __post_init__(self) -> None:
+        check_counts("rank", self.ranks)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each rank; with general text also one that trains W, and each with fewer steps."""
