@@ -1,10 +1,10 @@
-"""Checks the arguments of an analysis that need only numbers, names and shapes.
+"""Checks the arguments of analyses and studies that need only numbers, names and shapes.
 
-It does not load torch or transformers, so that the command line can report errors of an analysis at once.
+It does not load torch or transformers, so that the command line can report such errors at once.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from brushstroke.errors import ConfigError, ShapeError, did_you_mean
 
@@ -42,6 +42,77 @@ def check_share(share: float) -> None:
     """
     if not 0 < share <= 1:
         raise ConfigError(f"a share of the energy must be above 0 and at most 1; got {share}")
+
+
+def check_one_rank(parameters: int, sites: Shapes) -> None:
+    """Check that a number of parameters is sufficient for rank 1 at one of the sites.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    cheapest = min(d + h for d, h in sites.values())
+    if parameters < cheapest:
+        raise ConfigError(
+            f"a budget of {parameters:,} parameters is too small for one rank; give at least {cheapest:,}"
+        )
+
+
+def check_counts(name: str, values: Iterable[int]) -> None:
+    """Check whole numbers of a study, such as ranks.
+
+    Raises:
+        ConfigError: one is below 1; the message gives the name.
+    """
+    for value in values:
+        if value < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1; got {value}")
+
+
+def check_parameters(budget: int) -> None:
+    """Check the number of trained parameters of a study's arms.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if budget < 1:
+        raise ConfigError(f"the budget is a number of parameters, at least 1 (--budget); got {budget}")
+
+
+def check_margin(margin: float) -> None:
+    """Check a margin of equality.
+
+    Raises:
+        ConfigError: it is not a finite number above 0.
+    """
+    if not 0 < margin < float("inf"):
+        raise ConfigError(
+            f"the margin of equality must be a finite number above 0 (--margin); got {margin:g}"
+        )
+
+
+def check_minutes(minutes: float) -> None:
+    """Check a time budget.
+
+    Raises:
+        ConfigError: it is not a number above 0.
+    """
+    if not minutes > 0:
+        raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {minutes}")
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Check the learning rates that a study chooses from.
+
+    Raises:
+        ConfigError: there are fewer than two, or one is not a finite number above 0.
+    """
+    if len(set(rates)) < 2:
+        raise ConfigError(
+            "a study needs at least two learning rates, better three, so that the best one can lie between "
+            "others; give more (--learning-rates)"
+        )
+    if any(not 0 < rate < float("inf") for rate in rates):
+        raise ConfigError(f"learning rates must be finite numbers above 0; got {', '.join(map(str, rates))}")
 
 
 def check_alike(ones: Shapes, twos: Shapes) -> None:

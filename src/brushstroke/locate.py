@@ -90,8 +90,8 @@ def _model_in(folder: Path) -> Path:
     files = {entry.name for entry in folder.iterdir()}
     if "adapter_config.json" in files:
         raise BaseLoadError(
-            f"{folder} holds an adapter, not a base model; give the base that it was trained on, "
-            f"and the adapter as --adapter (in Python: load and attach)"
+            f"{folder} holds an adapter, not a base model; give the base that it was trained on in its "
+            "place, and the adapter separately"
         )
     if "config.json" in files:
         return folder

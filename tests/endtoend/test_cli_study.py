@@ -5,10 +5,12 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from cli_kit import PLAIN, files_in, rows, start, write_rows
+from cli_kit import ENVIRONMENT, PLAIN, Done, files_in, rows, start, write_rows
 
 SMALL = ("--max-steps", "4", "--batch-size", "4", *PLAIN)
 GRID = ("--learning-rates", "1e-3,1e-2,1e-1", "--seeds", "3")
@@ -162,6 +164,53 @@ def test_figures_as_files(cli, tiny, data, tmp_path):
     (out / "tables" / "mine.csv").write_text("mine")
     assert cli(*words, "--overwrite").status == 0
     assert {name for name in files_in(out) if name.startswith("tables/")} == {"tables/mine.csv"}
+
+
+AT_ONCE = {  # wrong input that needs no model: words → message
+    "rank": "expected a base and data: brushstroke study rank BASE DATA --out DIR",
+    "paper BASE DATA --tiny": "paper --tiny has its own model, data and settings; leave out BASE and DATA\n",
+    "paper BASE --tiny --max-steps 3": "settings; leave out BASE, --max-steps\n",
+    "rank NONE DATA": "there is no file or folder",
+    "rank BASE NONE": "none.jsonl",
+    "rank BASE DATA --test NONE": "none.jsonl",
+    "rank BASE DATA --prompt question": "question",
+    "rank BASE DATA --margin nan": "the margin of equality must be a finite number above 0",
+    "rank BASE DATA --budget-minutes 0": "the budget must be minutes above 0",
+    "rank BASE DATA --ranks 0,4": "rank must be a whole number of at least 1; got 0",
+    "delta BASE DATA --ranks=4,-1": "rank must be a whole number of at least 1; got -1",
+    "seeds BASE DATA --rank 0": "rank must be a whole number of at least 1; got 0",
+    "intrinsic BASE DATA --dimensions 0": "dimension must be a whole number of at least 1; got 0",
+    "intrinsic BASE DATA --dimensions=10,-3": "dimension must be a whole number of at least 1; got -3",
+    "intrinsic BASE DATA --dimensions 1.5": "--dimensions expects numbers separated by commas; got '1.5'",
+    "targets BASE DATA --budget 0": "a number of parameters, at least 1 (--budget); got 0",
+    "targets BASE DATA --sets ,": "--sets is empty",
+    "rank BASE DATA --alpha nan": "--alpha must be a finite number",
+    "rank BASE DATA --learning-rates 1e-3": "at least two learning rates",
+    "rank BASE DATA --learning-rates nan,1": "must be finite numbers above 0",
+    "rank BASE DATA --seeds 0": "--seeds must be at least 1",
+    "paper --tiny --workers=-1": "--workers must be at least 1",
+    "rank BASE DATA --max-steps 0": "--max-steps must be at least 1",
+    "rank BASE DATA --batch-size 0": "--batch-size must be at least 1",
+    "rank BASE DATA --epochs 0": "--epochs must be a finite number above 0",
+    "rank BASE DATA --reread": "contains no study to read again",
+}
+
+
+@pytest.mark.parametrize("words", AT_ONCE)
+def test_wrong_input_is_refused_before_torch_is_loaded(tiny, data, tmp_path, words):
+    named = {"BASE": str(tiny), "DATA": str(data), "NONE": str(tmp_path / "none.jsonl")}
+    program = (
+        "import sys; from brushstroke.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "study", *(named.get(word, word) for word in words.split())]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    status, loaded = done.stdout.split()
+    assert status in ("1", "2"), done.stderr
+    assert loaded == "False"
+    assert AT_ONCE[words] in Done(int(status), "", done.stderr).error + "\n"
+    assert not (tmp_path / "out").exists()
 
 
 BAD = [

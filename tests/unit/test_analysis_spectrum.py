@@ -7,9 +7,10 @@ import torch
 
 import brushstroke as bs
 from brushstroke.analysis import arrange, fit_budget, keep_energy, relate, spectrum, subspace
-from brushstroke.analysis.text_tables import rank_advice
+from brushstroke.analysis.text_tables import rank_advice, spectrum_listing
 from brushstroke.errors import ConfigError, ShapeError
 from brushstroke.lowrank import LowRank
+from brushstroke.studies.delta import map_records
 
 EXACT = 1e-12
 DENSE_FLOAT32 = 2e-6  # relative error of the dense decomposition itself
@@ -209,9 +210,30 @@ def test_sites_as_a_map():
     assert grid.matrices == ("attn.q", "mlp.0.up", "head")
     assert grid.sites["10", "mlp.0.up"] == "model.layers.10.mlp.0.up"
     assert sorted(grid.sites.values()) == sorted(sites)
+    assert list(grid.sites.values())[:3] == ["head", "model.layers.0.attn.q", "model.layers.0.mlp.0.up"]
     two = arrange(["encoder.0.q", "decoder.0.q"])
     assert len(two.matrices) == 2
     assert len(two.sites) == 2
+
+
+def test_tables_of_sites_begin_with_q_and_v():
+    kinds = ("mlp.down_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj")
+    sites = [f"model.layers.{layer}.{kind}" for layer in (10, 2) for kind in kinds]
+    adapter = bs.Adapter({site: with_spectrum(4, 4, [1.0]) for site in sites})
+    found, related = spectrum(adapter), relate(adapter, {site: torch.eye(4) for site in sites})
+    shown = [
+        f"model.layers.{layer}.{kind}"
+        for layer in (2, 10)
+        for kind in (*(f"self_attn.{name}_proj" for name in "qvok"), "mlp.down_proj")
+    ]
+    assert [row[0] for row in spectrum_listing(found).rows] == shown
+    assert [row["site"] for row in found.as_dict()["sites"]] == shown
+    records = map_records("rank 1", related)
+    assert [*dict.fromkeys(row["matrix"] for row in records)] == [
+        *(f"{name}_proj" for name in "qvok"),
+        "down_proj",
+    ]
+    assert [row["layer"] for row in records[:2]] == ["2", "10"]
 
 
 def test_results_are_plain_data():

@@ -14,8 +14,9 @@ from brushstroke.analysis.summaries import (
     spectrum_summary,
 )
 from brushstroke.analysis.summary import Measure, average, with_deviation
-from brushstroke.analysis.text_tables import intruder_listing
+from brushstroke.analysis.text_tables import intruder_listing, number
 from brushstroke.lowrank import LowRank
+from brushstroke.studies.findings import apart
 
 KINDS = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{x}_proj" for x in "kovq"))
 IN_ORDER = ["q_proj", "v_proj", "o_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
@@ -181,6 +182,12 @@ def test_intruders_are_counted_by_kind():
 )
 def test_a_mean_has_the_digits_of_its_deviation(mean, sd, expected):
     assert with_deviation(mean, sd, ".3g") == expected
+
+
+def test_a_rounded_zero_has_no_sign():
+    assert with_deviation(-0.0004, 0.009, ".3f") == "0.000 ± 0.009"
+    assert number(-0.0004, ".3f") == "0.000"
+    assert apart([-0.0001, -0.3], 3, "f") == ["0.000", "-0.300"]
 
 
 def test_missing_values_are_left_out_of_means():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from brushstroke.adapter import Adapter
-from brushstroke.analysis import subspace
+from brushstroke.analysis import random_pair, subspace
 from brushstroke.lowrank import LowRank
 from brushstroke.report.analysis import overlap_page
 from brushstroke.report.charts import choices, overlaps
@@ -184,6 +184,36 @@ def test_q_and_v_come_first_then_o_and_k_then_the_rest():
     words = words_of(spec)
     assert "layer 0, q_proj and v_proj" in words
     assert "φ(i, j), ΔW" in words
+
+
+def test_matrices_of_different_shapes_have_random_pairs_of_their_own():
+    """With grouped keys and values q has 128 outputs and v 64: what chance gives differs by a factor of 2."""
+    generator = torch.Generator().manual_seed(0)
+
+    def grouped(rank: int) -> Adapter:
+        return Adapter(
+            {
+                f"model.layers.0.self_attn.{name}": LowRank(
+                    torch.randn(128, rank, generator=generator), torch.randn(rank, h, generator=generator)
+                )
+                for name, h in (("q_proj", 128), ("v_proj", 64))
+            }
+        )
+
+    found = subspace(grouped(4), grouped(8))
+    panels = cells_of(drawn(found, "right", corner=False))
+    assert list(panels) == ["q_proj", "v_proj", "random pair, q_proj", "random pair, v_proj"]
+    for name in NAMES:
+        expected = random_pair(found[f"model.layers.0.self_attn.{name}"], "right")
+        assert panels[f"random pair, {name}"][4, 8][0] == pytest.approx(float(expected[3, 7]), abs=ROUNDED)
+    assert list(cells_of(drawn(found, "left", corner=False))) == ["q_proj", "v_proj", "random pair"]
+
+
+def test_captions_and_titles_say_of_what():
+    page = overlap_page(subspace(adapter(3, 1), adapter(7, 2)), ("one", "two")).html()
+    assert "By layer and matrix: φ of all directions, left." in page
+    assert "By layer and matrix: z-score of φ of all directions, left." in page
+    assert "Φ" not in page
 
 
 def test_studies_draw_vectors_of_A_and_of_the_update():

@@ -1,6 +1,7 @@
 """Arms over seeds as blocks, against scipy and a least-squares fit; and the claims made from them."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from brushstroke.errors import ConfigError
 from brushstroke.studies import RankStudy, TargetsStudy
 from brushstroke.studies.comparisons import (
     DUNNETT,
+    MARGIN,
     TUKEY,
     TUKEY_LEVEL,
     RowLosses,
@@ -24,6 +26,7 @@ from brushstroke.studies.comparisons import (
     tukey_p,
 )
 from brushstroke.studies.statistics import interval
+from brushstroke.studies.tables import as_comparison
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("a", "b", "c", "d")
@@ -297,3 +300,29 @@ def test_the_committed_studies_are_read_as_this_version_reads_them(capsys):
     results = ROOT / "docs" / "results"
     script("reread_results").main([str(file) for file in sorted(results.glob("paper_*.json"))])
     assert capsys.readouterr().out == (results / "reread.md").read_text("utf-8")
+
+
+def test_a_study_that_is_read_again_claims_what_it_claimed():
+    read, judgements = script("reread_results"), []
+    for file in sorted((ROOT / "docs" / "results").glob("paper_*.json")):
+        results = json.loads(file.read_text("utf-8"))
+        stored = [
+            one
+            for finding in results["findings"]
+            for kind in ("comparison", "ranks", "against_whole")
+            for one in finding["data"].get(kind, {}).get("differences", ())
+        ]
+        found = [one for _, compared in read.comparisons(results) for one in compared.differences]
+        judgements += stored
+        assert [
+            (one.significant(), one.significant_on_new_rows(), one.equal_within(MARGIN)) for one in found
+        ] == [(one["apart"], one["apart_on_new_rows"], one["equal_within_margin"]) for one in stored]
+    assert len(judgements) > 90
+
+
+def test_equality_is_not_claimed_without_losses_of_single_rows():
+    read = script("reread_results")
+    found = compare_all(study(0))
+    stored = as_comparison(found, MARGIN)
+    with pytest.raises(SystemExit, match="no interval on new rows"):
+        read.with_new_rows(found, stored)

@@ -69,6 +69,11 @@ def test_a_map_of_ratios_has_two_colours_around_one_and_other_maps_have_one(show
     }
 
 
+def test_letters_of_formulas_stay_in_names_of_files():
+    assert file_name(Figure("How does ΔW relate to W?", "", {})) == "How-does-DeltaW-relate-to-W"
+    assert file_name(Figure("φ(4, 8)", "", {})) == "phi-4-8"
+
+
 def test_files_are_named_by_layer_matrix_and_measure():
     record = {"rank": "rank 4", "layer": "7", "matrix": "q", **dict.fromkeys(MEASURES, 1.0)}
     spec = site_map([record], measures=[*MEASURES], words=MEASURES, choose=("rank",))

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from brushstroke.errors import ConfigError
+from brushstroke.studies import DeltaStudy, IntrinsicStudy, RankStudy, SeedsStudy, TargetsStudy
 from brushstroke.studies.arm_run import Score
 from brushstroke.studies.intrinsic import _accuracy, _crossing, _d90, _gain, _spread
 
@@ -40,3 +42,19 @@ def test_the_interval_is_over_seeds_and_by_ratio():
     assert math.sqrt(low * high) == pytest.approx(100, rel=0.1)
     assert low < 50
     assert high > 200
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: IntrinsicStudy(dimensions=(10, 0)),
+        lambda: IntrinsicStudy(rank=-1),
+        lambda: RankStudy(ranks=(0, 4)),
+        lambda: DeltaStudy(ranks=(-4,)),
+        lambda: SeedsStudy(rank=0),
+        lambda: TargetsStudy(rank=0),
+    ],
+)
+def test_numbers_below_one_are_refused_when_a_study_is_made(make):
+    with pytest.raises(ConfigError, match="must be a whole number of at least 1; got"):
+        make()

@@ -12,6 +12,7 @@ from typing import Any
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.spectrum import SiteSpectrum, Spectrum
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.checks import check_one_rank
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import algebra
 
@@ -74,11 +75,7 @@ def fit_budget(found: Spectrum, parameters: int) -> Truncation:
     Raises:
         ConfigError: the budget is too small for a single rank, or the adapter is zero everywhere.
     """
-    cheapest = min(sum(row.shape) for row in found.values())
-    if parameters < cheapest:
-        raise ConfigError(
-            f"a budget of {parameters:,} parameters is too small for one rank; give at least {cheapest:,}"
-        )
+    check_one_rank(parameters, {site: row.shape for site, row in found.items()})
     ranks, left = dict.fromkeys(found, 0), parameters
     queue = [(-_gain(row, 0), site) for site, row in found.items() if len(row.sigma)]
     heapq.heapify(queue)

@@ -84,7 +84,7 @@ def _overlap_sentence(names: tuple[str, str], found: Overlap, sides: Mapping[str
         shared.append(f"{one.mean:.3f} of their {ENDS[side]} directions (chance {one.chance:.3f})")
     cosine = ""
     if found.cosine is not None:
-        cosine = f"; their cosine is {round(found.cosine, 4) + 0.0:.4f} (chance 0)"
+        cosine = f"; their cosine is {found.cosine:z.4f} (chance 0)"
     return (
         f"{names[0]} and {names[1]} share {' and '.join(shared)}, on average over {_sites(len(found))}"
         f"{_zero(zero)}{cosine}."

@@ -183,17 +183,17 @@ def with_deviation(mean: float, sd: float, form: str) -> str:
 
     >>> with_deviation(17.4963, 0.1238, ".3g"), with_deviation(2.0, 0.0, ".3g")
     ('17.50 ± 0.12', '2 ± 0')
-    >>> with_deviation(0.5, 0.1, ".3f")
-    '0.500 ± 0.100'
+    >>> with_deviation(0.5, 0.1, ".3f"), with_deviation(-0.0004, 0.009, ".3f")
+    ('0.500 ± 0.100', '0.000 ± 0.009')
     """
     if form.endswith("f"):
-        return f"{mean:{form}} ± {sd:{form}}"
+        return f"{mean:z{form}} ± {sd:{form}}"
     if sd <= abs(mean) * 1e-9:  # rounding
         return f"{mean:{form}} ± 0"
     digits = max(0, 1 - math.floor(math.log10(sd)))
     if digits > MOST_DIGITS or abs(mean) >= 10**MOST_DIGITS:
         return f"{mean:{form}} ± {sd:.2g}"
-    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+    return f"{mean:z.{digits}f} ± {sd:.{digits}f}"
 
 
 def _chance(measure: Measure, rows: Iterable[Any]) -> float | None:

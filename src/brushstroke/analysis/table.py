@@ -46,8 +46,8 @@ class SiteTable(Mapping[str, Row]):
         return f"no result for the site {site!r}{did_you_mean(site, self._rows)}"
 
     def ordered(self) -> list[tuple[str, Row]]:
-        """The rows in natural order: layer 2 before layer 10."""
-        return [(site, self[site]) for site in sorted(self, key=natural)]
+        """The rows layer by layer, in each layer in reading order: q and v first."""
+        return [(site, self[site]) for site in self.grid().sites.values()]
 
     def grid(self) -> "Grid":
         """The sites as a map of layers and matrices."""
@@ -59,8 +59,8 @@ class SiteTable(Mapping[str, Row]):
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types: the totals, and under "sites" each site with its numbers."""
-        sites = {site: {"site": site, **as_plain(row)} for site, row in self.items()}
-        return {**as_plain(self.totals()), "sites": list(sites.values())}
+        sites = [{"site": site, **as_plain(row)} for site, row in self.ordered()]
+        return {**as_plain(self.totals()), "sites": sites}
 
 
 def as_plain(value: Any) -> Any:
@@ -97,7 +97,7 @@ class Grid:
         layers: the numbers in the paths, ascending; "" for sites outside of layers.
         matrices: the paths without the layer number and without their common prefix; of each attention block
             q, v, o and k in this order, then gate, up and down, and the rest.
-        sites: (layer, matrix) → site.
+        sites: (layer, matrix) → site, layer by layer, in each layer in the order of `matrices`.
     """
 
     layers: tuple[str, ...]
@@ -124,7 +124,12 @@ def arrange(sites: Iterable[str]) -> Grid:
     if len(set(names.values())) < len(columns):
         names = {column: column for column in columns}
     layers = sorted({layer for layer, _ in cells}, key=lambda text: int(text) if text else -1)
-    placed = {(layer, names[column]): site for (layer, column), site in cells.items()}
+    placed = {
+        (layer, names[column]): cells[layer, column]
+        for layer in layers
+        for column in columns
+        if (layer, column) in cells
+    }
     return Grid(tuple(layers), tuple(names[column] for column in columns), placed)
 
 

@@ -9,7 +9,7 @@ from brushstroke.analysis.intruders import Intruders
 from brushstroke.analysis.relate import Relation, Share
 from brushstroke.analysis.spectrum import Spectrum
 from brushstroke.analysis.subspace import Overlap
-from brushstroke.analysis.table import natural
+from brushstroke.analysis.table import arrange, natural
 
 
 class Listing(NamedTuple):
@@ -75,14 +75,17 @@ def overlap_listing(found: Overlap) -> Listing:
     rows = []
     for site, row in found.ordered():
         block = row.block()
-        cells = [site, f"{row.ranks[0]},{row.ranks[1]}", f"{row.cosine:.3f}"]
+        cells = [site, f"{row.ranks[0]},{row.ranks[1]}", number(row.cosine, ".3f")]
         for side in sides:
-            cells += [f"{block[side]:.3f}", f"{block[f'chance_{side}']:.3f}", f"{block[f'z_{side}']:.1f}"]
+            cells += [
+                f"{block[side]:.3f}",
+                f"{block[f'chance_{side}']:.3f}",
+                number(block[f"z_{side}"], ".1f"),
+            ]
             cells.append(f"{getattr(row, f'weighted_{side}'):.3f}")
         rows.append(cells)
-    rows += [
-        [site, "zero", *["–"] * (1 + len(columns))] for site in sorted(found.unmatched.zero, key=natural)
-    ]
+    zero = arrange(sorted(found.unmatched.zero, key=natural)).sites.values()
+    rows += [[site, "zero", *["–"] * (1 + len(columns))] for site in zero]
     return Listing(["site", "ranks", "cosine", *columns], rows)
 
 
@@ -143,4 +146,4 @@ def number(value: float | None, spec: str = ".4g") -> str:
     """A number as the text of a cell; a dash for None."""
     if value is None:
         return "–"
-    return str(value) if isinstance(value, int) else f"{value:{spec}}"
+    return str(value) if isinstance(value, int) else f"{value:z{spec}}"

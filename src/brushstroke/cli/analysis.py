@@ -17,6 +17,7 @@ from brushstroke.checks import (
 from brushstroke.cli.analysis_inputs import (
     AgainstBase,
     Count,
+    check_budget,
     check_fit,
     load_adapters,
     name_of,
@@ -99,6 +100,8 @@ def spectrum(
     if energy is not None:
         check_share(energy)
     check_fit(adapters, base)
+    if budget is not None:
+        check_budget(adapters, budget)
     loaded = load_adapters(*adapters)
     from brushstroke.analysis import fit_budget, keep_energy
     from brushstroke.analysis import spectrum as measure

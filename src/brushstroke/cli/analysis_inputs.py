@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from brushstroke.checks import check_dense_limit, check_stored
+from brushstroke.checks import check_dense_limit, check_one_rank, check_stored
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import say
 from brushstroke.cli.values import Whole, whole
@@ -73,6 +73,12 @@ def check_fit(adapters: Sequence[Path], base: str | None) -> None:
         stored = stored_shapes(base)
         for sites in shapes:
             check_stored(sites, stored)
+
+
+def check_budget(adapters: Sequence[Path], budget: int) -> None:
+    """Refuse a budget that is too small for one rank of an adapter, before torch is loaded."""
+    for shapes in filter(None, map(adapter_shapes, adapters)):
+        check_one_rank(budget, shapes)
 
 
 def load_adapters(*folders: Path) -> "dict[str, Adapter]":

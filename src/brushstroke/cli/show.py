@@ -21,9 +21,9 @@ def show(adapter: Path, *, json: bool = False) -> None:
         json: Print JSON on stdout.
     """
     value = load_adapter(adapter)
-    from brushstroke.analysis import natural
+    from brushstroke.analysis import arrange, natural
 
-    sites = [_site(path, value[path]) for path in sorted(value, key=natural)]
+    sites = [_site(path, value[path]) for path in arrange(sorted(value, key=natural)).sites.values()]
     described = {
         "name": adapter.expanduser().resolve().name,
         "sites": sites,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from brushstroke.checks import check_counts, check_margin, check_minutes, check_parameters, check_rates
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, results, say, tell
 from brushstroke.cli.early import check_data
@@ -181,10 +182,27 @@ def study(
         data_options or StudyDataOptions(),
     )
     _refuse_misplaced(question, {**vars(given), **vars(files)})
-    if settings.seeds is not None and settings.seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1; got {settings.seeds}")
-    if base is not None:
+    asked = _question_settings(given)
+    rates = _check_runs(settings)
+    if settings.reread:
+        _refuse_unstarted(out, settings)
+    preset = "--tiny" if given.tiny else "--smollm2" if given.smollm2 else None
+    rows: dict[str, Any] = {}
+    if preset is not None:
+        chosen = {
+            **{name: value for name, value in vars(given).items() if name not in ("tiny", "smollm2")},
+            **vars(settings),
+            **vars(files),
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code or None,
+        }
+        _refuse_with_preset(question, preset, base, data, chosen)
+    elif base is None or data is None:
+        raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
+    else:
         require_base_files(base)
+        rows = _read(data, files)
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")
@@ -198,37 +216,21 @@ def study(
     )
     from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
-    from brushstroke.studies.runner import check_budget
 
-    check_budget(settings.budget_minutes)  # before a model is loaded or trained
     if settings.reread:
-        _require_finished(out, settings)
-    workers, budget = 1 if settings.workers is None else settings.workers, settings.budget_minutes
-    if workers < 1:
-        raise ConfigError(f"--workers must be at least 1; got {workers}")
-    if given.tiny or given.smollm2:
-        fixed = {
-            **{name: value for name, value in vars(given).items() if name not in ("tiny", "smollm2")},
-            **vars(settings),
-            **vars(files),
-            "dtype": dtype,
-            "device": device,
-            "trust_remote_code": trust_remote_code or None,
-            "base": base,
-            "data": data,
-        }
-        studies, material = _preset(question, "--tiny" if given.tiny else "--smollm2", out, settings, fixed)
+        _require_finished(out)
+    workers, budget = settings.workers or 1, settings.budget_minutes
+    if base is None:
+        studies, material = _preset(question, preset, out, settings)
         workers = settings.workers or usable_cores()
         if given.smollm2 and budget is None:
             budget = SMOL_MINUTES
     else:
-        if base is None or data is None:
-            raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
-        single = None if question == "paper" else _study(question, given)
+        single = None if question == "paper" else _study(question, asked)
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
-        material = _material(base, data, settings, files, loading)
+        material = _material(base, rows, rates, settings, files, loading)
         studies = paper_questions(material) if single is None else [single]
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
@@ -257,28 +259,67 @@ def study(
     say(f"the report is in {page}")
 
 
-def _require_finished(out: Path, settings: StudyRunOptions) -> None:
-    """Refuse --reread without finished runs, before a model is loaded or trained."""
-    from brushstroke.studies.store import planned_before
+def _check_runs(settings: StudyRunOptions) -> tuple[float, ...]:
+    """The given learning rates; checks the settings of the runs, before torch is loaded."""
+    for name in ("seeds", "workers", "max_steps", "batch_size"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{_flag(name)} must be at least 1; got {value}")
+    if settings.epochs is not None and not 0 < settings.epochs < float("inf"):
+        raise ConfigError(f"--epochs must be a finite number above 0; got {settings.epochs:g}")
+    if settings.budget_minutes is not None:
+        check_minutes(settings.budget_minutes)
+    if settings.learning_rates is None:
+        return ()
+    rates = _numbers("--learning-rates", settings.learning_rates, float)
+    check_rates(rates)
+    return rates
 
+
+def _refuse_unstarted(out: Path, settings: StudyRunOptions) -> None:
     if settings.overwrite:
         raise ConfigError(
             "give --reread or --overwrite, not both: one keeps the runs, the other removes them"
         )
+    if not out.is_dir():
+        raise _nothing_to_read(out)
+
+
+def _require_finished(out: Path) -> None:
+    """Refuse --reread without finished runs, before a model is loaded or trained."""
+    from brushstroke.studies.store import planned_before
+
     if planned_before(out) is None:
-        raise OutputError(f"{out} contains no study to read again; leave out --reread to run one there")
+        raise _nothing_to_read(out)
+
+
+def _nothing_to_read(out: Path) -> OutputError:
+    return OutputError(f"{out} contains no study to read again; leave out --reread to run one there")
+
+
+def _refuse_with_preset(
+    question: str, flag: str, base: str | None, data: str | None, settings: dict[str, Any]
+) -> None:
+    """Refuse settings that a preset fixes."""
+    free = ("seeds", "workers", "budget_minutes", "overwrite", "reread")
+    given = [("BASE", base), ("DATA", data)]
+    surplus = [" and ".join(name for name, value in given if value is not None)]
+    surplus += [
+        _flag(name)
+        for name, value in settings.items()
+        if name not in free and value is not None and value != "auto"
+    ]
+    if named := list(filter(None, surplus)):
+        raise ConfigError(
+            f"{question} {flag} has its own model, data and settings; leave out {', '.join(named[:6])}"
+        )
 
 
 def _preset(
-    question: str, flag: str, out: Path, settings: StudyRunOptions, fixed: dict[str, Any]
+    question: str, flag: str | None, out: Path, settings: StudyRunOptions
 ) -> "tuple[list[Study], Material]":
     from brushstroke.studies import smollm2_paper, tiny_intrinsic, tiny_paper
 
-    free = ("seeds", "workers", "budget_minutes", "overwrite", "reread")
-    chosen = [name for name, value in fixed.items() if name not in free and value not in (None, "auto")]
-    if chosen:
-        surplus = ", ".join("BASE and DATA" if n in ("base", "data") else _flag(n) for n in chosen[:6])
-        raise ConfigError(f"{question} {flag} has its own model, data and settings; leave out {surplus}")
     seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
         return smollm2_paper(**seeds)
@@ -291,33 +332,41 @@ def _preset(
     )
 
 
-def _study(question: str, given: QuestionOptions) -> "Study":
-    from brushstroke import studies
-
-    common: dict[str, Any] = {}
+def _question_settings(given: QuestionOptions) -> dict[str, Any]:
+    """The settings of the question that are given, checked before torch is loaded."""
+    found: dict[str, Any] = {
+        name: getattr(given, name)
+        for name in ("alpha", "rank", "margin", "scale_rule", "budget")
+        if getattr(given, name) is not None
+    }
     if given.targets is not None:
-        common["targets"] = split(given.targets)
-    if given.alpha is not None:
-        common["alpha"] = given.alpha
-    if given.rank is not None:
-        common["rank"] = given.rank
+        found["targets"] = split(given.targets)
     if given.ranks is not None:
-        common["ranks"] = _numbers("--ranks", given.ranks, int)
-    if given.no_whole:
-        common["train_whole"] = False
-    if given.margin is not None:
-        common["margin"] = given.margin
-    if given.scale_rule is not None:
-        common["scale_rule"] = given.scale_rule
+        found["ranks"] = _numbers("--ranks", given.ranks, int)
     if given.dimensions is not None:
-        common["dimensions"] = _numbers("--dimensions", given.dimensions, int)
-    if given.budget is not None:
-        common["budget"] = given.budget
+        found["dimensions"] = _numbers("--dimensions", given.dimensions, int)
     if given.sets is not None:
-        from brushstroke.studies.arms import matrices_name
+        found["sets"] = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
+    if given.no_whole:
+        found["train_whole"] = False
+    check_counts("rank", [*found.get("ranks", ()), *([given.rank] if given.rank is not None else [])])
+    check_counts("dimension", found.get("dimensions", ()))
+    if given.margin is not None:
+        check_margin(given.margin)
+    if given.budget is not None:
+        check_parameters(given.budget)
+    if given.alpha is not None and not 0 < given.alpha < float("inf"):
+        raise ConfigError(f"--alpha must be a finite number above 0; got {given.alpha:g}")
+    return found
 
-        members = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
-        common["sets"] = {matrices_name(targets): targets for targets in members}
+
+def _study(question: str, settings: dict[str, Any]) -> "Study":
+    from brushstroke import studies
+    from brushstroke.studies.arms import matrices_name
+
+    if "sets" in settings:
+        sets = {matrices_name(targets): targets for targets in settings["sets"]}
+        settings = {**settings, "sets": sets}
     kinds: dict[str, Any] = {
         "rank": studies.RankStudy,
         "seeds": studies.SeedsStudy,
@@ -325,13 +374,29 @@ def _study(question: str, given: QuestionOptions) -> "Study":
         "delta": studies.DeltaStudy,
         "intrinsic": studies.IntrinsicStudy,
     }
-    return kinds[question](**common)
+    return kinds[question](**settings)
+
+
+def _read(data: str, files: StudyDataOptions) -> dict[str, Any]:
+    """The rows of all data that is given, with their columns checked; it needs no torch."""
+    from brushstroke.data import find_columns, read_rows
+
+    named = {"data": data, "validation": files.validation, "test": files.test}
+    named |= {"other": files.other, "general": files.general}
+    rows = {name: None if source is None else read_rows(source) for name, source in named.items()}
+    for read in filter(None, rows.values()):
+        find_columns(read, files.prompt, files.completion)
+    return rows
 
 
 def _material(
-    base: str, data: str, settings: StudyRunOptions, files: StudyDataOptions, loading: BaseOptions
+    base: str,
+    rows: dict[str, Any],
+    rates: tuple[float, ...],
+    settings: StudyRunOptions,
+    files: StudyDataOptions,
+    loading: BaseOptions,
 ) -> "Material":
-    from brushstroke.data import read_rows
     from brushstroke.studies import make_material
     from brushstroke.training import TrainConfig
 
@@ -342,24 +407,9 @@ def _material(
     if files.max_length is not None:
         training["max_length"] = files.max_length
     config = TrainConfig(**training)
-    rates = (
-        ()
-        if settings.learning_rates is None
-        else _numbers("--learning-rates", settings.learning_rates, float)
-    )
-    read = {
-        name: None if source is None else read_rows(source)
-        for name, source in (
-            ("data", data),
-            ("validation", files.validation),
-            ("test", files.test),
-            ("other", files.other),
-            ("general", files.general),
-        )
-    }
     check_data(
         base,
-        read.values(),
+        rows.values(),
         prompt_column=files.prompt,
         completion_column=files.completion,
         max_length=files.max_length,
@@ -367,7 +417,7 @@ def _material(
     )
     return make_material(
         load(base, loading),
-        **read,
+        **rows,
         config=config,
         learning_rates=rates,
         seeds=tuple(range(3 if settings.seeds is None else settings.seeds)),

@@ -109,7 +109,11 @@ def _draw_overlap(page: Page, found: Overlap, names: tuple[str, str], sites: Seq
             for side in sides
             for drawn in (
                 Map(f"φ of all directions, {side}", lambda row, side=side: row.block()[side], floor=0.0),
-                Map(f"its z-score, {side}", lambda row, side=side: row.block()[f"z_{side}"], middle=0.0),
+                Map(
+                    f"z-score of φ of all directions, {side}",
+                    lambda row, side=side: row.block()[f"z_{side}"],
+                    middle=0.0,
+                ),
             )
         ),
     )
@@ -243,7 +247,7 @@ def _maps(page: Page, found: SiteTable, *maps: Map) -> None:
         limits = None if one.floor is None else (one.floor, top if top > one.floor else one.floor + 1)
         panel = Panel(one.title, cells, [layer or "–" for layer in grid.layers], [*names.values()])
         svg = heatmap(panel, y="layer", limits=limits, middle=one.middle)
-        figures.append((svg, f"{one.title[0].upper()}{one.title[1:]}, by layer and matrix."))
+        figures.append((svg, f"By layer and matrix: {one.title}."))
     if figures:
         page.maps(figures)
 
@@ -263,7 +267,7 @@ def _whose(found: Overlap) -> str:
 def _middle(found: SiteTable) -> list[str]:
     grid = found.grid()
     layer = grid.layers[len(grid.layers) // 2]
-    return [grid.sites[layer, matrix] for matrix in grid.matrices if (layer, matrix) in grid.sites]
+    return [site for (of, _), site in grid.sites.items() if of == layer]
 
 
 def _energy_curve(found: Spectrum) -> list[tuple[int, float]]:

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from brushstroke.analysis.table import natural
 from brushstroke.errors import require
 from brushstroke.report.figures import (
     COLD,
@@ -267,7 +268,11 @@ def _overlap_panels(
     header = altair.Header(title=None, labelFontSize=FONT + 1, labelLimit=0)
     return (
         panel.properties(name="panel", width={"step": across}, height={"step": down})
-        .facet(altair.Facet("panel:N", title=None, sort=list(order), header=header), columns=3, spacing=12)
+        .facet(
+            altair.Facet("panel:N", title=None, sort=list(order), header=header),
+            columns=2 if len(order) == 4 else 3,  # two matrices above their random pairs
+            spacing=12,
+        )
         .resolve_scale(x="independent", y="independent")
     )
 
@@ -333,7 +338,8 @@ def site_map(
     """Draw a map by layer and matrix, with a menu for the measure.
 
     Args:
-        records: each with `layer`, `matrix`, the fields of `choose`, and a number for each measure.
+        records: each with `layer`, `matrix`, the fields of `choose`, and a number for each measure. Matrices
+            are drawn in this order, layers by number.
         measures: fields to choose from.
         words: their names in the menu; by default unchanged.
         choose: further fields that get a menu each.
@@ -350,7 +356,7 @@ def site_map(
         ratio = name in ratios
         domains[name] = around(1, least, most) if ratio else [least, (least + most) / 2, most]
         colours[name] = [COOL, COLD, HOT] if ratio else [COLD, _between(COLD, HOT), HOT]
-    layers = list(dict.fromkeys(record["layer"] for record in records))
+    layers = sorted({record["layer"] for record in records}, key=natural)
     matrices = list(dict.fromkeys(record["matrix"] for record in records))
     whole = altair.Chart(_data(altair, records))
     for condition in chosen:

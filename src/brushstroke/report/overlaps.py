@@ -22,7 +22,9 @@ def overlap_records(
     swapped: bool = False,
     controls: Mapping[str, Mapping[str, SiteOverlap]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Panels of two matrices and a random pair, for every layer and every two matrices.
+    """Panels of two matrices and their random pairs, for every layer and every two matrices.
+
+    Matrices of the same ranks and width on this side share a random pair.
 
     Args:
         found: site → φ; i counts its first directions.
@@ -46,9 +48,19 @@ def overlap_records(
 
             for name, site in sites.items():
                 add(name, found[site], getattr(found[site], side), True)
-            first = found[next(iter(sites.values()))]
-            add("random pair", first, random_pair(first, side), False)
+            for title, row in _random_pairs(
+                {name: found[site] for name, site in sites.items()}, side
+            ).items():
+                add(title, row, random_pair(row, side), False)
             for control, rows in (controls or {}).items():
                 for name, site in sites.items():
                     add(f"{name}, {control}", rows[site], getattr(rows[site], side), False)
     return records
+
+
+def _random_pairs(rows: Mapping[str, SiteOverlap], side: str) -> dict[str, SiteOverlap]:
+    """Title → a matrix whose random pair is drawn; one title if all have the same ranks and width."""
+    sizes = {name: (row.ranks, row.shape[side == "right"]) for name, row in rows.items()}
+    if len(set(sizes.values())) == 1:
+        return {"random pair": next(iter(rows.values()))}
+    return {f"random pair, {name}": row for name, row in rows.items()}

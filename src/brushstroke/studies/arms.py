@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from brushstroke.adapter import LoraConfig
+from brushstroke.checks import check_counts
 from brushstroke.errors import ConfigError
 from brushstroke.layers import FullFineTuning
 from brushstroke.sites import Site
@@ -57,8 +58,8 @@ class Arm:
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("dimension", self.dimension)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1; got {value}")
+            if value is not None:
+                check_counts(name, [value])
 
     @property
     def request(self) -> LoraConfig | FullFineTuning:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from brushstroke.errors import ConfigError, require
+from brushstroke.errors import require
 from brushstroke.studies.statistics import ROUNDING, Interval
 
 # degrees of freedom that the pooled variance of all arms counts for; an arm's own variance: seeds − 1
@@ -220,18 +220,6 @@ def dunnett_p(t: float, arms: int, freedom: int) -> float:
     reach = 2**0.5 * t * spread
     inside = (special.ndtr(mean + reach) - special.ndtr(mean - reach)) ** (arms - 1)
     return float(min(1.0, max(0.0, 1 - weights @ (inside @ density) / 2)))
-
-
-def check_margin(margin: float) -> None:
-    """Check a margin of equality.
-
-    Raises:
-        ConfigError: it is not a finite number above 0.
-    """
-    if not 0 < margin < float("inf"):
-        raise ConfigError(
-            f"the margin of equality must be a finite number above 0 (--margin); got {margin:g}"
-        )
 
 
 def tukey_quantile(arms: int, freedom: int) -> float:

@@ -6,9 +6,12 @@ Does not implement the analyses (`analysis` does) or the divergence (`divergence
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
+from brushstroke.analysis.table import short_names
+from brushstroke.checks import check_counts
 from brushstroke.report.charts import lines, site_map
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
@@ -26,7 +29,7 @@ from brushstroke.studies.findings import Figure, Finding, Table, bounds, format_
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.tables import as_interval, format_rate, limits, places
+from brushstroke.studies.tables import as_interval, format_rate, limits
 from brushstroke.studies.words import counted
 
 SHOWN = 8  # rows of the table by site, for each rank
@@ -54,6 +57,9 @@ class DeltaStudy:
         alpha: of all ranks.
         train_whole: whether to add an arm that trains W as the reference for divergence, if there is
             general text.
+
+    Raises:
+        ConfigError: a rank is below 1.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -61,6 +67,9 @@ class DeltaStudy:
     alpha: float = 16.0
     train_whole: bool = True
     name: str = "delta"
+
+    def __post_init__(self) -> None:
+        check_counts("rank", self.ranks)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each rank; with general text also one that trains W, and each with fewer steps."""
@@ -89,10 +98,7 @@ class DeltaStudy:
         found = {rank: relations[0] for rank, relations in related.items()}
         records, rows, texts, ratios = [], [], [], {}
         for rank, relation in found.items():
-            where = places(list(relation))
-            for site, row in relation.ordered():
-                layer, matrix = where[site]
-                records.append({"rank": f"rank {rank}", "layer": layer, "matrix": matrix, **_numbers(row)})
+            records += map_records(f"rank {rank}", relation)
             rows += [_row(rank, site, row) for site, row in relation.ordered()[:SHOWN]]
             values = [row for row in relation.values() if row.rank]
             strength = median(row.amplification or 0.0 for row in values)
@@ -163,6 +169,17 @@ def _ratios(relations: Sequence[Relation]) -> tuple[Interval, Interval]:
         own.append(median(row.projection_delta / row.projection_random for row in values))
         drawn.append(median(row.projection_sampled / row.projection_random for row in values))
     return interval(own), interval(drawn)
+
+
+def map_records(rank: str, relation: Relation) -> list[dict[str, Any]]:
+    """A record of the map for each site, matrix by matrix: q and v of all layers first."""
+    grid = relation.grid()
+    names = short_names(grid.matrices)
+    cells = sorted(grid.sites.items(), key=lambda cell: grid.matrices.index(cell[0][1]))
+    return [
+        {"rank": rank, "layer": layer or "–", "matrix": names[matrix], **_numbers(relation[site])}
+        for (layer, matrix), site in cells
+    ]
 
 
 def _numbers(row: SiteRelation) -> dict[str, float | None]:

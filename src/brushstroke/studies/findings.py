@@ -72,7 +72,7 @@ def apart(values: Sequence[float], digits: int, form: str = "g") -> list[str]:
     >>> apart([0.5, 0.50004], 3, "f")
     ['0.50000', '0.50004']
     """
-    texts = [f"{value:.{digits}{form}}" for value in values]
+    texts = [f"{value:z.{digits}{form}}" for value in values]
     if len({*texts}) == len({*values}) or digits >= MOST_DIGITS:
         return texts
     return apart(values, digits + 1, form)

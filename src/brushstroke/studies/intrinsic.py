@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from brushstroke.checks import check_counts
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import lines
 from brushstroke.studies.arm_run import ArmRunner, Score
@@ -41,6 +42,9 @@ class IntrinsicStudy:
         rank: rank of the update if the subspaces are those of its factors; 8 by default.
         alpha: numerator of that update's scale; 16 by default.
         of: "W" for subspaces of the weights, "factors" for subspaces of U and V, "auto" to choose by size.
+
+    Raises:
+        ConfigError: a dimension or the rank is below 1.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -49,6 +53,11 @@ class IntrinsicStudy:
     alpha: float | None = None
     of: str = "auto"
     name: str = "intrinsic"
+
+    def __post_init__(self) -> None:
+        check_counts("dimension", self.dimensions)
+        if self.rank is not None:
+            check_counts("rank", [self.rank])
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm with all parameters, and one for each dimension, with its rates multiplied by √(D/d).

@@ -104,7 +104,7 @@ def file_name(figure: Figure) -> str:
 
 def _slug(text: str) -> str:
     """A text as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-")
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text.replace("Δ", "Delta").replace("φ", "phi")).strip("-")
 
 
 def report_page(report: Report, *, title: str, command: str = "") -> Page:

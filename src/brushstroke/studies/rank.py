@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from brushstroke.analysis import SiteSpectrum, Spectrum, spectrum, subspace
+from brushstroke.checks import check_counts, check_margin
 from brushstroke.report.charts import lines
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
@@ -20,7 +21,7 @@ from brushstroke.studies.arms import (
     too_large_note,
     whole,
 )
-from brushstroke.studies.comparisons import MARGIN, Comparison, check_margin, compare_all, compare_with
+from brushstroke.studies.comparisons import MARGIN, Comparison, compare_all, compare_with
 from brushstroke.studies.findings import Figure, Finding, Table, basis, bounds, difference_table, format_seeds
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
@@ -57,7 +58,7 @@ class RankStudy:
         margin: the margin of equality, in nats of test loss per trained token; stored before the runs.
 
     Raises:
-        ConfigError: the margin is not a finite number above 0.
+        ConfigError: a rank is below 1, or the margin is not a finite number above 0.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -69,6 +70,7 @@ class RankStudy:
     name: str = "rank"
 
     def __post_init__(self) -> None:
+        check_counts("rank", self.ranks)
         check_margin(self.margin)
 
     def arms(self, material: Material) -> list[Arm]:

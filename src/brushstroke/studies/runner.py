@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter
+from brushstroke.checks import check_minutes, check_rates
 from brushstroke.errors import ConfigError, TrainingError
 from brushstroke.studies.arm_run import ArmRunner, Outcome
 from brushstroke.studies.arms import Arm, Run
@@ -45,15 +46,7 @@ class Grid:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ConfigError("a study needs at least one seed; give more (--seeds)")
-        if len(set(self.rates)) < 2:
-            raise ConfigError(
-                "a study needs at least two learning rates, better three, so that the best one can lie "
-                "between others; give more (--learning-rates)"
-            )
-        if any(not 0 < rate < float("inf") for rate in self.rates):
-            raise ConfigError(
-                f"learning rates must be finite numbers above 0; got {', '.join(map(str, self.rates))}"
-            )
+        check_rates(self.rates)
         object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
@@ -211,7 +204,8 @@ def estimate(
     Raises:
         ConfigError: not even one arm fits, or the budget is not a number above 0.
     """
-    check_budget(budget_minutes)
+    if budget_minutes is not None:
+        check_minutes(budget_minutes)
     each: dict[bool, float] = {}
     with _threads(1 if workers > 1 else torch.get_num_threads()):
         for arm in sorted(arms, key=arm_runner.numbers, reverse=True):
@@ -242,16 +236,6 @@ def estimate(
     if len(kept) < len(arms):
         left_out.append(listed("arm", [arm.name for arm in arms[len(kept) :]]))
     return Estimate(seconds, runs, tuple(arm.name for arm in kept), grid.seeds[:seeds], tuple(left_out))
-
-
-def check_budget(minutes: float | None) -> None:
-    """Check a time budget.
-
-    Raises:
-        ConfigError: it is not a number above 0.
-    """
-    if minutes is not None and not minutes > 0:
-        raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {minutes}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from brushstroke.analysis import SiteOverlap, subspace
 from brushstroke.analysis.overlap import overlap_grid
 from brushstroke.analysis.weights import low_rank_updates
+from brushstroke.checks import check_counts
 from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
@@ -52,6 +53,9 @@ class SeedsStudy:
         rank: of the update.
         alpha: numerator of the scale.
         inner: tests the block φ(inner, rank) in addition to φ(rank, rank).
+
+    Raises:
+        ConfigError: the rank is below 1.
     """
 
     targets: tuple[str, ...] = ("all-linear",)
@@ -59,6 +63,9 @@ class SeedsStudy:
     alpha: float = 16.0
     inner: int = 4
     name: str = "seeds"
+
+    def __post_init__(self) -> None:
+        check_counts("rank", [self.rank])
 
     def arms(self, material: Material) -> list[Arm]:
         """The arm, and its control if there is another task."""

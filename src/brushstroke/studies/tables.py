@@ -34,15 +34,10 @@ ABOUT_A = (
 
 
 def places(sites: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Site → (layer, matrix), for tables and menus; in each layer q and v first."""
+    """Site → (layer, matrix), for tables and menus; layer by layer, in each q and v first."""
     grid = arrange(sites)
     names = short_names(grid.matrices)
-    return {
-        grid.sites[layer, matrix]: (layer or "–", names[matrix])
-        for layer in grid.layers
-        for matrix in grid.matrices
-        if (layer, matrix) in grid.sites
-    }
+    return {site: (layer or "–", names[matrix]) for (layer, matrix), site in grid.sites.items()}
 
 
 def test_loss(found: ArmResult) -> Interval | None:
@@ -123,7 +118,7 @@ def overlap_figures(
     controls: Mapping[str, Mapping[str, Mapping[str, SiteOverlap]]] | None = None,
     corner: bool = False,
 ) -> list[Figure]:
-    """φ of ΔW on both sides and of A, with q next to v and a random pair.
+    """φ of ΔW on both sides and of A, with q next to v and random pairs.
 
     Args:
         found: "delta" and "U" → site → φ.
@@ -145,7 +140,7 @@ def overlap_figures(
         )
         grey = " In the corners, cells with j > i are grey." if corner else ""
         about = f" {ABOUT_A}" if of == "U" else ""
-        caption = f"φ(i, j) of {title}, and of a random pair.{grey}{about}"
+        caption = f"φ(i, j) of {title}, and of random pairs of the same ranks and width.{grey}{about}"
         figures.append(Figure(f"{name}-{file}", caption, spec))
     return figures
 

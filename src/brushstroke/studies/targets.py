@@ -6,11 +6,11 @@ Does not implement the comparison (`comparisons` does).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from brushstroke.errors import ConfigError
+from brushstroke.checks import check_counts, check_margin, check_parameters
 from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
-from brushstroke.studies.comparisons import MARGIN, Comparison, Difference, check_margin, compare_all
+from brushstroke.studies.comparisons import MARGIN, Comparison, Difference, compare_all
 from brushstroke.studies.findings import Figure, Finding, describe_pairs, difference_table
 from brushstroke.studies.runner import Results
 from brushstroke.studies.study import Material
@@ -40,7 +40,7 @@ class TargetsStudy:
         margin: the margin of equality, in nats of test loss per trained token; stored before the runs.
 
     Raises:
-        ConfigError: the budget is below 1, or the margin is not a finite number above 0.
+        ConfigError: the rank or the budget is below 1, or the margin is not a finite number above 0.
     """
 
     sets: Mapping[str, tuple[str, ...]] | None = None
@@ -53,10 +53,10 @@ class TargetsStudy:
 
     def __post_init__(self) -> None:
         check_margin(self.margin)
-        if self.budget is not None and self.budget < 1:
-            raise ConfigError(
-                f"the budget is a number of parameters, at least 1 (--budget); got {self.budget}"
-            )
+        if self.rank is not None:
+            check_counts("rank", [self.rank])
+        if self.budget is not None:
+            check_parameters(self.budget)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each set of matrices."""
