@@ -13,6 +13,7 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.errors import AttachError, ConfigError, ShapeError
 from brushstroke.layers import attach, bank
 from brushstroke.layers.dora import DoRA
+from brushstroke.lowrank import LowRank
 from brushstroke.merging import merge
 
 GRADIENT = 1e-4  # each tensor's difference to its own norm, float32
@@ -151,6 +152,9 @@ def test_what_depends_on_the_base_is_refused_with_the_reason(model):
     adapter = random_adapter(model)
     for act in (
         lambda: adapter + adapter,
+        lambda: next(
+            LowRank(torch.ones(x.shape[0], 1), torch.ones(1, x.shape[1])) + x for x in adapter.values()
+        ),
         lambda: 0.5 * adapter,
         lambda: adapter.norm(),
         lambda: adapter.inner(adapter),

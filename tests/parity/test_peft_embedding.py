@@ -180,3 +180,23 @@ def test_an_embedding_that_renormalises_its_rows_is_no_site():
     net = nn.Sequential(nn.Embedding(4, 4, max_norm=1.0), nn.Linear(4, 4))
     with pytest.raises(bs.errors.TargetError):
         attach(net, LoraConfig(rank=1, targets=["0"]))
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}])
+def test_gradients_follow_the_options_of_the_embedding(options):
+    net = nn.Sequential(nn.Embedding(9, 5, **options), nn.Linear(5, 3))
+    tokens = torch.tensor([[0, 1, 2, 0], [3, 4, 5, 5]])
+    U, V = torch.randn(9, 2), torch.randn(2, 5)
+    theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    layer = theirs.base_model.model[0]
+    layer.lora_embedding_A["default"].data.copy_(U.mT)
+    layer.lora_embedding_B["default"].data.copy_(V.mT)
+    theirs(tokens).square().sum().backward()
+    ours = Adapter({"0": EmbeddingLowRank(U, V)})
+    with attach(net, ours, trainable=True) as attachment:
+        net(tokens).square().sum().backward()
+        gradients = {tuple(p.shape): p.grad for p in attachment.parameters()}
+    for expected in (layer.lora_embedding_A["default"].grad, layer.lora_embedding_B["default"].grad):
+        found = gradients.get(tuple(expected.shape), gradients.get(tuple(expected.mT.shape)))
+        found = found if found.shape == expected.shape else found.mT
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -63,6 +63,13 @@ CONV1D = Kind(  # HF's, recognised by its class name, without importing transfor
     example=lambda module, rows, generator: torch.randn(rows, module.weight.shape[0], generator=generator),
 )
 
+
+def _look_up(module: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    """The rows of W, with the options of the module: no gradient of padding, and Gemma's scale."""
+    rows = F.embedding(x, W, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+    return rows * getattr(module, "embed_scale", 1.0)
+
+
 EMBEDDING = Kind(
     name="embedding",
     matches=lambda module: isinstance(module, nn.Embedding) and module.max_norm is None,
@@ -73,7 +80,7 @@ EMBEDDING = Kind(
     example=lambda module, rows, generator: torch.randint(
         module.num_embeddings, (rows,), generator=generator
     ),
-    product=lambda module, x, W: F.embedding(x, W) * getattr(module, "embed_scale", 1.0),  # of Gemma, Bart
+    product=_look_up,
     in_groups=False,
 )
 
