@@ -150,6 +150,8 @@ def test_merged_models_give_the_logits_of_the_adapted_one(model, tokens, tmp_pat
 
 def test_what_depends_on_the_base_is_refused_with_the_reason(model):
     adapter = random_adapter(model)
+    dora = next(iter(adapter.values()))
+    low_rank = LowRank(torch.ones(dora.shape[0], 1), torch.ones(1, dora.shape[1]))
     for act in (
         lambda: adapter + adapter,
         lambda: next(

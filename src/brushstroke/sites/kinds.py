@@ -64,7 +64,7 @@ CONV1D = Kind(  # HF's, recognised by its class name, without importing transfor
 )
 
 
-def _look_up(module: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+def _look_up(module: Any, x: Tensor, W: Tensor) -> Tensor:
     """The rows of W, with the options of the module: no gradient of padding, and Gemma's scale."""
     rows = F.embedding(x, W, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
     return rows * getattr(module, "embed_scale", 1.0)
