@@ -245,8 +245,9 @@ def _site(shape: tuple[int, int], compared: _Compared, threshold: float) -> Site
 
 def _unchanged(known: Directions, top: int) -> _Compared:
     """The directions of W itself."""
-    sigma, k = known.sigma[:top], min(top, len(known.sigma))
-    changed = TopSvd(known.left[:, :k], sigma, known.right[:k], known.residual[:k], gaps(known.sigma)[:k])
+    parts = known.left[:, :top], known.sigma[:top], known.right[:top]
+    k = len(known.sigma[:top])
+    changed = TopSvd(*parts, known.residual[:top], gaps(known.sigma)[:top])
     return _Compared(changed, [1.0] * k, [1.0] * k, [0.0] * k)
 
 
@@ -264,19 +265,20 @@ def _exact(
 
 def _top_of_dense(W: Float[Tensor, "d h"], top: int) -> TopSvd:
     """The strongest directions by a full SVD in float64."""
-    parts = dense_svd(W)
-    k, gap = min(top, len(parts.sigma)), gaps(parts.sigma)
-    rounding = torch.full_like(gap, _rounding(parts.sigma, W.shape))
-    return TopSvd(parts.left[:, :k], parts.sigma[:k], parts.right[:k], rounding[:k], gap[:k])
+    left, sigma, right = dense_svd(W)
+    gap = gaps(sigma)[:top]
+    rounding = torch.full_like(gap, _rounding(sigma, max(W.shape)))
+    return TopSvd(left[:, :top], sigma[:top], right[:top], rounding, gap)
 
 
 def _with_all(changed: TopSvd, known: Directions, top: int) -> _Compared:
     """Bounds from all singular vectors of W; those of equal singular values count as one subspace."""
-    rank = numerical_rank(known.sigma, max(known.left.shape[0], known.right.shape[1]))
+    size = max(known.left.shape[0], known.right.shape[1])
+    rank = numerical_rank(known.sigma, size)
     cosines = (changed.right.double() @ known.right[:rank].mT).abs()
     sigma, largest = known.sigma[:rank], cosines.new_zeros(len(cosines))
     if rank:
-        apart = sigma[:-1] - sigma[1:] > 100 * _rounding(sigma, (known.left.shape[0], known.right.shape[1]))
+        apart = sigma[:-1] - sigma[1:] > 100 * _rounding(sigma, size)
         subspace = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
         squares = cosines.new_zeros(len(cosines), int(subspace[-1]) + 1)
         largest = squares.index_add_(1, subspace, cosines.square()).max(dim=1).values.sqrt()
@@ -285,9 +287,9 @@ def _with_all(changed: TopSvd, known: Directions, top: int) -> _Compared:
     return _Compared(changed, lower, upper, _outside(cosines[:, : 4 * top]))
 
 
-def _rounding(sigma: Float[Tensor, " k"], shape: tuple[int, ...]) -> float:
-    """The error of singular values from a full SVD in float64."""
-    return max(shape) * torch.finfo(torch.float64).eps * float(sigma[0])
+def _rounding(sigma: Float[Tensor, " k"], size: int) -> float:
+    """The error of singular values from a full SVD in float64; `size` is the longer side of the matrix."""
+    return size * torch.finfo(torch.float64).eps * float(sigma[0])
 
 
 def _turned(cosine: Float[Tensor, "*n k"], angle: Float[Tensor, " k"]) -> Float[Tensor, "*n k"]:
