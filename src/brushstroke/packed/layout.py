@@ -53,7 +53,7 @@ class Layout:
     """The tensors of a packed pass of n tokens with m wanted outputs.
 
     `sources` are the positions in the row whose outputs are wanted, `targets` the tokens that they predict.
-    `slots`, `lengths` and `wanted` give the slot and the numbers of tokens and of wanted outputs of each span;
+    `slots`, `lengths` and `wanted` give the slot and the numbers of tokens and wanted outputs of each span;
     they are empty if the model's active route does not change. `continues` is the cache of tokens that ran
     before this row; `begins` is the cache that records this row as a prefix. `windows` collects the sliding
     windows that the model's attention calls used; None means no window.
