@@ -227,3 +227,32 @@ def test_a_slot_without_a_bank_is_an_error() -> None:
     with forward.context(), torch.no_grad():
         based, plain = (forward.logits(unshared([Row((1, 2, 3), (2,), slot=slot)])) for slot in (0, None))
     assert torch.equal(based, plain)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_adapted_heads_use_the_adapter_of_each_row(padded) -> None:
+    model = llama(hidden_size=64, intermediate_size=96, num_key_value_heads=4)
+    targets = (["lm_head", "q_proj"], ["lm_head"], ["v_proj"])
+    adapters = {
+        name: random_adapter(model, LoraConfig(rank=rank, targets=own), seed=rank)
+        for name, rank, own in zip(NAMES, (1, 8, 33), targets, strict=True)
+    }
+    with bank(model, adapters) as held:
+        named = rows_of({name: held.slot(name) for name in (*NAMES, None)})
+        rows = [row for _, row in named]
+        forward = (
+            PaddedForward(model, find_head(model), whole=False) if padded else select_forward(model, True)[0]
+        )
+        with torch.no_grad(), forward.context():
+            (packed,) = forward.passes(rows, 1000, share=True)
+            found = dict(
+                zip(
+                    packed.rows,
+                    forward.logits(packed).split([len(r.wanted) for r in packed.rows]),
+                    strict=True,
+                )
+            )
+    for name, row in named:
+        with torch.no_grad():
+            expected = alone(copy.deepcopy(model), adapters.get(name), row)
+        assert (found[row] - expected).abs().max() <= EXACT * expected.abs().max()

@@ -234,7 +234,7 @@ class BankedLinear(_LowRankLayer, Banked):
 
     def may_stack(self, x: Tensor) -> bool:
         """Whether to multiply all rows by all factors: for small batches with several adapters."""
-        mixed = self._route.uniform is None and self._route.lengths is None and x.ndim > 1
+        mixed = self._route.uniform is None and self._route.rows_only and x.ndim > 1
         slots, rank, _ = self.bank_V.shape
         return mixed and x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS
 

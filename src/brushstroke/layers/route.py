@@ -31,14 +31,15 @@ class Route:
 
     A route of one row fits a batch of any size. If a batch has k times as many rows as the route (beams,
     several samples of one prompt, or rows flattened to tokens), every entry is repeated k times. With
-    `lengths`, the entries are spans of one packed row with these numbers of tokens.
+    `lengths`, the entries are spans of one packed row with these numbers of tokens. With `wanted`, a layer
+    such as the head may also run on the wanted outputs alone, so many of each entry in their order.
     """
 
     def __init__(self, slots: Sequence[int] = (0,)) -> None:
         self._spans: dict[tuple[int, ...], tuple[SlotSpan, ...]] = {}
         self._ranks_used: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._ran: Modules | None = None
-        self._switch(tuple(slots), None)
+        self._switch(tuple(slots), None, None)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -51,31 +52,42 @@ class Route:
         return self._lengths
 
     @property
+    def rows_only(self) -> bool:
+        """Whether the entries are rows of a batch at every site: no spans, and no wanted outputs."""
+        return self._lengths is None and self._wanted is None
+
+    @property
     def uniform(self) -> int | None:
         """The slot of all rows, or None if they differ."""
         first = self._slots[0]
         return first if all(slot == first for slot in self._slots) else None
 
-    def set(self, slots: Sequence[int], lengths: Sequence[int] | None = None) -> Callable[[], None]:
+    def set(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> Callable[[], None]:
         """Switch to other slots; returns a function that switches back.
 
         Args:
             slots: one for each row of a batch; with `lengths` one for each span of a packed row.
             lengths: tokens of each span.
+            wanted: wanted outputs of each row or span.
 
         Raises:
             RouteError: slots is empty.
         """
         if not slots:
             raise RouteError("a route needs at least one row; got none")
-        before = self._slots, self._lengths
-        self._switch(tuple(slots), None if lengths is None else tuple(lengths))
+        before = self._slots, self._lengths, self._wanted
+        self._switch(tuple(slots), *(None if part is None else tuple(part) for part in (lengths, wanted)))
         return lambda: self._switch(*before)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Context manager: restore the current slots at the end."""
-        before = self._slots, self._lengths
+        before = self._slots, self._lengths, self._wanted
         try:
             yield
         finally:
@@ -100,6 +112,8 @@ class Route:
     def _counts(self, shape: tuple[int, ...]) -> Sequence[int]:
         """The number of tokens of each entry."""
         rows, tokens = (shape or (1,))[0], math.prod(shape)
+        if self._wanted is not None and shape == (sum(self._wanted),):
+            return self._wanted
         if self._lengths is not None:
             if tokens != sum(self._lengths):
                 raise RouteError(
@@ -169,10 +183,12 @@ class Route:
                 "call backward() before the route changes"
             )
 
-    def _switch(self, slots: tuple[int, ...], lengths: tuple[int, ...] | None) -> None:
+    def _switch(
+        self, slots: tuple[int, ...], lengths: tuple[int, ...] | None, wanted: tuple[int, ...] | None
+    ) -> None:
         if lengths is not None and len(set(slots)) == 1:
-            slots, lengths = slots[:1], None  # for an input of any shape
-        self._slots, self._lengths = slots, lengths
+            slots, lengths, wanted = slots[:1], None, None  # for an input of any shape
+        self._slots, self._lengths, self._wanted = slots, lengths, wanted
         self._index = torch.tensor(slots)
         self._spans.clear()
         self._ranks_used.clear()

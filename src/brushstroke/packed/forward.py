@@ -135,15 +135,15 @@ class _Headed:
         with preserved_rope(self._model), nullcontext() if route is None else route.kept():
             yield
 
-    def _use(self, slots: Sequence[int], lengths: Sequence[int] | None = None) -> None:
-        """Switch to the slots of a pass, until the next pass or the end of the context.
+    def _use(self, slots: Sequence[int], lengths: Sequence[int] | None, wanted: Sequence[int]) -> None:
+        """Switch to the slots of a pass, until the next pass or the end of the context; see `Route.set`.
 
         Raises:
             RouteError: the model has no bank.
         """
         route = find_route(self._model) if slots else None
         if route is not None:
-            route.set(slots, lengths)
+            route.set(slots, lengths, wanted)
         elif any(slots):
             raise RouteError(
                 "rows name slots of a bank, but the model has no bank; make one with bank(model, ...)"
@@ -223,7 +223,7 @@ class PackedForward(_Headed):
     def _outputs(self, layout: Layout) -> Outputs:
         if self._moving is not None:
             reset_dynamic_rope(self._model)
-        self._use(layout.slots, layout.lengths)
+        self._use(layout.slots, layout.lengths, layout.wanted)
         inputs: dict[str, Any] = {
             "input_ids": layout.tokens,
             "position_ids": layout.positions,
@@ -276,7 +276,8 @@ class PaddedForward(_Headed):
         if self._moving is not None:
             reset_dynamic_rope(self._model)
         rows = packed.rows
-        self._use([row.slot for row in rows if row.slot is not None])
+        slotted = [(row.slot, len(row.wanted)) for row in rows if row.slot is not None]
+        self._use([slot for slot, _ in slotted], None, [wanted for _, wanted in slotted])
         tokens = torch.zeros(len(rows), max(map(self._ends, rows)), dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for i, row in enumerate(rows):

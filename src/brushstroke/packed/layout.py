@@ -53,10 +53,10 @@ class Layout:
     """The tensors of a packed pass of n tokens with m wanted outputs.
 
     `sources` are the positions in the row whose outputs are wanted, `targets` the tokens that they predict.
-    `slots` and `lengths` give the slot and the number of tokens of each span; they are empty if the model's
-    active route does not change. `continues` is the cache of tokens that ran before this row; `begins` is the
-    cache that records this row as a prefix. `windows` collects the sliding windows that the model's attention
-    calls used; None means no window.
+    `slots`, `lengths` and `wanted` give the slot and the numbers of tokens and wanted outputs of each span;
+    they are empty if the model's active route does not change. `continues` is the cache of tokens that ran
+    before this row; `begins` is the cache that records this row as a prefix. `windows` collects the sliding
+    windows that the model's attention calls used; None means no window.
     """
 
     tokens: Int[Tensor, "1 n"]
@@ -67,6 +67,7 @@ class Layout:
     pieces: tuple[Piece, ...]
     slots: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+    wanted: tuple[int, ...] = ()
     masks: dict[tuple[int, int, int | None], Bool[Tensor, "q k"]] = field(default_factory=dict)
     windows: set[int | None] = field(default_factory=set)
     continues: KeyValueCache | None = None
@@ -142,6 +143,7 @@ class _PackedRow:
         self.pieces: list[Piece] = []
         self.slots: list[int] = []
         self.lengths: list[int] = []
+        self.wanted: list[int] = []
 
     def add_prefix(self, group: Group) -> None:
         """Add the common prefix of a group's rows as a piece."""
@@ -163,6 +165,7 @@ class _PackedRow:
         if row.slot is not None:
             self.slots.append(row.slot)
             self.lengths.append(stop - start)
+            self.wanted.append(sum(start <= position < stop for position in row.wanted))
 
     def layout(
         self,
@@ -180,6 +183,7 @@ class _PackedRow:
             pieces=tuple(self.pieces),
             slots=tuple(self.slots),
             lengths=tuple(self.lengths),
+            wanted=tuple(self.wanted),
             continues=continues,
             begins=begins,
         )
