@@ -106,6 +106,22 @@ def test_one_graph_serves_every_route_and_every_adapter_loaded_later(counter):
         assert counter.frame_count == 1
 
 
+def test_one_graph_serves_a_bank_of_dora_adapters(counter):
+    net, x = toys.Mlp(), torch.randn(4, 3, 6)
+    adapters = {}
+    for name in "ab":
+        with attach(net, LoraConfig(rank=2, variant="dora")) as attachment:
+            for factor in attachment.parameters():
+                factor.data += 0.3 * torch.randn(factor.shape)
+            adapters[name] = attachment.adapter()
+    with bank(net, adapters) as b, torch.no_grad():
+        run = torch.compile(net, fullgraph=True, backend=counter)
+        for names in (["a", "b", None, "a"], [None] * 4, ["b"] * 4):
+            with b.rows(names):
+                assert relative(run(x), net(x)) < FLOAT32
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_bank_repeats_the_route_for_beams_and_refuses_other_batches(counter):
     net = toys.Mlp()
     with bank(net, {"a": toys.random_adapter(net)}) as b, torch.no_grad():

@@ -1,6 +1,10 @@
 """A format that brushstroke does not know, registered by one function."""
 
+import inspect
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +73,25 @@ def test_commands_read_a_registered_format(
         sites = json.loads(capsys.readouterr().out)["adapters"][0]["sites"]
         found.append({row["site"]: row for row in sites})
     assert found[0] == found[1]
+
+
+def test_an_installed_package_can_declare_a_format(file: Path, adapter: Adapter, tmp_path: Path) -> None:
+    """In a new process, as a user's command line is."""
+    package = tmp_path / "site" / "toy_format-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-format\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[brushstroke.formats]\ntoy = toy_format:FORMAT\n")
+    (package.parent / "toy_format.py").write_text(
+        "from pathlib import Path\nimport numpy as np\nimport torch\nfrom brushstroke.adapter import Adapter\n"
+        "from brushstroke.errors import AdapterFileError\nfrom brushstroke.formats import Format\n"
+        f"from brushstroke.lowrank import LowRank\n\n{inspect.getsource(load_toy)}\n"
+        "FORMAT = Format('toy', lambda path: path.suffix == '.npz', load_toy)\n"
+    )
+    paths = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "brushstroke", "spectrum", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["adapters"][0]["sites"]) == len(adapter)
 
 
 @pytest.mark.usefixtures("toy_format")

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import brushstroke as bs
+import toys
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.errors import AttachError, ConfigError, ShapeError
 from brushstroke.layers import attach, bank
@@ -162,10 +164,33 @@ def test_what_depends_on_the_base_is_refused_with_the_reason(model):
     ):
         with pytest.raises(ShapeError, match="depends on W"):
             act()
-    with pytest.raises(ShapeError, match=r"only low-rank updates can be analysed; found\n .* a DoRA"):
+    with pytest.raises(ShapeError, match=rf"{len(adapter)} of {len(adapter)} sites have another .*DoRA"):
         bs.spectrum(adapter)
-    with pytest.raises(AttachError, match="which a bank cannot hold; attach it alone, or merge it"):
-        bank(model, {"dora": adapter})
+
+
+def test_a_bank_gives_each_row_its_adapter(model):
+    tokens = torch.randint(1, 64, (4, 9))
+    adapters = {name: random_adapter(model) for name in ("a", "b")}
+    adapters["low"] = toys.random_adapter(model, LoraConfig(rank=3, targets=["attention"]))
+    rows, expected, before = ["b", None, "low", "a"], [], copy.deepcopy(model.state_dict())
+    for row, name in zip(tokens, rows, strict=True):
+        with attach(model, adapters[name]) if name else nullcontext():
+            expected.append(model(input_ids=row[None]).logits[0])
+    with bank(model, adapters) as held, held.rows(rows), torch.no_grad():
+        assert relative(model(input_ids=tokens).logits, torch.stack(expected)) < LOGITS
+        held.load("c", adapters["a"])  # a further slot
+        held.evict("c")
+        assert relative(model(input_ids=tokens).logits, torch.stack(expected)) < LOGITS
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_bank_that_holds_a_low_rank_update_at_a_site_refuses_dora_there(model):
+    adapter = random_adapter(model)
+    with (
+        bank(model, {"low": toys.random_adapter(model)}) as held,
+        pytest.raises(AttachError, match="another type of update; load it before the others, or put"),
+    ):
+        held.load("dora", adapter)
 
 
 def test_other_names_and_kinds_are_refused(llama):

@@ -24,13 +24,17 @@ def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
     """Site → low-rank update.
 
     Raises:
-        ShapeError: updates have no factors (the message lists all sites), or factors contain non-finite
+        ShapeError: there are other updates, or factors contain non-finite
             values.
     """
     updates = {site: update for site, update in adapter.items() if isinstance(update, LowRank)}
-    others = [f"{site}: a {type(adapter[site]).__name__}" for site in adapter if site not in updates]
+    others = {type(adapter[site]).__name__ for site in adapter if site not in updates}
     if others:
-        raise ShapeError("only low-rank updates can be analysed; found\n  " + "\n  ".join(others))
+        raise ShapeError(
+            f"an analysis reads ΔW = scale·U·V, and {len(adapter) - len(updates)} of {len(adapter)} sites have "
+            f'another update ({", ".join(sorted(others))}); analyse an adapter of the variant "lora", or the '
+            "matrices that update.dense(W) gives"
+        )
     for site, update in updates.items():
         if not (update.U.isfinite().all() and update.V.isfinite().all()):
             raise ShapeError(f"{site}: the factors hold NaN or infinity; such an update has no directions")

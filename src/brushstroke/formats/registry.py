@@ -5,11 +5,15 @@ It writes no files; `save` writes PEFT's layout.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from brushstroke.adapter import Adapter
-from brushstroke.fetch import OTHER_FORMATS, find_adapter
+from brushstroke.fetch import find_adapter
 from brushstroke.formats import peft
+
+ENTRY_POINTS = "brushstroke.formats"  # the group in which an installed package names its formats
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,13 @@ _formats: list[Format] = []
 
 
 def register_format(new: Format) -> Callable[[], None]:
-    """Let `load`, `--adapter` and all commands read another format; returns a function that undoes this."""
+    """Let `load`, `--adapter` and all commands read another format; returns a function that undoes this.
+
+    For the command line, a package declares its `Format` as an entry point in the group
+    "brushstroke.formats".
+    """
     _formats.append(new)
-    OTHER_FORMATS.append(new.recognises)
-
-    def undo() -> None:
-        _formats.remove(new)
-        OTHER_FORMATS.remove(new.recognises)
-
-    return undo
+    return lambda: _formats.remove(new)
 
 
 def load(name: str | Path) -> Adapter:
@@ -54,7 +56,13 @@ def load(name: str | Path) -> Adapter:
             Or it cannot be read.
     """
     path = find_adapter(name)
-    for known in _formats:
+    for known in (*_formats, *_installed()):
         if known.recognises(path):
             return known.load(path)
     return peft.load(path)
+
+
+@cache
+def _installed() -> tuple[Format, ...]:
+    """The formats of installed packages."""
+    return tuple(entry.load() for entry in entry_points(group=ENTRY_POINTS))

@@ -103,8 +103,8 @@ class Banked(Adapted):
     """A layer with several adapters, in the slots of the route."""
 
     @classmethod
-    def fits(cls, update: Any, dtype: torch.dtype) -> bool:
-        """Whether all numbers of an update are finite in the dtype in which the layer would store them."""
+    def fits(cls, update: Any, module: nn.Module) -> bool:
+        """Whether all numbers of an update are finite in the dtype in which this module would store them."""
         raise NotImplementedError
 
     def prepare(self) -> None:

@@ -135,13 +135,12 @@ class Bank:
         if held is not None and not isinstance(held, cls):
             raise AttachError(
                 f"adapter {name!r} has a {type(update).__name__} at {path}, where the bank holds another "
-                "type of update; put it into a separate bank"
+                "type of update; load it before the others, or put it into a separate bank"
             )
-        dtype = compute_dtype(module)
-        if not cls.fits(update, dtype):
+        if not cls.fits(update, module):
             raise AttachError(
-                f"adapter {name!r} has non-finite values at {path} in {dtype}, the dtype of this base; "
-                "do not serve it, or load the base in float32"
+                f"adapter {name!r} has non-finite values at {path} in {compute_dtype(module)}, the dtype of "
+                "this base; do not serve it, or load the base in float32"
             )
         return cls
 

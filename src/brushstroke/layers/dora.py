@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from brushstroke.errors import AttachError, ShapeError
 from brushstroke.layers.adapted import Trial
 from brushstroke.layers.fresh import Start, zero_V
-from brushstroke.layers.linear import AttachedLinear, Factors
+from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.lowrank.apply import LinearParts
 from brushstroke.sites import weight_dxh
@@ -212,6 +212,80 @@ class AttachedDoRA(AttachedLinear):
             self.lora_squares + 2 * scale * (UW * V).sum(0) + scale**2 * ((U_rows @ U_rows.mT @ V) * V).sum(0)
         )
         return squares.clamp_min(0).sqrt()
+
+
+class BankedDoRA(BankedLinear):
+    """y = g_s·x·W + (x·U_s)·V_s + bias with g_s = m_s / ‖W + ΔW_s‖; V includes the scale and g_s.
+
+    Buffer `bank_gain` (s×h) holds g_s: 1 in empty slots and for a `LowRank`, which a slot can hold too.
+    """
+
+    bank_gain: Tensor
+    _added = (*BankedLinear._added, "bank_gain")
+
+    @classmethod
+    def fits(cls, update: DoRA | LowRank, module: nn.Module) -> bool:
+        """Whether g_s, U and V are finite."""
+        return super().fits(_banked(module, update)[0], module)
+
+    def prepare(self) -> None:
+        """One slot, without an update."""
+        super().prepare()
+        self._set_gain(self.bank_V.new_ones(1, self.widths[1]))
+
+    def write(self, slot: int, update: DoRA | LowRank | None) -> None:
+        """Write a slot."""
+        low, gain = (None, torch.ones(1)) if update is None else _banked(self, update)
+        super().write(slot, low)
+        gains, slots = self.bank_gain, self.bank_V.shape[0]
+        if len(gains) < slots:
+            self._set_gain(torch.cat([gains, gains.new_ones(slots - len(gains), gains.shape[1])]))
+        self.bank_gain[slot] = gain
+
+    def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
+        """A random U·V in slot 1, and a gain of 2."""
+        tensors, settings, expected = super().trial(x, base, generator)
+        gain = torch.ones_like(tensors["bank_V"][:, 0])
+        gain[1] = 2
+        return Trial({**tensors, "bank_gain": gain}, settings, expected + self._unbiased(base).double())
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """None: the fused functions do not support norms."""
+        return None
+
+    def may_stack(self, x: Tensor) -> bool:
+        """False: each row scales the base's output too."""
+        return False
+
+    def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
+        """y + (g − 1)·x·W + (x·U)·V."""
+        U_rows, V, gain = factors
+        return y + ((gain - 1) * self._unbiased(y) + self.term(x, (U_rows, V, 1.0))).to(y.dtype)
+
+    def add_gathered(self, y: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+        """The same for rows with these slots."""
+        gain = self.bank_gain[slots].view(-1, *[1] * (y.ndim - 2), y.shape[-1])
+        return y + ((gain - 1) * self._unbiased(y) + self.gathered(x, slots)).to(y.dtype)
+
+    def _factors(self, slot: int) -> Factors:
+        U_rows, V, _ = super()._factors(slot)
+        return U_rows, V, self.bank_gain[slot]
+
+    def _unbiased(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y - self.bias
+
+    def _set_gain(self, gain: Tensor) -> None:
+        self.register_buffer("bank_gain", gain, persistent=False)
+
+
+def _banked(module: nn.Module, update: DoRA | LowRank) -> tuple[LowRank, Float[Tensor, "..."]]:
+    """What a slot holds: U and g·scale·V, and g for each output column."""
+    if isinstance(update, LowRank):
+        return update, torch.ones(1)
+    W = _plain_weight(module, type(module).__name__)
+    U, V, magnitude = (t.to(W.device, W.dtype) for t in update.tensors().values())
+    gain = magnitude / (W + update.scale * (U @ V)).norm(dim=0)
+    return LowRank(U, gain * update.scale * V), gain
 
 
 def _plain_weight(module: nn.Module, where: str) -> Float[Tensor, "d h"]:

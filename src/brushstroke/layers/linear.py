@@ -26,7 +26,7 @@ from brushstroke.sites.kinds import CONV1D, compute_dtype
 
 STACKED_ROWS, STACKED_RANKS = 256, 256  # up to this size, one product of all factors and rows is faster
 
-Factors = tuple[Tensor, Tensor, float]  # Uᵀ (r×d), V (r×h), scale
+Factors = tuple[Tensor, Tensor, Any]  # Uᵀ (r×d), V (r×h), scale; a subclass may need more than one number
 
 
 class _LowRankLayer(Adapted):
@@ -160,8 +160,9 @@ class BankedLinear(_LowRankLayer, Banked):
     _added = ("bank_U_rows", "bank_V", "bank_ranks")
 
     @classmethod
-    def fits(cls, update: LowRank, dtype: torch.dtype) -> bool:
+    def fits(cls, update: LowRank, module: nn.Module) -> bool:
         """Whether U and scale·V are finite; nan would spread, because several adapters share products."""
+        dtype = compute_dtype(module)
         return all(bool(torch.isfinite(t.to(dtype)).all()) for t in (update.U, _scaled_V(update)))
 
     def prepare(self) -> None:
@@ -203,8 +204,7 @@ class BankedLinear(_LowRankLayer, Banked):
         """The base's output, plus the low-rank term of each row, or of each span of a packed row."""
         route = self._route
         if torch.compiler.is_compiling():
-            y = super().forward(x)
-            return y + self.gathered(x, route.slot_index(x.shape[0], x.device)).to(y.dtype)
+            return self.add_gathered(super().forward(x), x, route.slot_index(x.shape[0], x.device))
         if self.may_stack(x):
             y = super().forward(x)
             slots, rank, _ = self.bank_V.shape
@@ -237,6 +237,10 @@ class BankedLinear(_LowRankLayer, Banked):
         mixed = self._route.uniform is None and self._route.rows_only and x.ndim > 1
         slots, rank, _ = self.bank_V.shape
         return mixed and x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS
+
+    def add_gathered(self, y: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+        """The output of rows with these slots, for compiled graphs."""
+        return y + self.gathered(x, slots).to(y.dtype)
 
     def gathered(self, x: Tensor, slots: Tensor) -> Tensor:
         """The low-rank term of rows with these slots, for compiled graphs."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from brushstroke.errors import AttachError, ConfigError, did_you_mean
 from brushstroke.layers.adapted import Attached, Banked
-from brushstroke.layers.dora import AttachedDoRA, DoRA, fresh_dora
+from brushstroke.layers.dora import AttachedDoRA, BankedDoRA, DoRA, fresh_dora
 from brushstroke.layers.embedding import AttachedEmbedding, BankedEmbedding, EmbeddingLowRank, zero_U
 from brushstroke.layers.fresh import Start, zero_V
 from brushstroke.layers.linear import AttachedLinear, BankedLinear
@@ -40,7 +40,7 @@ class Variant:
 VARIANTS = [
     Variant("lora", LowRank, ("linear", "conv1d"), AttachedLinear, BankedLinear),
     Variant("lora", EmbeddingLowRank, ("embedding",), AttachedEmbedding, BankedEmbedding, zero_U),
-    Variant("dora", DoRA, ("linear", "conv1d"), AttachedDoRA, fresh=fresh_dora),
+    Variant("dora", DoRA, ("linear", "conv1d"), AttachedDoRA, BankedDoRA, fresh_dora),
 ]
 
 

@@ -195,4 +195,7 @@ class Route:
 
 
 def _wrong_rows(route: int, batch: int) -> str:
-    return f"the route has {route} rows, the batch {batch}; give one name (or None) for each row of the batch"
+    hint = "give one name (or None) for each row of the batch"
+    if batch == 1:  # such as the positions of a position embedding
+        hint += ", or run one adapter at a time if all rows share the input of this layer"
+    return f"the route has {route} rows, the batch {batch}; {hint}"

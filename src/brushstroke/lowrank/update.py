@@ -45,7 +45,7 @@ class Update(ABC):
 
     @abstractmethod
     def delta_norm(self) -> float:
-        """‖ΔW‖_F, in float64."""
+        """‖ΔW‖_F, in float64; raises ShapeError if ΔW depends on W."""
 
     @abstractmethod
     def apply(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
