@@ -31,7 +31,7 @@ def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
     others = {type(adapter[site]).__name__ for site in adapter if site not in updates}
     if others:
         raise ShapeError(
-            f"an analysis reads ΔW = scale·U·V, and {len(adapter) - len(updates)} of {len(adapter)} sites have "
+            f"an analysis needs ΔW = scale·U·V; {len(adapter) - len(updates)} of {len(adapter)} sites have "
             f'another update ({", ".join(sorted(others))}); analyse an adapter of the variant "lora", or the '
             "matrices that update.dense(W) gives"
         )
