@@ -83,7 +83,9 @@ def test_an_installed_package_can_declare_a_format(file: Path, adapter: Adapter,
     (package / "entry_points.txt").write_text("[brushstroke.formats]\ntoy = toy_format:FORMAT\n")
     (package.parent / "toy_format.py").write_text(
         "from pathlib import Path\nimport numpy as np\nimport torch\n"
-        "from brushstroke.adapter import Adapter\nfrom brushstroke.errors import AdapterFileError\nfrom brushstroke.formats import Format\n"
+        "from brushstroke.adapter import Adapter\n"
+        "from brushstroke.errors import AdapterFileError\n"
+        "from brushstroke.formats import Format\n"
         f"from brushstroke.lowrank import LowRank\n\n{inspect.getsource(load_toy)}\n"
         "FORMAT = Format('toy', lambda path: path.suffix == '.npz', load_toy)\n"
     )
