@@ -342,3 +342,14 @@ def test_an_update_without_a_form_is_refused_before_the_first_step(tmp_path: Pat
         assert not (tmp_path / "run").exists()
         result = bs.train(base, examples(10), LORA, SETTINGS)  # in memory
     assert isinstance(next(iter(result.adapter.values())), Scaled)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_trainer_refuses_an_update_without_a_form_when_it_begins(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
+    with registered(SCALED), attach(tiny_llama(), LORA, trainable=True) as attachment:
+        callback = bs.AdapterCallback(attachment)
+        with pytest.raises(AdapterFileError, match="this format cannot hold a Scaled"):
+            callback.on_train_begin(arguments, TrainerState(), TrainerControl())
