@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -247,6 +248,23 @@ def test_custom_forward_is_tested_without_loading_the_model(tmp_path, monkeypatc
     with pytest.raises(MergeError, match=r"\(FalconLinear\) has a forward of its own, which does not add"):
         merge_folder(tmp_path / "base", adapter, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_custom_forward_is_tested_with_the_tensors_of_the_files(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = FalconForCausalLM(FalconConfig(**sizes, bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.ones_(parameter)
+    model.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(FalconLinear, "forward", lambda self, x: x @ self.weight.mT * self.bias)
+    report = merge_folder(tmp_path / "base", adapter_for(model), tmp_path / "out", verify=False)
+    assert report.streamed
+    nn.init.constant_(model.transformer.h[0].self_attention.query_key_value.bias, 2.0)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(MergeError, match=r"\(FalconLinear\) has a forward of its own, which does not add"):
+        merge_folder(tmp_path / "base", adapter_for(model), tmp_path / "other", verify=False)
 
 
 def test_existing_folder_is_refused_and_overwrite_keeps_foreign_files(folder, tmp_path):

@@ -1,6 +1,7 @@
 """DoRA against PEFT's: logits, gradients, merged weights, files both ways, a short training."""
 
 import copy
+import json
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 import brushstroke as bs
 import toys
 from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.cli.app import main
 from brushstroke.errors import AttachError, ConfigError, ShapeError
 from brushstroke.layers import attach, bank
+from brushstroke.layers.adapted import Adapted
 from brushstroke.layers.dora import DoRA
 from brushstroke.lowrank import LowRank
 from brushstroke.merging import merge
@@ -191,6 +194,42 @@ def test_a_bank_that_holds_a_low_rank_update_at_a_site_refuses_dora_there(model)
         pytest.raises(AttachError, match="another type of update; load it before the others, or put"),
     ):
         held.load("dora", adapter)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_zero_columns_of_the_weight_are_refused_by_name(llama, trained):
+    adapter, path = random_adapter(llama), "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        llama.get_submodule(path).weight[3:5] = 0.0
+    before = copy.deepcopy(llama.state_dict())
+    if trained:
+        update = adapter[path]
+        assert isinstance(update, DoRA)
+        update.V[:, 3:5] = 0.0
+    with pytest.raises(AttachError, match=rf"{path}: 2 of 48 output columns of W \+ U·V are zero, and DoRA"):
+        attach(llama, adapter if trained else CONFIG, allow_different_base=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
+    assert not any(isinstance(module, Adapted) for module in llama.modules())
+
+
+def test_a_zero_column_that_the_update_fills_is_fine(llama, tokens):
+    adapter, path = random_adapter(llama), "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        llama.get_submodule(path).weight[3] = 0.0
+    with attach(llama, adapter, allow_different_base=True):
+        expected = llama(input_ids=tokens).logits
+    merged = merge(llama, adapter, allow_different_base=True)
+    assert relative(merged(input_ids=tokens).logits, expected) < LOGITS
+
+
+def test_show_says_that_the_norms_depend_on_the_base(llama, tmp_path, capsys):
+    folder = bs.save(random_adapter(llama), tmp_path / "dora")
+    assert main(["show", str(folder)]) == 0
+    assert "depends on the base" in capsys.readouterr().out
+    assert main(["show", str(folder), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["norm"] is None
+    assert all(site["norm"] is None for site in shown["sites"])
 
 
 def test_other_names_and_kinds_are_refused(llama):

@@ -151,10 +151,9 @@ def test_each_row_of_a_bank_gets_its_own_embedding(model):
     assert (got - expected).norm() < LOGITS * expected.norm()
 
 
-def test_a_scaled_embedding_scales_its_update_too(tmp_path):
+def tiny_gemma() -> nn.Module:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    torch.manual_seed(0)
     small = Gemma3TextConfig(
         vocab_size=40,
         hidden_size=16,
@@ -165,7 +164,11 @@ def test_a_scaled_embedding_scales_its_update_too(tmp_path):
         head_dim=8,
         pad_token_id=0,
     )
-    model = Gemma3ForCausalLM(small).eval()
+    return Gemma3ForCausalLM(small).eval()
+
+
+def test_a_scaled_embedding_scales_its_update_too(tmp_path):
+    model = tiny_gemma()
     adapter, tokens = random_adapter(model), tokens_for(model)
     bs.save(adapter, tmp_path / "gemma")
     expected = logits(peft_model(model, tmp_path / "gemma"), tokens)
@@ -176,10 +179,30 @@ def test_a_scaled_embedding_scales_its_update_too(tmp_path):
     assert (merged - expected).norm() < LOGITS * expected.norm()
 
 
-def test_an_embedding_that_renormalises_its_rows_is_no_site():
+def test_a_scaled_embedding_is_merged_from_folder_to_folder(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_gemma()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    adapter, tokens = random_adapter(model), tokens_for(model)
+    with attach(model, adapter):
+        expected = logits(model, tokens)
+    report = bs.merge_folder(str(tmp_path / "base"), adapter, tmp_path / "merged", verify=True)
+    assert report.streamed
+    assert report.logit_drift is not None
+    assert report.logit_drift < LOGITS
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (logits(merged, tokens) - expected).norm() < LOGITS * expected.norm()
+
+
+def test_an_embedding_that_renormalises_its_rows_is_refused_with_the_reason():
     net = nn.Sequential(nn.Embedding(4, 4, max_norm=1.0), nn.Linear(4, 4))
-    with pytest.raises(bs.errors.TargetError):
+    with pytest.raises(bs.errors.TargetError, match="0 cannot be adapted: its max_norm rewrites its weight"):
         attach(net, LoraConfig(rank=1, targets=["0"]))
+    adapter = Adapter({"0": EmbeddingLowRank(torch.ones(4, 1), torch.ones(1, 4))})
+    for use in (attach, merge, lambda net, adapter: bank(net, {"a": adapter})):
+        with pytest.raises(bs.errors.ShapeError, match="0: its max_norm rewrites its weight"):
+            use(net, adapter)
 
 
 @pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}])

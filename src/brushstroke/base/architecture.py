@@ -3,10 +3,15 @@
 It loads no weights.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from brushstroke.errors import BaseLoadError, ConfigError
 
@@ -51,9 +56,12 @@ def unknown_class(config: Any) -> str | None:
 
 
 def build_model(where: Where) -> nn.Module:
-    """The model of a config on the meta device: shapes and names without memory."""
+    """The model of a config, with its parameters on the meta device: shapes and names without memory.
+
+    Its buffers have the values that the constructor computes.
+    """
     made, config = read_architecture(where)
-    with torch.device("meta"):
+    with _parameters_on_meta():
         return made.from_config(config) if hasattr(made, "from_config") else made(config)
 
 
@@ -105,6 +113,25 @@ def refused_code(where: Where, what: str) -> BaseLoadError:
 def needs_own_code(error: Exception) -> bool:
     """Whether an error says that transformers refuses to run remote code."""
     return "trust_remote_code=True" in str(error)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Context manager: modules that this thread makes get their parameters on the meta device."""
+    thread, moved = get_ident(), WeakIdKeyDictionary()  # a parameter may be registered in several modules
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        if get_ident() != thread or parameter.is_meta or is_lazy(parameter):
+            return None
+        if parameter not in moved:
+            moved[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        return moved[parameter]
+
+    hook = register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _class_name(config: Any) -> str:

@@ -43,7 +43,7 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
     def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         self._shards = _shards(self.folder)
-        self.model = model = _skeleton(self.folder, trust_remote_code)  # on the meta device: shapes and names
+        self.model = model = _skeleton(self.folder, trust_remote_code)  # parameters on the meta device
         self._sites = {site.path: site for site in find_sites(model, trial=False)}
         self._keys = _locate_keys(model, [f"{path}.weight" for path in self._sites], self._shards)
 

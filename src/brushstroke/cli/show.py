@@ -1,6 +1,7 @@
 """The command `show`: the contents of an adapter; it needs no base."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,12 @@ def show(adapter: Path, *, json: bool = False) -> None:
 
 
 def _site(path: str, update: Any) -> dict[str, Any]:
-    sigma = getattr(update, "sigma", None)
+    sigma, scale = getattr(update, "sigma", None), getattr(update, "scale", None)
     return {
         "site": path,
         "shape": list(update.shape),
         "rank": getattr(update, "rank", None),
-        "scale": getattr(update, "scale", None),
+        "scale": scale if isinstance(scale, float) else None,
         "norm": _known(update.delta_norm),
         "top_singular_value": float(sigma[0]) if sigma is not None and len(sigma) else None,
         "dtype": str(update.dtype).removeprefix("torch."),
@@ -59,11 +60,10 @@ def _site(path: str, update: Any) -> dict[str, Any]:
 
 
 def _known(norm: Callable[[], float]) -> float | None:
-    """A norm of ΔW; None if ΔW depends on W."""
-    try:
+    """A norm, or None if it depends on the base."""
+    with suppress(ShapeError):
         return norm()
-    except ShapeError:
-        return None
+    return None
 
 
 def _row(site: dict[str, Any]) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ def _print(console: Any, described: dict[str, Any]) -> None:
         {
             "sites": f"{len(described['sites'])}, rank {described['rank']}",
             "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
-            "norm": "-" if described["norm"] is None else f"{described['norm']:.4g}",
+            "norm": "depends on the base" if described["norm"] is None else f"{described['norm']:.4g}",
             "base": card.get("base_name") or "unknown",
             "copies": f"{', '.join(copies)}: will be compared with the base when the adapter is used"
             if copies

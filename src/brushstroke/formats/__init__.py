@@ -1,6 +1,6 @@
 """Adapters on disk; PEFT's layout is the one that brushstroke writes."""
 
-from brushstroke.formats.peft import ADAPTER_FILES, as_files, check_output, remove, save
+from brushstroke.formats.peft import ADAPTER_FILES, as_files, check_output, remove, require_savable, save
 from brushstroke.formats.registry import Format, load, register_format
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "load",
     "register_format",
     "remove",
+    "require_savable",
     "save",
 ]

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.errors import AdapterFileError, ShapeError
+from brushstroke.errors import AdapterFileError
 from brushstroke.fetch import (
     CARD,
     CONFIG,
@@ -32,7 +32,7 @@ from brushstroke.fetch import (
 from brushstroke.files import read_tensors
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
-from brushstroke.formats.peft_forms import Form, closest_form, form_of, parse_key
+from brushstroke.formats.peft_forms import Form, axis_counts, closest_form, form_of, parse_key
 from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import Update
 from brushstroke.outputs import (
@@ -86,14 +86,14 @@ def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
     """The files of an adapter: name → content.
 
     Args:
-        adapter: of `LowRank` updates only.
+        adapter: its updates must be of types that PEFT's files can hold.
         name: of the folder, for the model card.
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
     """
     card = adapter.card or Card()
-    updates = _writable(adapter)
+    updates = require_savable(adapter)
     tensors = {}
     for site, (form, update) in updates.items():
         tensors |= {f"base_model.model.{site}.{end}": t for end, t in form.stored(update).items()}
@@ -101,7 +101,7 @@ def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
         module, _, last = copied.rpartition(".")
         inner = ".base_layer" if module in updates else ""
         tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
-    sizes = {site: (update.rank, update.scale) for site, (_, update) in updates.items()}
+    sizes = {site: (form.rank_of(update), form.scale_of(update)) for site, (form, update) in updates.items()}
     config = write_config(sizes, card, flags={form.flag for form, _ in updates.values() if form.flag})
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
@@ -155,20 +155,24 @@ def load(folder: str | Path) -> Adapter:
         return Adapter(updates, _read_card(opened, stored, rule, updates), copies=copies)
 
 
-def _writable(adapter: Adapter) -> dict[str, tuple[Form, Any]]:
-    updates: dict[str, tuple[Form, Any]] = {}
+def require_savable(adapter: Adapter) -> dict[str, tuple[Form, Update]]:
+    """Check that `save` can write an adapter; returns the form and the update of each site.
+
+    Raises:
+        AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
+    """
+    updates: dict[str, tuple[Form, Update]] = {}
     problems = []
-    update: Any  # every type that has a form has a rank and a scale
     for site, update in adapter.items():
         form = form_of(update)
         if form is None:
             problems.append(f"{site}: this format cannot hold a {type(update).__name__}")
-        elif update.rank < 1:
+        elif (rank := form.rank_of(update)) < 1:
             problems.append(f"{site}: an update of rank 0; leave the site out")
         elif update.dtype not in _DTYPES:
             problems.append(f"{site}: dtype {update.dtype}; convert it with adapter.to(torch.float32)")
         elif not (
-            math.isfinite(update.scale * update.rank) and all(map(_is_finite, update.tensors().values()))
+            math.isfinite(form.scale_of(update) * rank) and all(map(_is_finite, update.tensors().values()))
         ):
             problems.append(f"{site}: non-finite values; do not keep this adapter")
         else:
@@ -200,8 +204,12 @@ def _contents(
             continue
         if match := parse_key(key):
             names.add(match["adapter"] or "")
-            if tensor.dtype not in _DTYPES or tensor.ndim not in (1, 2):
-                problems.append(f"{key}: expected a float matrix; found {tensor.dtype} {tuple(tensor.shape)}")
+            axes = axis_counts(match["stem"])
+            if tensor.dtype not in _DTYPES or tensor.ndim not in axes:
+                problems.append(
+                    f"{key}: expected floats with {' or '.join(map(str, sorted(axes)))} axes; found "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                )
             elif not _is_finite(tensor):
                 problems.append(f"{key}: holds non-finite values")
             else:
@@ -232,28 +240,37 @@ def _contents(
 
 def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str, keys: str) -> str | None:
     """Why a site's tensors are not an update of this form, or None if they are."""
-    missing = [stem for stem in form.stems if stem not in found]
+    missing = [stem for stem in form.axes if stem not in found]
     if missing:
         return f"has {keys}, but no (usable) {', '.join(missing)}"
-    if any(stem not in form.stems for stem in found):
+    if any(stem not in form.axes for stem in found):
         return f"cannot have all of {keys}"
     wrong = [flag for flag, on in rule.flags.items() if on != (flag == form.flag)]
     if wrong:
         return f"has {keys}, but {CONFIG} says {wrong[0]}: {str(rule.flags[wrong[0]]).lower()}"
     if len({tensor.dtype for tensor in found.values()}) > 1:
         return " but ".join(f"{stem} is {tensor.dtype}" for stem, tensor in found.items())
-    by_name = {name: (stem, tuple(found[stem].shape)) for stem, name in form.stems.items()}
-    rank, (A, A_shape), (B, B_shape) = rule.rank_of(site), by_name["U"], by_name["V"]
-    if A_shape[0] != rank or B_shape[-1] != rank or len(A_shape) != 2 or len(B_shape) != 2:
-        return (
-            f"{A} {A_shape} should be ({rank}, d) and {B} {B_shape} should be (h, {rank}), as {CONFIG} "
-            f"gives it rank {rank}"
-        )
-    try:
-        form.read(found, 1.0)
-    except ShapeError as error:
-        return str(error)
+    rank = rule.rank_of(site)
+    if not _shapes_fit(form.axes, found, rank):
+        shapes = [
+            f"{stem} {tuple(found[stem].shape)} should be "
+            f"({', '.join(str(rank) if axis == 'r' else axis for axis in axes)})"
+            for stem, axes in form.axes.items()
+        ]
+        return f"{' and '.join(shapes)}, as {CONFIG} gives it rank {rank}"
     return None
+
+
+def _shapes_fit(axes: Mapping[str, list[str]], found: Mapping[str, Tensor], rank: int) -> bool:
+    """Whether each axis of a name has one size in all tensors, r the rank."""
+    sizes = {"1": 1, "r": rank}
+    return all(
+        len(names) == found[stem].ndim
+        and all(
+            sizes.setdefault(name, size) == size for name, size in zip(names, found[stem].shape, strict=True)
+        )
+        for stem, names in axes.items()
+    )
 
 
 def _hint(key: str) -> str:

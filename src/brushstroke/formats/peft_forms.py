@@ -3,10 +3,10 @@
 A new type of update is one entry in `FORMS`. It reads and writes no files.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,56 +15,70 @@ from brushstroke.layers.dora import DoRA
 from brushstroke.layers.embedding import EmbeddingLowRank
 from brushstroke.lowrank import LowRank, Update
 
-_KEY = re.compile(
-    r"base_model\.model\.(?P<site>.+)\.(?P<stem>lora_[A-Za-z_]+)(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?"
-)
-
 
 @dataclass(frozen=True)
 class Form:
-    """One type of update in PEFT's files; matrices are stored transposed.
+    """One type of update in PEFT's files.
 
     Args:
-        update: the type, made from its tensors and `scale` by name.
-        keys: name of a tensor in `Update.tensors()` → end of its key in the file.
+        update: the type, made from its tensors by name, and from `scale` if it has one that is no tensor.
+        tensors: name of a tensor in `Update.tensors()` → (end of its key in the file, its axes there). Axes
+            are names (r is the rank) or 1, for an axis that the update does not have. Two names are a matrix,
+            which is stored transposed.
         flag: the boolean field of `adapter_config.json` that is true for this type.
     """
 
     update: Callable[..., Update]
-    keys: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, str]]
     flag: str | None = None
 
     @property
-    def stems(self) -> dict[str, str]:
+    def names(self) -> dict[str, str]:
         """The first part of each key's end, such as "lora_A" → the name of the tensor."""
-        return {end.split(".")[0]: name for name, end in self.keys.items()}
+        return {_stem(end): name for name, (end, _) in self.tensors.items()}
+
+    @property
+    def axes(self) -> dict[str, list[str]]:
+        """The first part of each key's end → the axes of the tensor in the file."""
+        return {_stem(end): axes.split() for end, axes in self.tensors.values()}
+
+    def rank_of(self, update: Update) -> int:
+        """The rank for the config; 1 if no tensor has this axis."""
+        for name, (_, axes) in self.tensors.items():
+            if "r" in axes.split():
+                return _in_file(update.tensors()[name], axes.split()).shape[axes.split().index("r")]
+        return 1
+
+    def scale_of(self, update: Update) -> float:
+        """The scale for the config; 1 if the update has none."""
+        return getattr(update, "scale", 1.0) if self._has_scale else 1.0
 
     def stored(self, update: Update) -> dict[str, Tensor]:
         """End of the key → tensor as the file has it: on the CPU, in rows, sharing memory with no other."""
         tensors = {name: tensor.detach().cpu() for name, tensor in update.tensors().items()}
         rows = torch.contiguous_format
-        return {end: _transposed(tensors[name]).clone(memory_format=rows) for name, end in self.keys.items()}
+        return {
+            end: _in_file(tensors[name], axes.split()).clone(memory_format=rows)
+            for name, (end, axes) in self.tensors.items()
+        }
 
     def read(self, found: Mapping[str, Tensor], scale: float) -> Update:
-        """The update of the tensors found in a file, by their stems.
-
-        Raises:
-            ShapeError: they do not fit one another.
-        """
-        tensors = {name: _transposed(found[stem]) for stem, name in self.stems.items()}
+        """The update of the tensors found in a file, by the first parts of their keys' ends."""
+        tensors = {name: _from_file(found[stem], self.axes[stem]) for stem, name in self.names.items()}
         # Uᵀ and V in rows, as the layers use them: U stays a view.
         kept = {name: t if name == "U" else t.contiguous() for name, t in tensors.items()}
-        return self.update(**kept, scale=scale)
+        return self.update(**kept, **({"scale": scale} if self._has_scale else {}))
+
+    @property
+    def _has_scale(self) -> bool:
+        return "scale" in inspect.signature(self.update).parameters and "scale" not in self.tensors
 
 
+_A, _B = ("lora_A.weight", "r d"), ("lora_B.weight", "h r")
 FORMS = [
-    Form(LowRank, {"U": "lora_A.weight", "V": "lora_B.weight"}),
-    Form(EmbeddingLowRank, {"U": "lora_embedding_A", "V": "lora_embedding_B"}),
-    Form(
-        DoRA,
-        {"U": "lora_A.weight", "V": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
-        flag="use_dora",
-    ),
+    Form(LowRank, {"U": _A, "V": _B}),
+    Form(EmbeddingLowRank, {"U": ("lora_embedding_A", "r d"), "V": ("lora_embedding_B", "h r")}),
+    Form(DoRA, {"U": _A, "V": _B, "magnitude": ("lora_magnitude_vector", "h")}, flag="use_dora"),
 ]
 FLAGS = {form.flag for form in FORMS if form.flag}
 
@@ -74,20 +88,47 @@ def form_of(update: Update) -> Form | None:
     return next((form for form in FORMS if form.update is type(update)), None)
 
 
-def closest_form(stems: Any) -> Form:
-    """The form with the fewest tensors that has all these stems, or else the most of them."""
-    return min(FORMS, key=lambda form: (len(set(stems) - form.stems.keys()), len(form.stems)))
+def closest_form(found: Mapping[str, Tensor]) -> Form:
+    """The form with the fewest tensors that has all that were found, or else the most of them."""
+
+    def distance(form: Form) -> tuple[int, int, int]:
+        other = sum(len(form.axes.get(stem, ())) != tensor.ndim for stem, tensor in found.items())
+        return len(found.keys() - form.axes.keys()), other, len(form.axes)
+
+    return min(FORMS, key=distance)
 
 
 def parse_key(key: str) -> re.Match[str] | None:
     """The match (site, stem, adapter's name) of a tensor's key; None if no form has such a key."""
-    match = _KEY.fullmatch(key)
-    ends = [
-        end for form in FORMS for end in form.keys.values() if match and end.split(".")[0] == match["stem"]
-    ]
-    fits = any(key.endswith(".weight") or not end.endswith(".weight") for end in ends)
+    ends = {end for form in FORMS for end, _ in form.tensors.values()}
+    stems = "|".join(sorted({re.escape(_stem(end)) for end in ends}))
+    match = re.fullmatch(
+        rf"base_model\.model\.(?P<site>.+)\.(?P<stem>{stems})(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?",
+        key,
+    )
+    named = [end for end in ends if match and _stem(end) == match["stem"]]
+    fits = any(key.endswith(".weight") or not end.endswith(".weight") for end in named)
     return match if fits else None
 
 
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT if tensor.ndim == 2 else tensor
+def axis_counts(stem: str) -> set[int]:
+    """The numbers of axes that tensors with this stem may have."""
+    return {len(form.axes[stem]) for form in FORMS if stem in form.axes}
+
+
+def _stem(end: str) -> str:
+    return end.split(".")[0]
+
+
+def _in_file(tensor: Tensor, axes: Sequence[str]) -> Tensor:
+    """A tensor of an update as the file has it, as a view."""
+    sizes = iter(tensor.shape[::-1])
+    return (tensor.mT if tensor.ndim == 2 else tensor).reshape(
+        [1 if axis == "1" else next(sizes) for axis in axes]
+    )
+
+
+def _from_file(tensor: Tensor, axes: Sequence[str]) -> Tensor:
+    """A tensor of a file as the update has it."""
+    named = [size for axis, size in zip(axes, tensor.shape, strict=True) if axis != "1"]
+    return tensor.reshape(named).mT if len(named) == 2 else tensor.reshape(named)

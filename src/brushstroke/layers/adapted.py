@@ -38,6 +38,7 @@ class Adapted(nn.Module):
     weight: Tensor
     bias: Tensor | None
     _route: Route
+    _site: str  # its path
     _base_class: ClassVar[type[nn.Module]]
     _kind: ClassVar[Kind]
     _plain: ClassVar[bool]  # whether the base class has the standard forward of its kind
@@ -144,7 +145,7 @@ def swap_class(module: nn.Module, path: str, mixin: type[MixinT], route: Route) 
             "first"
         )
     module.__class__ = adapted_class(type(module), mixin, require_kind(module))
-    module.__dict__["_route"] = route
+    module.__dict__.update(_route=route, _site=path)
     return cast(MixinT, module)
 
 
@@ -165,7 +166,7 @@ def restore_classes(modules: Mapping[str, Adapted]) -> None:
         for name in module._added:
             if hasattr(module, name):
                 delattr(module, name)
-        del module.__dict__["_route"]
+        del module.__dict__["_route"], module.__dict__["_site"]
         plain = cast(nn.Module, module)
         plain.__class__ = module._base_class
 

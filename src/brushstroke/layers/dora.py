@@ -157,12 +157,22 @@ class AttachedDoRA(AttachedLinear):
     _added = (*AttachedLinear._added, "lora_magnitude", "lora_squares")
 
     def install(self, update: DoRA, *, trainable: bool, dropout: float) -> None:  # type: ignore[override]
-        """Store U, V and the magnitude."""
+        """Store U, V and the magnitude.
+
+        Raises:
+            AttachError: W is packed, or a column of W + scale·U·V has the norm 0.
+        """
         super().install(update._direction, trainable=trainable, dropout=dropout)
         held = update.magnitude.detach().to(self.lora_V.device, self.lora_V.dtype).clone()
         self.register_parameter("lora_magnitude", nn.Parameter(held, requires_grad=trainable))
-        W = _plain_weight(self, type(self).__name__)
+        W = _plain_weight(self, self._site)
         self.register_buffer("lora_squares", W.square().sum(0).to(held.device), persistent=False)
+        norms = self._norms((self.lora_U_rows, self.lora_V, self.lora_scale))
+        if zero := int((norms == 0).sum()):
+            raise AttachError(
+                f"{self._site}: {zero} of {len(norms)} output columns of W + U·V are zero, and DoRA divides "
+                "by their norms; leave the site out, or use the variant lora"
+            )
 
     def factors(self) -> Mapping[str, nn.Parameter]:
         """Uᵀ (r×d), V (r×h), the magnitude (h)."""

@@ -33,7 +33,7 @@ class _Lookup(_LowRankLayer):
     def term(self, x: Int[Tensor, "*b"], factors: Factors, dropout: float = 0.0) -> Float[Tensor, "*b h"]:
         """The low-rank term; dropout does not apply, because there is no input vector to drop."""
         U_rows, V, scale = factors
-        return self._kind.product(self, x, U_rows.mT) @ (scale * V)
+        return self.plain_term(x, U_rows.mT, scale * V)
 
 
 class AttachedEmbedding(_Lookup, AttachedLinear):

@@ -47,6 +47,10 @@ class _LowRankLayer(Adapted):
         """The low-rank term of the output, scale·(x·U)·V."""
         return lowrank_term(x, *factors, dropout, dropout > 0)
 
+    def plain_term(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """x·U·V by the product of the layer's kind, without forming U·V."""
+        return self._kind.product(self, x, U) @ V
+
     def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
         """The output with an update: the base's output y, and the low-rank term."""
         return y + self.term(x, factors, dropout).to(y.dtype)
@@ -62,8 +66,8 @@ class _LowRankLayer(Adapted):
         """The output with the update of each span's slot, without fused functions."""
         if [span.tokens for span in spans] == [EVERYTHING.rows]:
             return self.add_update(y, x, factors[spans[0].slot], dropout)
-        tokens = x.reshape(self.leading(x).numel(), *x.shape[len(self.leading(x)) :])
-        base = y.reshape(-1, y.shape[-1])
+        axes = len(self.leading(x))
+        tokens, base = (t.reshape(t.shape[:axes].numel(), *t.shape[axes:]) for t in (x, y))
         out = base.clone() if torch.is_grad_enabled() else base
         for span in spans:
             rows = span.tokens
@@ -81,8 +85,7 @@ class _LowRankLayer(Adapted):
         U_rows = torch.randn(1, d, generator=generator).to(base.device, dtype) / d**0.5
         V = torch.full((1, h), max(1.0, float(base.abs().mean())), dtype=dtype, device=base.device)
         wide = x.double() if x.is_floating_point() else x
-        term = self._kind.product(self, wide, U_rows.double().mT) @ V.double()
-        return U_rows, V, base.double() + term
+        return U_rows, V, base.double() + self.plain_term(wide, U_rows.double().mT, V.double())
 
 
 class AttachedLinear(_LowRankLayer, Attached):

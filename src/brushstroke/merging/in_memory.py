@@ -30,6 +30,7 @@ from brushstroke.sites import (
     unwrap,
     weight_dxh,
 )
+from brushstroke.sites.copies import Parameter
 from brushstroke.sites.kinds import example_input
 
 MIN_SURVIVAL = 0.5  # below it, rounding removes more of the update than it keeps
@@ -128,11 +129,21 @@ def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> st
     return "the update is so large that its norm is no finite number; do not use this adapter"
 
 
-def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None:
+def check_forward(
+    module: nn.Module,
+    W: Float[Tensor, "d h"],
+    path: str,
+    parameter: Parameter = lambda name: None,
+) -> None:
     """Check that a module's output grows by x·ΔW if W becomes W + ΔW; its forward may scale or quantise W.
 
-    A module with the standard forward needs no check. Another one is run on random x and ΔW, with 0 for its
-    tensors on the meta device.
+    A module with the standard forward needs no check. Another one is run on random x and ΔW.
+
+    Args:
+        module: of the site.
+        W: its weight.
+        path: of the site.
+        parameter: name in the model → a tensor to use instead of the module's own.
 
     Raises:
         MergeError: it does not, so that the merged model would differ from the adapted one.
@@ -143,7 +154,8 @@ def check_forward(module: nn.Module, W: Float[Tensor, "d h"], path: str) -> None
     x = example_input(module, PROBE_ROWS, generator, W.device, W.dtype)
     u, v = torch.randn(d, 1, generator=generator).to(W) / d**0.5, torch.randn(1, h, generator=generator).to(W)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    tensors = {name: torch.zeros_like(t, device=W.device) if t.is_meta else t for name, t in tensors.items()}
+    others = {name: parameter(f"{path}.{name}") for name in tensors if name != "weight"}
+    tensors |= {name: t.to(W.device) for name, t in others.items() if t is not None}
     was_training, module.training = module.training, False
 
     def run(weight: Tensor) -> Tensor:

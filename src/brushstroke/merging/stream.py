@@ -104,7 +104,8 @@ class _Merging:
     def _merged(self, path: str, site: Site) -> Tensor:
         with torch.no_grad():
             W = self._weights[site.path]
-            check_forward(self._weights.model.get_submodule(site.path), W, path)
+            module = self._weights.model.get_submodule(site.path)
+            check_forward(module, W, site.path, self._weights.parameter)
             M, self.drifts[path] = merge_weight(W, self._adapter[path], path)
         return KINDS[site.kind].from_dxh(M, self._stored_shape(site))
 

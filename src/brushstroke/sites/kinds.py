@@ -27,6 +27,7 @@ class Kind:
         example: a module, a number of rows and a generator → random input for it.
         product: a module, an input x and W (d×k) → x·W.
         in_groups: whether groups of targets, such as all-linear, select it.
+        refusal: why a module of this kind cannot be adapted, else None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Kind:
     example: Callable[[Any, int, torch.Generator], Tensor]
     product: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, x, W: x @ W
     in_groups: bool = True
+    refusal: Callable[[Any], str | None] = lambda module: None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -63,6 +65,8 @@ CONV1D = Kind(  # HF's, recognised by its class name, without importing transfor
     example=lambda module, rows, generator: torch.randn(rows, module.weight.shape[0], generator=generator),
 )
 
+_MAX_NORM = "its max_norm rewrites its weight in the forward pass"
+
 
 def _look_up(module: Any, x: Tensor, W: Tensor) -> Tensor:
     """The rows of W, with the options of the module: no gradient of padding, and Gemma's scale."""
@@ -72,7 +76,7 @@ def _look_up(module: Any, x: Tensor, W: Tensor) -> Tensor:
 
 EMBEDDING = Kind(
     name="embedding",
-    matches=lambda module: isinstance(module, nn.Embedding) and module.max_norm is None,
+    matches=lambda module: isinstance(module, nn.Embedding),
     shape=lambda module: (module.num_embeddings, module.embedding_dim),
     to_dxh=lambda weight: weight,
     from_dxh=lambda W, shape: W,
@@ -82,6 +86,7 @@ EMBEDDING = Kind(
     ),
     product=_look_up,
     in_groups=False,
+    refusal=lambda module: _MAX_NORM if module.max_norm is not None else None,
 )
 
 KINDS = {kind.name: kind for kind in (LINEAR, CONV1D, EMBEDDING)}

@@ -55,7 +55,7 @@ def find_sites(model: Any, *, trial: bool = True) -> list[Site]:
         if kind is None:
             continue
         d, h = kind.shape(module)
-        reason = bypassed.get(module)
+        reason = kind.refusal(module) or bypassed.get(module)
         if isinstance(module.weight, nn.UninitializedParameter):
             reason = _LAZY_REASON
         elif reason is None and trial:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from brushstroke.errors import ConfigError
-from brushstroke.formats import check_output, save
+from brushstroke.formats import check_output, require_savable, save
 from brushstroke.layers import Attachment
 
 
@@ -36,13 +36,15 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings that would save the whole model, and folders that cannot be written at the end.
+        """Refuse settings that would save the whole model, and what cannot be written at the end.
 
         Raises:
+            AdapterFileError: the adapter has a type of update that its files cannot hold.
             ConfigError: the save strategy is "best", or load_best_model_at_end is set.
             OutputError: one of the folders is not empty and may not be overwritten, or has files with an
                 adapter's file names that another program wrote.
         """
+        require_savable(self._attachment.adapter())
         if state.is_world_process_zero:
             for folder in self._targets(args, state):
                 check_output(folder, self._overwrite or folder in self._written)

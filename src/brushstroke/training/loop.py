@@ -16,7 +16,7 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
 from brushstroke.data import EncodedData
 from brushstroke.errors import ConfigError, NonFiniteError, OutputError
-from brushstroke.formats import load
+from brushstroke.formats import load, require_savable
 from brushstroke.packed import LossFunction
 from brushstroke.packed.memory import peak_memory
 from brushstroke.training.checkpoint import load_session
@@ -94,6 +94,7 @@ def train(
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: invalid arguments; nothing was written.
         OutputError: `out` is not empty or cannot be written, or another run is writing to it.
+        AdapterFileError: the files of an adapter cannot hold this type of update; nothing was written.
         ResumeError: the checkpoint belongs to other settings or other data.
         NonFiniteError: the loss is non-finite; earlier checkpoints are kept.
         KeyboardInterrupt: after a checkpoint was saved; its message names the checkpoint, and is empty if no
@@ -117,6 +118,8 @@ def train(
         identity = identify(session, request, chat.date if chat else None, examples, held_out)
         if folder.resuming and folder.complete:
             return _finished_already(folder, identity)
+        if out is not None:
+            require_savable(session.attachment.adapter())
         run = _Run(session, request, folder, interrupts, examples, held_out, identity)
         resumed_from = run.resume()
         plan = make_plan(session, examples, request.config)

@@ -1,0 +1,355 @@
+"""A kind of layer and a type of update that brushstroke does not have, added by one line in each table."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import brushstroke as bs
+from brushstroke.adapter import Adapter, LoraConfig
+from brushstroke.cli.app import main
+from brushstroke.errors import AdapterFileError, AttachError
+from brushstroke.formats.peft_forms import FORMS, Form
+from brushstroke.layers import attach, bank
+from brushstroke.layers.adapted import Attached, Trial
+from brushstroke.layers.fresh import Start, zero_V
+from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _LowRankLayer
+from brushstroke.layers.registry import VARIANTS, Variant
+from brushstroke.lowrank import LowRank, Update
+from brushstroke.merging import merge
+from brushstroke.sites import KINDS, Kind
+from toys import tiny_llama
+from training_kit import examples
+
+EXACT = 1e-5  # relative, float32
+
+
+@contextmanager
+def registered(variant: Variant, form: Form | None = None, kind: Kind | None = None) -> Iterator[None]:
+    """Context manager: the tables have these entries too."""
+    before = dict(KINDS), list(VARIANTS), list(FORMS)
+    VARIANTS.append(variant)
+    FORMS.extend([form] if form else [])
+    KINDS.update({kind.name: kind} if kind else {})
+    try:
+        yield
+    finally:
+        KINDS.clear()
+        KINDS.update(before[0])
+        VARIANTS[:], FORMS[:] = before[1], before[2]
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+# A kind of layer: convolutions with a kernel of one pixel, which PEFT stores with four axes.
+
+
+def convolve(module: Any, x: Tensor, W: Tensor) -> Tensor:
+    return F.conv2d(x, W.mT[:, :, None, None], stride=module.stride)
+
+
+POINTWISE = Kind(
+    name="pointwise",
+    matches=lambda module: isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1),
+    shape=lambda module: (module.in_channels, module.out_channels),
+    to_dxh=lambda weight: weight.flatten(1).mT,
+    from_dxh=lambda W, shape: W.mT.reshape(shape),
+    is_plain=lambda cls: cls.forward is nn.Conv2d.forward,
+    example=lambda module, rows, generator: torch.randn(rows, module.in_channels, 3, 3, generator=generator),
+    product=convolve,
+    in_groups=False,
+    refusal=lambda module: "it has groups" if module.groups > 1 else None,
+)
+
+
+class PointwiseLowRank(LowRank):
+    """scale·U·V; in files its factors have four axes."""
+
+
+def fresh_pointwise(start: Start) -> PointwiseLowRank:
+    zero = zero_V(start)
+    return PointwiseLowRank(zero.U, zero.V, zero.scale)
+
+
+class _Pointwise(_LowRankLayer):
+    def leading(self, x: Tensor) -> torch.Size:
+        return x.shape[:1]
+
+    def plain_term(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        return F.conv2d(self._kind.product(self, x, U), V.mT[:, :, None, None])
+
+    def term(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        U_rows, V, scale = factors
+        return self.plain_term(F.dropout(x, dropout), U_rows.mT, scale * V)
+
+    def parts(self, x: Tensor) -> None:
+        self._route.record(self)
+
+
+class AttachedPointwise(_Pointwise, AttachedLinear):
+    def update(self) -> PointwiseLowRank:
+        return PointwiseLowRank(*super().update().factors)
+
+
+class BankedPointwise(_Pointwise, BankedLinear):
+    def may_stack(self, x: Tensor) -> bool:
+        return False
+
+
+CONVOLUTIONS = (
+    Variant(
+        "lora", PointwiseLowRank, ("pointwise",), AttachedPointwise, BankedPointwise, fresh=fresh_pointwise
+    ),
+    Form(PointwiseLowRank, {"U": ("lora_A.weight", "r d 1 1"), "V": ("lora_B.weight", "h r 1 1")}),
+    POINTWISE,
+)
+
+
+class Pixels(nn.Module):
+    """A convolution of one pixel, one of nine, one of one again, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(3, 8, 1, stride=2), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(8, 6, 1, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.tanh(self.wide(torch.tanh(self.first(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+PIXELS = LoraConfig(rank=2, alpha=4, targets=["first", "last", "head"])
+
+
+def train(parameters: Iterator[nn.Parameter], net: nn.Module, x: Tensor) -> None:
+    optimizer = torch.optim.AdamW(parameters, 1e-2)
+    for _ in range(5):
+        loss = (net(x) - 1.0).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_a_kind_of_layer_is_trained_merged_and_saved(tmp_path: Path) -> None:
+    net, x = Pixels(), torch.randn(5, 3, 8, 8)
+    base = net(x)
+    with registered(*CONVOLUTIONS):
+        with attach(net, PIXELS, trainable=True) as attachment:
+            assert torch.equal(net(x), base)
+            train(attachment.parameters(), net, x)
+            adapter, expected = attachment.adapter(), net(x).detach()
+        assert relative(expected, base) > 0.01
+        assert relative(merge(net, adapter)(x), expected) < EXACT
+        again = bs.load(bs.save(adapter, tmp_path / "ours"))
+        assert all(torch.equal(again[site].dense(), update.dense()) for site, update in adapter.items())
+        with attach(net, again):
+            assert relative(net(x), expected) < EXACT
+        with bank(net, {"a": again}) as held, held.rows(["a", None, "a", "a", None]):
+            mixed = net(x)
+        chosen = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])[:, None]
+        assert relative(mixed, torch.where(chosen > 0, expected, base)) < EXACT
+    assert torch.equal(net(x), base)
+
+
+def test_a_kind_of_layer_is_stored_and_trained_as_by_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    net, x = Pixels(), torch.randn(5, 3, 8, 8)
+    with registered(*CONVOLUTIONS):
+        with attach(net, PIXELS) as attachment:
+            bs.save(attachment.adapter(), tmp_path / "ours")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "ours"), is_trainable=True)
+        train((p for p in theirs.parameters() if p.requires_grad), theirs, x)
+        with attach(net, bs.load(tmp_path / "ours"), trainable=True) as attachment:
+            train(attachment.parameters(), net, x)
+            assert relative(net(x), theirs(x)) < EXACT
+        theirs.save_pretrained(tmp_path / "theirs")
+        with attach(net, bs.load(tmp_path / "theirs")):
+            assert relative(net(x), theirs(x)) < EXACT
+
+
+def test_factors_with_other_axes_are_refused_with_both_shapes(tmp_path: Path) -> None:
+    with registered(*CONVOLUTIONS):
+        bs.save(Adapter({"first": PointwiseLowRank(torch.ones(3, 2), torch.ones(2, 8))}), tmp_path / "a")
+        config = tmp_path / "a" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r": 5}))
+        with pytest.raises(AdapterFileError, match=r"lora_A \(2, 3, 1, 1\) should be \(5, d, 1, 1\)"):
+            bs.load(tmp_path / "a")
+    with pytest.raises(AdapterFileError, match=r"lora_A.weight: expected floats with 2 axes; found"):
+        bs.load(tmp_path / "a")
+
+
+def test_a_module_that_its_kind_refuses_is_named_with_the_reason() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2))
+    with (
+        registered(*CONVOLUTIONS),
+        pytest.raises(bs.errors.TargetError, match="0 cannot be adapted: it has gr"),
+    ):
+        attach(net, LoraConfig(rank=1, targets=["0"]))
+
+
+# A type of update: VeRA-like, with other names than U and V, no rank, and a tensor named scale.
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Update):
+    """ΔW = A1·B1·diag(scale)."""
+
+    A1: Tensor
+    B1: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.A1.shape[0], self.B1.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A1.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"A1": self.A1, "B1": self.B1, "scale": self.scale}
+
+    def dense(self, W: Tensor | None = None) -> Tensor:
+        return self.A1 @ self.B1 * self.scale
+
+    def entries(self, i: Tensor, j: Tensor, W: Tensor | None = None) -> Tensor:
+        return self.dense().double().cpu()[i, j]
+
+    def columns(self, start: int, stop: int) -> "Scaled":
+        return Scaled(self.A1, self.B1[:, start:stop], self.scale[start:stop])
+
+    def to(self, dtype: Any = None, device: Any = None) -> "Scaled":
+        return Scaled(*(tensor.to(device, dtype) for tensor in self.tensors().values()))
+
+    def delta_norm(self) -> float:
+        return float(self.dense().double().norm())
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x @ self.A1 @ self.B1 * self.scale
+
+    def inner(self, other: Update) -> float:
+        return float((self.dense() * other.dense()).double().sum())
+
+    def truncate(self, rank: int) -> "Scaled":
+        raise NotImplementedError
+
+    def __add__(self, other: Update) -> "Scaled":
+        raise NotImplementedError
+
+    def __mul__(self, factor: float) -> "Scaled":
+        return Scaled(self.A1, self.B1, factor * self.scale)
+
+
+class AttachedScaled(Attached):
+    tensor_A1: nn.Parameter
+    tensor_B1: nn.Parameter
+    tensor_scale: nn.Parameter
+    _added = ("tensor_A1", "tensor_B1", "tensor_scale", "dropout")
+
+    def install(self, update: Scaled, *, trainable: bool, dropout: float) -> None:
+        self.dropout = dropout
+        for name, tensor in update.tensors().items():
+            held = nn.Parameter(tensor.detach().clone(), requires_grad=trainable)
+            self.register_parameter(f"tensor_{name}", held)
+
+    def factors(self) -> Mapping[str, nn.Parameter]:
+        names = ("tensor_A1", "tensor_B1", "tensor_scale")
+        return {name: getattr(self, name) for name in names}
+
+    def update(self) -> Scaled:
+        return Scaled(*(factor.detach().clone() for factor in self.factors().values()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._route.record(self)
+        y = super().forward(x)
+        return y if self._route.uniform == 0 else y + Scaled(*self.factors().values()).apply(x)
+
+    def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
+        d, h = self.widths
+        tensors = (torch.randn(shape, generator=generator) for shape in ((d, 1), (1, h), (h,)))
+        update = Scaled(*tensors)
+        held = {f"tensor_{name}": tensor for name, tensor in update.tensors().items()}
+        return Trial(held, {}, base.double() + update.to(torch.float64).apply(x.double()))
+
+
+def fresh_scaled(start: Start) -> Scaled:
+    A1 = torch.randn(start.site.d, start.rank, generator=start.generator)
+    B1 = torch.randn(start.rank, start.site.h, generator=start.generator)
+    return Scaled(A1, B1, torch.zeros(start.site.h))
+
+
+SCALED = Variant("scaled", Scaled, ("linear",), AttachedScaled, fresh=fresh_scaled)
+SCALED_FORM = Form(
+    Scaled,
+    {"A1": ("lora_A1.weight", "r d"), "B1": ("lora_B1.weight", "h r"), "scale": ("other_scale", "h")},
+)
+LORA = LoraConfig(rank=3, targets=["attention"], variant="scaled")
+SETTINGS = bs.TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+
+
+def test_an_update_is_trained_saved_shown_and_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokens = tiny_llama(), torch.randint(3, 64, (2, 9))
+    base = model(input_ids=tokens).logits
+    with registered(SCALED, SCALED_FORM):
+        result = bs.train(bs.Base(model, None, "tiny"), examples(10), LORA, SETTINGS, out=tmp_path / "run")
+        assert (
+            result.summary["final_loss"]
+            < json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        )
+        again = bs.load(tmp_path / "run")
+        for site, update in result.adapter.items():
+            assert type(again[site]) is Scaled
+            for name, tensor in update.tensors().items():
+                assert torch.equal(again[site].tensors()[name], tensor)
+        assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 3
+        with attach(model, again):
+            expected = model(input_ids=tokens).logits
+        assert relative(expected, base) > 1e-3
+        assert relative(merge(model, again)(input_ids=tokens).logits, expected) < EXACT
+        model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+        report = bs.merge_folder(tmp_path / "base", again, tmp_path / "merged", verify=True)
+        assert report.logit_drift is not None
+        assert report.logit_drift < EXACT
+        assert main(["show", str(tmp_path / "run"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["norm"] == pytest.approx(again.norm())
+        assert main(["show", str(tmp_path / "run")]) == 0
+        with pytest.raises(AttachError, match=r"has a Scaled at .* which a bank cannot hold"):
+            bank(model, {"a": again})
+
+
+def test_an_update_without_a_form_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    base, steps = bs.Base(tiny_llama(), None, "tiny"), []
+    with registered(SCALED):
+        with pytest.raises(AdapterFileError, match="this format cannot hold a Scaled"):
+            bs.train(base, examples(10), LORA, SETTINGS, out=tmp_path / "run", on_step=steps.append)
+        assert not steps
+        assert not (tmp_path / "run").exists()
+        result = bs.train(base, examples(10), LORA, SETTINGS)  # in memory
+    assert isinstance(next(iter(result.adapter.values())), Scaled)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_trainer_refuses_an_update_without_a_form_when_it_begins(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
+    with registered(SCALED), attach(tiny_llama(), LORA, trainable=True) as attachment:
+        callback = bs.AdapterCallback(attachment)
+        with pytest.raises(AdapterFileError, match="this format cannot hold a Scaled"):
+            callback.on_train_begin(arguments, TrainerState(), TrainerControl())
