@@ -160,7 +160,7 @@ def test_relate_and_intruders_print(cli, tiny, adapters):
         assert expected in done.out
     done = cli("intruders", adapters / "four", tiny, "--top", "3")
     assert done.status == 0, done.err
-    assert "judged" in done.out
+    assert "tested" in done.out
     sentence = r"\d+ of the 42 strongest directions of W \+ four are intruders \(.*\), at \d+ of 14 sites"
     assert re.match(sentence, done.out)
 
@@ -399,7 +399,7 @@ def test_every_command_accepts_untrained_adapters(cli, tiny, adapters, unlike):
 
 @pytest.mark.parametrize("second", ["untrained", "four"])
 @pytest.mark.parametrize("of", ["delta", "V"])
-def test_a_comparison_with_an_adapter_that_is_zero_is_told(cli, adapters, unlike, tmp_path, second, of):
+def test_comparing_with_a_zero_adapter_prints_a_note(cli, adapters, unlike, tmp_path, second, of):
     other = (unlike if second == "untrained" else adapters) / second
     words = ("compare", unlike / "untrained", other, "--of", of)
     files = ("--csv", tmp_path, "--latex", tmp_path, "--html", tmp_path / "page.html")

@@ -335,9 +335,9 @@ def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earli
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
 
 
-def test_what_a_living_process_writes_is_left_alone(folder, earlier):
-    holding = "import sys; from pathlib import Path; from brushstroke.outputs.lock import hold\n"
-    holding += "hold(Path(sys.argv[1])); print(flush=True); input()"
+def test_partial_folder_of_a_running_merge_is_kept(folder, earlier):
+    holding = "import sys; from pathlib import Path; from brushstroke.outputs.lock import lock_shared\n"
+    holding += "lock_shared(Path(sys.argv[1])); print(flush=True); input()"
     work = earlier.with_name(WORK)
     (work / "new").mkdir(parents=True)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -612,7 +612,7 @@ def test_no_space_for_a_model_that_is_loaded(folder, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-        with pytest.raises(OutputError, match=r"cannot write .*out: .*; make room there"):
+        with pytest.raises(OutputError, match=r"cannot write .*out: .*; raise the limit for the size"):
             merge_folder(folder, adapter, tmp_path / "out", dtype="bfloat16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -489,7 +489,7 @@ def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path, way: st
             assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
 
 
-def test_a_save_beside_a_save_cannot_take_its_folder_away(
+def test_concurrent_saves_do_not_remove_each_others_folders(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, hold, calls = load(folder), write.hold, []
@@ -509,7 +509,7 @@ def test_a_save_beside_a_save_cannot_take_its_folder_away(
 
 
 @pytest.mark.parametrize("read", ["read_object", "read_rule", "read_tensors", "read_template"])
-def test_a_load_beside_saves_reads_one_adapter_whole(
+def test_load_during_saves_reads_one_complete_adapter(
     folder: Path, monkeypatch: pytest.MonkeyPatch, read: str, way: str
 ) -> None:
     """Whatever file a load has come to, the folder that it opened stays until it is done."""
@@ -610,7 +610,7 @@ def test_a_folder_by_the_name_of_a_file_is_refused(folder: Path) -> None:
         save(load(folder), folder, overwrite=True)
 
 
-def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
+def test_partial_folder_of_a_running_save_is_kept(folder: Path) -> None:
     adapter, before = load(folder), contents(folder)
     work = folder.with_name(".adapter.partial-0123abcd")
     (work / "new").mkdir(parents=True)
@@ -655,7 +655,7 @@ def test_factors_that_are_views_are_saved_correctly(tmp_path: Path, llama: nn.Mo
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be somebody else")
-def test_another_user_reads_beside_a_staging_folder_that_is_not_his(folder: Path) -> None:
+def test_load_ignores_a_partial_folder_of_another_user(folder: Path) -> None:
     own, staging = digest(load(folder)), folder.with_name(".adapter.partial-0123abcd")
     staging.mkdir(mode=0o700)
     for level in (folder, *folder.parents):

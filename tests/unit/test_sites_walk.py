@@ -59,7 +59,7 @@ def test_weights_are_seen_as_dxh(module):
     assert W.data_ptr() == module.weight.data_ptr()
 
 
-def test_quantised_weights_are_none():
+def test_quantised_weights_return_none():
     module = nn.Linear(6, 4)
     module.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
     assert weight_dxh(module) is None

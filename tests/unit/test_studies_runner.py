@@ -370,7 +370,7 @@ def test_study_killed_before_the_first_run_can_continue(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["base", ".base.partial-0123abcd", ".study.json.partial-0123abcd"])
-def test_what_a_kill_leaves_before_the_study_begins_is_no_foreign_file(tmp_path, left):
+def test_leftovers_of_a_kill_before_the_study_begins_are_not_foreign(tmp_path, left):
     for name in {"base", left}:
         (tmp_path / name).mkdir()
     check_folder(tmp_path)

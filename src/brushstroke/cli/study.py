@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 
 from brushstroke.checks import check_counts, check_margin, check_minutes, check_parameters, check_rates
 from brushstroke.cli.adapters import load
-from brushstroke.cli.console import emit_json, lines, people, results, say, tell
+from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
 from brushstroke.cli.early import check_data
 from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
@@ -254,8 +254,8 @@ def study(
         return
     console = results()
     for finding in report.findings:
-        tell(console, finding.question)
-        tell(console, f"{finding.answer}\n", indent=2)
+        print_text(console, finding.question)
+        print_text(console, f"{finding.answer}\n", indent=2)
     say(f"the report is in {page}")
 
 
@@ -498,7 +498,7 @@ class _Progress:
             self._live.update(Text("\n".join(lines(self._console, line))))
         elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            tell(self._console, line)
+            print_text(self._console, line)
 
     def __enter__(self) -> "_Progress":
         return self

@@ -98,10 +98,10 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
         if kind is None or missing:
             raise DataError(_unknown_columns(row, rows.where(number), missing, known))
     assert kind is not None
-    held = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
+    found = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
     usable = CONTEXT[kind]
-    context = tuple(name for name in held if name in usable and name not in names)
-    unused = tuple(name for name in held if name not in (*names, *context))
+    context = tuple(name for name in found if name in usable and name not in names)
+    unused = tuple(name for name in found if name not in (*names, *context))
     return Columns(kind, names, () if kind == "tokens" else context, unused)
 
 

@@ -108,9 +108,9 @@ def without_nulls(value: Any, schema: Any = None) -> Any:
     properties = known.get("properties")
     inner = properties if isinstance(properties, Mapping) else {}
     return {
-        key: without_nulls(held, inner.get(key))
-        for key, held in value.items()
-        if held is not None or _allows_null(inner.get(key))
+        key: without_nulls(entry, inner.get(key))
+        for key, entry in value.items()
+        if entry is not None or _allows_null(inner.get(key))
     }
 
 
@@ -140,8 +140,8 @@ def _check_tool(tool: Any, place: str) -> None:
     if not isinstance(function.get("name"), str):
         raise DataError(f"{place} has no function name; expected an object with name and parameters")
     for holder, key in ((function, "parameters"), (function.get("parameters") or {}, "properties")):
-        held = holder.get(key) if isinstance(holder, Mapping) else None
-        if held is not None and not isinstance(held, Mapping):
+        found = holder.get(key) if isinstance(holder, Mapping) else None
+        if found is not None and not isinstance(found, Mapping):
             raise DataError(
-                f"{place} ({function['name']}): {key!r} is {describe_type(held)}; expected an object"
+                f"{place} ({function['name']}): {key!r} is {describe_type(found)}; expected an object"
             )

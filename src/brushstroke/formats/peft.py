@@ -72,7 +72,7 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
-        OutputError: the folder is not empty, has files with our names that another program wrote, or cannot
+        OutputError: the folder is not empty, has files of these names that another program wrote, or cannot
             be written.
     """
     folder = Path(folder).expanduser()
@@ -116,7 +116,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Check that an adapter may be written to a folder, and remove leftovers of a killed `save` next to it.
 
     Raises:
-        OutputError: it holds files and `overwrite` is false, or another program wrote files with our names.
+        OutputError: it holds files and `overwrite` is false, or another program wrote files of these names.
     """
     clear_leftovers(folder, ADAPTER_FILES.__contains__)
     refuse_existing(folder, overwrite)
@@ -215,7 +215,9 @@ def _contents(
             )
     if len(names) > 1:
         shown = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
-        problems.append(f"it holds several adapters, with keys such as {shown}; save one of them by itself")
+        problems.append(
+            f"it holds several adapters, with keys such as {shown}; save each of them to a folder of its own"
+        )
     good = {}
     for site, found in parts.items():
         form = closest_form(found)

@@ -185,8 +185,8 @@ def evaluate_all(
     encoded: dict[str, EncodedData] = {}
     losses: dict[str, Loss] = {}
     results: dict[str, Evaluation] = {}
-    with open_bank(base, trained, allow_different_base=allow_different_base) as held:
-        encoder = PromptEncoder(base, held, chat_template, date) if base.tokenizer is not None else None
+    with open_bank(base, trained, allow_different_base=allow_different_base) as bank:
+        encoder = PromptEncoder(base, bank, chat_template, date) if base.tokenizer is not None else None
         named = {name: name if name in trained else None for name in adapters}
         for name, adapter in named.items():
             encoded[name] = encode(
@@ -207,7 +207,7 @@ def evaluate_all(
                     examples = encoded[name].examples
                     count = sum(1 for example in examples if example.trained)
                     done = _reporter(on_progress, name, "loss", count)
-                    slot = None if held is None else held.slot(adapter)
+                    slot = None if bank is None else bank.slot(adapter)
                     losses[name] = total_loss(forward, examples, slot, done)
         for name, adapter in named.items():
             answers: list[dict[str, Any]] = []

@@ -107,7 +107,7 @@ class RunFolder:
     @property
     def claimed(self) -> bool:
         """Whether this run has locked the folder and may write."""
-        return self._lock.held
+        return self._lock.is_locked
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -230,7 +230,7 @@ class RunFolder:
             steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
             for folder in () if step else (*reversed(steps), *best):  # the metrics belong to the last step
                 remove_own(folder, names_in(folder))
-            with self._lock.alone():
+            with self._lock.exclusive():
                 remove_files(self.path, (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))))
             if step:
                 write_file(self.path / METRICS, metrics)

@@ -187,7 +187,7 @@ class _Run:
         began = time.perf_counter()
         result = session.forward_backward(self._batches.batch(session.steps), self._loss)
         rate = session.learning_rate * factor(config.schedule, session.steps, self.steps, config.warmup)
-        with self._interrupts.held():
+        with self._interrupts.deferred():
             session.optim_step(rate)
             now = time.perf_counter()
             event = StepEvent(
@@ -216,7 +216,7 @@ class _Run:
         if self._held_out is None or not due or totals.evaluated >= session.steps:
             return
         evaluation = _evaluate(session, self._held_out, totals.best_loss)
-        with self._interrupts.held():
+        with self._interrupts.deferred():
             totals.evaluated = session.steps
             if evaluation.best:
                 totals.best_loss, totals.best_step = evaluation.loss, session.steps
@@ -235,7 +235,7 @@ class _Run:
         """Save a checkpoint if one is due after this step; the last step writes the adapter instead."""
         steps = self._session.steps
         if steps % self._config.checkpoint_every == 0 and steps < self.steps:
-            with self._interrupts.held():
+            with self._interrupts.deferred():
                 self.save_checkpoint()
 
     def save_checkpoint(self) -> Path | None:
@@ -250,7 +250,7 @@ class _Run:
         self._require_finite(tensor for update in adapter.values() for tensor in update.tensors().values())
         summary = summarise(self._session, self.totals, self._identity, self._examples)
         adapter = adapter.with_card(card_of_run(adapter, summary, self._examples))
-        with self._interrupts.held():
+        with self._interrupts.deferred():
             try:
                 self._folder.finish(adapter, summary)
             except OutputError:
