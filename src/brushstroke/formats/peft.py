@@ -60,7 +60,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an adapter so that brushstroke, PEFT and vLLM load it; all of it or nothing.
+    """Write an adapter in PEFT's layout; all of it or nothing.
+
+    PEFT loads it. The written `README.md` says whether vLLM can: only LoRA with one scale for all sites.
 
     Args:
         adapter: its updates must be of types that PEFT's files can hold.
@@ -83,11 +85,12 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
 
 def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
-    """The files of an adapter: name → content.
+    """The files of an adapter in PEFT's layout: file name → content; `save` writes them to a folder.
 
     Args:
-        adapter: of `LowRank` updates only.
-        name: of the folder, for the model card.
+        adapter: its updates must be of types that PEFT's files can hold: LoRA (also of embeddings) or DoRA,
+            not both.
+        name: the folder's name, for the model card.
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
