@@ -17,7 +17,7 @@ help:
 	@echo "make install   .venv with the brushstroke command"
 	@echo "make demo      three adapters on one real model; BRUSHSTROKE_DEMO=quick for the short form"
 	@echo "make test      the whole test suite, with samples of the sweeps"
-	@echo "make sweep     the sweeps whole: stock chat templates × kinds of conversation"
+	@echo "make sweep     the long tests in full: stock chat templates × kinds of conversation, 8 × 75 killed writers"
 	@echo "make check     ruff, pyright, import-linter"
 	@echo "make bench     the benchmarks behind every claim"
 	@echo "make clean     remove .venv, caches and demo-out"
