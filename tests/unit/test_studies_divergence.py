@@ -1,4 +1,4 @@
-"""Divergence of arms from the base at equal task loss, for made-up runs."""
+"""Divergence of arms from the base at equal task loss, for invented runs."""
 
 from fractions import Fraction
 from types import SimpleNamespace
