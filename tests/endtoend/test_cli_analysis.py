@@ -532,7 +532,7 @@ def test_another_base_and_a_merged_one_are_refused(cli, tiny, adapters, tmp_path
 def test_a_negative_limit_is_refused(cli, tiny, adapters, command):
     done = cli(command, adapters / "four", tiny, "--dense-limit", "-1")
     assert done.status == 2
-    assert "dense_limit must not be negative; got -1" in done.error
+    assert "dense_limit (--dense-limit) must be a whole number of at least 0; got -1" in done.error
 
 
 @pytest.fixture(scope="module")
@@ -571,10 +571,22 @@ AT_ONCE = {
         1,
         "holds an adapter, not a base model; give the base that it was trained on in its place, and the",
     ),
-    "a negative limit": ("relate {four} {tiny} --dense-limit -1", 2, "dense_limit must not be negative"),
-    "no directions": ("intruders {four} {tiny} --top 0", 2, "top must be at least 1"),
-    "too high a threshold": ("intruders {four} {tiny} --threshold 2", 2, "threshold above 0 and at most 1"),
-    "no energy": ("spectrum {four} --energy 0 --truncate {none}", 2, "a share of the energy"),
+    "a negative limit": (
+        "relate {four} {tiny} --dense-limit -1",
+        2,
+        "must be a whole number of at least 0; got -1",
+    ),
+    "no directions": ("intruders {four} {tiny} --top 0", 2, "--top must be a whole number of at least 1"),
+    "too high a threshold": (
+        "intruders {four} {tiny} --threshold 2",
+        2,
+        "--threshold must be a finite number above 0 and of at most 1; got 2",
+    ),
+    "no energy": (
+        "spectrum {four} --energy 0 --truncate {none}",
+        2,
+        "--energy must be a finite number above 0 and of at most 1; got 0",
+    ),
     "a budget below one rank": ("spectrum {four} --budget 10 --truncate {none}", 2, "too small for one rank"),
     "no second adapter": ("compare {four} {none}", 1, "there is no folder"),
     "adapters of other sites": ("compare {four} {adapter}", 1, "no site in common"),

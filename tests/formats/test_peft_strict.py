@@ -492,7 +492,7 @@ def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path, way: st
 def test_concurrent_saves_do_not_remove_each_others_folders(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter, hold, calls = load(folder), write.hold, []
+    adapter, lock_shared, calls = load(folder), write.lock_shared, []
     whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
 
     def raced(partial: Path) -> int:
@@ -500,9 +500,9 @@ def test_concurrent_saves_do_not_remove_each_others_folders(
         if len(calls) == 1:  # the writer, before it has the lock of what it made
             peft.check_output(folder, True)
             assert not partial.exists()
-        return hold(partial)
+        return lock_shared(partial)
 
-    monkeypatch.setattr(write, "hold", raced)
+    monkeypatch.setattr(write, "lock_shared", raced)
     save(2.0 * adapter, folder, overwrite=True)
     assert len(calls) == 2
     assert contents(folder) == whole
@@ -615,7 +615,7 @@ def test_partial_folder_of_a_running_save_is_kept(folder: Path) -> None:
     work = folder.with_name(".adapter.partial-0123abcd")
     (work / "new").mkdir(parents=True)
     folder.rename(work / "old")
-    handle = lock.hold(work)
+    handle = lock.lock_shared(work)
     assert "there is no folder" in refusal(folder)
     with pytest.raises(errors.OutputError, match=r"another process is replacing .*abcd/old; wait for it"):
         save(adapter, folder)

@@ -209,14 +209,9 @@ def _shards(folder: Path) -> dict[str, str]:
     try:
         if index.is_file():
             shards: dict[str, str] = read_json(index)["weight_map"]
-            outside = sorted({file for file in shards.values() if Path(file).name != file})
-            if outside:
-                raise BaseLoadError(
-                    f"{index} names {outside[0]!r}, which is no file in the same folder; "
-                    "fetch the folder again"
-                )
             files = sorted(set(shards.values()))
-            missing = [file for file in files if not (folder / file).is_file()]
+            present = {path.name for path in folder.iterdir() if path.is_file()}  # not below or above it
+            missing = [file for file in files if file not in present]
             if missing:
                 raise BaseLoadError(
                     f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; fetch the folder again"

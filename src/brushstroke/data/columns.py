@@ -12,7 +12,7 @@ from brushstroke.data.files import Row
 from brushstroke.data.json_values import parsed
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.read import Rows
-from brushstroke.data.validate import check_encodable, describe_type
+from brushstroke.data.validate import check_encodable, describe_type, expect
 from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
@@ -217,9 +217,7 @@ def read_text(row: Row, column: str, where: str) -> str:
     Raises:
         DataError: the value is not a text.
     """
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {describe_type(value)}; expected text")
+    value = expect(str, row[column], f"{where}: {column!r}", "text")
     check_encodable(value, f"{where}: {column!r}")
     return value
 
@@ -275,12 +273,9 @@ def _history(row: Row, where: str) -> list[Any]:
     given = parsed(row.get(HISTORY))
     if not given:
         return []
-    if not isinstance(given, list | tuple):
-        raise DataError(
-            f"{where}: 'history' is {describe_type(given)}; expected a list of [question, answer] pairs"
-        )
     turns: list[Any] = []
-    for number, turn in enumerate(given, start=1):
+    pairs = expect(Sequence, given, f"{where}: 'history'", "a list of [question, answer] pairs")
+    for number, turn in enumerate(pairs, start=1):
         if isinstance(turn, Mapping):
             turns.append(turn)
         elif (

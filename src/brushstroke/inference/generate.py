@@ -284,11 +284,8 @@ def _generation_stops(base: Base) -> tuple[int, ...]:
 
 
 def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
-    if not isinstance(prompts, Iterable):
-        raise ConfigError(f"prompts must be texts or conversations; got {prompts!r}")
-    if isinstance(prompts, Mapping):
-        raise ConfigError("prompts is a single message; a conversation is a list of messages: [[{...}]]")
-    given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
+    given: list[Any] = [prompts] if one else list(prompts)
     for number, prompt in enumerate(given, start=1):
         if isinstance(prompt, Mapping):
             raise ConfigError(

@@ -189,14 +189,15 @@ class RunFolder:
         path = self.best(step)
         try:
             best = load(path)
-            if _sums(path) != sums:
-                raise AdapterFileError(f"the checksums of {path} do not match")
-            return best
+            if _sums(path) == sums:
+                return best
+            reason = f"the checksums of {path} do not match"
         except AdapterFileError as error:
-            raise ResumeError(
-                f"{self.checkpoints()[-1]} needs the best adapter up to its step, but {error}; remove that "
-                "checkpoint to continue from an earlier one, or start over with overwrite (--overwrite)"
-            ) from error
+            reason = str(error)
+        raise ResumeError(
+            f"{self.checkpoints()[-1]} needs the best adapter up to its step, but {reason}; remove that "
+            "checkpoint to continue from an earlier one, or start over with overwrite (--overwrite)"
+        )
 
     def prune(self, best_step: int) -> None:
         """Remove all checkpoints except the last two, and temporary files of interrupted writes.

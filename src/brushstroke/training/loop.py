@@ -14,6 +14,7 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
+from brushstroke.checks import refuse_evaluation
 from brushstroke.data import EncodedData
 from brushstroke.errors import ConfigError, NonFiniteError, OutputError
 from brushstroke.formats import load
@@ -103,7 +104,8 @@ def train(
         config or TrainConfig(), lora, start, loss, prompt_column, completion_column, allow_different_base
     )
     require_base(base)
-    _require_eval_data(request.config, eval_data)
+    if eval_data is None:
+        refuse_evaluation(request.config.keep_best, request.config.eval_every)
     folder = open_folder(out, base.name, resume=resume, overwrite=overwrite)
     chat = make_chat(base, request, folder.date())
     examples = read_data(base, data, request, chat)
@@ -268,12 +270,6 @@ class _Run:
             f"the factors contain non-finite values after step {self._session.steps}; lower the learning "
             f"rate (it is {self._session.learning_rate:g}){also}, and start over with overwrite (--overwrite)"
         )
-
-
-def _require_eval_data(config: TrainConfig, eval_data: Any) -> None:
-    if eval_data is None and (config.keep_best or config.eval_every is not None):
-        option = "keep_best" if config.keep_best else "eval_every"
-        raise ConfigError(f"{option} needs evaluation data; give eval_data")
 
 
 def _count_steps(batches: BatchSampler, config: TrainConfig) -> int:
