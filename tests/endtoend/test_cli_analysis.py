@@ -307,7 +307,7 @@ def test_a_file_for_the_tables_is_refused(cli, commands, tmp_path, flag):
         (("intruders", "none", "none"), "--repair"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(cli, tmp_path, words, flag):
+def test_unwritable_output_is_refused_before_anything_is_read(cli, tmp_path, words, flag):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file" / "new" / "out", tmp_path / ("x" * 300) / "out"):
         done = cli(*words, flag, place)

@@ -475,7 +475,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     assert absent == (1 if way == "two renames" else 0)
 
 
-def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path, way: str) -> None:
+def test_killed_recovery_is_continued(folder: Path, tmp_path: Path, way: str) -> None:
     adapter = load(folder)
     old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
     wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
@@ -534,7 +534,7 @@ def test_load_during_saves_reads_one_complete_adapter(
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_a_load_between_two_renames_says_that_there_is_no_folder(
+def test_load_between_two_renames_reports_a_missing_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, rename, said = 2.0 * load(folder), os.rename, []
@@ -551,7 +551,7 @@ def test_a_load_between_two_renames_says_that_there_is_no_folder(
     assert digest(load(folder)) == digest(new)
 
 
-def test_a_users_files_are_no_leftovers(folder: Path, tmp_path: Path) -> None:
+def test_user_files_are_not_removed_as_leftovers(folder: Path, tmp_path: Path) -> None:
     linked, adapter = tmp_path / "linked", load(folder)
     places = [tmp_path / f".adapter.{ending}" for ending in ("partial-work", "partial-0123abcd", "old")]
     for place in (*places, linked):

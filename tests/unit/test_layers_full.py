@@ -90,7 +90,7 @@ def test_a_tied_weight_is_trained_for_its_site_alone() -> None:
     assert toys.snapshot(model) == before
 
 
-def test_a_saved_session_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_restored_session_continues_to_the_same_bits(tmp_path: Path) -> None:
     with Training(toys.tiny_llama(), QV, learning_rate=1e-2) as whole:
         for step in range(4):
             whole.forward_backward(examples(6, seed=step))

@@ -23,7 +23,7 @@ from brushstroke.outputs import (
 )
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_file(file, "ä")
     write_file(file, b"two")
@@ -140,7 +140,7 @@ def test_a_reader_whose_folder_was_replaced_before_its_lock_opens_the_new_one(
         assert (opened / "last").read_bytes() == b"2"
 
 
-def test_a_library_reads_again_where_a_folder_was_replaced_meanwhile(tmp_path: Path) -> None:
+def test_a_read_is_repeated_if_the_folder_was_replaced(tmp_path: Path) -> None:
     folder, calls = tmp_path / "a", []
     replace_files(folder, {"x": "1", "last": "1"}, last="last", owned=OWNED)
 
@@ -230,7 +230,7 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["gone", "link"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
+def test_broken_link_is_not_a_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "new"):
         with pytest.raises(OutputError, match=r"link is a broken link; name a folder"):

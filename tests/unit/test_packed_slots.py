@@ -171,7 +171,7 @@ def test_only_the_tokens_of_an_adapter_pay_for_it_at_its_own_sites(kind, fused) 
     )
 
 
-def test_a_held_prefix_runs_under_the_slot_of_its_rows(kind) -> None:
+def test_a_cached_prefix_runs_with_the_slot_of_its_rows(kind) -> None:
     model, adapters, _ = kind
     prefix = tuple(range(3, 103))
     examples = [

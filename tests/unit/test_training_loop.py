@@ -192,7 +192,7 @@ def test_files_that_appear_while_a_run_begins_stay(tmp_path: Path, flags: dict[s
     assert {path.name: path.read_text() for path in out.iterdir()} == mine
 
 
-def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> None:
+def test_second_run_in_a_locked_folder_is_refused(tmp_path: Path) -> None:
     whole = bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path / "whole")
 
     def second(event: object) -> None:
