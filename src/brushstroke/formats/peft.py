@@ -263,7 +263,7 @@ def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str, keys
 
 def _hint(key: str) -> str:
     if "modules_to_save" in key:
-        return " (a module that was trained whole, which this version cannot take)"
+        return " (a fully trained module, which this version does not support)"
     if "lora_" in key and not key.startswith("base_model.model."):
         return " (PEFT's keys begin with base_model.model.)"
     return ""

@@ -118,7 +118,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
             problems.append(f"{key!r} in a pattern is no regular expression ({error})")
     if problems:
         raise AdapterFileError(
-            f"{where} describes an adapter that this version cannot take:\n  " + "\n  ".join(problems)
+            f"{where} describes an adapter that this version does not support:\n  " + "\n  ".join(problems)
         )
     return Rule(
         stored["r"],

@@ -219,25 +219,27 @@ def evaluate_all(
                 with _clock(seconds, name):
                     answers, right = _answers(questions, encoder, adapter, sampling, batch_size, done)
                 if 0 < len(questions) < len(source):
-                    warnings.warn(
-                        f"{len(source) - len(questions)} of {len(source)} rows have no expected answer; "
-                        "only their loss counts",
-                        DataWarning,
-                        stacklevel=2,
-                    )
-            texts = [record for record in answers if "expected_calls" not in record]
-            scores = score(((record["answer"], record["expected"]) for record in texts), right)
-            results[name] = Evaluation(
-                rows=encoded[name].report.rows,
-                loss=losses[name].mean,
-                trained_tokens=losses[name].trained_tokens,
-                exact_match=scores.exact_match,
-                valid_json=scores.valid_json,
-                field_f1=scores.field_f1,
-                seconds=seconds[name],
-                answers=tuple(answers),
-            )
+                    lacking = f"{len(source) - len(questions)} of {len(source)} rows have no expected answer"
+                    warnings.warn(f"{lacking}; only their loss counts", DataWarning, stacklevel=2)
+            results[name] = _evaluation(encoded[name], losses[name], answers, right, seconds[name])
     return results
+
+
+def _evaluation(
+    data: EncodedData, loss: Loss, answers: Sequence[dict[str, Any]], right: Sequence[bool], seconds: float
+) -> Evaluation:
+    texts = [record for record in answers if "expected_calls" not in record]
+    scores = score(((record["answer"], record["expected"]) for record in texts), right)
+    return Evaluation(
+        rows=data.report.rows,
+        loss=loss.mean,
+        trained_tokens=loss.trained_tokens,
+        exact_match=scores.exact_match,
+        valid_json=scores.valid_json,
+        field_f1=scores.field_f1,
+        seconds=seconds,
+        answers=tuple(answers),
+    )
 
 
 @contextmanager
