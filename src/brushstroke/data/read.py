@@ -178,6 +178,8 @@ def _is_from_datasets(source: object, name: str) -> bool:
 
 
 def _check_rows(rows: Sequence[object], name: str) -> None:
+    if not rows:
+        raise DataError(f"{name}: contains no rows; give at least one")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
             raise DataError(
