@@ -6,6 +6,7 @@ It does not load torch or transformers, so that the command line can report such
 import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from brushstroke.errors import ConfigError, ShapeError, did_you_mean
 
@@ -13,21 +14,21 @@ Shapes = Mapping[str, tuple[int, int]]  # site → (d, h)
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # in a key or a site: the stack of layers, and the number of the layer
 
 
-def check_integer(name: str, value: object, lowest: int = 1, highest: int | None = None) -> None:
+def check_integer(name: str, value: Any, lowest: int = 1, highest: int | None = None) -> None:
     """Check a whole number, such as a rank.
 
     Raises:
         ConfigError: it is not one, or not in this range; the message gives the name.
     """
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not (is_integer and lowest <= value <= (value if highest is None else highest)):
+    if not is_integer or value < lowest or (highest is not None and value > highest):
         limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise ConfigError(f"{name} must be a whole number {limits}; got {value!r}")
 
 
 def check_number(
     name: str,
-    value: object,
+    value: Any,
     *,
     above: float | None = None,
     at_least: float | None = None,
