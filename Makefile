@@ -15,11 +15,11 @@ RECIPES := pyproject.toml $(CONSTRAINTS)
 
 help:
 	@echo "make install   .venv with the brushstroke command"
-	@echo "make demo      three adapters on one real model; BRUSHSTROKE_DEMO=quick for the short form"
+	@echo "make demo      trains three adapters on a real model; BRUSHSTROKE_DEMO=quick for the short form"
 	@echo "make test      the whole test suite, with samples of the sweeps"
-	@echo "make sweep     the sweeps whole: stock chat templates × kinds of conversation"
+	@echo "make sweep     the long tests in full: stock chat templates × kinds of conversation, 8 × 75 killed writers"
 	@echo "make check     ruff, pyright, import-linter"
-	@echo "make bench     the benchmarks behind every claim"
+	@echo "make bench     the benchmarks of speed and memory"
 	@echo "make clean     remove .venv, caches and demo-out"
 
 install: $(VENV)/.installed
@@ -46,9 +46,9 @@ $(VENV)/.installed-bench: $(RECIPES) | $(VENV)/.created
 demo: install
 	$(BIN)/python examples/demo/demo.py
 
-# Compiled graphs first and by themselves: shape-checked functions do not trace. Then a worker for each core, of one
-# thread each: files of tests take turns, the tests of a file stay together. In the order of their names, as the long
-# ones on the real model (endtoend) must not come last: by default files of few tests do.
+# Compiled graphs first, in a process of their own: torch.compile cannot trace functions that check shapes. Then one worker
+# per core, with one thread each. A worker runs all tests of a file. Files run in the order of their names: by default pytest
+# runs files with few tests last, and these contain the longest tests (endtoend).
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m brushstroke.samples.assets
 	$(BIN)/python -m pytest tests/compile

@@ -75,7 +75,7 @@ def grid() -> dict[str, float]:
 
 
 def child() -> dict[str, float]:
-    """Compare two made-up adapters of a 7B-shaped model: 224 sites, r = 16."""
+    """Compare two random adapters of a 7B-shaped model: 224 sites, r = 16."""
     generator = torch.Generator().manual_seed(0)
     one, two = (
         bs.Adapter(

@@ -1,7 +1,7 @@
 """Memory against full fine-tuning where weights dwarf activations: the arithmetic, and one run of it.
 
 All weights under AdamW in fp32 hold 16 bytes a weight (itself, its gradient, two moments); a frozen base
-holds 4, and 16 for each number of the adapter. The run: a made-up Llama with random weights, short rows.
+holds 4, and 16 for each number of the adapter. The run: a Llama with random weights, short rows.
 
     python benchmarks/large_models.py
 """
@@ -60,7 +60,7 @@ SHAPES = {
     "Llama 3.2 1B": Shape(16, 2048, 8192, 512, 128_256, tied=True, head=64),
     "Llama 3.1 8B": Shape(32, 4096, 14_336, 1024, 128_256, tied=False),
     "Llama 3.1 70B": Shape(80, 8192, 28_672, 1024, 128_256, tied=False),
-    "the made-up one": MADE,
+    "random weights": MADE,
 }
 
 

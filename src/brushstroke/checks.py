@@ -1,10 +1,12 @@
-"""Checks the arguments of analyses and studies that need only numbers, names and shapes.
+"""Checks arguments for which numbers, names and shapes are enough.
 
 It does not load torch or transformers, so that the command line can report such errors at once.
 """
 
+import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from brushstroke.errors import ConfigError, ShapeError, did_you_mean
 
@@ -12,36 +14,57 @@ Shapes = Mapping[str, tuple[int, int]]  # site → (d, h)
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # in a key or a site: the stack of layers, and the number of the layer
 
 
-def check_dense_limit(dense_limit: int) -> None:
-    """Check that the limit is not negative.
+def check_integer(name: str, value: Any, lowest: int = 1, highest: int | None = None) -> None:
+    """Check a whole number, such as a rank.
 
     Raises:
-        ConfigError: it is negative.
+        ConfigError: it is not one, or not in this range; the message gives the name.
     """
-    if dense_limit < 0:
-        raise ConfigError(f"dense_limit must not be negative; got {dense_limit}")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < lowest or (highest is not None and value > highest):
+        limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ConfigError(f"{name} must be a whole number {limits}; got {value!r}")
 
 
-def check_intruder_settings(top: int, threshold: float) -> None:
-    """Check the number of directions to compare, and the threshold of the cosine.
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Check a finite number, such as a margin or a share.
 
     Raises:
-        ConfigError: top is below 1, or the threshold is outside (0, 1].
+        ConfigError: it is not one, or not within the limits; the message gives the name.
+
+    >>> check_number("a share", 0.5, above=0, at_most=1)
     """
-    if top < 1 or not 0 < threshold <= 1:
-        raise ConfigError(
-            f"top must be at least 1 and the threshold above 0 and at most 1; got {top} and {threshold}"
-        )
+    compare = {
+        "above": operator.gt,
+        "of at least": operator.ge,
+        "of at most": operator.le,
+        "below": operator.lt,
+    }
+    limits = dict(zip(compare, (above, at_least, at_most, below), strict=True))
+    given = {word: limit for word, limit in limits.items() if limit is not None}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    if not (is_number and all(compare[word](value, limit) for word, limit in given.items())):
+        shown = " and ".join(f"{word} {limit:.2g}" for word, limit in given.items())
+        raise ConfigError(f"{name} must be a finite number {shown}; got {value!r}")
 
 
-def check_share(share: float) -> None:
-    """Check a share of the energy.
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Check a value that must be one of several names.
 
     Raises:
-        ConfigError: it is not in (0, 1].
+        ConfigError: it is not; the message lists the names.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"a share of the energy must be above 0 and at most 1; got {share}")
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
 
 
 def check_one_rank(parameters: int, sites: Shapes) -> None:
@@ -57,47 +80,15 @@ def check_one_rank(parameters: int, sites: Shapes) -> None:
         )
 
 
-def check_counts(name: str, values: Iterable[int]) -> None:
-    """Check whole numbers of a study, such as ranks.
+def refuse_evaluation(keep_best: bool | None, eval_every: int | None) -> None:
+    """Refuse settings of a run that need evaluation data, if there is none.
 
     Raises:
-        ConfigError: one is below 1; the message gives the name.
+        ConfigError: one of them is set.
     """
-    for value in values:
-        if value < 1:
-            raise ConfigError(f"{name} must be a whole number of at least 1; got {value}")
-
-
-def check_parameters(budget: int) -> None:
-    """Check the number of trained parameters of a study's arms.
-
-    Raises:
-        ConfigError: it is below 1.
-    """
-    if budget < 1:
-        raise ConfigError(f"the budget is a number of parameters, at least 1 (--budget); got {budget}")
-
-
-def check_margin(margin: float) -> None:
-    """Check a margin of equality.
-
-    Raises:
-        ConfigError: it is not a finite number above 0.
-    """
-    if not 0 < margin < float("inf"):
-        raise ConfigError(
-            f"the margin of equality must be a finite number above 0 (--margin); got {margin:g}"
-        )
-
-
-def check_minutes(minutes: float) -> None:
-    """Check a time budget.
-
-    Raises:
-        ConfigError: it is not a number above 0.
-    """
-    if not minutes > 0:
-        raise ConfigError(f"the budget must be minutes above 0 (--budget-minutes); got {minutes}")
+    if keep_best or eval_every is not None:
+        name = "keep_best (--keep-best)" if keep_best else "eval_every (--eval-every)"
+        raise ConfigError(f"{name} needs evaluation data; give eval_data (--eval DATA)")
 
 
 def check_rates(rates: Sequence[float]) -> None:

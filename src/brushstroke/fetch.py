@@ -57,7 +57,9 @@ def open_adapter(name: str | Path) -> Iterator[OpenFolder]:
                 raise AdapterFileError(f"there is no folder {folder}; {_EXPECTED}") from error
             yield opened
     except OSError as error:
-        raise AdapterFileError(f"{folder} cannot be read: {error.strerror or error}") from error
+        inner = str(error.filename or folder)  # files in it are opened relative to it
+        file = folder if inner == str(folder) else folder / inner
+        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def adapter_files(folder: OpenFolder) -> tuple[OpenFolder, OpenFolder]:
@@ -89,15 +91,12 @@ def read_object(file: Traversable) -> dict[str, Any]:
     """The JSON object in a file of an adapter.
 
     Raises:
-        AdapterFileError: it cannot be read, or does not hold one JSON object.
+        AdapterFileError: it does not hold one JSON object.
+        OSError: it cannot be read; `open_adapter` reports it.
     """
     try:
         stored = read_json(file)
-        json.dumps(stored, ensure_ascii=False).encode(
-            "utf-8"
-        )  # fails for half of a surrogate pair, which cannot be saved
-    except OSError as error:
-        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from error
+        json.dumps(stored, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except ValueError as error:
         raise AdapterFileError(f"{file} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(stored, dict):

@@ -122,7 +122,7 @@ def look(browser, file, width, scheme="light"):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_figure_is_drawn_without_network_or_complaint(browser, tmp_path, width, scheme):
+def test_every_figure_is_drawn_without_network_or_error(browser, tmp_path, width, scheme):
     file = page_with_all_figures().write(tmp_path / "report.html")
     tab, said, asked = look(browser, file, width, scheme)
     assert said == []

@@ -160,7 +160,7 @@ def test_relate_and_intruders_print(cli, tiny, adapters):
         assert expected in done.out
     done = cli("intruders", adapters / "four", tiny, "--top", "3")
     assert done.status == 0, done.err
-    assert "judged" in done.out
+    assert "tested" in done.out
     sentence = r"\d+ of the 42 strongest directions of W \+ four are intruders \(.*\), at \d+ of 14 sites"
     assert re.match(sentence, done.out)
 
@@ -307,7 +307,7 @@ def test_a_file_for_the_tables_is_refused(cli, commands, tmp_path, flag):
         (("intruders", "none", "none"), "--repair"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(cli, tmp_path, words, flag):
+def test_unwritable_output_is_refused_before_anything_is_read(cli, tmp_path, words, flag):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file" / "new" / "out", tmp_path / ("x" * 300) / "out"):
         done = cli(*words, flag, place)
@@ -399,7 +399,7 @@ def test_every_command_accepts_untrained_adapters(cli, tiny, adapters, unlike):
 
 @pytest.mark.parametrize("second", ["untrained", "four"])
 @pytest.mark.parametrize("of", ["delta", "V"])
-def test_a_comparison_with_an_adapter_that_is_zero_is_told(cli, adapters, unlike, tmp_path, second, of):
+def test_comparing_with_a_zero_adapter_prints_a_note(cli, adapters, unlike, tmp_path, second, of):
     other = (unlike if second == "untrained" else adapters) / second
     words = ("compare", unlike / "untrained", other, "--of", of)
     files = ("--csv", tmp_path, "--latex", tmp_path, "--html", tmp_path / "page.html")
@@ -532,7 +532,7 @@ def test_another_base_and_a_merged_one_are_refused(cli, tiny, adapters, tmp_path
 def test_a_negative_limit_is_refused(cli, tiny, adapters, command):
     done = cli(command, adapters / "four", tiny, "--dense-limit", "-1")
     assert done.status == 2
-    assert "dense_limit must not be negative; got -1" in done.error
+    assert "dense_limit (--dense-limit) must be a whole number of at least 0; got -1" in done.error
 
 
 @pytest.fixture(scope="module")
@@ -571,10 +571,22 @@ AT_ONCE = {
         1,
         "holds an adapter, not a base model; give the base that it was trained on in its place, and the",
     ),
-    "a negative limit": ("relate {four} {tiny} --dense-limit -1", 2, "dense_limit must not be negative"),
-    "no directions": ("intruders {four} {tiny} --top 0", 2, "top must be at least 1"),
-    "too high a threshold": ("intruders {four} {tiny} --threshold 2", 2, "threshold above 0 and at most 1"),
-    "no energy": ("spectrum {four} --energy 0 --truncate {none}", 2, "a share of the energy"),
+    "a negative limit": (
+        "relate {four} {tiny} --dense-limit -1",
+        2,
+        "must be a whole number of at least 0; got -1",
+    ),
+    "no directions": ("intruders {four} {tiny} --top 0", 2, "--top must be a whole number of at least 1"),
+    "too high a threshold": (
+        "intruders {four} {tiny} --threshold 2",
+        2,
+        "--threshold must be a finite number above 0 and of at most 1; got 2",
+    ),
+    "no energy": (
+        "spectrum {four} --energy 0 --truncate {none}",
+        2,
+        "--energy must be a finite number above 0 and of at most 1; got 0",
+    ),
     "a budget below one rank": ("spectrum {four} --budget 10 --truncate {none}", 2, "too small for one rank"),
     "no second adapter": ("compare {four} {none}", 1, "there is no folder"),
     "adapters of other sites": ("compare {four} {adapter}", 1, "no site in common"),

@@ -45,7 +45,7 @@ def test_data_marks_the_trained_tokens(cli, tiny, train_rows):
         assert expected in done.out
 
 
-def test_data_counts_what_is_left_out_and_cut(cli, tiny, tmp_path):
+def test_data_counts_rows_that_are_left_out_or_cut(cli, tiny, tmp_path):
     given = [*rows(2), {"prompt": "x" * 99, "completion": "b"}, {"prompt": "a", "completion": "y" * 99}]
     data = write_rows(tmp_path / "rows.jsonl", given)
     flags = ("--max-length", "90", "--skip-too-long")

@@ -209,7 +209,7 @@ def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):
     assert (kept / "state.json").is_file()
 
 
-def test_a_burst_of_interrupts_while_the_base_loads_ends_in_one_line(tiny, train_rows, tmp_path):
+def test_repeated_interrupts_while_the_base_loads_print_one_line(tiny, train_rows, tmp_path):
     process = start("train", tiny, train_rows, "--out", tmp_path / "out", *LONG_RUN)
     assert process.stderr.readline().startswith("loading")
     for _ in range(40):

@@ -46,7 +46,7 @@ NEEDED = {
     "spectrum": ("one holds 99 % of its energy", "matrix", "layer", "norm", "99 %", "advice"),
     "compare": ("one and two share", "matrix", "layer", "cosine", "(chance 0)", "left", "right", "φ"),
     "relate": ("one amplifies", "matrix", "layer", "amplification", "at random", "chance, outputs"),
-    "intruders": ("of the 28 strongest directions", "matrix", "layer", "judged", "share of"),
+    "intruders": ("of the 28 strongest directions", "matrix", "layer", "tested", "share of"),
     "spectrum --sites": ("site", "rank", "norm", "99 %", "layer,"),
     "compare --sites": ("site", "cosine", "φ"),
     "relate --sites": ("site", "amplification", "chance"),

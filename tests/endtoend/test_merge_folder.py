@@ -324,7 +324,7 @@ def earlier(folder, tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earlier):
+def test_kill_between_the_renames_is_undone_first(folder, earlier):
     before, adapter = everything(earlier), adapter_for(llama())
     work = earlier.with_name(WORK)
     work.mkdir()
@@ -342,7 +342,7 @@ def test_a_kill_between_the_renames_is_undone_before_anything_else(folder, earli
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
 
 
-def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earlier):
+def test_kill_after_the_renames_is_cleaned_up_without_loss(folder, earlier):
     before = everything(earlier)
     old = earlier.with_name(WORK) / "old"
     shutil.copytree(earlier, old)
@@ -353,9 +353,9 @@ def test_a_kill_after_the_renames_leaves_no_old_folder_and_no_loss(folder, earli
     assert sorted(p.name for p in earlier.parent.iterdir()) == ["base", "out"]
 
 
-def test_what_a_living_process_writes_is_left_alone(folder, earlier):
-    holding = "import sys; from pathlib import Path; from brushstroke.outputs.lock import hold\n"
-    holding += "hold(Path(sys.argv[1])); print(flush=True); input()"
+def test_partial_folder_of_a_running_merge_is_kept(folder, earlier):
+    holding = "import sys; from pathlib import Path; from brushstroke.outputs.lock import lock_shared\n"
+    holding += "lock_shared(Path(sys.argv[1])); print(flush=True); input()"
     work = earlier.with_name(WORK)
     (work / "new").mkdir(parents=True)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -372,7 +372,7 @@ def test_what_a_living_process_writes_is_left_alone(folder, earlier):
         process.communicate(b"\n")
 
 
-def test_a_link_that_leads_nowhere_is_kept_and_blocks_no_recovery(folder, earlier):
+def test_broken_link_is_kept_and_does_not_block_recovery(folder, earlier):
     for number in range(2):
         (earlier / f"link{number}").symlink_to("/not/there")
     shutil.copytree(earlier, earlier.with_name(WORK) / "old", symlinks=True)
@@ -457,7 +457,7 @@ def test_a_users_file_where_the_model_has_a_folder_is_refused_by_name(folder, ea
 
 @pytest.mark.parametrize("call", ["before", "after"])
 @pytest.mark.parametrize("step", ["exchange", "first rename", "second rename"])
-def test_an_interrupt_at_an_exchange_or_a_rename_leaves_a_whole_folder(
+def test_interrupt_at_an_exchange_or_a_rename_leaves_a_complete_folder(
     folder, earlier, monkeypatch, call, step
 ):
     smaller = Adapter({site: 0.5 * update for site, update in adapter_for(llama()).items()})
@@ -543,7 +543,7 @@ def test_damaged_side_file_is_reported_as_a_problem_of_the_base(folder, tmp_path
 
 
 @pytest.mark.parametrize("form", ["list", "list and file", "files"])
-def test_the_bases_other_templates_stay_but_for_the_one_that_tools_would_choose(folder, tmp_path, form):
+def test_other_templates_of_the_base_stay_except_the_tool_template(folder, tmp_path, form):
     both = {
         "default": "old {{ messages }}",
         "rag": "texts {{ messages }}",
@@ -630,7 +630,7 @@ def test_no_space_for_a_model_that_is_loaded(folder, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-        with pytest.raises(OutputError, match=r"cannot write .*out: .*; make room there"):
+        with pytest.raises(OutputError, match=r"cannot write .*out: .*; raise the limit for the size"):
             merge_folder(folder, adapter, tmp_path / "out", dtype="bfloat16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -15,7 +15,9 @@ from torch import nn
 import toys
 from brushstroke import attach, load, save
 from brushstroke.adapter import Adapter, Card, LoraConfig
+from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import read_rule, selects_exactly, write_config
+from brushstroke.layers.dora import DoRA
 from brushstroke.lowrank import LowRank
 
 LOGITS = 1e-5  # fp32: the two sides add up in another order
@@ -118,6 +120,39 @@ def test_the_card_comes_back(llama: nn.Module, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "README.md").read_text()
     assert 'base_model: "somebody/model"' in page
     assert "library_name: peft" in page
+
+
+def low_rank(*rank_and_scale: tuple[int, float]) -> Adapter:
+    sites = (f"layers.{layer}.q" for layer in range(len(rank_and_scale)))
+    updates = (LowRank(torch.ones(600, rank), torch.ones(rank, 600), scale) for rank, scale in rank_and_scale)
+    return Adapter(dict(zip(sites, updates, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        (low_rank((4, 2.0), (4, 2.0)), "--enable-lora --max-lora-rank 8 "),
+        (low_rank((33, 2.0), (4, 2.0)), "--enable-lora --max-lora-rank 64 "),
+        (low_rank((4, 2.0), (4, 1.0)), "vLLM cannot load it (it uses one scale for all sites, and here they"),
+        (low_rank((513, 1.0)), "vLLM cannot load it (its largest rank is 512)"),
+    ],
+)
+def test_the_model_card_says_whether_vllm_can_load_it(adapter: Adapter, expected: str) -> None:
+    page = model_card(adapter, Card(), "a")
+    assert expected in page
+    assert ("vllm serve" in page) == expected.startswith("--enable-lora")
+    assert "- lora\n" in page
+    assert "LoRA adapter (`W' = W + scale·U·V`)" in page
+
+
+def test_the_model_card_of_dora_names_it_and_its_formula() -> None:
+    dora = DoRA(torch.ones(6, 2), torch.ones(2, 6), torch.ones(6))
+    page = model_card(Adapter({"q": dora}), Card(), "a")
+    assert "A DoRA adapter (`W' = m·(W + scale·U·V)/‖W + scale·U·V‖`" in page
+    assert "vLLM cannot load it (it does not support DoRA): merge it" in page
+    assert "- dora\n" in page
+    assert "LoRA" not in page
+    assert "vllm serve" not in page
 
 
 def test_a_folder_of_peft_gets_a_card_from_its_config(tmp_path: Path) -> None:

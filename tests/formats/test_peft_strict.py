@@ -475,7 +475,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     assert absent == (1 if way == "two renames" else 0)
 
 
-def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path, way: str) -> None:
+def test_killed_recovery_is_continued(folder: Path, tmp_path: Path, way: str) -> None:
     adapter = load(folder)
     old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
     wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
@@ -489,10 +489,10 @@ def test_a_recovery_that_is_killed_goes_on(folder: Path, tmp_path: Path, way: st
             assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
 
 
-def test_a_save_beside_a_save_cannot_take_its_folder_away(
+def test_concurrent_saves_do_not_remove_each_others_folders(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter, hold, calls = load(folder), write.hold, []
+    adapter, lock_shared, calls = load(folder), write.lock_shared, []
     whole = contents(save(2.0 * adapter, tmp_path / "new" / folder.name))
 
     def raced(partial: Path) -> int:
@@ -500,16 +500,16 @@ def test_a_save_beside_a_save_cannot_take_its_folder_away(
         if len(calls) == 1:  # the writer, before it has the lock of what it made
             peft.check_output(folder, True)
             assert not partial.exists()
-        return hold(partial)
+        return lock_shared(partial)
 
-    monkeypatch.setattr(write, "hold", raced)
+    monkeypatch.setattr(write, "lock_shared", raced)
     save(2.0 * adapter, folder, overwrite=True)
     assert len(calls) == 2
     assert contents(folder) == whole
 
 
 @pytest.mark.parametrize("read", ["read_object", "read_rule", "read_tensors", "read_template"])
-def test_a_load_beside_saves_reads_one_adapter_whole(
+def test_load_during_saves_reads_one_complete_adapter(
     folder: Path, monkeypatch: pytest.MonkeyPatch, read: str, way: str
 ) -> None:
     """Whatever file a load has come to, the folder that it opened stays until it is done."""
@@ -534,7 +534,7 @@ def test_a_load_beside_saves_reads_one_adapter_whole(
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_a_load_between_two_renames_says_that_there_is_no_folder(
+def test_load_between_two_renames_reports_a_missing_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, rename, said = 2.0 * load(folder), os.rename, []
@@ -551,7 +551,7 @@ def test_a_load_between_two_renames_says_that_there_is_no_folder(
     assert digest(load(folder)) == digest(new)
 
 
-def test_a_users_files_are_no_leftovers(folder: Path, tmp_path: Path) -> None:
+def test_user_files_are_not_removed_as_leftovers(folder: Path, tmp_path: Path) -> None:
     linked, adapter = tmp_path / "linked", load(folder)
     places = [tmp_path / f".adapter.{ending}" for ending in ("partial-work", "partial-0123abcd", "old")]
     for place in (*places, linked):
@@ -610,12 +610,12 @@ def test_a_folder_by_the_name_of_a_file_is_refused(folder: Path) -> None:
         save(load(folder), folder, overwrite=True)
 
 
-def test_what_a_living_process_saves_is_left_alone(folder: Path) -> None:
+def test_partial_folder_of_a_running_save_is_kept(folder: Path) -> None:
     adapter, before = load(folder), contents(folder)
     work = folder.with_name(".adapter.partial-0123abcd")
     (work / "new").mkdir(parents=True)
     folder.rename(work / "old")
-    handle = lock.hold(work)
+    handle = lock.lock_shared(work)
     assert "there is no folder" in refusal(folder)
     with pytest.raises(errors.OutputError, match=r"another process is replacing .*abcd/old; wait for it"):
         save(adapter, folder)
@@ -655,7 +655,7 @@ def test_factors_that_are_views_are_saved_correctly(tmp_path: Path, llama: nn.Mo
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be somebody else")
-def test_another_user_reads_beside_a_staging_folder_that_is_not_his(folder: Path) -> None:
+def test_load_ignores_a_partial_folder_of_another_user(folder: Path) -> None:
     own, staging = digest(load(folder)), folder.with_name(".adapter.partial-0123abcd")
     staging.mkdir(mode=0o700)
     for level in (folder, *folder.parents):

@@ -3,10 +3,12 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,3 +108,18 @@ def test_a_damaged_file_is_one_message(file: Path, capsys: pytest.CaptureFixture
 def test_the_format_is_unknown_before_and_after(file: Path) -> None:
     with pytest.raises(AdapterFileError, match="is a file; an adapter is a folder"):
         bs.load(file)
+
+
+def test_the_example_in_the_docs_reads_its_format(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    arrays = {"a.b.U": np.ones((6, 2), np.float32), "a.b.V": np.ones((2, 4), np.float32)}
+    np.savez(tmp_path / "adapter.npz", **arrays)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    try:
+        assert bs.load(tmp_path / "adapter.npz")["a.b"].delta_norm() == pytest.approx(2 * 24**0.5)
+    finally:
+        names["undo"]()
+    with pytest.raises(AdapterFileError):
+        bs.load(tmp_path / "adapter.npz")

@@ -153,7 +153,7 @@ def test_merged_models_give_the_logits_of_the_adapted_one(model, tokens, tmp_pat
     assert relative(merged(input_ids=tokens).logits, expected) < LOGITS
 
 
-def test_what_depends_on_the_base_is_refused_with_the_reason(model):
+def test_operations_that_need_the_base_are_refused_with_the_reason(model):
     adapter = random_adapter(model)
     dora = next(iter(adapter.values()))
     low_rank = LowRank(torch.ones(dora.shape[0], 1), torch.ones(1, dora.shape[1]))

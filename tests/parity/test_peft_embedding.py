@@ -61,7 +61,7 @@ def tokens_for(model: nn.Module) -> torch.Tensor:
     return torch.randint(0, model.get_input_embeddings().num_embeddings, (2, 7))  # type: ignore[operator]
 
 
-def test_groups_leave_embeddings_out_without_a_word(model):
+def test_groups_leave_embeddings_out_silently(model):
     with attach(model, LoraConfig(rank=1)) as attachment:
         assert embedding_of(model) not in attachment.sites
         assert embedding_of(model) not in attachment.plan.skipped  # type: ignore[union-attr]

@@ -254,10 +254,15 @@ def test_repair_without_intruders_returns_the_adapter():
 
 def test_invalid_settings_are_refused():
     adapter, W = bs.Adapter({"q": LowRank(randn(4, 1), randn(1, 3))}), {"q": randn(4, 3)}
-    for flags in ({"top": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
-        with pytest.raises(ConfigError, match="top must be"):
+    top, threshold = (
+        "top must be a whole number of at least 1",
+        "threshold must be a finite number above 0 and of at most 1",
+    )
+    wrong = (({"top": 0}, top), ({"threshold": 0.0}, threshold), ({"threshold": 1.1}, threshold))
+    for flags, message in wrong:
+        with pytest.raises(ConfigError, match=message):
             intruders(adapter, W, **flags)
-    with pytest.raises(ConfigError, match="dense_limit must not be negative; got -1"):
+    with pytest.raises(ConfigError, match="dense_limit must be a whole number of at least 0; got -1"):
         intruders(adapter, W, dense_limit=-1)
     result = intruders(adapter, W)
     with pytest.raises(ConfigError, match="scale"):

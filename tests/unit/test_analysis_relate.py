@@ -191,7 +191,7 @@ def test_non_finite_weights_are_named(value):
     adapter = bs.Adapter({"q": LowRank(randn(5, 2), randn(2, 4))})
     W[1, 2] = value
     for measure in (relate, intruders):
-        with pytest.raises(BaseLoadError, match="q: the base's weight holds NaN or infinity"):
+        with pytest.raises(BaseLoadError, match="q: the base's weight contains NaN or infinity"):
             measure(adapter, {"q": W})
-    with pytest.raises(ShapeError, match="q: the factors hold NaN or infinity"):
+    with pytest.raises(ShapeError, match="q: the factors contain NaN or infinity"):
         relate(bs.Adapter({"q": LowRank(randn(5, 2) * value, randn(2, 4))}), {"q": randn(5, 4)})

@@ -42,7 +42,7 @@ def test_the_known_spectrum_and_its_ranks(dtype, tolerance):
 
 
 @pytest.mark.parametrize("r", [1, 8, 64])
-def test_a_dense_decomposition_in_float32_agrees(r):
+def test_dense_decomposition_in_float32_agrees(r):
     update = LowRank(torch.randn(320, r), torch.randn(r, 256), 0.25)
     dense = torch.linalg.svd(update.dense(), full_matrices=False).S[:r].double()
     sigma = spectrum(bs.Adapter({"a": update}))["a"].sigma

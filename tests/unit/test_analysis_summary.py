@@ -205,7 +205,7 @@ def test_verdicts_speak_of_every_singular_vector_of_a_large_weight_too(d, h):
         assert "with every singular vector of W)" in sentence
 
 
-def test_weak_directions_of_a_large_weight_that_became_strong_are_told_as_undecided():
+def test_weak_directions_of_a_large_weight_that_became_strong_are_undecided():
     left, right = (torch.linalg.qr(torch.randn(n, 60, dtype=torch.float64)).Q for n in (60, 90))
     W = (left * torch.logspace(0, -4, 60).double()) @ right.mT
     adapter = Adapter({"q": LowRank(left[:, 55:58], right[:, 55:58].mT, 5.0)})

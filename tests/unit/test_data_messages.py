@@ -75,7 +75,7 @@ def test_the_older_function_call_is_a_tool_call():
     ("call", "fragment"),
     [
         ({"function": {"name": "tide", "arguments": "{harbour"}}, "not valid JSON"),
-        ({"function": {"name": "tide", "arguments": "[1]"}}, "the arguments are a list"),
+        ({"function": {"name": "tide", "arguments": "[1]"}}, "'arguments' is a list"),
         ({"function": {"arguments": {}}}, "no function name"),
         ("tide", "is text"),
         ({"function": {"name": "tide", "arguments": {"a": {1, 2}}}}, "cannot be written as JSON"),

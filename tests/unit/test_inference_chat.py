@@ -51,11 +51,11 @@ def test_single_adapter_is_selected_first_and_given_bank_stays():
     a = adapter(b)
     with ChatSession(b, a, sampling=SHORT) as chat:
         assert chat.adapter == "adapter"
-    with bank(b, {"mine": a}) as held:
-        with ChatSession(b, held, sampling=SHORT) as chat:
+    with bank(b, {"mine": a}) as loaded:
+        with ChatSession(b, loaded, sampling=SHORT) as chat:
             assert chat.adapter == "mine"
             said = chat.say("hi")
-        assert held.names == ("mine",)
+        assert loaded.names == ("mine",)
     assert said == generate(b, "hi", adapters=a, max_new_tokens=6)[0].text
     with ChatSession(b, sampling=SHORT) as chat, pytest.raises(RouteError, match="none were given"):
         chat.use("a")

@@ -90,12 +90,12 @@ def test_the_loss_of_each_slot_of_a_bank_is_that_of_its_merged_model(model, pack
     adapters = {name: adapter(model, seed) for seed, name in enumerate("ab", start=1)}
     expected = [plain_loss(merge(Base(model), adapters[name]).model, examples)[0] for name in "ab"]
     expected = [plain_loss(model, examples)[0], *expected]
-    with bank(model, adapters) as held, loss.loss_forward(model if packed else Whole(model)) as forward:
+    with bank(model, adapters) as loaded, loss.loss_forward(model if packed else Whole(model)) as forward:
         assert forward.name == ("packed" if packed else "padded")
-        slots = [held.slot(name) for name in (None, *"ab")]
+        slots = [loaded.slot(name) for name in (None, *"ab")]
         found = [loss.total_loss(forward, examples, slot).total for slot in slots]
-        assert held.active != (None,)
-    assert held.active == (None,)
+        assert loaded.active != (None,)
+    assert loaded.active == (None,)
     assert found == pytest.approx(expected, rel=1e-4)  # fp32 weights with the update folded in
     assert len({round(value, 3) for value in found}) == 3
 

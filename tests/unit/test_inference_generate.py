@@ -63,29 +63,31 @@ def test_generate_leaves_the_base_unchanged_and_uses_an_attached_adapter():
 def test_given_bank_stays_and_its_active_route_is_used():
     b = base()
     a = adapter(b)
-    with bank(b, {"a": a}) as held:
-        assert generate(b, PROMPTS, adapters=held, max_new_tokens=4) == generate(b, PROMPTS, max_new_tokens=4)
-        held.use("a")
-        answers = generate(b, PROMPTS, adapters=held, max_new_tokens=4)
+    with bank(b, {"a": a}) as loaded:
+        assert generate(b, PROMPTS, adapters=loaded, max_new_tokens=4) == generate(
+            b, PROMPTS, max_new_tokens=4
+        )
+        loaded.use("a")
+        answers = generate(b, PROMPTS, adapters=loaded, max_new_tokens=4)
         assert {answer.adapter for answer in answers} == {"a"}
-        assert held.names == ("a",)
+        assert loaded.names == ("a",)
 
 
 def test_per_row_route_requires_the_bank_argument():
     b = base()
     prompts = ["hi", "what else is there", "no"]  # answered by length, the longest first
-    with bank(b, {"a": adapter(b, 1), "other": adapter(b, 2)}) as held:
+    with bank(b, {"a": adapter(b, 1), "other": adapter(b, 2)}) as loaded:
         rows = ["a", "other", None]
-        expected = generate(b, prompts, adapters=held, rows=rows, max_new_tokens=6)
-        with held.rows(rows):
-            assert generate(b, prompts, adapters=held, max_new_tokens=6) == expected
+        expected = generate(b, prompts, adapters=loaded, rows=rows, max_new_tokens=6)
+        with loaded.rows(rows):
+            assert generate(b, prompts, adapters=loaded, max_new_tokens=6) == expected
             for adapters in (None, {}):
                 with pytest.raises(RouteError, match="the active route assigns adapters to 3 rows"):
                     generate(b, prompts, adapters=adapters, max_new_tokens=6)
             with pytest.raises(RouteError, match="the active route assigns adapters to 3 rows"):
                 evaluate_loss(b, [Example((1, 2), (0.0, 1.0))])
-        held.use("other")
-        alone = generate(b, prompts, adapters=held, rows="other", max_new_tokens=6)
+        loaded.use("other")
+        alone = generate(b, prompts, adapters=loaded, rows="other", max_new_tokens=6)
         assert [x.tokens for x in generate(b, prompts, max_new_tokens=6)] == [x.tokens for x in alone]
 
 
@@ -102,8 +104,8 @@ def test_each_row_is_written_with_the_template_that_its_adapter_was_trained_with
     ):
         prompt = ChatFormat(b.tokenizer, template).prompt_tokens("hi")
         request = Request(tuple(prompt), None if adapters is None else "x", (261,))
-        with bank(b, {} if adapters is None else {"x": adapters}) as held:
-            (output,) = answered(b, [request], SamplingParams(6), bank=held)
+        with bank(b, {} if adapters is None else {"x": adapters}) as loaded:
+            (output,) = answered(b, [request], SamplingParams(6), bank=loaded)
         assert output.tokens[: len(answer.tokens)] == answer.tokens
 
 
@@ -210,5 +212,5 @@ def test_ambiguous_adapter_names_are_refused():
         generate(b, [{"role": "user", "content": "hi"}])  # type: ignore[list-item]
     with pytest.raises(Exception, match=r"single message|type-check"):
         generate(b, {"role": "user", "content": "hi"})  # type: ignore[arg-type]
-    with bank(base(), {}) as held, pytest.raises(RouteError, match="another model"):
-        generate(b, ["a"], adapters=held)
+    with bank(base(), {}) as loaded, pytest.raises(RouteError, match="another model"):
+        generate(b, ["a"], adapters=loaded)

@@ -111,14 +111,14 @@ def test_each_adapter_has_its_own_shared_prefix(monkeypatch):
     begins = {"a": tuple(range(40, 70)), "b": tuple(range(41, 69)), None: tuple(range(80, 120))}
     voices = ["b", None, "a", "a", "b", None, "a", "b", None]
     requests = [Request(begins[voice] + tokens, voice) for tokens, voice in zip(asked(), voices, strict=True)]
-    with bank(b, adapters) as held:
-        alone = [answered(b, [request], SamplingParams(BUDGET), bank=held)[0] for request in requests]
+    with bank(b, adapters) as loaded:
+        alone = [answered(b, [request], SamplingParams(BUDGET), bank=loaded)[0] for request in requests]
         sizes = sizes_of_passes(b.model, monkeypatch)
-        assert answered(b, requests, SamplingParams(BUDGET), bank=held) == alone
+        assert answered(b, requests, SamplingParams(BUDGET), bank=loaded) == alone
         assert sizes == [3, 9]
         same = [Request(requests[0].tokens, voice) for voice in voices]  # nothing is left but a last token
-        alone = [answered(b, [request], SamplingParams(BUDGET), bank=held)[0] for request in same]
-        assert answered(b, same, SamplingParams(BUDGET), bank=held) == alone
+        alone = [answered(b, [request], SamplingParams(BUDGET), bank=loaded)[0] for request in same]
+        assert answered(b, same, SamplingParams(BUDGET), bank=loaded) == alone
 
 
 @pytest.mark.parametrize("window", [16, 120])
@@ -203,17 +203,17 @@ def test_remaining_rows_keep_their_adapters(monkeypatch):
     b = base()
     adapters = {"a": adapter(b, 1), "b": adapter(b, 2)}
     voices = ["a", None, "b", "a", "b", None, "a", "b", None]
-    with bank(b, adapters) as held:
+    with bank(b, adapters) as loaded:
         requests = [Request(tokens, voice) for tokens, voice in zip(asked(), voices, strict=True)]
-        free = [x.tokens for x in answered(b, requests, SamplingParams(BUDGET), bank=held)]
+        free = [x.tokens for x in answered(b, requests, SamplingParams(BUDGET), bank=loaded)]
         stops = stops_among(free)
         sizes = sizes_of_passes(b.model, monkeypatch)
         stopped = [Request(request.tokens, request.adapter, stops) for request in requests]
-        found = answered(b, stopped, SamplingParams(BUDGET), bank=held)
+        found = answered(b, stopped, SamplingParams(BUDGET), bank=loaded)
         assert len(sizes) > 1
         for request, output in zip(stopped, found, strict=True):
-            assert [output] == answered(b, [request], SamplingParams(BUDGET), bank=held)
-        assert held.active == (None,)
+            assert [output] == answered(b, [request], SamplingParams(BUDGET), bank=loaded)
+        assert loaded.active == (None,)
 
 
 def test_sampled_answers_are_reproducible_and_stop_correctly(monkeypatch):

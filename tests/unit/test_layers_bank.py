@@ -316,7 +316,7 @@ def test_generating_with_mixed_rows_is_generating_with_merged_models(language_mo
 
 def test_small_and_large_batches_give_the_same_results(net, adapters, monkeypatch) -> None:
     x = torch.randn(4, 5, 6).double()
-    with bank(net, adapters) as held, held.rows(["both", None, "second", "first"]), torch.no_grad():
+    with bank(net, adapters) as loaded, loaded.rows(["both", None, "second", "first"]), torch.no_grad():
         few = net(x)
         monkeypatch.setattr("brushstroke.layers.linear.STACKED_ROWS", 0)
         assert relative(net(x), few) < EXACT
@@ -325,7 +325,7 @@ def test_small_and_large_batches_give_the_same_results(net, adapters, monkeypatc
 def test_non_finite_values_in_the_base_dtype_are_refused(net, adapters) -> None:
     broken = Adapter({"fc1": LowRank(torch.ones(6, 1), torch.full((1, 10), 1e6), 1.0)})
     net.half()
-    with bank(net) as held:
+    with bank(net) as loaded:
         with pytest.raises(AttachError, match=r"non-finite values at fc1 in torch\.float16"):
-            held.load("broken", broken)
-        assert held.names == ()
+            loaded.load("broken", broken)
+        assert loaded.names == ()

@@ -34,7 +34,7 @@ def moved(model: nn.Module, what: FullFineTuning, steps: int = 3) -> Training:
     ("make", "targets"),
     [(toys.tiny_llama, "all-linear"), (toys.tiny_llama, ("lm_head",)), (toys.tiny_gpt2, ("c_attn", "c_fc"))],
 )
-def test_training_moves_the_sites_alone_and_leaves_the_base_bit_for_bit(make, targets) -> None:
+def test_training_changes_only_the_sites_and_restores_the_base_bit_for_bit(make, targets) -> None:
     model = make()
     before = toys.snapshot(model)
     session = moved(model, FullFineTuning(targets))
@@ -67,7 +67,7 @@ def test_the_gradients_are_those_of_transformers(make) -> None:
 
 
 @pytest.mark.parametrize(("make", "targets"), [(toys.tiny_llama, QV.targets), (toys.tiny_gpt2, ("c_attn",))])
-def test_the_update_is_what_the_weights_moved(make, targets) -> None:
+def test_the_update_is_the_change_of_the_weights(make, targets) -> None:
     model, rows = make(), examples(8)
     session = moved(model, FullFineTuning(targets))
     update, loss = session.adapter(), session.loss(rows).loss
@@ -90,7 +90,7 @@ def test_a_tied_weight_is_trained_for_its_site_alone() -> None:
     assert toys.snapshot(model) == before
 
 
-def test_a_saved_session_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_restored_session_continues_to_the_same_bits(tmp_path: Path) -> None:
     with Training(toys.tiny_llama(), QV, learning_rate=1e-2) as whole:
         for step in range(4):
             whole.forward_backward(examples(6, seed=step))
@@ -131,7 +131,7 @@ def test_a_site_that_ran_and_got_no_gradient_is_an_error_at_that_step() -> None:
             run.optim_step()
 
 
-def test_what_cannot_be_trained_is_refused_and_the_model_is_as_before() -> None:
+def test_refusal_of_untrainable_sites_leaves_the_model_unchanged() -> None:
     model = toys.Mlp()
     before = toys.snapshot(model)
     with pytest.raises(TargetError, match="fc3"):

@@ -20,7 +20,7 @@ from brushstroke.errors import AdapterFileError, AttachError
 from brushstroke.formats.peft_forms import FORMS, Form
 from brushstroke.layers import attach, bank
 from brushstroke.layers.adapted import Attached, Trial
-from brushstroke.layers.fresh import Start, zero_V
+from brushstroke.layers.fresh import Start, fresh_lora
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _LowRankLayer
 from brushstroke.layers.registry import VARIANTS, Variant
 from brushstroke.lowrank import LowRank, Update
@@ -77,7 +77,7 @@ class PointwiseLowRank(LowRank):
 
 
 def fresh_pointwise(start: Start) -> PointwiseLowRank:
-    zero = zero_V(start)
+    zero = fresh_lora(start)
     return PointwiseLowRank(zero.U, zero.V, zero.scale)
 
 

@@ -117,7 +117,7 @@ def test_dropout_draws_only_in_training():
 
 
 @pytest.mark.parametrize("dxh", [True, False])
-def test_spans_of_rows_use_their_own_ranks_alone(dxh):
+def test_each_span_uses_only_its_own_ranks(dxh):
     """Gradients too: one linear has an update in both spans, one in the second, one in none."""
     double = {"dtype": torch.float64}
     W = [torch.randn(*((6, h) if dxh else (h, 6)), **double) for h in (4, 3, 2)]

@@ -81,7 +81,7 @@ def test_float64_stays_exact():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_share_that_survives_is_what_was_measured(dtype):
+def test_reported_share_that_survives_equals_the_measured_one(dtype):
     W = torch.randn(64, 48).to(dtype)
     update = LowRank(torch.randn(64, 2), torch.randn(2, 48), 0.01)
     M, drift = merge_weight(W, update, "w")

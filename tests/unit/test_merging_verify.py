@@ -89,7 +89,7 @@ def test_model_without_generated_inputs_is_merged_and_reported(tmp_path: Path) -
     report = merge_folder(tmp_path / "base", adapter, tmp_path / "out", verify=True)
     assert report.logit_drift is None
     assert report.compared == ()
-    said = "1 of 1 sites, such as model.encoder.layers.0.self_attn.q_proj: no made-up input reaches them"
+    said = "1 of 1 sites, such as model.encoder.layers.0.self_attn.q_proj: no generated input reaches them"
     assert report.logit_drift_skipped is not None
     assert report.logit_drift_skipped.startswith(said)
     assert "PatchTSTForPrediction takes past_values, " in report.logit_drift_skipped
@@ -177,5 +177,5 @@ def test_sites_that_never_run_are_reported_as_such(tmp_path: Path) -> None:
     assert check.drift < EXACT
     assert check.skipped is not None
     assert check.skipped.startswith("4 of 8 sites, such as ")
-    assert "no made-up input reaches them (Zamba2ForCausalLM takes input_ids, " in check.skipped
+    assert "no generated input reaches them (Zamba2ForCausalLM takes input_ids, " in check.skipped
     assert check.skipped.endswith(", and runs without them)")

@@ -23,7 +23,7 @@ from brushstroke.outputs import (
 )
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_file(file, "ä")
     write_file(file, b"two")
@@ -70,7 +70,9 @@ def test_a_failure_removes_only_the_folders_that_were_made(tmp_path: Path, put: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_marker_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_marker_is_removed_first_and_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_files(tmp_path, {"last": "1", "x": "1"}, last="last")
     seen, replace = [], os.replace
 
@@ -94,11 +96,11 @@ def test_files_that_are_replaced_one_by_one_wait_for_readers(tmp_path: Path) -> 
     ]
 
 
-def test_leftovers_of_a_file_go_with_its_next_write_but_not_what_is_being_written(tmp_path: Path) -> None:
+def test_next_write_removes_leftovers_but_not_files_being_written(tmp_path: Path) -> None:
     left, busy, other = (tmp_path / f".{name}.partial-0123abcd" for name in ("a.txt", "b.txt", "c.txt"))
     for file in (left, busy, other):
         file.write_text("half")
-    handle = lock.hold(busy)
+    handle = lock.lock_shared(busy)
     for name in ("a.txt", "b.txt"):
         write_file(tmp_path / name, "whole")
     os.close(handle)
@@ -138,7 +140,7 @@ def test_a_reader_whose_folder_was_replaced_before_its_lock_opens_the_new_one(
         assert (opened / "last").read_bytes() == b"2"
 
 
-def test_a_library_reads_again_where_a_folder_was_replaced_meanwhile(tmp_path: Path) -> None:
+def test_a_read_is_repeated_if_the_folder_was_replaced(tmp_path: Path) -> None:
     folder, calls = tmp_path / "a", []
     replace_files(folder, {"x": "1", "last": "1"}, last="last", owned=OWNED)
 
@@ -155,6 +157,27 @@ def test_a_library_reads_again_where_a_folder_was_replaced_meanwhile(tmp_path: P
     assert read_unreplaced(folder, read) == ("3", "3")
     with pytest.raises(ZeroDivisionError):
         read_unreplaced(folder, lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free disk space"),
+        (errno.EDQUOT, "free disk space"),
+        (errno.EACCES, "change its permissions"),
+        (errno.EPERM, "change its permissions"),
+        (errno.EROFS, "not mounted read-only"),
+        (errno.ENAMETOOLONG, "a shorter name"),
+        (errno.EISDIR, "check the path"),
+    ],
+)
+def test_the_advice_of_an_error_fits_its_cause(tmp_path: Path, number: int, advice: str) -> None:
+    with pytest.raises(OutputError) as caught, output_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    message = str(caught.value)
+    assert message.startswith(f"cannot write {tmp_path}: {os.strerror(number)}; ")
+    assert advice in message
+    assert ("space" in message) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_and_fail(file: Path, error: BaseException) -> None:
@@ -188,7 +211,7 @@ def test_without_locks_a_writer_removes_its_own_old_folder_and_no_leftover(
         clear_leftovers(tmp_path / "a", OWNED.__contains__)
         replace_files(tmp_path / "a", {"last": number}, last="last", owned=OWNED)
     assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "a"]
-    with lock.RunLock(tmp_path / "a").alone(), open_folder(tmp_path / "a") as opened:
+    with lock.RunLock(tmp_path / "a").exclusive(), open_folder(tmp_path / "a") as opened:
         assert (opened / "last").read_bytes() == b"2"
 
 
@@ -207,7 +230,7 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["gone", "link"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
+def test_broken_link_is_not_a_folder(tmp_path: Path, target: str, overwrite: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "new"):
         with pytest.raises(OutputError, match=r"link is a broken link; name a folder"):

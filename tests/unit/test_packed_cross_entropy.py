@@ -40,7 +40,7 @@ def test_a_word_that_a_bias_forbids_changes_nothing() -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_only_possible_word_costs_nothing() -> None:
+def test_loss_of_the_only_possible_token_is_zero() -> None:
     hidden = torch.randn(3, 4, requires_grad=True)
     bias = torch.tensor([float("-inf"), 0.0, float("-inf")])
     for weight, offset, target in ((torch.randn(1, 4), None, 0), (torch.randn(3, 4), bias, 1)):

@@ -295,7 +295,7 @@ def test_rotary_angles_of_another_dtype_use_the_original_attention() -> None:
 
 
 @torch.no_grad()
-def test_a_block_that_is_not_ours_is_found_out_without_gradients_too() -> None:
+def test_an_unknown_block_is_rejected_by_its_output_without_gradients() -> None:
     """Its parameters want gradients, so that under gradients it would run its own code."""
     model = tiny_llama()
     model.model.layers[0].mlp.forward_alpha = 2.0

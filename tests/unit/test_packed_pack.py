@@ -78,7 +78,7 @@ def test_passes_of_a_step_have_similar_sizes() -> None:
 
 
 @given(batches(), st.booleans())
-def test_a_layout_puts_every_target_behind_the_token_before_it(rows: list[Row], share: bool) -> None:
+def test_every_target_follows_the_position_that_predicts_it(rows: list[Row], share: bool) -> None:
     groups = tuple(share_prefixes(rows)) if share else tuple(Group(0, (row,)) for row in rows)
     layout = build_layout(Pass(groups), torch.device("cpu"))
     assert layout.tokens.shape[1] == sum(layout.sizes) == Pass(groups).computed_tokens
@@ -134,14 +134,14 @@ def test_the_spans_of_a_layout_are_the_tokens_of_each_slot(rows: list[Row], micr
         assert found == of_slot
 
 
-def test_rows_of_one_slot_stand_together() -> None:
+def test_rows_of_one_slot_are_adjacent() -> None:
     rows = [made([i] * (3 + i % 4), [1], slot=i % 3) for i in range(12)]
     (packed,) = plan_passes(rows, 1024, share=True)
     slots = [row.slot for row in packed.rows]
     assert slots == sorted(slots)
 
 
-def test_a_prefix_is_shared_by_rows_of_one_slot_alone() -> None:
+def test_only_rows_of_one_slot_share_a_prefix() -> None:
     rows = [made([*range(20), 50 + i], [60 + i], slot=i % 2) for i in range(6)]
     found = [(group.prefix, {row.slot for row in group.members}) for group in share_prefixes(rows)]
     assert found == [(20, {0}), (20, {1})]

@@ -17,7 +17,7 @@ from brushstroke.errors import NonFiniteError
 from brushstroke.inference.loss import evaluate_loss
 from brushstroke.inference.request import Request, SamplingParams
 from brushstroke.layers import attach
-from brushstroke.packed.pack import HELD_SAVES, Row, plan_passes
+from brushstroke.packed.pack import REUSE_SAVES, Row, plan_passes
 from brushstroke.training import Training
 from toys import tiny_gpt2, tiny_llama, tiny_olmo
 from training_kit import examples, padded_loss, peft_twin, randomise
@@ -294,7 +294,7 @@ def test_cached_prefix_is_computed_once_and_leaves_room_for_passes(
     if held:
         assert held == passes
         assert computed == prefix + sum(suffixes)
-        assert (len(held) - 1) * prefix >= HELD_SAVES
+        assert (len(held) - 1) * prefix >= REUSE_SAVES
         for part in held:
             assert part.kept_tokens <= max(micro, prefix + micro // 2) or len(part.rows) == 1
     else:

@@ -105,8 +105,8 @@ def test_a_packed_pass_of_five_rows_gives_each_what_it_gets_alone(kind, frozen, 
     model, adapters, expected_calls = kind
     model.requires_grad_(not frozen)
     untouched = copy.deepcopy(model)
-    with bank(model, adapters) as held:
-        slots = {name: held.slot(name) for name in (*NAMES, None)}
+    with bank(model, adapters) as loaded:
+        slots = {name: loaded.slot(name) for name in (*NAMES, None)}
         rows = rows_of(slots)
         fusion = fuse(model)
         forward, reason = select_forward(model, share=True)
@@ -117,7 +117,7 @@ def test_a_packed_pass_of_five_rows_gives_each_what_it_gets_alone(kind, frozen, 
         with forward.context():
             found = forward.logits(packed).split([len(row.wanted) for row in packed.rows])
             assert find_route(model).uniform is None
-        assert held.active == (None,)
+        assert loaded.active == (None,)
         assert calls == expected_calls
         fusion.remove()
     names = {row: name for name, row in rows}
@@ -131,13 +131,13 @@ def test_a_packed_pass_of_five_rows_gives_each_what_it_gets_alone(kind, frozen, 
 def test_padded_batches_give_each_row_what_it_gets_alone(kind) -> None:
     model, adapters, _ = kind
     untouched = copy.deepcopy(model)
-    with bank(model, adapters) as held:
-        rows = rows_of({name: held.slot(name) for name in (*NAMES, None)})
+    with bank(model, adapters) as loaded:
+        rows = rows_of({name: loaded.slot(name) for name in (*NAMES, None)})
         forward = PaddedForward(model, find_head(model), whole=False)
         (packed,) = forward.passes([row for _, row in rows], 1024, share=True)
         with forward.context():
             found = forward.logits(packed).split([len(row.wanted) for row in packed.rows])
-        assert held.active == (None,)
+        assert loaded.active == (None,)
     names = {row: name for name, row in rows}
     for row, logits in zip(packed.rows, found, strict=True):
         expected = alone(copy.deepcopy(untouched), adapters.get(names[row]), row)
@@ -148,8 +148,8 @@ def test_padded_batches_give_each_row_what_it_gets_alone(kind) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_the_tokens_of_an_adapter_pay_for_it_at_its_own_sites(kind, fused) -> None:
     model, adapters, _ = kind
-    with bank(model, adapters) as held:
-        rows = [row for _, row in rows_of({name: held.slot(name) for name in (*NAMES, None)})]
+    with bank(model, adapters) as loaded:
+        rows = [row for _, row in rows_of({name: loaded.slot(name) for name in (*NAMES, None)})]
         fusion = fuse(model) if fused else None
         forward, _ = select_forward(model, share=True)
 
@@ -163,7 +163,7 @@ def test_only_the_tokens_of_an_adapter_pay_for_it_at_its_own_sites(kind, fused) 
         extra = cost(unshared(rows)) - of_base
         if fusion is not None:
             fusion.remove()
-        tokens = {name: sum(len(r) for r in rows if r.slot == held.slot(name)) for name in NAMES}
+        tokens = {name: sum(len(r) for r in rows if r.slot == loaded.slot(name)) for name in NAMES}
     assert extra == sum(
         2 * tokens[name] * update.rank * sum(update.shape)
         for name, adapter in adapters.items()
@@ -171,19 +171,19 @@ def test_only_the_tokens_of_an_adapter_pay_for_it_at_its_own_sites(kind, fused) 
     )
 
 
-def test_a_held_prefix_runs_under_the_slot_of_its_rows(kind) -> None:
+def test_a_cached_prefix_runs_with_the_slot_of_its_rows(kind) -> None:
     model, adapters, _ = kind
     prefix = tuple(range(3, 103))
     examples = [
         Example((*prefix, 110 + i, *range(120, 140 + i)), (0.0,) * 101 + (1.0,) * (20 + i)) for i in range(8)
     ]
     untouched = copy.deepcopy(model)
-    with bank(model, adapters) as held, torch.no_grad():
+    with bank(model, adapters) as loaded, torch.no_grad():
         forward, _ = select_forward(model, share=True)
-        rows = [Row.of(example, held.slot(name)) for name in ("many", None) for example in examples]
+        rows = [Row.of(example, loaded.slot(name)) for name in ("many", None) for example in examples]
         passes = forward.passes(rows, 140, share=True)
         assert max(packed.groups[0].part or 0 for packed in passes) >= 1
-        found = dict.fromkeys((held.slot("many"), 0), 0.0)
+        found = dict.fromkeys((loaded.slot("many"), 0), 0.0)
         with forward.context():
             for packed, outputs in forward.run(passes):
                 found[packed.rows[0].slot] += outputs.summed_loss(None).item()
@@ -203,8 +203,8 @@ def test_gradients_reach_the_embeddings_of_each_row(kind) -> None:
     model.requires_grad_(False)
     table = model.get_input_embeddings().weight.requires_grad_(True)
     untouched = copy.deepcopy(model)
-    with bank(model, adapters) as held:
-        rows = rows_of({name: held.slot(name) for name in (*NAMES, None)})
+    with bank(model, adapters) as loaded:
+        rows = rows_of({name: loaded.slot(name) for name in (*NAMES, None)})
         fusion = fuse(model)
         forward, _ = select_forward(model, share=True)
         (packed,) = forward.passes([row for _, row in rows], 1024, share=True)
@@ -237,8 +237,8 @@ def test_adapted_heads_use_the_adapter_of_each_row(padded) -> None:
         name: random_adapter(model, LoraConfig(rank=rank, targets=own), seed=rank)
         for name, rank, own in zip(NAMES, (1, 8, 33), targets, strict=True)
     }
-    with bank(model, adapters) as held:
-        named = rows_of({name: held.slot(name) for name in (*NAMES, None)})
+    with bank(model, adapters) as loaded:
+        named = rows_of({name: loaded.slot(name) for name in (*NAMES, None)})
         rows = [row for _, row in named]
         forward = (
             PaddedForward(model, find_head(model), whole=False) if padded else select_forward(model, True)[0]

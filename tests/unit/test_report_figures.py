@@ -55,7 +55,7 @@ HOTTEST, COLDEST = "rgb(11, 93, 80)", "rgb(232, 241, 239)"
 
 
 @pytest.mark.usefixtures("drawing")
-def test_a_map_shows_what_is_missing_in_grey():
+def test_a_map_shows_missing_sites_in_grey():
     panel = Panel("one", [[0.0, None], [0.5, 3.0]], ["first", "second"], ["q", "v"])
     svg = heatmap(panel, x="matrix", y="layer", limits=(0, 1))
     assert {"one", "first", "second", "q", "v", "matrix", "layer"} <= set(texts(svg))

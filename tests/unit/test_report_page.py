@@ -85,5 +85,5 @@ def test_page_with_charts_contains_the_drawing_code():
     assert reported["data"]["values"] == [record]
 
 
-def test_a_page_without_charts_carries_no_script():
+def test_page_without_charts_contains_no_script():
     assert "<script" not in Page("Plain").html()

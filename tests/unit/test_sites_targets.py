@@ -186,10 +186,10 @@ def test_heads_and_tied_weights_must_be_named():
 
 
 EXPERTS = [
-    Other("model.layers.0.mlp", "MoE", holds=("up_proj",)),
-    Other("model.layers.0.mlp.gate", "Router", weighs=True),
-    Other("model.layers.0.mlp.experts.w1", "bare 3-D parameter", weighs=True),
-    Other("model.layers.1.mlp.experts.w1", "bare 3-D parameter", weighs=True),
+    Other("model.layers.0.mlp", "MoE", sites_below=("up_proj",)),
+    Other("model.layers.0.mlp.gate", "Router", has_weight=True),
+    Other("model.layers.0.mlp.experts.w1", "bare 3-D parameter", has_weight=True),
+    Other("model.layers.1.mlp.experts.w1", "bare 3-D parameter", has_weight=True),
     Other("model.embed", "Embedding"),
 ]
 
@@ -205,7 +205,7 @@ EXPERTS = [
     ],
 )
 def test_selected_weights_that_are_not_sites_are_named(targets, skipped):
-    others = [Other("tower.conv", "Conv2d", weighs=True), *EXPERTS[1:4], EXPERTS[0], EXPERTS[4]]
+    others = [Other("tower.conv", "Conv2d", has_weight=True), *EXPERTS[1:4], EXPERTS[0], EXPERTS[4]]
     plan = resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA), others)
     assert set(plan.skipped) == {others[i].path for i in skipped}
     assert plan.ranks == resolve_targets(LoraConfig(rank=2, targets=targets), sites(LLAMA)).ranks

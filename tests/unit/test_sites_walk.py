@@ -58,7 +58,7 @@ def test_weights_are_seen_as_dxh(module):
     assert W.data_ptr() == module.weight.data_ptr()
 
 
-def test_quantised_weights_are_none():
+def test_quantised_weights_return_none():
     module = nn.Linear(6, 4)
     module.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
     assert weight_dxh(module) is None
@@ -71,8 +71,8 @@ def test_others_lists_all_weights_that_are_not_sites(llama):
     sites = {site.path for site in find_sites(llama)}
     paths = {path for path, _ in llama.named_modules()}
     assert others.keys() == paths - sites
-    assert not [other for other in others.values() if other.weighs]
-    assert others["model.layers.1.self_attn"].holds == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert not [other for other in others.values() if other.has_weight]
+    assert others["model.layers.1.self_attn"].sites_below == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert others["model.norm"].reason == "a LlamaRMSNorm, which cannot be adapted yet"
 
 
@@ -84,7 +84,7 @@ def test_other_weights_have_their_axes():
             self.bias = nn.Parameter(torch.zeros(3))
 
     net = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 1), "experts": Experts(), "words": nn.Embedding(4, 4)})
-    found = {other.path: other.kind for other in find_others(net, []) if other.weighs}
+    found = {other.path: other.kind for other in find_others(net, []) if other.has_weight}
     assert found == {"conv": "Conv1d", "experts": "Experts", "experts.up": "bare 3-D parameter"}
 
 
@@ -93,8 +93,8 @@ def test_submodules_of_sites_belong_to_them_and_shared_weights_count_once():
     net = nn.ModuleDict({"a": conv, "b": conv, "fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
     others = {other.path: other for other in find_others(net, find_sites(net))}
     assert set(others) == {"", "a", "b"}
-    assert others["a"].weighs
-    assert not others["b"].weighs
+    assert others["a"].has_weight
+    assert not others["b"].has_weight
 
 
 def test_trial_runs_one_module_of_each_class_with_custom_forward():

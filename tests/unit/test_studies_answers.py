@@ -72,7 +72,7 @@ def test_overlap_not_above_chance_is_not_called_shared():
     assert "no block. No block is above both" in answer
 
 
-def test_no_number_is_given_for_a_kind_of_matrix_whose_side_the_directions_fill():
+def test_no_number_for_matrices_whose_side_the_directions_fill():
     same = {
         pair: {
             **rows,

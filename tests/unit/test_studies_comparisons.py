@@ -302,7 +302,7 @@ def test_the_committed_studies_are_read_as_this_version_reads_them(capsys):
     assert capsys.readouterr().out == (results / "reread.md").read_text("utf-8")
 
 
-def test_a_study_that_is_read_again_claims_what_it_claimed():
+def test_rereading_a_study_repeats_its_claims():
     read, judgements = script("reread_results"), []
     for file in sorted((ROOT / "docs" / "results").glob("paper_*.json")):
         results = json.loads(file.read_text("utf-8"))

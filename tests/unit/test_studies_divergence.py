@@ -1,4 +1,4 @@
-"""Divergence of arms from the base at equal task loss, for made-up runs."""
+"""Divergence of arms from the base at equal task loss, for invented runs."""
 
 from fractions import Fraction
 from types import SimpleNamespace
@@ -85,7 +85,7 @@ def test_how_often_a_curve_has_a_loss(losses, level, expected):
     assert reached([(3.0, 0.0), *quadratic(0.1, losses)], level) == expected
 
 
-def test_a_loss_that_was_reached_more_than_once_is_told():
+def test_a_loss_reached_more_than_once_is_reported():
     falling, rising = quadratic(0.2, (2.8, 2.6, 2.0)), [(1.5, 0.2), (1.4, 0.3), (2.2, 0.5)]
     found = compare_divergence(results({FEW: falling, FULL: rising}), [FEW.name, FULL.name], FULL.name)
     assert "rose again with more steps" in found.answer

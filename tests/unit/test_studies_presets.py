@@ -81,14 +81,14 @@ def test_settings_that_cannot_work_are_refused_before_the_model_is_trained(monke
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
-def test_a_damaged_note_of_how_the_model_was_made_is_one_clear_error(tmp_path, content):
+def test_damaged_record_of_the_tiny_model_is_refused(tmp_path, content):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "made_by.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(OutputError, match=r"made_by\.json"):
         tiny.tiny_base(tmp_path / "base")
 
 
-def test_a_model_that_was_being_saved_is_trained_again(monkeypatch, tmp_path):
+def test_partially_saved_model_is_trained_again(monkeypatch, tmp_path):
     """Interrupted then, nothing is there; after a kill, a hidden folder. The same command makes the base."""
 
     def killed(self, folder, **_):

@@ -142,7 +142,7 @@ def test_diverged_rate_does_not_make_an_edge(tmp_path):
 @pytest.mark.parametrize(
     "tied", [(1e-3, 1e-2, 1e-1), (1e-3, 1e-2), (1e-2, 1e-1)], ids=["all", "lowest", "highest"]
 )
-def test_a_tie_with_an_edge_is_at_the_edge(tmp_path, tied):
+def test_equal_loss_at_the_edge_counts_as_the_edge(tmp_path, tied):
     """Rates too small to learn anything give one and the same loss."""
 
     def loss(run):
@@ -253,7 +253,7 @@ def test_time_left_includes_runs_of_an_extended_grid(tmp_path):
     assert [seconds > 0 for seconds in left] == [True, True, True, True, False]
 
 
-def test_a_wider_grid_never_names_a_rate_that_was_tried(tmp_path):
+def test_an_extended_grid_never_repeats_a_rate(tmp_path):
     ledger = Ledger(lambda run: run.learning_rate)
     run(tmp_path, ledger, grid=Grid((1e-3, 1.001e-3), (0,)), plan=Estimate(1.0, 2, ("a",), (0,)))
     assert len({rate for _, rate, _ in ledger.asked}) == 2 + EXTENSIONS
@@ -272,7 +272,7 @@ def test_single_rate_is_not_extended():
         Grid((1e-3,), (0,))
 
 
-def test_a_later_seed_that_diverges_is_in_no_number(tmp_path):
+def test_a_seed_that_diverges_is_left_out_of_all_numbers(tmp_path):
     found = run(tmp_path, Ledger(lambda run: None if run.seed else best_at(1e-2)(run)))["a"]
     assert found.conclusive
     assert found.seeds == (0,)
@@ -370,7 +370,7 @@ def test_study_killed_before_the_first_run_can_continue(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["base", ".base.partial-0123abcd", ".study.json.partial-0123abcd"])
-def test_what_a_kill_leaves_before_the_study_begins_is_no_foreign_file(tmp_path, left):
+def test_leftovers_of_a_kill_before_the_study_begins_are_not_foreign(tmp_path, left):
     for name in {"base", left}:
         (tmp_path / name).mkdir()
     check_folder(tmp_path)

@@ -310,7 +310,7 @@ def test_adapter_to_continue_from_must_not_be_in_the_output_folder(
         folder.refuse_start(start)
 
 
-def test_an_adapter_whose_replacement_was_killed_is_put_back_and_not_overlooked(tmp_path: Path) -> None:
+def test_adapter_is_restored_after_its_replacement_was_killed(tmp_path: Path) -> None:
     out, files = tmp_path / "out", {"adapter_model.safetensors": "whole"}
     write(tmp_path / ".out.partial-0123abcd" / "old", files)
     write(tmp_path / ".out.partial-0123abcd" / "new", {"adapter_config.json": PEFT})

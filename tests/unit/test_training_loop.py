@@ -192,7 +192,7 @@ def test_files_that_appear_while_a_run_begins_stay(tmp_path: Path, flags: dict[s
     assert {path.name: path.read_text() for path in out.iterdir()} == mine
 
 
-def test_a_second_run_is_kept_out_of_the_folder_of_the_first(tmp_path: Path) -> None:
+def test_second_run_in_a_locked_folder_is_refused(tmp_path: Path) -> None:
     whole = bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path / "whole")
 
     def second(event: object) -> None:
@@ -476,7 +476,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
     (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "checkpoints" / "step-00000004" / "state.json").write_text("[]")
-    with pytest.raises(ResumeError, match="lacks fields"):
+    with pytest.raises(ResumeError, match=r"state\.json is incomplete"):
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
 
 

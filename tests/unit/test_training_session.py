@@ -129,7 +129,7 @@ class Looking(Bare):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_leak_between_packed_examples_is_seen_however_small(dtype: torch.dtype) -> None:
+def test_even_a_small_leak_between_packed_examples_is_detected(dtype: torch.dtype) -> None:
     with Training(Shifting().to(dtype), LoraConfig(rank=2)) as run:
         assert not run.packed
         assert "depends on another one's tokens" in run.step.forward_reason
@@ -455,7 +455,7 @@ def test_loaded_session_continues_to_the_same_bits(tmp_path: object, dropout: fl
         assert all(torch.equal(a, b) for a, b in zip(whole, run.parameters, strict=True))
 
 
-def test_a_session_takes_the_settings_of_a_run_and_single_ones_in_place_of_them() -> None:
+def test_settings_of_a_session_can_be_overridden_one_by_one() -> None:
     config = TrainConfig(learning_rate=1e-2, clip=0.5, micro_tokens=64, seed=3, epochs=5)
     with Training(tiny_llama(), LoraConfig(rank=4), config, clip=2.0) as run:
         assert (run.learning_rate, run.micro_tokens, run.config.clip, run.config.seed) == (1e-2, 64, 2.0, 3)

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
+from brushstroke.checks import check_choice, check_integer, check_number
+from brushstroke.errors import ConfigError, refuse_unknown
 from brushstroke.lowrank.init import INITS
 
 SCALE_RULES = {
     "standard": lambda alpha, rank: alpha / rank,  # arXiv:2106.09685, section 4.1
     "rslora": lambda alpha, rank: alpha / rank**0.5,  # arXiv:2312.03732, equation 1
 }
+
+
+MAX_ALPHA = 3.4028234663852886e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -65,21 +69,15 @@ class LoraConfig:
             ("rank", self.rank),
             *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items()),
         ]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"{where} must be a whole number of at least 1; got {rank!r}")
+            check_integer(where, rank)
         for where, alpha in [
             ("alpha", self.alpha),
             *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-                raise ConfigError(f"{where} must be a positive number; got {alpha!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1; got {self.dropout!r}")
-        for name, known in (("scale_rule", SCALE_RULES), ("init", INITS)):
-            value = getattr(self, name)
-            if value not in known:
-                hint = did_you_mean(str(value), known)
-                raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}{hint}")
+            check_number(where, alpha, above=0, at_most=MAX_ALPHA)
+        check_number("dropout", self.dropout, at_least=0, below=1)
+        check_choice("scale_rule", self.scale_rule, SCALE_RULES)
+        check_choice("init", self.init, INITS)
 
     def scale(self, rank: int, alpha: float) -> float:
         """The factor that multiplies U·V at a site of this rank and alpha."""

@@ -180,8 +180,8 @@ def base_directions(
     norm, work = finite_norm(site, W), (working or Working())(W, whole)
     if norm > LARGEST and work.dtype == torch.float32:
         raise BaseLoadError(
-            f"{site}: the norm of W is {norm:.1g}; its square is too large for float32; get the model again "
-            "from where it came"
+            f"{site}: the norm of W is {norm:.1g}; its square is too large for float32; download the "
+            "model again"
         )
     if whole:
         parts = dense_svd(work)

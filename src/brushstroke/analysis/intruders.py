@@ -18,7 +18,7 @@ from brushstroke.analysis.directions import DirectionCache, Directions, Working,
 from brushstroke.analysis.relate import DENSE_LIMIT
 from brushstroke.analysis.table import HIDDEN, SiteTable
 from brushstroke.analysis.weights import OnSite, low_rank_updates, walk
-from brushstroke.checks import check_dense_limit, check_intruder_settings
+from brushstroke.checks import check_integer, check_number
 from brushstroke.errors import ConfigError
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.cosines import FLOOR, cosine_bounds
@@ -163,8 +163,9 @@ def intruders(
     >>> intruders(new, {"fc": W}, top=2)["fc"].count()
     1
     """
-    check_intruder_settings(top, threshold)
-    check_dense_limit(dense_limit)
+    check_integer("top", top)
+    check_number("the threshold", threshold, above=0, at_most=1)
+    check_integer("dense_limit", dense_limit, 0)
     rows, working = {}, Working()
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):
         dense = min(update.shape) <= dense_limit
@@ -189,8 +190,7 @@ def repair(adapter: Adapter, found: Intruders, scale: float = 0.75) -> Adapter:
     Raises:
         ConfigError: the scale is outside [0, 1], or the adapter and the result have different sites.
     """
-    if not 0 <= scale <= 1:
-        raise ConfigError(f"a scale must be between 0 and 1; got {scale}")
+    check_number("the scale of a repair", scale, at_least=0, at_most=1)
     if set(adapter) != set(found):
         raise ConfigError("the intruders were found in another adapter; call intruders() on this one first")
     updates = low_rank_updates(adapter)

@@ -17,7 +17,7 @@ from brushstroke.analysis.directions import DirectionCache, Directions, Working,
 from brushstroke.analysis.overlap import random_directions
 from brushstroke.analysis.table import SiteTable
 from brushstroke.analysis.weights import OnSite, finite_norm, walk
-from brushstroke.checks import check_dense_limit
+from brushstroke.checks import check_integer
 from brushstroke.lowrank import LowRank, Svd
 from brushstroke.lowrank.krylov import multiply
 
@@ -181,7 +181,7 @@ def relate(
     >>> round(row.projection_delta, 6), round(row.amplification, 6)
     (3.0, 2.0)
     """
-    check_dense_limit(dense_limit)
+    check_integer("dense_limit", dense_limit, 0)
     generator, working = torch.Generator().manual_seed(seed), Working()
     rows = {}
     for site, update, W in walk(adapter, base, allow_different_base=allow_different_base, on_site=on_site):

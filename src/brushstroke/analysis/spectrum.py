@@ -14,8 +14,7 @@ from torch import Tensor
 from brushstroke.adapter import Adapter
 from brushstroke.analysis.table import SiteTable, kind_names
 from brushstroke.analysis.weights import finite_norm, low_rank_updates, walk
-from brushstroke.checks import check_share
-from brushstroke.errors import ConfigError
+from brushstroke.checks import check_number
 from brushstroke.lowrank.spectra import (
     above_rounding,
     effective_rank,
@@ -72,7 +71,7 @@ class SiteSpectrum:
         Raises:
             ConfigError: the share is not in (0, 1].
         """
-        check_share(share)
+        check_number("a share of the energy", share, above=0, at_most=1)
         return energy_rank(self.sigma, share)
 
     def derived(self) -> dict[str, Any]:
@@ -113,8 +112,7 @@ class Spectrum(SiteTable[SiteSpectrum]):
         Raises:
             ConfigError: the share or the quantile is not in (0, 1].
         """
-        if not 0 < quantile <= 1:
-            raise ConfigError(f"a quantile must be above 0 and at most 1; got {quantile}")
+        check_number("a quantile", quantile, above=0, at_most=1)
         ranks: dict[str, list[int]] = {}
         grid = self.grid()
         kinds = kind_names(grid.matrices)

@@ -63,10 +63,10 @@ def relation_summary(name: str, found: Relation) -> Summary:
 def intruder_summary(name: str, found: Intruders) -> Summary:
     """The numbers of intruders, of undecided directions, and of all checked directions."""
     measures = [
-        Measure("directions", "judged", lambda row: len(row.directions), counted=True),
+        Measure("directions", "tested", lambda row: len(row.directions), counted=True),
         Measure("intruders", "intruders", lambda row: row.count(), counted=True),
         Measure("undecided", "undecided", lambda row: row.count("undecided"), counted=True),
-        Measure("share", "share of judged", _share_of_intruders),
+        Measure("share", "share of tested", _share_of_intruders),
     ]
     return summary(_intruder_sentence(name, found), measures, found)
 

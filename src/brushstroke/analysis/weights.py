@@ -37,7 +37,7 @@ def low_rank_updates(adapter: Adapter) -> dict[str, LowRank]:
         )
     for site, update in updates.items():
         if not (update.U.isfinite().all() and update.V.isfinite().all()):
-            raise ShapeError(f"{site}: the factors hold NaN or infinity; such an update has no directions")
+            raise ShapeError(f"{site}: the factors contain NaN or infinity; such an update has no directions")
     return updates
 
 
@@ -84,7 +84,5 @@ def finite_norm(site: str, W: Float[Tensor, "d h"]) -> float:
     """
     norm = frobenius(W)
     if not math.isfinite(norm) and not W.isfinite().all():
-        raise BaseLoadError(
-            f"{site}: the base's weight holds NaN or infinity; get the model again from where it came"
-        )
+        raise BaseLoadError(f"{site}: the base's weight contains NaN or infinity; download the model again")
     return norm

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from brushstroke.checks import check_choice
 from brushstroke.errors import ConfigError, did_you_mean
 
 DTYPES = {
@@ -77,11 +78,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     """
     if dtype in DTYPES:
         return DTYPES[dtype], "asked for"
-    if dtype != "auto":
-        known = ("auto", *DTYPES)
-        raise ConfigError(
-            f"dtype must be one of {', '.join(known)}; got {dtype!r}{did_you_mean(str(dtype), known)}"
-        )
+    check_choice("dtype", dtype, ("auto", *DTYPES))
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "this GPU multiplies bf16 natively"

@@ -109,13 +109,13 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
         prefix = getattr(self.model, "base_model_prefix", "")
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         own |= {name for name, _ in self.model.named_buffers()}
-        held: dict[str, tuple[int, ...]] = {}  # the index may omit tensors that a file has
+        stored: dict[str, tuple[int, ...]] = {}  # the index may omit tensors that a file has
         for file in self.shards():
             with safe_open(self.folder / file, framework="pt") as shard:
-                held |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
-        located = _locate_keys(self.model, list(parameters), held)
+                stored |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+        located = _locate_keys(self.model, list(parameters), stored)
         missing = self._not_declared("missing", [name for name in parameters if name not in located])
-        unexpected = held.keys() - {form for name in own for form in _forms(name, prefix)}
+        unexpected = stored.keys() - {form for name in own for form in _forms(name, prefix)}
         if missing and unexpected:
             return
         require_whole(
@@ -123,9 +123,9 @@ class FolderWeights(Mapping[str, Float[Tensor, "d h"]]):
             self.model,
             missing=missing,
             mismatched=[
-                (name, held[key], parameters[name].shape)
+                (name, stored[key], parameters[name].shape)
                 for name, key in located.items()
-                if held[key] != tuple(parameters[name].shape)
+                if stored[key] != tuple(parameters[name].shape)
             ],
             unexpected=self._not_declared("unexpected", unexpected),
         )
@@ -209,14 +209,9 @@ def _shards(folder: Path) -> dict[str, str]:
     try:
         if index.is_file():
             shards: dict[str, str] = read_json(index)["weight_map"]
-            outside = sorted({file for file in shards.values() if Path(file).name != file})
-            if outside:
-                raise BaseLoadError(
-                    f"{index} names {outside[0]!r}, which is no file in the same folder; "
-                    "fetch the folder again"
-                )
             files = sorted(set(shards.values()))
-            missing = [file for file in files if not (folder / file).is_file()]
+            present = {path.name for path in folder.iterdir() if path.is_file()}  # not below or above it
+            missing = [file for file in files if file not in present]
             if missing:
                 raise BaseLoadError(
                     f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; fetch the folder again"

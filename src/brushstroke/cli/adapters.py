@@ -3,6 +3,7 @@
 Adapters are read first, so that a wrong name is reported before the base is loaded.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 
 from brushstroke.cli.console import say
 from brushstroke.cli.options import BaseOptions
-from brushstroke.cli.values import named_adapters
+from brushstroke.cli.values import named_adapters, read_text
 from brushstroke.errors import DataError
 from brushstroke.fetch import find_adapter
 
@@ -43,16 +44,12 @@ def read_tools(file: Path | None) -> tuple[Any, ...]:
     if file is None:
         return ()
     from brushstroke.data.json_values import read_tools
-    from brushstroke.files import read_json
 
+    text = read_text(file.expanduser(), "--tools")
     try:
-        return read_tools(read_json(file.expanduser()), str(file))
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; check the path that --tools names") from error
-    except ValueError as error:
-        raise (
-            error if isinstance(error, DataError) else DataError(f"{file} is not valid JSON ({error})")
-        ) from error
+        return read_tools(json.loads(text), str(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON ({error})") from error
 
 
 def load_adapters(given: Sequence[str] | None) -> "dict[str, Adapter]":

@@ -11,8 +11,8 @@ from cyclopts import Parameter
 
 from brushstroke.checks import (
     check_alike,
-    check_intruder_settings,
-    check_share,
+    check_integer,
+    check_number,
 )
 from brushstroke.cli.analysis_inputs import (
     AgainstBase,
@@ -98,7 +98,7 @@ def spectrum(
     tables.check(overwrite, truncate)
     _check_page(html)
     if energy is not None:
-        check_share(energy)
+        check_number("--energy", energy, above=0, at_most=1)
     check_fit(adapters, base)
     if budget is not None:
         check_budget(adapters, budget)
@@ -263,8 +263,8 @@ def intruders(
     """
     if scale is not None and repair is None:
         raise ConfigError("--scale needs --repair OUT")
-    if scale is not None and not 0 <= scale <= 1:
-        raise ConfigError(f"--scale must be between 0 and 1; got {scale}")
+    if scale is not None:
+        check_number("--scale", scale, at_least=0, at_most=1)
     from brushstroke.outputs import check_output_folder
 
     if repair is not None:
@@ -274,7 +274,8 @@ def intruders(
     _check_page(html)
     against = against or AgainstBase()
     against.check()
-    check_intruder_settings(top, threshold)
+    check_integer("--top", top)
+    check_number("--threshold", threshold, above=0, at_most=1)
     check_fit((adapter,), base)
     value = load_adapters(adapter)[name_of(adapter)]
     from brushstroke.analysis import intruders as measure

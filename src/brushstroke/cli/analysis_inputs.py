@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from brushstroke.checks import check_dense_limit, check_one_rank, check_stored
+from brushstroke.checks import check_integer, check_one_rank, check_stored
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import say
 from brushstroke.cli.values import Whole, whole
@@ -56,7 +56,7 @@ class AgainstBase:
             ConfigError: a negative limit.
         """
         if self.dense_limit is not None:
-            check_dense_limit(self.dense_limit)
+            check_integer("dense_limit (--dense-limit)", self.dense_limit, 0)
 
     def directions(self) -> "DirectionCache | None":
         """The cache of the base's directions; None if the user disabled it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from brushstroke.cli.console import facts, results, share, table, tell
+from brushstroke.cli.console import facts, print_text, results, share, table
 
 if TYPE_CHECKING:
     from brushstroke.analysis import Intruders, Overlap, Relation, Spectrum, Truncation
@@ -111,7 +111,7 @@ def print_relation(described: "Description", found: "Relation", sites: bool) -> 
     _print_summary(described, "relation", sites)
     console, totals = results(), found.totals()
     if described.deciles is not None:
-        tell(console, "energy of ΔW by tenth of W's directions, strongest first", indent=2)
+        print_text(console, "energy of ΔW by tenth of W's directions, strongest first", indent=2)
         table(console, *decile_listing(described.deciles))
     ratio, median = totals["ratio_to_chance"], totals["median_ratio_to_chance"]
     told_ratio = "" if median is None else f"{number(ratio)} in all, {number(median)} at the median site"
@@ -129,9 +129,9 @@ def _print_summary(described: "Description", kind: str, sites: bool) -> None:
     from brushstroke.analysis.summary import SPREAD
 
     console, listings = results(), described.summary.listings()
-    tell(console, described.summary.sentence, style="bold")
+    print_text(console, described.summary.sentence, style="bold")
     if listings:
-        tell(console, SPREAD, style="dim", indent=2)
+        print_text(console, SPREAD, style="dim", indent=2)
     for listing in listings.values():
         table(console, *listing, leave_out=("sites", "stable"))
     if sites and described.rows.rows:

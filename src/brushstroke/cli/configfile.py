@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from brushstroke.cli.values import read_text
 from brushstroke.errors import ConfigError, did_you_mean
 
 FLAG = "--config"
@@ -50,13 +51,9 @@ def _is_negative(key: str, argument: Any) -> bool:
 def _read(path: Path) -> Mapping[Any, Any]:
     import yaml
 
+    text = read_text(path, FLAG, ConfigError)
     try:
-        text = path.read_text("utf-8")
         twice, loaded = _given_twice(yaml.compose(text, yaml.SafeLoader)), yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; check the path that {FLAG} names") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8; save it as UTF-8") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply; its keys are flags, such as 'rank: 8'") from error
     except yaml.YAMLError as error:

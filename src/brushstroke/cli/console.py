@@ -50,7 +50,7 @@ def room(console: "Console") -> int | None:
     return console.width if console.file.isatty() else None
 
 
-def tell(console: "Console", text: str, *, style: str = "", indent: int = 0) -> None:
+def print_text(console: "Console", text: str, *, style: str = "", indent: int = 0) -> None:
     """Print a text for people; on a terminal, break lines between words."""
     from rich.text import Text
 
@@ -66,17 +66,17 @@ def lines(console: "Console", text: str, indent: int = 0) -> list[str]:
 
 def say(text: str) -> None:
     """Print one line for people."""
-    tell(people(), text)
+    print_text(people(), text)
 
 
 def warn(text: str) -> None:
     """Print one warning as a plain line."""
-    tell(people(), f"warning: {text}", style="yellow")
+    print_text(people(), f"warning: {text}", style="yellow")
 
 
 def fail(text: str) -> None:
     """Print the error that stops the command."""
-    tell(people(), f"error: {text}", style="red")
+    print_text(people(), f"error: {text}", style="red")
 
 
 def emit(text: str, *, end: str = "\n") -> None:
@@ -125,7 +125,7 @@ def table(
     for block in blocks:
         _print_table(console, block)
     if gone:
-        tell(console, f"columns left out: {', '.join(gone)}; --json has all", style="dim", indent=2)
+        print_text(console, f"columns left out: {', '.join(gone)}; --json has all", style="dim", indent=2)
 
 
 def _print_table(console: "Console", block: Block) -> None:
@@ -186,7 +186,9 @@ def show_library_warnings() -> Iterator[None]:
 
 
 def _concerns_users(module: str) -> bool:
-    return any(module == ours or module.startswith(f"{ours}.") for ours in ("brushstroke", "torch.cuda"))
+    return any(
+        module == package or module.startswith(f"{package}.") for package in ("brushstroke", "torch.cuda")
+    )
 
 
 def _who_warns() -> str:

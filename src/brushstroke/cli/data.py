@@ -6,9 +6,9 @@ It loads only the tokenizer.
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from brushstroke.checks import check_integer
 from brushstroke.cli.console import emit_json, facts, results
 from brushstroke.cli.values import Whole
-from brushstroke.errors import ConfigError
 from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def data(
         trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout.
     """
-    if rows is not None and rows < 0:
-        raise ConfigError(f"--rows must not be negative; got {rows}")
+    if rows is not None:
+        check_integer("--rows", rows, 0)
     require_base_files(base)
     from brushstroke.data import ChatFormat, encode, find_columns, find_template, read_rows
 

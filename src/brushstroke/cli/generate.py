@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit, emit_json, say
 from brushstroke.cli.options import BaseOptions
-from brushstroke.cli.values import Whole, split
+from brushstroke.cli.values import Whole, read_text, split
 from brushstroke.errors import BrushstrokeError, ConfigError, DataError
 from brushstroke.locate import require_base_files
 
@@ -252,12 +252,7 @@ def _read_prompts(file: Path, tools: Sequence[Any]) -> list[Any]:
         return [
             read_prompt(row, read.where(number), tools=tools) for number, row in enumerate(read.rows, start=1)
         ]
-    try:
-        return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; check the path that --prompts names") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
+    return [line for line in read_text(file, "--prompts").splitlines() if line.strip()]
 
 
 def _rows(prompts: list[Any], names: list[str], use: str | None) -> tuple[list[Any], list[str | None]]:

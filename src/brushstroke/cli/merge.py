@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load_adapter
-from brushstroke.cli.console import emit_json, facts, results, share, tell
+from brushstroke.cli.console import emit_json, facts, print_text, results, share
 from brushstroke.cli.options import Dtype
 from brushstroke.locate import require_base_files
 
@@ -65,7 +65,7 @@ def merge(
 
 def _print(report: "ExportReport") -> None:
     console = results()
-    tell(console, f"merged into {report.out}", style="bold")
+    print_text(console, f"merged into {report.out}", style="bold")
     drift = report.logit_drift
     outputs = ", ".join(dict.fromkeys(name.partition(".")[0] for name in report.compared))
     facts(

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from brushstroke.cli.console import people, room, size, tell
+from brushstroke.cli.console import people, print_text, room, size
 from brushstroke.cli.layout import fit
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class TrainProgress:
             self._live.update(self._task, completed=event.step, status=self._status(event))
         elif event.step == event.steps or self.steps_done == 1 or now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            tell(self._console, f"step {event.step}/{event.steps}  {self._status(event)}")
+            print_text(self._console, f"step {event.step}/{event.steps}  {self._status(event)}")
 
     def evaluation(self, event: "EvalEvent") -> None:
         """Show one evaluation."""
@@ -122,7 +122,7 @@ class TrainProgress:
         if self._left is not None:
             self._left.evaluation(event.seconds)
         best = "  (best)" if event.best else ""
-        tell(self._console, f"evaluation after step {event.step}: loss {event.loss:.4f}{best}")
+        print_text(self._console, f"evaluation after step {event.step}: loss {event.loss:.4f}{best}")
 
     def __enter__(self) -> "TrainProgress":
         return self

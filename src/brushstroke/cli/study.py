@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from brushstroke.checks import check_counts, check_margin, check_minutes, check_parameters, check_rates
+from brushstroke.checks import check_integer, check_number, check_rates
 from brushstroke.cli.adapters import load
-from brushstroke.cli.console import emit_json, lines, people, results, say, tell
+from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
 from brushstroke.cli.early import check_data
 from brushstroke.cli.options import BaseOptions, Device, Dtype
 from brushstroke.cli.progress import LINE_SECONDS, clock
@@ -254,8 +254,8 @@ def study(
         return
     console = results()
     for finding in report.findings:
-        tell(console, finding.question)
-        tell(console, f"{finding.answer}\n", indent=2)
+        print_text(console, finding.question)
+        print_text(console, f"{finding.answer}\n", indent=2)
     say(f"the report is in {page}")
 
 
@@ -263,12 +263,12 @@ def _check_runs(settings: StudyRunOptions) -> tuple[float, ...]:
     """The given learning rates; checks the settings of the runs, before torch is loaded."""
     for name in ("seeds", "workers", "max_steps", "batch_size"):
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{_flag(name)} must be at least 1; got {value}")
-    if settings.epochs is not None and not 0 < settings.epochs < float("inf"):
-        raise ConfigError(f"--epochs must be a finite number above 0; got {settings.epochs:g}")
-    if settings.budget_minutes is not None:
-        check_minutes(settings.budget_minutes)
+        if value is not None:
+            check_integer(_flag(name), value)
+    for name in ("epochs", "budget_minutes"):
+        value = getattr(settings, name)
+        if value is not None:
+            check_number(_flag(name), value, above=0)
     if settings.learning_rates is None:
         return ()
     rates = _numbers("--learning-rates", settings.learning_rates, float)
@@ -349,14 +349,14 @@ def _question_settings(given: QuestionOptions) -> dict[str, Any]:
         found["sets"] = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
     if given.no_whole:
         found["train_whole"] = False
-    check_counts("rank", [*found.get("ranks", ()), *([given.rank] if given.rank is not None else [])])
-    check_counts("dimension", found.get("dimensions", ()))
-    if given.margin is not None:
-        check_margin(given.margin)
-    if given.budget is not None:
-        check_parameters(given.budget)
-    if given.alpha is not None and not 0 < given.alpha < float("inf"):
-        raise ConfigError(f"--alpha must be a finite number above 0; got {given.alpha:g}")
+    for rank in (*found.get("ranks", ()), found.get("rank", 1)):
+        check_integer("rank", rank)
+    for dimension in found.get("dimensions", ()):
+        check_integer("dimension", dimension)
+    check_integer("--budget", found.get("budget", 1))
+    for name in ("margin", "alpha"):
+        if name in found:
+            check_number(_flag(name), found[name], above=0)
     return found
 
 
@@ -498,7 +498,7 @@ class _Progress:
             self._live.update(Text("\n".join(lines(self._console, line))))
         elif event.done == event.planned or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            tell(self._console, line)
+            print_text(self._console, line)
 
     def __enter__(self) -> "_Progress":
         return self

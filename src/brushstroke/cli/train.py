@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from brushstroke.checks import refuse_evaluation
 from brushstroke.cli.adapters import load, load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
 from brushstroke.cli.early import check_data
@@ -22,7 +23,7 @@ from brushstroke.cli.options import (
 )
 from brushstroke.cli.plan_text import print_plan
 from brushstroke.cli.progress import TrainProgress, clock
-from brushstroke.errors import ConfigError, NonFiniteError
+from brushstroke.errors import NonFiniteError
 from brushstroke.locate import require_base_files
 
 if TYPE_CHECKING:
@@ -139,9 +140,8 @@ class _Request:
     def __init__(
         self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
     ) -> None:
-        if options.eval_data is None and training and (training.keep_best or training.eval_every is not None):
-            flag = "--keep-best" if training.keep_best else "--eval-every"
-            raise ConfigError(f"{flag} needs evaluation data; pass --eval DATA")
+        if options.eval_data is None and training:
+            refuse_evaluation(training.keep_best, training.eval_every)
         from brushstroke.data import find_columns, read_rows
 
         rows = read_rows(data)

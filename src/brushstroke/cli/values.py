@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from cyclopts import Parameter
 
-from brushstroke.errors import ConfigError
+from brushstroke.errors import BrushstrokeError, ConfigError, DataError
 
 Number = TypeVar("Number", int, float)
 LARGEST = 2**63 - 1  # the largest seed of torch
@@ -36,6 +36,20 @@ def refuse_empty(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
                 )
             if a_path and "\0" in token.value:
                 raise ConfigError(f"{argument.name}: {token.value!r} contains a NUL character")
+
+
+def read_text(file: Path, flag: str, kind: type[BrushstrokeError] = DataError) -> str:
+    """The text of a file that a flag names.
+
+    Raises:
+        BrushstrokeError: of this kind: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise kind(f"{file}: {error.strerror}; check the path that {flag} names") from error
+    except UnicodeDecodeError as error:
+        raise kind(f"{file} is not UTF-8; save it as UTF-8") from error
 
 
 def whole(_: Any, tokens: Sequence[Any]) -> int:

@@ -12,7 +12,7 @@ from brushstroke.data.files import Row
 from brushstroke.data.json_values import parsed
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.read import Rows
-from brushstroke.data.validate import check_encodable, describe_type
+from brushstroke.data.validate import check_encodable, describe_type, expect
 from brushstroke.errors import DataError, did_you_mean
 
 SYSTEM, HISTORY, TOOLS, OPTIONS = "system", "history", "tools", "chat_template_kwargs"
@@ -98,10 +98,10 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
         if kind is None or missing:
             raise DataError(_unknown_columns(row, rows.where(number), missing, known))
     assert kind is not None
-    held = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
+    found = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
     usable = CONTEXT[kind]
-    context = tuple(name for name in held if name in usable and name not in names)
-    unused = tuple(name for name in held if name not in (*names, *context))
+    context = tuple(name for name in found if name in usable and name not in names)
+    unused = tuple(name for name in found if name not in (*names, *context))
     return Columns(kind, names, () if kind == "tokens" else context, unused)
 
 
@@ -217,9 +217,7 @@ def read_text(row: Row, column: str, where: str) -> str:
     Raises:
         DataError: the value is not a text.
     """
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {describe_type(value)}; expected text")
+    value = expect(str, row[column], f"{where}: {column!r}", "text")
     check_encodable(value, f"{where}: {column!r}")
     return value
 
@@ -275,12 +273,9 @@ def _history(row: Row, where: str) -> list[Any]:
     given = parsed(row.get(HISTORY))
     if not given:
         return []
-    if not isinstance(given, list | tuple):
-        raise DataError(
-            f"{where}: 'history' is {describe_type(given)}; expected a list of [question, answer] pairs"
-        )
     turns: list[Any] = []
-    for number, turn in enumerate(given, start=1):
+    pairs = expect(Sequence, given, f"{where}: 'history'", "a list of [question, answer] pairs")
+    for number, turn in enumerate(pairs, start=1):
         if isinstance(turn, Mapping):
             turns.append(turn)
         elif (

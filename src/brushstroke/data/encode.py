@@ -26,7 +26,7 @@ from brushstroke.data.pieces import Piece
 from brushstroke.data.read import Rows, Source, hash_rows, read_rows
 from brushstroke.data.tokenised import read_tokenised
 from brushstroke.data.truncate import truncate_examples
-from brushstroke.data.validate import DataWarning, describe_type
+from brushstroke.data.validate import DataWarning, expect
 from brushstroke.errors import ConfigError, DataError
 
 _SHOWN = 10  # number of rows that a message lists
@@ -113,15 +113,13 @@ def _rows(source: Any) -> Rows:
     if isinstance(source, Iterable) and not isinstance(source, str | Mapping):
         source = source if isinstance(source, Sequence) or hasattr(source, "to_list") else list(source)
         if isinstance(source, Sequence) and any(isinstance(row, Example) for row in source):
-            given: list[Row] = []
-            for number, example in enumerate(source, start=1):
-                if not isinstance(example, Example):
-                    raise DataError(
-                        f"the given examples, row {number}: is {describe_type(example)} among tokenised "
-                        "examples; pass either rows or examples"
-                    )
-                given.append({"example": example})
-            content = ({"tokens": row["example"].tokens, "weights": row["example"].weights} for row in given)
+            wanted = "a tokenised example as the others are; pass either rows or examples"
+            checked = [
+                expect(Example, example, f"the given examples, row {number}", wanted)
+                for number, example in enumerate(source, start=1)
+            ]
+            given: list[Row] = [{"example": example} for example in checked]
+            content = ({"tokens": example.tokens, "weights": example.weights} for example in checked)
             return Rows(given, "the given examples", hash_rows(content))
     return read_rows(source)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from brushstroke.data.validate import describe_type
+from brushstroke.data.validate import expect
 from brushstroke.errors import DataError
 
 Row = Mapping[str, Any]
@@ -63,12 +63,7 @@ def _read_jsonl(path: Path) -> list[Row]:
         if not line.strip():
             continue
         row = _parse_json(line, path, number)
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}: line {number} is {describe_type(row)}; expected an object in braces on every line: "
-                "correct the line"
-            )
-        rows.append(row)
+        rows.append(expect(dict, row, f"{path}: line {number}", "an object in braces on every line"))
     return rows
 
 
@@ -84,13 +79,8 @@ def _read_json(path: Path) -> list[Row]:
                     "between [ and ]"
                 ) from None
             raise
-    rows = _parse_json(text, path)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}: row {number} is {describe_type(row)}; expected an object in braces: correct the row"
-            )
-    return rows
+    rows = enumerate(_parse_json(text, path), start=1)
+    return [expect(dict, row, f"{path}: row {number}", "an object in braces") for number, row in rows]
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:

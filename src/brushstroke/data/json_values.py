@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from brushstroke.data.validate import check_encodable, describe_type
+from brushstroke.data.validate import check_encodable, expect
 from brushstroke.errors import DataError
 
 RESERVED = frozenset(  # variables that a template already gets
@@ -62,10 +62,9 @@ def read_tools(tools: object, where: str) -> tuple[Any, ...]:
     given = parsed(tools)
     if given is None or given == "":
         return ()
-    if not isinstance(given, list | tuple):
-        raise DataError(f"{where}: 'tools' is {describe_type(tools)}; expected a list of JSON schemas")
     declared = []
-    for number, tool in enumerate(given, start=1):
+    schemas = expect(Sequence, given, f"{where}: 'tools'", "a list of JSON schemas")
+    for number, tool in enumerate(schemas, start=1):
         place = f"{where}: tool {number}"
         read = as_json(parsed(tool), place)
         _check_tool(read, place)
@@ -82,8 +81,7 @@ def read_options(options: object, where: str) -> dict[str, Any]:
     given = parsed(options)
     if given is None or given == "":
         return {}
-    if not isinstance(given, Mapping):
-        raise DataError(f"{where}: 'chat_template_kwargs' is {describe_type(options)}; expected an object")
+    given = expect(Mapping, given, f"{where}: 'chat_template_kwargs'", "an object")
     if taken := sorted(RESERVED & given.keys()):
         raise DataError(f"{where}: 'chat_template_kwargs' cannot contain {taken[0]!r}; remove it")
     return {name: value for name, value in as_json(given, where).items() if value is not None}
@@ -108,9 +106,9 @@ def without_nulls(value: Any, schema: Any = None) -> Any:
     properties = known.get("properties")
     inner = properties if isinstance(properties, Mapping) else {}
     return {
-        key: without_nulls(held, inner.get(key))
-        for key, held in value.items()
-        if held is not None or _allows_null(inner.get(key))
+        key: without_nulls(entry, inner.get(key))
+        for key, entry in value.items()
+        if entry is not None or _allows_null(inner.get(key))
     }
 
 
@@ -133,15 +131,10 @@ def _check_tool(tool: Any, place: str) -> None:
         DataError: the declaration is invalid.
     """
     function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
-    if not isinstance(function, Mapping):
-        raise DataError(
-            f"{place} is {describe_type(function)}; expected an object with the name of a function"
-        )
+    function = expect(Mapping, function, place, "an object with the name of a function")
     if not isinstance(function.get("name"), str):
         raise DataError(f"{place} has no function name; expected an object with name and parameters")
     for holder, key in ((function, "parameters"), (function.get("parameters") or {}, "properties")):
-        held = holder.get(key) if isinstance(holder, Mapping) else None
-        if held is not None and not isinstance(held, Mapping):
-            raise DataError(
-                f"{place} ({function['name']}): {key!r} is {describe_type(held)}; expected an object"
-            )
+        found = holder.get(key) if isinstance(holder, Mapping) else None
+        if found is not None:
+            expect(Mapping, found, f"{place} ({function['name']}): {key!r}", "an object")

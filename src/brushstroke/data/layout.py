@@ -20,7 +20,7 @@ from brushstroke.data.template import (
     common_opening,
     common_start,
     last_marker,
-    words_behind_marker,
+    words_after_marker,
 )
 from brushstroke.data.validate import Message
 
@@ -267,14 +267,14 @@ class LayoutFinder:
         return any(s.slot == slot and self._readable(s) for s in self.outline(index + 1).segments)
 
     def _turn(self, index: int) -> Turn:
-        alone = self.outline(index + 1)
-        start = self._start(index, alone)
+        upto = self.outline(index + 1)
+        start = self._start(index, upto)
         filled = self._filled(index)
-        stop, end = self._end(index, start, filled)
-        behind = filled(index + 1).text[stop:]
-        if not alone.text.endswith(behind) or len(alone.text) - len(behind) < start:
+        stop, end = self._answer_end(index, start, filled)
+        after = filled(index + 1).text[stop:]
+        if not upto.text.endswith(after) or len(upto.text) - len(after) < start:
             raise Unproven(f"the end of the answer in message {index + 1} cannot be found in its text")
-        return Turn(index, start, len(alone.text) - len(behind), end)
+        return Turn(index, start, len(upto.text) - len(after), end)
 
     def _turns(self) -> list[Turn]:
         """Find the answers; leave out one at the start of the conversation if its beginning cannot be found.
@@ -303,52 +303,52 @@ class LayoutFinder:
             return self.outline
         return filled
 
-    def _end(self, index: int, start: int, outline: _Outlines) -> tuple[int, str | None]:
+    def _answer_end(self, index: int, start: int, outline: _Outlines) -> tuple[int, str | None]:
         """The end position and end marker of an answer, from the outline in which it is last."""
-        alone = outline(index + 1)
-        own = [s for s in alone.segments if s.slot in outline.sketch.uses[index] and s.start >= start]
+        upto = outline(index + 1)
+        own = [s for s in upto.segments if s.slot in outline.sketch.uses[index] and s.start >= start]
         last = max((s.stop for s in own), default=start)
         is_text = not own or outline.sketch.slots[own[-1].slot or 0].part in ("content", "reasoning")
-        whole = alone.text[last:].removesuffix(self.repeated) if self.repeated else alone.text[last:]
-        self._refuse_words_behind(common_end(outline(index).text, whole) if index else "", alone.text[:last])
-        for closing in (self._lasting(index, alone, last, outline)[: len(whole)], whole):
-            answer = alone.text[start : last + len(closing)]
+        whole = upto.text[last:].removesuffix(self.repeated) if self.repeated else upto.text[last:]
+        self._refuse_words_after(common_end(outline(index).text, whole) if index else "", upto.text[:last])
+        for closing in (self._lasting(index, upto, last, outline)[: len(whole)], whole):
+            answer = upto.text[start : last + len(closing)]
             if marker := last_marker(closing, answer, self.known_markers, is_text=is_text):
                 return last + marker[0], marker[1]
         return last + len(whole), None
 
-    def _refuse_words_behind(self, ending: str, before: str) -> None:
+    def _refuse_words_after(self, ending: str, before: str) -> None:
         """Refuse words that the template writes at the end of every conversation, but not between turns.
 
         Raises:
             Unproven: there are such words.
         """
-        words = words_behind_marker(ending, self.known_markers)
+        words = words_after_marker(ending, self.known_markers)
         if words and ending not in before:
             raise Unproven(f"it writes {words[:40]!r} after every conversation, also after an answer")
 
-    def _start(self, index: int, alone: Outline) -> int:
-        own = [s.start for s in alone.segments if s.slot in self.sketch.uses[index]]
+    def _start(self, index: int, upto: Outline) -> int:
+        own = [s.start for s in upto.segments if s.slot in self.sketch.uses[index]]
         if index == 0:  # templates cannot render a prompt without messages
-            first = min(own, default=len(alone.text))
-            found = alone.text[:first].rfind(self.opening) if self.opening else -1
+            first = min(own, default=len(upto.text))
+            found = upto.text[:first].rfind(self.opening) if self.opening else -1
             if found >= 0:
                 return found + len(self.opening)
         else:
             asked = self.outline(index, ask=True).text
-            if alone.text.startswith(asked):
+            if upto.text.startswith(asked):
                 return len(asked)
             before = max((s.stop for s in self.outline(index).segments if s.slot is not None), default=0)
-            first = min((place for place in own if place >= before), default=len(alone.text))
-            common = common_opening(asked, alone.text, before, first)
-            if common >= before and self.outline(index).text[:before] == alone.text[:before]:
-                return self._behind_opening(alone.text, common, first)
+            first = min((place for place in own if place >= before), default=len(upto.text))
+            common = common_opening(asked, upto.text, before, first)
+            if common >= before and self.outline(index).text[:before] == upto.text[:before]:
+                return self._after_opening(upto.text, common, first)
         raise Unproven(
             f"the beginning of the answer in message {index + 1} cannot be found in its text: it differs "
             "from the generation prompt"
         )
 
-    def _behind_opening(self, text: str, start: int, first: int) -> int:
+    def _after_opening(self, text: str, start: int, first: int) -> int:
         """The position after the template's opening of an answer, if that precedes the first value."""
         words = self.opening.strip()
         found = text.find(words, start, first) if words else -1
@@ -383,14 +383,14 @@ class LayoutFinder:
         shown = tuple(self._fitting(outline.text[:start], turns))
         return Layout(layout.count + 1, outline, shown, frozenset(), cut=start)
 
-    def _lasting(self, index: int, alone: Outline, position: int, outline: _Outlines) -> str:
+    def _lasting(self, index: int, upto: Outline, position: int, outline: _Outlines) -> str:
         """The text after an answer that remains when the conversation continues."""
         try:
             further = outline(index + 1, ask=True).text
         except TemplateRefusal:
             return ""
-        goes_on = further[:position] == alone.text[:position]
-        return common_start(alone.text[position:], further[position:]) if goes_on else ""
+        goes_on = further[:position] == upto.text[:position]
+        return common_start(upto.text[position:], further[position:]) if goes_on else ""
 
     def _fitting(self, text: str, turns: Sequence[Turn]) -> list[Turn]:
         """The turns up to which the text equals the text in which they were the last."""

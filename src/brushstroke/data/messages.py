@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from brushstroke.data.json_values import as_json, parsed, read_options, read_tools, schema_of, without_nulls
-from brushstroke.data.validate import Message, check_encodable, describe_type
+from brushstroke.data.validate import Message, check_encodable, expect
 from brushstroke.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -89,20 +89,15 @@ def read_conversation(
     Raises:
         DataError: the conversation is invalid; the error names the message.
     """
-    given = parsed(messages)
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-        raise DataError(
-            f"{where}: 'messages' is {describe_type(messages)}; expected a list of objects with role and "
-            "content"
-        )
+    wanted = "a list of objects with role and content"
+    given = expect(Sequence, parsed(messages), f"{where}: 'messages'", wanted)
     if not given:
         raise DataError(f"{where}: 'messages' is empty; expected at least a user and an assistant turn")
     declared = read_tools(tools, where)
     read, trained, notes = [], [], set()
     for index, message in enumerate(given):
         place = f"{where}: message {index + 1}"
-        if not isinstance(message, Mapping):
-            raise DataError(f"{place} is {describe_type(message)}; expected an object with role and content")
+        message = expect(Mapping, message, place, "an object with role and content")
         reader = _MessageReader(message, place, declared)
         read.append(reader.message())
         learnt = reader.is_trained()
@@ -185,15 +180,10 @@ class _MessageReader:
         if content is None or isinstance(content, str):
             check_encodable(content or "", self.place)
             return content, ""
-        if not isinstance(content, Sequence) or isinstance(content, bytes):
-            raise DataError(f"{self.place} has {describe_type(content)} as content; expected text")
         texts, thoughts = [], []
-        for part in content:
+        for part in expect(Sequence, content, f"{self.place}: 'content'", "text"):
             fields = {"text": part} if isinstance(part, str) else part
-            if not isinstance(fields, Mapping):
-                raise DataError(
-                    f"{self.place} has a part that is {describe_type(part)}; expected an object with text"
-                )
+            fields = expect(Mapping, fields, f"{self.place}: a part of 'content'", "an object with text")
             fields = {key: value for key, value in fields.items() if value is not None}
             found = [name for name in ("text", *REASONING) if isinstance(fields.get(name), str)]
             kind = fields.get("type", "text" if fields.keys() <= {"text", *REASONING} else None)
@@ -209,9 +199,7 @@ class _MessageReader:
             return ""
         found = {thoughts} if thoughts else set()
         for name in REASONING:
-            value = given.pop(name, "")
-            if not isinstance(value, str):
-                raise DataError(f"{self.place}: {name!r} is {describe_type(value)}; expected text")
+            value = expect(str, given.pop(name, ""), f"{self.place}: {name!r}", "text")
             check_encodable(value, self.place)
             found |= {value} if value.strip() else set()
         if len(found) > 1:
@@ -228,15 +216,12 @@ class _MessageReader:
         if legacy and calls:
             raise DataError(f"{self.place} has tool_calls and function_call; keep one of them")
         calls = [{"function": legacy}] if legacy else calls
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise DataError(f"{self.place}: 'tool_calls' is {describe_type(calls)}; expected a list of calls")
+        calls = expect(Sequence, calls, f"{self.place}: 'tool_calls'", "a list of calls")
         return [self._call(call, number) for number, call in enumerate(calls, start=1)]
 
     def _call(self, call: object, number: int) -> dict[str, Any]:
         place = f"{self.place}: tool call {number}"
-        call = parsed(call)
-        if not isinstance(call, Mapping):
-            raise DataError(f"{place} is {describe_type(call)}; expected an object with name and arguments")
+        call = expect(Mapping, parsed(call), place, "an object with name and arguments")
         fields = {key: value for key, value in call.items() if value is not None}
         function = parsed(fields.pop("function", {}))
         if not isinstance(function, Mapping):
@@ -265,8 +250,7 @@ class _MessageReader:
                 raise DataError(
                     f"{place}: the arguments are not valid JSON ({error}); correct them"
                 ) from error
-        if not isinstance(arguments, Mapping):
-            raise DataError(f"{place}: the arguments are {describe_type(arguments)}; expected an object")
+        arguments = expect(Mapping, arguments, f"{place}: 'arguments'", "an object")
         arguments = as_json(arguments, f"{place}: the arguments")
         if isinstance(given, str):  # not filled with nulls from a schema
             return arguments

@@ -45,17 +45,15 @@ def find_template(given: Template) -> str | Mapping[str, str] | None:
 
 def _from_file(path: Path) -> str:
     """The template in a Jinja file, or in JSON such as chat_template.json and tokenizer_config.json."""
+    reason = "it is empty"
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a chat template ({error})") from error
-    if path.suffix == ".json":
-        try:
-            text = json.loads(text)["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path} contains no chat template under 'chat_template'; give a Jinja file"
-            ) from error
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{path} contains no chat template; give a Jinja file")
-    return text
+        template = json.loads(text)["chat_template"] if path.suffix == ".json" else text
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        template, reason = None, f"{type(error).__name__}: {error}"
+    if not isinstance(template, str) or not template.strip():
+        raise ConfigError(
+            f"{path} contains no chat template ({reason}); give a Jinja file, or JSON with the key "
+            "chat_template"
+        )
+    return template

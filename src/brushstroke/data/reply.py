@@ -42,8 +42,8 @@ class Reply:
     def calls_like(self, other: "Reply") -> bool:
         """Whether the calls are equal: names, and arguments as JSON values."""
         typed = self.typed and other.typed
-        mine, theirs = ([_comparable(call, typed) for call in reply.tool_calls] for reply in (self, other))
-        return mine == theirs
+        own, others = ([_comparable(call, typed) for call in reply.tool_calls] for reply in (self, other))
+        return own == others
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class ReplyReader:
         found = _find_calls(text, frame, tools) if frame is not None else None
         if frame is None or found is None:
             return self._without_calls(text)
-        before, calls, behind = found
+        before, calls, after = found
         reply = self._with_reasoning(before) or self._without_calls(before.removesuffix(frame.lead.strip()))
-        content = reply.content + self._plain(behind) if frame.with_content else ""
+        content = reply.content + self._plain(after) if frame.with_content else ""
         return replace(reply, content=content, tool_calls=tuple(calls), typed=frame.is_json)
 
     def _matched(self, text: str, frames: Iterable[_Frame]) -> Reply | None:
@@ -293,10 +293,10 @@ def _find_calls(
         calls.append(call)
     if closing := re.compile(_flexible(frame.after)).match(text, position):
         position = closing.end()
-    behind = text[position:].strip()
-    if behind and not frame.many:  # it may be another call
+    after = text[position:].strip()
+    if after and not frame.many:  # it may be another call
         return None
-    return text[: first.start()].rstrip(), calls, behind
+    return text[: first.start()].rstrip(), calls, after
 
 
 def _json_call(

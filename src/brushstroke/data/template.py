@@ -181,7 +181,7 @@ def last_marker(closing: str, answer: str, known: Sequence[str], *, is_text: boo
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 
-def words_behind_marker(closing: str, known: Sequence[str]) -> str:
+def words_after_marker(closing: str, known: Sequence[str]) -> str:
     """The words after the first marker in the end of a text; "" if there are none.
 
     Args:

@@ -3,11 +3,12 @@
 It does not truncate or count them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from brushstroke.data.examples import Example
 from brushstroke.data.files import Row
-from brushstroke.data.validate import describe_type
+from brushstroke.data.validate import expect
 from brushstroke.errors import DataError
 
 
@@ -54,9 +55,5 @@ def _integers(values: Any, name: str, where: str, also: int = 0) -> list[int]:
 
 def _numbers(values: Any, name: str, where: str) -> list[int | float]:
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple):
-        raise DataError(f"{where}: {name!r} is {describe_type(values)}; expected a list of numbers")
-    for index, value in enumerate(values):
-        if not isinstance(value, int | float):
-            raise DataError(f"{where}: {name}[{index}] is {describe_type(value)}; expected numbers")
-    return list(values)
+    numbers = enumerate(expect(Sequence, values, f"{where}: {name!r}", "a list of numbers"))
+    return [expect((int, float), value, f"{where}: {name}[{index}]", "a number") for index, value in numbers]

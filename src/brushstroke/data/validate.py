@@ -3,12 +3,13 @@
 It does not depend on columns, conversations or templates.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from brushstroke.errors import DataError
 
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class DataWarning(UserWarning):
@@ -28,6 +29,23 @@ def check_encodable(text: str, place: str) -> None:
             f"{place} contains half of a surrogate pair at character {error.start + 1}; write the complete "
             "character"
         ) from error
+
+
+def expect(kind: type[T] | tuple[type[T], ...], value: object, place: str, expected: str) -> T:
+    """The value, if it is of this type; a text is no sequence.
+
+    Args:
+        kind: such as str, Mapping, Sequence or (int, float).
+        value: of a data file.
+        place: what the value is, for the error message.
+        expected: what was expected instead, for the error message.
+
+    Raises:
+        DataError: it is of another type.
+    """
+    if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str | bytes)):
+        raise DataError(f"{place} is {describe_type(value)}; expected {expected}")
+    return value
 
 
 def describe_type(value: object) -> str:

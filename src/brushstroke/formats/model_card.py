@@ -7,6 +7,15 @@ import json
 from pathlib import Path
 
 from brushstroke.adapter import Adapter, Card
+from brushstroke.layers.dora import DoRA
+from brushstroke.lowrank import LowRank, Update
+
+# For people; a type of update that is not listed is named without a formula.
+_DESCRIPTIONS: dict[type[Update], str] = {
+    LowRank: "LoRA adapter (`W' = W + scale·U·V`)",
+    DoRA: "DoRA adapter (`W' = m·(W + scale·U·V)/‖W + scale·U·V‖`, with the norm of each output column)",
+}
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 
 
 def model_card(adapter: Adapter, card: Card, folder_name: str) -> str:
@@ -17,13 +26,15 @@ def model_card(adapter: Adapter, card: Card, folder_name: str) -> str:
     header = ["---", "library_name: peft", *([f"base_model: {json.dumps(base)}"] if on_hub else [])]
     if card.task == "CAUSAL_LM":
         header.append("pipeline_tag: text-generation")
-    header += ["tags:", "- lora", "- brushstroke", "---", ""]
+    kind = _kind(adapter)
+    header += ["tags:", f"- {'lora' if kind is LowRank else kind.__name__.lower()}", "- brushstroke"]
+    header += ["---", ""]
     shown = base or "BASE"
     lines = [
         f"# {folder_name}",
         "",
-        f"A low-rank adapter (LoRA) for `{shown}`: {len(adapter)} sites, rank {adapter.rank}, "
-        f"{adapter.parameters:,} parameters.",
+        f"A {_DESCRIPTIONS.get(kind, f'{kind.__name__} adapter')} for `{shown}`: {len(adapter)} sites, "
+        f"rank {adapter.rank}, {adapter.parameters:,} parameters.",
         "",
         *_facts(adapter, card),
         "",
@@ -36,11 +47,35 @@ def model_card(adapter: Adapter, card: Card, folder_name: str) -> str:
         "    ...",
         "```",
         f"With PEFT: `PeftModel.from_pretrained(model, {json.dumps(folder_name)})`. "
-        f"With vLLM: `vllm serve {shown} --enable-lora --max-lora-rank {max(adapter.rank, 8)} "
-        f"--lora-modules {folder_name}={folder_name}`.",
+        + _with_vllm(adapter, shown, folder_name),
         "",
     ]
     return "\n".join([*header, *lines])
+
+
+def _kind(adapter: Adapter) -> type[Update]:
+    """The type of the updates, which is the same at all sites; that of embeddings counts as LowRank."""
+    update = next(iter(adapter.values()), None)
+    return LowRank if update is None or isinstance(update, LowRank) else type(update)
+
+
+def _with_vllm(adapter: Adapter, base: str, folder_name: str) -> str:
+    """How to serve the adapter with vLLM, or why it cannot be served."""
+    scales = {update.scale for update in adapter.values() if isinstance(update, LowRank)}
+    rank = next((rank for rank in _VLLM_RANKS if rank >= adapter.rank), None)
+    kind = _kind(adapter)
+    if kind is not LowRank:
+        reason = f"it does not support {kind.__name__}"
+    elif len(scales) > 1:
+        reason = "it uses one scale for all sites, and here they differ"
+    elif rank is None:
+        reason = f"its largest rank is {_VLLM_RANKS[-1]}"
+    else:
+        return (
+            f"With vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} "
+            f"--lora-modules {folder_name}={folder_name}`."
+        )
+    return f"vLLM cannot load it ({reason}): merge it into its base, and serve the merged model."
 
 
 def _facts(adapter: Adapter, card: Card) -> list[str]:

@@ -60,7 +60,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an adapter so that brushstroke, PEFT and vLLM load it; all of it or nothing.
+    """Write an adapter in PEFT's layout; all of it or nothing.
+
+    PEFT loads it. The written `README.md` says whether vLLM can: only LoRA with one scale for all sites.
 
     Args:
         adapter: its updates must be of types that PEFT's files can hold.
@@ -72,7 +74,7 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
-        OutputError: the folder is not empty, has files with our names that another program wrote, or cannot
+        OutputError: the folder is not empty, has files of these names that another program wrote, or cannot
             be written.
     """
     folder = Path(folder).expanduser()
@@ -83,11 +85,11 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
 
 def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
-    """The files of an adapter: name → content.
+    """The files of an adapter in PEFT's layout: file name → content; `save` writes them to a folder.
 
     Args:
         adapter: its updates must be of types that PEFT's files can hold.
-        name: of the folder, for the model card.
+        name: the folder's name, for the model card.
 
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
@@ -116,7 +118,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Check that an adapter may be written to a folder, and remove leftovers of a killed `save` next to it.
 
     Raises:
-        OutputError: it holds files and `overwrite` is false, or another program wrote files with our names.
+        OutputError: it holds files and `overwrite` is false, or another program wrote files of these names.
     """
     clear_leftovers(folder, ADAPTER_FILES.__contains__)
     refuse_existing(folder, overwrite)
@@ -223,7 +225,9 @@ def _contents(
             )
     if len(names) > 1:
         shown = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
-        problems.append(f"it holds several adapters, with keys such as {shown}; save one of them by itself")
+        problems.append(
+            f"it holds several adapters, with keys such as {shown}; save each of them to a folder of its own"
+        )
     good = {}
     for site, found in parts.items():
         form = closest_form(found)
@@ -275,7 +279,7 @@ def _shapes_fit(axes: Mapping[str, list[str]], found: Mapping[str, Tensor], rank
 
 def _hint(key: str) -> str:
     if "modules_to_save" in key:
-        return " (a module that was trained whole, which this version cannot take)"
+        return " (a fully trained module, which this version does not support)"
     if "lora_" in key and not key.startswith("base_model.model."):
         return " (PEFT's keys begin with base_model.model.)"
     return ""

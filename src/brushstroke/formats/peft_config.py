@@ -25,7 +25,7 @@ _REFUSED = {  # fields that change the meaning of the factors, or add to them
     "modules_to_save": (
         "it holds whole copies of these modules, which cannot be attached or merged here yet; merge it with "
         "PEFT (merge_and_unload), or train it without them (where task_type is SEQ_CLS or TOKEN_CLS, PEFT "
-        "adds a classifier's head by itself: leave task_type out)"
+        "adds a classifier's head automatically: leave task_type out)"
     ),
     "trainable_token_indices": "it replaces rows of the embedding",
     "target_parameters": "it adapts bare parameters (fused experts)",
@@ -118,7 +118,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
             problems.append(f"{key!r} in a pattern is no regular expression ({error})")
     if problems:
         raise AdapterFileError(
-            f"{where} describes an adapter that this version cannot take:\n  " + "\n  ".join(problems)
+            f"{where} describes an adapter that this version does not support:\n  " + "\n  ".join(problems)
         )
     return Rule(
         stored["r"],

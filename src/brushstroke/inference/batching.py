@@ -19,7 +19,7 @@ from brushstroke.base import (
     quiet_transformers,
     refuse_unknown_tokens,
 )
-from brushstroke.errors import ConfigError, DataError
+from brushstroke.errors import DataError
 from brushstroke.inference.probes import supports_left_padding
 from brushstroke.inference.request import Output, Request, SamplingParams, check_batch_size
 from brushstroke.inference.run_batch import pad_id, routed, run_batch
@@ -49,14 +49,10 @@ def run_requests(
         on_done: called after each batch with the number of answered requests.
 
     Raises:
-        ConfigError: a model that cannot generate, or an invalid batch size.
+        ConfigError: an invalid batch size.
         DataError: a prompt is empty, or prompt and answer together exceed the model's context.
         RouteError: no bank is given, and the model's active route assigns adapters per row.
     """
-    if not hasattr(base.model, "generate"):
-        raise ConfigError(
-            f"{type(base.model).__name__} has no generate(); pass a causal language model of transformers"
-        )
     check_batch_size(batch_size)
     _check_requests(base.model, requests)
     if bank is None:

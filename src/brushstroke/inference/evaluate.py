@@ -185,8 +185,8 @@ def evaluate_all(
     encoded: dict[str, EncodedData] = {}
     losses: dict[str, Loss] = {}
     results: dict[str, Evaluation] = {}
-    with open_bank(base, trained, allow_different_base=allow_different_base) as held:
-        encoder = PromptEncoder(base, held, chat_template, date) if base.tokenizer is not None else None
+    with open_bank(base, trained, allow_different_base=allow_different_base) as bank:
+        encoder = PromptEncoder(base, bank, chat_template, date) if base.tokenizer is not None else None
         named = {name: name if name in trained else None for name in adapters}
         for name, adapter in named.items():
             encoded[name] = encode(
@@ -207,7 +207,7 @@ def evaluate_all(
                     examples = encoded[name].examples
                     count = sum(1 for example in examples if example.trained)
                     done = _reporter(on_progress, name, "loss", count)
-                    slot = None if held is None else held.slot(adapter)
+                    slot = None if bank is None else bank.slot(adapter)
                     losses[name] = total_loss(forward, examples, slot, done)
         for name, adapter in named.items():
             answers: list[dict[str, Any]] = []
@@ -219,25 +219,27 @@ def evaluate_all(
                 with _clock(seconds, name):
                     answers, right = _answers(questions, encoder, adapter, sampling, batch_size, done)
                 if 0 < len(questions) < len(source):
-                    warnings.warn(
-                        f"{len(source) - len(questions)} of {len(source)} rows have no expected answer; "
-                        "only their loss counts",
-                        DataWarning,
-                        stacklevel=2,
-                    )
-            texts = [record for record in answers if "expected_calls" not in record]
-            scores = score(((record["answer"], record["expected"]) for record in texts), right)
-            results[name] = Evaluation(
-                rows=encoded[name].report.rows,
-                loss=losses[name].mean,
-                trained_tokens=losses[name].trained_tokens,
-                exact_match=scores.exact_match,
-                valid_json=scores.valid_json,
-                field_f1=scores.field_f1,
-                seconds=seconds[name],
-                answers=tuple(answers),
-            )
+                    lacking = f"{len(source) - len(questions)} of {len(source)} rows have no expected answer"
+                    warnings.warn(f"{lacking}; only their loss counts", DataWarning, stacklevel=2)
+            results[name] = _evaluation(encoded[name], losses[name], answers, right, seconds[name])
     return results
+
+
+def _evaluation(
+    data: EncodedData, loss: Loss, answers: Sequence[dict[str, Any]], right: Sequence[bool], seconds: float
+) -> Evaluation:
+    texts = [record for record in answers if "expected_calls" not in record]
+    scores = score(((record["answer"], record["expected"]) for record in texts), right)
+    return Evaluation(
+        rows=data.report.rows,
+        loss=loss.mean,
+        trained_tokens=loss.trained_tokens,
+        exact_match=scores.exact_match,
+        valid_json=scores.valid_json,
+        field_f1=scores.field_f1,
+        seconds=seconds,
+        answers=tuple(answers),
+    )
 
 
 @contextmanager

@@ -94,15 +94,15 @@ def generate(
     require_base(base)
     sampling = SamplingParams(max_new_tokens, temperature, top_p, seed, num_beams)
     given = _check_prompts(prompts)
-    with open_bank(base, adapters, allow_different_base=allow_different_base) as held:
-        names = assign_rows(len(given), held, adapters, rows)
-        encoder = PromptEncoder(base, held, chat_template, date)
+    with open_bank(base, adapters, allow_different_base=allow_different_base) as bank:
+        names = assign_rows(len(given), bank, adapters, rows)
+        encoder = PromptEncoder(base, bank, chat_template, date)
         assigned = list(zip(given, names, strict=True))
         requests = [
             encoder.request(prompt, name, tools=tools, source=f"prompt {number}", sampling=sampling)
             for number, (prompt, name) in enumerate(assigned, start=1)
         ]
-        outputs = run_requests(base, requests, batch_size=batch_size, bank=held)
+        outputs = run_requests(base, requests, batch_size=batch_size, bank=bank)
         return [
             encoder.answer(output, name, tools_of(prompt) or tools)
             for output, (prompt, name) in zip(outputs, assigned, strict=True)
@@ -150,7 +150,7 @@ def open_bank(base: Base, adapters: Adapters, *, allow_different_base: bool = Fa
 
 
 def assign_rows(
-    count: int, held: Bank | None, adapters: Adapters, rows: Sequence[str | None] | str | None
+    count: int, bank: Bank | None, adapters: Adapters, rows: Sequence[str | None] | str | None
 ) -> list[str | None]:
     """The adapter of each prompt.
 
@@ -159,15 +159,15 @@ def assign_rows(
             adapters.
     """
     if rows is None:
-        if held is None:
+        if bank is None:
             return [None] * count
         if isinstance(adapters, Bank):
-            rows = held.active * count if len(held.active) == 1 else held.active
-        elif len(held.names) == 1:
-            rows = held.names * count
+            rows = bank.active * count if len(bank.active) == 1 else bank.active
+        elif len(bank.names) == 1:
+            rows = bank.names * count
         else:
             raise RouteError(
-                f"there are {len(held.names)} adapters ({', '.join(held.names)}); say with rows= which "
+                f"there are {len(bank.names)} adapters ({', '.join(bank.names)}); say with rows= which "
                 "adapter answers each prompt"
             )
     names: list[str | None] = [rows] * count if isinstance(rows, str) else list(rows)
@@ -175,7 +175,7 @@ def assign_rows(
         raise RouteError(
             f"there are {count} prompts and {len(names)} rows; give an adapter name (or None) for each prompt"
         )
-    if held is None and any(name is not None for name in names):
+    if bank is None and any(name is not None for name in names):
         raise RouteError("rows names adapters, but none were given; pass them as adapters=")
     return names
 
@@ -185,19 +185,19 @@ class PromptEncoder:
 
     Args:
         base: the model and its tokenizer.
-        held: the bank with the adapters.
+        bank: the bank with the adapters.
         chat_template: used for all instead of the templates that adapters were trained with.
         date: used for all instead of the day of an adapter's training.
     """
 
     def __init__(
-        self, base: Base, held: Bank | None, chat_template: Template = None, date: str | None = None
+        self, base: Base, bank: Bank | None, chat_template: Template = None, date: str | None = None
     ) -> None:
         if base.tokenizer is None:
             raise DataError(
                 "this base has no tokenizer, so prompts cannot be encoded; pass Base(model, tokenizer)"
             )
-        self.base, self.bank, self._date = base, held, date
+        self.base, self.bank, self._date = base, bank, date
         self._template = find_template(chat_template)
         self._formats: dict[str, ChatFormat] = {}
         self._model_stops = _generation_stops(base)
@@ -284,11 +284,8 @@ def _generation_stops(base: Base) -> tuple[int, ...]:
 
 
 def _check_prompts(prompts: Sequence[Prompt] | str) -> list[Prompt]:
-    if not isinstance(prompts, Iterable):
-        raise ConfigError(f"prompts must be texts or conversations; got {prompts!r}")
-    if isinstance(prompts, Mapping):
-        raise ConfigError("prompts is a single message; a conversation is a list of messages: [[{...}]]")
-    given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
+    given: list[Any] = [prompts] if one else list(prompts)
     for number, prompt in enumerate(given, start=1):
         if isinstance(prompt, Mapping):
             raise ConfigError(

@@ -6,6 +6,7 @@ It runs no model: `batching` and `run_batch` do.
 from dataclasses import dataclass
 from typing import Literal
 
+from brushstroke.checks import check_integer, check_number
 from brushstroke.errors import ConfigError
 
 Finish = Literal["stop", "length"]
@@ -35,20 +36,15 @@ class SamplingParams:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            _check_count(name, getattr(self, name))
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{name} must be a number; got {value!r}")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+        check_integer("max_new_tokens", self.max_new_tokens)
+        check_integer("num_beams", self.num_beams)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        check_number("top_p", self.top_p, above=0, at_most=1)
+        check_number("temperature", self.temperature, at_least=0)
+        if 0 < self.temperature < MIN_TEMPERATURE:
             raise ConfigError(
                 f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}; got {self.temperature!r}"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number from 0 to {2**63 - 1}; got {self.seed!r}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1; got {self.top_p!r}")
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -57,12 +53,7 @@ def check_batch_size(batch_size: int) -> None:
     Raises:
         ConfigError: not a whole number of at least 1.
     """
-    _check_count("batch_size", batch_size)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+    check_integer("batch_size", batch_size)
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ class Bank:
     def _banked_class(self, name: str, path: str, update: Update) -> type[Banked]:
         """The layer class that can hold this update; it must match the updates already at this site."""
         cls = banked_class(name, path, variant_of(path, update, self._sites[path].kind))
-        module, held = site_module(self.model, path), self._modules.get(path)
-        if held is not None and not isinstance(held, cls):
+        module, current = site_module(self.model, path), self._modules.get(path)
+        if current is not None and not isinstance(current, cls):
             raise AttachError(
                 f"adapter {name!r} has a {type(update).__name__} at {path}, where the bank holds another "
                 "type of update; load it before the others, or put it into a separate bank"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brushstroke.errors import AttachError, ShapeError
 from brushstroke.layers.adapted import Trial
-from brushstroke.layers.fresh import Start, zero_V
+from brushstroke.layers.fresh import Start, fresh_lora
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.lowrank.apply import LinearParts
@@ -141,7 +141,7 @@ def _refuse(what: str) -> NoReturn:
 
 def fresh_dora(start: Start) -> DoRA:
     """V = 0 and the norms of W as magnitude, so that the model first computes what its base computes."""
-    zero = zero_V(start)
+    zero = fresh_lora(start)
     return DoRA(zero.U, zero.V, _plain_weight(start.module, start.site.path).norm(dim=0).cpu(), zero.scale)
 
 
@@ -163,10 +163,10 @@ class AttachedDoRA(AttachedLinear):
             AttachError: W is packed, or a column of W + scale·U·V has the norm 0.
         """
         super().install(update._direction, trainable=trainable, dropout=dropout)
-        held = update.magnitude.detach().to(self.lora_V.device, self.lora_V.dtype).clone()
-        self.register_parameter("lora_magnitude", nn.Parameter(held, requires_grad=trainable))
+        value = update.magnitude.detach().to(self.lora_V.device, self.lora_V.dtype).clone()
+        self.register_parameter("lora_magnitude", nn.Parameter(value, requires_grad=trainable))
         W = _plain_weight(self, self._site)
-        self.register_buffer("lora_squares", W.square().sum(0).to(held.device), persistent=False)
+        self.register_buffer("lora_squares", W.square().sum(0).to(value.device), persistent=False)
         norms = self._norms((self.lora_U_rows, self.lora_V, self.lora_scale))
         if zero := int((norms == 0).sum()):
             raise AttachError(

@@ -17,7 +17,7 @@ class EmbeddingLowRank(LowRank):
     """scale·U·V for an embedding of d tokens and width h; in files its factors have other names."""
 
 
-def zero_U(start: Start) -> EmbeddingLowRank:
+def fresh_embedding(start: Start) -> EmbeddingLowRank:
     """U = 0 and V from the standard normal distribution, so that all rows of U train at the same rate."""
     V = torch.randn(start.rank, start.site.h, generator=start.generator)
     return EmbeddingLowRank(torch.zeros(start.site.d, start.rank), V, start.scale)

@@ -25,7 +25,7 @@ class Start(NamedTuple):
     generator: torch.Generator
 
 
-def zero_V(start: Start) -> LowRank:
+def fresh_lora(start: Start) -> LowRank:
     """U by the config's rule and V = 0, so that the model first computes exactly what its base computes."""
     U_rows = INITS[start.config.init](start.site.d, start.rank, start.generator)
     return LowRank(U_rows.mT, torch.zeros(start.rank, start.site.h), start.scale)

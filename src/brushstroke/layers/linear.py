@@ -106,8 +106,8 @@ class AttachedLinear(_LowRankLayer, Attached):
         if trainable:
             dtype = torch.float64 if torch.float64 in (self.weight.dtype, dtype) else torch.float32
         for name, tensor in (("lora_U_rows", update.U.mT), ("lora_V", update.V)):
-            held = tensor.detach().to(self.weight.device, dtype).clone(memory_format=torch.contiguous_format)
-            self.register_parameter(name, nn.Parameter(held, requires_grad=trainable))
+            value = tensor.detach().to(self.weight.device, dtype).clone(memory_format=torch.contiguous_format)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
         self.lora_scale, self.dropout = update.scale, dropout
 
     def factors(self) -> Mapping[str, nn.Parameter]:
@@ -154,13 +154,13 @@ class BankedLinear(_LowRankLayer, Banked):
     """y = x·W + (x·U_s)·V_s, where s is the slot of each row; V includes the scale.
 
     Buffers `bank_U_rows` (s×r×d) and `bank_V` (s×r×h). A slot of smaller rank is padded with zeros; its rank
-    is in `bank_ranks`. Slot 0 is all zeros.
+    is in `slot_ranks`. Slot 0 is all zeros.
     """
 
     bank_U_rows: Tensor
     bank_V: Tensor
-    bank_ranks: list[int]
-    _added = ("bank_U_rows", "bank_V", "bank_ranks")
+    slot_ranks: list[int]
+    _added = ("bank_U_rows", "bank_V", "slot_ranks")
 
     @classmethod
     def fits(cls, update: LowRank, module: nn.Module) -> bool:
@@ -172,7 +172,7 @@ class BankedLinear(_LowRankLayer, Banked):
         """One slot, of rank 0."""
         d, h = self.widths
         self._set_stacks(torch.zeros(1, 0, d), torch.zeros(1, 0, h))
-        self.bank_ranks = [0]
+        self.slot_ranks = [0]
 
     def write(self, slot: int, update: LowRank | None) -> None:
         """Write a slot; the stacks grow if they have too few slots or too small a rank."""
@@ -192,16 +192,16 @@ class BankedLinear(_LowRankLayer, Banked):
         if update:
             U_rows[slot, :rank] = update.U.mT
             V[slot, :rank] = _scaled_V(update).to(V.dtype)
-        ranks = list(self.bank_ranks) + [0] * (slots - len(self.bank_ranks))
+        ranks = list(self.slot_ranks) + [0] * (slots - len(self.slot_ranks))
         ranks[slot] = rank
-        self.bank_ranks = ranks
+        self.slot_ranks = ranks
 
     def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
         """One random U·V in slot 1."""
         U_rows, V, expected = self.random_factors(x, base, generator)
         stacks = {"bank_U_rows": U_rows, "bank_V": V}
         tensors = {name: torch.stack([t * 0, t]) for name, t in stacks.items()}
-        return Trial(tensors, {"bank_ranks": [0, 1]}, expected)
+        return Trial(tensors, {"slot_ranks": [0, 1]}, expected)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output, plus the low-rank term of each row, or of each span of a packed row."""
@@ -225,7 +225,7 @@ class BankedLinear(_LowRankLayer, Banked):
             return None
         rank = self.bank_V.shape[1]  # ranks of one slot, with its padding
         spans = tuple(
-            Span(span.tokens, slice(rank * span.slot, rank * span.slot + self.bank_ranks[span.slot]))
+            Span(span.tokens, slice(rank * span.slot, rank * span.slot + self.slot_ranks[span.slot]))
             for span in self.spans(x)
         )
         stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
@@ -233,7 +233,7 @@ class BankedLinear(_LowRankLayer, Banked):
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
         """The spans whose slot has an update at this site."""
-        return tuple(span for span in super().spans(x) if self.bank_ranks[span.slot])
+        return tuple(span for span in super().spans(x) if self.slot_ranks[span.slot])
 
     def may_stack(self, x: Tensor) -> bool:
         """Whether to multiply all rows by all factors: for small batches with several adapters."""
@@ -250,7 +250,7 @@ class BankedLinear(_LowRankLayer, Banked):
         return gathered_term(x, self.bank_U_rows[slots], self.bank_V[slots])
 
     def _factors(self, slot: int) -> Factors:
-        rank = self.bank_ranks[slot]
+        rank = self.slot_ranks[slot]
         return self.bank_U_rows[slot, :rank], self.bank_V[slot, :rank], 1.0
 
     def _set_stacks(self, U_rows: Tensor, V: Tensor) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from brushstroke.errors import AttachError, ConfigError, did_you_mean
 from brushstroke.layers.adapted import Attached, Banked
 from brushstroke.layers.dora import AttachedDoRA, BankedDoRA, DoRA, fresh_dora
-from brushstroke.layers.embedding import AttachedEmbedding, BankedEmbedding, EmbeddingLowRank, zero_U
-from brushstroke.layers.fresh import Start, zero_V
+from brushstroke.layers.embedding import AttachedEmbedding, BankedEmbedding, EmbeddingLowRank, fresh_embedding
+from brushstroke.layers.fresh import Start, fresh_lora
 from brushstroke.layers.linear import AttachedLinear, BankedLinear
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.sites import Site
@@ -34,12 +34,12 @@ class Variant:
     kinds: tuple[str, ...]
     attached: type[Attached]
     banked: type[Banked] | None = None
-    fresh: Callable[[Start], Update] = zero_V
+    fresh: Callable[[Start], Update] = fresh_lora
 
 
 VARIANTS = [
     Variant("lora", LowRank, ("linear", "conv1d"), AttachedLinear, BankedLinear),
-    Variant("lora", EmbeddingLowRank, ("embedding",), AttachedEmbedding, BankedEmbedding, zero_U),
+    Variant("lora", EmbeddingLowRank, ("embedding",), AttachedEmbedding, BankedEmbedding, fresh_embedding),
     Variant("dora", DoRA, ("linear", "conv1d"), AttachedDoRA, BankedDoRA, fresh_dora),
 ]
 

@@ -51,9 +51,9 @@ def check_merged(
     *,
     trust_remote_code: bool = False,
 ) -> CheckResult:
-    """‖merged − adapted‖ / ‖adapted‖ of all float outputs on made-up inputs, both models in fp32 on the CPU.
+    """‖merged − adapted‖ / ‖adapted‖ of all float outputs on generated inputs.
 
-    The folder is loaded as plain transformers would load it.
+    Both models run in fp32 on the CPU. The folder is loaded as plain transformers would load it.
 
     Args:
         source: the base, loaded or as a folder.
@@ -103,7 +103,7 @@ def _try_inputs(
                 raise
             except Exception as error:  # any error means that the model does not accept these inputs
                 reason = " ".join(str(error).split())[:160]
-                failures.append((set(inputs), f"made-up inputs fail ({type(error).__name__}: {reason})"))
+                failures.append((set(inputs), f"generated inputs fail ({type(error).__name__}: {reason})"))
                 continue
         taken |= set(inputs)
         if outputs and reached & set(idle):
@@ -122,7 +122,7 @@ def _why_idle(model: nn.Module, taken: set[str], failures: list[tuple[set[str], 
     kind = type(model).__name__
     takes = ", ".join(inspect.signature(model.forward).parameters)
     ran = ", and runs without them" if taken else ""
-    return f"no made-up input reaches them ({kind} takes {takes}{ran})"
+    return f"no generated input reaches them ({kind} takes {takes}{ran})"
 
 
 @contextmanager

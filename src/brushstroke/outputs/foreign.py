@@ -21,10 +21,11 @@ class OwnFiles:
 
     Args:
         names: the names of all files.
-        keys: name → whether the JSON object in that file (for .jsonl: in its first line) is of our form.
+        keys: name → whether the JSON object in that file (for .jsonl: in its first line) has the form that
+            brushstroke writes.
         marks: names in `keys`; if one of these files is recognised, files that cannot be checked, and damaged
             ones, count as written by brushstroke.
-        vouchers: name → names of files, one of which must be recognised for that file.
+        recognised_with: name → names of files, one of which must be recognised for that file.
         texts: name → a text that also identifies the file.
         otherwise: the reason in the error for a file that is not recognised.
     """
@@ -32,7 +33,7 @@ class OwnFiles:
     names: tuple[str, ...]
     keys: Mapping[str, Callable[[Mapping[str, Any]], bool]] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
-    vouchers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recognised_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     otherwise: str = "was not written by brushstroke"
 
@@ -41,25 +42,25 @@ class OwnFiles:
         found = read_first(path)
         return isinstance(found, dict) and self.keys[path.name](found)
 
-    def refuse_foreign(self, folder: Path, *, vouched: bool = False) -> None:
+    def refuse_foreign(self, folder: Path, *, is_own_folder: bool = False) -> None:
         """Check that everything in a folder under one of the names is of this kind.
 
         Args:
             folder: the folder, which may be missing.
-            vouched: whether the caller knows that brushstroke wrote the folder.
+            is_own_folder: whether the caller knows that brushstroke wrote the folder.
 
         Raises:
             OutputError: a file may belong to the user or another program, or is a folder.
         """
         own = {name for name in self.keys if self.is_own(folder / name)}
-        sure = vouched or bool(own.intersection(self.marks))
+        sure = is_own_folder or bool(own.intersection(self.marks))
         for name in self.names:
             path = folder / name
             if not os.path.lexists(path):
                 continue
             known = name in own or name not in self.keys or not read_first(path)
-            if name in self.vouchers:
-                known = bool(own.intersection(self.vouchers[name])) or self._has_text(path)
+            if name in self.recognised_with:
+                known = bool(own.intersection(self.recognised_with[name])) or self._has_text(path)
             if not (known and sure and path.is_file()):
                 raise foreign(path, self.otherwise)
 

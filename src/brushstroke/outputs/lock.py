@@ -22,7 +22,7 @@ PATIENCE, PAUSE = 1.0, 0.01  # seconds to wait for readers of a folder, and betw
 LOCKS = Path("/proc/locks")  # on Linux, the list of locks and the processes that hold them
 
 
-def hold(path: Path) -> int:
+def lock_shared(path: Path) -> int:
     """Open a folder or file and share its lock: until the handle is closed, it is not removed.
 
     Raises:
@@ -51,7 +51,7 @@ def is_at(handle: int, path: Path) -> bool:
     return False
 
 
-def try_alone(handle: int, *, without_locks: bool) -> bool:
+def try_exclusive(handle: int, *, without_locks: bool) -> bool:
     """Try to lock exclusively; returns whether it worked, or `without_locks` if there are no locks."""
     if fcntl is None:
         return without_locks
@@ -63,14 +63,14 @@ def try_alone(handle: int, *, without_locks: bool) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, handle: int) -> Iterator[None]:
+def exclusive(folder: Path, handle: int) -> Iterator[None]:
     """Context manager: hold a folder's lock exclusively; afterwards the handle shares it again.
 
     Raises:
         OutputError: another process still holds it after a second.
     """
     end = time.monotonic() + PATIENCE
-    while not try_alone(handle, without_locks=True):
+    while not try_exclusive(handle, without_locks=True):
         if time.monotonic() > end:
             raise _in_use(folder)
         time.sleep(PAUSE)
@@ -90,7 +90,7 @@ class RunLock:
         self._made_folder = False
 
     @property
-    def held(self) -> bool:
+    def is_locked(self) -> bool:
         """Whether this run holds the lock."""
         return self._handle is not None
 
@@ -117,9 +117,9 @@ class RunLock:
             self._handle = self._take()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Context manager: exclude readers while files are removed, if this run holds the lock."""
-        with nullcontext() if self._handle is None else alone(self._folder, self._handle):
+        with nullcontext() if self._handle is None else exclusive(self._folder, self._handle):
             yield
 
     def release(self) -> None:
@@ -134,9 +134,9 @@ class RunLock:
 
     def _take(self) -> int:
         while True:
-            handle = hold(self._folder)
+            handle = lock_shared(self._folder)
             try:
-                with alone(self._folder, handle):
+                with exclusive(self._folder, handle):
                     pass
             except BaseException:
                 os.close(handle)

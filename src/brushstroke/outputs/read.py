@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from brushstroke.outputs.lock import hold, is_at
+from brushstroke.outputs.lock import is_at, lock_shared
 
 _RELATIVE = {os.open, os.stat} <= os.supports_dir_fd
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def open_folder(path: Path) -> Iterator["OpenFolder"]:
     Raises:
         OSError: it does not exist, or cannot be opened.
     """
-    handle = hold(path)
+    handle = lock_shared(path)
     try:
         yield OpenFolder(path, handle if _RELATIVE else None)
     finally:
@@ -38,7 +38,7 @@ def read_unreplaced(path: Path, read: Callable[[], T]) -> T:
         OSError: there is no such folder, or it cannot be opened.
     """
     while True:
-        handle = hold(path)
+        handle = lock_shared(path)
         try:
             found = read()
             if is_at(handle, path):

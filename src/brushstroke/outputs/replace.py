@@ -14,7 +14,7 @@ from pathlib import Path
 
 from brushstroke.errors import OutputError
 from brushstroke.outputs.exchange import exchange
-from brushstroke.outputs.lock import try_alone
+from brushstroke.outputs.lock import try_exclusive
 from brushstroke.outputs.write import (
     PARTIAL,
     made_folder,
@@ -69,7 +69,7 @@ def remove_own(folder: Path, owned: Collection[str]) -> None:
 
 @contextmanager
 def replace_folder(
-    folder: Path, is_ours: Callable[[str], bool], *, check: Callable[[], None] = lambda: None
+    folder: Path, is_owned: Callable[[str], bool], *, check: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
     """Context manager: an empty folder that replaces another at the end, or is removed after an error.
 
@@ -77,7 +77,7 @@ def replace_folder(
 
     Args:
         folder: to replace or to create; call `clear_leftovers` first.
-        is_ours: whether to remove a file of the old folder (by its relative path) that no new one replaces.
+        is_owned: whether to remove a file of the old folder (by its relative path) that no new one replaces.
         check: called right before the exchange; if it raises, the old folder does not change.
 
     Raises:
@@ -92,39 +92,41 @@ def replace_folder(
         try:
             yield new
             _sync(new)
-            _carry_over(folder, new, is_ours)
+            _carry_over(folder, new, is_owned)
             check()
             _swap(new, folder, work / _OLD)
         finally:
             if new.is_dir() and not os.path.samestat(new.stat(), built):  # the exchanged one
-                _carry_over(new, folder, is_ours)
-            _end(work, folder, is_ours, without_locks=True)
+                _carry_over(new, folder, is_owned)
+            _finish(work, folder, is_owned, without_locks=True)
             sync_folder(folder.parent)
 
 
-def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
+def clear_leftovers(folder: Path, is_owned: Callable[[str], bool]) -> None:
     """Remove leftovers of killed processes next to a folder; restores the old folder if there is no other.
 
     Args:
         folder: the folder that was to be replaced or created.
-        is_ours: as for `replace_folder`.
+        is_owned: as for `replace_folder`.
 
     Raises:
         OutputError: this is not possible, or another process is replacing the folder now.
     """
     folder = folder.expanduser().resolve()
-    clear_leftovers_in(folder.parent, folder.name.__eq__, is_ours)
+    clear_leftovers_in(folder.parent, folder.name.__eq__, is_owned)
 
 
-def clear_leftovers_in(parent: Path, is_named: Callable[[str], bool], is_ours: Callable[[str], bool]) -> None:
+def clear_leftovers_in(
+    parent: Path, is_named: Callable[[str], bool], is_owned: Callable[[str], bool]
+) -> None:
     """Remove leftovers of killed processes next to folders with certain names; see `clear_leftovers`."""
     for work in filter(_is_work, partial_names(parent, is_named)):
         folder = parent / PARTIAL.sub(r"\g<name>", work.name)
         with output_errors(folder), suppress(FileNotFoundError):  # another process has removed it
             handle = os.open(work, os.O_RDONLY)
             try:
-                if try_alone(handle, without_locks=False):
-                    _end(work, folder, is_ours, without_locks=False)
+                if try_exclusive(handle, without_locks=False):
+                    _finish(work, folder, is_owned, without_locks=False)
                 elif (work / _OLD).is_dir() and not folder.exists():
                     raise OutputError(
                         f"another process is replacing {folder}, whose files are now in {work / _OLD}; "
@@ -142,7 +144,7 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
         os.rename(new, folder)
 
 
-def _end(work: Path, folder: Path, is_ours: Callable[[str], bool], *, without_locks: bool) -> None:
+def _finish(work: Path, folder: Path, is_owned: Callable[[str], bool], *, without_locks: bool) -> None:
     """Finish or undo the replacement in a work folder, and remove all of it that is not being read."""
     old, new = work / _OLD, work / _NEW
     if old.is_dir():
@@ -152,7 +154,7 @@ def _end(work: Path, folder: Path, is_ours: Callable[[str], bool], *, without_lo
         elif new.is_dir():  # another process created this folder
             return
         else:
-            _carry_over(old, folder, is_ours)
+            _carry_over(old, folder, is_owned)
     for left in (old, new):
         _remove_unread(left, without_locks)
     remove_empty(work)
@@ -162,7 +164,7 @@ def _remove_unread(folder: Path, without_locks: bool) -> None:
     with suppress(FileNotFoundError):
         handle = os.open(folder, os.O_RDONLY)
         try:
-            if try_alone(handle, without_locks=without_locks):
+            if try_exclusive(handle, without_locks=without_locks):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)
@@ -182,8 +184,8 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _carry_over(old: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
-    """Copy files of the old folder that `is_ours` does not select and no file replaces, as hard links.
+def _carry_over(old: Path, new: Path, is_owned: Callable[[str], bool]) -> None:
+    """Copy files of the old folder that `is_owned` does not select and no file replaces, as hard links.
 
     Raises:
         OutputError: the old folder has a file or a link where the new one has a folder, or the reverse.
@@ -199,7 +201,7 @@ def _carry_over(old: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
             )
         if _is_folder(source):
             target.mkdir(exist_ok=True)
-        elif not there and not is_ours(PARTIAL.sub(r"\g<name>", name)):
+        elif not there and not is_owned(PARTIAL.sub(r"\g<name>", name)):
             try:
                 os.link(source, target, follow_symlinks=False)
             except OSError:

@@ -3,6 +3,7 @@
 It does not replace a folder so that the old files survive a killed process; `replace` does.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -11,9 +12,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import BrushstrokeError, OutputError
-from brushstroke.outputs.lock import alone, hold, try_alone
+from brushstroke.outputs.lock import exclusive, lock_shared, try_exclusive
 
 PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")  # a file or folder that is being written
+_FREE_SPACE = "free disk space there, or choose another folder"
+_CHANGE_RIGHTS = "choose a folder in which you may write, or change its permissions"
+_ADVICE = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "raise the limit for the size of a file (ulimit -f), or choose another file system",
+    errno.EACCES: _CHANGE_RIGHTS,
+    errno.EPERM: _CHANGE_RIGHTS,
+    errno.EROFS: "choose a folder on a file system that is not mounted read-only",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "check the disk, or choose a folder on another one",
+}
 
 
 @contextmanager
@@ -25,9 +38,8 @@ def output_errors(where: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise OutputError(
-            f"cannot write {where}: {reason}; make room there, or choose another place"
-        ) from error
+        advice = _ADVICE.get(error.errno or 0, "check the path, or choose another folder")
+        raise OutputError(f"cannot write {where}: {reason}; {advice}") from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -98,7 +110,7 @@ def new_partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         make(partial)
         with suppress(FileNotFoundError):
-            handle = hold(partial)
+            handle = lock_shared(partial)
             break
     try:
         yield partial
@@ -136,7 +148,7 @@ def remove_partial_files(folder: Path, is_named: Callable[[str], bool]) -> None:
             with suppress(FileNotFoundError, PermissionError):
                 handle = os.open(path, os.O_RDONLY)
                 try:
-                    if try_alone(handle, without_locks=False):
+                    if try_exclusive(handle, without_locks=False):
                         path.unlink()
                 finally:
                     os.close(handle)
@@ -184,9 +196,9 @@ def _unread(folder: Path, marker: str) -> Iterator[None]:
     if not os.path.lexists(folder / marker):
         yield
         return
-    handle = hold(folder)
+    handle = lock_shared(folder)
     try:
-        with alone(folder, handle):
+        with exclusive(folder, handle):
             yield
     finally:
         os.close(handle)

@@ -4,6 +4,7 @@ It changes no weight and runs no optimiser; `select` decides which of the two fo
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class Outputs:
         return summed_loss(self.logits(), self.targets, self.weights, loss)
 
 
-class _Headed:
+class _Headed(ABC):
     """Base class of packed and padded passes: computes loss and logits from the outputs of `_run`."""
 
     _model: nn.Module
@@ -113,11 +114,11 @@ class _Headed:
     _moving: int | None  # rows with more tokens than this change the rotary frequencies of their whole pass
     _ends: Callable[[Row], int]  # the number of a row's tokens that run
 
-    def _run(self, packed: Pass) -> Outputs:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, packed: Pass) -> Outputs: ...
 
-    def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
-        raise NotImplementedError
+    @abstractmethod
+    def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]: ...
 
     def passes(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
         """Arrange rows over passes; rows that change the rotary frequencies of others run alone."""

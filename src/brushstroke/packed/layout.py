@@ -101,17 +101,10 @@ class Layout:
 
 
 def build_layout(packed: Pass, device: torch.device, cache: KeyValueCache | None = None) -> Layout:
-    """Build the tensors of a pass; a part of a group continues the prefix in `cache`.
-
-    Raises:
-        ValueError: the pass is part of a group, and there is no `cache` prefix.
-    """
+    """Build the tensors of a pass; a part of a group continues the prefix in `cache`."""
     made = _PackedRow()
     for group in packed.groups:
-        if group.part is not None and cache is None:
-            raise ValueError(
-                "this pass is part of a group but has no prefix cache; run the passes of a step with `run`"
-            )
+        assert group.part is None or cache is not None, "run the passes of a step with `run`"
         prefix = None
         if group.prefix and group.part is None:
             prefix = len(made.pieces)

@@ -12,8 +12,8 @@ from brushstroke.data import Example, common_length
 
 MAX_GROUP = 256  # rows; bounds the search for the best grouping
 MIN_PREFIX = 8  # tokens; a shorter common prefix does not justify a separate attention call
-HELD_SAVES = 128  # tokens that a prefix cache must save to justify a separate pass,
-HELD_SHARE = 0.05  # and as a share of the computed tokens of its group
+REUSE_SAVES = 128  # tokens that a prefix cache must save to justify a separate pass,
+REUSE_SHARE = 0.05  # and as a share of the computed tokens of its group
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,15 @@ def plan_passes(
     """
     groups = share_prefixes(rows) if share else [Group(0, (row,)) for row in rows]
     whole: list[Group] = []
-    held: list[Pass] = []
+    reusing: list[Pass] = []
     for group in groups:
         parts = _parts(group, micro_tokens) if reuse_prefix and group.prefix else []
         saved = (len(parts) - 1) * group.prefix
-        if saved >= max(HELD_SAVES, HELD_SHARE * group.computed_tokens):
-            held += [Pass((part,)) for part in parts]
+        if saved >= max(REUSE_SAVES, REUSE_SHARE * group.computed_tokens):
+            reusing += [Pass((part,)) for part in parts]
         else:
             whole.append(group)
-    return [*_fill(whole, micro_tokens), *held]
+    return [*_fill(whole, micro_tokens), *reusing]
 
 
 def _parts(group: Group, micro_tokens: int) -> list[Group]:
@@ -179,8 +179,8 @@ def _fill(groups: Sequence[Group], micro_tokens: int) -> list[Pass]:
 def _pass(groups: Sequence[Group]) -> Pass:
     """A pass of these groups. Rows without a shared prefix form one group, so that attention batches them."""
     shared = [group for group in groups if group.prefix and len(group.members) > 1]
-    alone = [row for group in groups if group not in shared for row in group.members]
-    return Pass((*shared, Group(0, _ordered(alone)))) if alone else Pass(tuple(shared))
+    without_prefix = [row for group in groups if group not in shared for row in group.members]
+    return Pass((*shared, Group(0, _ordered(without_prefix)))) if without_prefix else Pass(tuple(shared))
 
 
 def share_prefixes(rows: Sequence[Row]) -> list[Group]:

@@ -97,9 +97,6 @@ def prepare(
     Raises:
         ConfigError: a value is invalid, or the model cannot run on tokens.
     """
-    asked = isinstance(micro_tokens, int) and micro_tokens > 0
-    if micro_tokens != "auto" and not asked:
-        raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {micro_tokens!r}")
     device = factors[0].device
     if torch_compile and device.type != "cuda":
         raise ConfigError(
@@ -124,7 +121,7 @@ def prepare(
     except BaseException:
         fusion.remove()
         raise
-    if asked:
+    if micro_tokens != "auto":
         chosen, reason = int(micro_tokens), "asked for"
     return Prepared(
         forward,

@@ -130,7 +130,7 @@ def fetch(asset: Asset, say: Callable[[str], None] = lambda text: print(text, fi
     except OSError as error:
         raise AssetError(
             f"cannot write {asset.what} into {asset.path.parent} ({error.strerror or error}); "
-            "set BRUSHSTROKE_CACHE to a folder with 200 MB of free space"
+            "set BRUSHSTROKE_CACHE to a writable folder with 200 MB of free space"
         ) from error
     return asset.path
 

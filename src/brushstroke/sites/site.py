@@ -57,15 +57,15 @@ class Other:
     Args:
         path: of the module or the parameter.
         kind: the module's class, such as "Conv2d", or "bare 3-D parameter".
-        weighs: whether it has its own weight of two or more axes and is no embedding; then groups of targets
-            list it as left out.
-        holds: names of sites below it.
+        has_weight: whether it has its own weight of two or more axes and is no embedding; groups of
+            targets then list it as left out.
+        sites_below: names of sites below it.
     """
 
     path: str
     kind: str
-    weighs: bool = False
-    holds: tuple[str, ...] = ()
+    has_weight: bool = False
+    sites_below: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
@@ -75,8 +75,9 @@ class Other:
         'a Conv2d, which cannot be adapted yet'
         """
         article = "an" if self.kind[0] in "AEIOU" else "a"
-        if self.holds:
-            return f"{article} {self.kind} that holds other layers: name those ({', '.join(self.holds[:6])})"
+        if self.sites_below:
+            below = ", ".join(self.sites_below[:6])
+            return f"{article} {self.kind} that holds other layers: name those ({below})"
         return f"{article} {self.kind}, which cannot be adapted yet"
 
 

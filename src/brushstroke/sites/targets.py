@@ -103,7 +103,9 @@ def resolve_targets(config: LoraConfig, sites: Sequence[Site], others: Sequence[
             found = [site for site in found if site.path not in skipped]
         else:
             named.update(site.path for site in found)
-        skipped |= {other.path: other.reason for other in others if other.weighs and _selects(pattern, other)}
+        skipped |= {
+            other.path: other.reason for other in others if other.has_weight and _selects(pattern, other)
+        }
         matches[pattern] = tuple(site.path for site in found)
     _refuse_unmatched("target", matches, sites, others)
 
@@ -213,7 +215,7 @@ def _group_meant(kind: str, pattern: str) -> str:
 def _instead(pattern: str, sites: Sequence[Site], others: Sequence[Other]) -> str:
     """The non-sites that a pattern selects, and why they cannot be adapted; if none, the nearest names."""
     group = pattern in GROUPS
-    found = {o.path: f"is {o.reason}" for o in others if _selects(pattern, o) and (o.weighs or not group)}
+    found = {o.path: f"is {o.reason}" for o in others if _selects(pattern, o) and (o.has_weight or not group)}
     if group:
         left_out = [site for site in sites if _selects(pattern, site)]
         found |= {site.path: f"is left out: {_left_out_of_groups(site)}" for site in left_out}

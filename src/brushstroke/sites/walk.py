@@ -102,11 +102,11 @@ def find_others(model: Any, sites: Sequence[Site]) -> list[Other]:
         new = module not in seen
         seen.add(module)
         axes = {name: p.ndim for name, p in module.named_parameters(recurse=False) if p.ndim > 1}
-        weighs = new and "weight" in axes and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        others.append(Other(path, type(module).__name__, weighs, tuple(below.get(path, ()))))
+        has_weight = new and "weight" in axes and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        others.append(Other(path, type(module).__name__, has_weight, tuple(below.get(path, ()))))
         for name in (name for name in axes if name != "weight"):
             full = f"{path}.{name}".lstrip(".")
-            others.append(Other(full, f"bare {axes[name]}-D parameter", weighs=new))
+            others.append(Other(full, f"bare {axes[name]}-D parameter", has_weight=new))
     return others
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from brushstroke.adapter import LoraConfig
-from brushstroke.checks import check_counts
+from brushstroke.checks import check_integer
 from brushstroke.errors import ConfigError
 from brushstroke.layers import FullFineTuning
 from brushstroke.sites import Site
@@ -59,7 +59,7 @@ class Arm:
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("dimension", self.dimension)):
             if value is not None:
-                check_counts(name, [value])
+                check_integer(name, value)
 
     @property
     def request(self) -> LoraConfig | FullFineTuning:

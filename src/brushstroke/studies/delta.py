@@ -11,7 +11,7 @@ from typing import Any
 from brushstroke.analysis import Relation, mean_deciles, relate, spectrum
 from brushstroke.analysis.relate import SiteRelation
 from brushstroke.analysis.table import short_names
-from brushstroke.checks import check_counts
+from brushstroke.checks import check_integer
 from brushstroke.report.charts import lines, site_map
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
@@ -69,7 +69,8 @@ class DeltaStudy:
     name: str = "delta"
 
     def __post_init__(self) -> None:
-        check_counts("rank", self.ranks)
+        for value in self.ranks:
+            check_integer("rank", value)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each rank; with general text also one that trains W, and each with fewer steps."""

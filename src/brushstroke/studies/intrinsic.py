@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from brushstroke.checks import check_counts
+from brushstroke.checks import check_integer
 from brushstroke.errors import ConfigError
 from brushstroke.report.charts import lines
 from brushstroke.studies.arm_run import ArmRunner, Score
@@ -55,9 +55,10 @@ class IntrinsicStudy:
     name: str = "intrinsic"
 
     def __post_init__(self) -> None:
-        check_counts("dimension", self.dimensions)
+        for value in self.dimensions:
+            check_integer("dimension", value)
         if self.rank is not None:
-            check_counts("rank", [self.rank])
+            check_integer("rank", self.rank)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm with all parameters, and one for each dimension, with its rates multiplied by √(D/d).

@@ -84,7 +84,7 @@ def _write_tables(report: Report, folder: Path, *, csv: bool, latex: bool) -> No
 def _write_figures(report: Report, folder: Path) -> None:
     """Write every figure as PNG and SVG, in the state in which the page shows it at first."""
     convert = require("vl_convert", extra="report")
-    drawn = {file_name(one): _alone(one) for finding in report.findings for one in finding.figures}
+    drawn = {file_name(one): _standalone(one) for finding in report.findings for one in finding.figures}
     files = {f"{name}.png": convert.vegalite_to_png(spec, scale=PNG_SCALE) for name, spec in drawn.items()}
     files |= {f"{name}.svg": convert.vegalite_to_svg(spec) for name, spec in drawn.items()}
     report.results.store.keep_note(FIGURES, list(files))
@@ -186,7 +186,7 @@ def _loss(tried: Mapping[float, float | None], rate: float) -> str:
     return "×" if loss is None else f"{loss:.4f}"
 
 
-def _alone(figure: Figure) -> dict[str, Any]:
+def _standalone(figure: Figure) -> dict[str, Any]:
     """A figure for a separate file: with its own width, background and title."""
     spec = {**figure.spec, "config": {**figure.spec.get("config", {}), "background": "white"}}
     if spec.get("width") == "container":

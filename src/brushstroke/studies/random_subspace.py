@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brushstroke.errors import ConfigError
-
 DENSE_NUMBERS = 2**26  # maximum number of values of a dense Gaussian P: 256 MiB in float32
 
 
@@ -21,22 +19,14 @@ class SubspaceAdamW:
 
     Args:
         parameters: θ, with D values in total.
-        dimension: k, of z.
+        dimension: k, of z; from 1 to D.
         learning_rate: of AdamW on z.
         seed: of P.
-
-    Raises:
-        ConfigError: k is not between 1 and D.
     """
 
     def __init__(self, parameters: Sequence[Tensor], dimension: int, learning_rate: float, seed: int) -> None:
         self._parameters = list(parameters)
         total = sum(parameter.numel() for parameter in parameters)
-        if not 1 <= dimension <= total:
-            raise ConfigError(
-                f"a subspace of {dimension} dimensions does not fit {total:,} parameters; choose from 1 to "
-                f"{total:,} dimensions"
-            )
         first = self._parameters[0]
         self._start = [parameter.detach().clone() for parameter in self._parameters]
         self._projection = _projection(total, dimension, seed, first)

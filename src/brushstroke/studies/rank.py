@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from brushstroke.analysis import SiteSpectrum, Spectrum, spectrum, subspace
-from brushstroke.checks import check_counts, check_margin
+from brushstroke.checks import check_integer, check_number
 from brushstroke.report.charts import lines
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import (
@@ -70,8 +70,9 @@ class RankStudy:
     name: str = "rank"
 
     def __post_init__(self) -> None:
-        check_counts("rank", self.ranks)
-        check_margin(self.margin)
+        for value in self.ranks:
+            check_integer("rank", value)
+        check_number("the margin of equality (--margin)", self.margin, above=0)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each rank, and one that trains W."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from brushstroke.adapter import Adapter
-from brushstroke.checks import check_minutes, check_rates
+from brushstroke.checks import check_number, check_rates
 from brushstroke.errors import ConfigError, TrainingError
 from brushstroke.studies.arm_run import ArmRunner, Outcome
 from brushstroke.studies.arms import Arm, Run
@@ -205,7 +205,7 @@ def estimate(
         ConfigError: not even one arm fits, or the budget is not a number above 0.
     """
     if budget_minutes is not None:
-        check_minutes(budget_minutes)
+        check_number("the time budget in minutes (--budget-minutes)", budget_minutes, above=0)
     each: dict[bool, float] = {}
     with _threads(1 if workers > 1 else torch.get_num_threads()):
         for arm in sorted(arms, key=arm_runner.numbers, reverse=True):

@@ -13,7 +13,7 @@ from typing import Any
 from brushstroke.analysis import SiteOverlap, subspace
 from brushstroke.analysis.overlap import overlap_grid
 from brushstroke.analysis.weights import low_rank_updates
-from brushstroke.checks import check_counts
+from brushstroke.checks import check_integer
 from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import OTHER, Arm, low_rank, matrices_name, on_other_task
@@ -65,7 +65,7 @@ class SeedsStudy:
     name: str = "seeds"
 
     def __post_init__(self) -> None:
-        check_counts("rank", [self.rank])
+        check_integer("rank", self.rank)
 
     def arms(self, material: Material) -> list[Arm]:
         """The arm, and its control if there is another task."""

@@ -34,16 +34,11 @@ class Interval:
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The t-interval of a mean: mean ± t·sd/√n with n − 1 degrees of freedom.
-
-    Raises:
-        ValueError: there are no values.
+    """The t-interval of the mean of at least one value: mean ± t·sd/√n with n − 1 degrees of freedom.
 
     >>> print(interval([1.0, 2.0, 3.0]))
     2 [-0.4841, 4.484]
     """
-    if not values:
-        raise ValueError("an interval needs at least one value")
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return Interval(mean, None, None, 1)

@@ -174,9 +174,8 @@ def run_studies(
         with damaged(folder / STUDY, START_OVER):
             planned = replace(Estimate.from_dict(known), resumed=True)
     store = Store(folder, settings, overwrite=overwrite)
-    if unknown := {*planned.arms} - {*arms}:
-        with damaged(folder / STUDY, START_OVER):
-            raise ValueError(f"no arms of this study: {unknown}")
+    with damaged(folder / STUDY, START_OVER):
+        kept = [arms[name] for name in planned.arms]
     store.keep_note("plan", asdict(planned))
     stated = store.note("margins")
     if known is None and stated is None:
@@ -196,7 +195,7 @@ def run_studies(
             on_run(progress)
 
     found = run_arms(
-        arm_runner, store, every, material.grid, planned, execute=execute, workers=workers, on_run=after_run
+        arm_runner, store, kept, material.grid, planned, execute=execute, workers=workers, on_run=after_run
     )
     rows = {name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()}
     results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})

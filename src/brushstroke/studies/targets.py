@@ -6,7 +6,7 @@ Does not implement the comparison (`comparisons` does).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from brushstroke.checks import check_counts, check_margin, check_parameters
+from brushstroke.checks import check_integer, check_number
 from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
 from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
@@ -52,11 +52,11 @@ class TargetsStudy:
     _found: Budget | None = None
 
     def __post_init__(self) -> None:
-        check_margin(self.margin)
+        check_number("the margin of equality (--margin)", self.margin, above=0)
         if self.rank is not None:
-            check_counts("rank", [self.rank])
+            check_integer("rank", self.rank)
         if self.budget is not None:
-            check_parameters(self.budget)
+            check_integer("the number of parameters (--budget)", self.budget)
 
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each set of matrices."""

@@ -122,15 +122,22 @@ def _pretrained(seed: int) -> Any:
 def _sources() -> Iterator[bytes]:
     """The contents of the standard library's files, in the order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        file for file in root.rglob("*.py") if not set(file.relative_to(root).parts[:-1]) & LEFT_OUT
-    )
+    for file in _library_files("**/*.py"):
+        if not set(file.relative_to(root).parts[:-1]) & LEFT_OUT:
+            yield file.read_bytes()
+
+
+def _library_files(*patterns: str) -> list[Path]:
+    """The files of the standard library that match a pattern, sorted by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(file for pattern in patterns for file in root.glob(pattern))
     if not files:
-        raise DataError(
-            f"there is no Python source in {root}; use a Python that has its standard library as text"
-        )
-    for file in files:
-        yield file.read_bytes()
+        raise DataError(f"this Python has no {patterns[0]} in {root}; use one with a full standard library")
+    return files
 
 
 def help_texts() -> list[str]:
@@ -139,9 +146,7 @@ def help_texts() -> list[str]:
     Raises:
         DataError: this Python does not have the file.
     """
-    file = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
-    if not file.is_file():
-        raise DataError(f"this Python has no {file}; the presets need a full standard library")
+    (file,) = _library_files("pydoc_data/topics.py")
     tree = ast.parse(file.read_text("utf-8"))
     values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     topics: dict[str, str] = ast.literal_eval(values)
@@ -149,12 +154,7 @@ def help_texts() -> list[str]:
 
 
 def _tables() -> list[bytes]:
-    folder = Path(sysconfig.get_path("stdlib")) / "encodings"
-    files = sorted(folder.glob("cp*.py")) + sorted(folder.glob("iso8859_*.py"))
-    if not files:
-        raise DataError(
-            f"this Python has no encodings in {folder}; the tiny study needs a full standard library"
-        )
+    files = _library_files("encodings/cp*.py", "encodings/iso8859_*.py")
     texts = [file.read_bytes() for file in files]
     return [text[text.find(b"decoding_table") :] for text in texts if b"decoding_table" in text]
 

@@ -113,16 +113,15 @@ def read_state(folder: Path | OpenFolder) -> dict[str, Any]:
         state = read_json(folder / STATE)
     except (OSError, ValueError) as error:
         raise damaged(folder, str(error)) from error
-    if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
-        raise damaged(folder, f"its {STATE} lacks fields")
-    if state["format"] != FORMAT:
+    state = state if isinstance(state, dict) else {}
+    if state.get("format", FORMAT) != FORMAT:
         found = f"{state['format']!r}{OTHER_FORMATS.get(state['format'], '')}"
         raise ResumeError(
             f"the checkpoint {folder} has format {found}; this version reads {FORMAT}: continue with the "
             "version that wrote it, or start over with overwrite (--overwrite)"
         )
     if state != sealed(state):
-        raise damaged(folder, f"the checksum of {STATE} does not match")
+        raise damaged(folder, f"{STATE} is incomplete or its checksum does not match")
     return state
 
 

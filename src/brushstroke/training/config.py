@@ -4,14 +4,14 @@ It does not describe the adapter: `LoraConfig` does.
 """
 
 import dataclasses
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
+from brushstroke.checks import check_choice, check_integer, check_number
 from brushstroke.data import Template, find_template
 from brushstroke.data.template import read_date
-from brushstroke.errors import ConfigError, did_you_mean, refuse_unknown
+from brushstroke.errors import refuse_unknown
 from brushstroke.packed.memory import MODES
 from brushstroke.training.schedule import SCHEDULES
 
@@ -59,14 +59,17 @@ class StepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, above_0=("learning_rate", "max_length"), from_0=("weight_decay", "clip", "seed"))
-        _check_integers(self, "max_length", "seed")
-        if self.seed > MAX_SEED:
-            raise ConfigError(f"seed must be at most {MAX_SEED}; got {self.seed}")
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, above=0)
+        check_number("weight_decay", self.weight_decay, at_least=0)
+        check_number("clip", self.clip, at_least=0)
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        if self.max_length is not None:
+            check_integer("max_length", self.max_length)
+        if self.micro_tokens != "auto":
+            check_integer("micro_tokens (if not 'auto')", self.micro_tokens)
+        check_choice("memory", self.memory, MODES)
         object.__setattr__(self, "chat_template", find_template(self.chat_template))
-        if self.micro_tokens != "auto" and not (_is_integer(self.micro_tokens) and self.micro_tokens > 0):
-            raise ConfigError(f"micro_tokens must be 'auto' or a number above 0; got {self.micro_tokens!r}")
-        _check_choice(self, "memory", MODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +107,15 @@ class TrainConfig(StepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = ("max_steps", "batch_size", "eval_every", "checkpoint_every")
-        _check_numbers(self, above_0=("epochs", *whole), from_0=("warmup",))
-        _check_integers(self, *whole)
+        for name in ("max_steps", "batch_size", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None:
+                check_integer(name, value)
+        check_number("epochs", self.epochs, above=0)
+        check_number("warmup", self.warmup, at_least=0)
         if self.date is not None:
             read_date(self.date)
-        _check_choice(self, "schedule", SCHEDULES)
+        check_choice("schedule", self.schedule, SCHEDULES)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""
@@ -120,38 +126,6 @@ class TrainConfig(StepConfig):
         """The inverse of `as_dict`; an unknown key is an error."""
         refuse_unknown(settings, (field.name for field in dataclasses.fields(cls)), "a training config")
         return cls(**settings)
-
-
-def _check_numbers(config: StepConfig, *, above_0: tuple[str, ...], from_0: tuple[str, ...]) -> None:
-    for name in above_0:
-        value = getattr(config, name)
-        if value is not None and not (_is_number(value) and 0 < value < math.inf):
-            raise ConfigError(f"{name} must be a number above 0; got {value!r}")
-    for name in from_0:
-        value = getattr(config, name)
-        if not (_is_number(value) and 0 <= value < math.inf):
-            raise ConfigError(f"{name} must be a non-negative number; got {value!r}")
-
-
-def _check_integers(config: StepConfig, *names: str) -> None:
-    for name in names:
-        if (value := getattr(config, name)) is not None and not _is_integer(value):
-            raise ConfigError(f"{name} must be a whole number; got {value!r}")
-
-
-def _check_choice(config: StepConfig, name: str, choices: Collection[str]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        hint = did_you_mean(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
-
-
-def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, float)
 
 
 LORA_OVER_FULL = 10  # ratio of the best learning rates: low-rank factors to full fine-tuning of W

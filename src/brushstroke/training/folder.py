@@ -107,7 +107,7 @@ class RunFolder:
     @property
     def claimed(self) -> bool:
         """Whether this run has locked the folder and may write."""
-        return self._lock.held
+        return self._lock.is_locked
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -189,14 +189,15 @@ class RunFolder:
         path = self.best(step)
         try:
             best = load(path)
-            if _sums(path) != sums:
-                raise AdapterFileError(f"the checksums of {path} do not match")
-            return best
+            if _sums(path) == sums:
+                return best
+            reason = f"the checksums of {path} do not match"
         except AdapterFileError as error:
-            raise ResumeError(
-                f"{self.checkpoints()[-1]} needs the best adapter up to its step, but {error}; remove that "
-                "checkpoint to continue from an earlier one, or start over with overwrite (--overwrite)"
-            ) from error
+            reason = str(error)
+        raise ResumeError(
+            f"{self.checkpoints()[-1]} needs the best adapter up to its step, but {reason}; remove that "
+            "checkpoint to continue from an earlier one, or start over with overwrite (--overwrite)"
+        )
 
     def prune(self, best_step: int) -> None:
         """Remove all checkpoints except the last two, and temporary files of interrupted writes.
@@ -230,7 +231,7 @@ class RunFolder:
             steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
             for folder in () if step else (*reversed(steps), *best):  # the metrics belong to the last step
                 remove_own(folder, names_in(folder))
-            with self._lock.alone():
+            with self._lock.exclusive():
                 remove_files(self.path, (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))))
             if step:
                 write_file(self.path / METRICS, metrics)

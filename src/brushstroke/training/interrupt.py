@@ -11,13 +11,13 @@ from typing import Any
 
 
 class DeferredInterrupts:
-    """Context manager: the first SIGINT raises KeyboardInterrupt, but only after the end of a `held` block.
+    """Context manager: the first SIGINT raises KeyboardInterrupt, but not before a `deferred` block ends.
 
     Later ones do nothing: the checkpoint is being written at that time.
     """
 
     def __init__(self) -> None:
-        self._held = False
+        self._deferring = False
         self._pending = False
         self._raised = False
         self._before: Any = None
@@ -32,18 +32,18 @@ class DeferredInterrupts:
             signal.signal(signal.SIGINT, self._before)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Context manager: delay an interrupt until the end of the block."""
-        self._held = True
+        self._deferring = True
         try:
             yield
         finally:
-            self._held = False
+            self._deferring = False
             if self._pending:
                 self._raise()
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._held:
+        if self._deferring:
             self._pending = True
         else:
             self._raise()

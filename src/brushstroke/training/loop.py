@@ -14,6 +14,7 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
+from brushstroke.checks import refuse_evaluation
 from brushstroke.data import EncodedData
 from brushstroke.errors import ConfigError, NonFiniteError, OutputError
 from brushstroke.formats import load, require_savable
@@ -104,7 +105,8 @@ def train(
         config or TrainConfig(), lora, start, loss, prompt_column, completion_column, allow_different_base
     )
     require_base(base)
-    _require_eval_data(request.config, eval_data)
+    if eval_data is None:
+        refuse_evaluation(request.config.keep_best, request.config.eval_every)
     folder = open_folder(out, base.name, resume=resume, overwrite=overwrite)
     chat = make_chat(base, request, folder.date())
     examples = read_data(base, data, request, chat)
@@ -190,7 +192,7 @@ class _Run:
         began = time.perf_counter()
         result = session.forward_backward(self._batches.batch(session.steps), self._loss)
         rate = session.learning_rate * factor(config.schedule, session.steps, self.steps, config.warmup)
-        with self._interrupts.held():
+        with self._interrupts.deferred():
             session.optim_step(rate)
             now = time.perf_counter()
             event = StepEvent(
@@ -219,7 +221,7 @@ class _Run:
         if self._held_out is None or not due or totals.evaluated >= session.steps:
             return
         evaluation = _evaluate(session, self._held_out, totals.best_loss)
-        with self._interrupts.held():
+        with self._interrupts.deferred():
             totals.evaluated = session.steps
             if evaluation.best:
                 totals.best_loss, totals.best_step = evaluation.loss, session.steps
@@ -238,7 +240,7 @@ class _Run:
         """Save a checkpoint if one is due after this step; the last step writes the adapter instead."""
         steps = self._session.steps
         if steps % self._config.checkpoint_every == 0 and steps < self.steps:
-            with self._interrupts.held():
+            with self._interrupts.deferred():
                 self.save_checkpoint()
 
     def save_checkpoint(self) -> Path | None:
@@ -253,7 +255,7 @@ class _Run:
         self._require_finite(tensor for update in adapter.values() for tensor in update.tensors().values())
         summary = summarise(self._session, self.totals, self._identity, self._examples)
         adapter = adapter.with_card(card_of_run(adapter, summary, self._examples))
-        with self._interrupts.held():
+        with self._interrupts.deferred():
             try:
                 self._folder.finish(adapter, summary)
             except OutputError:
@@ -271,12 +273,6 @@ class _Run:
             f"the factors contain non-finite values after step {self._session.steps}; lower the learning "
             f"rate (it is {self._session.learning_rate:g}){also}, and start over with overwrite (--overwrite)"
         )
-
-
-def _require_eval_data(config: TrainConfig, eval_data: Any) -> None:
-    if eval_data is None and (config.keep_best or config.eval_every is not None):
-        option = "keep_best" if config.keep_best else "eval_every"
-        raise ConfigError(f"{option} needs evaluation data; give eval_data")
 
 
 def _count_steps(batches: BatchSampler, config: TrainConfig) -> int:

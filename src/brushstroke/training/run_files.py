@@ -29,7 +29,7 @@ OWN_FILES = OwnFiles(
         **ADAPTER_KEYS,
     },
     marks=(METRICS, EVALUATIONS, RUN, CARD),
-    vouchers={README: (RUN, CARD)},
+    recognised_with={README: (RUN, CARD)},
 )
 INSIDE = {"step": STEP_FILES, "best": OwnFiles(ADAPTER_FILES, ADAPTER_KEYS, (CARD,))}
 
@@ -59,13 +59,13 @@ def refuse_foreign(folder: Path) -> None:
     """
     kept = [(path, kind) for kind in INSIDE for path in checkpoint_folders(folder, kind)]
     is_run = any(STEP_FILES.is_own(path / STATE) for path, kind in kept if kind == "step")
-    OWN_FILES.refuse_foreign(folder, vouched=is_run)
+    OWN_FILES.refuse_foreign(folder, is_own_folder=is_run)
     is_run = is_run or any(OWN_FILES.is_own(folder / name) for name in OWN_FILES.marks)
     for path in (folder / CHECKPOINTS, *(path for path, _ in kept)):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise foreign(path, OWN_FILES.otherwise)
     for path, kind in kept:
-        INSIDE[kind].refuse_foreign(path, vouched=is_run)
+        INSIDE[kind].refuse_foreign(path, is_own_folder=is_run)
 
 
 def clear_run(folder: Path) -> None:

@@ -6,8 +6,6 @@ It runs no training step.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, check_max_length, context_length, require_base
 from brushstroke.data import ChatFormat, EncodedData, encode, find_template
@@ -41,9 +39,6 @@ class RunRequest:
             raise ConfigError(
                 "got an adapter instead of a LoraConfig; to continue its training, pass it as start="
             )
-        alphas = (lora.alpha, *lora.alpha_pattern.values()) if lora else ()
-        if any(alpha > torch.finfo(torch.float32).max for alpha in alphas):
-            raise ConfigError(f"alpha must be within the range of float32; got {max(alphas):g}")
         if self.start is not None and lora is not None and lora != LoraConfig(dropout=lora.dropout):
             raise ConfigError(
                 "a start adapter keeps its own rank, scale and targets; give a LoraConfig that sets only "
