@@ -17,7 +17,6 @@ from brushstroke.layers.adapted import Trial
 from brushstroke.layers.fresh import Start, fresh_lora
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors
 from brushstroke.lowrank import LowRank, Update
-from brushstroke.lowrank.apply import LinearParts
 from brushstroke.sites import weight_dxh
 
 
@@ -154,6 +153,7 @@ class AttachedDoRA(AttachedLinear):
 
     lora_magnitude: nn.Parameter
     lora_squares: Tensor  # ‖W‖² of each output column
+    _only_adds = False
     _added = (*AttachedLinear._added, "lora_magnitude", "lora_squares")
 
     def install(self, update: DoRA, *, trainable: bool, dropout: float) -> None:  # type: ignore[override]
@@ -182,11 +182,6 @@ class AttachedDoRA(AttachedLinear):
         """Copies of the current tensors."""
         low = super().update()
         return DoRA(low.U, low.V, self.lora_magnitude.detach().clone(), low.scale)
-
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions do not support norms."""
-        self._route.record(self)
-        return None
 
     def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
         """y + (m/n − 1)·x·W + m/n·scale·(x·U)·V, where n are the norms of W + scale·U·V."""
@@ -231,6 +226,7 @@ class BankedDoRA(BankedLinear):
     """
 
     bank_gain: Tensor
+    _only_adds = False
     _added = (*BankedLinear._added, "bank_gain")
 
     @classmethod
@@ -258,10 +254,6 @@ class BankedDoRA(BankedLinear):
         gain = torch.ones_like(tensors["bank_V"][:, 0])
         gain[1] = 2
         return Trial({**tensors, "bank_gain": gain}, settings, expected + self._unbiased(base).double())
-
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions do not support norms."""
-        return None
 
     def may_stack(self, x: Tensor) -> bool:
         """False: each row scales the base's output too."""
