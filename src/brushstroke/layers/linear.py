@@ -28,7 +28,7 @@ from brushstroke.sites.kinds import CONV1D, LINEAR, compute_dtype
 
 STACKED_ROWS, STACKED_RANKS = 256, 256  # up to this size, one product of all factors and rows is faster
 
-Factors = tuple[Tensor, Tensor, Any]  # Uᵀ (r×d), V (r×h), scale; a subclass may need more than one number
+Factors = tuple[Tensor, Tensor, Any]  # Uᵀ (r×d), V (r×h), scale (in subclasses possibly a tensor)
 
 
 class _LowRankLayer(Adapted):
@@ -38,7 +38,7 @@ class _LowRankLayer(Adapted):
     _only_adds: ClassVar[bool] = True  # whether an update only adds scale·(x·U)·V to the output
 
     def widen(self, ranks: int) -> None:
-        """Store the weight in one matrix with an update of this rank, if it can be, for one product of both."""
+        """Store the weight and an update of this rank in one matrix, if that is possible."""
         self.release()
         if WideWeight.fits(self, ranks):
             self.lora_wide = WideWeight(self, self._kind, ranks)

@@ -41,7 +41,7 @@ class WideWeight:
 
     @staticmethod
     def fits(module: nn.Module, ranks: int) -> bool:
-        """Whether a layer's weight can become a view: a plain tensor in half precision, in its own storage."""
+        """Whether a layer's weight can become a view: plain, in half precision, in its own storage."""
         weight: Any = module.weight
         plain = (
             type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.layout == torch.strided

@@ -38,8 +38,8 @@ class LinearParts(NamedTuple):
         scale: the factor of the low-rank term.
         weight_is_dxh: whether `weight` is (d×h).
         spans: which rows use which ranks; spans do not overlap. By default all rows use all ranks.
-        wide: [W ; scale·V] as one matrix ((d+p)×h, p ≥ r, further rows zero), of which `weight` is a view; with it
-            one product rounds the whole sum once. None: two products.
+        wide: [W ; scale·V] as one matrix ((d+p)×h, p ≥ r, other rows zero), of which `weight` is a view: one
+            product of it rounds the sum once. None: two products.
     """
 
     weight: Tensor
