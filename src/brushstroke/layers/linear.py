@@ -50,7 +50,8 @@ class _LowRankLayer(Adapted):
             self.lora_wide = None
 
     def with_update(self, V: Tensor, scale: float, *, constant: bool = False) -> Tensor | None:
-        """[W ; scale·V] as one matrix; None if W has its own storage, or V = 0: then the base's product is used.
+        """[W ; scale·V] in one matrix; None if W has its own storage, or if V = 0 (then x·W is the output).
+
 
         Args:
             V: (r×h).
