@@ -180,6 +180,11 @@ def test_the_advice_of_an_error_fits_its_cause(tmp_path: Path, number: int, advi
     assert ("space" in message) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
+def test_the_advice_also_fits_an_error_number_in_the_text(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="free disk space"), output_errors(tmp_path):
+        raise OSError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 def write_and_fail(file: Path, error: BaseException) -> None:
     file.write_text("2")
     raise error

@@ -38,7 +38,9 @@ def output_errors(where: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        advice = _ADVICE.get(error.errno or 0, "check the path, or choose another folder")
+        in_text = re.search(r"\(os error (\d+)\)", reason)  # as safetensors reports it
+        number = error.errno or (int(in_text[1]) if in_text else 0)
+        advice = _ADVICE.get(number, "check the path, or choose another folder")
         raise OutputError(f"cannot write {where}: {reason}; {advice}") from error
 
 
