@@ -12,7 +12,7 @@ from brushstroke.adapter.fingerprint import SAMPLES, sample, sample_positions
 from brushstroke.errors import AdapterFileError, BaseMismatchError
 from brushstroke.layers import attach
 from brushstroke.lowrank import LowRank
-from brushstroke.merging import merge
+from brushstroke.merging import Rounding, merge, merge_weight
 from brushstroke.sites import QuantisedBaseWarning
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -92,6 +92,25 @@ def test_small_merged_update_is_not_taken_for_the_base(now, size):
     verdict = judge(Fingerprint.of(to(base, now)), done, deltas)
     if shows and (now != torch.float16 or size > 1e-5):
         assert verdict in (Verdict.MERGED, Verdict.FOREIGN)
+
+
+SMALL = [
+    (then, now, size)
+    for then in FLOATS
+    for now in HALVES
+    for size in (0.01, 0.001, 1e-4, 3e-5, 1e-5)
+    # One step of bf16 is within the rounding of a base that was stored in fp16.
+    if (then, now) != (torch.float16, torch.bfloat16) or size >= 0.001
+]
+
+
+@pytest.mark.parametrize(("then", "now", "size"), SMALL)
+def test_a_stochastic_merge_is_recognised(then, now, size):
+    base = to(weights(sites=100), then)
+    deltas = {path: update(seed=int(path), size=size) for path in base}
+    stochastic = Rounding("stochastic", seed=5)
+    done = {p: merge_weight(W.to(now), deltas[p], p, stochastic, p)[0] for p, W in base.items()}
+    assert judge(Fingerprint.of(base), done, deltas) is Verdict.MERGED
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

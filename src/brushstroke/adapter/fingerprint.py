@@ -107,6 +107,7 @@ class Fingerprint:
             The verdict, and the relative difference ‖current − stored‖ / ‖stored‖ over all samples.
         """
         current: list[Tensor] = []
+        exact: list[Tensor] = []
         stored: list[Tensor] = []
         paths = [path for path in self.samples if path in weights]
         same = True
@@ -116,6 +117,7 @@ class Fingerprint:
                 return Verdict.FOREIGN, float("inf")
             same = same and self._same(path, W)
             current.append(sample(W).double())
+            exact.append(_values(W).double())
             stored.append(self.samples[path].double())
         now, then = torch.cat(current), torch.cat(stored)
         difference = float((now - then).norm() / then.norm().clamp_min(1e-30))
@@ -123,9 +125,11 @@ class Fingerprint:
             return Verdict.SAME, difference
         deltas = [delta_at(path, *sample_positions(*self.shapes[path])) for path in paths]
         delta = torch.cat([values.cpu().double() for values in deltas])
-        merged = then + delta
+        merged, found = then + delta, torch.cat(exact)
+        # A merge rounds to either neighbour of the sum: at most one step away, and on average not at all.
         rounding = _BF16_ULP * (then.abs() + merged.abs()) + 2.0**-14 * float(then.abs().mean())
-        if bool(((now - merged).abs() <= rounding).all()) and (now - merged).norm() < (now - then).norm():
+        near = bool(((found - merged).abs() <= rounding).all())
+        if near and (found - merged).norm() < (found - then).norm():
             return Verdict.MERGED, difference
         if (quantised or self.quantised) and difference <= QUANTISED_TOLERANCE:
             merged_in = _contains_delta(now - then, delta)

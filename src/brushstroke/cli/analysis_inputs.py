@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
 from brushstroke.checks import check_integer, check_one_rank, check_stored
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import say
-from brushstroke.cli.values import Whole, whole
+from brushstroke.cli.values import Count, Whole
 from brushstroke.fetch import adapter_shapes
 from brushstroke.locate import require_base_files, stored_shapes
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from brushstroke.adapter import Adapter
     from brushstroke.analysis import DirectionCache
 
-Count = Annotated[int, Parameter(converter=whole)]
 PROGRESS_SECONDS = 10.0
 
 

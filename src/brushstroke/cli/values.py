@@ -74,6 +74,7 @@ def _whole(text: str, expected: str) -> int:
     return found
 
 
+Count = Annotated[int, Parameter(converter=whole)]
 Whole = Annotated[int | None, Parameter(converter=whole)]
 WholeOrAuto = Annotated[str | None, Parameter(converter=whole_or_auto)]
 

@@ -6,6 +6,7 @@ It trains nothing and does not print.
 from brushstroke.inference.batching import run_requests
 from brushstroke.inference.chat import ChatSession
 from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
+from brushstroke.inference.gain import GainKept, gain_kept
 from brushstroke.inference.generate import Answer, generate, shown_prompt
 from brushstroke.inference.loss import Loss, evaluate_loss
 from brushstroke.inference.request import Output, Request, SamplingParams, check_batch_size
@@ -15,6 +16,7 @@ __all__ = [
     "Answer",
     "ChatSession",
     "Evaluation",
+    "GainKept",
     "Loss",
     "Output",
     "Request",
@@ -24,6 +26,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "evaluate_loss",
+    "gain_kept",
     "generate",
     "json_object",
     "run_requests",

@@ -12,6 +12,7 @@ from torch import Tensor
 from brushstroke.errors import ConfigError, ShapeError
 from brushstroke.lowrank import algebra
 from brushstroke.lowrank.algebra import Factors
+from brushstroke.lowrank.product import reproducible_product
 from brushstroke.lowrank.spectra import Svd, above_rounding, product_rounding, singular_values, svd
 from brushstroke.lowrank.update import Update
 
@@ -113,8 +114,8 @@ class LowRank(Update):
         return {"U": self.U, "V": self.V}
 
     def dense(self, W: Float[Tensor, "d h"] | None = None) -> Float[Tensor, "d h"]:
-        """scale·U·V; W is not needed."""
-        return self.scale * (self.U @ self.V)
+        """scale·U·V; W is not needed. The bits do not depend on threads or on blocks of columns."""
+        return self.scale * reproducible_product(self.U, self.V)
 
     def entries(
         self, i: Int[Tensor, " n"], j: Int[Tensor, " n"], W: Float[Tensor, "d h"] | None = None

@@ -31,7 +31,10 @@ class Update(ABC):
 
     @abstractmethod
     def dense(self, W: Float[Tensor, "d h"] | None = None) -> Float[Tensor, "d h"]:
-        """ΔW as a matrix; W is needed only by updates whose ΔW depends on it."""
+        """ΔW as a matrix; W is needed only by updates whose ΔW depends on it.
+
+        Merging needs the same bits for any number of threads and from any `columns` of the update.
+        """
 
     @abstractmethod
     def entries(

@@ -12,10 +12,12 @@ from brushstroke.merging.in_memory import (
     merge_weight,
     require_adapter,
 )
+from brushstroke.merging.rounding import Rounding
 
 __all__ = [
     "ExportReport",
     "MergeReport",
+    "Rounding",
     "SiteDrift",
     "check_forward",
     "merge",

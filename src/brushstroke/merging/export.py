@@ -21,6 +21,7 @@ from brushstroke.errors import BaseLoadError, ConfigError, MergeError, OutputErr
 from brushstroke.files import read_json
 from brushstroke.formats.peft import CONFIG as ADAPTER_CONFIG
 from brushstroke.merging.in_memory import MergeReport, SiteDrift, merge, require_adapter
+from brushstroke.merging.rounding import Mode, Rounding
 from brushstroke.merging.side_files import (
     CONFIG,
     GENERATION,
@@ -51,8 +52,11 @@ class ExportReport:
         merged: the drift of each site, and the ties that had to be undone.
         logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, and of all other
             float outputs of a model: of the one that differs most, if measured.
+        effect: the share of the adapter's change of these outputs that the merged model has, of the output
+            that keeps least; None if not measured: then only `survived` is known, which is of ΔW.
         logit_drift_skipped: what was not measured, and why: the whole check, or sites that no input reached.
         compared: the names of these outputs.
+        rounding: how weights in half precision were rounded, and the seed.
         chat_template_saved: whether the adapter's chat template replaced another one, or none.
         stop_tokens_saved: the tokens that end the adapter's answers and were added to the base's stop tokens.
         left_out: files of the base's folder that were not copied: weights in a form that was not merged,
@@ -64,8 +68,10 @@ class ExportReport:
     out: Path
     merged: MergeReport
     logit_drift: float | None
+    effect: float | None
     logit_drift_skipped: str | None
     compared: tuple[str, ...]
+    rounding: Rounding
     chat_template_saved: bool
     stop_tokens_saved: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -100,8 +106,12 @@ class ExportReport:
             "survived": self.survived,
             "output_drift": self.output,
             "logit_drift": self.logit_drift,
+            "effect": self.effect,
             "logit_drift_skipped": self.logit_drift_skipped,
             "compared": list(self.compared),
+            "rounding": self.rounding.mode,
+            "rounding_seed": self.rounding.seed,
+            "stochastic_sites": self.merged.stochastic,
             "untied": [list(pair) for pair in self.untied],
             "chat_template_saved": self.chat_template_saved,
             "stop_tokens_saved": list(self.stop_tokens_saved),
@@ -119,6 +129,8 @@ def merge_folder(
     overwrite: bool = False,
     allow_different_base: bool = False,
     dtype: str = "auto",
+    rounding: Mode = "auto",
+    rounding_seed: int = 0,
     verify: bool | None = None,
     max_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
@@ -137,6 +149,7 @@ def merge_folder(
         allow_different_base: accept an adapter whose fingerprint shows another base.
         dtype: of the merged weights; "auto" keeps the dtype in which each weight is stored, or, if the base
             must be loaded, uses one that holds all of them (float32 for GGUF). Another dtype loads the base.
+        rounding, rounding_seed: see `brushstroke.merge`; the same seed gives the same bytes.
         verify: compare the merged model with the adapted one on generated inputs and report the drift of the
             outputs. None does so only if it needs no more memory than two of the folder's files and a quarter
             of the machine's memory.
@@ -144,13 +157,14 @@ def merge_folder(
         trust_remote_code: run code that is part of the model's folder.
 
     Raises:
-        ConfigError: dtype differs from that of a loaded Base.
+        ConfigError: dtype differs from that of a loaded Base, or the rounding is invalid.
         BaseMismatchError: the base is another one, or already contains this adapter.
         BaseLoadError, ShapeError: the base cannot be read or lacks weights, or the adapter does not fit it.
         MergeError: see `brushstroke.merge`.
         OutputError: the folder cannot be written, or holds files that may not be replaced.
     """
     require_adapter(adapter)
+    how = Rounding(rounding, rounding_seed)
     started, out = time.perf_counter(), Path(out).expanduser()
     folder = _folder_of(base)
     clear_leftovers(out, _is_weights)
@@ -191,12 +205,12 @@ def merge_folder(
             files = loaded_files(folder) if weights is None else {*weights.shards(), _INDEX}
             skipped = copy_beside(folder, staging, files)
         if weights is not None:
-            merged = merge_files(weights, adapter, staging)
+            merged = merge_files(weights, adapter, staging, how)
             if dtype != "auto":
                 _declare_dtype(staging / CONFIG, dtype)
         else:
             assert loaded is not None
-            merged = _merge_loaded(loaded, adapter, staging, allow_different_base, max_shard_size)
+            merged = _merge_loaded(loaded, adapter, staging, allow_different_base, how, max_shard_size)
         template = adapter.card.chat_template if adapter.card else None
         replaced = bool(template) and save_template(staging, template)
         stops = save_stop_tokens(staging, adapter.card.stop_tokens if adapter.card else ())
@@ -208,8 +222,10 @@ def merge_folder(
         out=out,
         merged=merged,
         logit_drift=check.drift,
+        effect=check.effect,
         logit_drift_skipped=check.skipped,
         compared=check.outputs,
+        rounding=how,
         chat_template_saved=replaced,
         stop_tokens_saved=stops,
         left_out=skipped,
@@ -288,7 +304,12 @@ def _readable(folder: Path, adapter: Adapter, trust_remote_code: bool) -> Folder
 
 
 def _merge_loaded(
-    base: Base, adapter: Adapter, staging: Path, allow_different_base: bool, max_shard_size: int | str | None
+    base: Base,
+    adapter: Adapter,
+    staging: Path,
+    allow_different_base: bool,
+    how: Rounding,
+    max_shard_size: int | str | None,
 ) -> MergeReport:
     if not hasattr(base.model, "save_pretrained"):
         raise MergeError(
@@ -296,7 +317,14 @@ def _merge_loaded(
             "the result yourself"
         )
     reports: list[MergeReport] = []
-    merged: Any = merge(base, adapter, allow_different_base=allow_different_base, report=reports).model
+    merged: Any = merge(
+        base,
+        adapter,
+        allow_different_base=allow_different_base,
+        rounding=how.mode,
+        rounding_seed=how.seed,
+        report=reports,
+    ).model
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with quiet_transformers(), _as_oserrors():
         merged.save_pretrained(staging, **options)

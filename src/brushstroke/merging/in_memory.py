@@ -1,4 +1,4 @@
-"""Merges an adapter into weights: W + ΔW in fp32, rounded once, with a report of the loss by rounding.
+"""Merges an adapter into weights: W + ΔW in fp32, rounded once, with a report of what rounding changed.
 
 It never changes the base, and writes no files (see `export`).
 """
@@ -6,8 +6,9 @@ It never changes the base, and writes no files (see `export`).
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.layers.probe import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
 from brushstroke.lowrank import Update
+from brushstroke.merging.rounding import AUTO, Mode, Rounding, is_half, round_stochastically
 from brushstroke.sites import (
     KINDS,
     check_base,
@@ -35,7 +37,8 @@ from brushstroke.sites.kinds import example_input
 
 MIN_SURVIVAL = 0.5  # below it, rounding removes more of the update than it keeps
 PROBE_ROWS = 16
-BLOCK_ELEMENTS = 4 * 1024 * 1024  # of W that are summed at a time; 16 MiB in fp32
+BLOCK_ELEMENTS = 128 * 1024  # of W that are summed at a time: small enough that memory is reused, not mapped
+ROWS_BLOCK_ELEMENTS = 4 * 1024 * 1024  # where W is stored in rows, of which narrow blocks use little
 
 ModelT = TypeVar("ModelT")
 
@@ -48,11 +51,13 @@ class SiteDrift:
         survived: ⟨M − W, ΔW⟩ / ‖ΔW‖²: the share of the update that is in the merged weight M; 1 is all of it.
         error: ‖(M − W) − ΔW‖ / ‖ΔW‖.
         output: ‖x·M − (x·W + x·ΔW)‖ / ‖x·W + x·ΔW‖ on random x: merged against adapted.
+        stochastic: whether the sum was rounded stochastically.
     """
 
     survived: float
     error: float
     output: float
+    stochastic: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,46 +77,81 @@ class MergeReport:
         """The largest relative output error of any site."""
         return max(site.output for site in self.sites.values())
 
+    @property
+    def stochastic(self) -> int:
+        """The number of sites that were rounded stochastically."""
+        return sum(site.stochastic for site in self.sites.values())
+
 
 def merge_weight(
-    W: Float[Tensor, "d h"], update: Update, path: str
+    W: Float[Tensor, "d h"], update: Update, path: str, rounding: Rounding = AUTO, name: str = ""
 ) -> tuple[Float[Tensor, "d h"], SiteDrift]:
     """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once to W's dtype.
 
+    The bits do not depend on the number of threads.
+
+    Args:
+        W: the weight.
+        update: ΔW.
+        path: the site, for messages.
+        rounding: how to round to half precision.
+        name: of the tensor, which decides its random bits together with the seed.
+
     Raises:
-        MergeError: less than half of the update would survive the rounding, or there are non-finite values.
+        MergeError: less than half of the update would survive rounding to nearest, or there are non-finite
+            values.
     """
+    stochastic = partial(round_stochastically, dtype=W.dtype, seed=rounding.seed, name=name)
+    merged, drift = _add(W, update, path, stochastic if rounding.first(W.dtype) else None)
+    if rounding.retries(W.dtype, drift.survived):
+        merged, drift = _add(W, update, path, stochastic)
+    if drift.survived < MIN_SURVIVAL and not drift.stochastic:  # which loses or adds only by chance
+        other = "round stochastically (--rounding), " if is_half(W.dtype) else ""
+        raise MergeError(
+            f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
+            f"{other}merge into a wider dtype (float32), or serve the adapter unmerged"
+        )
+    return merged, drift
+
+
+def _add(
+    W: Float[Tensor, "d h"], update: Update, path: str, stochastic: Callable[..., Tensor] | None
+) -> tuple[Float[Tensor, "d h"], SiteDrift]:
+    """W + ΔW, rounded to nearest without `stochastic`, and how it differs from the exact sum."""
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     update = update.to(dtype=wide, device=W.device)
     x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
     merged = torch.empty_like(W)
     size = kept = lost = output_error = output = 0.0  # squares of norms, but for `kept`
-    columns = max(1, BLOCK_ELEMENTS // W.shape[0])
+    elements = BLOCK_ELEMENTS if W.stride(0) == 1 else ROWS_BLOCK_ELEMENTS
+    columns = max(1, elements // W.shape[0])
     for start in range(0, W.shape[1], columns):
         stop = min(start + columns, W.shape[1])
-        base = W[:, start:stop].to(wide)
+        base, block = W[:, start:stop].to(wide), merged[:, start:stop]
         # In W's own memory layout: sums over mixed layouts are several times slower.
         delta = torch.empty_like(base).copy_(update.columns(start, stop).dense(base))
-        merged[:, start:stop] = base + delta
-        rest = torch.sub(merged[:, start:stop], base).sub_(delta)  # the rounding error
-        size += float(delta.norm()) ** 2
-        kept += float((rest * delta).sum())
-        lost += float(rest.norm()) ** 2
+        total = base + delta
+        block.copy_(total if stochastic is None else stochastic(total, column=start))
+        rest = torch.sub(block, base).sub_(delta)  # the rounding error
+        size += _sum(delta * delta)
+        kept += _sum(rest * delta)
+        lost += _sum(rest * rest)
         output_error += float((x @ rest).norm()) ** 2
-        output += float((x @ base + x @ delta).norm()) ** 2
+        output += float((x @ total).norm()) ** 2
     if not all(map(math.isfinite, (size, kept, lost, output_error, output))):
         raise MergeError(f"{path}: {_why_not_finite(W, merged)}")
     drift = SiteDrift(
         survived=1.0 + kept / size if size else 1.0,
         error=(lost / size) ** 0.5 if size else 0.0,
         output=(output_error / max(output, 1e-60)) ** 0.5,
+        stochastic=stochastic is not None,
     )
-    if drift.survived < MIN_SURVIVAL:
-        raise MergeError(
-            f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
-            "merge into a wider dtype (float32), or serve the adapter unmerged"
-        )
     return merged, drift
+
+
+def _sum(X: Float[Tensor, "d h"]) -> float:
+    """The sum of all entries; column by column, so that it does not depend on the number of threads."""
+    return sum(X.sum(0).tolist())
 
 
 def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> str:
@@ -196,6 +236,8 @@ def merge(
     adapter: Adapter,
     *,
     allow_different_base: bool = False,
+    rounding: Mode = "auto",
+    rounding_seed: int = 0,
     report: list[MergeReport] | None = None,
 ) -> ModelT:
     """A new model with W + ΔW in place of W: it has the base's classes and no parts of an adapter.
@@ -207,15 +249,20 @@ def merge(
         model: an nn.Module or a Base, with nothing attached.
         adapter: the adapter.
         allow_different_base: accept an adapter whose fingerprint shows another base.
+        rounding: of weights in bf16 and fp16: nearest, stochastic, or auto, which is stochastic at sites
+            where nearest keeps less than 99.5 % of ΔW.
+        rounding_seed: of the random bits; the same seed gives the same weights.
         report: a list to which the `MergeReport` is appended.
 
     Raises:
+        ConfigError: an unknown rounding, or an invalid seed.
         BaseMismatchError: the base is another one, or the adapter is already merged into it.
         MergeError: the argument is not an adapter, the model has one attached, a weight is not stored as a
             plain matrix, a module's forward does not compute x·W, there are non-finite values, or rounding
             would remove most of the update.
     """
     require_adapter(adapter)
+    how = Rounding(rounding, rounding_seed)
     root = unwrap(model)
     if any(isinstance(module, Adapted) for module in root.modules()):
         raise MergeError("the model has an adapter attached; detach it, then merge")
@@ -236,7 +283,7 @@ def merge(
                     "base unquantised, remove parametrizations, and merge into that"
                 )
             check_forward(module, W, path)
-            M, drifts[path] = merge_weight(W, update, path)
+            M, drifts[path] = merge_weight(W, update, path, how, f"{site.path}.weight")
             stored = KINDS[site.kind].from_dxh(M, weight.shape).contiguous()
             if site.tied_to:
                 untied.append((path, site.tied_to))

@@ -19,13 +19,14 @@ from torch import Tensor
 from brushstroke.adapter import Adapter
 from brushstroke.base import FolderWeights
 from brushstroke.merging.in_memory import MergeReport, SiteDrift, check_forward, merge_weight
+from brushstroke.merging.rounding import Rounding
 from brushstroke.merging.shards import DTYPE_NAMES, Edit, update_index, write_shard
 from brushstroke.sites import KINDS, Site
 
 _INDEX = "model.safetensors.index.json"
 
 
-def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> MergeReport:
+def merge_files(weights: FolderWeights, adapter: Adapter, target: Path, rounding: Rounding) -> MergeReport:
     """Write the merged files of a base's weights to another folder; the caller has checked the base.
 
     The other files of the base must already be copied (see `side_files`).
@@ -37,7 +38,7 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
         BaseLoadError: the files are damaged.
     """
     _give_back_freed_memory()
-    merging = _Merging(weights, adapter)
+    merging = _Merging(weights, adapter, rounding)
     for file in weights.shards():
         source = weights.folder / file
         if file in merging.edits:
@@ -54,8 +55,8 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path) -> Merge
 class _Merging:
     """Plans the edits of each file, and collects the drifts and the untied weights."""
 
-    def __init__(self, weights: FolderWeights, adapter: Adapter) -> None:
-        self._weights, self._adapter = weights, adapter
+    def __init__(self, weights: FolderWeights, adapter: Adapter, rounding: Rounding) -> None:
+        self._weights, self._adapter, self._rounding = weights, adapter, rounding
         self.edits: dict[str, list[Edit]] = {}
         self.added: dict[str, tuple[str, int, int]] = {}
         self.untied: list[tuple[str, str]] = []
@@ -106,7 +107,8 @@ class _Merging:
             W = self._weights[site.path]
             module = self._weights.model.get_submodule(site.path)
             check_forward(module, W, site.path, self._weights.parameter)
-            M, self.drifts[path] = merge_weight(W, self._adapter[path], path)
+            name = f"{site.path}.weight"  # not the key in the file, which may lack the model's prefix
+            M, self.drifts[path] = merge_weight(W, self._adapter[path], path, self._rounding, name)
         return KINDS[site.kind].from_dxh(M, self._stored_shape(site))
 
     def _stored_shape(self, site: Site) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""Compares the outputs of the merged model with those of the adapted model, if there is enough memory.
+"""Compares the outputs of the merged model with those of base and adapted model, if there is enough memory.
 
-It writes no files and makes no decision: it reports a number.
+It writes no files and makes no decision: it reports numbers.
 """
 
+import copy
+import dataclasses
 import gc
 import inspect
 import math
@@ -21,9 +23,11 @@ from brushstroke.base import Base, load_base, preserved_rope, total_memory
 from brushstroke.layers import Attachment, attach
 from brushstroke.merging.made_inputs import Inputs, candidate_inputs
 from brushstroke.merging.stored import stored_dtypes
+from brushstroke.sites import is_quantised
 
 MEMORY_SHARE = 0.25
 SHARDS = 2
+MEASURABLE = 1e-6  # relative change of an output; below it is rounding in fp32
 
 Outputs = dict[str, Tensor]
 
@@ -34,13 +38,25 @@ class CheckResult:
 
     Args:
         drift: ‖merged − adapted‖ / ‖adapted‖ of the output that differs most.
+        effect: ⟨merged − base, adapted − base⟩ / ‖adapted − base‖² of the output that keeps least: the share
+            of the adapter's change that the merged model has; None without a measurable change.
         outputs: the names of the outputs.
         skipped: what was not measured, and why.
     """
 
     drift: float | None = None
+    effect: float | None = None
     outputs: tuple[str, ...] = ()
     skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Generated inputs, and what the base and the adapted model make of them."""
+
+    inputs: Inputs
+    base: Outputs
+    adapted: Outputs
 
 
 def check_merged(
@@ -51,7 +67,7 @@ def check_merged(
     *,
     trust_remote_code: bool = False,
 ) -> CheckResult:
-    """‖merged − adapted‖ / ‖adapted‖ of all float outputs on generated inputs.
+    """Compare all float outputs on generated inputs: their drift, and the share of the adapter's effect.
 
     Both models run in fp32 on the CPU. The folder is loaded as plain transformers would load it.
 
@@ -65,33 +81,40 @@ def check_merged(
     if wanted is None and (reason := _too_large(merged)):
         return CheckResult(skipped=reason)
     load = partial(load_base, device="cpu", trust_remote_code=trust_remote_code)
-    base = source if isinstance(source, Base) else load(source, dtype="float32")
+    base = _in_float32(source) if isinstance(source, Base) else load(source, dtype="float32")
+    dtype = str(base.dtype).removeprefix("torch.")
     with attach(base, adapter, allow_different_base=True) as attachment:  # checked before
         trials, idle, failure = _try_inputs(base.model, attachment)
     missed = f"{len(idle)} of {len(adapter)} sites, such as {idle[0]}: {failure}" if idle else None
     if not trials:
         return CheckResult(skipped=missed)
-    if not isinstance(source, Base):
-        del base
-        gc.collect()
-    dtype = str(source.dtype).removeprefix("torch.") if isinstance(source, Base) else "float32"
+    del base
+    gc.collect()
     model = load(merged, dtype=dtype).model
     drifts: dict[str, float] = {}
-    for inputs, adapted in trials:
-        found = _run(model, inputs)
-        for name, expected in adapted.items():
-            drifts[name] = max(drifts.get(name, 0.0), _difference(found.get(name), expected))
-    return CheckResult(max(drifts.values()), tuple(drifts), missed)
+    effects: list[float] = []
+    for trial in trials:
+        found = _run(model, trial.inputs)
+        for name, adapted in trial.adapted.items():
+            drifts[name] = max(drifts.get(name, 0.0), _difference(found.get(name), adapted))
+            share = _share(found.get(name), adapted, trial.base[name])
+            effects += [] if share is None else [share]
+    return CheckResult(max(drifts.values()), min(effects, default=None), tuple(drifts), missed)
 
 
-def _try_inputs(
-    model: nn.Module, attachment: Attachment
-) -> tuple[list[tuple[Inputs, Outputs]], list[str], str]:
-    """Generated inputs and the outputs of an adapted model, until each of its sites has run.
+def _in_float32(base: Base) -> Base:
+    """The same base, with a copy of its model in fp32 if half precision would hide small updates."""
+    if base.dtype.itemsize >= 4 or is_quantised(base):
+        return base
+    return dataclasses.replace(base, model=copy.deepcopy(base.model).float())
+
+
+def _try_inputs(model: nn.Module, attachment: Attachment) -> tuple[list[_Trial], list[str], str]:
+    """Generated inputs and the outputs of base and adapted model, until each adapted site has run.
 
     Also returns the sites that no input reached, and why.
     """
-    trials: list[tuple[Inputs, Outputs]] = []
+    trials: list[_Trial] = []
     idle, taken, failures = list(attachment.sites), set[str](), list[tuple[set[str], str]]()
     for make in candidate_inputs(model):
         inputs: Inputs = {}
@@ -107,7 +130,8 @@ def _try_inputs(
                 continue
         taken |= set(inputs)
         if outputs and reached & set(idle):
-            trials.append((inputs, outputs))
+            with attachment.disabled():
+                trials.append(_Trial(inputs, _run(model, inputs), outputs))
             idle = [site for site in idle if site not in reached]
         if not idle:
             break
@@ -172,6 +196,18 @@ def _difference(found: Tensor | None, adapted: Tensor) -> float:
     difference = float(torch.where(same, 0.0, found - adapted).norm())
     size = float(adapted[adapted.isfinite()].norm())
     return difference / max(size, 1e-30) if math.isfinite(difference) else math.inf
+
+
+def _share(found: Tensor | None, adapted: Tensor, base: Tensor) -> float | None:
+    """The share of adapted − base that is in found − base; None if fp32 cannot tell adapted from base."""
+    if found is None or found.shape != adapted.shape or base.shape != adapted.shape:
+        return None
+    finite = adapted.isfinite() & base.isfinite() & found.isfinite()
+    change, arrived = (torch.where(finite, x - base, 0.0) for x in (adapted, found))
+    size = float(change.square().sum())
+    if size <= (MEASURABLE * float(base[finite].norm())) ** 2:
+        return None
+    return float((arrived * change).sum()) / size
 
 
 def _too_large(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from brushstroke.data import Example
-from brushstroke.training.philox import order_of
+from brushstroke.philox import order_of
 
 
 class BatchSampler:

@@ -21,6 +21,7 @@ from brushstroke.layers import FullFineTuning, TrainableAttachment, attach, atta
 from brushstroke.packed import LossFunction, Prepared, prepare
 from brushstroke.packed.pack import Pass, Row
 from brushstroke.packed.recompute import Checkpointed
+from brushstroke.philox import dropout_seed
 from brushstroke.sites.targets import short_names
 from brushstroke.training.check import (
     check_lengths,
@@ -30,7 +31,6 @@ from brushstroke.training.check import (
 )
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.config import LORA_OVER_FULL, StepConfig, default_learning_rate
-from brushstroke.training.philox import dropout_seed
 
 NAMED_TARGETS = 12  # maximum number of targets in an error message
 EVALUATED_AT_ONCE = 64  # examples per group in which shared prefixes are found

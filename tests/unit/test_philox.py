@@ -1,11 +1,13 @@
-"""The order of the data and dropout come from a stated generator, whatever Python or numpy do."""
+"""The order of the data, dropout and rounding come from a stated generator, whatever Python or numpy do."""
 
+import hashlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from brushstroke.training.philox import DROPOUT, ORDER, dropout_seed, order_of
+from brushstroke.philox import DROPOUT, ORDER, ROUNDING, dropout_seed, order_of, rounding_bits
 from brushstroke.training.sampler import BatchSampler
 from training_kit import examples
 
@@ -52,3 +54,16 @@ def test_every_example_comes_once_an_epoch_and_any_step_can_be_asked_for() -> No
     assert [sorted(rows) for rows in epochs] == [list(range(1, 11))] * 2  # type: ignore[type-var]
     assert epochs[0] != epochs[1]
     assert BatchSampler(data, 4, seed=2).batch(5) == batches.batch(5)
+
+
+def test_the_bits_of_a_position_are_those_of_its_block_in_whatever_range_it_is_drawn() -> None:
+    key = (2**63 - 1, int.from_bytes(hashlib.blake2b(b"a.weight", digest_size=8).digest(), "little"))
+    blocks = [philox(key, (block, 0, 0, ROUNDING)) for block in range(1, 5)]
+    expected = [word >> shift & 0xFFFF for block in blocks for word in block for shift in (0, 16, 32, 48)]
+    found = rounding_bits(2**63 - 1, "a.weight", 0, 64)
+    assert found.dtype == np.uint16
+    assert found.tolist() == expected
+    for start, count in ((0, 1), (1, 3), (15, 2), (16, 16), (31, 33), (63, 1)):
+        assert rounding_bits(2**63 - 1, "a.weight", start, count).tolist() == expected[start : start + count]
+    for seed, name in ((2**63 - 2, "a.weight"), (2**63 - 1, "b.weight")):
+        assert rounding_bits(seed, name, 0, 64).tolist() != expected
