@@ -46,10 +46,47 @@ def test_wrong_merge_is_detected_on_every_kind_of_input(tmp_path: Path, kind: st
     assert right.drift is not None
     assert right.drift < EXACT
     assert right.outputs
+    assert right.effect == pytest.approx(1.0, abs=1e-3)
     wrong = check_merged(str(tmp_path / "base"), adapter, tmp_path / "base")  # as if nothing were merged
     assert wrong.drift is not None
     assert wrong.drift > 100 * EXACT
     assert wrong.outputs == right.outputs
+    assert wrong.effect == pytest.approx(0.0, abs=1e-3)
+
+
+def test_effect_is_the_share_of_the_change_in_the_output_that_keeps_least() -> None:
+    from brushstroke.merging.verify import _share
+
+    base, change = torch.randn(50).double(), torch.randn(50).double()
+    adapted = base + change
+    assert _share(adapted, adapted, base) == pytest.approx(1.0)
+    assert _share(base + 0.4 * change, adapted, base) == pytest.approx(0.4)
+    assert _share(base, adapted, base) == 0.0
+    assert _share(base, base, base) is None
+    assert _share(None, adapted, base) is None
+    for tensor in (base, adapted):
+        tensor[3] = -math.inf
+    assert _share(base, adapted, base) == 0.0
+
+
+def test_a_small_effect_is_measured_in_float32_on_a_base_in_half_precision(tmp_path: Path) -> None:
+    """In bf16 the adapted model itself would lose it."""
+    model = kinds.made("BERT").to(torch.bfloat16)
+    faint = Adapter({site: 1e-3 * update for site, update in adapter_of(model).items()})
+    model.save_pretrained(tmp_path / "base")
+    merge_folder(tmp_path / "base", faint, tmp_path / "out", verify=False, dtype="float32")
+    found = check_merged(Base(model), faint, tmp_path / "out")
+    assert found.effect == pytest.approx(1.0, abs=1e-3)
+    assert model.dtype == torch.bfloat16
+
+
+def test_without_a_check_the_report_says_that_only_the_update_was_compared(tmp_path: Path) -> None:
+    model = kinds.made("BERT")
+    model.save_pretrained(tmp_path / "base")
+    report = merge_folder(tmp_path / "base", adapter_of(model), tmp_path / "out", verify=False)
+    assert report.effect is None
+    assert report.as_dict()["effect"] is None
+    assert report.logit_drift_skipped == "not asked for"
 
 
 @pytest.mark.parametrize("kind", ["LLaVA", "CLIP", "Whisper", "T5", "Qwen2-VL"])
