@@ -17,7 +17,7 @@ help:
 	@echo "make install   .venv with the brushstroke command"
 	@echo "make demo      three adapters on one real model; BRUSHSTROKE_DEMO=quick for the short form"
 	@echo "make test      the whole test suite, with samples of the sweeps"
-	@echo "make sweep     the sweeps whole: stock chat templates × kinds of conversation"
+	@echo "make sweep     the sweeps whole: all chat templates, kills, README and demo on the real model"
 	@echo "make check     ruff, pyright, import-linter"
 	@echo "make bench     the benchmarks behind every claim"
 	@echo "make clean     remove .venv, caches and demo-out"
@@ -56,7 +56,8 @@ test: $(VENV)/.installed-dev
 	  --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 sweep: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 BRUSHSTROKE_SWEEP=1 $(BIN)/python -m pytest tests/sweep --numprocesses auto
+	$(BIN)/python -m brushstroke.samples.assets
+	OMP_NUM_THREADS=1 BRUSHSTROKE_SWEEP=1 $(BIN)/python -m pytest tests -m sweep --numprocesses auto --dist loadgroup
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
