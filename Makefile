@@ -17,7 +17,7 @@ help:
 	@echo "make install   .venv with the brushstroke command"
 	@echo "make demo      trains three adapters on a real model; BRUSHSTROKE_DEMO=quick for the short form"
 	@echo "make test      the whole test suite, with samples of the sweeps"
-	@echo "make sweep     the long tests in full: stock chat templates × kinds of conversation, 8 × 75 killed writers"
+	@echo "make sweep     the long tests in full: chat templates, killed writers, README and demo on the real model"
 	@echo "make check     ruff, pyright, import-linter"
 	@echo "make bench     the benchmarks of speed and memory"
 	@echo "make clean     remove .venv, caches and demo-out"
@@ -56,7 +56,8 @@ test: $(VENV)/.installed-dev
 	  --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 sweep: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 BRUSHSTROKE_SWEEP=1 $(BIN)/python -m pytest tests/sweep --numprocesses auto
+	$(BIN)/python -m brushstroke.samples.assets
+	OMP_NUM_THREADS=1 BRUSHSTROKE_SWEEP=1 $(BIN)/python -m pytest tests -m sweep --numprocesses auto --dist loadgroup
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import toys
+from sampling import SEED
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-SEED = int(os.environ.get("BRUSHSTROKE_TEST_SEED", "0"))
 
 
 def _seed_of(nodeid: str) -> int:

@@ -1,6 +1,7 @@
 """The report of a study in a headless browser: figures are drawn offline, without errors, and menus work."""
 
 import base64
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -120,13 +121,24 @@ def look(browser, file, width, scheme="light"):
     return tab, said, asked
 
 
+@pytest.fixture(scope="module")
+def all_figures(tmp_path_factory):
+    """The file of the page."""
+    return page_with_all_figures().write(tmp_path_factory.mktemp("figures") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def opened(browser, all_figures):
+    """The page, opened once at each width and in each theme, for the tests that change nothing in it."""
+    return functools.cache(lambda width, scheme: look(browser, all_figures, width, scheme))
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_figure_is_drawn_without_network_or_error(browser, tmp_path, width, scheme):
-    file = page_with_all_figures().write(tmp_path / "report.html")
-    tab, said, asked = look(browser, file, width, scheme)
+def test_every_figure_is_drawn_without_network_or_error(opened, all_figures, tmp_path, width, scheme):
+    tab, said, asked = opened(width, scheme)
     assert said == []
-    assert asked == [file.as_uri()]
+    assert asked == [all_figures.as_uri()]
     assert tab.locator(".chart svg").count() == 4
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # only figures scroll
     picture = tmp_path / f"{width}-{scheme}.png"
@@ -171,9 +183,8 @@ def test_summary_tables_fit_a_phone(browser, tmp_path):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_maps_are_side_by_side_on_wide_pages(browser, tmp_path, width):
-    file = page_with_all_figures().write(tmp_path / "report.html")
-    tab, _, _ = look(browser, file, width)
+def test_maps_are_side_by_side_on_wide_pages(opened, width):
+    tab, _, _ = opened(width, "light")
     maps = [box.bounding_box() for box in tab.locator(".maps svg").all()]
     grids = tab.locator(".chart").nth(2)
     titles = [grids.get_by_text(name, exact=True).bounding_box() for name in ("q", "v")]
@@ -185,40 +196,36 @@ def test_maps_are_side_by_side_on_wide_pages(browser, tmp_path, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_label_is_smaller_than_11_pixels(browser, tmp_path, width):
-    file = page_with_all_figures().write(tmp_path / "report.html")
-    tab, _, _ = look(browser, file, width)
-    size = """e => {
+def test_no_label_is_smaller_than_11_pixels(opened, width):
+    tab, _, _ = opened(width, "light")
+    sizes = tab.locator("svg text").evaluate_all("""all => all.filter(e => e.textContent).map(e => {
         const m = e.getScreenCTM();
         return Math.hypot(m.a, m.b) * parseFloat(getComputedStyle(e).fontSize);
-    }"""
-    sizes = [label.evaluate(size) for label in tab.locator("svg text").all() if label.text_content()]
+    })""")
     assert len(sizes) > 100
     assert min(sizes) >= 11 - 1e-3
 
 
-def test_maps_are_dark_in_the_dark_theme(browser, tmp_path):
+def test_maps_are_dark_in_the_dark_theme(opened):
     """The weakest colour is near the page's own in either theme: it is what most cells have."""
-    file = page_with_all_figures().write(tmp_path / "report.html")
     for scheme, dark in (("light", False), ("dark", True)):
-        tab, _, _ = look(browser, file, "desktop", scheme)
+        tab, _, _ = opened("desktop", scheme)
         cell = tab.locator(".maps svg").first.locator("path[fill^='rgb(232']").first
         red = tab.evaluate(RED, base64.b64encode(cell.screenshot()).decode())
         assert (red < 70) is dark
         assert (red > 200) is not dark
 
 
-def test_long_tables_are_folded(browser, tmp_path):
-    tab, _, _ = look(browser, page_with_all_figures().write(tmp_path / "report.html"), "phone")
+def test_long_tables_are_folded(browser, all_figures):
+    tab, _, _ = look(browser, all_figures, "phone")
     last = tab.get_by_text("site 29")
     assert not last.is_visible()
     tab.locator("summary").click()
     assert last.is_visible()
 
 
-def test_menus_redraw_the_figures(browser, tmp_path):
-    file = page_with_all_figures().write(tmp_path / "report.html")
-    tab, said, _ = look(browser, file, "desktop")
+def test_menus_redraw_the_figures(browser, all_figures):
+    tab, said, _ = look(browser, all_figures, "desktop")
     for index, figure in ((1, "lines"), (2, "grids")):
         chart = tab.locator(".chart").nth(index)
         before = chart.locator("svg").inner_html()

@@ -36,8 +36,8 @@ class Done:
         return lines[-1].removeprefix("error: ")
 
 
-def write_base(folder: Path) -> Path:
-    inference_kit.llama().save_pretrained(folder)
+def write_base(folder: Path, **changes: int) -> Path:
+    inference_kit.llama(**changes).save_pretrained(folder)
     inference_kit.tokenizer().save_pretrained(folder)
     return folder
 

@@ -7,21 +7,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import inference_kit
 import pytest
-from cli_kit import ENVIRONMENT, PLAIN, rows, write_rows
+from cli_kit import ENVIRONMENT, PLAIN, Done, rows, write_rows
+from huggingface_hub import constants
 
-from brushstroke import errors, fetch, save
+from brushstroke import errors, fetch, hub, save
 from brushstroke.formats.peft import ADAPTER_FILES, README
 from brushstroke.formats.templates import OTHERS, SETTINGS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "somebody/some-lora_1.0"
+NO_HUB = "http://127.0.0.1:9"  # nothing answers there
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +102,7 @@ def server(adapter: Path) -> Iterator[StandIn]:
     made.server_close()
 
 
-def run(
-    home: Path, *words: object, endpoint: str = "http://127.0.0.1:9", **more: str
-) -> subprocess.CompletedProcess[str]:
+def run(home: Path, *words: object, endpoint: str = NO_HUB, **more: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the hub's client reads its settings when it is imported."""
     environment = {
         **ENVIRONMENT,
@@ -148,15 +148,21 @@ def test_a_hub_id_is_fetched_once_and_shown_again_without_a_network(
 
 
 @pytest.mark.slow
-def test_other_commands_accept_hub_ids(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_other_commands_accept_hub_ids(
+    cli: Callable[..., Done], tiny: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("ENDPOINT", NO_HUB)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_known", [])
+    monkeypatch.chdir(tmp_path)
     cached(tmp_path, adapter)
     data = write_rows(tmp_path / "rows.jsonl", rows(2))
-    one = run(tmp_path, "generate", tiny, "Hi", "--adapter", ID, "--max-new-tokens", "3", "--json", *PLAIN)
-    two = run(
-        tmp_path, "generate", tiny, "Hi", "--adapter", adapter, "--max-new-tokens", "3", "--json", *PLAIN
-    )
-    assert one.returncode == two.returncode == 0, one.stderr
-    answers = [json.loads(done.stdout) for done in (one, two)]
+    flags = ("--max-new-tokens", "3", "--json", *PLAIN)
+    one = cli("generate", tiny, "Hi", "--adapter", ID, *flags)
+    two = cli("generate", tiny, "Hi", "--adapter", adapter, *flags)
+    assert one.status == two.status == 0, one.err
+    answers = [json.loads(done.out) for done in (one, two)]
     assert [answer["adapter"] for answer in answers] == ["some-lora_1.0", "made"]
     assert answers[0]["answer"] == answers[1]["answer"]
     commands: list[tuple[object, ...]] = [
@@ -165,8 +171,8 @@ def test_other_commands_accept_hub_ids(tiny: Path, adapter: Path, tmp_path: Path
         ("train", tiny, data, "--from", ID, "--out", tmp_path / "run", "--max-steps", "1", *PLAIN),
     ]
     for words in commands:
-        done = run(tmp_path, *words)
-        assert done.returncode == 0, (words, done.stderr)
+        done = cli(*words)
+        assert done.status == 0, (words, done.err)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 

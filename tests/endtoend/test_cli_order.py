@@ -5,6 +5,8 @@ import shutil
 import pytest
 from cli_kit import rows, write_rows
 
+from brushstroke.cli import early
+
 COMMANDS = {
     "train": ("train", "BASE", "DATA", "--out", "OUT"),
     "train with an evaluation": ("train", "BASE", "GOOD", "--eval", "DATA", "--out", "OUT"),
@@ -66,9 +68,8 @@ def test_data_is_checked_with_the_template_of_the_continued_adapter(
     assert "no such talk" in done.error
 
 
-def test_large_data_is_checked_in_part_before_loading(cli, tiny, weightless, tmp_path):
-    from brushstroke.cli.early import ROWS
-
-    data = write_rows(tmp_path / "many.jsonl", [*rows(2) * (ROWS // 2), {"prompt": "a", "completion": 3}])
+def test_large_data_is_checked_in_part_before_loading(cli, tiny, weightless, tmp_path, monkeypatch):
+    monkeypatch.setattr(early, "ROWS", 60)
+    data = write_rows(tmp_path / "many.jsonl", [*rows(60), {"prompt": "a", "completion": 3}])
     assert "cannot load the model" in cli("plan", weightless, data).error
-    assert f"row {ROWS + 1}" in cli("plan", tiny, data).error
+    assert "row 61" in cli("plan", tiny, data).error

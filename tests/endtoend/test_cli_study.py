@@ -4,10 +4,13 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from cli_kit import ENVIRONMENT, PLAIN, Done, files_in, rows, start, write_rows
@@ -47,13 +50,48 @@ QUESTIONS = {
 }
 
 
+TWO_RANKS = ("--targets", "q_proj", "--ranks", "1,2")
+
+
+class Finished(NamedTuple):
+    """A study that is done: its folder, the words of its command but for --out, and what that wrote."""
+
+    out: Path
+    words: tuple
+    done: Done
+
+    def copy(self, out):
+        """Another folder with the same files."""
+        return Path(shutil.copytree(self.out, out))
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return {}
+
+
+@pytest.fixture
+def finished(cli, tiny, data, others, studies, tmp_path_factory):
+    """Runs a study, once in this file; a test that changes it takes a copy."""
+
+    def study(question, flags=None):
+        key = question, flags
+        if key not in studies:
+            extra = {"seeds": ("--other", others), "delta": ("--general", others)}.get(question, ())
+            words = ("study", question, tiny, data, *SMALL, *GRID, *(flags or QUESTIONS[question]), *extra)
+            out = tmp_path_factory.mktemp("finished") / "out"
+            done = cli(*words, "--out", out)
+            assert done.status == 0, done.err
+            studies[key] = Finished(out, words, done)
+        return studies[key]
+
+    return study
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_study_writes_answer_page_and_numbers(cli, tiny, data, others, tmp_path, question):
-    out = tmp_path / "out"
-    extra = {"seeds": ("--other", others), "delta": ("--general", others)}.get(question, ())
-    done = cli("study", question, tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS[question], *extra)
-    assert done.status == 0, done.err
+def test_study_writes_answer_page_and_numbers(finished, question):
+    out, _, done = finished(question)
     reported = results(out)
     (finding,) = reported["findings"]
     assert finding["answer"] in done.out
@@ -66,11 +104,8 @@ def test_study_writes_answer_page_and_numbers(cli, tiny, data, others, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_killed_study_repeats_nothing_and_ends_with_the_same_numbers(tiny, data, tmp_path):
-    words = ("study", "rank", tiny, data, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1,2")
-    whole = start(*words, "--out", tmp_path / "whole")
-    _, err = whole.communicate(timeout=300)
-    assert whole.returncode == 0, err
+def test_a_killed_study_repeats_nothing_and_ends_with_the_same_numbers(finished, tmp_path):
+    whole, words, _ = finished("rank", TWO_RANKS)
     killed = start(*words, "--out", tmp_path / "killed")
     runs = tmp_path / "killed" / "runs"
     end = time.monotonic() + 120
@@ -78,14 +113,14 @@ def test_a_killed_study_repeats_nothing_and_ends_with_the_same_numbers(tiny, dat
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    finished = {file: file.stat().st_mtime_ns for file in runs.glob("*/outcome.json")}
-    assert len(finished) >= 3
+    before = {file: file.stat().st_mtime_ns for file in runs.glob("*/outcome.json")}
+    assert len(before) >= 3
     assert not (tmp_path / "killed" / "results.json").exists()
     again = start(*words, "--out", tmp_path / "killed")
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    assert without_clock(results(tmp_path / "killed")) == without_clock(results(tmp_path / "whole"))
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert without_clock(results(tmp_path / "killed")) == without_clock(results(whole))
 
 
 @pytest.mark.slow
@@ -127,21 +162,21 @@ def _planned(out):
 
 
 @pytest.mark.slow
-def test_runs_in_processes_give_the_same_numbers_in_any_order(tiny, data, tmp_path):
-    words = ("study", "rank", tiny, data, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1,2")
-    for name in ("one", "two"):
-        process = start(*words, "--workers", "2", "--out", tmp_path / name)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    assert without_clock(results(tmp_path / "one")) == without_clock(results(tmp_path / "two"))
+def test_runs_in_processes_give_the_same_numbers_in_any_order(finished, tmp_path):
+    """The numbers of two workers are those of a study without workers."""
+    whole, words, _ = finished("rank", TWO_RANKS)
+    process = start(*words, "--workers", "2", "--out", tmp_path / "two")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert without_clock(results(tmp_path / "two")) == without_clock(results(whole))
 
 
 @pytest.mark.slow
 def test_figures_as_files(cli, tiny, data, tmp_path):
     out = tmp_path / "out"
-    words = ("study", "rank", tiny, data, "--out", out, *SMALL, "--seeds", "2", "--ranks", "1,2", "--png")
+    words = ("study", "rank", tiny, data, "--out", out, *SMALL, "--seeds", "2", "--ranks", "1,2")
     words = (*words, "--targets", "q_proj", "--learning-rates", "1e-4,1e-2,1")
-    done = cli(*words, "--csv", "--latex")
+    done = cli(*words, "--png", "--csv", "--latex")
     assert done.status == 0, done.err
     pictures = [name for name in files_in(out) if name.endswith(".png")]
     assert pictures
@@ -294,10 +329,9 @@ def test_study_continues_with_other_workers_and_budget(cli, tiny, data, tmp_path
 
 
 @pytest.mark.slow
-def test_finished_runs_are_read_again_and_nothing_is_trained(cli, tiny, data, tmp_path):
-    out = tmp_path / "out"
-    words = ("study", "targets", tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS["targets"])
-    assert cli(*words).status == 0
+def test_finished_runs_are_read_again_and_nothing_is_trained(cli, finished, tmp_path):
+    out = finished("targets").copy(tmp_path / "out")
+    words = (*finished("targets").words, "--out", out)
     runs = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*.json")}
     before = results(out)
     assert len([file for file in runs if file.name == "test_rows.json"]) == len(runs) / 2
@@ -313,11 +347,10 @@ def test_finished_runs_are_read_again_and_nothing_is_trained(cli, tiny, data, tm
 
 
 @pytest.mark.slow
-def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, tiny, data, tmp_path):
+def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, finished, tmp_path):
     """They kept no losses of single rows, and stated no margin."""
-    out = tmp_path / "out"
-    words = ("study", "targets", tiny, data, "--out", out, *SMALL, *GRID, *QUESTIONS["targets"])
-    assert cli(*words).status == 0
+    out = finished("targets").copy(tmp_path / "out")
+    words = (*finished("targets").words, "--out", out)
     for file in out.glob("runs/*/test_rows.json"):
         file.unlink()
     study = json.loads((out / "study.json").read_text("utf-8"))

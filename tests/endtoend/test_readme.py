@@ -1,5 +1,9 @@
-"""The README's code runs: Python in this process, `brushstroke` lines as commands, `make` targets exist."""
+"""The README's code runs: Python in this process, `brushstroke` lines as commands, `make` targets exist.
 
+In `make sweep` on the real model, and each command in a process; in `make test` on a small random model.
+"""
+
+import io
 import json
 import os
 import re
@@ -10,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_kit import Done, write_base
 
 import brushstroke as bs
 from brushstroke import samples
+from sampling import WHOLE
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = Path(sys.executable).with_name("brushstroke")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCKS = re.findall(
     r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
@@ -29,9 +36,12 @@ TARGETS = [line.split()[1] for line in LINES if line.startswith("make ")]
 def workplace(tmp_path_factory):
     """A folder with what the README takes for granted: the base, two files of rows, an adapter for people."""
     folder = tmp_path_factory.mktemp("readme")
-    base = bs.load_base(samples.model_path(), dtype="float32")
-    base.model.save_pretrained(folder / "base")
-    base.tokenizer.save_pretrained(folder / "base")
+    if WHOLE:
+        base = bs.load_base(samples.model_path(), dtype="float32")
+        base.model.save_pretrained(folder / "base")
+        base.tokenizer.save_pretrained(folder / "base")
+    else:
+        write_base(folder / "base", max_position_embeddings=4096)
     rows = samples.read_task("addresses", samples.labelled_file("addresses"))
     samples.write_rows(rows.training[:12], folder / "addresses.jsonl")
     samples.write_rows(rows.heldout[:3], folder / "heldout.jsonl")
@@ -67,8 +77,15 @@ def test_make_targets_exist(target):
     assert done.returncode == 0, done.stderr
 
 
+def test_installed_script_runs():
+    done = subprocess.run([SCRIPT, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == bs.__version__
+
+
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("block", range(len(PYTHON)))
 def test_python_blocks(workplace, monkeypatch, block):
     monkeypatch.chdir(workplace)
@@ -93,22 +110,27 @@ SHORT = (
 )
 
 
+def in_a_process(*words):
+    done = subprocess.run(
+        [SCRIPT, *words],
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+        input="Hello!\n",
+        capture_output=True,
+        text=True,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.mark.model
 @pytest.mark.slow
-def test_commands_in_their_order(workplace):
-    script = Path(sys.executable).with_name("brushstroke")
-    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+@pytest.mark.sweep
+def test_commands_in_their_order(workplace, monkeypatch, cli):
+    monkeypatch.chdir(workplace)
     for command in COMMANDS:
         words = shlex.split(local(command))[1:]
-        done = subprocess.run(
-            [script, *words, *(SHORT if words[0] == "study" else ())],
-            cwd=workplace,
-            env=environment,
-            input="Hello!\n",
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n"))
+        done = (in_a_process if WHOLE else cli)(*words, *(SHORT if words[0] == "study" else ()))
+        assert done.status == 0, f"{command}\n{done.out}\n{done.err}"
+        assert "Traceback" not in done.err
     assert (workplace / "out" / "merged" / "config.json").is_file()
     assert json.loads((workplace / "out" / "streets" / "run.json").read_text("utf-8"))["steps"] > 0

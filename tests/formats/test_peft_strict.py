@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ from brushstroke.formats import peft
 from brushstroke.formats.peft_forms import FLAGS
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.outputs import exchange, lock, replace, write
+from sampling import sample
 
 SITE = "model.layers.0.self_attn.q_proj"
 A_KEY = f"base_model.model.{SITE}.lora_A.weight"
@@ -475,18 +477,18 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     assert absent == (1 if way == "two renames" else 0)
 
 
+@pytest.mark.sweep
 def test_killed_recovery_is_continued(folder: Path, tmp_path: Path, way: str) -> None:
     adapter = load(folder)
     old, new = adapter.with_card(Card(chat_template="x")), 2.0 * adapter
     wholes = [contents(save(value, tmp_path / str(n) / "adapter")) for n, value in enumerate((old, new))]
-    for steps in range(1, 16):
-        for again in (1, 2, 3, 5):
-            save(old, folder, overwrite=True)
-            killed(lambda: save(new, folder, overwrite=True), steps)
-            killed(lambda: peft.check_output(folder, True), again)
-            peft.check_output(folder, True)
-            assert contents(folder) in wholes
-            assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
+    for steps, again in sample(list(itertools.product(range(1, 16), (1, 2, 3, 5))), 12):
+        save(old, folder, overwrite=True)
+        killed(lambda steps=steps: save(new, folder, overwrite=True), steps)
+        killed(lambda: peft.check_output(folder, True), again)
+        peft.check_output(folder, True)
+        assert contents(folder) in wholes
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "adapter"]
 
 
 def test_concurrent_saves_do_not_remove_each_others_folders(

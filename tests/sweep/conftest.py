@@ -1,6 +1,15 @@
-"""The sweep uses the tiny models and tokenizers of the unit tests."""
+"""The sweeps use the tiny models and tokenizers of the unit tests; they all have the marker `sweep`."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "unit"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.sweep)

@@ -4,9 +4,6 @@ A tiny model learns rows by heart. It is asked by `evaluate`, by `generate`, and
 transformers with the template that lies there. `make sweep` takes all templates, `make test` a few.
 """
 
-import os
-import random
-
 import inference_kit as kit
 import pytest
 import torch
@@ -16,6 +13,7 @@ import brushstroke as bs
 from brushstroke.data import ChatFormat
 from brushstroke.inference import evaluate, generate
 from brushstroke.merging import merge_folder
+from sampling import SEED, sample
 from stock_templates import stock_templates
 
 CITIES = ("Bern", "Oslo", "Lisbon", "Riga", "Paris", "Rome")
@@ -28,16 +26,14 @@ ROWS = [
     }
     for city in CITIES
 ]
-SEED = int(os.environ.get("BRUSHSTROKE_TEST_SEED", "0"))
-ALWAYS = ("deepseek_r1_distill", "gptoss", "llama3_2", "nemotron_3_nano", "qwen3")  # each asks in its own way
+# Each prompts in its own way.
+DISTINCT = ("deepseek_r1_distill", "gptoss", "llama3_2", "nemotron_3_nano", "qwen3")
 LONGEST = 100  # new tokens, of one byte each
 
 
 def names():
-    every = sorted(stock_templates())
-    if os.environ.get("BRUSHSTROKE_SWEEP"):
-        return every
-    return [*ALWAYS, *random.Random(SEED).sample([name for name in every if name not in ALWAYS], 2)]
+    others = [name for name in sorted(stock_templates()) if name not in DISTINCT]
+    return [*sample(DISTINCT, 2), *sample(others, 1)]
 
 
 @pytest.mark.slow
@@ -61,12 +57,13 @@ def test_generated_answers_equal_trained_answers(name, tmp_path):
     assert {answer.finish for answer in answers} == {"stop"}
 
     merge_folder(base, trained, tmp_path / "merged", verify=False)
-    assert [plain_answer(tmp_path / "merged", prompt) for prompt in prompts] == expected
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert [plain_answer(tokenizer, merged, prompt) for prompt in prompts] == expected
 
 
-def plain_answer(folder, prompt):
+def plain_answer(tokenizer, model, prompt):
     """What plain transformers answers, read as the template writes answers."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     chat = ChatFormat(tokenizer)
     options = {"stop_strings": list(chat.stop_strings), "tokenizer": tokenizer} if chat.stop_strings else {}
     if prompt[0]["content"] not in tokenizer.apply_chat_template(prompt, tokenize=False):

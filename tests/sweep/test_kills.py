@@ -28,10 +28,10 @@ from brushstroke.merging import merge_folder
 from brushstroke.outputs import clear_leftovers, exchange
 from brushstroke.training.checkpoint import load_session, save_session
 from brushstroke.training.folder import RunFolder
+from sampling import SEED, WHOLE
 from toys import tiny_llama
 
-SEED = int(os.environ.get("BRUSHSTROKE_TEST_SEED", "0"))
-KILLS = 75 if os.environ.get("BRUSHSTROKE_SWEEP") else 4
+KILLS = 75 if WHOLE else 4
 SITES = {f"model.layers.{layer}.self_attn.{name}": 8 for layer in range(2) for name in ("q_proj", "o_proj")}
 MISSING = "there is no|No such file"  # what a reader says in the window between two renames
 UNFINISHED = "has no adapter_config.json|has no adapter_model.safetensors"  # of a run that is not complete

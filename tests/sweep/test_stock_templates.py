@@ -6,7 +6,6 @@ The checks do not use the library's own proof: they decode tokens, and render by
 
 import itertools
 import json
-import os
 import random
 import re
 from dataclasses import dataclass, field
@@ -15,10 +14,9 @@ import pytest
 
 from brushstroke.data import ChatFormat, encode, segments
 from brushstroke.errors import DataError
+from sampling import SEED, WHOLE, sample
 from stock_templates import stock_templates, tokenizer_for
 
-SEED = int(os.environ.get("BRUSHSTROKE_TEST_SEED", "0"))
-WHOLE = bool(os.environ.get("BRUSHSTROKE_SWEEP"))
 SAMPLE = 130  # cells of the 820 in `make test`
 WORDS = (
     "river",
@@ -249,9 +247,8 @@ KINDS |= {
 
 def cells():
     every = list(itertools.product(sorted(stock_templates()), KINDS))
-    if WHOLE:
-        return [(name, kind, seed) for name, kind in every for seed in (SEED, SEED + 1)]
-    return [(name, kind, SEED) for name, kind in random.Random(SEED).sample(every, SAMPLE)]
+    seeds = (SEED, SEED + 1) if WHOLE else (SEED,)
+    return [(name, kind, seed) for name, kind in sample(every, SAMPLE) for seed in seeds]
 
 
 def pytest_generate_tests(metafunc):

@@ -19,12 +19,17 @@ from brushstroke.studies import (
 )
 from brushstroke.studies.store import check_folder
 from brushstroke.training import TrainConfig
+from sampling import WHOLE
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_the_tiny_preset_trains_its_model_and_answers_every_question(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "STEPS", 30)
     monkeypatch.setattr(presets, "STEPS", 4)
+    if not WHOLE:
+        monkeypatch.setattr(tiny, "SIZES", {"train": 256, "validation": 8, "test": 16})
+        monkeypatch.setattr(tiny, "GENERAL", 16)
     studies, material = tiny_paper(tmp_path, seeds=(0, 1))
     report = run_studies(studies, material, tmp_path)
     assert [len(finding.answer) > 0 for finding in report.findings] == [True] * 4
