@@ -475,8 +475,16 @@ BAD = {
         "not both",
     ),
     "two to truncate": (("spectrum", "{four}", "{two}", "--truncate", "{out}"), 2, "one adapter"),
-    "too much energy": (("spectrum", "{four}", "--truncate", "{out}", "--energy", "2"), 2, "share"),
-    "no energy": (("spectrum", "{four}", "--truncate", "{out}", "--energy", "0"), 2, "share"),
+    "too much energy": (
+        ("spectrum", "{four}", "--truncate", "{out}", "--energy", "2"),
+        2,
+        "--energy must be a finite number above 0 and of at most 1",
+    ),
+    "no energy": (
+        ("spectrum", "{four}", "--truncate", "{out}", "--energy", "0"),
+        2,
+        "--energy must be a finite number above 0 and of at most 1",
+    ),
     "a tiny budget": (
         ("spectrum", "{four}", "--truncate", "{out}", "--budget", "3"),
         2,
