@@ -15,5 +15,5 @@ WHOLE = bool(os.environ.get("BRUSHSTROKE_SWEEP"))
 
 
 def sample(every: Sequence[T], count: int) -> list[T]:
-    """All of them in `make sweep`; in `make test`, so many, chosen by the seed."""
+    """All of them in `make sweep`; in `make test`, `count` of them, chosen by the seed."""
     return list(every) if WHOLE else random.Random(SEED).sample(every, count)

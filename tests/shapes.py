@@ -1,7 +1,7 @@
 """The checker of tensor shapes for pytest --jaxtyping-packages=brushstroke,shapes.checked.
 
-It checks the functions that take or give tensors with named axes, and leaves the others alone: what a setting
-of the wrong type does is for the tests to see, not for a checker to hide.
+It checks only functions whose arguments or results are tensors with named axes. Other functions are not
+checked, because tests pass settings of wrong types to see the library's own errors.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The stock chat templates in TRL's wheel, fetched by pip once; nothing of them is copied here."""
+"""The stock chat templates in TRL's wheel, downloaded once by pip; this repository contains no copy."""
 
 import re
 import subprocess

@@ -27,7 +27,7 @@ def read_json(path: Path | Traversable) -> Any:
 
 
 def read_tensors(content: bytes) -> dict[str, "Tensor"]:
-    """The tensors in the bytes of a safetensors file, in the order of their names, in memory of their own.
+    """The tensors in the bytes of a safetensors file, in the order of their names, copied to new memory.
 
     Reading the same bytes twice gives the same results to the last bit: products round differently when the
     memory of a tensor is not aligned, and views of the bytes are aligned at random.

@@ -348,7 +348,7 @@ def test_kill_after_the_renames_is_cleaned_up_without_loss(folder, earlier):
     before = everything(earlier)
     old = earlier.with_name(WORK) / "old"
     shutil.copytree(earlier, old)
-    (earlier / "notes.txt").unlink()  # as if another tool had made the folder anew
+    (earlier / "notes.txt").unlink()  # as if another tool had replaced the folder
     (old / "model-00099-of-00099.safetensors").write_bytes(b"of an earlier merge")
     merge_folder(folder, adapter_for(llama()), earlier, overwrite=True, verify=False)
     assert everything(earlier) == before
@@ -434,7 +434,7 @@ def test_of_two_merges_into_one_folder_the_second_to_end_is_refused(folder, tmp_
         (tmp_path / "other").rename(out)
 
     made_meanwhile(monkeypatch, other_ends)
-    with pytest.raises(OutputError, match="made it anew" if overwrite else "is not empty"):
+    with pytest.raises(OutputError, match="has replaced it" if overwrite else "is not empty"):
         merge_folder(folder, adapter, out, overwrite=overwrite, verify=False)
     assert everything(out) == everything(tmp_path / "new")
 

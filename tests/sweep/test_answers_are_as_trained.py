@@ -1,7 +1,7 @@
-"""Under every stock chat template, what was trained is what is answered: by us, and by plain transformers.
+"""With every stock chat template, a model gives the trained answers, here and in plain transformers.
 
-A tiny model learns rows by heart. It is asked by `evaluate`, by `generate`, and in a merged folder by plain
-transformers with the template that lies there. `make sweep` takes all templates, `make test` a few.
+A tiny model memorises rows. Its answers come from `evaluate`, from `generate`, and from plain transformers on
+the merged folder with the template in that folder. `make sweep` takes all templates, `make test` a few.
 """
 
 import inference_kit as kit

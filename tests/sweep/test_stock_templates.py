@@ -1,6 +1,6 @@
-"""Stock chat templates × kinds of conversation: what a row holds is trained and asked, or it is refused.
+"""Stock chat templates × kinds of conversation: a row is trained and used in prompts in full, or refused.
 
-The checks do not use the library's own proof: they decode tokens, and render by plain transformers.
+The checks do not use the library's own checks: they decode tokens, and render with plain transformers.
 `make sweep` runs every cell, from two seeds; `make test` runs a seeded sample.
 """
 

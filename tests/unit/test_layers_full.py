@@ -1,4 +1,4 @@
-"""W itself in training: what learns, what the update is, and that the base comes back bit for bit."""
+"""Training W itself: which weights train, the resulting update, and the base restored bit for bit."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Intruder dimensions: strong directions of W + ΔW that are far from every direction of W, with bounds.
 
-Forms W + ΔW only if W is small and iteration cannot tell its directions apart; does not measure the effect of
-intruders on the model's answers.
+It forms W + ΔW only if W is small and iteration cannot separate its directions. It does not measure the
+effect of intruders on the model's answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -293,7 +293,7 @@ def _rounding(sigma: Float[Tensor, " k"], size: int) -> float:
 
 
 def _turned(cosine: Float[Tensor, "*n k"], angle: Float[Tensor, " k"]) -> Float[Tensor, "*n k"]:
-    """The cosine after a turn away by an angle; a negative angle is a turn towards."""
+    """The cosine after the angle between two directions grows by `angle`, which may be negative."""
     return (cosine.double().clamp_max(1).acos() + angle).clamp(0, torch.pi / 2).cos()
 
 

@@ -258,7 +258,7 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> nn.Module:
         raise BaseLoadError(
             f"cannot build the model of {folder} from its config ({type(error).__name__}: {detail}); "
             f"fetch it again, or use a version of transformers that supports it (in Python: load the "
-            "model yourself and use ModelWeights)"
+            "model yourself and pass it instead)"
         ) from error
 
 

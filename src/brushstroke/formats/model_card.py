@@ -79,7 +79,7 @@ def _with_vllm(adapter: Adapter, base: str, folder_name: str) -> str:
 
 
 def _facts(adapter: Adapter, card: Card) -> list[str]:
-    """A table of what the card knows."""
+    """A table of the facts in the card."""
     lora = dict(card.lora or {})
     rows = {
         "targets": ", ".join(card.target_modules),

@@ -66,8 +66,8 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
 
     Args:
         adapter: its updates must be of types that PEFT's files can hold.
-        folder: made if it is not there.
-        overwrite: replace an adapter that the folder holds; files of other names stay.
+        folder: created if it does not exist.
+        overwrite: replace the adapter in the folder; files with other names stay.
 
     Returns:
         The folder.
@@ -226,7 +226,7 @@ def _contents(
     if len(names) > 1:
         shown = ", ".join(sorted(f"lora_A.{name}.weight" if name else "lora_A.weight" for name in names))
         problems.append(
-            f"it holds several adapters, with keys such as {shown}; save each of them to a folder of its own"
+            f"it holds several adapters, with keys such as {shown}; save each of them to a separate folder"
         )
     good = {}
     for site, found in parts.items():

@@ -202,7 +202,7 @@ def write_config(
 
 
 def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
-    """Whether a list of names, by PEFT's rule, selects all of these paths and no name selects none."""
+    """Whether a list of names, by PEFT's rule, selects all of these paths, and each name at least one."""
     hits = {name: [path for path in paths if path == name or path.endswith("." + name)] for name in names}
     return all(hits.values()) and {path for found in hits.values() for path in found} == set(paths)
 

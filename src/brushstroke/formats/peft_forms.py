@@ -21,10 +21,11 @@ class Form:
     """One type of update in PEFT's files.
 
     Args:
-        update: the type, made from its tensors by name, and from `scale` if it has one that is no tensor.
-        tensors: name of a tensor in `Update.tensors()` → (end of its key in the file, its axes there). Axes
-            are names (r is the rank) or 1, for an axis that the update does not have. Two names are a matrix,
-            which is stored transposed.
+        update: the type; called with its tensors by name, and with `scale` if it has a scale that is not a
+            tensor.
+        tensors: name of a tensor in `Update.tensors()` → (end of its key in the file, its axes there). An
+            axis is a name (r is the rank), or 1 if the update does not have it. A tensor with two named axes
+            is a matrix, which is stored transposed.
         flag: the boolean field of `adapter_config.json` that is true for this type.
     """
 
@@ -54,7 +55,7 @@ class Form:
         return getattr(update, "scale", 1.0) if self._has_scale else 1.0
 
     def stored(self, update: Update) -> dict[str, Tensor]:
-        """End of the key → tensor as the file has it: on the CPU, in rows, sharing memory with no other."""
+        """End of the key → tensor as stored in the file: on the CPU, contiguous, in its own memory."""
         tensors = {name: tensor.detach().cpu() for name, tensor in update.tensors().items()}
         rows = torch.contiguous_format
         return {

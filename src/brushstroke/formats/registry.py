@@ -21,7 +21,7 @@ class Format:
     """A further format of adapter files.
 
     Args:
-        name: for people.
+        name: a name for people to read.
         recognises: whether a file or folder is of this format, by its name or its first bytes.
         load: reads it; raises `AdapterFileError` if it is damaged.
     """
@@ -35,9 +35,9 @@ _formats: list[Format] = []
 
 
 def register_format(new: Format) -> Callable[[], None]:
-    """Let `load`, `--adapter` and all commands read another format; returns a function that undoes this.
+    """Let `load` read another format in this process; returns a function that undoes this.
 
-    For the command line, a package declares its `Format` as an entry point in the group
+    For the `brushstroke` command, an installed package declares its `Format` as an entry point in the group
     "brushstroke.formats".
     """
     _formats.append(new)

@@ -42,7 +42,7 @@ class Adapted(nn.Module):
     _base_class: ClassVar[type[nn.Module]]
     _kind: ClassVar[Kind]
     _plain: ClassVar[bool]  # whether the base class has the standard forward of its kind
-    _added: ClassVar[tuple[str, ...]]  # the attributes that an adapter adds besides the route
+    _added: ClassVar[tuple[str, ...]]  # the attributes that an adapter adds in addition to the route
 
     @property
     def widths(self) -> tuple[int, int]:

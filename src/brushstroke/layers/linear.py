@@ -50,8 +50,7 @@ class _LowRankLayer(Adapted):
             self.lora_wide = None
 
     def with_update(self, V: Tensor, scale: float, *, constant: bool = False) -> Tensor | None:
-        """[W ; scale·V] in one matrix; None if W has its own storage, or if V = 0 (then x·W is the output).
-
+        """[W ; scale·V] in one matrix; None if two products must be used, or if V = 0 (x·W is the output).
 
         Args:
             V: (r×h).

@@ -32,7 +32,7 @@ class Route:
     A route of one row fits a batch of any size. If a batch has k times as many rows as the route (beams,
     several samples of one prompt, or rows flattened to tokens), every entry is repeated k times. With
     `lengths`, the entries are spans of one packed row with these numbers of tokens. With `wanted`, a layer
-    such as the head may also run on the wanted outputs alone, so many of each entry in their order.
+    such as the head may also run on the wanted outputs alone: this many of each entry, in the same order.
     """
 
     def __init__(self, slots: Sequence[int] = (0,)) -> None:

@@ -1,7 +1,7 @@
 """Half precision: a frozen weight and its update in one matrix, so that one product rounds their sum once.
 
 y = [x ‖ x·U]·[W ; scale·V]. With two products, x·W is rounded to half precision before the low-rank term is
-added, and a term below half a step of that precision is lost. This module computes no products.
+added, and a term that is smaller than the rounding error is lost. This module computes no products.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from brushstroke.sites import Kind
 
 HALF = (torch.bfloat16, torch.float16)
 MULTIPLE = 32  # elements: the rows of the matrix start at multiples of 64 bytes
-MOST_RANKS = 256  # with more, two products are used
+MOST_RANKS = 256  # for more ranks, two products are used
 
 
 class WideWeight:
@@ -55,7 +55,7 @@ class WideWeight:
         return self._ranks == ranks and weight.data_ptr() == self.matrix.data_ptr()
 
     def with_update(self, V: Tensor, scale: float, constant: bool) -> Tensor:
-        """The matrix, after scale·V (r×h) was copied into it; `constant` as in the layer's `wide_matrix`."""
+        """The matrix, with scale·V (r×h) copied into it; for `constant` see the layer's `with_update`."""
         key = (V.data_ptr(), V._version, scale) if constant and not V.is_inference() else None
         if key is None or key != self._written:
             torch.mul(V.detach(), scale, out=self.matrix[self._d : self._d + len(V)])

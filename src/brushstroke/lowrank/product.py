@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RANKS = 32  # summed exactly; more are summed in parts of so many, one part after the other
+RANKS = 32  # that are summed exactly; larger ranks are split into parts of this size
 _BITS = 24  # of each factor: 24 + 24 + log2(RANKS) = 53, the integers that float64 holds
 
 
@@ -32,7 +32,7 @@ def reproducible_product(U: Float[Tensor, "d r"], V: Float[Tensor, "r h"]) -> Fl
 
 
 def _exact_product(U: Tensor, V: Tensor) -> Tensor:
-    sizes = _power_above(U, 0)  # so that no component is lost beside one that is split into U·V differently
+    sizes = _power_above(U, 0)  # balances the columns of U: a small column with a large row of V is not lost
     U, V = _rounded(U / sizes, 1), _rounded(V * sizes.mT, 0)
     return (V.mT @ U.mT).mT  # in the memory layout of W in linear layers
 

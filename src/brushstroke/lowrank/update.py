@@ -1,7 +1,7 @@
-"""The interface of every kind of update that an adapter can hold for one weight.
+"""The interface of every type of update that an adapter can hold for one weight.
 
-Does not implement an update: `LowRank` is one kind, DoRA another. Code outside of an implementation uses this
-interface and does not assume that an update has factors.
+It does not implement an update: `LowRank` is one type, `DoRA` another. Other code uses only this interface
+and does not assume that an update has factors.
 """
 
 from abc import ABC, abstractmethod

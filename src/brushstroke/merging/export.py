@@ -50,10 +50,10 @@ class ExportReport:
     Args:
         out: the folder.
         merged: the drift of each site, and the ties that had to be undone.
-        logit_drift: ‖merged − adapted‖ / ‖adapted‖ of the logits on a fixed row of tokens, and of all other
-            float outputs of a model: of the one that differs most, if measured.
-        effect: the share of the adapter's change of these outputs that the merged model has, of the output
-            that keeps least; None if not measured: then only `survived` is known, which is of ΔW.
+        logit_drift: ‖merged − adapted‖ / ‖adapted‖ on generated inputs, of the float output that differs
+            most; None if not measured.
+        effect: the share of the adapter's change of these outputs that the merged model has, at the output
+            that keeps least; None if not measured. `survived` is the share of ΔW, not of the outputs.
         logit_drift_skipped: what was not measured, and why: the whole check, or sites that no input reached.
         compared: the names of these outputs.
         rounding: how weights in half precision were rounded, and the seed.
@@ -195,8 +195,8 @@ def merge_folder(
         _check_output(out, folder, overwrite)
         if _identity(out) != before:
             raise OutputError(
-                f"{out} is another folder than when this began, as another process has made it anew; look at "
-                "it, then give the command again or choose another folder"
+                f"{out} is not the folder that was there when the merge began: another process has replaced "
+                "it; look at it, then repeat the command or choose another folder"
             )
 
     with replace_folder(out, _is_weights, check=recheck) as staging:
@@ -264,7 +264,7 @@ def _check_output(out: Path, folder: Path | None, overwrite: bool) -> None:
 def _refuse_inside(out: Path, base: Path) -> None:
     out, base = out.resolve(), base.resolve()
     if out == base or out in base.parents or base in out.parents:
-        raise OutputError(f"{out} is, holds or lies in the base's own folder; choose a folder of its own")
+        raise OutputError(f"{out} is the base's folder, contains it or is in it; choose a separate folder")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

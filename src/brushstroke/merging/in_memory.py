@@ -38,7 +38,7 @@ from brushstroke.sites.kinds import example_input
 MIN_SURVIVAL = 0.5  # below it, rounding removes more of the update than it keeps
 PROBE_ROWS = 16
 BLOCK_ELEMENTS = 128 * 1024  # of W that are summed at a time: small enough that memory is reused, not mapped
-ROWS_BLOCK_ELEMENTS = 4 * 1024 * 1024  # where W is stored in rows, of which narrow blocks use little
+ROWS_BLOCK_ELEMENTS = 4 * 1024 * 1024  # if W is stored in rows: a narrow block would use little of each row
 
 ModelT = TypeVar("ModelT")
 
@@ -105,7 +105,7 @@ def merge_weight(
     merged, drift = _add(W, update, path, stochastic if rounding.first(W.dtype) else None)
     if rounding.retries(W.dtype, drift.survived):
         merged, drift = _add(W, update, path, stochastic)
-    if drift.survived < MIN_SURVIVAL and not drift.stochastic:  # which loses or adds only by chance
+    if drift.survived < MIN_SURVIVAL and not drift.stochastic:  # its errors are random, not a loss
         other = "round stochastically (--rounding), " if is_half(W.dtype) else ""
         raise MergeError(
             f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
@@ -122,7 +122,7 @@ def _add(
     update = update.to(dtype=wide, device=W.device)
     x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
     merged = torch.empty_like(W)
-    size = kept = lost = output_error = output = 0.0  # squares of norms, but for `kept`
+    size = kept = lost = output_error = output = 0.0  # squares of norms, except `kept`
     elements = BLOCK_ELEMENTS if W.stride(0) == 1 else ROWS_BLOCK_ELEMENTS
     columns = max(1, elements // W.shape[0])
     for start in range(0, W.shape[1], columns):

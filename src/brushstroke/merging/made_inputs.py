@@ -18,10 +18,10 @@ from brushstroke.base import context_length, embedding_rows, hidden_size, model_
 Inputs = dict[str, Tensor]
 
 TOKENS = 32
-IMAGES = 5  # where several belong together
-IMAGE_SIZE = 64  # pixels, where a config names no size
-SOUND_FRAMES = 64  # of a spectrogram, where a config names no length
-SAMPLES = 40  # times the strides of the convolutions that a wave goes through
+IMAGES = 5  # if an input is a series of images
+IMAGE_SIZE = 64  # pixels, if the config names no size
+SOUND_FRAMES = 64  # of a spectrogram, if the config names no length
+SAMPLES = 40  # multiplied by the strides of the model's convolutions
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
 _BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
 
@@ -97,7 +97,7 @@ class _Maker:
         return made
 
     def together(self, medium: Inputs, text: Inputs, decoder: Inputs) -> Inputs:
-        """A medium with a text that has one placeholder token for each feature that the model makes of it."""
+        """A medium with a text that has one placeholder token for each feature that the model computes."""
         ids = text["input_ids"]
         for kind in ("image", "audio"):
             token = self._number((f"{kind}_token_id", f"{kind}_token_index"), -1)

@@ -31,7 +31,7 @@ def merge_files(weights: FolderWeights, adapter: Adapter, target: Path, rounding
 
     The other files of the base must already be copied (see `side_files`).
 
-    A weight that is tied to another module gets a tensor of its own, and the config says so.
+    A weight that is tied to another module gets a separate tensor, and the config says so.
 
     Raises:
         MergeError: the update would be lost in the rounding.

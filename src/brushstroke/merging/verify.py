@@ -52,7 +52,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Generated inputs, and what the base and the adapted model make of them."""
+    """Generated inputs, and the outputs of the base and of the adapted model for them."""
 
     inputs: Inputs
     base: Outputs
@@ -220,5 +220,5 @@ def _too_large(folder: Path) -> str | None:
         return None
     return (
         f"the model takes {need / 2**30:.1f} GiB in float32, and the check may take {limit / 2**30:.1f} "
-        "(two files of the folder, a quarter of the memory); verify=True (--verify) runs it all the same"
+        "(two files of the folder, a quarter of the memory); verify=True (--verify) runs it anyway"
     )

@@ -31,7 +31,7 @@ HALF_TOLERANCE = 3e-2
 NOISE_FACTOR = 3.0  # half precision: the tolerated error, as a multiple of the effect of rounding the input
 MOST_NOISE = 0.3  # with more noise, a probe could not distinguish two functions
 MAGNITUDES = (1e-3, 30.0, *[1.0] * 6)  # of a probe's rows: small rows reveal an eps, large rows a clamp
-PROBED = [  # the small and the large row are examples of their own: otherwise they dominate the softmax
+PROBED = [  # the small and the large row are separate examples: otherwise they dominate the softmax
     Row((0,) * count, ()) for count in (1, 1, 6)
 ]  # only their lengths matter: modules see no tokens
 

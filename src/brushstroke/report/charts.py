@@ -31,7 +31,7 @@ CORNER = ", lower-left corner"  # added to the titles of such panels
 MARK = "#c8553d"  # one level of a colour scale
 LEGEND_COLUMNS = {"expr": "max(1, floor(width / 200))"}  # so that the whole legend fits a phone
 CHOSEN = "chosen_"  # prefix of the parameters whose menus choose a field's value
-TICKS = 12  # up to so many different x, each has a tick
+TICKS = 12  # with at most this many different x values, each gets a tick
 TITLE = 44  # maximum characters in a line of a title, so that it fits a phone
 
 
@@ -157,7 +157,7 @@ def overlaps(
     """Draw maps of φ(i, j) next to each other, as in the LoRA paper's figures 3 and 4; i = 1 is at the top.
 
     Colours range from 0 to the largest number shown, and the scale marks the chance level. Corners have a
-    scale of their own, because their numbers are smaller.
+    separate scale, because their numbers are smaller.
 
     Args:
         records: each with the fields of `choose`, a `panel` (its title), `cells` (rows of numbers), `n` (the
