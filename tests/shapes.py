@@ -4,8 +4,9 @@ It checks only functions whose arguments or results are tensors with named axes.
 checked, because tests pass settings of wrong types to see the library's own errors.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jaxtyping
@@ -17,11 +18,18 @@ CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float here, as it is to
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its arguments and its result checked, if any of them has named axes."""
-    return beartype(conf=CONF)(function) if any(map(_has_axes, _annotations(function))) else function
+    if not any(map(_has_axes, getattr(function, "__annotations__", {}).values())):
+        return function
+    checks = beartype(conf=CONF)(function)
 
+    @functools.wraps(function)
+    def with_axes(*args: Any, **kwargs: Any) -> Any:
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        with _jaxtyped("context"):  # the sizes of this call's axes
+            return checks(*args, **kwargs)
 
-def _annotations(function: Callable[..., Any]) -> Iterable[Any]:
-    return getattr(function, "__annotations__", {}).values()
+    return with_axes
 
 
 def _has_axes(annotation: Any) -> bool:
@@ -30,18 +38,16 @@ def _has_axes(annotation: Any) -> bool:
     return any(map(_has_axes, get_args(annotation)))
 
 
-_jaxtyped = _decorator.jaxtyped
+def _decorated(function: Any = _decorator._sentinel, *, typechecker: Any = _decorator._sentinel) -> Any:
+    """What jaxtyping's import hook makes of a function; of classes and properties, what `jaxtyped` makes."""
+    return (
+        typechecker(function)
+        if inspect.isfunction(function)
+        else _jaxtyped(function, typechecker=typechecker)
+    )
 
 
-def _jaxtyped_with_axes(function: Any = _decorator._sentinel, *, typechecker: Any) -> Any:
-    """`jaxtyped`, which leaves a function as it is if the checker would."""
-    if not inspect.isfunction(function):  # a class, a property, or the decorator without its function
-        return _jaxtyped(function, typechecker=typechecker)
-    quoted = any(isinstance(annotation, str) for annotation in _annotations(function))
-    checks = quoted or any(map(_has_axes, _annotations(function)))
-    return _jaxtyped(function, typechecker=typechecker) if checks else function
-
-
-# jaxtyping's import hook wraps every function, and its wrapper binds the arguments of every call.
-# For functions without axes, that took a third of the suite's time.
-jaxtyping.jaxtyped = _decorator.jaxtyped = _jaxtyped_with_axes
+# `jaxtyped` wraps every function, binds its arguments in each call, and checks them twice; in a suite of many
+# small calls that took a third of the time.
+_jaxtyped = jaxtyping.jaxtyped
+jaxtyping.jaxtyped = _decorator.jaxtyped = _decorated
