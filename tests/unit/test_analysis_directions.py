@@ -164,7 +164,7 @@ def test_cache_folder_is_the_library_default(monkeypatch, tmp_path):
 def test_non_finite_results_are_not_cached(tmp_path):
     W = torch.randn(300, 300)
     W[1, 2] = torch.nan
-    with pytest.raises(BaseLoadError, match="q: the base's weight holds NaN"):
+    with pytest.raises(BaseLoadError, match="q: the base's weight contains NaN"):
         base_directions("q", W, 4, whole=False, cache=DirectionCache(tmp_path))
     assert not list(tmp_path.iterdir())
 
