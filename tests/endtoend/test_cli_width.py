@@ -1,14 +1,11 @@
 """Every command on terminals of 60, 80 and 200 columns: lines fit, numbers and words are complete."""
 
-import fcntl
 import json
 import os
 import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 import threading
 from pathlib import Path
 
@@ -29,10 +26,16 @@ SITES = tuple(f"{name} --sites" for name in ANALYSES)
 STABLE = ("show", *ANALYSES, *SITES)  # nothing of the machine is in what they say
 DRIVER = """
 import json, sys
+from termios import tcsetwinsize
 from brushstroke.cli import main
-for words in json.loads(sys.argv[1]):
-    print(f"<<{words[0]}", flush=True)
-    print(f">>{main(words)}", flush=True)
+for width, commands in json.loads(sys.argv[1]):
+    if width:
+        tcsetwinsize(0, (50, width))
+    print(f"[[{width}", flush=True)
+    for words in commands:
+        print(f"<<{words[0]}", flush=True)
+        print(f">>{main(words)}", flush=True)
+    print("]]", flush=True)
 """
 TYPED = b"/quit\n"  # chat reads it
 ASKS = "one>"  # chat on a terminal, before it reads
@@ -151,19 +154,18 @@ def commands(tiny, adapters, tmp_path_factory):
     return make
 
 
-def run(words: list, width: int | None) -> str:
-    """What the commands write, on a terminal or into a pipe."""
-    command = [sys.executable, "-c", DRIVER, json.dumps([[str(word) for word in one] for one in words])]
+def run(rounds: list[tuple[int | None, list[list[str]]]]) -> str:
+    """What the commands write: each round on a terminal of one width, or the only round into a pipe."""
+    command = [sys.executable, "-c", DRIVER, json.dumps(rounds)]
     settings = {**ENVIRONMENT, "TERM": "xterm-256color", "TOKENIZERS_PARALLELISM": "false"}
     settings.pop("COLUMNS", None)
-    if width is None:
+    if rounds[0][0] is None:
         done = subprocess.run(
             command, env=settings, input=TYPED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         return done.stdout.decode()
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    os.write(ours, TYPED)
+    os.write(ours, TYPED * len(rounds))
     read: list[bytes] = []
 
     def drain() -> None:
@@ -186,19 +188,26 @@ def run(words: list, width: int | None) -> str:
     return b"".join(read).decode()
 
 
-def split(text: str, names: list[str]) -> dict[str, str]:
-    parts = re.findall(r"<<\S+\r?\n(.*?)>>(\d+)", text, re.DOTALL)
-    assert [status for _, status in parts] == ["1" if name == "again" else "0" for name in names], text
-    return dict(zip(names, (part for part, _ in parts), strict=True))
+def split(text: str, names: list[str]) -> dict[int | None, dict[str, str]]:
+    """Width → name → what was written."""
+    found = {}
+    for width, shown in re.findall(r"\[\[(\d+|None)\r?\n(.*?)\]\]\r?\n", text, re.DOTALL):
+        parts = re.findall(r"<<\S+\r?\n(.*?)>>(\d+)", shown, re.DOTALL)
+        assert [status for _, status in parts] == ["1" if name == "again" else "0" for name in names], text
+        written = dict(zip(names, (part for part, _ in parts), strict=True))
+        found[None if width == "None" else int(width)] = written
+    return found
 
 
 @pytest.fixture(scope="module")
 def shown(commands, tmp_path_factory):
     """Width, or None for a pipe → name → what was written."""
-    texts = {}
+    rounds = []
     for width in (*WIDTHS, None):
         words = commands(tmp_path_factory.mktemp("o"))
-        texts[width] = split(run(list(words.values()), width), list(words))
+        rounds.append((width, [[str(word) for word in one] for one in words.values()]))
+    texts = {**split(run(rounds[:-1]), list(words)), **split(run(rounds[-1:]), list(words))}
+    assert texts.keys() == {*WIDTHS, None}
     return texts
 
 
