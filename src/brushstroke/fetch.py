@@ -131,7 +131,7 @@ def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
         except SafetensorError:
             return {}
     whole = {site: (pair["A"], pair["B"]) for site, pair in sides.items() if len(pair) == 2}
-    return {site: (A[1], B[0]) for site, (A, B) in whole.items() if len(A) == len(B) == 2}
+    return {site: (A[1], B[0]) for site, (A, B) in whole.items() if len(A) == len(B) == 2 and A[0] == B[1]}
 
 
 def _fetch(name: str) -> Path:

@@ -93,9 +93,14 @@ def test_an_installed_package_can_declare_a_format(file: Path, adapter: Adapter,
     )
     paths = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "brushstroke", "spectrum", str(file), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["adapters"][0]["sites"]) == len(adapter)
+    (package.parent / "toy_format.py").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "the format 'toy' of the package toy-format cannot be loaded (No module named" in done.stderr
 
 
 @pytest.mark.usefixtures("toy_format")

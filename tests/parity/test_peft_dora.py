@@ -187,6 +187,20 @@ def test_a_bank_gives_each_row_its_adapter(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_bank_in_bfloat16_keeps_small_changes_of_the_magnitude():
+    layer = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    x = torch.randn(200, 64).bfloat16()
+    with attach(layer, LoraConfig(rank=1, variant="dora")) as attachment:
+        fresh = attachment.adapter()
+    dora = fresh["0"]
+    assert isinstance(dora, DoRA)
+    adapter = Adapter({"0": DoRA(dora.U.float(), dora.V.float(), 1.004 * dora.magnitude.float(), dora.scale)})
+    with attach(layer, adapter), torch.no_grad():
+        expected = layer(x)
+    with bank(layer, {"a": adapter}) as held, held.rows("a"), torch.no_grad():
+        assert relative(layer(x), expected) < 1e-3
+
+
 def test_a_bank_that_holds_a_low_rank_update_at_a_site_refuses_dora_there(model):
     adapter = random_adapter(model)
     with (

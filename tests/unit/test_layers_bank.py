@@ -329,3 +329,16 @@ def test_non_finite_values_in_the_base_dtype_are_refused(net, adapters) -> None:
         with pytest.raises(AttachError, match=r"non-finite values at fc1 in torch\.float16"):
             loaded.load("broken", broken)
         assert loaded.names == ()
+
+
+@pytest.mark.parametrize("names", [["two"], ["two", "one"], [None, "two"]])
+def test_a_site_that_is_adapted_after_others_serves_all_slots(net, adapters, names):
+    """The stacks of a site have room for every slot, not only for those of its own adapters."""
+    x = torch.randn(4, 3, 6).double()
+    with bank(net, {"one": adapters["first"], "two": adapters["first"]}) as b:
+        b.load("one", adapters["both"])
+        with b.rows(names * (4 // len(names))):
+            found = net(x)
+    for i, name in enumerate(names * (4 // len(names))):
+        adapter = {"one": adapters["both"], "two": adapters["first"], None: None}[name]
+        assert relative(found[i], alone(net, adapter, x[i : i + 1])[0]) < EXACT

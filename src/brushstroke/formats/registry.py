@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from brushstroke.adapter import Adapter
+from brushstroke.errors import AdapterFileError
 from brushstroke.fetch import find_adapter
 from brushstroke.formats import peft
 
@@ -65,4 +66,14 @@ def load(name: str | Path) -> Adapter:
 @cache
 def _installed() -> tuple[Format, ...]:
     """The formats of installed packages."""
-    return tuple(entry.load() for entry in entry_points(group=ENTRY_POINTS))
+    found: list[Format] = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            found.append(entry.load())
+        except Exception as error:  # of another package
+            package = entry.dist.name if entry.dist else entry.value
+            raise AdapterFileError(
+                f"the format {entry.name!r} of the package {package} cannot be loaded ({error}); repair the "
+                "package, or remove it"
+            ) from error
+    return tuple(found)

@@ -53,9 +53,6 @@ class Adapted(nn.Module):
         """The tensors with which a fused function runs this layer on x; None if the layer must be called."""
         return None
 
-    def release(self) -> None:
-        """Undo what the layer changed in the storage of the base's weight."""
-
     def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
         """A random update for a probe.
 
@@ -166,9 +163,8 @@ def restore_classes(modules: Mapping[str, Adapted]) -> None:
             f"(it is now {found}); undo that change first"
         )
     for module in modules.values():
-        module.release()
         for name in module._added:
-            if name in module.__dict__ or name in module._parameters or name in module._buffers:
+            if hasattr(module, name):
                 delattr(module, name)
         del module.__dict__["_route"], module.__dict__["_site"]
         plain = cast(nn.Module, module)

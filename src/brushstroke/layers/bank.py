@@ -71,8 +71,11 @@ class Bank:
         check_base(self.model, adapter, allow_different_base=allow_different_base)
         updates = {canonical_path(path, self._sites): update for path, update in adapter.items()}
         classes = {path: self._banked_class(name, path, update) for path, update in updates.items()}
-        self._swap({path: cls for path, cls in classes.items() if path not in self._modules})
+        fresh = {path: cls for path, cls in classes.items() if path not in self._modules}
+        self._swap(fresh)
         slot = self._slots.get(name) or self._free_slot()
+        for path in fresh:  # room for the adapters that do not use this site
+            self._modules[path].write(max(slot, *self._slots.values(), 0), None)
         for path, module in self._modules.items():
             module.write(slot, updates.get(path))
         self._slots[name] = slot

@@ -17,6 +17,7 @@ from brushstroke.layers.adapted import Trial
 from brushstroke.layers.fresh import Start, fresh_lora
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors
 from brushstroke.lowrank import LowRank, Update
+from brushstroke.lowrank.apply import LinearParts
 from brushstroke.sites import weight_dxh
 
 
@@ -153,7 +154,6 @@ class AttachedDoRA(AttachedLinear):
 
     lora_magnitude: nn.Parameter
     lora_squares: Tensor  # ‖W‖² of each output column
-    _only_adds = False
     _added = (*AttachedLinear._added, "lora_magnitude", "lora_squares")
 
     def install(self, update: DoRA, *, trainable: bool, dropout: float) -> None:  # type: ignore[override]
@@ -182,6 +182,11 @@ class AttachedDoRA(AttachedLinear):
         """Copies of the current tensors."""
         low = super().update()
         return DoRA(low.U, low.V, self.lora_magnitude.detach().clone(), low.scale)
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """None: the fused functions do not support norms."""
+        self._route.record(self)
+        return None
 
     def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
         """y + (m/n − 1)·x·W + m/n·scale·(x·U)·V, where n are the norms of W + scale·U·V."""
@@ -222,11 +227,10 @@ class AttachedDoRA(AttachedLinear):
 class BankedDoRA(BankedLinear):
     """y = g_s·x·W + (x·U_s)·V_s + bias with g_s = m_s / ‖W + ΔW_s‖; V includes the scale and g_s.
 
-    Buffer `bank_gain` (s×h) holds g_s: 1 in empty slots and for a `LowRank`, which a slot can hold too.
+    Buffer `bank_gain` (s×h, at least fp32) holds g_s: 1 in empty slots, and for a `LowRank` in a slot.
     """
 
     bank_gain: Tensor
-    _only_adds = False
     _added = (*BankedLinear._added, "bank_gain")
 
     @classmethod
@@ -237,7 +241,7 @@ class BankedDoRA(BankedLinear):
     def prepare(self) -> None:
         """One slot, without an update."""
         super().prepare()
-        self._set_gain(self.bank_V.new_ones(1, self.widths[1]))
+        self._set_gain(self.bank_V.new_ones(1, self.widths[1], dtype=_wide(self.bank_V)))
 
     def write(self, slot: int, update: DoRA | LowRank | None) -> None:
         """Write a slot."""
@@ -251,9 +255,13 @@ class BankedDoRA(BankedLinear):
     def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
         """A random U·V in slot 1, and a gain of 2."""
         tensors, settings, expected = super().trial(x, base, generator)
-        gain = torch.ones_like(tensors["bank_V"][:, 0])
+        gain = torch.ones_like(tensors["bank_V"][:, 0], dtype=_wide(self.bank_V))
         gain[1] = 2
         return Trial({**tensors, "bank_gain": gain}, settings, expected + self._unbiased(base).double())
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """None: the fused functions do not support norms."""
+        return None
 
     def may_stack(self, x: Tensor) -> bool:
         """False: each row scales the base's output too."""
@@ -278,6 +286,10 @@ class BankedDoRA(BankedLinear):
 
     def _set_gain(self, gain: Tensor) -> None:
         self.register_buffer("bank_gain", gain, persistent=False)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _banked(module: nn.Module, update: DoRA | LowRank) -> tuple[LowRank, Float[Tensor, "..."]]:

@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from brushstroke.layers.fresh import Start
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _LowRankLayer
 from brushstroke.lowrank import LowRank
+from brushstroke.lowrank.apply import LinearParts
 
 
 class EmbeddingLowRank(LowRank):
@@ -38,6 +39,11 @@ class _Lookup(_LowRankLayer):
 class AttachedEmbedding(_Lookup, AttachedLinear):
     """The base's row of each token, plus scale·U[t]·V; parameters as in `AttachedLinear`."""
 
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """None: the fused functions are for linear layers."""
+        self._route.record(self)
+        return None
+
     def update(self) -> EmbeddingLowRank:
         """Copies of the current U and V."""
         return EmbeddingLowRank(*super().update().factors)
@@ -45,6 +51,10 @@ class AttachedEmbedding(_Lookup, AttachedLinear):
 
 class BankedEmbedding(_Lookup, BankedLinear):
     """The base's row of each token, plus the term of its batch row's slot; buffers as in `BankedLinear`."""
+
+    def parts(self, x: Tensor) -> LinearParts | None:
+        """None: the fused functions are for linear layers."""
+        return None
 
     def may_stack(self, x: Tensor) -> bool:
         """False: a lookup for all slots costs more than one for each row's slot."""

@@ -4,14 +4,13 @@ Layers of other kinds derive from these classes and change how x is multiplied b
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from brushstroke.layers.adapted import Adapted, Attached, Banked, Trial, hooked
 from brushstroke.layers.route import SlotSpan
-from brushstroke.layers.wide import HALF, WideWeight
 from brushstroke.lowrank import LowRank
 from brushstroke.lowrank.apply import (
     EVERYTHING,
@@ -21,50 +20,17 @@ from brushstroke.lowrank.apply import (
     lowrank_linears,
     lowrank_term,
     stacked_term,
-    wide_linear,
 )
 from brushstroke.sites import has_plain_forward
-from brushstroke.sites.kinds import CONV1D, LINEAR, compute_dtype
+from brushstroke.sites.kinds import CONV1D, compute_dtype
 
 STACKED_ROWS, STACKED_RANKS = 256, 256  # up to this size, one product of all factors and rows is faster
 
-Factors = tuple[Tensor, Tensor, Any]  # Uᵀ (r×d), V (r×h), scale (in subclasses possibly a tensor)
+Factors = tuple[Tensor, Tensor, Any]  # Uᵀ (r×d), V (r×h), scale; a subclass may need more than one number
 
 
 class _LowRankLayer(Adapted):
     """Base class of layers with one update U·V and of layers with several."""
-
-    lora_wide: WideWeight | None = None
-    _only_adds: ClassVar[bool] = True  # whether an update only adds scale·(x·U)·V to the output
-
-    def widen(self, ranks: int) -> None:
-        """Store the weight and an update of this rank in one matrix, if that is possible."""
-        self.release()
-        if WideWeight.fits(self, ranks):
-            self.lora_wide = WideWeight(self, self._kind, ranks)
-
-    def release(self) -> None:
-        """Store the weight on its own again."""
-        if self.lora_wide is not None:
-            self.lora_wide.release(self)
-            self.lora_wide = None
-
-    def with_update(self, V: Tensor, scale: float, *, constant: bool = False) -> Tensor | None:
-        """[W ; scale·V] in one matrix; None if two products must be used, or if V = 0 (x·W is the output).
-
-        Args:
-            V: (r×h).
-            scale: of the update.
-            constant: whether V changes only by operations that torch counts, so that it need not be copied
-                again.
-        """
-        if torch.compiler.is_compiling() or self.weight.dtype not in HALF:
-            return None
-        if self.lora_wide is None or not self.lora_wide.holds(self.weight, len(V)):
-            self.widen(len(V))
-        if self.lora_wide is None or not V.any():
-            return None
-        return self.lora_wide.with_update(V, scale, constant)
 
     def leading(self, x: Tensor) -> torch.Size:
         """The shape of an input without its width: the tokens to which a route assigns slots."""
@@ -89,48 +55,28 @@ class _LowRankLayer(Adapted):
         """The output with an update: the base's output y, and the low-rank term."""
         return y + self.term(x, factors, dropout).to(y.dtype)
 
-    def unfused(
-        self, x: Tensor, spans: Sequence[SlotSpan], factors: Mapping[int, Factors], dropout: float = 0.0
+    def add_updates(
+        self,
+        y: Tensor,
+        x: Tensor,
+        spans: Sequence[SlotSpan],
+        factors: Mapping[int, Factors],
+        dropout: float = 0.0,
     ) -> Tensor:
         """The output with the update of each span's slot, without fused functions."""
         if [span.tokens for span in spans] == [EVERYTHING.rows]:
-            slot = spans[0].slot
-            if (part := self.wide_part(x, slot, factors[slot])) is not None:
-                return wide_linear(x, part, dropout)
-            return self.add_update(super().forward(x), x, factors[slot], dropout)
-        y = super().forward(x)
+            return self.add_update(y, x, factors[spans[0].slot], dropout)
         axes = len(self.leading(x))
         tokens, base = (t.reshape(t.shape[:axes].numel(), *t.shape[axes:]) for t in (x, y))
         out = base.clone() if torch.is_grad_enabled() else base
         for span in spans:
-            rows, own = span.tokens, factors[span.slot]
-            if (part := self.wide_part(x, span.slot, own)) is not None:
-                out[rows] = wide_linear(tokens[rows], part, dropout)
-            else:
-                out[rows] = self.add_update(base[rows], tokens[rows], own, dropout)
+            rows = span.tokens
+            out[rows] = self.add_update(base[rows], tokens[rows], factors[span.slot], dropout)
         return out.view(y.shape)
-
-    def wide_part(self, x: Tensor, slot: int, factors: Factors) -> LinearParts | None:
-        """The update of one slot for `wide_linear`; None if one product cannot apply it."""
-        if not self._is_linear or torch.is_autocast_enabled(x.device.type):
-            return None
-        wide, ranks = self.wide_matrix(slot)
-        span = Span(EVERYTHING.rows, ranks)
-        part = LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, (span,), wide)
-        return None if wide is None else part
-
-    def wide_matrix(self, slot: int) -> tuple[Tensor | None, slice]:
-        """[W ; scale·V] as one matrix, and the ranks of a slot in it; None if there is none, or V = 0."""
-        raise NotImplementedError
 
     def may_fuse(self, x: Tensor) -> bool:
         """Whether the fused functions equal this layer's forward with its updates."""
-        return self._is_linear and _is_frozen(self) and not torch.is_autocast_enabled(x.device.type)
-
-    @property
-    def _is_linear(self) -> bool:
-        """Whether the layer computes x·W + scale·(x·U)·V and nothing else."""
-        return self._plain and self._only_adds and self._kind in (LINEAR, CONV1D)
+        return self._plain and _is_frozen(self) and not torch.is_autocast_enabled(x.device.type)
 
     def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Uᵀ (1×d) and V (1×h) for a trial, and the expected output (float64) with them."""
@@ -152,7 +98,7 @@ class AttachedLinear(_LowRankLayer, Attached):
     lora_U_rows: nn.Parameter
     lora_V: nn.Parameter
     lora_scale: float
-    _added = ("lora_U_rows", "lora_V", "lora_scale", "lora_wide", "dropout")
+    _added = ("lora_U_rows", "lora_V", "lora_scale", "dropout")
 
     def install(self, update: LowRank, *, trainable: bool, dropout: float) -> None:
         """Store U and V in the update's dtype; if they train, in fp32 or float64."""
@@ -186,7 +132,9 @@ class AttachedLinear(_LowRankLayer, Attached):
         if (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
         factors = {1: (self.lora_U_rows, self.lora_V, self.lora_scale)}
-        return route.guard(self.unfused(x, self.spans(x), factors, self._active_dropout))
+        return route.guard(
+            self.add_updates(super().forward(x), x, self.spans(x), factors, self._active_dropout)
+        )
 
     @property
     def _active_dropout(self) -> float:
@@ -199,12 +147,7 @@ class AttachedLinear(_LowRankLayer, Attached):
             return None
         spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self.spans(x))
         factors = self.lora_U_rows, self.lora_V, self.lora_scale
-        wide, _ = self.wide_matrix(1)
-        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans, wide)
-
-    def wide_matrix(self, slot: int) -> tuple[Tensor | None, slice]:
-        """The matrix with the current V, and all ranks."""
-        return self.with_update(self.lora_V, self.lora_scale), EVERYTHING.ranks
+        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans)
 
 
 class BankedLinear(_LowRankLayer, Banked):
@@ -217,7 +160,7 @@ class BankedLinear(_LowRankLayer, Banked):
     bank_U_rows: Tensor
     bank_V: Tensor
     slot_ranks: list[int]
-    _added = ("bank_U_rows", "bank_V", "slot_ranks", "lora_wide")
+    _added = ("bank_U_rows", "bank_V", "slot_ranks")
 
     @classmethod
     def fits(cls, update: LowRank, module: nn.Module) -> bool:
@@ -274,26 +217,19 @@ class BankedLinear(_LowRankLayer, Banked):
         if spans and (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
         factors = {span.slot: self._factors(span.slot) for span in spans}
-        return route.guard(self.unfused(x, spans, factors))
+        return route.guard(self.add_updates(super().forward(x), x, spans, factors))
 
     def parts(self, x: Tensor) -> LinearParts | None:
         """The stacked factors; each span uses the ranks of its slot."""
         if not self.may_fuse(x):
             return None
-        spans = tuple(Span(span.tokens, self._stacked_ranks(span.slot)) for span in self.spans(x))
-        if not spans:
-            return LinearParts(self.weight, self.bias, weight_is_dxh=self._kind is CONV1D)
-        stacks = self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)
-        wide, _ = self.wide_matrix(0)
-        return LinearParts(self.weight, self.bias, *stacks, 1.0, self._kind is CONV1D, spans, wide)
-
-    def wide_matrix(self, slot: int) -> tuple[Tensor | None, slice]:
-        """The matrix with the factors of all slots, and the ranks of one."""
-        return self.with_update(self.bank_V.flatten(0, 1), 1.0, constant=True), self._stacked_ranks(slot)
-
-    def _stacked_ranks(self, slot: int) -> slice:
-        first = self.bank_V.shape[1] * slot
-        return slice(first, first + self.slot_ranks[slot])
+        rank = self.bank_V.shape[1]  # ranks of one slot, with its padding
+        spans = tuple(
+            Span(span.tokens, slice(rank * span.slot, rank * span.slot + self.slot_ranks[span.slot]))
+            for span in self.spans(x)
+        )
+        stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
+        return LinearParts(self.weight, self.bias, *stacks, 1.0, self._kind is CONV1D, spans)
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
         """The spans whose slot has an update at this site."""
@@ -302,8 +238,6 @@ class BankedLinear(_LowRankLayer, Banked):
     def may_stack(self, x: Tensor) -> bool:
         """Whether to multiply all rows by all factors: for small batches with several adapters."""
         mixed = self._route.uniform is None and self._route.rows_only and x.ndim > 1
-        if self.weight.dtype in HALF:  # one product with the weight rounds once
-            return False
         slots, rank, _ = self.bank_V.shape
         return mixed and x.shape[:-1].numel() <= STACKED_ROWS and slots * rank <= STACKED_RANKS
 

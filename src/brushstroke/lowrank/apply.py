@@ -38,8 +38,6 @@ class LinearParts(NamedTuple):
         scale: the factor of the low-rank term.
         weight_is_dxh: whether `weight` is (d×h).
         spans: which rows use which ranks; spans do not overlap. By default all rows use all ranks.
-        wide: [W ; scale·V] as one matrix ((d+p)×h, p ≥ r, other rows zero), of which `weight` is a view: one
-            product of it rounds the sum once. None: two products.
     """
 
     weight: Tensor
@@ -49,12 +47,6 @@ class LinearParts(NamedTuple):
     scale: float = 1.0
     weight_is_dxh: bool = False
     spans: tuple[Span, ...] = (EVERYTHING,)
-    wide: Tensor | None = None
-
-    @property
-    def covered(self) -> bool:
-        """Whether one product gives all rows, so that x·W alone is not needed."""
-        return self.wide is not None and [span.rows for span in self.spans] == [EVERYTHING.rows]
 
     def factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
         """Uᵀ and V of the update that these rows use; None if they use none."""
@@ -144,9 +136,6 @@ def forward_products(
     rows = x.reshape(-1, x.shape[-1])
     ys = []
     for part in parts:
-        if part.covered:
-            ys.append(rows[:0])
-            continue
         # x keeps its shape: torch rounds differently for other shapes, and the base's output must not change.
         dxh = part.weight_is_dxh
         y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
@@ -155,46 +144,17 @@ def forward_products(
 
 
 def _add_updates(
-    ys: list[Tensor], rows: Tensor, parts: Sequence[LinearParts], span: slice
+    ys: Sequence[Tensor], rows: Tensor, parts: Sequence[LinearParts], span: slice
 ) -> LowRankActivations:
-    """Add the low-rank terms of one span of the rows to the outputs."""
+    """Add the low-rank terms of one span of the rows to the outputs, in place."""
     factors = [part.factors(span) for part in parts]
     stacked = [pair[0] for pair in factors if pair is not None]
     U_rows = (stacked[0] if len(stacked) == 1 else torch.cat(stacked)).to(rows.dtype)
     V = [None if pair is None else pair[1].to(rows.dtype) for pair in factors]
     saved = LowRankActivations(product(rows[span], U_rows), U_rows, V)
-    wider = _WiderInput(rows[span])
     for i, own_V, columns in saved.columns():
-        part, xu = parts[i], saved.xu[:, columns]
-        if part.wide is None:
-            ys[i][span].addmm_(xu, own_V, alpha=part.scale)
-        elif part.covered:
-            ys[i] = product(wider.with_terms(xu, part, span), part.wide.mT, part.bias)
-        else:
-            ys[i][span] = product(wider.with_terms(xu, part, span), part.wide.mT, part.bias)
+        ys[i][span].addmm_(saved.xu[:, columns], own_V, alpha=parts[i].scale)
     return saved
-
-
-class _WiderInput:
-    """[x ‖ x·U] for parts that share x, which is copied only once."""
-
-    def __init__(self, x: Float[Tensor, "n d"]) -> None:
-        self._x = x
-        self._buffer: Tensor | None = None
-
-    def with_terms(self, xu: Float[Tensor, "n r"], part: LinearParts, span: slice) -> Float[Tensor, "n dp"]:
-        """The input of one part's product; the next call overwrites it."""
-        assert part.wide is not None
-        (n, d), width = self._x.shape, part.wide.shape[0]
-        if self._buffer is None or self._buffer.shape[1] != width:
-            self._buffer = self._x.new_empty(n, width)
-            self._buffer[:, :d] = self._x
-        ranks = part.ranks(span) or EVERYTHING.ranks
-        first = d + (ranks.start or 0)
-        self._buffer[:, d:first] = 0
-        self._buffer[:, first : first + xu.shape[1]] = xu
-        self._buffer[:, first + xu.shape[1] :] = 0
-        return self._buffer
 
 
 def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
@@ -310,60 +270,6 @@ def lowrank_linears(x: Float[Tensor, "*b d"], parts: Sequence[LinearParts]) -> t
     """
     static, tensors = flatten(parts)
     return _LowRankLinears.apply(x, static, *tensors)  # type: ignore[return-value]
-
-
-class _WideProduct(torch.autograd.Function):
-    """x·W + bias + scale·xu·V in one product, for an xu that torch operations have made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        xu: Tensor,
-        V: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        static: tuple[Any, ...],
-    ) -> Tensor:
-        part = LinearParts(weight, bias, V, V, *static)
-        assert part.wide is not None
-        rows = x.reshape(-1, x.shape[-1])
-        wider = _WiderInput(rows).with_terms(xu.reshape(len(rows), -1), part, EVERYTHING.rows)
-        ctx.save_for_backward(x if weight.requires_grad else None, xu, V, weight)
-        ctx.scale, ctx.weight_is_dxh = part.scale, part.weight_is_dxh
-        return product(wider, part.wide.mT, bias).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, xu, V, weight = ctx.saved_tensors
-        dy, dxh = grad_outputs[0], ctx.weight_is_dxh
-        need_x, need_xu, need_V, need_W, need_bias, _ = ctx.needs_input_grad
-        flat, W = dy.reshape(-1, dy.shape[-1]), weight if dxh else weight.mT
-        dW = None
-        if need_W:
-            rows = x.reshape(len(flat), -1)
-            dW = rows.mT @ flat if dxh else flat.mT @ rows
-        return (
-            F.linear(dy, W) if need_x else None,
-            F.linear(dy, V.to(dy.dtype)) * ctx.scale if need_xu else None,
-            scaled_product(xu.reshape(len(flat), -1).mT, flat, ctx.scale, V.dtype) if need_V else None,
-            dW,
-            flat.sum(0) if need_bias else None,
-            None,
-        )
-
-
-def wide_linear(x: Float[Tensor, "*b d"], part: LinearParts, dropout: float) -> Float[Tensor, "*b h"]:
-    """x·W + bias + scale·(dropout(x)·U)·V in one product, for a part with `wide` whose update all rows use.
-
-    All tensors can have gradients.
-    """
-    assert part.U_rows is not None
-    assert part.V is not None
-    xu = F.linear(F.dropout(x, dropout), part.U_rows.to(x.dtype))
-    static = part.scale, part.weight_is_dxh, part.spans, part.wide
-    return _WideProduct.apply(x, xu, part.V, part.weight, part.bias, static)  # type: ignore[return-value]
 
 
 def lowrank_term(
