@@ -104,11 +104,6 @@ def read_object(file: Traversable) -> dict[str, Any]:
     return stored
 
 
-def damaged_tensors(file: Traversable, error: Exception) -> AdapterFileError:
-    """The error for a damaged file of tensors."""
-    return AdapterFileError(f"{file} is damaged ({error}); copy it again from its source")
-
-
 def adapter_shapes(name: str | Path) -> dict[str, tuple[int, int]]:
     """Site → (d, h) of an adapter, from its headers; empty for damaged files and formats other than PEFT's.
 

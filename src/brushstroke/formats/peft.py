@@ -25,7 +25,6 @@ from brushstroke.fetch import (
     CONFIG,
     TENSORS,
     adapter_files,
-    damaged_tensors,
     open_adapter,
     read_object,
 )
@@ -152,7 +151,9 @@ def load(folder: str | Path) -> Adapter:
         try:
             tensors = read_tensors(tensor_file.read_bytes())
         except SafetensorError as error:
-            raise damaged_tensors(tensor_file, error) from error
+            raise AdapterFileError(
+                f"{tensor_file} is damaged ({error}); copy it again from its source"
+            ) from error
         updates, copies = _contents(tensors, rule, str(tensor_file))
         return Adapter(updates, _read_card(opened, stored, rule, updates), copies=copies)
 

@@ -195,7 +195,7 @@ class AttachedDoRA(AttachedLinear):
             x = nn.functional.dropout(x, dropout)
             base = self._kind.product(self, x, self._kind.to_dxh(self.weight))
         else:
-            base = y if self.bias is None else y - self.bias
+            base = _without_bias(self, y)
         return y + ((gain - 1) * base + gain * self.term(x, factors)).to(y.dtype)
 
     def trial(self, x: Tensor, base: Tensor, generator: torch.Generator) -> Trial:
@@ -204,7 +204,7 @@ class AttachedDoRA(AttachedLinear):
         magnitude = 2 * self.lora_squares.sqrt()
         factors = tensors["lora_U_rows"], tensors["lora_V"], 1.0
         gain = (magnitude / self._norms(factors)).double()
-        plain = base.double() - (0.0 if self.bias is None else self.bias.double())
+        plain = _without_bias(self, base.double())
         return Trial(
             {**tensors, "lora_magnitude": magnitude},
             settings,
@@ -215,7 +215,7 @@ class AttachedDoRA(AttachedLinear):
     def _norms(self, factors: Factors) -> Float[Tensor, " h"]:
         """‖W + scale·U·V‖ of each output column, without forming U·V."""
         U_rows, V, scale = factors
-        wide = torch.promote_types(V.dtype, torch.float32)
+        wide = _wide(V)
         UW = (U_rows.to(self.weight.dtype) @ self._kind.to_dxh(self.weight)).to(wide)
         U_rows, V = U_rows.to(wide), V.to(wide)
         squares = (
@@ -257,7 +257,7 @@ class BankedDoRA(BankedLinear):
         tensors, settings, expected = super().trial(x, base, generator)
         gain = torch.ones_like(tensors["bank_V"][:, 0], dtype=_wide(self.bank_V))
         gain[1] = 2
-        return Trial({**tensors, "bank_gain": gain}, settings, expected + self._unbiased(base).double())
+        return Trial({**tensors, "bank_gain": gain}, settings, expected + _without_bias(self, base).double())
 
     def parts(self, x: Tensor) -> LinearParts | None:
         """None: the fused functions do not support norms."""
@@ -270,25 +270,28 @@ class BankedDoRA(BankedLinear):
     def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
         """y + (g − 1)·x·W + (x·U)·V."""
         U_rows, V, gain = factors
-        return y + ((gain - 1) * self._unbiased(y) + self.term(x, (U_rows, V, 1.0))).to(y.dtype)
+        return y + ((gain - 1) * _without_bias(self, y) + self.term(x, (U_rows, V, 1.0))).to(y.dtype)
 
     def add_gathered(self, y: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         """The same for rows with these slots."""
         gain = self.bank_gain[slots].view(-1, *[1] * (y.ndim - 2), y.shape[-1])
-        return y + ((gain - 1) * self._unbiased(y) + self.gathered(x, slots)).to(y.dtype)
+        return y + ((gain - 1) * _without_bias(self, y) + self.gathered(x, slots)).to(y.dtype)
 
     def _factors(self, slot: int) -> Factors:
         U_rows, V, _ = super()._factors(slot)
         return U_rows, V, self.bank_gain[slot]
 
-    def _unbiased(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y - self.bias
-
     def _set_gain(self, gain: Tensor) -> None:
         self.register_buffer("bank_gain", gain, persistent=False)
 
 
+def _without_bias(layer: AttachedLinear | BankedLinear, y: Tensor) -> Tensor:
+    """x·W, from the output x·W + bias."""
+    return y if layer.bias is None else y - layer.bias
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
+    """The tensor's dtype, but at least fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -308,4 +311,4 @@ def _plain_weight(module: nn.Module, where: str) -> Float[Tensor, "d h"]:
         raise AttachError(
             f"{where}: its weight is packed (quantised), and DoRA needs its norms; use a LowRank update"
         )
-    return W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    return W.detach().to(_wide(W))

@@ -17,6 +17,7 @@ from brushstroke.errors import AttachError, ConfigError
 from brushstroke.layers.attach import Attachment, _freeze, _on_base
 from brushstroke.layers.probe import require_unattached
 from brushstroke.lowrank import LowRank
+from brushstroke.lowrank.matmul import HALF
 from brushstroke.sites import (
     KINDS,
     Site,
@@ -197,7 +198,7 @@ def _plain_weight(path: str, module: nn.Module) -> nn.Parameter:
     weight = cast(nn.Parameter, module.weight)
     if hasattr(weight, _MARK):
         raise AttachError(f"the weight of {path} is in training already; detach that attachment first")
-    if weight.dtype in (torch.float16, torch.bfloat16):
+    if weight.dtype in HALF:
         raise ConfigError(
             f"training W itself needs float32, and {path} is in {str(weight.dtype).removeprefix('torch.')}; "
             "load the base in float32 (--dtype float32), or train no W itself (in a study: --no-whole)"

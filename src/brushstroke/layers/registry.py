@@ -6,7 +6,8 @@ It contains no layer.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from brushstroke.errors import AttachError, ConfigError, did_you_mean
+from brushstroke.checks import check_choice
+from brushstroke.errors import AttachError, ConfigError
 from brushstroke.layers.adapted import Attached, Banked
 from brushstroke.layers.dora import AttachedDoRA, BankedDoRA, DoRA, fresh_dora
 from brushstroke.layers.embedding import AttachedEmbedding, BankedEmbedding, EmbeddingLowRank, fresh_embedding
@@ -62,11 +63,7 @@ def variant_named(name: str, site: Site) -> Variant:
     Raises:
         ConfigError: there is none of that name, or not for this kind of layer.
     """
-    known = dict.fromkeys(variant.name for variant in VARIANTS)
-    if name not in known:
-        raise ConfigError(
-            f"variant must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
-        )
+    check_choice("variant", name, dict.fromkeys(variant.name for variant in VARIANTS))
     for variant in VARIANTS:
         if variant.name == name and site.kind in variant.kinds:
             return variant

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)  # the dtypes of half precision
+
 _onednn = False
 
 
@@ -78,7 +80,7 @@ def scaled_product(
     """scale·x·y in a dtype; half precision on a GPU accumulates in fp32 if `dtype` is fp32."""
     if x.dtype == dtype:
         return x.new_empty(x.shape[0], y.shape[1]).addmm_(x, y, beta=0, alpha=scale)
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+    if x.is_cuda and x.dtype in HALF and dtype == torch.float32:
         ignored = x.new_empty((), dtype=dtype).expand(x.shape[0], y.shape[1])
         return torch.addmm(ignored, x, y, out_dtype=dtype, beta=0, alpha=scale)
     return scaled_product(x, y, scale, x.dtype).to(dtype)

@@ -21,7 +21,8 @@ from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.layers.probe import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
 from brushstroke.lowrank import Update
-from brushstroke.merging.rounding import AUTO, Mode, Rounding, is_half, round_stochastically
+from brushstroke.lowrank.matmul import HALF
+from brushstroke.merging.rounding import AUTO, Mode, Rounding, round_stochastically
 from brushstroke.sites import (
     KINDS,
     check_base,
@@ -106,7 +107,7 @@ def merge_weight(
     if rounding.retries(W.dtype, drift.survived):
         merged, drift = _add(W, update, path, stochastic)
     if drift.survived < MIN_SURVIVAL and not drift.stochastic:  # its errors are random, not a loss
-        other = "round stochastically (--rounding), " if is_half(W.dtype) else ""
+        other = "round stochastically (--rounding), " if W.dtype in HALF else ""
         raise MergeError(
             f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
             f"{other}merge into a wider dtype (float32), or serve the adapter unmerged"

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from brushstroke.errors import ConfigError
+from brushstroke.checks import check_choice, check_integer
+from brushstroke.lowrank.matmul import HALF
 from brushstroke.philox import rounding_bits
 
 Mode = Literal["auto", "nearest", "stochastic"]
@@ -35,20 +36,16 @@ class Rounding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"rounding must be one of {', '.join(get_args(Mode))}; got {self.mode!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(
-                f"the seed of the rounding must be a whole number from 0 to {MAX_SEED}; got {self.seed!r}"
-            )
+        check_choice("rounding", self.mode, get_args(Mode))
+        check_integer("the seed of the rounding", self.seed, 0, MAX_SEED)
 
     def first(self, dtype: torch.dtype) -> bool:
         """Whether sums are rounded stochastically without trying nearest."""
-        return self.mode == "stochastic" and is_half(dtype)
+        return self.mode == "stochastic" and dtype in HALF
 
     def retries(self, dtype: torch.dtype, survived: float) -> bool:
         """Whether to round stochastically after nearest kept this share of an update."""
-        return self.mode == "auto" and is_half(dtype) and survived < KEPT
+        return self.mode == "auto" and dtype in HALF and survived < KEPT
 
 
 AUTO = Rounding()
@@ -79,8 +76,3 @@ def round_stochastically(
     lower = steps.floor()
     up = (steps - lower) * 2.0**16 > drawn
     return ((lower + up) * step).to(dtype)
-
-
-def is_half(dtype: torch.dtype) -> bool:
-    """Whether a dtype is bf16 or fp16."""
-    return dtype in (torch.bfloat16, torch.float16)

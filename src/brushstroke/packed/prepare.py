@@ -19,7 +19,7 @@ from brushstroke.base import (
     vocabulary_size,
 )
 from brushstroke.errors import BrushstrokeError, ConfigError
-from brushstroke.lowrank.matmul import choose_kernels, kernels
+from brushstroke.lowrank.matmul import HALF, choose_kernels, kernels
 from brushstroke.packed.compiled import compiled
 from brushstroke.packed.forward import Forward
 from brushstroke.packed.fused_modules import Fusion, fuse
@@ -34,7 +34,6 @@ from brushstroke.packed.pack import Row, unshared
 from brushstroke.packed.recompute import Checkpointed
 from brushstroke.packed.select import select_forward
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 MIXED_DTYPES = re.compile(r"dtype|scalar type|not implemented for '(Half|BFloat16)'", re.IGNORECASE)
 
 
@@ -148,7 +147,7 @@ class _CannotRun(ConfigError):
             "Training is for models that predict the next token: for others use attach(model, config, "
             "trainable=True) and a loop of your own"
         )
-        if dtype in HALF_DTYPES and MIXED_DTYPES.search(self.message):
+        if dtype in HALF and MIXED_DTYPES.search(self.message):
             advice = "parts of it compute in another dtype; load it with --dtype float32 (dtype='float32')"
         super().__init__(f"{type(model).__name__} cannot be run on tokens ({self.message}); {advice}")
 

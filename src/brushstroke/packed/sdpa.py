@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from brushstroke.lowrank.autograd import first_order
+from brushstroke.lowrank.matmul import HALF
 from brushstroke.packed.varlen import Segments
 
 MOST_SCORES = 16 * 1024 * 1024  # of one `attend_matmul` call, which stores all scores
-HALF = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256  # for which the flash kernel has a backward pass
 ALIGNED_AT_THE_END = (
     2  # the memory-efficient kernel's number for a causal mask with the last key on the diagonal
