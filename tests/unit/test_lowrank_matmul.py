@@ -48,9 +48,40 @@ def test_a_bias_with_strides(onednn: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)
-    assert choose_kernels(CPU, dtype)[0] == "torch"
+    assert choose_kernels(CPU, dtype)[0] in ("torch", "fp32")
     with kernels("onednn"):
         assert torch.equal(product(x, weight), torch.nn.functional.linear(x, weight))
+
+
+HALF_TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("name", ["torch", "fp32"])
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "d", "h"), [(7, 33, 65), (64, 700, 900), (0, 4, 4), (3, 0, 4)])
+def test_a_sum_in_half_precision_is_rounded_once(name, dtype, biased, transposed, rows, d, h) -> None:
+    x, bias = torch.randn(rows, d).to(dtype), 3 * torch.randn(h).to(dtype) if biased else None
+    weight = (torch.randn(d, h).mT if transposed else torch.randn(h, d)).to(dtype)
+    total = torch.randn(rows, h).to(dtype)
+    exact = 0.25 * x.double() @ weight.double().mT + total.double() + (0 if bias is None else bias.double())
+    with kernels(name):
+        found = product_onto(total.clone(), x, weight, bias, 0.25)
+    assert found.dtype == dtype
+    limit = HALF_TOLERANCE[dtype] * exact.abs() + 1e-6 * d**0.5  # half a step, and the rounding of fp32
+    assert bool(((found.double() - exact).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE)
+def test_products_in_fp32_blocks_are_rounded_once(dtype: torch.dtype) -> None:
+    if choose_kernels(CPU, dtype)[0] != "fp32":
+        pytest.skip("this processor has products in half precision")
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 9, 700), (900, 700), (900,)))
+    with kernels("fp32"):
+        found = product(x, weight, bias)
+    exact = x.double() @ weight.double().mT + bias.double()
+    torch.testing.assert_close(found, exact.to(dtype), rtol=2 * HALF_TOLERANCE[dtype], atol=1e-3)
 
 
 def test_kernel_choice_ends_with_its_block() -> None:

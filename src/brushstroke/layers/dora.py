@@ -183,10 +183,9 @@ class AttachedDoRA(AttachedLinear):
         low = super().update()
         return DoRA(low.U, low.V, self.lora_magnitude.detach().clone(), low.scale)
 
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions do not support norms."""
-        self._route.record(self)
-        return None
+    def is_plain(self, x: Tensor) -> bool:
+        """False: the output is not a sum with x·W, because the update scales W."""
+        return False
 
     def add_update(self, y: Tensor, x: Tensor, factors: Factors, dropout: float) -> Tensor:
         """y + (m/n − 1)·x·W + m/n·scale·(x·U)·V, where n are the norms of W + scale·U·V."""
@@ -246,7 +245,7 @@ class BankedDoRA(BankedLinear):
     def write(self, slot: int, update: DoRA | LowRank | None) -> None:
         """Write a slot."""
         low, gain = (None, torch.ones(1)) if update is None else _banked(self, update)
-        super().write(slot, low)
+        self.store(slot, low)
         gains, slots = self.bank_gain, self.bank_V.shape[0]
         if len(gains) < slots:
             self._set_gain(torch.cat([gains, gains.new_ones(slots - len(gains), gains.shape[1])]))
@@ -259,9 +258,9 @@ class BankedDoRA(BankedLinear):
         gain[1] = 2
         return Trial({**tensors, "bank_gain": gain}, settings, expected + _without_bias(self, base).double())
 
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions do not support norms."""
-        return None
+    def is_plain(self, x: Tensor) -> bool:
+        """False: the output is not a sum with x·W, because the update scales W."""
+        return False
 
     def may_stack(self, x: Tensor) -> bool:
         """False: each row scales the base's output too."""

@@ -30,6 +30,10 @@ class _Lookup(_LowRankLayer):
         """The whole shape: every number of the input is a token."""
         return x.shape
 
+    def is_plain(self, x: Tensor) -> bool:
+        """False: the output is a sum of rows of W, not a product."""
+        return False
+
     def term(self, x: Int[Tensor, "*b"], factors: Factors, dropout: float = 0.0) -> Float[Tensor, "*b h"]:
         """The low-rank term; dropout does not apply, because there is no input vector to drop."""
         U_rows, V, scale = factors
@@ -39,11 +43,6 @@ class _Lookup(_LowRankLayer):
 class AttachedEmbedding(_Lookup, AttachedLinear):
     """The base's row of each token, plus scale·U[t]·V; parameters as in `AttachedLinear`."""
 
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions are for linear layers."""
-        self._route.record(self)
-        return None
-
     def update(self) -> EmbeddingLowRank:
         """Copies of the current U and V."""
         return EmbeddingLowRank(*super().update().factors)
@@ -51,10 +50,6 @@ class AttachedEmbedding(_Lookup, AttachedLinear):
 
 class BankedEmbedding(_Lookup, BankedLinear):
     """The base's row of each token, plus the term of its batch row's slot; buffers as in `BankedLinear`."""
-
-    def parts(self, x: Tensor) -> LinearParts | None:
-        """None: the fused functions are for linear layers."""
-        return None
 
     def may_stack(self, x: Tensor) -> bool:
         """False: a lookup for all slots costs more than one for each row's slot."""

@@ -17,10 +17,12 @@ from brushstroke.lowrank.apply import (
     LinearParts,
     Span,
     gathered_term,
+    linear_onto,
     lowrank_linears,
     lowrank_term,
     stacked_term,
 )
+from brushstroke.lowrank.matmul import HALF
 from brushstroke.sites import has_plain_forward
 from brushstroke.sites.kinds import CONV1D, compute_dtype
 
@@ -63,7 +65,7 @@ class _LowRankLayer(Adapted):
         factors: Mapping[int, Factors],
         dropout: float = 0.0,
     ) -> Tensor:
-        """The output with the update of each span's slot, without fused functions."""
+        """The output y with the low-rank terms of all spans."""
         if [span.tokens for span in spans] == [EVERYTHING.rows]:
             return self.add_update(y, x, factors[spans[0].slot], dropout)
         axes = len(self.leading(x))
@@ -76,7 +78,33 @@ class _LowRankLayer(Adapted):
 
     def may_fuse(self, x: Tensor) -> bool:
         """Whether the fused functions equal this layer's forward with its updates."""
-        return self._plain and _is_frozen(self) and not torch.is_autocast_enabled(x.device.type)
+        return self.is_plain(x) and _is_frozen(self)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether the base's output is x·W + bias in the dtype of x."""
+        return self._plain and not torch.is_autocast_enabled(x.device.type)
+
+    def with_updates(
+        self, x: Tensor, factors: Mapping[int, Factors], dropout: float = 0.0, is_zero: bool = False
+    ) -> Tensor:
+        """The output with the update of each span's slot, without fused functions.
+
+        In half precision the base's product is added to the low-rank term, unless the term `is_zero`.
+        """
+        spans = self.spans(x)
+        if spans and self.rounds_once(x) and not is_zero:
+            zeros = x.new_zeros(*self.leading(x), self.widths[1])
+            return self.onto(self.add_updates(zeros, x, spans, factors, dropout), x)
+        return self.add_updates(super().forward(x), x, spans, factors, dropout)
+
+    def rounds_once(self, x: Tensor) -> bool:
+        """Whether the sum of the base's product and the low-rank term must be formed by `onto`."""
+        return x.dtype in HALF and self.is_plain(x)
+
+    def onto(self, term: Tensor, x: Tensor) -> Tensor:
+        """The base's output plus a low-rank term, rounded once in the rows that use an update."""
+        spans = [span.tokens for span in self.spans(x)]
+        return linear_onto(term, x, self.weight, self.bias, self._kind is CONV1D, spans)
 
     def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Uᵀ (1×d) and V (1×h) for a trial, and the expected output (float64) with them."""
@@ -98,7 +126,8 @@ class AttachedLinear(_LowRankLayer, Attached):
     lora_U_rows: nn.Parameter
     lora_V: nn.Parameter
     lora_scale: float
-    _added = ("lora_U_rows", "lora_V", "lora_scale", "dropout")
+    _nonzero: tuple[Any, ...]  # identifies a V that was found to be other than zero
+    _added = ("lora_U_rows", "lora_V", "lora_scale", "_nonzero", "dropout")
 
     def install(self, update: LowRank, *, trainable: bool, dropout: float) -> None:
         """Store U and V in the update's dtype; if they train, in fp32 or float64."""
@@ -108,7 +137,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         for name, tensor in (("lora_U_rows", update.U.mT), ("lora_V", update.V)):
             value = tensor.detach().to(self.weight.device, dtype).clone(memory_format=torch.contiguous_format)
             self.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
-        self.lora_scale, self.dropout = update.scale, dropout
+        self.lora_scale, self.dropout, self._nonzero = update.scale, dropout, ()
 
     def factors(self) -> Mapping[str, nn.Parameter]:
         """Uᵀ (r×d), then V (r×h)."""
@@ -132,9 +161,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         if (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
         factors = {1: (self.lora_U_rows, self.lora_V, self.lora_scale)}
-        return route.guard(
-            self.add_updates(super().forward(x), x, self.spans(x), factors, self._active_dropout)
-        )
+        return route.guard(self.with_updates(x, factors, self._active_dropout, self._is_zero(x)))
 
     @property
     def _active_dropout(self) -> float:
@@ -147,7 +174,22 @@ class AttachedLinear(_LowRankLayer, Attached):
             return None
         spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self.spans(x))
         factors = self.lora_U_rows, self.lora_V, self.lora_scale
-        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans)
+        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans, self._is_zero(x))
+
+    def _is_zero(self, x: Tensor) -> bool:
+        """Whether V is zero and x in half precision; then the base's own product gives the output.
+
+        On a GPU, where reading V would wait for the device, it is not read again once it was not zero.
+        """
+        if x.dtype not in HALF or torch.compiler.is_compiling():
+            return False
+        V = self.lora_V
+        found = (V.data_ptr(),) if V.is_cuda else (V.data_ptr(), None if V.is_inference() else V._version)
+        if found != self._nonzero or None in found:
+            if not V.any():
+                return True
+            self._nonzero = found
+        return False
 
 
 class BankedLinear(_LowRankLayer, Banked):
@@ -175,7 +217,11 @@ class BankedLinear(_LowRankLayer, Banked):
         self.slot_ranks = [0]
 
     def write(self, slot: int, update: LowRank | None) -> None:
-        """Write a slot; the stacks grow if they have too few slots or too small a rank."""
+        """Write a slot; an update with V = 0 leaves it empty, so that its rows get the base's own output."""
+        self.store(slot, update if update is not None and update.V.any() else None)
+
+    def store(self, slot: int, update: LowRank | None) -> None:
+        """Copy U and V to a slot; the stacks grow if they have too few slots or too small a rank."""
         U_rows, V = self.bank_U_rows, self.bank_V
         rank = update.rank if update else 0
         slots, width = U_rows.shape[0], max(U_rows.shape[1], rank)
@@ -209,15 +255,18 @@ class BankedLinear(_LowRankLayer, Banked):
         if torch.compiler.is_compiling():
             return self.add_gathered(super().forward(x), x, route.slot_index(x.shape[0], x.device))
         if self.may_stack(x):
-            y = super().forward(x)
             slots, rank, _ = self.bank_V.shape
             uses = route.ranks_used(x.shape[0], slots, rank, x.device)
-            return route.guard(y + stacked_term(x, self.bank_U_rows, self.bank_V, uses).to(y.dtype))
+            term = stacked_term(x, self.bank_U_rows, self.bank_V, uses)
+            if self.rounds_once(x):
+                return route.guard(self.onto(term, x))
+            y = super().forward(x)
+            return route.guard(y + term.to(y.dtype))
         spans = self.spans(x)
         if spans and (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
         factors = {span.slot: self._factors(span.slot) for span in spans}
-        return route.guard(self.add_updates(super().forward(x), x, spans, factors))
+        return route.guard(self.with_updates(x, factors))
 
     def parts(self, x: Tensor) -> LinearParts | None:
         """The stacked factors; each span uses the ranks of its slot."""

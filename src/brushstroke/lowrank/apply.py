@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from brushstroke.lowrank.autograd import first_order
-from brushstroke.lowrank.matmul import in_onednn, product, product_onto, scaled_product
+from brushstroke.lowrank.matmul import HALF, in_onednn, product, product_onto, scaled_product
 
 
 class Span(NamedTuple):
@@ -38,6 +38,7 @@ class LinearParts(NamedTuple):
         scale: the factor of the low-rank term.
         weight_is_dxh: whether `weight` is (d×h).
         spans: which rows use which ranks; spans do not overlap. By default all rows use all ranks.
+        is_zero: whether V is known to be zero, so that the output equals that of the base bit for bit.
     """
 
     weight: Tensor
@@ -47,6 +48,7 @@ class LinearParts(NamedTuple):
     scale: float = 1.0
     weight_is_dxh: bool = False
     spans: tuple[Span, ...] = (EVERYTHING,)
+    is_zero: bool = False
 
     def factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
         """Uᵀ and V of the update that these rows use; None if they use none."""
@@ -134,27 +136,66 @@ def forward_products(
 ) -> tuple[list[Tensor], list[LowRankActivations]]:
     """The outputs (n×h each) of linears that share an input (…×d, n rows), and the activations to save."""
     rows = x.reshape(-1, x.shape[-1])
-    ys = []
-    for part in parts:
-        # x keeps its shape: torch rounds differently for other shapes, and the base's output must not change.
-        dxh = part.weight_is_dxh
-        y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
-        ys.append(y.view(-1, y.shape[-1]))
-    return ys, [_add_updates(ys, rows, parts, span) for span in _spanned_rows(parts)]
+    saved: list[LowRankActivations] = []
+    terms: list[list[_Term]] = [[] for _ in parts]
+    for span in _spanned_rows(parts):
+        saved.append(_activations(rows, parts, span))
+        for i, V, columns in saved[-1].columns():
+            terms[i].append(_Term(span, saved[-1].xu[:, columns], V))
+    return [_output(x, part, own) for part, own in zip(parts, terms, strict=True)], saved
 
 
-def _add_updates(
-    ys: Sequence[Tensor], rows: Tensor, parts: Sequence[LinearParts], span: slice
-) -> LowRankActivations:
-    """Add the low-rank terms of one span of the rows to the outputs, in place."""
+class _Term(NamedTuple):
+    """The low-rank term xu·V of some rows, without the scale."""
+
+    rows: slice
+    xu: Tensor
+    V: Tensor
+
+
+def _activations(rows: Tensor, parts: Sequence[LinearParts], span: slice) -> LowRankActivations:
     factors = [part.factors(span) for part in parts]
     stacked = [pair[0] for pair in factors if pair is not None]
     U_rows = (stacked[0] if len(stacked) == 1 else torch.cat(stacked)).to(rows.dtype)
     V = [None if pair is None else pair[1].to(rows.dtype) for pair in factors]
-    saved = LowRankActivations(product(rows[span], U_rows), U_rows, V)
-    for i, own_V, columns in saved.columns():
-        ys[i][span].addmm_(saved.xu[:, columns], own_V, alpha=parts[i].scale)
-    return saved
+    return LowRankActivations(product(rows[span], U_rows), U_rows, V)
+
+
+def _output(x: Tensor, part: LinearParts, terms: Sequence[_Term]) -> Float[Tensor, "n h"]:
+    """x·W + bias and the low-rank terms; in half precision W's product is added to the terms."""
+    rows = x.reshape(-1, x.shape[-1])
+    if terms and x.dtype in HALF and not part.is_zero:
+        y = rows.new_empty(rows.shape[0], _weight_rows(part).shape[0])
+        for term in terms:
+            y[term.rows] = scaled_product(term.xu, term.V, part.scale, y.dtype)
+        return _onto(y, rows, _weight_rows(part), part.bias, [term.rows for term in terms])
+    # x keeps its shape: torch rounds differently for other shapes, and the base's output must not change.
+    dxh = part.weight_is_dxh
+    y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
+    y = y.view(-1, y.shape[-1])
+    for term in () if part.is_zero else terms:
+        y[term.rows].addmm_(term.xu, term.V, alpha=part.scale)
+    return y
+
+
+def _onto(
+    terms: Float[Tensor, "n h"], x: Float[Tensor, "n d"], weight: Tensor, bias: Tensor | None, spans: list[slice]
+) -> Float[Tensor, "n h"]:
+    """x·Wᵀ + bias, added to the terms in these spans, and as the base computes it in the other rows."""
+    if spans == [EVERYTHING.rows]:
+        return product_onto(terms, x, weight, bias)
+    end = 0
+    for span in [*sorted(spans, key=lambda span: span.start), slice(len(x), len(x))]:
+        if end < span.start:
+            terms[end : span.start] = product(x[end : span.start], weight, bias)
+        if span.start < span.stop:
+            terms[span] = product_onto(terms[span], x[span], weight, bias)
+        end = span.stop
+    return terms
+
+
+def _weight_rows(part: LinearParts) -> Float[Tensor, "h d"]:
+    return part.weight.mT if part.weight_is_dxh else part.weight
 
 
 def reshaped(y: Tensor, leading: Sequence[int]) -> Tensor:
@@ -183,17 +224,11 @@ def backward_products(
         need_x: whether the gradient of the rows is needed.
         needs: for each tensor of each part, whether its gradient is needed.
     """
-    dx = None
-    if need_x:
-        for dy, part in zip(dys, parts, strict=True):
-            weight = part.weight if part.weight_is_dxh else part.weight.mT
-            dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
     gradients: list[Tensor | None] = [None] * (TENSORS * len(parts))
-    for span, activations in zip(_spanned_rows(parts), saved, strict=True):
-        terms = [_xu_gradient(dys[i][span], V, parts[i].scale) for i, V, _ in activations.columns()]
-        dxu = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
-        if dx is not None:
-            dx[span].addmm_(dxu, activations.U_rows)
+    spans = _spanned_rows(parts)
+    dxus = [_xu_gradients(dys, parts, span, own) for span, own in zip(spans, saved, strict=True)]
+    dx = _input_gradient(dys, rows, parts, list(zip(spans, dxus, saved, strict=True))) if need_x else None
+    for span, dxu, activations in zip(spans, dxus, saved, strict=True):
         dU = None
         for i, _, columns in activations.columns():
             part, first = parts[i], TENSORS * i
@@ -208,6 +243,36 @@ def backward_products(
                 dV = scaled_product(activations.xu[:, columns].mT, dys[i][span], part.scale, part.V.dtype)
                 gradients[first + 3] = _add_span(gradients[first + 3], dV, part.V, part.ranks(span))
     return dx, gradients
+
+
+def _xu_gradients(
+    dys: Sequence[Tensor], parts: Sequence[LinearParts], span: slice, saved: LowRankActivations
+) -> Float[Tensor, "n r"]:
+    """The gradients of all x·U of a span, in the order of its activations."""
+    terms = [_xu_gradient(dys[i][span], V, parts[i].scale) for i, V, _ in saved.columns()]
+    return terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
+
+
+def _input_gradient(
+    dys: Sequence[Tensor],
+    rows: Tensor,
+    parts: Sequence[LinearParts],
+    low_rank: Sequence[tuple[slice, Tensor, LowRankActivations]],
+) -> Float[Tensor, "n d"]:
+    """Σ dyᵢ·Wᵢᵀ and the low-rank terms; in half precision the products are added to the terms."""
+    dx = None
+    if low_rank and rows.dtype in HALF:
+        dx = torch.zeros_like(rows)
+        for span, dxu, saved in low_rank:
+            dx[span] = scaled_product(dxu, saved.U_rows, 1.0, rows.dtype)
+    for dy, part in zip(dys, parts, strict=True):
+        weight = _weight_rows(part).mT
+        dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
+    assert dx is not None
+    if rows.dtype not in HALF:
+        for span, dxu, saved in low_rank:
+            dx[span].addmm_(dxu, saved.U_rows)
+    return dx
 
 
 def _add_span(total: Tensor | None, gradient: Tensor, factor: Tensor, ranks: slice | None) -> Tensor:
@@ -270,6 +335,43 @@ def lowrank_linears(x: Float[Tensor, "*b d"], parts: Sequence[LinearParts]) -> t
     """
     static, tensors = flatten(parts)
     return _LowRankLinears.apply(x, static, *tensors)  # type: ignore[return-value]
+
+
+class _LinearOnto(torch.autograd.Function):
+    """term + x·W + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, spans: list[slice]
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        terms, rows = term.reshape(-1, term.shape[-1]).clone(), x.reshape(-1, x.shape[-1])
+        return reshaped(_onto(terms, rows, weight, bias, spans), x.shape[:-1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (dy,), (x, weight) = grad_outputs, ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = product(dy, weight.mT) if ctx.needs_input_grad[1] else None
+        dW = None if x is None else scaled_product(rows.mT, x.reshape(-1, x.shape[-1]), 1.0, weight.dtype)
+        return dy, dx, dW, rows.sum(0) if ctx.needs_input_grad[3] else None, None
+
+
+def linear_onto(
+    term: Float[Tensor, "*b h"],
+    x: Float[Tensor, "*b d"],
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_is_dxh: bool,
+    spans: Sequence[slice] = (EVERYTHING.rows,),
+) -> Float[Tensor, "*b h"]:
+    """term + x·W + bias, rounded once, with the gradients of all of them.
+
+    Rows outside of the spans get x·W + bias as the base computes it; their term must be zero.
+    """
+    weight = weight.mT if weight_is_dxh else weight
+    return _LinearOnto.apply(term.to(x.dtype), x, weight, bias, list(spans))  # type: ignore[return-value]
 
 
 def lowrank_term(

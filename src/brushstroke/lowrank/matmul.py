@@ -1,11 +1,16 @@
-"""Computes x·Wᵀ with torch's kernels, or with oneDNN's where they are faster on this processor.
+"""Computes x·Wᵀ, alone or onto another term, with the kernels that are fastest on this processor.
 
-Does not choose kernels per product: the caller chooses once with `choose_kernels`. Outside of
-`kernels("onednn")` every product uses torch's kernels, so that an adapted model rounds like its base.
+In half precision a sum of two products is rounded once: `product_onto` adds its term inside the product,
+where the sum is still in fp32. If x·W were rounded first, everything below half a step of its grid would be
+lost from a low-rank term that is added to it.
+
+Does not choose kernels for x·W per product: the caller chooses once with `choose_kernels`. Outside of
+`kernels(...)`, `product` uses torch's kernels, so that an adapted model rounds like its base.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +18,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # the dtypes of half precision
+BLOCK = 2**19  # numbers of W that are in fp32 at one time, if a processor has no products in half precision
+_SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
-_onednn = False
+_kernels = "torch"
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The kernels for the products of a frozen base on a device, "onednn" or "torch", and the reason.
+    """The kernels for the products of a frozen base on a device, and the reason.
 
-    With AVX-512, oneDNN's fp32 products use the full vector width; torch's BLAS library does so only on some
-    processors. With AVX2, and in other dtypes, torch's kernels are as fast or faster.
+    "onednn": with AVX-512, oneDNN's fp32 products use the full vector width; torch's BLAS library does so
+    only on some processors. "fp32": without products in half precision, torch computes them one by one; to
+    convert blocks of W to fp32 is several times faster. "torch": torch's own kernels are as fast or faster.
 
     >>> choose_kernels(torch.device("cpu"), torch.float64)
     ('torch', 'the fastest kernels known for float64')
     """
+    if device.type == "cpu" and dtype in HALF and not _has_products(dtype):
+        return "fp32", f"this processor has no products in {_name(dtype)}"
     if device.type != "cpu" or dtype != torch.float32:
-        where = str(dtype).removeprefix("torch.") if device.type == "cpu" else device.type
+        where = _name(dtype) if device.type == "cpu" else device.type
         return "torch", f"the fastest kernels known for {where}"
     if not torch.cpu.get_capabilities().get("avx512_f"):
         return "torch", "the faster kernels for fp32 without AVX-512"
@@ -38,18 +48,19 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 @contextmanager
 def kernels(name: str) -> Iterator[None]:
-    """Context manager: `product` uses the kernels "onednn" or "torch"."""
-    global _onednn
-    before, _onednn = _onednn, name == "onednn"
+    """Context manager: `product` uses the kernels "onednn", "fp32" or "torch"."""
+    global _kernels
+    before, _kernels = _kernels, name
     try:
         yield
     finally:
-        _onednn = before
+        _kernels = before
 
 
 def in_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` uses oneDNN's kernels for these tensors."""
-    return bool(_onednn and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel())
+    single = x.dtype == weight.dtype == torch.float32
+    return bool(_kernels == "onednn" and single and x.device.type == "cpu" and x.numel())
 
 
 def product(
@@ -57,33 +68,107 @@ def product(
 ) -> Float[Tensor, "*b h"]:
     """x·Wᵀ + bias without a gradient; the weight may be a transposed view, which is not copied.
 
-    oneDNN's kernels are for fp32 on a CPU; other inputs use torch's kernels.
+    oneDNN's kernels are for fp32 on a CPU, the kernels "fp32" for half precision on a CPU; other inputs use
+    torch's kernels.
     """
     if in_onednn(x, weight):
-        bias = None if bias is None else bias.contiguous()  # the operator ignores its strides
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, _contiguous(bias), "none", [], "")
+    if _kernels == "fp32" and _needs_fp32(x, weight):
+        rows = x.reshape(-1, x.shape[-1])
+        return _product_in_fp32(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 
 def product_onto(
-    total: Float[Tensor, "n h"], x: Float[Tensor, "n d"], weight: Float[Tensor, "h d"]
+    total: Float[Tensor, "n h"],
+    x: Float[Tensor, "n d"],
+    weight: Float[Tensor, "h d"],
+    bias: Float[Tensor, " h"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "n h"]:
-    """total + x·Wᵀ; may overwrite `total`."""
-    if in_onednn(x, weight) and total.dtype == x.dtype:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
-    return total.addmm_(x, weight.mT)
+    """total + scale·x·Wᵀ + bias, summed in at least fp32 and rounded once; may overwrite `total`."""
+    if in_onednn(x, weight) and total.dtype == x.dtype and scale == 1:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, _contiguous(bias), "add")
+    if _needs_fp32(x, weight):
+        return _product_in_fp32(x, weight, bias, total, scale)
+    if bias is None:
+        return total.addmm_(x, weight.mT, alpha=scale)
+    if x.dtype not in HALF:
+        return total.add_(bias).addmm_(x, weight.mT, alpha=scale)
+    if x.is_cuda:
+        wide = torch.add(total, bias, out=total.new_empty(total.shape, dtype=torch.float32))
+        return torch.addmm(wide, x, weight.mT, out_dtype=torch.float32, alpha=scale).to(x.dtype)
+    if scale == 1 and x.device.type == "cpu" and x.numel() and _adds_bias(x.dtype):
+        return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, _contiguous(bias), "add")
+    return _product_in_fp32(x, weight, bias, total, scale)
 
 
 def scaled_product(
     x: Float[Tensor, "n d"], y: Float[Tensor, "d h"], scale: float, dtype: torch.dtype
 ) -> Float[Tensor, "n h"]:
     """scale·x·y in a dtype; half precision on a GPU accumulates in fp32 if `dtype` is fp32."""
+    if _needs_fp32(x, y):
+        return (scale * x.float() @ y.float()).to(dtype)
     if x.dtype == dtype:
         return x.new_empty(x.shape[0], y.shape[1]).addmm_(x, y, beta=0, alpha=scale)
     if x.is_cuda and x.dtype in HALF and dtype == torch.float32:
         ignored = x.new_empty((), dtype=dtype).expand(x.shape[0], y.shape[1])
         return torch.addmm(ignored, x, y, out_dtype=dtype, beta=0, alpha=scale)
     return scaled_product(x, y, scale, x.dtype).to(dtype)
+
+
+def _needs_fp32(x: Tensor, weight: Tensor) -> bool:
+    """Whether tensors are in half precision, on a processor without products in it."""
+    if x.dtype not in HALF or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return weight.dtype == x.dtype and not _has_products(x.dtype)
+
+
+def _product_in_fp32(
+    x: Float[Tensor, "n d"],
+    weight: Float[Tensor, "h d"],
+    bias: Float[Tensor, " h"] | None = None,
+    total: Float[Tensor, "n h"] | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "n h"]:
+    """total + scale·x·Wᵀ + bias in the dtype of x; converts W to fp32 block by block, and rounds once."""
+    rows = x.float() if scale == 1 else scale * x.float()
+    (h, d), y = weight.shape, total if total is not None else x.new_empty(x.shape[0], weight.shape[0])
+    step = max(1, BLOCK // max(d, 1))
+    for start in range(0, h, step):
+        columns = slice(start, start + step)
+        own_bias = None if bias is None else bias[columns].float()
+        block = F.linear(rows, weight[columns].float(), own_bias)
+        y[:, columns] = block if total is None else block.add_(total[:, columns])
+    return y
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()  # oneDNN's operators ignore its strides
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether this processor has fast products in this dtype of half precision."""
+    supported = getattr(torch.ops.mkldnn, _SUPPORTED[dtype], None)
+    return supported is None or bool(supported())
+
+
+@cache
+def _adds_bias(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's private operator adds a bias and a term to a product in this dtype, correctly."""
+    x, weight = torch.linspace(-1, 1, 24).view(4, 6), torch.linspace(-1, 2, 18).view(3, 6)
+    total, bias = torch.full((4, 3), 0.5), torch.linspace(1, 2, 3)
+    half = [tensor.to(dtype) for tensor in (x, total, weight, bias)]
+    try:
+        found = torch.ops.mkldnn._linear_pointwise.binary(*half, "add")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.allclose(found.float(), total + x @ weight.mT + bias, atol=0.1)
 
 
 def _usable() -> bool:
