@@ -90,7 +90,10 @@ def test_rows_of_a_bank_keep_it_and_rows_of_the_base_are_the_base(net, x):
 
 
 def test_rows_of_few_tokens_too(net):
-    x, adapters = torch.randn(96, 1, 48).bfloat16(), {name: small(net, seed) for seed, name in enumerate("ab")}
+    x, adapters = (
+        torch.randn(96, 1, 48).bfloat16(),
+        {name: small(net, seed) for seed, name in enumerate("ab")},
+    )
     base, names = net(x), [*"ab" * 32, *[None] * 32]
     with bank(net, adapters) as held, held.rows(names):
         found = net(x)

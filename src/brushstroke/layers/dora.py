@@ -17,7 +17,6 @@ from brushstroke.layers.adapted import Trial
 from brushstroke.layers.fresh import Start, fresh_lora
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors
 from brushstroke.lowrank import LowRank, Update
-from brushstroke.lowrank.apply import LinearParts
 from brushstroke.sites import weight_dxh
 
 

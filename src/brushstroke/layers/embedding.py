@@ -10,7 +10,6 @@ from torch import Size, Tensor
 from brushstroke.layers.fresh import Start
 from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _LowRankLayer
 from brushstroke.lowrank import LowRank
-from brushstroke.lowrank.apply import LinearParts
 
 
 class EmbeddingLowRank(LowRank):

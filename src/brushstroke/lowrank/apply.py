@@ -165,10 +165,8 @@ def _output(x: Tensor, part: LinearParts, terms: Sequence[_Term]) -> Float[Tenso
     """x·W + bias and the low-rank terms; in half precision W's product is added to the terms."""
     rows = x.reshape(-1, x.shape[-1])
     if terms and x.dtype in HALF and not part.is_zero:
-        y = rows.new_empty(rows.shape[0], _weight_rows(part).shape[0])
-        for term in terms:
-            y[term.rows] = scaled_product(term.xu, term.V, part.scale, y.dtype)
-        return _onto(y, rows, _weight_rows(part), part.bias, [term.rows for term in terms])
+        scaled = [scaled_product(term.xu, term.V, part.scale, x.dtype) for term in terms]
+        return _onto(scaled, [term.rows for term in terms], rows, _weight_rows(part), part.bias)
     # x keeps its shape: torch rounds differently for other shapes, and the base's output must not change.
     dxh = part.weight_is_dxh
     y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
@@ -179,19 +177,24 @@ def _output(x: Tensor, part: LinearParts, terms: Sequence[_Term]) -> Float[Tenso
 
 
 def _onto(
-    terms: Float[Tensor, "n h"], x: Float[Tensor, "n d"], weight: Tensor, bias: Tensor | None, spans: list[slice]
+    terms: Sequence[Float[Tensor, "_ h"]],
+    spans: Sequence[slice],
+    x: Float[Tensor, "n d"],
+    weight: Float[Tensor, "h d"],
+    bias: Tensor | None,
 ) -> Float[Tensor, "n h"]:
-    """x·Wᵀ + bias, added to the terms in these spans, and as the base computes it in the other rows."""
+    """x·Wᵀ + bias, added to the terms of these spans, and as the base computes it in the other rows."""
     if spans == [EVERYTHING.rows]:
-        return product_onto(terms, x, weight, bias)
-    end = 0
-    for span in [*sorted(spans, key=lambda span: span.start), slice(len(x), len(x))]:
+        return product_onto(terms[0], x, weight, bias)
+    y, end = x.new_empty(len(x), len(weight)), 0
+    ordered = sorted(zip(spans, terms, strict=True), key=lambda pair: pair[0].start)
+    for span, term in [*ordered, (slice(len(x), None), None)]:
         if end < span.start:
-            terms[end : span.start] = product(x[end : span.start], weight, bias)
-        if span.start < span.stop:
-            terms[span] = product_onto(terms[span], x[span], weight, bias)
-        end = span.stop
-    return terms
+            y[end : span.start] = product(x[end : span.start], weight, bias)
+        if term is not None:
+            y[span] = product_onto(term, x[span], weight, bias)
+            end = span.stop
+    return y
 
 
 def _weight_rows(part: LinearParts) -> Float[Tensor, "h d"]:
@@ -345,8 +348,9 @@ class _LinearOnto(torch.autograd.Function):
         ctx: Any, term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, spans: list[slice]
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
-        terms, rows = term.reshape(-1, term.shape[-1]).clone(), x.reshape(-1, x.shape[-1])
-        return reshaped(_onto(terms, rows, weight, bias, spans), x.shape[:-1])
+        sums, rows = term.reshape(-1, term.shape[-1]), x.reshape(-1, x.shape[-1])
+        terms = [sums[span].clone() for span in spans]
+        return reshaped(_onto(terms, spans, rows, weight, bias), x.shape[:-1])
 
     @staticmethod
     @first_order

@@ -57,6 +57,13 @@ def kernels(name: str) -> Iterator[None]:
         _kernels = before
 
 
+def lacks_products(x: Tensor) -> bool:
+    """Whether x is in half precision on a processor that has no products in it, so that fp32 is faster."""
+    if x.dtype not in HALF or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not _has_products(x.dtype)
+
+
 def in_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` uses oneDNN's kernels for these tensors."""
     single = x.dtype == weight.dtype == torch.float32
@@ -73,7 +80,7 @@ def product(
     """
     if in_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, _contiguous(bias), "none", [], "")
-    if _kernels == "fp32" and _needs_fp32(x, weight):
+    if _kernels == "fp32" and lacks_products(x) and weight.dtype == x.dtype:
         rows = x.reshape(-1, x.shape[-1])
         return _product_in_fp32(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
@@ -89,7 +96,7 @@ def product_onto(
     """total + scale·x·Wᵀ + bias, summed in at least fp32 and rounded once; may overwrite `total`."""
     if in_onednn(x, weight) and total.dtype == x.dtype and scale == 1:
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, _contiguous(bias), "add")
-    if _needs_fp32(x, weight):
+    if lacks_products(x) and weight.dtype == x.dtype:
         return _product_in_fp32(x, weight, bias, total, scale)
     if bias is None:
         return total.addmm_(x, weight.mT, alpha=scale)
@@ -107,7 +114,7 @@ def scaled_product(
     x: Float[Tensor, "n d"], y: Float[Tensor, "d h"], scale: float, dtype: torch.dtype
 ) -> Float[Tensor, "n h"]:
     """scale·x·y in a dtype; half precision on a GPU accumulates in fp32 if `dtype` is fp32."""
-    if _needs_fp32(x, y):
+    if lacks_products(x) and y.dtype == x.dtype:
         return (scale * x.float() @ y.float()).to(dtype)
     if x.dtype == dtype:
         return x.new_empty(x.shape[0], y.shape[1]).addmm_(x, y, beta=0, alpha=scale)
@@ -115,13 +122,6 @@ def scaled_product(
         ignored = x.new_empty((), dtype=dtype).expand(x.shape[0], y.shape[1])
         return torch.addmm(ignored, x, y, out_dtype=dtype, beta=0, alpha=scale)
     return scaled_product(x, y, scale, x.dtype).to(dtype)
-
-
-def _needs_fp32(x: Tensor, weight: Tensor) -> bool:
-    """Whether tensors are in half precision, on a processor without products in it."""
-    if x.dtype not in HALF or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return weight.dtype == x.dtype and not _has_products(x.dtype)
 
 
 def _product_in_fp32(

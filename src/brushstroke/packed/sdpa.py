@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from brushstroke.lowrank.autograd import first_order
-from brushstroke.lowrank.matmul import HALF
+from brushstroke.lowrank.matmul import HALF, lacks_products
 from brushstroke.packed.varlen import Segments
 
 MOST_SCORES = 16 * 1024 * 1024  # of one `attend_matmul` call, which stores all scores
@@ -29,12 +29,13 @@ _GROUPED: dict[str, Any] = (
 
 
 def prefers_matmul(q: Float[Tensor, "b heads n w"], k: Float[Tensor, "b kv m w"], dropout: float) -> bool:
-    """Whether to use `attend_matmul`: for bf16 on a CPU, where torch's kernel is slow.
+    """Whether to use `attend_matmul`: for bf16 on a CPU with products in it, where torch's kernel is slow.
 
     Measured at 1.5 to 4 times the kernel's speed for 90 to 900 keys; in fp32 the kernel wins.
     """
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and not dropout and scores <= MOST_SCORES
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or lacks_products(q):
+        return False
+    return not dropout and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= MOST_SCORES
 
 
 def attend(
@@ -48,7 +49,10 @@ def attend(
     """softmax(scale·q·kᵀ)·v over the keys where the mask is true, by torch's kernel; causal without a mask.
 
     With fewer key heads than query heads, several query heads share one. The scale is 1/√w by default.
+    Half precision on a processor without products in it runs in fp32.
     """
+    if lacks_products(q):
+        return attend(q.float(), k.float(), v.float(), mask, scale, dropout).to(q.dtype)
     shared = q.shape[1] // k.shape[1]
     fast = mask is None and q.dtype in HALF
     if (
