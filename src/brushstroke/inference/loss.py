@@ -18,7 +18,7 @@ from brushstroke.packed.pack import Row
 from brushstroke.packed.select import select_forward
 from brushstroke.sites import unwrap
 
-PASS_TOKENS = 2048  # computed per pass; limits the memory of a head that computes all logits at once
+PASS_TOKENS = 1024  # computed per pass; the activations of more tokens do not fit into a CPU's caches
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,7 @@ class Route:
     @property
     def uniform(self) -> int | None:
         """The slot of all rows, or None if they differ."""
-        first = self._slots[0]
-        return first if all(slot == first for slot in self._slots) else None
+        return self._uniform
 
     def set(
         self,
@@ -189,6 +188,7 @@ class Route:
         if lengths is not None and len(set(slots)) == 1:
             slots, lengths, wanted = slots[:1], None, None  # for an input of any shape
         self._slots, self._lengths, self._wanted = slots, lengths, wanted
+        self._uniform = slots[0] if len(set(slots)) == 1 else None
         self._index = torch.tensor(slots)
         self._spans.clear()
         self._ranks_used.clear()
