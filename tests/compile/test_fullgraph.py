@@ -154,3 +154,20 @@ def test_a_compiled_language_model_serves_mixed_rows(llama, counter):
                 got = run(input_ids=tokens, use_cache=False).logits
                 assert relative(got, llama(input_ids=tokens, use_cache=False).logits) < 1e-4
         assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_half_precision_with_a_bias_is_one_graph(counter, kind, dropout):
+    model = kinds()[kind].bfloat16()
+    x = torch.randn(8, 6).bfloat16()
+    with attach(model, toys.random_adapter(model), trainable=True, dropout=dropout) as attachment:
+        attachment.train()
+        torch.manual_seed(1)
+        expected = model(x).detach()
+        torch.manual_seed(1)
+        found = torch.compile(model, fullgraph=True, backend=counter)(x)
+        found.float().sum().backward()
+        assert all(p.grad is not None for p in attachment.parameters())
+    assert counter.frame_count == 1
+    assert relative(found.detach().float(), expected.float()) < 0.02

@@ -205,3 +205,36 @@ def test_tied_weights_both_adapted_and_weights_in_a_shared_storage(x):
     assert all(torch.equal(t, state[n]) for n, t in net.state_dict().items())
     assert net.one.weight is net.two.weight
     assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :3],
+        lambda x: x[:, -1:],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x[:, :1].expand(-1, 90, -1),
+    ],
+)
+def test_rows_of_the_base_are_the_base_for_any_strides(net, view):
+    x = view(torch.randn(32, 80, 48).bfloat16())
+    layers = net.plain, net.biased  # Conv1D accepts contiguous inputs only
+    base = [layer(x) for layer in layers]
+    with bank(net, {"a": small(net)}) as held, held.rows(["a", None] * 16):
+        for layer, expected in zip(layers, base, strict=True):
+            assert torch.equal(layer(x)[1::2], expected[1::2])
+
+
+def test_the_weight_may_change_before_backward_if_no_gradient_needs_it(x):
+    net = Net()
+    with attach(net, small(net)):
+        y = net(x)
+        with torch.no_grad():
+            net.plain.weight.add_(1)
+        y.float().sum().backward()
+    assert net.plain.weight.grad is not None
+
+
+def test_meta_tensors_run(net, x):
+    with attach(net, small(net)):
+        assert net.to("meta")(x.to("meta")).shape == (32, 5, 192)

@@ -159,3 +159,40 @@ def test_spans_that_share_ranks_add_up_their_gradients():
         lambda *f: lowrank_linears(f[0], [LinearParts(W, None, f[1], f[2], 0.5, spans=spans)])[0],
         (x, U_rows, V),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [[slice(None)], [slice(0, 4)]],
+        [[slice(0, 6)], [slice(2, 8)]],
+        [[slice(None, 4), slice(5, None)], [slice(-3, None)]],
+        [[slice(0, 5)], [slice(0, 0), slice(0, 5)]],
+        [[slice(6, 9), slice(0, 3)], [slice(3, 6)]],
+    ],
+)
+def test_each_part_has_its_own_spans(spans: list[list[slice]], dtype: torch.dtype) -> None:
+    x = torch.randn(9, 6, dtype=dtype, requires_grad=True)
+    weights = [torch.randn(5, 6, dtype=dtype), torch.randn(7, 6, dtype=dtype)]
+    factors = [(torch.randn(2, 6, requires_grad=True), torch.randn(2, h, requires_grad=True)) for h in (5, 7)]
+    parts = [
+        LinearParts(W, None, U, V, 0.5, spans=tuple(Span(span, slice(0, 2)) for span in own))
+        for W, (U, V), own in zip(weights, factors, spans, strict=True)
+    ]
+    grads = [torch.randn(9, 5, dtype=dtype), torch.randn(9, 7, dtype=dtype)]
+    inputs = [x, *(factor for pair in factors for factor in pair)]
+    found = lowrank_linears(x, parts)
+    ours = [*found, *torch.autograd.grad(found, inputs, grads)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = []
+    for W, U, V, own in zip(weights, wide[1::2], wide[2::2], spans, strict=True):
+        used = torch.zeros(9, 1, dtype=torch.float64)
+        for span in own:
+            used[span] = 1
+        expected.append(wide[0] @ W.double().mT + 0.5 * used * (wide[0] @ U.mT @ V))
+    theirs = [*expected, *torch.autograd.grad(expected, wide, [grad.double() for grad in grads])]
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a.double() - b).detach().norm() / b.detach().norm()) < (
+            1e-5 if dtype == torch.float32 else 0.01
+        )

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 _NAMED = 4  # sites that one line names
 
 
+KERNELS = {"onednn": "oneDNN", "fp32": "fp32 in blocks", "torch": "torch"}
+
+
 def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConfig") -> None:
     """Print a plan without its warnings; the caller prints those."""
     console.print("plan", style="bold")
@@ -31,7 +34,7 @@ def print_plan(console: Any, plan: "Plan", dtype_reason: str, config: "TrainConf
             f"({share(plan.share)} of the base), {size(plan.adapter_bytes)}",
             "memory": f"about {size(plan.memory_bytes)}; {plan.memory} ({plan.memory_reason})",
             "fused modules": plan.fused_modules,
-            "products": f"{'oneDNN' if plan.kernels == 'onednn' else 'torch'} ({plan.kernels_reason})",
+            "products": f"{KERNELS[plan.kernels]} ({plan.kernels_reason})",
             "data": f"{plan.examples:,} examples, {plan.real_tokens:,} tokens an epoch, "
             f"{plan.trained_tokens:,} of them trained",
             "read as": plan.reading,

@@ -6,7 +6,7 @@ It turns flags into settings of `brushstroke.studies`.
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from brushstroke.studies import Material, Progress, Study
     from brushstroke.studies.runner import Estimate
 
-Question = Literal["rank", "seeds", "targets", "delta", "intrinsic", "paper"]
+Question = Literal["rank", "seeds", "targets", "delta", "intrinsic", "rounding", "paper"]
 QUESTION, RUNS, DATA = Group("Question", sort_key=1), Group("Runs", sort_key=2), Group("Data", sort_key=3)
 TITLES = {
     "rank": "What rank is enough?",
@@ -34,17 +34,19 @@ TITLES = {
     "targets": "Which matrices should get the parameters?",
     "delta": "How does the update relate to the weights?",
     "intrinsic": "How many dimensions does the task need?",
+    "rounding": "What does bfloat16 keep of an adapter?",
     "paper": "The questions of the LoRA paper",
 }
 ONLY_FOR = {
-    "ranks": ("rank", "delta"),
+    "ranks": ("rank", "delta", "rounding"),
+    "steps": ("rounding",),
     "rank": ("seeds", "targets", "intrinsic"),
     "sets": ("targets",),
     "budget": ("targets",),
     "dimensions": ("intrinsic",),
-    "targets": ("rank", "seeds", "delta", "intrinsic"),
+    "targets": ("rank", "seeds", "delta", "intrinsic", "rounding"),
     "scale_rule": ("rank",),
-    "alpha": ("rank", "seeds", "targets", "delta", "intrinsic"),
+    "alpha": ("rank", "seeds", "targets", "delta", "intrinsic", "rounding"),
     "no_whole": ("rank", "delta"),
     "margin": ("rank", "targets"),
     "other": ("seeds", "paper"),
@@ -59,7 +61,7 @@ class QuestionOptions:
 
     Args:
         targets: The matrices to adapt, separated by commas [default: all-linear].
-        ranks: Ranks to compare, separated by commas (rank, delta).
+        ranks: Ranks to compare, separated by commas (rank, delta, rounding).
         rank: One rank (seeds, intrinsic), or the rank of every set instead of a budget (targets).
         alpha: Numerator of the scale, the same for all arms [default: 16].
         scale_rule: The scale: alpha/rank, or alpha/√rank (rank) [default: standard].
@@ -67,9 +69,11 @@ class QuestionOptions:
             q_proj,v_proj,q_proj+v_proj,all-linear.
         budget: Number of trained parameters of every set (targets).
         dimensions: Dimensions of the random subspaces, separated by commas (intrinsic).
+        steps: Numbers of training steps to compare, separated by commas (rounding) [default: 1,5,20,100].
         no_whole: Leave out full fine-tuning (rank, delta).
         margin: Margin of equality, in nats of test loss per trained token (rank, targets) [default: 0.01].
-        tiny: Use a small model, trained first on texts of the Python installation (paper, intrinsic).
+        tiny: Use a small model, trained first on texts of the Python installation (paper, intrinsic,
+            rounding).
         smollm2: Use SmolLM2-135M and labelled addresses, both downloaded (paper).
     """
 
@@ -81,6 +85,7 @@ class QuestionOptions:
     sets: str | None = None
     budget: Whole = None
     dimensions: str | None = None
+    steps: str | None = None
     no_whole: Annotated[bool | None, Parameter(negative=())] = None
     margin: float | None = None
     tiny: bool = False
@@ -93,9 +98,9 @@ class StudyRunOptions:
     """Settings of the runs, and their number.
 
     Args:
-        seeds: Number of seeds of every arm [default: 3; 5 with --tiny].
-        learning_rates: Learning rates to choose from on the validation data, separated by commas
-            [default: four around the default of train].
+        seeds: Number of seeds of every arm [default: 3; 5 for rounding and with --tiny].
+        learning_rates: Learning rates to choose from on the validation data, or to compare (rounding),
+            separated by commas [default: four around the default of train; 1e-5,1e-4,1e-3 for rounding].
         epochs: Passes over the data in every run [default: 1].
         max_steps: Optimiser steps of every run, instead of --epochs.
         batch_size: Examples per optimiser step [default: 8].
@@ -164,7 +169,8 @@ def study(
 
     Args:
         question: rank: what rank is enough; seeds: what seeds share; targets: which matrices should get the
-            parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; paper: the first four.
+            parameters; delta: how ΔW relates to W; intrinsic: how many dimensions; rounding: what
+            bfloat16 keeps of an adapter; paper: the first four.
         base: A model folder, a hub id or a .gguf file; not with --tiny or --smollm2.
         data: The data of the task, as for train; not with --tiny or --smollm2.
         out: The folder of the study, for report.html, results.json and all runs.
@@ -227,10 +233,13 @@ def study(
             budget = SMOL_MINUTES
     else:
         single = None if question == "paper" else _study(question, asked)
+        fixed: dict[str, Any] = {"epochs": 1.0}
+        if question == "rounding":
+            settings, rates, fixed = _rounding_runs(settings, asked, rates)
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
-        material = _material(base, rows, rates, settings, files, loading)
+        material = _material(base, rows, rates, settings, files, loading, fixed)
         studies = paper_questions(material) if single is None else [single]
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
@@ -276,6 +285,20 @@ def _check_runs(settings: StudyRunOptions) -> tuple[float, ...]:
     return rates
 
 
+def _rounding_runs(
+    settings: StudyRunOptions, asked: dict[str, Any], rates: tuple[float, ...]
+) -> tuple[StudyRunOptions, tuple[float, ...], dict[str, Any]]:
+    """The runs of a study of rounding: up to the longest of --steps, at a constant rate."""
+    from brushstroke.studies.rounding import RATES, SEEDS, RoundingStudy
+
+    for name in ("epochs", "max_steps"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(f"the length of these runs is set by --steps; leave out {_flag(name)}")
+    longest = max(asked.get("steps", RoundingStudy.steps))
+    settings = replace(settings, seeds=len(SEEDS) if settings.seeds is None else settings.seeds)
+    return settings, rates or RATES, {"max_steps": longest, "schedule": "constant", "warmup": 0}
+
+
 def _refuse_unstarted(out: Path, settings: StudyRunOptions) -> None:
     if settings.overwrite:
         raise ConfigError(
@@ -318,12 +341,12 @@ def _refuse_with_preset(
 def _preset(
     question: str, flag: str | None, out: Path, settings: StudyRunOptions
 ) -> "tuple[list[Study], Material]":
-    from brushstroke.studies import smollm2_paper, tiny_intrinsic, tiny_paper
+    from brushstroke.studies import smollm2_paper, tiny_intrinsic, tiny_paper, tiny_rounding
 
     seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
         return smollm2_paper(**seeds)
-    make = tiny_paper if question == "paper" else tiny_intrinsic
+    make = {"paper": tiny_paper, "intrinsic": tiny_intrinsic, "rounding": tiny_rounding}[question]
     return make(
         out,
         overwrite=settings.overwrite,
@@ -345,12 +368,16 @@ def _question_settings(given: QuestionOptions) -> dict[str, Any]:
         found["ranks"] = _numbers("--ranks", given.ranks, int)
     if given.dimensions is not None:
         found["dimensions"] = _numbers("--dimensions", given.dimensions, int)
+    if given.steps is not None:
+        found["steps"] = _numbers("--steps", given.steps, int)
     if given.sets is not None:
         found["sets"] = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
     if given.no_whole:
         found["train_whole"] = False
     for rank in (*found.get("ranks", ()), found.get("rank", 1)):
         check_integer("rank", rank)
+    for steps in found.get("steps", ()):
+        check_integer("--steps", steps)
     for dimension in found.get("dimensions", ()):
         check_integer("dimension", dimension)
     check_integer("--budget", found.get("budget", 1))
@@ -373,6 +400,7 @@ def _study(question: str, settings: dict[str, Any]) -> "Study":
         "targets": studies.TargetsStudy,
         "delta": studies.DeltaStudy,
         "intrinsic": studies.IntrinsicStudy,
+        "rounding": studies.RoundingStudy,
     }
     return kinds[question](**settings)
 
@@ -396,11 +424,11 @@ def _material(
     settings: StudyRunOptions,
     files: StudyDataOptions,
     loading: BaseOptions,
+    training: dict[str, Any],
 ) -> "Material":
     from brushstroke.studies import make_material
     from brushstroke.training import TrainConfig
 
-    training: dict[str, Any] = {"epochs": 1.0}
     for name in ("epochs", "max_steps", "batch_size"):
         if getattr(settings, name) is not None:
             training[name] = getattr(settings, name)
@@ -432,7 +460,7 @@ def _refuse_misplaced(question: str, given: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{_flag(name)} is for {' and '.join(places)}, not for {question}; leave it out"
             )
-    for name, places in (("tiny", ("paper", "intrinsic")), ("smollm2", ("paper",))):
+    for name, places in (("tiny", ("paper", "intrinsic", "rounding")), ("smollm2", ("paper",))):
         if given[name] and question not in places:
             raise ConfigError(
                 f"--{name} is for {' and '.join(places)}: brushstroke study paper --{name} --out DIR"

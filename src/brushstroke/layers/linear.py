@@ -78,28 +78,23 @@ class _LowRankLayer(Adapted):
 
     def may_fuse(self, x: Tensor) -> bool:
         """Whether the fused functions equal this layer's forward with its updates."""
-        return self.is_plain(x) and _is_frozen(self)
+        return _is_frozen(self) and self.is_plain(x)
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether the base's output is x·W + bias in the dtype of x."""
-        return self._plain and not torch.is_autocast_enabled(x.device.type)
+        return self._plain and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
 
-    def with_updates(
-        self, x: Tensor, factors: Mapping[int, Factors], dropout: float = 0.0, is_zero: bool = False
-    ) -> Tensor:
-        """The output with the update of each span's slot, without fused functions.
-
-        In half precision the base's product is added to the low-rank term, unless the term `is_zero`.
-        """
+    def with_updates(self, x: Tensor, factors: Mapping[int, Factors], dropout: float = 0.0) -> Tensor:
+        """The output with the update of each span's slot, without fused functions."""
         spans = self.spans(x)
-        if spans and self.rounds_once(x) and not is_zero:
+        if spans and self.rounds_once(x):
             zeros = x.new_zeros(*self.leading(x), self.widths[1])
             return self.onto(self.add_updates(zeros, x, spans, factors, dropout), x)
         return self.add_updates(super().forward(x), x, spans, factors, dropout)
 
     def rounds_once(self, x: Tensor) -> bool:
-        """Whether the sum of the base's product and the low-rank term must be formed by `onto`."""
-        return x.dtype in HALF and self.is_plain(x)
+        """Whether the base's product is added to the low-rank term, in half precision, by `onto`."""
+        return x.dtype in HALF and type(self.weight) in (Tensor, nn.Parameter) and self.is_plain(x)
 
     def onto(self, term: Tensor, x: Tensor) -> Tensor:
         """The base's output plus a low-rank term, rounded once in the rows that use an update."""
@@ -161,7 +156,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         if (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
         factors = {1: (self.lora_U_rows, self.lora_V, self.lora_scale)}
-        return route.guard(self.with_updates(x, factors, self._active_dropout, self._is_zero(x)))
+        return route.guard(self.with_updates(x, factors, self._active_dropout))
 
     @property
     def _active_dropout(self) -> float:
@@ -174,16 +169,21 @@ class AttachedLinear(_LowRankLayer, Attached):
             return None
         spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self.spans(x))
         factors = self.lora_U_rows, self.lora_V, self.lora_scale
-        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans, self._is_zero(x))
+        base_first = not self.rounds_once(x)
+        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans, base_first)
 
-    def _is_zero(self, x: Tensor) -> bool:
-        """Whether V is zero and x in half precision; then the base's own product gives the output.
+    def rounds_once(self, x: Tensor) -> bool:
+        """Also whether V is not zero; if it is, the base's own product gives the output."""
+        return super().rounds_once(x) and not self._is_zero()
+
+    def _is_zero(self) -> bool:
+        """Whether V is zero, if that can be known.
 
         On a GPU, where reading V would wait for the device, it is not read again once it was not zero.
         """
-        if x.dtype not in HALF or torch.compiler.is_compiling():
-            return False
         V = self.lora_V
+        if V.is_meta or torch.compiler.is_compiling():
+            return False
         found = (V.data_ptr(),) if V.is_cuda else (V.data_ptr(), None if V.is_inference() else V._version)
         if found != self._nonzero or None in found:
             if not V.any():
@@ -254,6 +254,8 @@ class BankedLinear(_LowRankLayer, Banked):
         route = self._route
         if torch.compiler.is_compiling():
             return self.add_gathered(super().forward(x), x, route.slot_index(x.shape[0], x.device))
+        if not self.spans(x):
+            return route.guard(super().forward(x))
         if self.may_stack(x):
             slots, rank, _ = self.bank_V.shape
             uses = route.ranks_used(x.shape[0], slots, rank, x.device)
@@ -262,10 +264,9 @@ class BankedLinear(_LowRankLayer, Banked):
                 return route.guard(self.onto(term, x))
             y = super().forward(x)
             return route.guard(y + term.to(y.dtype))
-        spans = self.spans(x)
-        if spans and (parts := self.parts(x)) is not None:
+        if (parts := self.parts(x)) is not None:
             return route.guard(lowrank_linears(x, [parts])[0])
-        factors = {span.slot: self._factors(span.slot) for span in spans}
+        factors = {span.slot: self._factors(span.slot) for span in self.spans(x)}
         return route.guard(self.with_updates(x, factors))
 
     def parts(self, x: Tensor) -> LinearParts | None:
@@ -278,7 +279,8 @@ class BankedLinear(_LowRankLayer, Banked):
             for span in self.spans(x)
         )
         stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
-        return LinearParts(self.weight, self.bias, *stacks, 1.0, self._kind is CONV1D, spans)
+        settings = 1.0, self._kind is CONV1D, spans, not self.rounds_once(x)
+        return LinearParts(self.weight, self.bias, *stacks, *settings)
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
         """The spans whose slot has an update at this site."""

@@ -38,7 +38,9 @@ class LinearParts(NamedTuple):
         scale: the factor of the low-rank term.
         weight_is_dxh: whether `weight` is (d×h).
         spans: which rows use which ranks; spans do not overlap. By default all rows use all ranks.
-        is_zero: whether V is known to be zero, so that the output equals that of the base bit for bit.
+        base_first: in half precision, whether x·W + bias is rounded as in the base before the low-rank term
+            is added: where V is zero, so that the output equals the base's bit for bit, and for weights that
+            are no plain tensors. Otherwise the sum is rounded once.
     """
 
     weight: Tensor
@@ -48,7 +50,7 @@ class LinearParts(NamedTuple):
     scale: float = 1.0
     weight_is_dxh: bool = False
     spans: tuple[Span, ...] = (EVERYTHING,)
-    is_zero: bool = False
+    base_first: bool = False
 
     def factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
         """Uᵀ and V of the update that these rows use; None if they use none."""
@@ -163,37 +165,42 @@ def _activations(rows: Tensor, parts: Sequence[LinearParts], span: slice) -> Low
 
 def _output(x: Tensor, part: LinearParts, terms: Sequence[_Term]) -> Float[Tensor, "n h"]:
     """x·W + bias and the low-rank terms; in half precision W's product is added to the terms."""
-    rows = x.reshape(-1, x.shape[-1])
-    if terms and x.dtype in HALF and not part.is_zero:
+    if terms and x.dtype in HALF and not part.base_first:
+        spans = [term.rows for term in terms]
         scaled = [scaled_product(term.xu, term.V, part.scale, x.dtype) for term in terms]
-        return _onto(scaled, [term.rows for term in terms], rows, _weight_rows(part), part.bias)
-    # x keeps its shape: torch rounds differently for other shapes, and the base's output must not change.
-    dxh = part.weight_is_dxh
-    y = base_product(rows if dxh else x, part.weight, part.bias, dxh).contiguous()
-    y = y.view(-1, y.shape[-1])
-    for term in () if part.is_zero else terms:
+        if spans == [EVERYTHING.rows]:
+            return product_onto(scaled[0], x.reshape(-1, x.shape[-1]), _weight_rows(part), part.bias)
+        total = x.new_empty(x.shape[:-1].numel(), len(_weight_rows(part)))
+        for rows, term in zip(spans, scaled, strict=True):
+            total[rows] = term
+        return _onto(total, spans, x, part)
+    y = _base_output(x, part)
+    for term in terms:
         y[term.rows].addmm_(term.xu, term.V, alpha=part.scale)
     return y
 
 
+def _base_output(x: Tensor, part: LinearParts) -> Float[Tensor, "n h"]:
+    """x·W + bias, as the base computes it: torch rounds differently for other shapes of x."""
+    dxh = part.weight_is_dxh
+    y = base_product(x.reshape(-1, x.shape[-1]) if dxh else x, part.weight, part.bias, dxh).contiguous()
+    return y.view(-1, y.shape[-1])
+
+
 def _onto(
-    terms: Sequence[Float[Tensor, "_ h"]],
-    spans: Sequence[slice],
-    x: Float[Tensor, "n d"],
-    weight: Float[Tensor, "h d"],
-    bias: Tensor | None,
+    total: Float[Tensor, "n h"], spans: Sequence[slice], x: Float[Tensor, "*b d"], part: LinearParts
 ) -> Float[Tensor, "n h"]:
-    """x·Wᵀ + bias, added to the terms of these spans, and as the base computes it in the other rows."""
-    if spans == [EVERYTHING.rows]:
-        return product_onto(terms[0], x, weight, bias)
-    y, end = x.new_empty(len(x), len(weight)), 0
-    ordered = sorted(zip(spans, terms, strict=True), key=lambda pair: pair[0].start)
-    for span, term in [*ordered, (slice(len(x), None), None)]:
-        if end < span.start:
-            y[end : span.start] = product(x[end : span.start], weight, bias)
-        if term is not None:
-            y[span] = product_onto(term, x[span], weight, bias)
-            end = span.stop
+    """x·W + bias, added to `total` in the rows of the spans, and as the base computes it in the other rows.
+
+    Reads W once if the spans cover all rows, else twice.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    inside = torch.cat([torch.arange(len(rows))[span] for span in spans])
+    if len(inside) == len(rows):
+        return product_onto(total, rows, _weight_rows(part), part.bias)
+    inside = inside.to(rows.device)
+    y = _base_output(x, part)
+    y[inside] = product_onto(total[inside], rows[inside], _weight_rows(part), part.bias)
     return y
 
 
@@ -267,7 +274,7 @@ def _input_gradient(
     if low_rank and rows.dtype in HALF:
         dx = torch.zeros_like(rows)
         for span, dxu, saved in low_rank:
-            dx[span] = scaled_product(dxu, saved.U_rows, 1.0, rows.dtype)
+            dx[span] += scaled_product(dxu, saved.U_rows, 1.0, rows.dtype)
     for dy, part in zip(dys, parts, strict=True):
         weight = _weight_rows(part).mT
         dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
@@ -345,21 +352,27 @@ class _LinearOnto(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, spans: list[slice]
+        ctx: Any, term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dxh: bool, spans: list[slice]
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
-        sums, rows = term.reshape(-1, term.shape[-1]), x.reshape(-1, x.shape[-1])
-        terms = [sums[span].clone() for span in spans]
-        return reshaped(_onto(terms, spans, rows, weight, bias), x.shape[:-1])
+        of_x, of_weight = ctx.needs_input_grad[1:3]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.dxh, ctx.dtype = dxh, weight.dtype
+        part = LinearParts(weight, bias, weight_is_dxh=dxh)
+        total = term.reshape(-1, term.shape[-1]).clone()
+        return reshaped(_onto(total, spans, x, part), x.shape[:-1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (dy,), (x, weight) = grad_outputs, ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = product(dy, weight.mT) if ctx.needs_input_grad[1] else None
-        dW = None if x is None else scaled_product(rows.mT, x.reshape(-1, x.shape[-1]), 1.0, weight.dtype)
-        return dy, dx, dW, rows.sum(0) if ctx.needs_input_grad[3] else None, None
+        dx = None if weight is None else product(dy, weight if ctx.dxh else weight.mT)
+        dW = None
+        if x is not None:
+            sides = rows.mT, x.reshape(-1, x.shape[-1])
+            dW = scaled_product(*sides, 1.0, ctx.dtype)
+            dW = dW.mT if ctx.dxh else dW
+        return dy, dx, dW, rows.sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 
 def linear_onto(
@@ -374,8 +387,8 @@ def linear_onto(
 
     Rows outside of the spans get x·W + bias as the base computes it; their term must be zero.
     """
-    weight = weight.mT if weight_is_dxh else weight
-    return _LinearOnto.apply(term.to(x.dtype), x, weight, bias, list(spans))  # type: ignore[return-value]
+    inputs = term.to(x.dtype), x, weight, bias
+    return _LinearOnto.apply(*inputs, weight_is_dxh, list(spans))  # type: ignore[return-value]
 
 
 def lowrank_term(

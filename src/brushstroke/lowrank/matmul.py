@@ -100,12 +100,13 @@ def product_onto(
         return _product_in_fp32(x, weight, bias, total, scale)
     if bias is None:
         return total.addmm_(x, weight.mT, alpha=scale)
-    if x.dtype not in HALF:
+    if x.dtype not in HALF or weight.dtype != x.dtype:
         return total.add_(bias).addmm_(x, weight.mT, alpha=scale)
     if x.is_cuda:
-        wide = torch.add(total, bias, out=total.new_empty(total.shape, dtype=torch.float32))
+        wide = total.float().add_(bias)  # a sum in half precision would be rounded
         return torch.addmm(wide, x, weight.mT, out_dtype=torch.float32, alpha=scale).to(x.dtype)
-    if scale == 1 and x.device.type == "cpu" and x.numel() and _adds_bias(x.dtype):
+    traced = torch.compiler.is_compiling()  # which the private operator does not support
+    if scale == 1 and x.device.type == "cpu" and x.numel() and not traced and _adds_bias(x.dtype):
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, _contiguous(bias), "add")
     return _product_in_fp32(x, weight, bias, total, scale)
 

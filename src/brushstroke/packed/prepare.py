@@ -47,7 +47,7 @@ class Prepared:
         mode: "fast" or "low" memory.
         need: bytes, by part.
         micro_tokens: computed tokens of one pass.
-        kernels: "onednn" or "torch", for the matrix products.
+        kernels: for the matrix products, see `choose_kernels`.
         torch_compile: whether the elementwise functions between the matrix products are compiled.
     """
 

@@ -55,16 +55,14 @@ def perturb_zeros(trained: Iterable[Tensor]) -> Iterator[None]:
     training.
     """
     generator = torch.Generator().manual_seed(2)
-    kept = [(tensor, tensor.detach().clone()) for tensor in trained if not bool(tensor.any())]
+    kept = [(tensor, tensor.data) for tensor in trained if not bool(tensor.any())]
     try:
-        with torch.no_grad():
-            for tensor, _ in kept:
-                tensor.copy_(STIRRED * torch.randn(tensor.shape, generator=generator))
+        for tensor, own in kept:
+            tensor.data = (STIRRED * torch.randn(own.shape, generator=generator)).to(own)
         yield
     finally:
-        with torch.no_grad():
-            for tensor, own in kept:
-                tensor.copy_(own)
+        for tensor, own in kept:
+            tensor.data = own
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Runs the LoRA paper's experiments on any model and data: arms, runs, statistics, one report.
 
 Does not implement training or analyses (`training` and `analysis` do). Each question is a module: `targets`,
-`rank`, `seeds`, `delta`, `intrinsic`. `run_studies` runs them.
+`rank`, `seeds`, `delta`, `intrinsic`, `rounding`. `run_studies` runs them.
 """
 
 from brushstroke.studies.arm_run import Task
@@ -12,8 +12,15 @@ from brushstroke.studies.findings import Figure, Finding, Table
 from brushstroke.studies.inputs import make_material
 from brushstroke.studies.intrinsic import IntrinsicStudy
 from brushstroke.studies.page import write_report
-from brushstroke.studies.presets import paper_questions, smollm2_paper, tiny_intrinsic, tiny_paper
+from brushstroke.studies.presets import (
+    paper_questions,
+    smollm2_paper,
+    tiny_intrinsic,
+    tiny_paper,
+    tiny_rounding,
+)
 from brushstroke.studies.rank import RankStudy
+from brushstroke.studies.rounding import RoundingStudy
 from brushstroke.studies.runner import Estimate, Grid, Progress
 from brushstroke.studies.seeds import SeedsStudy
 from brushstroke.studies.study import Material, Report, Study, run_studies
@@ -32,6 +39,7 @@ __all__ = [
     "Progress",
     "RankStudy",
     "Report",
+    "RoundingStudy",
     "Run",
     "SeedsStudy",
     "Study",
@@ -48,5 +56,6 @@ __all__ = [
     "smollm2_paper",
     "tiny_intrinsic",
     "tiny_paper",
+    "tiny_rounding",
     "write_report",
 ]

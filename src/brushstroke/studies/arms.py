@@ -40,6 +40,7 @@ class Arm:
         dimension: train only a random subspace with this many dimensions; None trains all parameters.
         rate_of: name of the arm whose chosen learning rate this arm uses; None chooses its own.
         steps_share: share of the steps of the study's runs; the schedule is shortened to it.
+        rate: the one learning rate of all runs of this arm; None chooses it from `rates`.
 
     Raises:
         ConfigError: the rank or the dimension is below 1.
@@ -55,6 +56,7 @@ class Arm:
     dimension: int | None = None
     rate_of: str | None = None
     steps_share: float = 1.0
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("dimension", self.dimension)):
@@ -74,13 +76,13 @@ class Arm:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON types; omits `rate_of` and `steps_share` if they have their default."""
+        """The settings as JSON types; omits `rate_of`, `steps_share` and `rate` at their defaults."""
         settings = {
             **asdict(self),
             "targets": list(self.targets),
             "rates": None if self.rates is None else list(self.rates),
         }
-        for name, default in (("rate_of", None), ("steps_share", 1.0)):
+        for name, default in (("rate_of", None), ("steps_share", 1.0), ("rate", None)):
             if settings[name] == default:
                 del settings[name]
         return settings
@@ -98,7 +100,7 @@ class Run:
     def key(self) -> str:
         """A name for files; two runs have the same key only if they are equal."""
         settings = self.arm.as_dict()
-        for name in ("rates", "rate_of"):
+        for name in ("rates", "rate_of", "rate"):
             settings.pop(name, None)
         digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
         words = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")[:40]

@@ -16,6 +16,7 @@ from brushstroke.studies.delta import DeltaStudy
 from brushstroke.studies.inputs import make_material
 from brushstroke.studies.intrinsic import IntrinsicStudy
 from brushstroke.studies.rank import RankStudy
+from brushstroke.studies.rounding import RoundingStudy
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.seeds import SeedsStudy
 from brushstroke.studies.store import BASE, check_folder
@@ -29,6 +30,7 @@ QV = ("q_proj", "v_proj")
 STEPS = 250
 RATES = (1e-2, 3e-2, 1e-1)  # arms that train W use a tenth; grids are extended if necessary
 SEEDS = (0, 1, 2, 3, 4)
+TINY_ROUNDING_RATES = (3e-4, 3e-3, 3e-2)  # the usual one, and a tenth and a hundredth of it
 TINY_DIMENSIONS = (1_000, 3_000, 10_000, 30_000, 60_000)  # of 106,496 weights
 
 # on SmolLM2-135M
@@ -64,6 +66,20 @@ def tiny_intrinsic(
     return [IntrinsicStudy(dimensions=TINY_DIMENSIONS)], tiny_material(
         out, seeds=seeds, overwrite=overwrite, on_base=on_base
     )
+
+
+def tiny_rounding(
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    overwrite: bool = False,
+    on_base: Callable[[], None] | None = None,
+) -> tuple[list[Study], Material]:
+    """Study and material of `study rounding --tiny`; arguments and errors are those of `tiny_material`."""
+    material = tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
+    study = RoundingStudy()
+    config = TrainConfig(max_steps=max(study.steps), batch_size=16, warmup=0, schedule="constant")
+    return [study], replace(material, config=config, grid=Grid(TINY_ROUNDING_RATES, tuple(seeds)))
 
 
 def tiny_material(

@@ -51,8 +51,8 @@ class Grid:
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def of(self, arm: Arm) -> tuple[float, ...]:
-        """The initial rates of an arm; none if it uses the rate of another arm."""
-        if arm.rate_of is not None:
+        """The initial rates of an arm; none if it has one rate, or uses the rate of another arm."""
+        if arm.rate_of is not None or arm.rate is not None:
             return ()
         return tuple(sorted(arm.rates)) if arm.rates else self.rates
 
@@ -266,7 +266,7 @@ def run_arms(
     """
     kept = [arm for arm in arms if arm.name in plan.arms]
     first = plan.seeds[0]
-    searched = [arm for arm in kept if arm.rate_of is None]
+    searched = [arm for arm in kept if arm.rate_of is None and arm.rate is None]
     rates = {arm.name: list(grid.of(arm)) for arm in kept}
     conductor = _Conductor(arm_runner, store, execute, workers, plan.runs, on_run)
     conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
@@ -282,6 +282,7 @@ def run_arms(
         conductor.do("a wider grid", further)
     chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in searched}
     chosen |= {arm.name: chosen.get(arm.rate_of, (None, None)) for arm in kept if arm.rate_of is not None}
+    chosen |= {arm.name: (arm.rate, None) for arm in kept if arm.rate is not None}
     again = []
     for seed in plan.seeds:
         for arm in kept:

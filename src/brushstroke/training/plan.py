@@ -40,7 +40,7 @@ class Plan:
         memory_bytes: estimated peak of the process (of the device on a GPU).
         memory: "fast" or "low"; `memory_reason` says why.
         fused_modules: text with the number of modules of each kind that run fused functions.
-        kernels: "onednn" or "torch", for matrix products; `kernels_reason` says why.
+        kernels: for the matrix products, see `choose_kernels`; `kernels_reason` says why.
         real_tokens, trained_tokens: of one epoch.
         computed_tokens: of one epoch; `shared_tokens` fewer than without shared prefixes.
         extrapolated: whether these two were counted on the first steps only.
