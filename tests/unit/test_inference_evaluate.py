@@ -50,7 +50,7 @@ def plain_loss(model, examples) -> tuple[float, int]:
 @pytest.mark.parametrize("model", [llama(), gpt2()], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("budget", [2048, 60])
 def test_the_loss_is_that_of_each_example_alone(model, budget, monkeypatch):
-    monkeypatch.setattr(loss, "PASS_TOKENS", budget)
+    monkeypatch.setattr(loss, "CPU_PASS_TOKENS", budget)
     examples = encode(PAIRS, tokenizer()).examples
     examples = (*examples, dataclasses.replace(examples[0], weights=(0.0, 0.5, *examples[0].weights[2:])))
     done = []

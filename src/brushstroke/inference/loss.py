@@ -18,7 +18,8 @@ from brushstroke.packed.pack import Row
 from brushstroke.packed.select import select_forward
 from brushstroke.sites import unwrap
 
-PASS_TOKENS = 1024  # computed per pass; the activations of more tokens do not fit into a CPU's caches
+# Computed per pass. On a CPU, the activations of more tokens do not fit into the caches.
+PASS_TOKENS, CPU_PASS_TOKENS = 2048, 1024
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def total_loss(
     """The same as `evaluate_loss`, for use inside `loss_forward`."""
     rows = [Row.of(example, slot) for example in examples if example.trained]
     total, done = 0.0, 0
-    for packed, outputs in forward.run(forward.passes(rows, PASS_TOKENS, share=True)):
+    tokens = CPU_PASS_TOKENS if forward.device.type == "cpu" else PASS_TOKENS
+    for packed, outputs in forward.run(forward.passes(rows, tokens, share=True)):
         total += outputs.summed_loss(None).item()
         done += len(packed.rows)
         if on_done is not None:

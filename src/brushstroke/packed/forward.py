@@ -37,6 +37,7 @@ class Forward(Protocol):
     """Plans passes from rows and computes the outputs of each pass."""
 
     name: str
+    device: torch.device
 
     def passes(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
         """Arrange rows over passes."""
@@ -181,7 +182,7 @@ class PackedForward(_Headed):
         self.windows: set[int | None] = set()  # the sliding windows that attention calls used so far
         if chunked := self._attention.chunked:
             raise UnsupportedAttention(f"its attention works in chunks of {chunked} tokens")
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self.reuses_prefix = False  # whether a prefix may run once for several passes
 
     def _arrange(self, rows: Sequence[Row], micro_tokens: int, share: bool) -> list[Pass]:
@@ -203,7 +204,7 @@ class PackedForward(_Headed):
     def _cache_prefix(self, group: Group) -> PrefixCache:
         """Run a group's prefix and keep its keys and values."""
         cache = PrefixCache()
-        self._outputs(build_prefix_layout(group, self._device, cache))
+        self._outputs(build_prefix_layout(group, self.device, cache))
         cache.close()
         return cache
 
@@ -219,7 +220,7 @@ class PackedForward(_Headed):
             yield
 
     def _run(self, packed: Pass, cache: PrefixCache | None = None) -> Outputs:
-        return self._outputs(build_layout(packed, self._device, cache))
+        return self._outputs(build_layout(packed, self.device, cache))
 
     def _outputs(self, layout: Layout) -> Outputs:
         if self._moving is not None:
@@ -258,7 +259,7 @@ class PaddedForward(_Headed):
         self._model = model
         self._moving, self._ends = dynamic_rope_limit(model), len if whole else attrgetter("input_length")
         self._head = head
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         runner = head.decoder or model
         self._accepts = _accepted(runner)
 
@@ -286,10 +287,10 @@ class PaddedForward(_Headed):
             tokens[i, :end], mask[i, :end] = torch.tensor(row.tokens[:end]), 1
         wanted = [(i, position) for i, row in enumerate(rows) for position in row.wanted]
         terms = [term for row in rows for term in zip(*row.loss_terms, strict=True)]
-        row, column = torch.tensor(wanted, dtype=torch.long).view(-1, 2).to(self._device).unbind(1)
-        targets = torch.tensor([target for target, _ in terms], dtype=torch.long, device=self._device)
-        kept = torch.tensor([weight for _, weight in terms], dtype=torch.float32, device=self._device)
-        tokens, mask = tokens.to(self._device), mask.to(self._device)
+        row, column = torch.tensor(wanted, dtype=torch.long).view(-1, 2).to(self.device).unbind(1)
+        targets = torch.tensor([target for target, _ in terms], dtype=torch.long, device=self.device)
+        kept = torch.tensor([weight for _, weight in terms], dtype=torch.float32, device=self.device)
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if "attention_mask" in self._accepts:
             inputs["attention_mask"] = mask
