@@ -50,6 +50,25 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.slow
+def test_rounding_measures_every_form_by_rate_and_steps(cli, tiny, data, tmp_path):
+    flags = ("--ranks", "2", "--steps", "1,6", "--learning-rates", "1e-2,1e-1", "--seeds", "2")
+    words = ("study", "rounding", tiny, data, *flags, "--batch-size", "4", *PLAIN, "--out", tmp_path / "out")
+    done = cli(*words)
+    assert done.status == 0, done.err
+    (finding,) = results(tmp_path / "out")["findings"]
+    arms = finding["data"]["arms"]
+    assert [(arm["rate"], arm["steps"]) for arm in arms] == [(0.01, 1), (0.01, 6), (0.1, 1), (0.1, 6)]
+    strong = arms[-1]
+    assert all(gain > 0.03 for gain in strong["gain"])
+    for form in ("attached", "merged stochastically"):
+        assert 0.9 < strong["share"][form]["mean"] < 1.1
+    assert finding["answer"] in done.out
+    again = cli(*words, "--reread")
+    assert again.status == 0, again.err
+    assert results(tmp_path / "out")["findings"][0]["data"] == finding["data"]
+
+
 TWO_RANKS = ("--targets", "q_proj", "--ranks", "1,2")
 
 
@@ -217,6 +236,9 @@ AT_ONCE = {  # wrong input that needs no model: words → message
     "intrinsic BASE DATA --dimensions 0": "dimension must be a whole number of at least 1; got 0",
     "intrinsic BASE DATA --dimensions=10,-3": "dimension must be a whole number of at least 1; got -3",
     "intrinsic BASE DATA --dimensions 1.5": "--dimensions expects numbers separated by commas; got '1.5'",
+    "rounding BASE DATA --steps 1,0": "--steps must be a whole number of at least 1; got 0",
+    "rounding BASE DATA --max-steps 3": "the length of these runs is set by --steps; leave out --max-steps",
+    "rank BASE DATA --steps 3": "--steps is for rounding, not for rank; leave it out",
     "targets BASE DATA --budget 0": "--budget must be a whole number of at least 1; got 0",
     "targets BASE DATA --sets ,": "--sets is empty",
     "rank BASE DATA --alpha nan": "--alpha must be a finite number",

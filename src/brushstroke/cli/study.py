@@ -190,6 +190,8 @@ def study(
     _refuse_misplaced(question, {**vars(given), **vars(files)})
     asked = _question_settings(given)
     rates = _check_runs(settings)
+    if question == "rounding":
+        _refuse_lengths(settings)
     if settings.reread:
         _refuse_unstarted(out, settings)
     preset = "--tiny" if given.tiny else "--smollm2" if given.smollm2 else None
@@ -285,15 +287,18 @@ def _check_runs(settings: StudyRunOptions) -> tuple[float, ...]:
     return rates
 
 
+def _refuse_lengths(settings: StudyRunOptions) -> None:
+    for name in ("epochs", "max_steps"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(f"the length of these runs is set by --steps; leave out {_flag(name)}")
+
+
 def _rounding_runs(
     settings: StudyRunOptions, asked: dict[str, Any], rates: tuple[float, ...]
 ) -> tuple[StudyRunOptions, tuple[float, ...], dict[str, Any]]:
     """The runs of a study of rounding: up to the longest of --steps, at a constant rate."""
     from brushstroke.studies.rounding import RATES, SEEDS, RoundingStudy
 
-    for name in ("epochs", "max_steps"):
-        if getattr(settings, name) is not None:
-            raise ConfigError(f"the length of these runs is set by --steps; leave out {_flag(name)}")
     longest = max(asked.get("steps", RoundingStudy.steps))
     settings = replace(settings, seeds=len(SEEDS) if settings.seeds is None else settings.seeds)
     return settings, rates or RATES, {"max_steps": longest, "schedule": "constant", "warmup": 0}
