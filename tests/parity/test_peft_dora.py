@@ -210,6 +210,15 @@ def test_a_bank_that_holds_a_low_rank_update_at_a_site_refuses_dora_there(model)
         held.load("dora", adapter)
 
 
+def test_a_bank_of_both_needs_no_order(model, tokens):
+    adapters = {"low": toys.random_adapter(model), "dora": random_adapter(model)}
+    found = []
+    for names in (("low", "dora"), ("dora", "low")):
+        with bank(model, {name: adapters[name] for name in names}) as held, held.rows(["low", "dora"]):
+            found.append(model(input_ids=tokens[:2]).logits.detach())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_zero_columns_of_the_weight_are_refused_by_name(llama, trained):
     adapter, path = random_adapter(llama), "model.layers.1.mlp.up_proj"

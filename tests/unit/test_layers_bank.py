@@ -342,3 +342,29 @@ def test_a_site_that_is_adapted_after_others_serves_all_slots(net, adapters, nam
     for i, name in enumerate(names * (4 // len(names))):
         adapter = {"one": adapters["both"], "two": adapters["first"], None: None}[name]
         assert relative(found[i], alone(net, adapter, x[i : i + 1])[0]) < EXACT
+
+
+class Routed(nn.Module):
+    """Two experts; the sign of the first number chooses one for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x[..., 0] > 0
+        y = torch.zeros_like(x)
+        y[first], y[~first] = self.experts[0](x[first]), self.experts[1](x[~first])
+        return y
+
+
+def test_experts_refuse_rows_of_different_adapters():
+    net, x = Routed(), torch.randn(2, 6, 4)
+    adapter = toys.random_adapter(net)
+    with attach(net, adapter):
+        expected = net(x)
+    with bank(net, {"a": adapter}) as held:
+        with held.rows("a"):
+            torch.testing.assert_close(net(x), expected)
+        with held.rows(["a", None]), pytest.raises(RouteError, match="is an expert: it gets the tokens that"):
+            net(x)

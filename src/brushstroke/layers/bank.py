@@ -15,7 +15,7 @@ from brushstroke.layers.adapted import Adapted, Banked, restore_classes, swap_cl
 from brushstroke.layers.probe import block_bypasses, probe, require_unattached
 from brushstroke.layers.registry import banked_class, variant_of
 from brushstroke.layers.route import Route
-from brushstroke.lowrank import Update
+from brushstroke.lowrank import LowRank, Update
 from brushstroke.sites import canonical_path, check_base, find_sites, site_module, unwrap
 from brushstroke.sites.kinds import compute_dtype
 
@@ -203,13 +203,20 @@ def bank(
         AttachError: a site already has an adapter attached.
     """
     made = Bank(unwrap(model))
+    given = dict(adapters or {})
     try:
-        for name, adapter in (adapters or {}).items():
+        for name in sorted(given, key=lambda name: _is_plain(given[name])):
+            adapter = given[name]
             made.load(name, adapter, allow_different_base=allow_different_base)
     except BaseException:
         made.detach()
         raise
     return made
+
+
+def _is_plain(adapter: Any) -> bool:
+    """Whether all updates are low-rank; layers for other updates hold these too, but not the reverse."""
+    return isinstance(adapter, Adapter) and all(isinstance(u, LowRank) for u in adapter.values())
 
 
 def require_uniform_route(model: Any) -> None:

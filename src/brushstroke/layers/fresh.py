@@ -1,6 +1,6 @@
 """Makes new updates that start with V = 0.
 
-It does not contain other starts: a layer with another start defines its own function.
+A layer that starts in another way defines its own function.
 """
 
 from typing import NamedTuple

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from brushstroke.errors import RouteError
 from brushstroke.layers.adapted import Adapted, Attached, Banked, Trial, hooked
 from brushstroke.layers.route import SlotSpan
 from brushstroke.lowrank import LowRank
@@ -39,9 +40,18 @@ class _LowRankLayer(Adapted):
         return x.shape[:-1]
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
-        """The tokens of an input that use an update, by slot."""
+        """The tokens of an input that use an update, by slot.
+
+        Raises:
+            RouteError: the rows use different slots, and the layer gets tokens in another order or number.
+        """
         slot = self._route.uniform
         if slot is None:
+            if "experts" in self._site.split("."):
+                raise RouteError(
+                    f"{self._site} is an expert: it gets the tokens that a router chose for it, so they cannot "
+                    "be assigned to rows; run one adapter at a time"
+                )
             return self._route.spans(self.leading(x))
         return (SlotSpan(slot, EVERYTHING.rows),) if slot else ()
 
