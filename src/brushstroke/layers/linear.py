@@ -49,8 +49,8 @@ class _LowRankLayer(Adapted):
         if slot is None:
             if "experts" in self._site.split("."):
                 raise RouteError(
-                    f"{self._site} is an expert: it gets the tokens that a router chose for it, so they cannot "
-                    "be assigned to rows; run one adapter at a time"
+                    f"{self._site} is an expert: it gets the tokens that a router chose for it, so they "
+                    "cannot be assigned to rows; run one adapter at a time"
                 )
             return self._route.spans(self.leading(x))
         return (SlotSpan(slot, EVERYTHING.rows),) if slot else ()
