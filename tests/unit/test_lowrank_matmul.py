@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from brushstroke.lowrank import matmul
 from brushstroke.lowrank.matmul import choose_kernels, kernels, product, product_onto
 
 CPU = torch.device("cpu")
@@ -51,6 +52,17 @@ def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
     assert choose_kernels(CPU, dtype)[0] in ("torch", "fp32")
     with kernels("onednn"):
         assert torch.equal(product(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("maker", "avx512", "expected"),
+    [("GenuineIntel", True, "torch"), ("AuthenticAMD", False, "torch"), ("AuthenticAMD", True, "onednn")],
+)
+def test_kernels_for_fp32_by_maker_and_vector_width(monkeypatch, maker, avx512, expected) -> None:
+    monkeypatch.setattr(matmul, "vendor", lambda: maker)
+    monkeypatch.setattr(matmul, "_usable", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": avx512})
+    assert choose_kernels(CPU, torch.float32)[0] == expected
 
 
 HALF_TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

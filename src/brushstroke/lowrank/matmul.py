@@ -8,9 +8,11 @@ Does not choose kernels for x·W per product: the caller chooses once with `choo
 `kernels(...)`, `product` uses torch's kernels, so that an adapted model rounds like its base.
 """
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +29,10 @@ _kernels = "torch"
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The kernels for the products of a frozen base on a device, and the reason.
 
-    "onednn": with AVX-512, oneDNN's fp32 products use the full vector width; torch's BLAS library does so
-    only on some processors. "fp32": without products in half precision, torch computes them one by one; to
-    convert blocks of W to fp32 is several times faster. "torch": torch's own kernels are as fast or faster.
+    "onednn": with AVX-512, oneDNN's fp32 products use the full vector width. MKL, torch's BLAS library, does
+    so only on processors by Intel, where it is the faster of the two. "fp32": without products in half
+    precision, torch computes them one by one; to convert blocks of W to fp32 is several times faster.
+    "torch": torch's own kernels are as fast or faster.
 
     >>> choose_kernels(torch.device("cpu"), torch.float64)
     ('torch', 'the fastest kernels known for float64')
@@ -41,9 +44,21 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         return "torch", f"the fastest kernels known for {where}"
     if not torch.cpu.get_capabilities().get("avx512_f"):
         return "torch", "the faster kernels for fp32 without AVX-512"
+    if vendor() == "GenuineIntel":
+        return "torch", "MKL has the faster kernels for fp32 on Intel"
     if not _usable():
         return "torch", "this build of torch has no oneDNN products"
-    return "onednn", "the faster kernels for fp32 with AVX-512"
+    return "onednn", "the faster kernels for fp32 with AVX-512 on processors by others than Intel"
+
+
+@cache
+def vendor() -> str:
+    """The maker of the processor, such as "GenuineIntel" or "AuthenticAMD"; empty if it is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = [f"vendor_id : {platform.processor().split(',')[-1]}"]  # Windows: "…, GenuineIntel"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 @contextmanager
