@@ -28,15 +28,17 @@ ROUNDED = 0.0006  # a figure carries three digits
 BYTE = 1.5  # of a colour's channel
 
 
-def adapter(rank: int, seed: int, d: int = 12, h: int = 20) -> Adapter:
+def adapter(rank: int, seed: int, d: int = 12, h: int = 20, **ranks: int) -> Adapter:
+    """An adapter of one rank, except for the named matrices."""
     generator = torch.Generator().manual_seed(seed)
     return Adapter(
         {
             f"model.layers.{layer}.{place}": LowRank(
-                torch.randn(d, rank, generator=generator), torch.randn(rank, h, generator=generator)
+                torch.randn(d, r, generator=generator), torch.randn(r, h, generator=generator)
             )
             for layer in range(2)
             for place in PLACES
+            for r in [ranks.get(place.rpartition(".")[2], rank)]
         }
     )
 
@@ -148,6 +150,14 @@ def test_equal_ranks_are_drawn_in_full():
     assert all(rgb(cell[1]) != rgb(GREY) for cells in panels.values() for cell in cells.values())
     page = overlap_page(found, ("one", "two")).html()
     assert 'lower-left corner"' not in page
+
+
+def test_only_matrices_of_unequal_ranks_have_a_corner():
+    found = subspace(adapter(4, 1), adapter(4, 2, q_proj=7))
+    assert list(cells_of(drawn(found))) == [
+        *("q_proj", "v_proj", "random pair, q_proj", "random pair, v_proj"),
+        "q_proj, lower-left corner",
+    ]
 
 
 def test_the_scale_ends_at_the_largest_value_and_marks_chance():

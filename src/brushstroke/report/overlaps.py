@@ -47,7 +47,8 @@ def overlap_records(
                 records.append({**place, "panel": panel, "cells": rows, "n": n, "corner": corner})
 
             for name, site in sites.items():
-                add(name, found[site], getattr(found[site], side), True)
+                row = found[site]
+                add(name, row, getattr(row, side), row.ranks[0] != row.ranks[1])
             for title, row in _random_pairs(
                 {name: found[site] for name, site in sites.items()}, side
             ).items():
