@@ -244,7 +244,7 @@ def study(
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers works only on the CPU; on a GPU, leave it out")
-    with _Progress(workers, settings.reread) as progress:
+    with _Progress(workers, settings) as progress:
         report = run_studies(
             studies,
             material,
@@ -493,8 +493,9 @@ def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
 class _Progress:
     """Shows progress: a live line on a terminal, elsewhere lines at intervals."""
 
-    def __init__(self, workers: int, reread: bool) -> None:
-        self._workers, self._reread = workers, reread
+    def __init__(self, workers: int, settings: StudyRunOptions) -> None:
+        self._workers, self._reread = workers, settings.reread
+        self._ignored = "" if settings.budget_minutes is None else "; --budget-minutes is ignored"
         self._console = people()
         self._live: Any = None
         self._last_line = time.monotonic()
@@ -504,7 +505,7 @@ class _Progress:
         if not self._reread:
             say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
         if plan.resumed and not self._reread:
-            say("the study continues with its existing plan; --budget-minutes is ignored")
+            say(f"the study continues with its existing plan{self._ignored}")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.resumed else ''}: {line}")
         if self._console.is_terminal:
