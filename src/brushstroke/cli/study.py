@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from brushstroke.checks import check_integer, check_number, check_rates
+from brushstroke.checks import check_integer, check_number, check_rates, check_sets
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
 from brushstroke.cli.early import check_data
@@ -372,6 +372,7 @@ def _question_settings(given: QuestionOptions) -> dict[str, Any]:
         found["steps"] = _numbers("--steps", given.steps, int)
     if given.sets is not None:
         found["sets"] = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
+        check_sets(("+".join(members), members) for members in found["sets"])
     if given.no_whole:
         found["train_whole"] = False
     for rank in (*found.get("ranks", ()), found.get("rank", 1)):
@@ -392,7 +393,10 @@ def _study(question: str, settings: dict[str, Any]) -> "Study":
     from brushstroke.studies.arms import matrices_name
 
     if "sets" in settings:
-        sets = {matrices_name(targets): targets for targets in settings["sets"]}
+        names = [matrices_name(targets) for targets in settings["sets"]]
+        if len(set(names)) < len(names):  # such as q and q_proj
+            names = ["+".join(targets) for targets in settings["sets"]]
+        sets = dict(zip(names, settings["sets"], strict=True))
         settings = {**settings, "sets": sets}
     kinds: dict[str, Any] = {
         "rank": studies.RankStudy,
