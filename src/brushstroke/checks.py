@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from brushstroke.errors import ConfigError, ShapeError, did_you_mean
+from brushstroke.errors import ConfigError, DataError, ShapeError, did_you_mean
 
 Shapes = Mapping[str, tuple[int, int]]  # site → (d, h)
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # in a key or a site: the stack of layers, and the number of the layer
@@ -121,6 +121,16 @@ def check_sets(sets: Iterable[tuple[str, Iterable[str]]]) -> None:
         named[same] = name
     if len(named) < 2:
         raise ConfigError("the study compares sets of matrices; give at least two (--sets)")
+
+
+def check_new_rows(name: str, new: Collection[Any]) -> None:
+    """Check that a control of a study has rows that the task does not have.
+
+    Raises:
+        DataError: it has none; the message gives its name.
+    """
+    if not new:
+        raise DataError(f"{name}: every row is in the task's data too; give data with other rows")
 
 
 def check_alike(ones: Shapes, twos: Shapes) -> None:

@@ -222,6 +222,8 @@ AT_ONCE = {  # wrong input that needs no model: words → message
     "targets BASE DATA --sets q_proj": "give at least two (--sets)",
     "targets BASE DATA --sets q_proj,q_proj": "the same matrices: q_proj and q_proj; leave out one of them",
     "targets BASE DATA --sets k_proj,q_proj+v_proj,v_proj+q_proj": "q_proj+v_proj and v_proj+q_proj;",
+    "seeds BASE DATA --other DATA": "the other data: every row is in the task's data too",
+    "delta BASE DATA --general DATA": "the general text: every row is in the task's data too",
     "rank BASE DATA --alpha nan": "--alpha must be a finite number",
     "rank BASE DATA --learning-rates 1e-3": "at least two learning rates",
     "rank BASE DATA --learning-rates nan,1": "must be finite numbers above 0",
@@ -314,6 +316,20 @@ def test_error_is_one_message_and_leaves_no_files(cli, tiny, data, tmp_path, wor
     assert message in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--reread",)])
+@pytest.mark.parametrize("other", [{"studies": ["seeds"]}, {"seeds": [0]}], ids=["question", "seeds"])
+def test_folder_of_another_study_is_refused_before_the_model_is_loaded(
+    cli, tiny, data, tmp_path, monkeypatch, flags, other
+):
+    monkeypatch.setattr("brushstroke.cli.study.load", lambda *_: pytest.fail("loaded"))
+    identity = {"studies": ["rank"], "seeds": [0, 1, 2], "arms": [], **other}
+    stored = {"identity": identity, "notes": {"plan": {}}}
+    (tmp_path / "study.json").write_text(json.dumps(stored))
+    done = cli("study", "rank", tiny, data, "--out", tmp_path, *flags)
+    assert done.status == 1
+    assert f"holds another study ({next(iter(other))}: now" in done.error
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from brushstroke.checks import check_integer, check_number, check_rates, check_sets
+from brushstroke.checks import check_integer, check_new_rows, check_number, check_rates, check_sets
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
 from brushstroke.cli.early import check_data
@@ -222,6 +222,7 @@ def study(
     )
     from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
+    from brushstroke.studies.store import check_folder, refuse_other
 
     if settings.reread:
         _require_finished(out)
@@ -236,6 +237,9 @@ def study(
         fixed: dict[str, Any] = {"epochs": 1.0}
         if question == "rounding":
             settings, rates, fixed = _rounding_runs(settings, asked, rates)
+        check_folder(out, overwrite=settings.overwrite)
+        if single is not None and not settings.overwrite:
+            refuse_other(out, {"studies": [single.name], "seeds": list(_seeds(settings))})
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -283,6 +287,10 @@ def _check_runs(settings: StudyRunOptions) -> tuple[float, ...]:
     rates = _numbers("--learning-rates", settings.learning_rates, float)
     check_rates(rates)
     return rates
+
+
+def _seeds(settings: StudyRunOptions) -> tuple[int, ...]:
+    return tuple(range(3 if settings.seeds is None else settings.seeds))
 
 
 def _rounding_runs(
@@ -418,6 +426,13 @@ def _read(data: str, files: StudyDataOptions) -> dict[str, Any]:
     rows = {name: None if source is None else read_rows(source) for name, source in named.items()}
     for read in filter(None, rows.values()):
         find_columns(read, files.prompt, files.completion)
+    controls = {"other": "the other data", "general": "the general text"}
+    used: set[int] = set()
+    for name, read in rows.items():
+        new = set() if read is None else {hash(repr(row)) for row in read.rows} - used
+        if read is not None and name in controls:
+            check_new_rows(controls[name], new)
+        used |= new
     return rows
 
 
@@ -452,7 +467,7 @@ def _material(
         **rows,
         config=config,
         learning_rates=rates,
-        seeds=tuple(range(3 if settings.seeds is None else settings.seeds)),
+        seeds=_seeds(settings),
         prompt_column=files.prompt,
         completion_column=files.completion,
     )
