@@ -45,7 +45,7 @@ def test_latex_escapes_every_special_character():
 
 
 def test_latex_is_ascii_for_every_text_of_studies_and_analysis():
-    """pdflatex refuses letters such as ᵀ: so every literal that a head or a caption could contain is checked."""
+    """pdflatex refuses letters such as ᵀ: check every literal that a head or a caption could contain."""
     source = Path(brushstroke.__file__).parent
     files = [*source.glob("studies/*.py"), *source.glob("analysis/*.py"), source / "cli/analysis_tables.py"]
     trees = [ast.parse(file.read_text("utf-8")) for file in files]

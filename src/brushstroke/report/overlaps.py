@@ -57,9 +57,7 @@ def overlap_records(
     return records
 
 
-def _random_pairs(
-    sites: Mapping[str, str], found: Mapping[str, SiteOverlap], side: str
-) -> dict[str, str]:
+def _random_pairs(sites: Mapping[str, str], found: Mapping[str, SiteOverlap], side: str) -> dict[str, str]:
     """Title → a site whose random pair is drawn; one title if all have the same ranks and width."""
     sizes = {(found[site].ranks, found[site].shape[side == "right"]) for site in sites.values()}
     if len(sizes) == 1:

@@ -179,7 +179,7 @@ def planned_before(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_other(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Check that a study in a folder, if there is one, has these settings: some of its identity, as JSON types.
+    """Check that a study in a folder, if there is one, has these settings, which are some of its identity.
 
     Raises:
         OutputError: study.json cannot be read, or was not written by a study.

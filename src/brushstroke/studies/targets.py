@@ -41,7 +41,8 @@ class TargetsStudy:
     """Sets of matrices at an equal number of parameters, or at one rank.
 
     Args:
-        sets: name → patterns, at least two; by default those of the paper's table 5 and the feed-forward block.
+        sets: at least two, name → patterns; by default those of the paper's table 5 and the feed-forward
+            block.
         budget: parameters of each arm; by default those of the first set at rank 8.
         rank: one rank for all sets instead of a budget; larger sets then have more parameters.
         alpha: of all arms.
