@@ -333,6 +333,15 @@ def test_folder_of_another_study_is_refused_before_the_model_is_loaded(
 
 
 @pytest.mark.slow
+def test_report_of_seeds_explains_a_smaller_rank_than_asked_for(cli, tiny, data, tmp_path):
+    words = ("--out", tmp_path / "out", *SMALL, *GRID[:2], "--seeds", "2", "--rank", "18")
+    done = cli("study", "seeds", tiny, data, *words)
+    assert done.status == 0, done.err
+    (finding,) = results(tmp_path / "out")["findings"]
+    assert any(note.startswith("Tested up to φ(16, 16), not φ(18, 18): ") for note in finding["notes"])
+
+
+@pytest.mark.slow
 def test_study_continues_with_other_workers_and_budget(cli, tiny, data, tmp_path):
     out = tmp_path / "out"
     words = ("study", "rank", tiny, data, "--out", out, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1")
