@@ -5,10 +5,10 @@ It does not load torch or transformers, so that the command line can report such
 
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from brushstroke.errors import ConfigError, ShapeError, did_you_mean
+from brushstroke.errors import ConfigError, DataError, ShapeError, did_you_mean
 
 Shapes = Mapping[str, tuple[int, int]]  # site → (d, h)
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # in a key or a site: the stack of layers, and the number of the layer
@@ -104,6 +104,33 @@ def check_rates(rates: Sequence[float]) -> None:
         )
     if any(not 0 < rate < float("inf") for rate in rates):
         raise ConfigError(f"learning rates must be finite numbers above 0; got {', '.join(map(str, rates))}")
+
+
+def check_sets(sets: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Check the sets of matrices that a study compares: (name, members) of each.
+
+    Raises:
+        ConfigError: there are fewer than two, or two have the same members.
+    """
+    named: dict[frozenset[str], str] = {}
+    for name, members in sets:
+        if (same := frozenset(members)) in named:
+            raise ConfigError(
+                f"two sets have the same matrices: {named[same]} and {name}; leave out one of them (--sets)"
+            )
+        named[same] = name
+    if len(named) < 2:
+        raise ConfigError("the study compares sets of matrices; give at least two (--sets)")
+
+
+def check_new_rows(name: str, new: Collection[Any]) -> None:
+    """Check that a control of a study has rows that the task does not have.
+
+    Raises:
+        DataError: it has none; the message gives its name.
+    """
+    if not new:
+        raise DataError(f"{name}: every row is in the task's data too; give data with other rows")
 
 
 def check_alike(ones: Shapes, twos: Shapes) -> None:

@@ -241,6 +241,11 @@ AT_ONCE = {  # wrong input that needs no model: words → message
     "rank BASE DATA --steps 3": "--steps is for rounding, not for rank; leave it out",
     "targets BASE DATA --budget 0": "--budget must be a whole number of at least 1; got 0",
     "targets BASE DATA --sets ,": "--sets is empty",
+    "targets BASE DATA --sets q_proj": "give at least two (--sets)",
+    "targets BASE DATA --sets q_proj,q_proj": "the same matrices: q_proj and q_proj; leave out one of them",
+    "targets BASE DATA --sets k_proj,q_proj+v_proj,v_proj+q_proj": "q_proj+v_proj and v_proj+q_proj;",
+    "seeds BASE DATA --other DATA": "the other data: every row is in the task's data too",
+    "delta BASE DATA --general DATA": "the general text: every row is in the task's data too",
     "rank BASE DATA --alpha nan": "--alpha must be a finite number",
     "rank BASE DATA --learning-rates 1e-3": "at least two learning rates",
     "rank BASE DATA --learning-rates nan,1": "must be finite numbers above 0",
@@ -333,6 +338,29 @@ def test_error_is_one_message_and_leaves_no_files(cli, tiny, data, tmp_path, wor
     assert message in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--reread",)])
+@pytest.mark.parametrize("other", [{"studies": ["seeds"]}, {"seeds": [0]}], ids=["question", "seeds"])
+def test_folder_of_another_study_is_refused_before_the_model_is_loaded(
+    cli, tiny, data, tmp_path, monkeypatch, flags, other
+):
+    monkeypatch.setattr("brushstroke.cli.study.load", lambda *_: pytest.fail("loaded"))
+    identity = {"studies": ["rank"], "seeds": [0, 1, 2], "arms": [], **other}
+    stored = {"identity": identity, "notes": {"plan": {}}}
+    (tmp_path / "study.json").write_text(json.dumps(stored))
+    done = cli("study", "rank", tiny, data, "--out", tmp_path, *flags)
+    assert done.status == 1
+    assert f"holds another study ({next(iter(other))}: now" in done.error
+
+
+@pytest.mark.slow
+def test_report_of_seeds_explains_a_smaller_rank_than_asked_for(cli, tiny, data, tmp_path):
+    words = ("--out", tmp_path / "out", *SMALL, *GRID[:2], "--seeds", "2", "--rank", "18")
+    done = cli("study", "seeds", tiny, data, *words)
+    assert done.status == 0, done.err
+    (finding,) = results(tmp_path / "out")["findings"]
+    assert any(note.startswith("Tested up to φ(16, 16), not φ(18, 18): ") for note in finding["notes"])
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import pytest
 
 from brushstroke.cli import progress
 from brushstroke.cli.progress import TimeLeft, TrainProgress, clock
+from brushstroke.cli.study import StudyRunOptions, _Progress
+from brushstroke.studies import Estimate
 from brushstroke.training.events import StepEvent
 
 CLOSE = 0.1  # of the time that was really left, after a minute
@@ -76,3 +78,12 @@ def test_progress_lines_without_terminal_are_rate_limited(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["1/100", "21/100", "41/100", "61/100", "81/100", "100/100"]
     assert all("loss 1.2500  200 tokens/s" in line and "peak 1.00 GiB" in line for line in lines)
+
+
+@pytest.mark.parametrize("budget", [None, 60.0])
+def test_a_resumed_study_mentions_the_budget_only_if_one_is_given(budget, capsys):
+    with _Progress(1, StudyRunOptions(budget_minutes=budget)) as shown:
+        shown.estimate(Estimate(1.0, 4, ("q r=1",), (0,), resumed=True))
+    err = capsys.readouterr().err
+    assert "the study continues with its existing plan" in err
+    assert ("--budget-minutes is ignored" in err) == (budget is not None)

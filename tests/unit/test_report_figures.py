@@ -6,7 +6,7 @@ import pytest
 
 from brushstroke.errors import MissingPackageError
 from brushstroke.report import Page, bars, curves, heatmap
-from brushstroke.report.figures import GREY, Panel, style_ranges
+from brushstroke.report.figures import GREY, LETTER, Panel, style_ranges
 
 
 @pytest.fixture
@@ -80,6 +80,18 @@ def test_a_diverging_map_is_pale_at_zero_and_of_two_colours_around_it():
     fills = re.findall(r'<path d="[^"]*" fill="(rgb[^"]*)"', svg)
     assert fills[1:] == [COLDEST, HOTTEST, "rgb(59, 90, 168)"]
     assert fills[0] not in fills[1:]
+
+
+@pytest.mark.usefixtures("drawing")
+@pytest.mark.parametrize("columns", [1, 2, 30])
+def test_title_of_a_map_fits_its_width(columns):
+    title = "z-score of φ of all directions, right"
+    svg = heatmap(Panel(title, [[1.0] * columns], ["0"], [f"m{n}" for n in range(columns)]))
+    root = ElementTree.fromstring(svg)
+    (line,) = [e for e in root.iter() if e.get("font-weight") == "bold" and e.tag.endswith("text")]
+    lines = [part for part in line.itertext() if part.strip()]
+    assert " ".join(lines) == title
+    assert max(map(len, lines)) * LETTER <= float(root.get("width"))
 
 
 def test_no_two_series_share_colour_and_dashes():

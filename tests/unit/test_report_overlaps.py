@@ -28,15 +28,17 @@ ROUNDED = 0.0006  # a figure carries three digits
 BYTE = 1.5  # of a colour's channel
 
 
-def adapter(rank: int, seed: int, d: int = 12, h: int = 20) -> Adapter:
+def adapter(rank: int, seed: int, d: int = 12, h: int = 20, **ranks: int) -> Adapter:
+    """An adapter of one rank, except for the named matrices."""
     generator = torch.Generator().manual_seed(seed)
     return Adapter(
         {
             f"model.layers.{layer}.{place}": LowRank(
-                torch.randn(d, rank, generator=generator), torch.randn(rank, h, generator=generator)
+                torch.randn(d, r, generator=generator), torch.randn(r, h, generator=generator)
             )
             for layer in range(2)
             for place in PLACES
+            for r in [ranks.get(place.rpartition(".")[2], rank)]
         }
     )
 
@@ -86,7 +88,7 @@ def rgb(color: str) -> list[float]:
     return [float(part) for part in re.findall(r"[\d.]+", color)]
 
 
-def drawn(found, side="left", corner=True, swapped=False):
+def drawn(found, side="left", corner=True, swapped=()):
     records = overlap_records(found, side, swapped=swapped)
     return overlaps(records, x_title="j", y_title="i", measure="ΔW", choose=CHOICES, corner=corner)
 
@@ -133,12 +135,27 @@ def test_the_smaller_rank_is_counted_downwards_whichever_comes_first():
     page = overlap_page(subspace(large, small), ("large", "small")).html()
     assert '"i, small"' in page
     assert '"j, large"' in page
-    turned = cells_of(drawn(subspace(large, small), swapped=True))
+    found = subspace(large, small)
+    turned = cells_of(drawn(found, swapped=found))
     straight = cells_of(drawn(subspace(small, large)))
     for name in ("q_proj", "v_proj, lower-left corner"):
         assert {at: cell[0] for at, cell in turned[name].items()} == pytest.approx(
             {at: cell[0] for at, cell in straight[name].items()}, abs=ROUNDED
         )
+
+
+def test_q_stays_beside_v_if_each_has_the_smaller_rank_in_another_adapter():
+    one, two = adapter(4, 1, q_proj=3, v_proj=7), adapter(4, 2, q_proj=7, v_proj=3)
+    found = subspace(one, two)
+    page = overlap_page(found, ("one", "two")).html()
+    assert page.count('"options":["q_proj and v_proj","o_proj and k_proj","up_proj"]') == 2  # two sides
+    assert '"i, the smaller rank"' in page
+    assert "At equal ranks, i counts one." in page
+    v = "model.layers.0.self_attn.v_proj"
+    cells = cells_of(drawn(found, swapped=[v]))["v_proj"]
+    assert {at: cell[0] for at, cell in cells.items()} == pytest.approx(
+        {(i, j): float(found[v].left[j - 1, i - 1]) for i in range(1, 4) for j in range(1, 8)}, abs=ROUNDED
+    )
 
 
 def test_equal_ranks_are_drawn_in_full():
@@ -148,6 +165,14 @@ def test_equal_ranks_are_drawn_in_full():
     assert all(rgb(cell[1]) != rgb(GREY) for cells in panels.values() for cell in cells.values())
     page = overlap_page(found, ("one", "two")).html()
     assert 'lower-left corner"' not in page
+
+
+def test_only_matrices_of_unequal_ranks_have_a_corner():
+    found = subspace(adapter(4, 1), adapter(4, 2, q_proj=7))
+    assert list(cells_of(drawn(found))) == [
+        *("q_proj", "v_proj", "random pair, q_proj", "random pair, v_proj"),
+        "q_proj, lower-left corner",
+    ]
 
 
 def test_the_scale_ends_at_the_largest_value_and_marks_chance():

@@ -1,11 +1,14 @@
 """Tables as CSV and LaTeX."""
 
+import ast
 import csv
 import io
 import re
+from pathlib import Path
 
 import pytest
 
+import brushstroke
 from brushstroke.report.tables import csv_of_records, csv_text, latex_escaped, latex_text
 
 SPECIAL = r"#$%&_{}~^\ "
@@ -39,6 +42,22 @@ def test_latex_escapes_every_special_character():
     bare = re.sub(r"\\(?:[#$%&_{}]|textbackslash\{\}|textasciitilde\{\}|textasciicircum\{\})", "", escaped)
     assert bare == " "
     assert latex_escaped("模型 é") == "模型 é"
+
+
+def test_latex_is_ascii_for_every_text_of_studies_and_analysis():
+    """pdflatex refuses letters such as ᵀ: check every literal that a head or a caption could contain."""
+    source = Path(brushstroke.__file__).parent
+    files = [*source.glob("studies/*.py"), *source.glob("analysis/*.py"), source / "cli/analysis_tables.py"]
+    trees = [ast.parse(file.read_text("utf-8")) for file in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    }
+    assert {"‖leftᵀ·W·right‖: ΔW", "90 % energy"} < texts
+    assert [text for text in texts if not latex_escaped(text).isascii()] == []
 
 
 @pytest.mark.parametrize(

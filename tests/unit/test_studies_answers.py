@@ -5,11 +5,13 @@ from itertools import combinations
 import pytest
 import torch
 
-from brushstroke.analysis import SiteOverlap
+from brushstroke.adapter import Adapter
+from brushstroke.analysis import SiteOverlap, spectrum
+from brushstroke.lowrank import LowRank
 from brushstroke.studies.comparisons import RowLosses, compare_all, compare_with
-from brushstroke.studies.rank import _answer
+from brushstroke.studies.rank import _answer, _deficiency, _spectra_table
 from brushstroke.studies.seeds import _answer as _seeds_answer
-from brushstroke.studies.seeds import _block_table, _by_matrix, _tests
+from brushstroke.studies.seeds import _block_table, _by_matrix, _rank_note, _tests
 from brushstroke.studies.targets import _answer as _targets_answer
 
 ROUNDING = 1e-15  # of φ where it is 1 but for float64's rounding
@@ -86,6 +88,21 @@ def test_no_number_for_matrices_whose_side_the_directions_fill():
     assert list(kinds["q more than v"]) == ["left"]
     answer = _seeds_answer(_tests(same, {}, {}, sites, [(2, 2)]), False, 4, same, {}, sites, 2)
     assert answer.endswith("Of q more than of v: 0.00 [0.00, 0.00] (input side).")
+
+
+def test_a_smaller_rank_than_asked_for_is_explained():
+    assert _rank_note(8, 8) == ()
+    (note,) = _rank_note(12, 8)
+    assert note == "Tested up to φ(8, 8), not φ(12, 12): the smallest matrix allows only rank 8."
+
+
+@pytest.mark.parametrize(("widths", "shown"), [((8, 32), "8 to 32"), ((8, 8), "8")])
+def test_the_largest_possible_rank_is_a_size_of_the_matrices(widths, shown):
+    updates = [LowRank(torch.eye(32, 2), torch.eye(2, h)) for h in widths]
+    found = spectrum(Adapter({f"m{at}": update for at, update in enumerate(updates)}))
+    table = _spectra_table({"W itself": found})
+    assert table.rows[0][table.columns.index("of at most")] == shown
+    assert f" of {shown} directions" in _deficiency([found])
 
 
 def targets_answer(losses, margin=0.01):

@@ -1,7 +1,10 @@
 import pytest
 
+from brushstroke.base import Base
+from brushstroke.cli.study import _study
 from brushstroke.errors import ConfigError
 from brushstroke.sites import Site
+from brushstroke.studies import Grid, Material, Task
 from brushstroke.studies.arms import (
     RUN_KEY,
     Arm,
@@ -14,6 +17,7 @@ from brushstroke.studies.arms import (
     whole,
 )
 from brushstroke.studies.targets import TargetsStudy
+from brushstroke.training import TrainConfig
 
 GPT3 = [
     Site(f"h.{layer}.attn.{name}_proj", 12288, 12288) for layer in range(96) for name in ("q", "k", "v", "o")
@@ -114,3 +118,28 @@ def test_full_fine_tuning_rates_stay_distinct():
 def test_budget_of_zero_is_not_the_default(budget):
     with pytest.raises(ConfigError, match="at least 1"):
         TargetsStudy(budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"q": ("q",)}, "at least two"),
+        ({}, "at least two"),
+        ({"q,v": ("q", "v"), "v,q": ("v", "q"), "q": ("q",)}, "the same matrices: q,v and v,q;"),
+    ],
+)
+def test_one_set_or_the_same_set_twice_is_no_comparison(sets, message):
+    with pytest.raises(ConfigError, match=message):
+        TargetsStudy(sets)
+
+
+def test_two_patterns_for_the_same_matrices_are_no_comparison(llama):
+    task = Task("toy", (), (), ())
+    material = Material(Base(llama), {"task": task}, TrainConfig(max_steps=1), Grid((1e-3, 1e-2), (0,)))
+    study = TargetsStudy({"q": ("q_proj",), "attn.q": ("self_attn.q_proj",), "v": ("v_proj",)})
+    with pytest.raises(ConfigError, match=r"the same matrices: q and attn\.q;"):
+        study.arms(material)
+
+
+def test_patterns_that_share_a_short_name_stay_two_sets():
+    assert [*_study("targets", {"sets": [("q",), ("q_proj",)]}).sets] == ["q", "q_proj"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from brushstroke.checks import check_integer, check_number, check_rates
+from brushstroke.checks import check_integer, check_new_rows, check_number, check_rates, check_sets
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
 from brushstroke.cli.early import check_data
@@ -224,6 +224,7 @@ def study(
     )
     from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
+    from brushstroke.studies.store import check_folder, refuse_other
 
     if settings.reread:
         _require_finished(out)
@@ -238,6 +239,9 @@ def study(
         fixed: dict[str, Any] = {"epochs": 1.0}
         if question == "rounding":
             settings, rates, fixed = _rounding_runs(settings, asked, rates)
+        check_folder(out, overwrite=settings.overwrite)
+        if single is not None and not settings.overwrite:
+            refuse_other(out, {"studies": [single.name], "seeds": list(_seeds(settings))})
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -246,7 +250,7 @@ def study(
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
         raise ConfigError("--workers works only on the CPU; on a GPU, leave it out")
-    with _Progress(workers, settings.reread) as progress:
+    with _Progress(workers, settings) as progress:
         report = run_studies(
             studies,
             material,
@@ -291,6 +295,10 @@ def _refuse_lengths(settings: StudyRunOptions) -> None:
     for name in ("epochs", "max_steps"):
         if getattr(settings, name) is not None:
             raise ConfigError(f"the length of these runs is set by --steps; leave out {_flag(name)}")
+
+
+def _seeds(settings: StudyRunOptions) -> tuple[int, ...]:
+    return tuple(range(3 if settings.seeds is None else settings.seeds))
 
 
 def _rounding_runs(
@@ -377,6 +385,7 @@ def _question_settings(given: QuestionOptions) -> dict[str, Any]:
         found["steps"] = _numbers("--steps", given.steps, int)
     if given.sets is not None:
         found["sets"] = [tuple(part.split("+")) for part in _parts("--sets", given.sets)]
+        check_sets(("+".join(members), members) for members in found["sets"])
     if given.no_whole:
         found["train_whole"] = False
     for rank in (*found.get("ranks", ()), found.get("rank", 1)):
@@ -397,7 +406,10 @@ def _study(question: str, settings: dict[str, Any]) -> "Study":
     from brushstroke.studies.arms import matrices_name
 
     if "sets" in settings:
-        sets = {matrices_name(targets): targets for targets in settings["sets"]}
+        names = [matrices_name(targets) for targets in settings["sets"]]
+        if len(set(names)) < len(names):  # such as q and q_proj
+            names = ["+".join(targets) for targets in settings["sets"]]
+        sets = dict(zip(names, settings["sets"], strict=True))
         settings = {**settings, "sets": sets}
     kinds: dict[str, Any] = {
         "rank": studies.RankStudy,
@@ -419,6 +431,13 @@ def _read(data: str, files: StudyDataOptions) -> dict[str, Any]:
     rows = {name: None if source is None else read_rows(source) for name, source in named.items()}
     for read in filter(None, rows.values()):
         find_columns(read, files.prompt, files.completion)
+    controls = {"other": "the other data", "general": "the general text"}
+    used: set[int] = set()
+    for name, read in rows.items():
+        new = set() if read is None else {hash(repr(row)) for row in read.rows} - used
+        if read is not None and name in controls:
+            check_new_rows(controls[name], new)
+        used |= new
     return rows
 
 
@@ -453,7 +472,7 @@ def _material(
         **rows,
         config=config,
         learning_rates=rates,
-        seeds=tuple(range(3 if settings.seeds is None else settings.seeds)),
+        seeds=_seeds(settings),
         prompt_column=files.prompt,
         completion_column=files.completion,
     )
@@ -498,8 +517,9 @@ def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
 class _Progress:
     """Shows progress: a live line on a terminal, elsewhere lines at intervals."""
 
-    def __init__(self, workers: int, reread: bool) -> None:
-        self._workers, self._reread = workers, reread
+    def __init__(self, workers: int, settings: StudyRunOptions) -> None:
+        self._workers, self._reread = workers, settings.reread
+        self._ignored = "" if settings.budget_minutes is None else "; --budget-minutes is ignored"
         self._console = people()
         self._live: Any = None
         self._last_line = time.monotonic()
@@ -509,7 +529,7 @@ class _Progress:
         if not self._reread:
             say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
         if plan.resumed and not self._reread:
-            say("the study continues with its existing plan; --budget-minutes is ignored")
+            say(f"the study continues with its existing plan{self._ignored}")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.resumed else ''}: {line}")
         if self._console.is_terminal:

@@ -125,23 +125,23 @@ def _draw_overlap(page: Page, found: Overlap, names: tuple[str, str], sites: Seq
         "contains the smaller one. Its cells with j > i are grey, because there the subspace of j is the "
         "larger one."
     )
-    for swapped in (False, True):
-        chosen = {
-            site: found[site]
-            for site in sites or _middle(found)
-            if (found[site].ranks[0] > found[site].ranks[1]) is swapped
-        }
-        for side in sides if chosen else ():
-            down, across = (second, first) if swapped else (first, second)
-            spec = overlaps(
-                overlap_records(chosen, side, swapped=swapped),
-                x_title=f"j, {across}",
-                y_title=f"i, {down}",
-                measure=f"{_whose(found)}, {SIDES[side]}",
-                choose=CHOICES,
-                corner=any(row.ranks[0] != row.ranks[1] for row in chosen.values()),
-            )
-            page.chart(spec, f"φ(i, j) of {_whose(found)}, {SIDES[side]}.")
+    chosen = {site: found[site] for site in sites or _middle(found)}
+    swapped = [site for site, row in chosen.items() if row.ranks[0] > row.ranks[1]]
+    down, across, at_equal = first, second, ""
+    if swapped and all(row.ranks[0] >= row.ranks[1] for row in chosen.values()):
+        swapped, down, across = [*chosen], second, first
+    elif swapped:
+        down, across, at_equal = "the smaller rank", "the larger rank", f" At equal ranks, i counts {first}."
+    for side in sides:
+        spec = overlaps(
+            overlap_records(chosen, side, swapped=swapped),
+            x_title=f"j, {across}",
+            y_title=f"i, {down}",
+            measure=f"{_whose(found)}, {SIDES[side]}",
+            choose=CHOICES,
+            corner=any(row.ranks[0] != row.ranks[1] for row in chosen.values()),
+        )
+        page.chart(spec, f"φ(i, j) of {_whose(found)}, {SIDES[side]}.{at_equal}")
 
 
 def relation_page(found: Relation, name: str) -> Page:

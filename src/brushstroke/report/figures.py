@@ -3,6 +3,7 @@
 The background is transparent and the page colours the texts, so that a figure works in light and dark.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ FONT = 11  # smallest text size in pixels
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])  # of the first ten series, the next ten, …
 COOL = "#3b5aa8"  # colour below the middle of a diverging scale
 WIDTH, HEIGHT = 620, 260
+SCALE = 200  # length of a map's colour scale
+LETTER = 8  # width of a letter of a map's title
 
 
 def curves(
@@ -141,7 +144,7 @@ def heatmap(
     legend = altair.Legend(
         title=None,
         orient="bottom",
-        gradientLength=200,
+        gradientLength=SCALE,
         tickCount=4,
         labelOverlap="greedy",
         labelSeparation=6,
@@ -155,15 +158,17 @@ def heatmap(
             title=title or None, labelAngle=angle, labelOverlap=overlap, grid=False, ticks=False
         )
 
+    step = max(16, min(34, 280 / len(columns)))
+    title = textwrap.wrap(panel.title, int(max(SCALE, step * len(columns)) / LETTER))
     return _svg(
-        altair.Chart(altair.Data(values=values), title=altair.TitleParams(panel.title, anchor="start"))
+        altair.Chart(altair.Data(values=values), title=altair.TitleParams(title, anchor="start"))
         .mark_rect()
         .encode(
             x=altair.X("x:N", sort=columns, axis=axis(x, -40 if panel.columns else 0)),
             y=altair.Y("y:N", sort=rows, axis=axis(y)),
             color=altair.condition("datum.shown", color, altair.value(GREY)),
         )
-        .properties(width={"step": max(16, min(34, 280 / len(columns)))}, height={"step": 16})
+        .properties(width={"step": step}, height={"step": 16})
     )
 
 

@@ -3,7 +3,7 @@
 It computes only the pairs of random matrices that are drawn as a control.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ def overlap_records(
     found: Mapping[str, SiteOverlap],
     side: str,
     *,
-    swapped: bool = False,
+    swapped: Collection[str] = (),
     controls: Mapping[str, Mapping[str, SiteOverlap]] | None = None,
 ) -> list[dict[str, Any]]:
     """Panels of two matrices and their random pairs, for every layer and every two matrices.
@@ -29,7 +29,7 @@ def overlap_records(
     Args:
         found: site → φ; i counts its first directions.
         side: "left" or "right".
-        swapped: i counts the second directions instead.
+        swapped: sites where i counts the second directions instead.
         controls: further grids of the same sites: name → site → φ.
     """
     grid = arrange(sorted(found, key=natural))
@@ -41,26 +41,25 @@ def overlap_records(
             sites = {names[matrix]: grid.sites[layer, matrix] for matrix in pair}
             place = {"layer": layer or "–", "matrices": " and ".join(sites)}
 
-            def add(panel: str, row: SiteOverlap, cells: Tensor, corner: bool, place: Any = place) -> None:
-                rows = (cells.mT if swapped else cells).tolist()
-                n = row.shape[side == "right"]
+            def add(panel: str, site: str, cells: Tensor, corner: bool, place: Any = place) -> None:
+                rows = (cells.mT if site in swapped else cells).tolist()
+                n = found[site].shape[side == "right"]
                 records.append({**place, "panel": panel, "cells": rows, "n": n, "corner": corner})
 
             for name, site in sites.items():
-                add(name, found[site], getattr(found[site], side), True)
-            for title, row in _random_pairs(
-                {name: found[site] for name, site in sites.items()}, side
-            ).items():
-                add(title, row, random_pair(row, side), False)
+                row = found[site]
+                add(name, site, getattr(row, side), row.ranks[0] != row.ranks[1])
+            for title, site in _random_pairs(sites, found, side).items():
+                add(title, site, random_pair(found[site], side), False)
             for control, rows in (controls or {}).items():
                 for name, site in sites.items():
-                    add(f"{name}, {control}", rows[site], getattr(rows[site], side), False)
+                    add(f"{name}, {control}", site, getattr(rows[site], side), False)
     return records
 
 
-def _random_pairs(rows: Mapping[str, SiteOverlap], side: str) -> dict[str, SiteOverlap]:
-    """Title → a matrix whose random pair is drawn; one title if all have the same ranks and width."""
-    sizes = {name: (row.ranks, row.shape[side == "right"]) for name, row in rows.items()}
-    if len(set(sizes.values())) == 1:
-        return {"random pair": next(iter(rows.values()))}
-    return {f"random pair, {name}": row for name, row in rows.items()}
+def _random_pairs(sites: Mapping[str, str], found: Mapping[str, SiteOverlap], side: str) -> dict[str, str]:
+    """Title → a site whose random pair is drawn; one title if all have the same ranks and width."""
+    sizes = {(found[site].ranks, found[site].shape[side == "right"]) for site in sites.values()}
+    if len(sizes) == 1:
+        return {"random pair": next(iter(sites.values()))}
+    return {f"random pair, {name}": site for name, site in sites.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from brushstroke.base import Base, hidden_size
+from brushstroke.checks import check_new_rows
 from brushstroke.data import Example
 from brushstroke.errors import DataError
 from brushstroke.studies.arm_run import Task
@@ -120,8 +121,7 @@ def _new(examples: tuple[Example, ...], used: set[tuple[int, ...]], name: str) -
         DataError: there are none.
     """
     new = tuple(example for example in examples if example.tokens not in used)
-    if not new:
-        raise DataError(f"{name}: every row is in the task's data too; give data with other rows")
+    check_new_rows(name, new)
     return new
 
 

@@ -3,6 +3,7 @@
 Does not implement spectra or comparisons (`analysis` and `comparisons` do).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -236,12 +237,18 @@ def _spectra_table(spectra: dict[str, Any]) -> Table:
                 f"{median(row.effective_rank for row in sites):.1f}",
                 f"{median(row.energy_rank(0.90) for row in sites):g}",
                 f"{median(row.energy_rank(0.99) for row in sites):g}",
-                f"{median(min(row.shape) for row in sites):g}",
+                _smaller_sides(sites),
                 f"{found.norm:.3g}",
             )
         )
     columns = ("arm", "stable rank", "effective rank", "90 % energy", "99 % energy", "of at most", "norm")
     return Table("Ranks of ΔW: medians over the sites, first seed.", columns, tuple(rows))
+
+
+def _smaller_sides(sites: Sequence[SiteSpectrum]) -> str:
+    """min(d, h) of the smallest and of the largest matrix, which limit the ranks: "8 to 32", or "8"."""
+    sizes = sorted({min(row.shape) for row in sites})
+    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _spectra_figure(spectra: dict[str, Any]) -> Figure:
@@ -294,12 +301,11 @@ def _deficiency(found: list[Spectrum]) -> str:
     if not found:
         return "Whether the update is rank-deficient is not answered: there is no conclusive run of W itself."
     sites: list[SiteSpectrum] = list(found[0].values())
-    most = median(min(row.shape) for row in sites)
     needed = interval([median(row.energy_rank(0.90) for row in one.values()) for one in found])
     stable = interval([median(row.stable_rank for row in one.values()) for one in found])
     return (
-        f"Trained without a limit on its rank, ΔW has 90 % of its energy in {bounds(needed, 3)} of {most:g} "
-        f"directions (median of {counted(len(sites), 'matrix', 'matrices')}, over "
+        f"Trained without a limit on its rank, ΔW has 90 % of its energy in {bounds(needed, 3)} of "
+        f"{_smaller_sides(sites)} directions (median of {counted(len(sites), 'matrix', 'matrices')}, over "
         f"{format_seeds([needed.count])}) and a stable rank of {bounds(stable, 3)}."
     )
 

@@ -22,6 +22,7 @@ from brushstroke.errors import ConfigError, MergeError
 from brushstroke.inference import evaluate_loss
 from brushstroke.layers import attach
 from brushstroke.merging import merge
+from brushstroke.merging.rounding import Mode
 from brushstroke.report.charts import lines
 from brushstroke.sites import site_module
 from brushstroke.studies.arm_run import ArmRunner
@@ -197,7 +198,8 @@ def _losses(half: nn.Module, adapter: Adapter, test: Sequence[Example]) -> dict[
         found: dict[str, float | None] = {ATTACHED: _loss(half, test)}
     with two_roundings(half, adapter):
         found[TWICE] = _loss(half, test)
-    for form, rounding in ((NEAREST, "nearest"), (STOCHASTIC, "stochastic")):
+    modes: dict[str, Mode] = {NEAREST: "nearest", STOCHASTIC: "stochastic"}
+    for form, rounding in modes.items():
         try:
             found[form] = _loss(merge(half, adapter, rounding=rounding), test)
         except MergeError:
@@ -212,8 +214,8 @@ def two_roundings(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     try:
         for path, update in low_rank_updates(adapter).items():
             module: Any = site_module(model, path)
-            factors = [factor.to(module.weight.dtype) for factor in update.factors[:2]]
-            hooks.append(module.register_forward_hook(_term(*factors, update.scale)))
+            U, V = (factor.to(module.weight.dtype) for factor in (update.U, update.V))
+            hooks.append(module.register_forward_hook(_term(U, V, update.scale)))
         yield
     finally:
         for hook in hooks:

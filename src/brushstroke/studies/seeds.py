@@ -96,6 +96,7 @@ class SeedsStudy:
         sizes = list(dict.fromkeys([(min(self.inner, k), k), (k, k)]))
         inputs = self._inputs(results, arm_runner, arm.name, seeds, sites, k)
         tests = _tests(same, other, ceiling, sites, sizes)
+        notes = (*_rank_note(self.rank, k), *notes)
         if untested := [_place(row) for row in tests if "p_chance" not in row]:
             notes = (f"Not tested, as φ is 1 for any two updates there: {', '.join(untested)}.", *notes)
         tables = [
@@ -138,6 +139,13 @@ class SeedsStudy:
                 values.append(float(overlap_grid(left.cpu(), principal[site])[-1, -1]))
             found[site] = fmean(values)
         return found
+
+
+def _rank_note(rank: int, k: int) -> tuple[str, ...]:
+    """A note if the updates have fewer directions than the rank that was asked for."""
+    if k >= rank:
+        return ()
+    return (f"Tested up to φ({k}, {k}), not φ({rank}, {rank}): the smallest matrix allows only rank {k}.",)
 
 
 def _tests(

@@ -55,7 +55,7 @@ class Store:
         if overwrite:
             self._clear()
         if (folder / STUDY).is_file() and not overwrite:
-            self._refuse_other(now, self._read()["identity"])
+            _refuse_other(folder, now, self._read()["identity"])
         else:
             with output_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +128,6 @@ class Store:
     def _read(self) -> dict[str, Any]:
         return _read(self.folder)
 
-    def _refuse_other(self, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-        differences = list(_differences(now, then))
-        if differences:
-            done = len(list(self.runs.glob(f"*/{OUTCOME}")))
-            raise ResumeError(
-                f"{self.folder} holds another study ({'; '.join(differences)}); give the same settings to go "
-                "on with it, choose another folder, or start over with --overwrite (overwrite=True), which "
-                f"removes its {done} finished runs"
-            )
-
     def _clear(self) -> None:
         """Remove everything that the study wrote except study.json, and folders that become empty."""
         if not (self.folder / STUDY).is_file():
@@ -188,6 +178,18 @@ def planned_before(folder: Path) -> dict[str, Any] | None:
     return _read(folder)["notes"].get("plan") if (folder / STUDY).is_file() else None
 
 
+def refuse_other(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a study in a folder, if there is one, has these settings, which are some of its identity.
+
+    Raises:
+        OutputError: study.json cannot be read, or was not written by a study.
+        ResumeError: they differ; the message lists the differences.
+    """
+    if (folder / STUDY).is_file():
+        then = _read(folder)["identity"]
+        _refuse_other(folder, settings, {name: then.get(name) for name in settings})
+
+
 @contextmanager
 def damaged(file: Path, remedy: str) -> Iterator[None]:
     """Context manager for parsing a file: reports any error in its contents as one message.
@@ -211,6 +213,16 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(identity, dict) or not isinstance(notes, dict) or not identity.keys() >= ALWAYS:
         raise OutputError(f"{file} was not written by a study; move it away, or choose another folder")
     return whole
+
+
+def _refuse_other(folder: Path, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    if differences := list(_differences(now, then)):
+        done = len(list((folder / RUNS).glob(f"*/{OUTCOME}")))
+        raise ResumeError(
+            f"{folder} holds another study ({'; '.join(differences)}); give the same settings to go on with "
+            "it, choose another folder, or start over with --overwrite (overwrite=True), which removes its "
+            f"{done} finished runs"
+        )
 
 
 def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[str]:

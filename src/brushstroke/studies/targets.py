@@ -6,10 +6,18 @@ Does not implement the comparison (`comparisons` does).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from brushstroke.checks import check_integer, check_number
+from brushstroke.checks import check_integer, check_number, check_sets
 from brushstroke.report.charts import dots
 from brushstroke.studies.arm_run import ArmRunner
-from brushstroke.studies.arms import Arm, Budget, equal_budget, equal_rank, matrix_sets, parameters_per_rank
+from brushstroke.studies.arms import (
+    Arm,
+    Budget,
+    chosen_sites,
+    equal_budget,
+    equal_rank,
+    matrix_sets,
+    parameters_per_rank,
+)
 from brushstroke.studies.comparisons import MARGIN, Comparison, Difference, compare_all
 from brushstroke.studies.findings import Figure, Finding, describe_pairs, difference_table
 from brushstroke.studies.runner import Results
@@ -33,14 +41,16 @@ class TargetsStudy:
     """Sets of matrices at an equal number of parameters, or at one rank.
 
     Args:
-        sets: name → patterns; by default those of the paper's table 5 and the feed-forward block.
+        sets: at least two, name → patterns; by default those of the paper's table 5 and the feed-forward
+            block.
         budget: parameters of each arm; by default those of the first set at rank 8.
         rank: one rank for all sets instead of a budget; larger sets then have more parameters.
         alpha: of all arms.
         margin: the margin of equality, in nats of test loss per trained token; stored before the runs.
 
     Raises:
-        ConfigError: the rank or the budget is below 1, or the margin is not a finite number above 0.
+        ConfigError: the rank or the budget is below 1, the margin is not a finite number above 0, there is
+            only one set, or two sets have the same members.
     """
 
     sets: Mapping[str, tuple[str, ...]] | None = None
@@ -53,14 +63,21 @@ class TargetsStudy:
 
     def __post_init__(self) -> None:
         check_number("the margin of equality (--margin)", self.margin, above=0)
+        if self.sets is not None:
+            check_sets(self.sets.items())
         if self.rank is not None:
             check_integer("rank", self.rank)
         if self.budget is not None:
             check_integer("the number of parameters (--budget)", self.budget)
 
     def arms(self, material: Material) -> list[Arm]:
-        """One arm for each set of matrices."""
+        """One arm for each set of matrices; two given sets may not select the same ones."""
         sites = material.sites
+        if self.sets is not None:
+            check_sets(
+                (name, [site.path for site in chosen_sites(targets, sites)])
+                for name, targets in self.sets.items()
+            )
         sets = dict(self.sets or matrix_sets(sites))
         if self.rank is not None:
             arms = equal_rank(sets, self.rank, self.alpha)
