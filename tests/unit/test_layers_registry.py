@@ -184,8 +184,9 @@ def test_factors_with_other_axes_are_refused_with_both_shapes(tmp_path: Path) ->
         config.write_text(json.dumps({**json.loads(config.read_text()), "r": 5}))
         with pytest.raises(AdapterFileError, match=r"lora_A \(2, 3, 1, 1\) should be \(5, d, 1, 1\)"):
             bs.load(tmp_path / "a")
-    with pytest.raises(AdapterFileError, match=r"lora_A.weight: expected floats with 2 axes; found"):
-        bs.load(tmp_path / "a")
+        FORMS[:] = [form for form in FORMS if max(map(len, form.axes.values())) <= 2]
+        with pytest.raises(AdapterFileError, match=r"lora_A.weight: expected floats with 2 axes; found"):
+            bs.load(tmp_path / "a")
 
 
 def test_a_module_that_its_kind_refuses_is_named_with_the_reason() -> None:

@@ -24,8 +24,8 @@ class Form:
         update: the type; called with its tensors by name, and with `scale` if it has a scale that is not a
             tensor.
         tensors: name of a tensor in `Update.tensors()` → (end of its key in the file, its axes there). An
-            axis is a name (r is the rank), or 1 if the update does not have it. A tensor with two named axes
-            is a matrix, which is stored transposed.
+            axis is a name (r is the rank), or 1 if the update does not have it. The update has the named
+            axes in the reverse order: a matrix is stored transposed.
         flag: the boolean field of `adapter_config.json` that is true for this type.
     """
 
@@ -124,12 +124,15 @@ def _stem(end: str) -> str:
 def _in_file(tensor: Tensor, axes: Sequence[str]) -> Tensor:
     """A tensor of an update as the file has it, as a view."""
     sizes = iter(tensor.shape[::-1])
-    return (tensor.mT if tensor.ndim == 2 else tensor).reshape(
-        [1 if axis == "1" else next(sizes) for axis in axes]
-    )
+    return _reversed(tensor).reshape([1 if axis == "1" else next(sizes) for axis in axes])
 
 
 def _from_file(tensor: Tensor, axes: Sequence[str]) -> Tensor:
     """A tensor of a file as the update has it."""
     named = [size for axis, size in zip(axes, tensor.shape, strict=True) if axis != "1"]
-    return tensor.reshape(named).mT if len(named) == 2 else tensor.reshape(named)
+    return _reversed(tensor.reshape(named))
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    """A view with the axes in reverse order."""
+    return tensor.permute(*reversed(range(tensor.ndim)))
