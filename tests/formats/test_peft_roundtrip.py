@@ -254,5 +254,7 @@ def test_tensors_of_any_axes_are_stored_in_reverse_order_and_come_back(letters, 
     form: Any = Form(Held, {"T": ("lora_T", " ".join(axes))})  # type: ignore[arg-type]
     stored = form.stored(Held(T))["lora_T"]
     assert [axis for axis, size in zip(axes, stored.shape, strict=True) if axis == "1" and size > 1] == []
-    assert torch.equal(stored.squeeze(), torch.einsum(T, [*range(count)], [*reversed(range(count))]).squeeze())
+    assert torch.equal(
+        stored.squeeze(), torch.einsum(T, [*range(count)], [*reversed(range(count))]).squeeze()
+    )
     assert torch.equal(form.read({"lora_T": stored}, 1.0).T, T)
