@@ -1,6 +1,7 @@
 """Folders of brushstroke in PEFT and the reverse: the same ΔW, logits and bits."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from brushstroke import attach, load, save
 from brushstroke.adapter import Adapter, Card, LoraConfig
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import read_rule, selects_exactly, write_config
+from brushstroke.formats.peft_forms import Form
 from brushstroke.layers.dora import DoRA
 from brushstroke.lowrank import LowRank
 
@@ -228,3 +230,31 @@ def test_any_module_by_its_path(tmp_path: Path) -> None:
     model = peft.PeftModel.from_pretrained(net, str(tmp_path / "out"))
     delta = model.get_submodule("base_model.model.fc1").get_delta_weight("default")  # pyright: ignore
     assert torch.allclose(delta.mT, adapter["fc1"].dense(), atol=1e-6)
+
+
+class Held:
+    """An update of one tensor, as far as a form needs it."""
+
+    def __init__(self, T: torch.Tensor) -> None:
+        self.T = T
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"T": self.T}
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.permutations("rdhk"), st.integers(1, 4), st.lists(st.integers(0, 4), max_size=3), st.data())
+def test_tensors_of_any_axes_are_stored_in_reverse_order_and_come_back(letters, count, ones, data):
+    named = letters[:count]
+    axes = list(named)
+    for place in ones:
+        axes.insert(place, "1")
+    sizes = [data.draw(st.integers(1, 4)) for _ in named]
+    T = torch.arange(math.prod(sizes)).reshape(sizes)
+    form: Any = Form(Held, {"T": ("lora_T", " ".join(axes))})  # type: ignore[arg-type]
+    stored = form.stored(Held(T))["lora_T"]
+    assert [axis for axis, size in zip(axes, stored.shape, strict=True) if axis == "1" and size > 1] == []
+    assert torch.equal(
+        stored.squeeze(), torch.einsum(T, [*range(count)], [*reversed(range(count))]).squeeze()
+    )
+    assert torch.equal(form.read({"lora_T": stored}, 1.0).T, T)

@@ -184,8 +184,9 @@ def test_factors_with_other_axes_are_refused_with_both_shapes(tmp_path: Path) ->
         config.write_text(json.dumps({**json.loads(config.read_text()), "r": 5}))
         with pytest.raises(AdapterFileError, match=r"lora_A \(2, 3, 1, 1\) should be \(5, d, 1, 1\)"):
             bs.load(tmp_path / "a")
-    with pytest.raises(AdapterFileError, match=r"lora_A.weight: expected floats with 2 axes; found"):
-        bs.load(tmp_path / "a")
+        FORMS[:] = [form for form in FORMS if max(map(len, form.axes.values())) <= 2]
+        with pytest.raises(AdapterFileError, match=r"lora_A.weight: expected floats with 2 axes; found"):
+            bs.load(tmp_path / "a")
 
 
 def test_a_module_that_its_kind_refuses_is_named_with_the_reason() -> None:
@@ -331,6 +332,89 @@ def test_an_update_is_trained_saved_shown_and_merged(
         assert main(["show", str(tmp_path / "run")]) == 0
         with pytest.raises(AttachError, match=r"has a Scaled at .* which a bank cannot hold"):
             bank(model, {"a": again})
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard(Scaled):
+    """ΔW = scale·(A1·B1)∘(A2·B2), which PEFT calls LoHa."""
+
+    scale: float  # type: ignore[assignment]
+    A2: Tensor
+    B2: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"A1": self.A1, "B1": self.B1, "A2": self.A2, "B2": self.B2}
+
+    def dense(self, W: Tensor | None = None) -> Tensor:
+        return self.scale * (self.A1 @ self.B1) * (self.A2 @ self.B2)
+
+
+def hadamard(d: int, h: int) -> Hadamard:
+    A1, B1, A2, B2 = (torch.randn(shape) for shape in ((d, 2), (2, h)) * 2)
+    return Hadamard(A1, B1, 1.5, A2, B2)
+
+
+LOHA = Form(
+    Hadamard,
+    {
+        "A1": ("hada_w1_b", "r d"),
+        "B1": ("hada_w1_a", "h r"),
+        "A2": ("hada_w2_b", "r d"),
+        "B2": ("hada_w2_a", "h r"),
+    },
+    peft_type="LOHA",
+    fields={"alpha": "lora_alpha", "init_weights": "init_lora_weights"},
+)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_an_update_of_another_type_of_peft_is_exchanged_with_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), torch.randn(6, 5)
+    pair = [hadamard(5, 4), hadamard(4, 3)]
+    adapter = Adapter(dict(zip("01", pair, strict=True)), bs.Card(lora={"scale_rule": "rslora"}))
+    with registered(SCALED, LOHA):
+        again = bs.load(bs.save(adapter, tmp_path / "ours"))
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "ours"), is_trainable=True)
+        expected = x
+        for layer, update in zip(net, pair, strict=True):
+            expected = layer(expected) + expected @ update.dense()
+        assert relative(theirs.eval()(x), expected) < EXACT
+        train((p for p in theirs.parameters() if p.requires_grad), theirs, x)
+        theirs.save_pretrained(tmp_path / "theirs")
+        trained = bs.load(tmp_path / "theirs")
+        for site, update in adapter.items():
+            assert torch.equal(again[site].dense(), update.dense())
+            ours = getattr(theirs.base_model.model, site).get_delta_weight("default").mT
+            assert relative(trained[site].dense(), ours) < EXACT
+        config = tmp_path / "ours" / "adapter_config.json"
+        text = config.read_text()
+        config.write_text(text.replace("LOHA", "LORA"))
+        with pytest.raises(AdapterFileError, match="lora_alpha is not there"):
+            bs.load(tmp_path / "ours")
+        for theirs_name, name in LOHA.fields.items():
+            text = text.replace(f'"{theirs_name}"', f'"{name}"')
+        config.write_text(text.replace("LOHA", "LORA"))
+        with pytest.raises(AdapterFileError, match=r"0: has base_model.*hada_w1_a.* but no .* lora_A"):
+            bs.load(tmp_path / "ours")
+        config.write_text(text.replace("LOHA", "LOKR"))
+        with pytest.raises(AdapterFileError, match="peft_type is 'LOKR'; expected 'LORA' or 'LOHA'"):
+            bs.load(tmp_path / "ours")
+        mixed = Adapter({"0": pair[0], "1": LowRank(torch.ones(4, 1), torch.ones(1, 3))})
+        with pytest.raises(AdapterFileError, match="it mixes Hadamard, LowRank, and PEFT's config has one"):
+            bs.save(mixed, tmp_path / "mixed")
+
+
+def test_the_model_card_mentions_peft_only_if_its_lora_has_the_update(tmp_path: Path) -> None:
+    scaled = Scaled(torch.ones(3, 1), torch.ones(1, 8), torch.ones(8))
+    pointwise = PointwiseLowRank(torch.ones(3, 2), torch.ones(2, 8))
+    for form, update in ((SCALED_FORM, scaled), (CONVOLUTIONS[1], pointwise)):
+        with registered(SCALED, form):
+            text = (
+                bs.save(Adapter({"first": update}), tmp_path / form.update.__name__) / "README.md"
+            ).read_text()
+        assert ("With PEFT: `PeftModel" in text) == (update is pointwise)
+        assert ("PEFT's LoRA has no Scaled. vLLM cannot load it" in text) == (update is scaled)
 
 
 def test_an_update_without_a_form_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,93 @@ def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (folder / "x").read_text() == "1"
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_folders_keep_mode_owner_times_and_attributes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    folder, owners = tmp_path / "a", dict[str, list[tuple[int, int]]]()
+    replace_files(folder, {"last": "1"}, last="last", owned=OWNED)
+    (folder / "mine" / "inner").mkdir(parents=True)
+    (folder / "mine" / "inner" / "secret").write_text("mine")
+    for name, mode in (("mine/inner/secret", 0o640), ("mine/inner", 0o500), ("mine", 0o700), (".", 0o2750)):
+        with suppress(OSError, AttributeError):  # a system or file system without attributes
+            os.setxattr(folder / name, "user.note", name.encode())
+        os.utime(folder / name, (1e9, 1e9 + len(name)))
+        (folder / name).chmod(mode)
+
+    def facts(name: str) -> tuple[object, ...]:
+        status = (folder / name).stat()
+        names = os.listxattr(folder / name) if hasattr(os, "listxattr") else []
+        return status.st_mode, status.st_mtime, {key: os.getxattr(folder / name, key) for key in names}
+
+    def chown(path: Path, owner: int, group: int, *, follow_symlinks: bool) -> None:
+        owners.setdefault(path.name, []).append((owner, group))
+
+    def not_permitted(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chown", chown)
+    if not linked:
+        monkeypatch.setattr(os, "link", not_permitted)
+    before = {name: facts(name) for name in (".", "mine", "mine/inner", "mine/inner/secret")}
+    for number in "23":
+        replace_files(folder, {"last": number}, last="last", owned=OWNED)
+        after = {name: facts(name) for name in before}
+        assert after["."][::2] == before["."][::2]
+        assert {**after, ".": before["."]} == before
+    assert folder.stat().st_mtime > 1.5e9  # its files are new
+    assert owners.keys() == {"new", "mine", "inner"} | (set() if linked else {"secret"}) | {"a"}
+    assert set(owners["inner"]) == {(-1, folder.stat().st_gid), (folder.stat().st_uid, -1)}
+    monkeypatch.setattr(os, "chown", not_permitted)
+    replace_files(folder, {"last": "4"}, last="last", owned=OWNED)
+    assert facts("mine/inner") == before["mine/inner"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_private_folder_is_private_while_it_is_built(tmp_path: Path) -> None:
+    write_files(tmp_path / "a", {"last": "1"}, last="last")
+    (tmp_path / "a").chmod(0o700)
+    with replace_folder(tmp_path / "a", OWNED.__contains__) as new:
+        assert new.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("reason", ["is a mount point", "cannot be read"])
+def test_a_folder_whose_subfolder_cannot_be_moved_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    folder = tmp_path / "a"
+    inner = folder / "mine" / "data"
+    write_files(folder, {"x": "1", "last": "1"}, last="last")
+    inner.mkdir(parents=True)
+    (inner / "big").write_text("mine")
+    place = folder.stat().st_ino, inner.stat().st_ino
+    before = sorted(tmp_path.rglob("*"))
+
+    def stop() -> None:
+        if reason == "is a mount point":
+            monkeypatch.setattr(os.path, "ismount", lambda path: path == inner)
+        else:
+            monkeypatch.setattr(os, "access", lambda path, mode: path != inner)
+
+    def replace() -> None:
+        with replace_folder(folder, OWNED.__contains__, check=lambda: pytest.fail("too late")) as new:
+            begun.append(new)
+            (new / "last").write_text("2")
+            stop()
+
+    begun: list[Path] = []
+    for _ in range(2):  # found when the work ends, and when it begins
+        with pytest.raises(OutputError, match=rf"data {reason}, so .*a cannot be replaced; move or unmount"):
+            replace()
+        assert (folder / "last").read_text() == "1"
+        assert sorted(tmp_path.rglob("*")) == before
+    assert len(begun) == 1
+    replace_files(folder, {"last": "3"}, last="last", owned=OWNED)
+    assert (folder / "last").read_text() == "3"
+    assert (folder.stat().st_ino, inner.stat().st_ino) == place
+    assert sorted(tmp_path.rglob("*")) == [path for path in before if path.name != "x"]
 
 
 def test_without_locks_a_writer_removes_its_own_old_folder_and_no_leftover(

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from brushstroke.adapter import Adapter, Card
+from brushstroke.formats.peft_forms import form_of
 from brushstroke.layers.dora import DoRA
 from brushstroke.lowrank import LowRank, Update
 
@@ -46,8 +47,7 @@ def model_card(adapter: Adapter, card: Card, folder_name: str) -> str:
         f"with bs.attach(base, bs.load({json.dumps(folder_name)})):",
         "    ...",
         "```",
-        f"With PEFT: `PeftModel.from_pretrained(model, {json.dumps(folder_name)})`. "
-        + _with_vllm(adapter, shown, folder_name),
+        _with_peft(adapter, folder_name) + " " + _with_vllm(adapter, shown, folder_name),
         "",
     ]
     return "\n".join([*header, *lines])
@@ -57,6 +57,14 @@ def _kind(adapter: Adapter) -> type[Update]:
     """The type of the updates, which is the same at all sites; that of embeddings counts as LowRank."""
     update = next(iter(adapter.values()), None)
     return LowRank if update is None or isinstance(update, LowRank) else type(update)
+
+
+def _with_peft(adapter: Adapter, folder_name: str) -> str:
+    """How to load the adapter with PEFT, or that PEFT's LoRA does not have its updates."""
+    forms = {type(update).__name__: form_of(update) for update in adapter.values()}
+    if missing := [name for name, form in forms.items() if not (form and form.is_lora_of_peft)]:
+        return f"PEFT's LoRA has no {' and no '.join(missing)}."
+    return f"With PEFT: `PeftModel.from_pretrained(model, {json.dumps(folder_name)})`."
 
 
 def _with_vllm(adapter: Adapter, base: str, folder_name: str) -> str:

@@ -61,7 +61,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write an adapter in PEFT's layout; all of it or nothing.
 
-    PEFT loads it. The written `README.md` says whether vLLM can: only LoRA with one scale for all sites.
+    The written `README.md` says whether PEFT can load it (if PEFT's LoRA has the keys of its updates), and
+    whether vLLM can: only LoRA with one scale for all sites.
 
     Args:
         adapter: its updates must be of types that PEFT's files can hold.
@@ -103,7 +104,7 @@ def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
         inner = ".base_layer" if module in updates else ""
         tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
     sizes = {site: (form.rank_of(update), form.scale_of(update)) for site, (form, update) in updates.items()}
-    config = write_config(sizes, card, flags={form.flag for form, _ in updates.values() if form.flag})
+    config = write_config(sizes, card, *[form for form, _ in updates.values()][:1])
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         CARD: json.dumps(card.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
@@ -180,8 +181,8 @@ def require_savable(adapter: Adapter) -> dict[str, tuple[Form, Update]]:
             problems.append(f"{site}: non-finite values; do not keep this adapter")
         else:
             updates[site] = form, update
-    flags = {form.flag for form, _ in updates.values()}
-    if len(flags) > 1:
+    settings = {(form.peft_type, form.flag) for form, _ in updates.values()}
+    if len(settings) > 1:
         names = ", ".join(sorted({type(update).__name__ for _, update in updates.values()}))
         problems.append(f"it mixes {names}, and PEFT's config has one setting for all sites")
     if problems:
@@ -231,7 +232,7 @@ def _contents(
         )
     good = {}
     for site, found in parts.items():
-        form = closest_form(found)
+        form = closest_form(found, rule.peft_type)
         if reason := _misfit(form, found, rule, site, ", ".join(keys[site])):
             problems.append(f"{site}: {reason}")
         else:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from brushstroke.adapter import Card
 from brushstroke.errors import AdapterFileError, did_you_mean
-from brushstroke.formats.peft_forms import FLAGS
+from brushstroke.formats.peft_forms import FLAGS, FORMS, LORA, Form, fields_of_types
 
 _RESIDUAL = "its base weights were changed when training began, so the factors alone are not the update"
 _UNKNOWN = (
@@ -73,6 +73,7 @@ class Rule:
         ranks: key → r; the first key that matches a path counts.
         alphas: key → alpha, likewise.
         flags: the fields that a form of update can have (`FLAGS`), and whether they are set.
+        peft_type: the type of the updates.
     """
 
     rank: int
@@ -81,6 +82,7 @@ class Rule:
     ranks: Mapping[str, int]
     alphas: Mapping[str, int | float]
     flags: Mapping[str, bool]
+    peft_type: str
 
     def rank_of(self, path: str) -> int:
         """The rank of a site."""
@@ -103,12 +105,19 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
     Raises:
         AdapterFileError: fields would change the update, or values have a wrong type; all are listed.
     """
+    types, kind = fields_of_types(), stored.get("peft_type")
+    if kind not in list(types):
+        known = " or ".join(map(repr, types))
+        raise _unsupported(
+            where, [f"peft_type is {kind!r}; expected {known}{did_you_mean(str(kind), list(types))}"]
+        )
+    stored = {types[kind].get(field, field): value for field, value in stored.items()}
     problems = _refused_fields(stored)
     for field, fits, wanted in _KINDS:
         if not fits(stored.get(field, _DEFAULTS.get(field))):
             problems.append(f"{field} is {stored.get(field)!r:.60}; expected {wanted}")
     for field in ("r", "lora_alpha"):
-        if stored.get("peft_type") == "LORA" and field not in stored:
+        if field not in stored:
             problems.append(f"{field} is not there; without it the update is not known")
     patterns = [stored.get(field) for field in ("rank_pattern", "alpha_pattern")]
     for key in [key for pattern in patterns if isinstance(pattern, dict) for key in pattern]:
@@ -117,9 +126,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
         except re.error as error:
             problems.append(f"{key!r} in a pattern is no regular expression ({error})")
     if problems:
-        raise AdapterFileError(
-            f"{where} describes an adapter that this version does not support:\n  " + "\n  ".join(problems)
-        )
+        raise _unsupported(where, problems)
     return Rule(
         stored["r"],
         stored["lora_alpha"],
@@ -127,6 +134,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
         stored.get("rank_pattern") or {},
         stored.get("alpha_pattern") or {},
         {flag: bool(stored.get(flag)) for flag in FLAGS},
+        kind,
     )
 
 
@@ -152,21 +160,19 @@ def card_from(stored: Mapping[str, Any], rule: Rule, paths: Collection[str]) -> 
     )
 
 
-def write_config(
-    sites: Mapping[str, tuple[int, float]], card: Card, flags: Collection[str] = ()
-) -> dict[str, Any]:
+def write_config(sites: Mapping[str, tuple[int, float]], card: Card, form: Form = FORMS[0]) -> dict[str, Any]:
     """The fields of PEFT's config for sites with these (rank, scale), in the form that PEFT itself saves.
 
     alpha is chosen so that PEFT computes each site's scale again: exactly wherever a number does so, else to
     the last bit of a float64.
     """
     settings = card.lora or {}
-    rslora = settings.get("scale_rule") == "rslora"
+    rslora = settings.get("scale_rule") == "rslora" and form.peft_type == LORA
     ranks = {path: rank for path, (rank, _) in sites.items()}
     alphas = {path: _alpha(rank, scale, rslora) for path, (rank, scale) in sites.items()}
     rank, alpha = _most_common(ranks), _most_common(alphas)
     names = card.target_modules
-    return {
+    config = {
         "alpha_pattern": _patterns(alphas, alpha),
         "auto_mapping": None,
         "base_model_name_or_path": card.base_name,
@@ -187,7 +193,7 @@ def write_config(
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "modules_to_save": None,
-        "peft_type": "LORA",
+        "peft_type": form.peft_type,
         "r": rank,
         "rank_pattern": _patterns(ranks, rank),
         "revision": None,
@@ -197,8 +203,9 @@ def write_config(
         "trainable_token_indices": None,
         "use_dora": False,
         "use_rslora": rslora,
-        **dict.fromkeys(flags, True),
+        **({form.flag: True} if form.flag else {}),
     }
+    return config | {theirs: config.pop(ours) for theirs, ours in form.fields.items()}
 
 
 def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
@@ -236,10 +243,13 @@ def _patterns(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
     return deviating if plain else {f"^{re.escape(path)}": value for path, value in deviating.items()}
 
 
+def _unsupported(where: str, problems: list[str]) -> AdapterFileError:
+    return AdapterFileError(
+        f"{where} describes an adapter that this version does not support:\n  " + "\n  ".join(problems)
+    )
+
+
 def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
-    kind = stored.get("peft_type")
-    if kind != "LORA":
-        return [f"peft_type is {kind!r}; expected 'LORA'{did_you_mean(str(kind), ['LORA'])}"]
     problems = []
     init = stored.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:

@@ -6,7 +6,7 @@ A new type of update is one entry in `FORMS`. It reads and writes no files.
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from brushstroke.layers.dora import DoRA
 from brushstroke.layers.embedding import EmbeddingLowRank
 from brushstroke.lowrank import LowRank, Update
+
+LORA = "LORA"
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,24 @@ class Form:
         update: the type; called with its tensors by name, and with `scale` if it has a scale that is not a
             tensor.
         tensors: name of a tensor in `Update.tensors()` → (end of its key in the file, its axes there). An
-            axis is a name (r is the rank), or 1 if the update does not have it. A tensor with two named axes
-            is a matrix, which is stored transposed.
+            axis is a name (r is the rank), or 1 if the update does not have it. The update has the named
+            axes in the reverse order: a matrix is stored transposed.
         flag: the boolean field of `adapter_config.json` that is true for this type.
+        peft_type: what that file calls the type.
+        fields: names of fields that differ from LoRA's: name there → name for LoRA. LoHa has
+            {"alpha": "lora_alpha", "init_weights": "init_lora_weights"}.
     """
 
     update: Callable[..., Update]
     tensors: Mapping[str, tuple[str, str]]
     flag: str | None = None
+    peft_type: str = LORA
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_lora_of_peft(self) -> bool:
+        """Whether PEFT's LoRA has all of its keys."""
+        return self.peft_type == LORA and {end for end, _ in self.tensors.values()} <= _ENDS
 
     @property
     def names(self) -> dict[str, str]:
@@ -81,6 +93,7 @@ FORMS = [
     Form(EmbeddingLowRank, {"U": ("lora_embedding_A", "r d"), "V": ("lora_embedding_B", "h r")}),
     Form(DoRA, {"U": _A, "V": _B, "magnitude": ("lora_magnitude_vector", "h")}, flag="use_dora"),
 ]
+_ENDS = {end for form in FORMS for end, _ in form.tensors.values()}  # before others are added
 FLAGS = {form.flag for form in FORMS if form.flag}
 
 
@@ -89,14 +102,22 @@ def form_of(update: Update) -> Form | None:
     return next((form for form in FORMS if form.update is type(update)), None)
 
 
-def closest_form(found: Mapping[str, Tensor]) -> Form:
-    """The form with the fewest tensors that has all that were found, or else the most of them."""
+def fields_of_types() -> dict[str, dict[str, str]]:
+    """The types that a config may have → their fields with other names than LoRA's."""
+    types: dict[str, dict[str, str]] = {}
+    for form in FORMS:
+        types.setdefault(form.peft_type, {}).update(form.fields)
+    return types
+
+
+def closest_form(found: Mapping[str, Tensor], peft_type: str) -> Form:
+    """The form of a type with the fewest tensors that has all that were found, or else the most of them."""
 
     def distance(form: Form) -> tuple[int, int, int]:
         other = sum(len(form.axes.get(stem, ())) != tensor.ndim for stem, tensor in found.items())
         return len(found.keys() - form.axes.keys()), other, len(form.axes)
 
-    return min(FORMS, key=distance)
+    return min((form for form in FORMS if form.peft_type == peft_type), key=distance)
 
 
 def parse_key(key: str) -> re.Match[str] | None:
@@ -124,12 +145,15 @@ def _stem(end: str) -> str:
 def _in_file(tensor: Tensor, axes: Sequence[str]) -> Tensor:
     """A tensor of an update as the file has it, as a view."""
     sizes = iter(tensor.shape[::-1])
-    return (tensor.mT if tensor.ndim == 2 else tensor).reshape(
-        [1 if axis == "1" else next(sizes) for axis in axes]
-    )
+    return _reversed(tensor).reshape([1 if axis == "1" else next(sizes) for axis in axes])
 
 
 def _from_file(tensor: Tensor, axes: Sequence[str]) -> Tensor:
     """A tensor of a file as the update has it."""
     named = [size for axis, size in zip(axes, tensor.shape, strict=True) if axis != "1"]
-    return tensor.reshape(named).mT if len(named) == 2 else tensor.reshape(named)
+    return _reversed(tensor.reshape(named))
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    """A view with the axes in reverse order."""
+    return tensor.permute(*reversed(range(tensor.ndim)))

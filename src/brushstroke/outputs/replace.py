@@ -36,8 +36,9 @@ def replace_files(
     """Replace the files of a folder that belong together; other files stay.
 
     The folder is replaced in one step. `write_files` is used instead if the folder holds files but no marker
-    (so that no complete output can be lost), or if it cannot be renamed: a mount point, the current
-    directory, or a folder whose parent is not writable.
+    (so that no complete output can be lost), or if it cannot be replaced: a mount point, the current
+    directory, a folder whose parent is not writable, or one with a subfolder that is a mount point or
+    cannot be read.
 
     Args:
         folder: created if it does not exist; call `clear_leftovers` first.
@@ -81,13 +82,14 @@ def replace_folder(
         check: called right before the exchange; if it raises, the old folder does not change.
 
     Raises:
-        OutputError: the old folder has a file where the new one has a folder or the reverse, or a file cannot
-            be written; the old folder is unchanged.
+        OutputError: the old folder has a file where the new one has a folder or the reverse, or a subfolder
+            that is a mount point or cannot be read, or a file cannot be written; the old folder is unchanged.
     """
     folder = folder.expanduser().resolve()
+    _refuse_immovable(folder)
     with output_errors(folder), made_folder(folder.parent), new_partial(folder, Path.mkdir) as work:
         new = work / _NEW
-        new.mkdir()
+        new.mkdir(0o700 if folder.is_dir() else 0o777)  # private until it gets the mode of the old one
         built = new.stat()
         try:
             yield new
@@ -165,6 +167,9 @@ def _remove_unread(folder: Path, without_locks: bool) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             if try_exclusive(handle, without_locks=without_locks):
+                for inner in filter(_is_folder, folder.rglob("*")):  # the user may have made it read-only
+                    with suppress(OSError):
+                        inner.chmod(0o700)
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)
@@ -187,10 +192,17 @@ def _is_folder(path: Path) -> bool:
 def _carry_over(old: Path, new: Path, is_owned: Callable[[str], bool]) -> None:
     """Copy files of the old folder that `is_owned` does not select and no file replaces, as hard links.
 
+    Folders keep their owner, mode, times and extended attributes; only the times of `new` itself are new.
+
     Raises:
-        OutputError: the old folder has a file or a link where the new one has a folder, or the reverse.
+        OutputError: the old folder has a file or a link where the new one has a folder, or the reverse; or
+            `_refuse_immovable` refuses it.
     """
-    for source in sorted(old.rglob("*")) if old.is_dir() else []:
+    if not old.is_dir():
+        return
+    _refuse_immovable(old)
+    folders = [(old, new)]
+    for source in sorted(old.rglob("*")):
         name = str(source.relative_to(old))
         target, there = new / name, os.path.lexists(new / name)
         if there and _is_folder(source) != _is_folder(target):
@@ -200,14 +212,50 @@ def _carry_over(old: Path, new: Path, is_owned: Callable[[str], bool]) -> None:
                 "another folder"
             )
         if _is_folder(source):
-            target.mkdir(exist_ok=True)
+            target.mkdir(0o700, exist_ok=True)
+            folders.append((source, target))
         elif not there and not is_owned(PARTIAL.sub(r"\g<name>", name)):
             try:
                 os.link(source, target, follow_symlinks=False)
             except OSError:
-                shutil.copy2(source, target, follow_symlinks=False)
-    if old.is_dir():
-        shutil.copymode(old, new)
+                shutil.copyfile(source, target, follow_symlinks=False)
+                _copy_attributes(source, target)
+    for source, target in reversed(folders):  # a folder after its content, which would change its times
+        _copy_attributes(source, target)
+    os.utime(new)
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    """Copy mode, times, extended attributes and, where the system permits it, group and owner."""
+    status = source.lstat()
+    for owner, group in ((-1, status.st_gid), (status.st_uid, -1)):
+        with suppress(OSError, AttributeError):  # not permitted, or Windows
+            os.chown(target, owner, group, follow_symlinks=False)
+    shutil.copystat(source, target, follow_symlinks=False)
+
+
+def _refuse_immovable(folder: Path) -> None:
+    """Refuse a folder with a subfolder whose content would be lost.
+
+    Raises:
+        OutputError: the subfolder is a mount point or cannot be read.
+    """
+    if inner := _immovable_in(folder):
+        what = "is a mount point" if os.path.ismount(inner) else "cannot be read"
+        raise OutputError(
+            f"{inner} {what}, so {folder} cannot be replaced; move or unmount it, or choose another folder"
+        )
+
+
+def _immovable_in(folder: Path) -> Path | None:
+    return next(
+        (
+            inner
+            for inner in folder.rglob("*")
+            if os.path.ismount(inner) or (_is_folder(inner) and not os.access(inner, os.R_OK | os.X_OK))
+        ),
+        None,
+    )
 
 
 def _sync(folder: Path) -> None:
@@ -223,10 +271,11 @@ def _sync(folder: Path) -> None:
 
 
 def _is_fixed(folder: Path) -> bool:
-    """Whether a folder cannot be renamed, or must not because it contains the current directory."""
+    """Whether a folder cannot be replaced, or must not because it contains the current directory."""
     if not folder.is_dir():
         return False
     with suppress(FileNotFoundError):  # the current folder was removed
         if Path.cwd().is_relative_to(folder):
             return True
-    return os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+    movable = os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)
+    return not movable or _immovable_in(folder) is not None
