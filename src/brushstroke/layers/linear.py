@@ -88,7 +88,7 @@ class _LowRankLayer(Adapted):
 
     def may_fuse(self, x: Tensor) -> bool:
         """Whether the fused functions equal this layer's forward with its updates."""
-        return _is_frozen(self) and self.is_plain(x)
+        return self.is_plain(x) and _is_frozen(self)
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether the base's output is x·W + bias in the dtype of x."""
