@@ -79,7 +79,7 @@ def test_a_sum_in_half_precision_is_rounded_once(name, dtype, biased, transposed
     total = torch.randn(rows, h).to(dtype)
     exact = 0.25 * x.double() @ weight.double().mT + total.double() + (0 if bias is None else bias.double())
     with kernels(name):
-        found = product_onto(total.clone(), x, weight, bias, 0.25)
+        found = product_onto(total.clone(), 0.25 * x, weight, bias)
     assert found.dtype == dtype
     limit = HALF_TOLERANCE[dtype] * exact.abs() + 1e-6 * d**0.5  # half a step, and the rounding of fp32
     assert bool(((found.double() - exact).abs() <= limit).all())

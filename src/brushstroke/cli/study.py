@@ -238,7 +238,12 @@ def study(
         single = None if question == "paper" else _study(question, asked)
         fixed: dict[str, Any] = {"epochs": 1.0}
         if question == "rounding":
-            settings, rates, fixed = _rounding_runs(settings, asked, rates)
+            from brushstroke.studies import rounding
+
+            assert isinstance(single, rounding.RoundingStudy)
+            fixed = single.training
+            rates = rates or rounding.RATES
+            settings = replace(settings, seeds=settings.seeds or len(rounding.SEEDS))
         check_folder(out, overwrite=settings.overwrite)
         if single is not None and not settings.overwrite:
             refuse_other(out, {"studies": [single.name], "seeds": list(_seeds(settings))})
@@ -299,17 +304,6 @@ def _refuse_lengths(settings: StudyRunOptions) -> None:
 
 def _seeds(settings: StudyRunOptions) -> tuple[int, ...]:
     return tuple(range(3 if settings.seeds is None else settings.seeds))
-
-
-def _rounding_runs(
-    settings: StudyRunOptions, asked: dict[str, Any], rates: tuple[float, ...]
-) -> tuple[StudyRunOptions, tuple[float, ...], dict[str, Any]]:
-    """The runs of a study of rounding: up to the longest of --steps, at a constant rate."""
-    from brushstroke.studies.rounding import RATES, SEEDS, RoundingStudy
-
-    longest = max(asked.get("steps", RoundingStudy.steps))
-    settings = replace(settings, seeds=len(SEEDS) if settings.seeds is None else settings.seeds)
-    return settings, rates or RATES, {"max_steps": longest, "schedule": "constant", "warmup": 0}
 
 
 def _refuse_unstarted(out: Path, settings: StudyRunOptions) -> None:

@@ -80,13 +80,6 @@ def unflatten(static: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list
     ]
 
 
-def base_product(
-    x: Float[Tensor, "*b d"], weight: Tensor, bias: Float[Tensor, " h"] | None, weight_is_dxh: bool
-) -> Float[Tensor, "*b h"]:
-    """x·W + bias for a weight stored as (h×d), like torch's, or as (d×h), like HF's Conv1D."""
-    return product(x, weight.mT if weight_is_dxh else weight, bias)
-
-
 class LowRankActivations(NamedTuple):
     """Low-rank activations of one span, saved for backward in the dtype of the input.
 
@@ -182,8 +175,8 @@ def _output(x: Tensor, part: LinearParts, terms: Sequence[_Term]) -> Float[Tenso
 
 def _base_output(x: Tensor, part: LinearParts) -> Float[Tensor, "n h"]:
     """x·W + bias, as the base computes it: torch rounds differently for other shapes of x."""
-    dxh = part.weight_is_dxh
-    y = base_product(x.reshape(-1, x.shape[-1]) if dxh else x, part.weight, part.bias, dxh).contiguous()
+    rows = x.reshape(-1, x.shape[-1]) if part.weight_is_dxh else x
+    y = product(rows, _weight_rows(part), part.bias).contiguous()
     return y.view(-1, y.shape[-1])
 
 
@@ -272,9 +265,14 @@ def _input_gradient(
     """Σ dyᵢ·Wᵢᵀ and the low-rank terms; in half precision the products are added to the terms."""
     dx = None
     if low_rank and rows.dtype in HALF:
-        dx = torch.zeros_like(rows)
-        for span, dxu, saved in low_rank:
-            dx[span] += scaled_product(dxu, saved.U_rows, 1.0, rows.dtype)
+        terms = [scaled_product(dxu, saved.U_rows, 1.0, rows.dtype) for _, dxu, saved in low_rank]
+        spans = [span for span, _, _ in low_rank]
+        if spans == [EVERYTHING.rows]:
+            (dx,) = terms
+        else:
+            dx = torch.zeros_like(rows)
+            for span, term in zip(spans, terms, strict=True):
+                dx[span] += term
     for dy, part in zip(dys, parts, strict=True):
         weight = _weight_rows(part).mT
         dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)

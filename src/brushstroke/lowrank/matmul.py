@@ -106,24 +106,23 @@ def product_onto(
     x: Float[Tensor, "n d"],
     weight: Float[Tensor, "h d"],
     bias: Float[Tensor, " h"] | None = None,
-    scale: float = 1.0,
 ) -> Float[Tensor, "n h"]:
-    """total + scale·x·Wᵀ + bias, summed in at least fp32 and rounded once; may overwrite `total`."""
-    if in_onednn(x, weight) and total.dtype == x.dtype and scale == 1:
+    """total + x·Wᵀ + bias, summed in at least fp32 and rounded once; may overwrite `total`."""
+    if in_onednn(x, weight) and total.dtype == x.dtype:
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, _contiguous(bias), "add")
     if lacks_products(x) and weight.dtype == x.dtype:
-        return _product_in_fp32(x, weight, bias, total, scale)
+        return _product_in_fp32(x, weight, bias, total)
     if bias is None:
-        return total.addmm_(x, weight.mT, alpha=scale)
+        return total.addmm_(x, weight.mT)
     if x.dtype not in HALF or weight.dtype != x.dtype:
-        return total.add_(bias).addmm_(x, weight.mT, alpha=scale)
+        return total.add_(bias).addmm_(x, weight.mT)
     if x.is_cuda:
         wide = total.float().add_(bias)  # a sum in half precision would be rounded
-        return torch.addmm(wide, x, weight.mT, out_dtype=torch.float32, alpha=scale).to(x.dtype)
+        return torch.addmm(wide, x, weight.mT, out_dtype=torch.float32).to(x.dtype)
     traced = torch.compiler.is_compiling()  # which the private operator does not support
-    if scale == 1 and x.device.type == "cpu" and x.numel() and not traced and _adds_bias(x.dtype):
+    if x.device.type == "cpu" and x.numel() and not traced and _adds_bias(x.dtype):
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, _contiguous(bias), "add")
-    return _product_in_fp32(x, weight, bias, total, scale)
+    return _product_in_fp32(x, weight, bias, total)
 
 
 def scaled_product(
@@ -145,11 +144,10 @@ def _product_in_fp32(
     weight: Float[Tensor, "h d"],
     bias: Float[Tensor, " h"] | None = None,
     total: Float[Tensor, "n h"] | None = None,
-    scale: float = 1.0,
 ) -> Float[Tensor, "n h"]:
-    """total + scale·x·Wᵀ + bias in the dtype of x; converts W to fp32 block by block, and rounds once."""
-    rows = x.float() if scale == 1 else scale * x.float()
-    (h, d), y = weight.shape, total if total is not None else x.new_empty(x.shape[0], weight.shape[0])
+    """total + x·Wᵀ + bias in the dtype of x; converts W to fp32 block by block, and rounds once."""
+    rows, (h, d) = x.float(), weight.shape
+    y = total if total is not None else x.new_empty(x.shape[0], weight.shape[0])
     step = max(1, BLOCK // max(d, 1))
     for start in range(0, h, step):
         columns = slice(start, start + step)

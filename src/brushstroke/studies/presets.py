@@ -78,7 +78,7 @@ def tiny_rounding(
     """Study and material of `study rounding --tiny`; arguments and errors are those of `tiny_material`."""
     material = tiny_material(out, seeds=seeds, overwrite=overwrite, on_base=on_base)
     study = RoundingStudy()
-    config = TrainConfig(max_steps=max(study.steps), batch_size=16, warmup=0, schedule="constant")
+    config = TrainConfig(**study.training, batch_size=16)
     return [study], replace(material, config=config, grid=Grid(TINY_ROUNDING_RATES, tuple(seeds)))
 
 

@@ -70,6 +70,11 @@ class RoundingStudy:
             for value in values:
                 check_integer(what, value)
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """The settings of a `TrainConfig` for this study: the most steps, at a constant rate."""
+        return {"max_steps": max(self.steps), "schedule": "constant", "warmup": 0}
+
     def arms(self, material: Material) -> list[Arm]:
         """One arm for each rank, learning rate of the grid, and number of steps.
 
