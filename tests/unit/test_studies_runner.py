@@ -167,10 +167,10 @@ def test_arms_beyond_the_plan_are_not_run(tmp_path):
 
 
 class Timed:
-    """A arm_runner whose runs take ten seconds."""
+    """An estimator for which each run takes ten seconds."""
 
-    def seconds_of(self, arm):
-        return 10.0
+    def run(self, run):
+        return Outcome(run.arm.name, run.learning_rate, run.seed, 0, 1, 0, 10.0)
 
     def numbers(self, arm):
         return 1
@@ -190,6 +190,20 @@ def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     assert estimate(Timed(), arms, grid, workers=2).seconds == 75.0
     with pytest.raises(ConfigError, match="one arm takes about"):
         estimate(Timed(), arms, grid, budget_minutes=0.1)
+
+
+def test_all_workers_time_an_arm_at_once():
+    asked = []
+
+    def counted(estimator, runs):
+        asked.append([(run.arm.name, run.learning_rate) for run in runs])
+        for number, run in enumerate(runs):
+            yield run, Outcome("", run.learning_rate, run.seed, 0, 1, 0, 10.0 + 20.0 * number)
+
+    arms = [Arm("a", ("q",), 2), Arm("b", ("q",), 4), Arm("w", ("q",), None, rates=(1e-4, 1e-3, 1e-2))]
+    found = estimate(Timed(), arms, Grid((1e-3, 1e-2, 1e-1), (0,)), workers=2, execute=counted)
+    assert asked == [[("a", 1e-3)] * 2, [("w", 1e-4)] * 2]
+    assert found.seconds == found.runs * 20.0 / 2
 
 
 def test_a_store_refuses_another_study_and_foreign_files(tmp_path):

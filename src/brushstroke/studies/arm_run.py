@@ -30,6 +30,7 @@ from brushstroke.training.schedule import factor
 
 MICRO_TOKENS = 1024  # size of a pass when predictions are compared with the base's
 SCORED_AT_ONCE = 64  # number of examples among which shared prefixes are found
+TIMED_STEPS, TIMED_SHARE = 4, 8  # for an estimate: number of steps, and one of how many scored examples
 WORDS = 128  # number of token positions whose distributions are compared at a time
 
 
@@ -212,32 +213,6 @@ class ArmRunner:
         finally:
             session.close()
 
-    def seconds_of(self, arm: Arm, steps: int = 4) -> float:
-        """The estimated seconds of a run of this arm, from a few of its steps and part of its scoring."""
-        task = self.tasks[arm.task]
-        run = Run(arm, (arm.rates or (1e-4,))[0], 0)
-        session = self._open(run)  # warms up: do not measure what is built only once per process
-        session.close()
-        began = time.perf_counter()
-        session = self._open(run)
-        try:
-            order = BatchSampler(task.train, self.config.batch_size, 0)
-            session.forward_backward(order.batch(0))
-            session.optim_step(0.0)
-            opened = time.perf_counter()
-            for step in range(1, 1 + steps):
-                session.forward_backward(order.batch(step % order.steps_per_epoch))
-                session.optim_step(0.0)
-            stepped = time.perf_counter()
-            scored = [*task.validation, *task.test, *self.general]
-            sample = scored[: max(1, len(scored) // 8)]
-            score(session, sample)
-            ended = time.perf_counter()
-        finally:
-            session.close()
-        per_step = (stepped - opened) / steps
-        return (opened - began) + per_step * self.steps(arm) + (ended - stepped) * len(scored) / len(sample)
-
     def _open(self, run: Run) -> Training:
         config = replace(self.config, learning_rate=run.learning_rate, seed=run.start_seed)
         if run.arm.dimension is not None:  # clipping would use the norm of the full gradient
@@ -260,6 +235,44 @@ class ArmRunner:
                 run.learning_rate * factor(self.config.schedule, step, steps, self.config.warmup)
             )
         return losses, tokens
+
+
+class Estimator(ArmRunner):
+    """Estimates the seconds of runs instead of running them whole; stores nothing."""
+
+    def run(self, run: Run) -> Outcome:
+        """An outcome without scores; its seconds come from a few steps and part of the scoring."""
+        session = self._open(run)  # warms up: do not measure what is built only once per process
+        session.close()
+        began = time.perf_counter()
+        session = self._open(run)
+        try:
+            task = self.tasks[run.arm.task]
+            order = BatchSampler(task.train, self.config.batch_size, run.seed)
+
+            def step(number: int) -> None:
+                session.forward_backward(order.batch(number % order.steps_per_epoch))
+                session.optim_step(0.0)
+
+            step(0)  # also makes the optimiser's state
+            seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            for number in range(1, 1 + TIMED_STEPS):
+                step(number)
+            steps = self.steps(run.arm)
+            seconds += (time.perf_counter() - began) * steps / TIMED_STEPS
+            for measure, examples in (
+                (score, [*task.validation, *task.test, *self.general]),
+                (divergence, self.general),
+            ):
+                sample = examples[::TIMED_SHARE]
+                began = time.perf_counter()
+                if sample:
+                    measure(session, sample)
+                    seconds += (time.perf_counter() - began) * len(examples) / len(sample)
+        finally:
+            session.close()
+        return Outcome(run.arm.name, run.learning_rate, run.seed, 0, steps, 0, seconds)
 
 
 def score(session: Training, examples: Sequence[Example]) -> Score:

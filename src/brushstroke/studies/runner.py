@@ -6,12 +6,9 @@ inconclusive, because a better rate may lie beyond. A control uses the rate of a
 have the same rate.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from brushstroke.adapter import Adapter
 from brushstroke.checks import check_number, check_rates
@@ -190,16 +187,21 @@ class Progress:
 
 
 def estimate(
-    arm_runner: ArmRunner,
+    estimator: ArmRunner,
     arms: Sequence[Arm],
     grid: Grid,
     workers: int = 1,
     budget_minutes: float | None = None,
+    execute: Executor = in_process,
 ) -> Estimate:
     """Time a few steps, and plan the runs that fit into the budget; ignores extensions of grids.
 
     Times the largest low-rank arm and the largest arm that trains W, and uses these times for the other arms.
-    To meet the budget, drops seeds first, from the last, down to one; then arms, from the last.
+    All workers time the same arm at once, since a core is slower while the other cores work. To meet the
+    budget, drops seeds first, from the last, down to one; then arms, from the last.
+
+    Args:
+        estimator: an `Estimator`; its outcomes contain the estimated seconds of a run.
 
     Raises:
         ConfigError: not even one arm fits, or the budget is not a number above 0.
@@ -207,11 +209,12 @@ def estimate(
     if budget_minutes is not None:
         check_number("the time budget in minutes (--budget-minutes)", budget_minutes, above=0)
     each: dict[bool, float] = {}
-    with _threads(1 if workers > 1 else torch.get_num_threads()):
-        for arm in sorted(arms, key=arm_runner.numbers, reverse=True):
-            trains_whole = arm.rank is None
-            if trains_whole not in each:
-                each[trains_whole] = arm_runner.seconds_of(arm)
+    for arm in sorted(arms, key=estimator.numbers, reverse=True):
+        trains_whole = arm.rank is None
+        if trains_whole not in each:
+            timed = [Run(arm, (arm.rates or grid.rates)[0], number) for number in range(workers)]
+            seconds = [outcome.seconds for _, outcome in execute(estimator, timed)]
+            each[trains_whole] = sum(seconds) / len(seconds)
 
     def cost(some: Sequence[Arm], seeds: int) -> tuple[int, float]:
         runs = {arm.name: grid.runs(arm, seeds) for arm in some}
@@ -236,16 +239,6 @@ def estimate(
     if len(kept) < len(arms):
         left_out.append(listed("arm", [arm.name for arm in arms[len(kept) :]]))
     return Estimate(seconds, runs, tuple(arm.name for arm in kept), grid.seeds[:seeds], tuple(left_out))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_arms(

@@ -19,7 +19,7 @@ from brushstroke.data import Example
 from brushstroke.errors import ConfigError
 from brushstroke.sites import Site
 from brushstroke.sites.walk import find_sites
-from brushstroke.studies.arm_run import ArmRunner, Score, Task
+from brushstroke.studies.arm_run import ArmRunner, Estimator, Score, Task
 from brushstroke.studies.arms import Arm, exact
 from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.findings import Finding
@@ -169,7 +169,8 @@ def run_studies(
     settings = _settings(studies, material, every)
     known = None if overwrite else planned_before(folder)
     if known is None:
-        planned = estimate(arm_runner, every, material.grid, workers, budget_minutes)
+        estimator = Estimator(material.base, material.tasks, material.general, material.config, folder / RUNS)
+        planned = estimate(estimator, every, material.grid, workers, budget_minutes, execute)
     else:
         with damaged(folder / STUDY, START_OVER):
             planned = replace(Estimate.from_dict(known), resumed=True)
