@@ -43,6 +43,16 @@ $(VENV)/.installed-bench: $(RECIPES) | $(VENV)/.created
 	$(PIP_INSTALL) --editable '.[gguf,study,bench]'
 	@touch $@ $(VENV)/.installed
 
+# Unsloth's pins clash with ours; it trains on a CPU without the packages that only GPUs need.
+$(VENV)-unsloth/.installed: $(RECIPES)
+	$(PYTHON) -m venv $(VENV)-unsloth
+	$(VENV)-unsloth/bin/python -m pip install --quiet --disable-pip-version-check --no-input $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
+	  --editable . 'transformers<=5.17.0' 'trl<=1.15.0' 'datasets<5' peft accelerate diffusers einops hf_transfer json5 msgspec \
+	  nest-asyncio protobuf sentencepiece structlog tyro
+	$(VENV)-unsloth/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+	  'unsloth>=2026.10' 'unsloth_zoo>=2026.10' bitsandbytes cut_cross_entropy torchao triton
+	@touch $@
+
 demo: install
 	$(BIN)/python examples/demo/demo.py
 
@@ -65,10 +75,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-bench $(VENV)-unsloth/.installed
 	$(BIN)/python -m brushstroke.samples.assets
-	$(BIN)/python benchmarks/training_speed.py --sides brushstroke,peft,grouped,trl,full
-	$(BIN)/python benchmarks/training_speed.py --dtype bfloat16
+	$(BIN)/python benchmarks/training_speed.py --sides brushstroke,peft,grouped,best,unsloth,trl,full
+	$(BIN)/python benchmarks/training_speed.py --sides brushstroke,peft,best,unsloth --dtype bfloat16
 	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke,peft
 	$(BIN)/python benchmarks/training_speed.py --task instruction --sides brushstroke,peft --batch-size 32 --peer-parts 4 --steps 3
 	$(BIN)/python benchmarks/training_speed.py --task plain --sides brushstroke,peft
@@ -76,5 +86,5 @@ bench: $(VENV)/.installed-bench
 	  echo "$$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist demo-out .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-unsloth build dist demo-out .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """What the benchmarks share: the data sets, runs in processes of their own, dated results."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,11 +20,15 @@ HERE = Path(__file__).resolve().parent
 
 
 RESULTS = HERE / "results.jsonl"
+UNSLOTH = HERE.parent / ".venv-unsloth" / "bin" / "python"  # its pins clash with ours
+TRIAL_STEPS, TRIAL_SECONDS = 3, 600  # of one dtype, to choose a peer's faster one
 SIDES = {
     "brushstroke": "brushstroke",
     "peft": "PEFT + Trainer",
     "grouped": "the same, by length",
+    "best": "PEFT's best: faster dtype",
     "trl": "PEFT + TRL's SFTTrainer",
+    "unsloth": "Unsloth",
     "full": "full fine-tuning, AdamW",
 }
 INSTRUCTION = (
@@ -96,24 +101,66 @@ def prepared(
         }
 
 
-def in_own_process(script: Path, settings: dict[str, Any]) -> Any:
+def in_own_process(
+    script: Path, settings: dict[str, Any], python: str | Path = sys.executable, timeout: float | None = None
+) -> Any:
     """The JSON value on the last line of what a script prints, given settings in a process of its own."""
-    command = [sys.executable, str(script), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [str(python), str(script), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     if done.returncode:
         sys.exit(f"{script.name} failed with {settings}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_side(side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run one side in a process of its own: its figures, and its wall time from outside."""
-    script = "_run_brushstroke.py" if side == "brushstroke" else "_run_trainer.py"
+def run_side(side: str, settings: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+    """Run one side in a process of its own: its figures, and its wall time from outside.
+
+    Raises:
+        subprocess.TimeoutExpired: the process took longer than `timeout` seconds, and was stopped.
+    """
+    script, python = HERE / "_run_trainer.py", Path(sys.executable)
+    if side == "brushstroke":
+        script = HERE / "_run_brushstroke.py"
+    elif side == "unsloth":
+        if not UNSLOTH.exists():
+            raise SystemExit(f"{UNSLOTH} is missing; run: make {UNSLOTH.parent.parent.name}/.installed")
+        script, python = HERE / "_run_unsloth.py", UNSLOTH
+        settings = {**settings, "base": _as_folder(settings)}
+    elif side == "best":
+        settings = {**settings, "dtype": _faster_dtype(settings)}
     began = time.perf_counter()
-    run = in_own_process(HERE / script, {**settings, "side": side})
+    run = in_own_process(script, {**settings, "side": side}, python, timeout)
     run["outside_seconds"] = time.perf_counter() - began
     run["real_tokens_per_second"] = run["real_tokens"] / run["seconds"]
     run["mean_loss"] = statistics.fmean(run["losses"])
     return run
+
+
+def _as_folder(settings: dict[str, Any]) -> str:
+    """The base as a folder of safetensors, for peers that read nothing else."""
+    folder = Path(settings["scratch"]) / "base"
+    if not folder.exists():
+        import brushstroke as bs
+
+        base = bs.load_base(settings["base"], dtype=settings["dtype"])
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _faster_dtype(settings: dict[str, Any]) -> str:
+    """The dtype in which the peer's few first steps are faster; chosen once for a benchmark."""
+    chosen = Path(settings["scratch"]) / "faster_dtype"
+    if not chosen.exists():
+        speeds = {}
+        for dtype in ("float32", "bfloat16"):
+            trial = {**settings, "dtype": dtype, "steps": TRIAL_STEPS}
+            try:
+                speeds[dtype] = run_side("grouped", trial, TRIAL_SECONDS)["real_tokens_per_second"]
+            except subprocess.TimeoutExpired:
+                speeds[dtype] = 0.0
+        chosen.write_text(max(speeds, key=speeds.__getitem__))
+    return chosen.read_text()
 
 
 def interleaved(
@@ -135,6 +182,18 @@ def medians(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
         for key, value in runs[0].items()
         if isinstance(value, int | float)
     }
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """The geometric mean of a/b over rounds, with its 95 % interval (Student's t of the logarithms)."""
+    from scipy.stats import t
+
+    logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), 0.0, math.inf
+    half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / len(logs) ** 0.5
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def describe(run: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """One run of a peer for a benchmark; prints its figures as one line of JSON.
 
-PEFT under transformers' Trainer ("peft"), the same with batches of similar length ("grouped"), under TRL's
-SFTTrainer ("trl"), and all weights under the Trainer ("full").
+PEFT under transformers' Trainer ("peft"), the same with batches of similar length ("grouped", "best"), under
+TRL's SFTTrainer ("trl"), Unsloth under SFTTrainer ("unsloth"), and all weights under the Trainer ("full").
 """
 
 import json
@@ -29,14 +29,22 @@ logging.disable(logging.WARNING)
 settings = json.loads(sys.argv[1])
 peer = settings["side"]
 # Only loads and tokenises: nothing of ours is in the model.
-base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
+if peer == "unsloth":
+    from unsloth import FastLanguageModel
+
+    loaded, tokenizer = FastLanguageModel.from_pretrained(
+        settings["base"], dtype=getattr(torch, settings["dtype"]), load_in_4bit=False
+    )
+else:
+    base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
+    loaded, tokenizer = base.model, base.tokenizer
 examples = [
     {
         "input_ids": list(example.tokens),
         "attention_mask": [1] * len(example),
         "labels": [t if w else -100 for t, w in zip(example.tokens, example.weights, strict=True)],
     }
-    for example in encode(settings["data"], base.tokenizer)
+    for example in encode(settings["data"], tokenizer)
 ]
 lora = LoraConfig(r=settings["rank"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -74,7 +82,7 @@ class Counted(DataCollatorForSeq2Seq):
 
 
 clock = Clock()
-collator = Counted(base.tokenizer, label_pad_token_id=-100)
+collator = Counted(tokenizer, label_pad_token_id=-100)
 common = {
     "max_steps": settings["steps"],
     "per_device_train_batch_size": settings["batch_size"] // settings["peer_parts"],
@@ -88,9 +96,17 @@ common = {
     "use_cpu": settings["device"] == "cpu",
 }
 with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
-    if peer == "trl":
+    if peer in ("trl", "unsloth"):
         from trl import SFTConfig, SFTTrainer
 
+        if peer == "unsloth":
+            loaded = FastLanguageModel.get_peft_model(
+                loaded,
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                use_gradient_checkpointing=False,
+            )
         arguments = SFTConfig(
             output_dir=out,
             **common,
@@ -99,17 +115,17 @@ with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
             gradient_checkpointing=False,
         )
         trainer = SFTTrainer(
-            model=base.model,
+            model=loaded,
             args=arguments,
             train_dataset=Dataset.from_list(examples),
             data_collator=collator,
-            processing_class=base.tokenizer,
-            peft_config=lora,
+            processing_class=tokenizer,
+            peft_config=lora if peer == "trl" else None,
             callbacks=[clock],
         )
     else:
-        model = base.model.requires_grad_(True) if peer == "full" else get_peft_model(base.model, lora)
-        grouped = {"train_sampling_strategy": "group_by_length"} if peer == "grouped" else {}
+        model = loaded.requires_grad_(True) if peer == "full" else get_peft_model(loaded, lora)
+        grouped = {"train_sampling_strategy": "group_by_length"} if peer in ("grouped", "best") else {}
         arguments = TrainingArguments(output_dir=out, **common, **grouped)
         trainer = Trainer(
             model=model, args=arguments, train_dataset=examples, data_collator=collator, callbacks=[clock]

@@ -2,13 +2,15 @@
 
 Each run is a process of its own; the sides take turns. Run it on a quiet machine:
 
-    python benchmarks/training_speed.py --task addresses --steps 24 --rounds 3
+    python benchmarks/training_speed.py --task addresses --steps 24
+
+The ratio of two sides is paired by round: the geometric mean with its 95 % interval. All rounds are stored.
 """
 
 import argparse
 import time
 
-from _common import SIDES, describe, features, interleaved, keep, medians, prepared, rows_of
+from _common import SIDES, describe, features, interleaved, keep, medians, paired_ratio, prepared, rows_of
 
 
 def main() -> None:
@@ -16,9 +18,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=("addresses", "instruction", "plain"), default="addresses")
-    parser.add_argument("--sides", default="brushstroke,peft,grouped", help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--sides", default="brushstroke,peft,best", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--peer-parts",
@@ -45,18 +47,23 @@ def main() -> None:
         f"{options.task}: medians of {options.rounds} interleaved rounds, {time.strftime('%Y-%m-%d')}, "
         f"{features()}"
     )
-    ours = middle.get("brushstroke")
+    ratios = {}
     for side, run in middle.items():
         print(f"{SIDES[side]:26} {describe(run)}")
-        if ours and side != "brushstroke":
-            print(
-                f"{'':26} brushstroke: "
-                f"{ours['real_tokens_per_second'] / run['real_tokens_per_second']:.2f}x the speed, "
-                f"{ours['peak_bytes'] / run['peak_bytes']:.2f}x the memory, "
-                f"mean loss {ours['mean_loss'] / run['mean_loss'] - 1:+.1%}"
-            )
+        if "brushstroke" not in runs or side == "brushstroke":
+            continue
+        figures = ("real_tokens_per_second", "peak_bytes", "mean_loss")
+        ratios[side] = {
+            name: paired_ratio([r[name] for r in runs["brushstroke"]], [r[name] for r in runs[side]])
+            for name in figures
+        }
+        speed, memory, loss = (ratios[side][name] for name in figures)
+        print(
+            f"{'':26} brushstroke: {speed[0]:.2f}x the speed [{speed[1]:.2f}, {speed[2]:.2f}], "
+            f"{memory[0]:.2f}x the memory, mean loss {loss[0] - 1:+.1%}"
+        )
     reported = {name: getattr(options, name) for name in ("task", "steps", "rounds")}
-    keep("training_speed", **reported, **chosen, medians=middle)
+    keep("training_speed", **reported, **chosen, medians=middle, ratios=ratios, every_round=runs)
 
 
 if __name__ == "__main__":
