@@ -26,7 +26,8 @@ from brushstroke.studies.comparisons import (
 )
 
 STUDIES = 2000
-SIZES = ((9, 3), (9, 5), (6, 5), (3, 3), (9, 2))  # arms and seeds; the procedures were chosen by the first
+# arms and seeds; the procedures were chosen by the first
+SIZES = ((9, 3), (9, 5), (6, 5), (3, 3), (9, 2), (12, 3), (20, 3))
 GAP = 4.0  # of one pair, in residual standard deviations
 PLAIN_TUKEY = Procedure("Tukey", partial(t_at, tukey_p, 0.05), tukey_p)
 PLAIN_DUNNETT = Procedure("Dunnett", partial(t_at, dunnett_p, 0.05), dunnett_p)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import brushstroke as bs
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.cli.app import main
-from brushstroke.errors import AdapterFileError, AttachError
+from brushstroke.errors import AdapterFileError, AttachError, ShapeError
 from brushstroke.formats.peft_forms import FORMS, Form
 from brushstroke.layers import attach, bank
 from brushstroke.layers.adapted import Attached, Trial
@@ -25,7 +25,7 @@ from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _Lo
 from brushstroke.layers.registry import VARIANTS, Variant
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.merging import merge
-from brushstroke.sites import KINDS, Kind
+from brushstroke.sites import KINDS, Kind, check_base
 from toys import tiny_llama
 from training_kit import examples
 
@@ -403,6 +403,84 @@ def test_an_update_of_another_type_of_peft_is_exchanged_with_it(tmp_path: Path) 
         mixed = Adapter({"0": pair[0], "1": LowRank(torch.ones(4, 1), torch.ones(1, 3))})
         with pytest.raises(AdapterFileError, match="it mixes Hadamard, LowRank, and PEFT's config has one"):
             bs.save(mixed, tmp_path / "mixed")
+
+
+@dataclass(frozen=True, eq=False)
+class Gains(Update):
+    """ΔW = W·diag(gains − 1), which PEFT calls IA3; it has no rank, and fits any input width."""
+
+    gains: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return -1, len(self.gains)
+
+    @property
+    def parameters(self) -> int:
+        return self.gains.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gains.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gains": self.gains}
+
+    def dense(self, W: Tensor | None = None) -> Tensor:
+        return self._needed(W) * (self.gains - 1)
+
+    def entries(self, i: Tensor, j: Tensor, W: Tensor | None = None) -> Tensor:
+        return self.dense(W).double()[i, j]
+
+    def columns(self, start: int, stop: int) -> "Gains":
+        return Gains(self.gains[start:stop])
+
+    def to(self, dtype: Any = None, device: Any = None) -> "Gains":
+        return Gains(self.gains.to(device, dtype))
+
+    def _needed(self, W: Tensor | None = None, *_: object) -> Any:
+        if W is None:
+            raise ShapeError("depends on W")
+        return W
+
+    delta_norm = apply = inner = truncate = __add__ = __mul__ = lambda self, *_: self._needed()
+
+
+IA3 = Form(
+    Gains,
+    {"gains": ("ia3_l", "h 1")},
+    peft_type="IA3",
+    fields={"init_ia3_weights": "init_lora_weights"},
+    constants={"feedforward_modules": []},
+)
+
+
+def test_an_update_without_a_rank_is_exchanged_with_peft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), torch.randn(6, 5)
+    settings = peft.IA3Config(target_modules=["0", "1"], feedforward_modules=[])
+    with registered(SCALED, IA3):
+        wrapped = peft.get_peft_model(copy.deepcopy(net), settings)
+        train((p for p in wrapped.parameters() if p.requires_grad), wrapped, x)
+        wrapped.save_pretrained(tmp_path / "theirs")
+        adapter = bs.load(tmp_path / "theirs")
+        check_base(net, adapter)
+        expected = x
+        for layer, update in zip(net, adapter.values(), strict=True):
+            expected = (
+                expected @ (layer.weight.mT + update.dense(layer.weight.mT)) + layer.bias * update.gains
+            )
+        assert relative(wrapped.eval()(x), expected) < EXACT
+        bs.save(adapter, tmp_path / "ours")
+        config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+        assert config["feedforward_modules"] == []
+        assert not config.keys() & {"r", "lora_alpha", "rank_pattern", "use_dora"}
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "ours"))
+        assert relative(again.eval()(x), expected) < EXACT
+        assert main(["show", str(tmp_path / "ours")]) == 0
+        assert "any×4" in capsys.readouterr().out
 
 
 def test_the_model_card_mentions_peft_only_if_its_lora_has_the_update(tmp_path: Path) -> None:

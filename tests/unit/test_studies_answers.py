@@ -12,6 +12,7 @@ from brushstroke.studies.comparisons import RowLosses, compare_all, compare_with
 from brushstroke.studies.rank import _answer, _deficiency, _spectra_table
 from brushstroke.studies.seeds import _answer as _seeds_answer
 from brushstroke.studies.seeds import _block_table, _by_matrix, _rank_note, _tests
+from brushstroke.studies.statistics import interval, over_pairs
 from brushstroke.studies.targets import _answer as _targets_answer
 
 ROUNDING = 1e-15  # of φ where it is 1 but for float64's rounding
@@ -87,7 +88,25 @@ def test_no_number_for_matrices_whose_side_the_directions_fill():
     assert (list(kinds["q_proj"]), list(kinds["v_proj"])) == (["left", "right"], ["left"])
     assert list(kinds["q more than v"]) == ["left"]
     answer = _seeds_answer(_tests(same, {}, {}, sites, [(2, 2)]), False, 4, same, {}, sites, 2)
-    assert answer.endswith("Of q more than of v: 0.00 [0.00, 0.00] (input side).")
+    end = "Of q more than of v: 0.00 [0.00, 0.00] (input side) (intervals for both sides at once)."
+    assert answer.endswith(end)
+
+
+def test_the_difference_of_q_and_v_has_wider_intervals_for_two_sides():
+    spread = {(0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.62}
+    same = {
+        pair: {
+            f"layers.0.{name}": SiteOverlap(
+                (8, 8), (2, 2), *(torch.full((2, 2), phi + more) for _ in "lr"), 0.0
+            )
+            for name, more in (("q_proj", 0.1 * phi), ("v_proj", 0.0))
+        }
+        for pair, phi in spread.items()
+    }
+    found = _by_matrix(same, {}, ["layers.0.q_proj", "layers.0.v_proj"], 2)["q more than v"]
+    values = over_pairs({pair: 2 * 0.1 * phi for pair, phi in spread.items()})
+    for side in ("left", "right"):
+        assert found[side]["low"] == pytest.approx(interval(values, 0.975).low, rel=1e-5)
 
 
 def test_a_smaller_rank_than_asked_for_is_explained():

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import training_kit
 from brushstroke.base import Base
@@ -11,6 +12,7 @@ from brushstroke.errors import ConfigError, OutputError, ResumeError
 from brushstroke.studies import Estimate, Grid, IntrinsicStudy, Material, RankStudy, Report, Task, run_studies
 from brushstroke.studies.arms import Arm
 from brushstroke.studies.runner import ArmResult
+from brushstroke.studies.study import _hash_weights
 from brushstroke.training import TrainConfig
 
 IDENTITY = {"studies": [], "seeds": [], "arms": []}
@@ -89,3 +91,11 @@ def test_the_rate_of_a_subspace_grows_as_one_over_the_root_of_its_dimension(mate
     for arm in subspaces:
         expected = [rate * (size / arm.dimension) ** 0.5 for rate in material.grid.of(full)]
         assert arm.rates == pytest.approx(expected, rel=0.06)  # of two digits
+
+
+def test_a_study_notices_every_changed_weight(material):
+    before = _hash_weights(material.base)
+    weight = next(iter(material.base.model.parameters()))
+    with torch.no_grad():
+        weight.view(-1)[-1] += 1
+    assert _hash_weights(material.base) != before

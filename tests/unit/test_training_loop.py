@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import inference_kit
 import pytest
@@ -18,7 +19,7 @@ import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
 from brushstroke.training import PlanWarning
 from brushstroke.training.checkpoint import sealed
-from toys import tiny_gpt2, tiny_llama
+from toys import random_adapter, tiny_gpt2, tiny_llama
 from training_kit import examples
 
 CONFIG = bs.TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
@@ -631,3 +632,17 @@ def test_tokens_outside_of_the_vocabulary_are_named() -> None:
     row = {"input_ids": [1, 2, 99999], "labels": [-100, 2, 99999]}
     with pytest.raises(DataError, match=r"row 1 has the token 99999, .* has \d+ rows"):
         bs.train(base(), [row], LORA, CONFIG)
+
+
+def test_a_run_may_save_over_its_own_folder_before_it_ends(tmp_path: Path) -> None:
+    other = random_adapter(tiny_llama(), LORA)
+    run = tmp_path / "run"
+
+    def save_once(event: Any) -> None:
+        if event.step == 2:
+            bs.save(other, run, overwrite=True)
+
+    found = bs.train(base(), examples(10), LORA, CONFIG, out=run, on_step=save_once)
+    stored = bs.load(run)
+    assert all(torch.equal(stored[site].U, found.adapter[site].U) for site in found.adapter)  # type: ignore[attr-defined]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6

@@ -24,7 +24,7 @@ AdapterFlags = Annotated[
     Parameter(
         name="--adapter",
         negative=(),
-        help="An adapter: its folder or its hub id, or NAME=FOLDER; repeatable.",
+        help="An adapter: its folder, file or hub id, or NAME=FOLDER; repeatable.",
     ),
 ]
 

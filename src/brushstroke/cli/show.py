@@ -67,7 +67,7 @@ def _known(norm: Callable[[], float]) -> float | None:
 
 
 def _row(site: dict[str, Any]) -> tuple[str, ...]:
-    d, h = site["shape"]
+    d, h = ("any" if width == -1 else width for width in site["shape"])
     numbers = (site["scale"], site["norm"], site["top_singular_value"])
     cells = ("-" if number is None else f"{number:.4g}" for number in numbers)
     return (site["site"], f"{d}×{h}", str(site["rank"] or "-"), *cells)

@@ -308,7 +308,7 @@ def _refuse_foreign_card(card: Card, updates: Mapping[str, Update], file: Traver
     foreign = [
         f"{site}: {shapes[site]} and {update.shape}"
         for site, update in updates.items()
-        if site in shapes and tuple(shapes[site]) != update.shape
+        if site in shapes and not update.fits(shapes[site])
     ]
     if foreign:
         raise AdapterFileError(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from brushstroke.adapter import Card
 from brushstroke.errors import AdapterFileError, did_you_mean
-from brushstroke.formats.peft_forms import FLAGS, FORMS, LORA, Form, fields_of_types
+from brushstroke.formats.peft_forms import FLAGS, FORMS, LORA, Form, fields_of_types, without_rank
 
 _RESIDUAL = "its base weights were changed when training began, so the factors alone are not the update"
 _UNKNOWN = (
@@ -41,6 +41,10 @@ _REFUSED = {  # fields that change the meaning of the factors, or add to them
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_SHARED = (  # fields of every type of PEFT
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode"),
+    *("modules_to_save", "peft_type", "revision", "target_modules", "task_type"),
+)
 # These fields do not change the update: their effect is already in the file's tensors, or ended with the
 # training. Fields of PEFT 0.2 to 0.21, of Unsloth (the first group) and of ms-swift (the last).
 _NO_EFFECT = frozenset(
@@ -112,6 +116,8 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
             where, [f"peft_type is {kind!r}; expected {known}{did_you_mean(str(kind), list(types))}"]
         )
     stored = {types[kind].get(field, field): value for field, value in stored.items()}
+    if without_rank(kind):
+        stored = {"r": 1, "lora_alpha": 1, **stored}
     problems = _refused_fields(stored)
     for field, fits, wanted in _KINDS:
         if not fits(stored.get(field, _DEFAULTS.get(field))):
@@ -205,6 +211,10 @@ def write_config(sites: Mapping[str, tuple[int, float]], card: Card, form: Form 
         "use_rslora": rslora,
         **({form.flag: True} if form.flag else {}),
     }
+    if not form.has_rank:
+        shared = (*_SHARED, *form.fields.values())
+        config = {name: value for name, value in config.items() if name in shared}
+    config |= form.constants
     return config | {theirs: config.pop(ours) for theirs, ours in form.fields.items()}
 
 

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Form:
         peft_type: what that file calls the type.
         fields: names of fields that differ from LoRA's: name there → name for LoRA. LoHa has
             {"alpha": "lora_alpha", "init_weights": "init_lora_weights"}.
+        constants: further fields that PEFT needs for this type: name → value. A field for a rank is written
+            only if a tensor has the axis r.
     """
 
     update: Callable[..., Update]
@@ -39,6 +42,7 @@ class Form:
     flag: str | None = None
     peft_type: str = LORA
     fields: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_lora_of_peft(self) -> bool:
@@ -54,6 +58,11 @@ class Form:
     def axes(self) -> dict[str, list[str]]:
         """The first part of each key's end → the axes of the tensor in the file."""
         return {_stem(end): axes.split() for end, axes in self.tensors.values()}
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether its tensors have the axis r, so that the config has a rank and alpha."""
+        return any("r" in axes for axes in self.axes.values())
 
     def rank_of(self, update: Update) -> int:
         """The rank for the config; 1 if no tensor has this axis."""
@@ -100,6 +109,11 @@ FLAGS = {form.flag for form in FORMS if form.flag}
 def form_of(update: Update) -> Form | None:
     """The form of an update's type, or None if PEFT's files cannot hold it."""
     return next((form for form in FORMS if form.update is type(update)), None)
+
+
+def without_rank(peft_type: str) -> bool:
+    """Whether configs of this type have no rank and alpha."""
+    return not any(form.has_rank for form in FORMS if form.peft_type == peft_type)
 
 
 def fields_of_types() -> dict[str, dict[str, str]]:

@@ -5,6 +5,7 @@ and does not assume that an update has factors.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,11 @@ class Update(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(d, h): the input and the output width of the weight that this update changes."""
+        """(d, h): the input and the output width of the weight that this update changes; −1 if any fits."""
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether this update can change a weight of this shape, (d, h)."""
+        return all(own in (-1, width) for own, width in zip(self.shape, shape, strict=True))
 
     @property
     @abstractmethod

@@ -18,7 +18,7 @@ try:
 except ImportError:
     fcntl = None
 
-PATIENCE, PAUSE = 1.0, 0.01  # seconds to wait for readers of a folder, and between two tries
+PATIENCE, PAUSE = 5.0, 0.005  # seconds to wait for readers of a folder, and between two tries
 LOCKS = Path("/proc/locks")  # on Linux, the list of locks and the processes that hold them
 
 
@@ -67,7 +67,7 @@ def exclusive(folder: Path, handle: int) -> Iterator[None]:
     """Context manager: hold a folder's lock exclusively; afterwards the handle shares it again.
 
     Raises:
-        OutputError: another process still holds it after a second.
+        OutputError: another process still holds it after `PATIENCE` seconds.
     """
     end = time.monotonic() + PATIENCE
     while not try_exclusive(handle, without_locks=True):

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import BrushstrokeError, OutputError
@@ -61,7 +61,12 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def write_files(
-    folder: Path, files: Mapping[str, bytes | str], *, last: str, owned: Collection[str] = ()
+    folder: Path,
+    files: Mapping[str, bytes | str],
+    *,
+    last: str,
+    owned: Collection[str] = (),
+    exclude: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Write files that belong together to a folder; one of them, the marker, appears last.
 
@@ -73,13 +78,14 @@ def write_files(
         files: name → content.
         last: the name of the marker, for which a reader looks first.
         owned: every name that this kind of folder may hold; those that are not written now are removed.
+        exclude: excludes readers; a run that holds the folder's lock gives its own (`RunLock.exclusive`).
 
     Raises:
         OutputError: a file cannot be written.
     """
     with output_errors(folder), made_folder(folder):
         placed = {folder / name: content for name, content in files.items()}
-        with partial_files(placed) as partial, _unread(folder, last):
+        with partial_files(placed) as partial, exclude() if exclude else _unread(folder, last):
             remove_files(folder, [last, *(name for name in owned if name not in files)])
             for path in sorted(partial, key=lambda path: path.name == last):
                 os.replace(partial[path], path)

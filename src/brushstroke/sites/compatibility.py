@@ -58,7 +58,7 @@ def check_base(
             problems.append(f"{path}: {known or f'the base has no such site{near}'}")
         elif sites[path].bypassed:
             problems.append(f"{path}: {sites[path].bypassed}")
-        elif sites[path].shape != update.shape:
+        elif not update.fits(sites[path].shape):
             problems.append(f"{path}: the base's weight is {sites[path].shape}, the update {update.shape}")
     if problems:
         shown = "\n  ".join(problems[:10]) + (

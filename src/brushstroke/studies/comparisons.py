@@ -19,6 +19,7 @@ from brushstroke.studies.statistics import ROUNDING, Interval
 
 # degrees of freedom that the pooled variance of all arms counts for; an arm's own variance: seeds − 1
 PRIOR_FREEDOM = 10
+SIMULATED_ARMS = 9  # the levels below are for at most so many arms; `_level` lowers them for more
 TUKEY_LEVEL = 0.0275  # nominal; with variances of 4 to 1 the family-wise error stays below 6.5 %
 DUNNETT_LEVEL = 0.0125  # lower, because the variance of the reference is in every comparison; see DUNNETT
 RESAMPLES = 2000  # bootstrap samples of the test rows
@@ -223,8 +224,8 @@ def dunnett_p(t: float, arms: int, freedom: int) -> float:
 
 
 def tukey_quantile(arms: int, freedom: int) -> float:
-    """The t at which Tukey's p is `TUKEY_LEVEL`."""
-    return t_at(tukey_p, TUKEY_LEVEL, arms, freedom)
+    """The t at which Tukey's p is `TUKEY_LEVEL`, or less with many arms."""
+    return t_at(tukey_p, _level(TUKEY_LEVEL, arms), arms, freedom)
 
 
 def dunnett_quantile(arms: int, freedom: int) -> float:
@@ -233,7 +234,12 @@ def dunnett_quantile(arms: int, freedom: int) -> float:
     Tukey's is valid for all pairs, and so for these; with few arms it is the smaller one, and the level of
     Dunnett's procedure is then above `DUNNETT_LEVEL`.
     """
-    return min(t_at(dunnett_p, DUNNETT_LEVEL, arms, freedom), tukey_quantile(arms, freedom))
+    return min(t_at(dunnett_p, _level(DUNNETT_LEVEL, arms), arms, freedom), tukey_quantile(arms, freedom))
+
+
+def _level(level: float, arms: int) -> float:
+    """The level for this number of arms: unequal variances raise the error more if there are more arms."""
+    return level * min(1.0, SIMULATED_ARMS / arms)
 
 
 TUKEY = Procedure("Tukey", tukey_quantile, tukey_p)

@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -69,11 +70,11 @@ def processes(count: int) -> Executor:
     def end() -> None:
         """Stop the pool and terminate its processes, also those with a run in progress."""
         nonlocal pool
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.terminate()
-        pool = None
+        ended, pool = pool, None
+        for worker in workers:
+            worker.terminate()
+        if ended is not None:
+            ended.shutdown(wait=True, cancel_futures=True)  # its thread must not outlive the interpreter
         workers.clear()
 
     def execute(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
@@ -107,6 +108,7 @@ def processes(count: int) -> Executor:
             end()
             raise
 
+    weakref.finalize(execute, end)
     return execute
 
 

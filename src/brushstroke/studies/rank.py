@@ -34,6 +34,7 @@ from brushstroke.studies.tables import (
     band,
     comparison_notes,
     difference_figure,
+    late_margin,
     limits,
     overlap_figures,
     pair_overlaps,
@@ -101,6 +102,7 @@ class RankStudy:
         ranks = compare_all({name: losses[name] for name in kept.values()}, rows)
         against = compare_with(full, losses, rows) if full in good and kept else None
         answer = _answer(kept, losses, ranks, against, self.margin)
+        answer += late_margin(results, self.name, self.margin)
         for compared, caption in (
             (ranks, "All pairs of ranks, nats."),
             (against, "Ranks against W itself, nats."),

@@ -250,13 +250,13 @@ def _answer(measured: Sequence[_Row]) -> str:
     for form in FORMS:
         shares = [(share.mean, row) for row in rows if (share := row.share(form)) is not None]
         refused = len(rows) - len(shares)
-        told = f"{form}: refused in all arms"
+        text = f"{form}: refused in all arms"
         if shares:
             mean, (worst, row) = fmean(share for share, _ in shares), min(shares, key=lambda pair: pair[0])
-            told = f"{form}: {100 * mean:.1f} % on average, at worst {100 * worst:.1f} % ({row.arm.name})"
+            text = f"{form}: {100 * mean:.1f} % on average, at worst {100 * worst:.1f} % ({row.arm.name})"
             if refused:
-                told += f", refused in {counted(refused, 'arm')}"
-        parts.append(told)
+                text += f", refused in {counted(refused, 'arm')}"
+        parts.append(text)
     arms = counted(len(rows), "arm")
     return f"Of the gain in float32, over {arms} that gain at least {LEAST_GAIN} nats: {'; '.join(parts)}."
 

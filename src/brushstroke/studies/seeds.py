@@ -208,8 +208,9 @@ def _mean(rows: Mapping[str, SiteOverlap], sites: Sequence[str], side: str, i: i
 def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[str, dict[str, Any]]:
     """Kind of matrix → directions that two seeds share above the control, k·(φ(k, k) − control), by side.
 
-    If there are q and v, the key `DIFFERENCE` has their paired difference. Omits a side that k directions
-    fill, because any two updates share all directions there.
+    If there are q and v, the key `DIFFERENCE` has their paired difference; its intervals hold for both sides
+    at once (Bonferroni). Omits a side that k directions fill, because any two updates share all directions
+    there.
     """
     where = places(sites)
     shared: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
@@ -229,8 +230,11 @@ def _by_matrix(same: Pairs, other: Pairs, sites: Sequence[str], k: int) -> dict[
         shared[DIFFERENCE] = {
             side: {p: q[side][p] - v[side][p] for p in q[side]} for side in SIDES if side in q and side in v
         }
+    level = {DIFFERENCE: 1 - 0.05 / max(1, len(shared.get(DIFFERENCE, ())))}
     return {
-        matrix: {side: as_interval(over_seeds(values)) for side, values in sides.items()}
+        matrix: {
+            side: as_interval(over_seeds(values, level.get(matrix, 0.95))) for side, values in sides.items()
+        }
         for matrix, sides in shared.items()
     }
 
@@ -335,7 +339,9 @@ def _answer(
         if by_kind:
             text += f"Directions of {k} that two seeds share above {level}, by kind of matrix: {by_kind}."
         if kinds.get(DIFFERENCE):
-            text += f" Of q more than of v: {_sides_shown(kinds[DIFFERENCE])}."
+            text += (
+                f" Of q more than of v: {_sides_shown(kinds[DIFFERENCE])} (intervals for both sides at once)."
+            )
     return text
 
 

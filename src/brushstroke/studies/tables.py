@@ -165,9 +165,9 @@ def block(row: SiteOverlap, side: str, i: int, j: int) -> float:
     return float(grid[min(i, grid.shape[0]) - 1, min(j, grid.shape[1]) - 1])
 
 
-def over_seeds(values: Mapping[tuple[int, int], float]) -> Interval:
+def over_seeds(values: Mapping[tuple[int, int], float], level: float = 0.95) -> Interval:
     """Mean over pairs of seeds, with the interval of the jackknife over seeds."""
-    return interval(over_pairs(values))
+    return interval(over_pairs(values), level)
 
 
 def diverged_note(results: Results, names: Sequence[str]) -> tuple[str, ...]:
@@ -263,8 +263,17 @@ def comparison_notes(found: Comparison, results: Results, study: str, margin: fl
         rows,
         "Equal means: two one-sided tests show a difference of less than "
         f"{margin:g} nats of test loss per trained token, a margin stated "
-        + ("before the runs." if results.margins.get(study) == margin else "after the runs."),
+        + ("before the runs." if _is_early(results, study, margin) else "after the runs."),
     )
+
+
+def late_margin(results: Results, study: str, margin: float) -> str:
+    """A sentence that ends an answer, if the margin of equality was not stored before the runs."""
+    return "" if _is_early(results, study, margin) else " The margin of equality was stated after the runs."
+
+
+def _is_early(results: Results, study: str, margin: float) -> bool:
+    return results.margins.get(study) == margin
 
 
 def band(found: Interval) -> dict[str, float]:

@@ -29,6 +29,7 @@ from brushstroke.studies.tables import (
     band,
     comparison_notes,
     difference_figure,
+    late_margin,
     limits,
     test_loss,
 )
@@ -119,7 +120,7 @@ class TargetsStudy:
         )
         return Finding(
             "Which matrices deserve the parameters?",
-            _answer(ordered, compared, self.margin),
+            _answer(ordered, compared, self.margin) + late_margin(results, self.name, self.margin),
             (
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
                 *(

@@ -259,7 +259,7 @@ class RunFolder:
         """
         files = as_files(adapter, self.path.resolve().name)
         files[RUN] = json.dumps(summary, indent=2, default=str) + "\n"
-        write_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES)
+        write_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES, exclude=self._lock.exclusive)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run.
