@@ -112,12 +112,11 @@ def test_unused_keys_of_messages_are_named(chatml):
 @pytest.mark.parametrize(
     ("row", "fragments"),
     [
-        ({"text": "hello there, you", "category": "greeting"}, ("'category'", "--completion category")),
         ({"text": "hello there, you", "answer": "hi"}, ("'answer'", "looks like an answer")),
         ({**PAIR, "label": False}, ("'label'", "including 1 of 1 rows where it is negative")),
         ({**PAIR, "label": "false"}, ("including 1 of 1",)),
         ({**PAIR, "label": True}, ("looks like a rating",)),
-        ({**PAIR, "chosen": "x", "rejected": "y"}, ("'chosen'",)),
+        ({**PAIR, "chosen": "x"}, ("'chosen'",)),
         ({**PAIR, "response": "x"}, ("what is trained is 'completion'",)),
     ],
 )

@@ -245,9 +245,9 @@ def _prompts(given: list[Any], file: Path | None, tools: Sequence[Any]) -> list[
 
 def _read_prompts(file: Path, tools: Sequence[Any]) -> list[Any]:
     from brushstroke.data import read_prompt, read_rows
-    from brushstroke.data.files import READERS
+    from brushstroke.data.files import is_readable
 
-    if file.suffix.lower() in READERS:
+    if is_readable(file):
         read = read_rows(file)
         return [
             read_prompt(row, read.where(number), tools=tools) for number, row in enumerate(read.rows, start=1)

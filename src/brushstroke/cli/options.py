@@ -24,6 +24,7 @@ ADAPTER, TRAINING, DATA, RUN = (
     Group("Run", sort_key=4),
 )
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Use = Literal["chosen", "text"] | None
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -136,6 +137,7 @@ class DataOptions:
     Args:
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
+        use: Train the chosen answers of preference data, or the texts of data with text and label.
         max_length: Longest example in tokens [default: the model's context].
         skip_too_long: Leave out examples whose prompt fills --max-length, instead of refusing them.
         split_turns: Make an example of every assistant turn, written as the model will see it.
@@ -146,6 +148,7 @@ class DataOptions:
 
     prompt: str | None = None
     completion: str | None = None
+    use: Use = None
     max_length: Whole = None
     skip_too_long: bool | None = None
     split_turns: bool | None = None

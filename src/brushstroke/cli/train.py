@@ -144,8 +144,9 @@ class _Request:
             refuse_evaluation(training.keep_best, training.eval_every)
         from brushstroke.data import find_columns, read_rows
 
-        rows = read_rows(data)
-        self.eval_rows = read_rows(options.eval_data) if options.eval_data is not None else None
+        given = {"prompt": options.prompt, "completion": options.completion, "use": options.use}
+        rows = read_rows(data, **given)
+        self.eval_rows = None if options.eval_data is None else read_rows(options.eval_data, **given)
         for read in filter(None, (rows, self.eval_rows)):
             find_columns(read, options.prompt, options.completion)
         lora = adapter.config()

@@ -9,8 +9,9 @@ from brushstroke.data.encode import encode
 from brushstroke.data.examples import EncodedData, EncodingReport, Example, common_length, segments
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.named_templates import Template, find_template
-from brushstroke.data.read import Rows, read_rows
+from brushstroke.data.read import read_rows
 from brushstroke.data.reply import Reply
+from brushstroke.data.rows import Rows
 from brushstroke.data.validate import DataWarning
 
 __all__ = [

@@ -1,12 +1,14 @@
-"""Reads one file of rows (JSONL, JSON, CSV or Parquet); errors name the line or row.
+"""Reads one file of rows (JSONL, JSON, CSV, TSV, each also as .gz, or Parquet); errors name the line or row.
 
 It does not look for files, and does not use the datasets package: local files need no network and no cache.
 """
 
 import codecs
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from brushstroke.data.validate import expect
 from brushstroke.errors import DataError
 
 Row = Mapping[str, Any]
+_ROWS = ("data", "rows", "examples")  # keys of an object under which files have their rows
 
 
 def read_file(path: Path) -> list[Row]:
@@ -23,17 +26,18 @@ def read_file(path: Path) -> list[Row]:
     Raises:
         DataError: the file is empty, damaged, or of an unknown format.
     """
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(ending_of(path))
     if reader is None:
         raise DataError(
-            f"{path}: files with the ending {path.suffix!r} cannot be read; expected {endings()}: convert "
-            "or rename the file"
+            f"{path}: files with the ending {ending_of(path)!r} cannot be read; expected {endings()}: "
+            "convert or rename the file"
         )
     try:
         empty = path.stat().st_size == 0
         rows = [] if empty else reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); check the file") from error
     if not rows:
         raise DataError(
             f"{path}: {'the file is empty' if empty else 'contains no rows'}; add at least one row"
@@ -41,8 +45,20 @@ def read_file(path: Path) -> list[Row]:
     return rows
 
 
+def ending_of(path: Path) -> str:
+    """The ending that determines how a file is read, in lower case; without .gz if it is compressed."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the name of a file has an ending that can be read."""
+    return ending_of(path) in READERS and (path.suffix.lower() != ".gz" or ending_of(path) != ".parquet")
+
+
 def _text(path: Path) -> str:
     raw = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        raw = gzip.decompress(raw)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -73,14 +89,29 @@ def _read_json(path: Path) -> list[Row]:
         try:
             return _read_jsonl(path)
         except DataError:
-            if isinstance(_parse_json(text, path), dict):
-                raise DataError(
-                    f"{path}: contains one object; expected an array with one object per row: put the rows "
-                    "between [ and ]"
-                ) from None
-            raise
+            found = _parse_json(text, path)
+            if not isinstance(found, dict):
+                raise
+            return _rows_of_object(found, path)
     rows = enumerate(_parse_json(text, path), start=1)
     return [expect(dict, row, f"{path}: row {number}", "an object in braces") for number, row in rows]
+
+
+def _rows_of_object(found: dict[str, Any], path: Path) -> list[Row]:
+    """The rows of {"data": [...]}, beside other keys that are no lists of rows."""
+    lists = {name for name, value in found.items() if isinstance(value, list) and value}
+    rows = {name for name in lists if all(isinstance(row, dict) for row in found[name])}
+    if len(rows) == 1 and (rows <= set(_ROWS) or len(lists) == 1):
+        return found[rows.pop()]
+    if len(rows) > 1:
+        raise DataError(
+            f"{path}: contains several lists of rows ({', '.join(map(repr, sorted(rows)))}); write the one "
+            "that is to be read to a file of its own"
+        )
+    raise DataError(
+        f"{path}: contains one object; expected an array with one object per row: put the rows between "
+        "[ and ]"
+    )
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
@@ -98,10 +129,22 @@ def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
 
 
 def _read_csv(path: Path) -> list[Row]:
+    return _read_table(path, _text(path))
+
+
+def _read_tsv(path: Path) -> list[Row]:
+    """A file of columns separated by tabs; quotes around fields are kept unless all of it reads as quoted."""
     text = _text(path)
+    try:
+        return _read_table(path, text, delimiter="\t")
+    except DataError:
+        return _read_table(path, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_table(path: Path, text: str, **form: Any) -> list[Row]:
     limit = csv.field_size_limit(max(len(text), 131_072))
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
         try:
             header = next((fields for fields in reader if fields), [])
             repeated = sorted({name for name in header if header.count(name) > 1})
@@ -145,10 +188,11 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
 
 
 def endings() -> str:
     """The endings of readable files, for a message."""
-    return ", ".join(READERS)
+    return f"{', '.join(READERS)} (all but .parquet also as .gz)"
