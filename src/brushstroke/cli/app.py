@@ -9,12 +9,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError
 
 import brushstroke
 from brushstroke.cli.configfile import apply_config_file
 from brushstroke.cli.console import fail, people, replace_closed_streams, say, show_library_warnings
 from brushstroke.cli.help import HelpFormatter
+from brushstroke.cli.hints import flag_hint
 from brushstroke.cli.interrupt import INTERRUPTED, SigintHandler
 from brushstroke.cli.values import refuse_empty
 from brushstroke.errors import BrushstrokeError, ConfigError
@@ -68,7 +69,9 @@ def main(tokens: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         error.verbose = False
         command = next((word for word in given if word in COMMANDS), None)
-        fail(f"{str(error).strip()} See: brushstroke {f'{command} ' if command else ''}--help")
+        fail(
+            f"{_unknown_option(error) or str(error).strip()} See: brushstroke {f'{command} ' if command else ''}--help"
+        )
         return USAGE
     except ConfigError as error:
         return _failed(error, USAGE)
@@ -102,6 +105,14 @@ def build() -> App:
         checks = [refuse_empty, *([apply_config_file, refuse_empty] if takes_config else [])]
         app.command(place, name=name, help=about, config=checks)
     return app
+
+
+def _unknown_option(error: CycloptsError) -> str | None:
+    if not isinstance(error, UnknownOptionError):
+        return None
+    flag = error.token.keyword or error.token.value
+    known = [name for argument in error.argument_collection if argument.parse for name in argument.names]
+    return f"Unknown option: {flag}{flag_hint(flag, known)}."
 
 
 def _failed(error: Exception, status: int, message: str | None = None) -> int:
