@@ -57,6 +57,8 @@ def read_rows(
 
 
 def _read(source: Any, split: str | None) -> Rows:
+    if isinstance(source, Rows):
+        return source
     if isinstance(source, str | Path):
         return _read_named(source, split)
     if _is_from_datasets(source, "Dataset"):
