@@ -45,7 +45,7 @@ def test_instances_of_one_row_stay_together():
 def test_what_cannot_be_divided_is_refused():
     with pytest.raises(DataError, match="has 1 different row"):
         hold_out(rows_of(1, 5), 0.5)
-    with pytest.raises(DataError, match="is 1.5; give a number above 0 and below 1"):
+    with pytest.raises(DataError, match=r"is 1\.5; give a number above 0 and below 1"):
         hold_out(rows_of(4), 1.5)
 
 

@@ -69,9 +69,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         error.verbose = False
         command = next((word for word in given if word in COMMANDS), None)
-        fail(
-            f"{_unknown_option(error) or str(error).strip()} See: brushstroke {f'{command} ' if command else ''}--help"
-        )
+        problem = _unknown_option(error) or str(error).strip()
+        fail(f"{problem} See: brushstroke {f'{command} ' if command else ''}--help")
         return USAGE
     except ConfigError as error:
         return _failed(error, USAGE)

@@ -233,7 +233,6 @@ def _say_done(summary: dict[str, Any], out: Path) -> None:
     if (before := summary.get("eval_loss_before")) is not None:
         stopped = f"; stopped early at step {summary['steps']}" if summary.get("stopped_early") else ""
         best = summary["best_eval_loss"]
-        say(
-            f"evaluation loss: {before:.4f} before, {summary['eval_loss']:.4f} after, lowest {best:.4f}{stopped}"
-        )
+        after = f"{summary['eval_loss']:.4f} after, lowest {best:.4f}"
+        say(f"evaluation loss: {before:.4f} before, {after}{stopped}")
     say(f"the adapter is in {out}")

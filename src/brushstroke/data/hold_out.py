@@ -43,8 +43,8 @@ def hold_out(rows: Rows, share: float, seed: int = 0) -> tuple[Rows, Rows]:
     different = list(dict.fromkeys(contents.values()))
     if len(different) < 2:
         raise DataError(
-            f"{rows.name}: has {len(different)} different row, which cannot be divided into rows for training "
-            "and for evaluation; give more rows, or a file of its own (--eval FILE)"
+            f"{rows.name}: has {len(different)} different row, which cannot be divided into rows for "
+            "training and for evaluation; give more rows, or a file of its own (--eval FILE)"
         )
     count = min(len(different) - 1, max(1, round(share * len(different))))
     held = {different[index] for index in order_of(len(different), seed, 0)[:count]}
