@@ -37,6 +37,7 @@ COMMANDS = {  # name → its function, whether it takes a config file, and its h
     "relate": ("brushstroke.cli.analysis:relate", False, "Directions of its base that an adapter amplifies."),
     "intruders": ("brushstroke.cli.analysis:intruders", False, "New directions that the base does not have."),
     "study": ("brushstroke.cli.study:study", False, "Repeat an experiment of the LoRA paper."),
+    "cache": ("brushstroke.cli.cache:cache", False, "Show or remove what is kept on disk."),
 }
 
 _QUIET = {
