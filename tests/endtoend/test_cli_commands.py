@@ -169,7 +169,8 @@ def test_generate_reads_a_named_column_and_adds_a_system_message(cli, tiny, tmp_
     assert named.status == 0, named.err
     assert named.out == given.out
     brief = cli("generate", tiny, "one", "two", "--system", "Be brief.", *flags)
-    assert "Be brief." in json.loads(brief.out.splitlines()[0])["prompt"]
+    asked = json.loads(brief.out.splitlines()[0])["prompt"]
+    assert asked == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     whole = cli("generate", tiny, "--prompts", tmp_path / "m.jsonl", "--system", "Be long.", *flags)

@@ -151,8 +151,8 @@ def test_answers_without_a_text_are_noted_with_their_rows(chatml):
 
 
 def test_conversation_column_with_other_name_gets_a_hint(chatml):
-    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    refused(row, chatml, "'conversations' contains objects", "read from 'messages'", "expected 'messages'")
+    row = {"dialog": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    refused(row, chatml, "'dialog' contains objects", "read from 'messages'", "expected 'messages'")
 
 
 def test_nulls_added_by_parquet_are_not_trained(tmp_path):

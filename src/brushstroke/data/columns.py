@@ -36,6 +36,7 @@ _JUDGEMENTS = {  # names of columns that classify a text or rate an answer
     *("feedback", "verdict", "train", "weight", "loss", "mask", "masked", "train_detail", "refusal"),
     *("loss_weight", "loss_mask", "sample_weight", "is_bad", "skip"),
 }
+_CLASSES = ("category", "class", "intent", "topic")  # beside an answer, these classify the row
 _REJECTED = ("rejected", "non_preferred_output")  # the worse answers of preference pairs
 _CONTEXTS = {  # names of columns and keys that may contain a part of the conversation
     *("reasoning", "reasoning_content", "thinking", "thinking_content", "thought", "thoughts", "rationale"),
@@ -114,7 +115,8 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
     for name in columns.unused:
         is_answer, is_judgement = name.lower() in _ANSWERS, name.lower() in _JUDGEMENTS
         chosen_by_user = name.lower() in _REJECTED if columns.form else False
-        if chosen_by_user or (columns.form == "text" and is_judgement):
+        is_class = columns.kind != "text" and name.lower() in _CLASSES
+        if chosen_by_user or is_class or (columns.form == "text" and is_judgement):
             continue
         if columns.kind == "text" and (is_answer or is_judgement):
             meaning = (

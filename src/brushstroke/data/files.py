@@ -18,6 +18,7 @@ from brushstroke.errors import DataError
 
 Row = Mapping[str, Any]
 _ROWS = ("data", "rows", "examples")  # keys of an object under which files have their rows
+_SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
 def read_file(path: Path) -> list[Row]:
@@ -87,31 +88,39 @@ def _read_json(path: Path) -> list[Row]:
     text = _text(path)
     if text.lstrip()[:1] != "[":
         try:
-            return _read_jsonl(path)
+            lines = _read_jsonl(path)
         except DataError:
             found = _parse_json(text, path)
             if not isinstance(found, dict):
                 raise
-            return _rows_of_object(found, path)
+            if (inside := _rows_of_object(found, path)) is None:
+                raise DataError(
+                    f"{path}: contains one object; expected an array with one object per row: put the rows "
+                    "between [ and ]"
+                ) from None
+            return inside
+        only = dict(lines[0]) if len(lines) == 1 else {}
+        return _rows_of_object(only, path) or lines
     rows = enumerate(_parse_json(text, path), start=1)
     return [expect(dict, row, f"{path}: row {number}", "an object in braces") for number, row in rows]
 
 
-def _rows_of_object(found: dict[str, Any], path: Path) -> list[Row]:
-    """The rows of {"data": [...]}, beside other keys that are no lists of rows."""
-    lists = {name for name, value in found.items() if isinstance(value, list) and value}
-    rows = {name for name in lists if all(isinstance(row, dict) for row in found[name])}
-    if len(rows) == 1 and (rows <= set(_ROWS) or len(lists) == 1):
-        return found[rows.pop()]
-    if len(rows) > 1:
+def _rows_of_object(found: dict[str, Any], path: Path) -> list[Row] | None:
+    """The rows of {"data": [...]}, beside other keys; None if the object is not of this form."""
+    tables = [
+        name
+        for name, value in found.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    ]
+    named = [name for name in tables if name in _ROWS]
+    if len(named) == 1:
+        return found[named[0]]
+    if splits := [name for name in tables if name in _SPLITS]:
         raise DataError(
-            f"{path}: contains several lists of rows ({', '.join(map(repr, sorted(rows)))}); write the one "
-            "that is to be read to a file of its own"
+            f"{path}: contains the splits {', '.join(map(repr, splits))}; write the one to read to a "
+            "file of its own"
         )
-    raise DataError(
-        f"{path}: contains one object; expected an array with one object per row: put the rows between "
-        "[ and ]"
-    )
+    return None
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:

@@ -199,6 +199,8 @@ def _message(turn: Any, place: str) -> Mapping[str, Any]:
     if role is None:
         raise DataError(f"{place} is from {name!r}; known: {', '.join(_ROLES)}")
     message = {key: kept for key, kept in turn.items() if key not in ("from", "value")}
+    if value is None:
+        raise DataError(f"{place} ({name}) has no value; expected text")
     if name != "function_call":
         return {"role": role, "content": value, **message}
     try:
