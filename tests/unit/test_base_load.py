@@ -27,8 +27,9 @@ def folder(tmp_path: Path, llama: Any) -> Path:
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
-    """A Llama of one layer, with a tied head and a tokenizer of bytes, in fp32."""
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama of one layer, with a tied head and a tokenizer of bytes, in fp32; the cache is a new one."""
+    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "cache"))
     gguf = pytest.importorskip("gguf")
     words = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
     file = tmp_path / "gguf" / "tiny.gguf"
@@ -171,7 +172,6 @@ def assert_equal_bases(first: Base, second: Base) -> None:
 def test_a_gguf_file_is_read_once_and_then_from_the_cache(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "cache"))
     first = load_base(gguf_file, dtype=dtype, device="cpu")
     (kept,) = (tmp_path / "cache" / "gguf").iterdir()
     with monkeypatch.context() as patched:
@@ -199,7 +199,6 @@ def refuse_to_read(*_: object) -> None:
 def test_the_cache_of_gguf_files_is_bounded(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "cache"))
     load_base(gguf_file, dtype="float32", device="cpu")
     (first,) = (tmp_path / "cache" / "gguf").iterdir()
     size = sum(file.stat().st_size for file in first.iterdir())
