@@ -80,15 +80,17 @@ def check_one_rank(parameters: int, sites: Shapes) -> None:
         )
 
 
-def refuse_evaluation(keep_best: bool | None, eval_every: int | None) -> None:
+def refuse_evaluation(keep_best: bool | None, eval_every: int | None, patience: int | None = None) -> None:
     """Refuse settings of a run that need evaluation data, if there is none.
 
     Raises:
         ConfigError: one of them is set.
     """
-    if keep_best or eval_every is not None:
-        name = "keep_best (--keep-best)" if keep_best else "eval_every (--eval-every)"
-        raise ConfigError(f"{name} needs evaluation data; give eval_data (--eval DATA)")
+    given = {"keep_best": keep_best, "eval_every": eval_every is not None, "patience": patience is not None}
+    for name, is_given in given.items():
+        if is_given:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{name} ({flag}) needs evaluation data; give eval_data (--eval DATA)")
 
 
 def check_rates(rates: Sequence[float]) -> None:

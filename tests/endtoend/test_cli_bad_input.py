@@ -60,7 +60,7 @@ BAD_VALUES = {
     "a pattern without a value": (["--rank-pattern", "q_proj"], "PATTERN=VALUE"),
     "a limit of one token": (["--max-length", "1"], "max_length"),
     "the best of no evaluation": (["--keep-best"], "--eval DATA"),
-    "an unknown flag": (["--rnk", "4"], "Did you mean --rank?"),
+    "an unknown flag": (["--rnk", "4"], "did you mean --rank?"),
     "a flag without its value": (["--rank"], "--rank"),
     "a word too many": (["more"], "more"),
 }
@@ -180,7 +180,7 @@ def test_rank_with_from_is_refused(refused, train_rows, tmp_path):
 def test_config_files(refused, train_rows, tmp_path):
     file = tmp_path / "config.yaml"
     cases = {
-        "rnk: 4": "did you mean 'rank'",
+        "rnk: 4": "did you mean rank?",
         "rank: [1": "broken YAML",
         "- rank": "keys and values",
         "rank: four": "whole number",

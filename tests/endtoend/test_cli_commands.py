@@ -137,6 +137,51 @@ def test_chat_reads_lines(cli, tiny, adapter, monkeypatch):
     assert cli("chat", tiny, *flags).out == reported[0]["answer"] + "\n"
 
 
+def test_chat_commands(cli, tiny, adapter, tmp_path, monkeypatch):
+    saved = tmp_path / "chat.jsonl"
+    script = (
+        "/help\n/adapter\nSplit 3 Oak St\n/system Be brief.\n/adapter base\nhello\n"
+        f"/save {saved}\n/save {saved}\n/system\n/quit\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    done = cli("chat", tiny, *PLAIN, "--adapter", adapter, "--max-new-tokens", "4")
+    assert done.status == 0
+    for said in (
+        "/save FILE     writes the conversation to a new file",
+        "oak answers; there are oak, base",
+        "the conversation starts over, with this system message",
+        "the conversation starts over, without a system message",
+        f"{saved} exists; name a new file",
+    ):
+        assert said in done.err, said
+    (row,) = lines_of(saved)
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][0]["content"] == "Be brief."
+    assert cli("data", tiny, saved, "--json").status == 0
+
+
+def test_generate_reads_a_named_column_and_adds_a_system_message(cli, tiny, tmp_path):
+    flags = (*PLAIN, "--max-new-tokens", "4", "--json")
+    file = tmp_path / "rows.csv"
+    file.write_text("id,question,note\n1,one,x\n2,two,y\n")
+    named = cli("generate", tiny, "--prompts", file, "--column", "question", *flags)
+    given = cli("generate", tiny, "one", "two", *flags)
+    assert named.status == 0, named.err
+    assert named.out == given.out
+    brief = cli("generate", tiny, "one", "two", "--system", "Be brief.", *flags)
+    asked = json.loads(brief.out.splitlines()[0])["prompt"]
+    assert asked == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    whole = cli("generate", tiny, "--prompts", tmp_path / "m.jsonl", "--system", "Be long.", *flags)
+    assert json.loads(whole.out)["answer"] == json.loads(brief.out.splitlines()[0])["answer"]
+    assert (
+        "has no column 'text'; it has 'id'"
+        in cli("generate", tiny, "--prompts", file, "--column", "text").error
+    )
+    assert "--column needs --prompts" in cli("generate", tiny, "x", "--column", "question").error
+
+
 def test_evaluate_prints_the_numbers_and_keeps_the_answers(cli, tiny, adapter, train_rows, tmp_path):
     words = ("evaluate", tiny, train_rows, *PLAIN, "--max-new-tokens", "16")
     kept = tmp_path / "answers.jsonl"

@@ -102,7 +102,25 @@ def test_train_writes_its_files_and_totals(cli, tiny, train_rows, tmp_path):
     }
     assert all(set(line) >= fields for line in steps)
     assert summary["real_tokens"] == sum(line["real_tokens"] for line in steps)
-    assert [line["step"] for line in lines_of(out / "eval.jsonl")] == [3, 6]
+    assert [line["step"] for line in lines_of(out / "eval.jsonl")] == [0, 3, 6]
+    assert "evaluation before the first step: loss" in done.err
+    assert (
+        f"evaluation loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss']:.4f} after"
+        in done.err
+    )
+
+
+def test_a_share_of_the_data_is_held_out_for_the_evaluation(cli, tiny, train_rows, tmp_path, monkeypatch):
+    flags = ("--max-steps", "2", "--eval", "25%", "--patience", "1", "--json")
+    done = cli("train", tiny, train_rows, "--out", tmp_path / "out", *PLAIN, *flags)
+    assert done.status == 0, done.err
+    assert "rows are held out for evaluation (seed 0)" in done.err
+    assert json.loads(done.out)["eval_loss_before"] > 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.1").write_text("not rows")
+    done = cli("train", tiny, train_rows, "--out", tmp_path / "other", *PLAIN, "--eval", "0.1")
+    assert done.status == 1
+    assert "--eval 0.1 is a file here, and is read as one" in done.err
 
 
 def test_the_plan_comes_before_the_first_step(cli, tiny, train_rows, tmp_path):

@@ -57,7 +57,7 @@ NEEDED = {
     "plan": ("base", "targets", "memory", "learning rate", "stop tokens"),
     "data": ("rows", "tokens", "stop token", "lengths"),
     "generate": ("loading",),
-    "chat": ("one answers;", "/use NAME, /base, /reset, /quit"),
+    "chat": ("one answers;", "/help, /adapter NAME, /base"),
     "merge": ("survived", "model drift"),
     "train": ("done:", "mean loss", "the adapter is in", "evaluation after step 2"),
     "study": ("What rank is enough", "The lowest test loss"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from brushstroke.base import Base, choose_device, choose_dtype, load_base, quiet_transformers
+from brushstroke.base import Base, choose_device, choose_dtype, load_base, load_tokenizer, quiet_transformers
 from brushstroke.errors import BaseLoadError, ConfigError
 from brushstroke.samples import model_path
 
@@ -27,8 +27,9 @@ def folder(tmp_path: Path, llama: Any) -> Path:
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
-    """A Llama of one layer, with a tied head and a tokenizer of bytes, in fp32."""
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama of one layer, with a tied head and a tokenizer of bytes, in fp32; the cache is a new one."""
+    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "cache"))
     gguf = pytest.importorskip("gguf")
     words = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
     file = tmp_path / "gguf" / "tiny.gguf"
@@ -137,6 +138,97 @@ def test_a_gguf_file_becomes_a_plain_model_that_can_be_saved(gguf_file: Path, tm
     assert torch.equal(
         again.model(torch.ones(1, 3, dtype=torch.long)).logits, model(torch.ones(1, 3).long()).logits
     )
+
+
+PROBES = ("a b  c", "<end>ab", " x", "The capital of France is 1234!\n\n", "<|im_start|>user\nhi<|im_end|>")
+
+
+def assert_equal_bases(first: Base, second: Base) -> None:
+    weights = [dict(base.model.named_parameters(remove_duplicate=False)) for base in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    buffers = [dict(base.model.named_buffers()) for base in (first, second)]
+    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+    models: list[Any] = [first.model, second.model]
+    for config in ("config", "generation_config"):
+        stored = [getattr(model, config).to_dict() for model in models]
+        for one in stored:
+            for name in ("_name_or_path", "transformers_version", "architectures", "_from_model_config"):
+                one.pop(name, None)
+        assert stored[0] == stored[1]
+    assert first.quantised == second.quantised
+    tokenizers = [first.tokenizer, second.tokenizer]
+    assert type(tokenizers[0]) is type(tokenizers[1])
+    assert len({len(tokenizer) for tokenizer in tokenizers}) == 1
+    for name in ("special_tokens_map", "chat_template", "padding_side", "clean_up_tokenization_spaces"):
+        assert getattr(tokenizers[0], name) == getattr(tokenizers[1], name), name
+    for text in PROBES:
+        assert tokenizers[0].encode(text) == tokenizers[1].encode(text), text
+        ids = tokenizers[0].encode(text)
+        assert tokenizers[0].decode(ids) == tokenizers[1].decode(ids), text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gguf_file_is_read_once_and_then_from_the_cache(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    first = load_base(gguf_file, dtype=dtype, device="cpu")
+    (kept,) = (tmp_path / "cache" / "gguf").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("brushstroke.base.gguf_file._header_read_once", refuse_to_read)
+        assert_equal_bases(first, load_base(gguf_file, dtype=dtype, device="cpu"))
+        assert load_tokenizer(gguf_file)[1] == 64
+    weights = kept / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (kept / "tokenizer.json").write_text("{")
+    assert load_tokenizer(gguf_file)[1] == 64
+    assert_equal_bases(first, load_base(gguf_file, dtype=dtype, device="cpu"))
+    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [kept.name]
+    with monkeypatch.context() as patched:
+        patched.setattr("brushstroke.base.gguf_file._header_read_once", refuse_to_read)
+        load_base(gguf_file, dtype=dtype, device="cpu")
+        gguf_file.write_bytes(gguf_file.read_bytes() + b"\0")
+        with pytest.raises(BaseLoadError, match="read again"):
+            load_base(gguf_file, dtype=dtype, device="cpu")
+
+
+def refuse_to_read(*_: object) -> None:
+    raise AssertionError("the GGUF file is read again")
+
+
+def test_the_cache_of_gguf_files_is_bounded(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_base(gguf_file, dtype="float32", device="cpu")
+    (first,) = (tmp_path / "cache" / "gguf").iterdir()
+    size = sum(file.stat().st_size for file in first.iterdir())
+    monkeypatch.setattr("brushstroke.base.gguf_cache.LIMIT", size + 1000)
+    load_base(gguf_file, dtype="bfloat16", device="cpu")
+    (second,) = (tmp_path / "cache" / "gguf").iterdir()
+    assert second.name.endswith("-bfloat16")
+    monkeypatch.setattr("brushstroke.base.gguf_cache.LIMIT", 1000)
+    load_base(gguf_file, dtype="float32", device="cpu")
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == [second]
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_loading(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "file"))
+    load_base(gguf_file, dtype="float32", device="cpu")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_gguf_model_is_the_same_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = model_path()
+    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path / "cache"))
+    first = load_base(file, dtype="float32", device="cpu")
+    monkeypatch.setattr("brushstroke.base.gguf_file._header_read_once", refuse_to_read)
+    assert_equal_bases(first, load_base(file, dtype="float32", device="cpu"))
 
 
 @pytest.mark.model

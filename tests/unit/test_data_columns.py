@@ -112,12 +112,11 @@ def test_unused_keys_of_messages_are_named(chatml):
 @pytest.mark.parametrize(
     ("row", "fragments"),
     [
-        ({"text": "hello there, you", "category": "greeting"}, ("'category'", "--completion category")),
         ({"text": "hello there, you", "answer": "hi"}, ("'answer'", "looks like an answer")),
         ({**PAIR, "label": False}, ("'label'", "including 1 of 1 rows where it is negative")),
         ({**PAIR, "label": "false"}, ("including 1 of 1",)),
         ({**PAIR, "label": True}, ("looks like a rating",)),
-        ({**PAIR, "chosen": "x", "rejected": "y"}, ("'chosen'",)),
+        ({**PAIR, "chosen": "x"}, ("'chosen'",)),
         ({**PAIR, "response": "x"}, ("what is trained is 'completion'",)),
     ],
 )
@@ -152,8 +151,8 @@ def test_answers_without_a_text_are_noted_with_their_rows(chatml):
 
 
 def test_conversation_column_with_other_name_gets_a_hint(chatml):
-    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    refused(row, chatml, "'conversations' contains objects", "read from 'messages'", "expected 'messages'")
+    row = {"dialog": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    refused(row, chatml, "'dialog' contains objects", "read from 'messages'", "expected 'messages'")
 
 
 def test_nulls_added_by_parquet_are_not_trained(tmp_path):

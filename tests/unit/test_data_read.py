@@ -192,7 +192,7 @@ def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path):
         ("a.jsonl", "[" * 100_000 + "\n", ("line 1",)),
         ("a.json", '[{"text": "a"},\n {"text": "b" }\n {"text": "c"}]', ("line 3", "not valid JSON")),
         ("a.json", '[{"text": "a"}, 5]', ("row 2", "a number (5)")),
-        ("a.json", '{"data":\n [{"text": "a"}]}', ("one object", "array")),
+        ("a.json", '{"item":\n [{"text": "a"}]}', ("one object", "array")),
         ("a.json", "{oops}", ("line 1", "not valid JSON")),
         ("a.csv", "prompt,completion\na,b\nc,d,e\n", ("row 2 (line 3)", "3 fields", "2")),
         ("a.csv", "prompt,completion\na\n", ("row 1", "1 fields")),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
-from brushstroke.training import PlanWarning
+from brushstroke.training import PlanWarning, loop
 from brushstroke.training.checkpoint import sealed
 from toys import random_adapter, tiny_gpt2, tiny_llama
 from training_kit import examples
@@ -49,7 +49,11 @@ def test_a_run_writes_its_files_and_totals(tmp_path: Path) -> None:
     rates = [line["learning_rate"] for line in lines]
     assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in evaluations] == [3, 6]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert summary["eval_loss_before"] == evaluations[0]["loss"]
+    assert summary["eval_loss"] == evaluations[-1]["loss"]
+    assert not evaluations[0]["best"]
+    assert not summary["stopped_early"]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000004"]
     loaded = bs.load(tmp_path / "run")
@@ -259,9 +263,8 @@ def test_the_best_adapter_is_kept_across_a_crash(tmp_path: Path) -> None:
     )  # fmt: skip
     held_out = examples(6, seed=1)
     whole = bs.train(base(), examples(10), LORA, config, out=tmp_path / "whole", eval_data=held_out)
-    losses = [
-        json.loads(line)["loss"] for line in (tmp_path / "whole" / "eval.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "eval.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["step"]]
     assert losses.index(min(losses)) < 11, "the run must get worse again, or this shows nothing"
     with bs.Training(tiny_llama(), whole.adapter) as run:
         assert run.loss(held_out).loss == pytest.approx(min(losses), rel=1e-6)
@@ -315,8 +318,12 @@ def test_resume_skips_a_damaged_checkpoint_and_keeps_the_best_adapter(tmp_path: 
 
 
 def test_repeated_evaluation_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    evaluate = loop._evaluate
+
+    def stop(session: bs.Training, *arguments: Any) -> Any:
+        if session.steps:
+            raise KeyboardInterrupt
+        return evaluate(session, *arguments)
 
     def crash(event: object) -> None:
         if event.step == 5:  # type: ignore[attr-defined]
@@ -332,7 +339,7 @@ def test_repeated_evaluation_is_written_once(tmp_path: Path, monkeypatch: pytest
         bs.train(base(), examples(10), LORA, config, resume=True, on_step=crash, **data)  # type: ignore[arg-type]
     assert bs.train(base(), examples(10), LORA, config, resume=True, **data).resumed_from == 3  # type: ignore[arg-type]
     lines = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6]
+    assert [line["step"] for line in lines] == [0, 3, 6]
 
 
 def test_a_second_interrupt_waits_for_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,3 +653,48 @@ def test_a_run_may_save_over_its_own_folder_before_it_ends(tmp_path: Path) -> No
     stored = bs.load(run)
     assert all(torch.equal(stored[site].U, found.adapter[site].U) for site in found.adapter)  # type: ignore[attr-defined]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_run_ends_early_after_evaluations_that_are_no_better(tmp_path: Path) -> None:
+    settings = {
+        "max_steps": 12,
+        "batch_size": 4,
+        "learning_rate": 0.3,
+        "schedule": "constant",
+        "eval_every": 1,
+    }
+    held_out, seen = examples(6, seed=1), []
+    config = bs.TrainConfig(**settings, patience=2, checkpoint_every=1)  # type: ignore[arg-type]
+    data = {"out": tmp_path, "eval_data": held_out}
+    result = bs.train(base(), examples(10), LORA, config, **data, on_eval=seen.append)  # type: ignore[arg-type]
+    losses = [event.loss for event in seen if event.step]
+    assert result.summary["stopped_early"]
+    assert result.summary["steps"] == len(losses) < 12
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 2
+    again = bs.train(base(), examples(10), LORA, config, **data, resume=True)  # type: ignore[arg-type]
+    assert again.summary == result.summary
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    shutil.copytree(kept[-1].parent, tmp_path / "cut" / "checkpoints")
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        shutil.copy(tmp_path / name, tmp_path / "cut" / name)
+    resumed = bs.train(
+        base(), examples(10), LORA, config, out=tmp_path / "cut", eval_data=held_out, resume=True
+    )
+    assert resumed.summary["steps"] == result.summary["steps"]
+
+
+def test_a_share_of_the_rows_is_held_out_for_the_evaluations() -> None:
+    rows = [{"input_ids": list(e.tokens), "labels": list(e.tokens)} for e in examples(12)]
+    one = bs.TrainConfig(max_steps=1)
+    result = bs.train(base(), rows, LORA, one, eval_data=0.25)
+    assert result.summary["examples"] == 9
+    again = bs.train(base(), rows, LORA, one, eval_data=0.25)
+    assert again.summary["eval_loss"] == result.summary["eval_loss"]
+    with pytest.raises(DataError, match="above 0 and below 1"):
+        bs.train(base(), rows, LORA, one, eval_data=1.5)
+
+
+def test_patience_needs_evaluation_data() -> None:
+    with pytest.raises(ConfigError, match=r"patience \(--patience\) needs evaluation data"):
+        bs.train(base(), examples(4), LORA, bs.TrainConfig(max_steps=1, patience=2))

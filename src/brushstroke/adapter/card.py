@@ -38,7 +38,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Card:
     """The known facts about an adapter's origin; any field may be unknown.
 
@@ -63,6 +63,15 @@ class Card:
     task: str | None = None
     conv1d: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        facts = [f"base {self.base_name}"] if self.base_name else []
+        if self.lora:
+            facts.append(f"rank {self.lora.get('rank')}, alpha {self.lora.get('alpha')}")
+        if self.training.get("steps"):
+            facts.append(f"trained {self.training['steps']} steps")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name)]
+        return f"Card({'; '.join([*facts, 'fields: ' + (', '.join(given) or 'none')])})"
 
     def with_changes(self, **changes: Any) -> "Card":
         """A copy with other fields."""

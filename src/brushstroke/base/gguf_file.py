@@ -4,14 +4,17 @@ It does not parse the format; transformers and the gguf package do.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from brushstroke.base import gguf_cache
 from brushstroke.errors import BaseLoadError, require
 
 
@@ -25,12 +28,21 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
     gguf = _open(path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    key = gguf_cache.key_of(path)
+    loaded: Any
+    if kept := gguf_cache.find(key, options["dtype"]):
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(kept, **options)
+            return *loaded, AutoTokenizer.from_pretrained(kept)
+        except Exception:  # damaged in any way: it is made again
+            gguf_cache.forget(kept)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _header_read_once(gguf):
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **_unpack_weights(), **options)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, **_unpack_weights(), **options)
     model, report = loaded
     _forget_quantisation(model)
+    gguf_cache.keep(key, model, tokenizer)
     return model, report, tokenizer
 
 
@@ -44,6 +56,9 @@ def load_gguf_tokenizer(path: Path) -> tuple[Any, Any]:
     gguf = _open(path)
     from transformers import AutoConfig, AutoTokenizer
 
+    if kept := gguf_cache.find(gguf_cache.key_of(path)):
+        with suppress(Exception):  # damaged in any way: the file is read
+            return AutoTokenizer.from_pretrained(kept), AutoConfig.from_pretrained(kept)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _header_read_once(gguf):
         return (
@@ -83,18 +98,37 @@ def _forget_quantisation(model: nn.Module) -> None:
         del config.quantization_config
 
 
+def _reader_once(gguf: ModuleType) -> Callable[..., Any]:
+    """A function that makes one GGUFReader for a file, whose values are slices of a plain array.
+
+    The slices of a memory map that numpy makes for every value of the header take twice as long.
+    """
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined, misc]
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: np.ndarray) -> None:
+            self._data = np.asarray(mapped)
+
+    once = functools.lru_cache(maxsize=1)(Reader)
+    return lambda path, *further: once(os.fspath(path), *further)
+
+
 @contextmanager
 def _header_read_once(gguf: ModuleType) -> Iterator[None]:
     """Context manager: transformers reads the header and the table of names once, without progress bars.
 
-    Reading a header with 50,000 tokens takes 3 s, and transformers reads it three times. It rebuilds the
-    table of tensor names for every module of the model.
+    Reading a header with 50,000 tokens takes 3 s, and transformers reads it three times, under names of
+    different types. It rebuilds the table of tensor names for every module of the model.
     """
     from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils as reader
 
     replaced = [
-        (gguf, "GGUFReader", functools.lru_cache(maxsize=1)(gguf.GGUFReader)),
+        (gguf, "GGUFReader", _reader_once(gguf)),
         (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
         (reader, "tqdm", functools.partial(tqdm, disable=True)),
     ]

@@ -9,12 +9,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError
 
 import brushstroke
 from brushstroke.cli.configfile import apply_config_file
 from brushstroke.cli.console import fail, people, replace_closed_streams, say, show_library_warnings
 from brushstroke.cli.help import HelpFormatter
+from brushstroke.cli.hints import flag_hint
 from brushstroke.cli.interrupt import INTERRUPTED, SigintHandler
 from brushstroke.cli.values import refuse_empty
 from brushstroke.errors import BrushstrokeError, ConfigError
@@ -36,6 +37,7 @@ COMMANDS = {  # name → its function, whether it takes a config file, and its h
     "relate": ("brushstroke.cli.analysis:relate", False, "Directions of its base that an adapter amplifies."),
     "intruders": ("brushstroke.cli.analysis:intruders", False, "New directions that the base does not have."),
     "study": ("brushstroke.cli.study:study", False, "Repeat an experiment of the LoRA paper."),
+    "cache": ("brushstroke.cli.cache:cache", False, "Show or remove what is kept on disk."),
 }
 
 _QUIET = {
@@ -68,7 +70,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         error.verbose = False
         command = next((word for word in given if word in COMMANDS), None)
-        fail(f"{str(error).strip()} See: brushstroke {f'{command} ' if command else ''}--help")
+        problem = _unknown_option(error) or str(error).strip()
+        fail(f"{problem} See: brushstroke {f'{command} ' if command else ''}--help")
         return USAGE
     except ConfigError as error:
         return _failed(error, USAGE)
@@ -102,6 +105,14 @@ def build() -> App:
         checks = [refuse_empty, *([apply_config_file, refuse_empty] if takes_config else [])]
         app.command(place, name=name, help=about, config=checks)
     return app
+
+
+def _unknown_option(error: CycloptsError) -> str | None:
+    if not isinstance(error, UnknownOptionError):
+        return None
+    flag = error.token.keyword or error.token.value
+    known = [name for argument in error.argument_collection if argument.parse for name in argument.names]
+    return f"Unknown option: {flag}{flag_hint(flag, known)}."
 
 
 def _failed(error: Exception, status: int, message: str | None = None) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from brushstroke.cli.hints import flag_hint
 from brushstroke.cli.values import read_text
-from brushstroke.errors import ConfigError, did_you_mean
+from brushstroke.errors import ConfigError
 
 FLAG = "--config"
 
@@ -36,7 +37,7 @@ def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> No
             raise ConfigError(f"{path}: {taken[flag]!r} and {key!r} are the same flag; give it once")
         taken[flag] = key
         if flag not in known:
-            hint = did_you_mean(flag, known) or f"; known keys: {', '.join(sorted(known))}"
+            hint = flag_hint(flag, known) or f"; known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"{path}: unknown key {key!r}{hint}")
         argument = by_key[flag]
         if value is None or argument.tokens:

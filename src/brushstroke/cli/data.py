@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from brushstroke.checks import check_integer
 from brushstroke.cli.console import emit_json, facts, results
+from brushstroke.cli.options import Use
 from brushstroke.cli.values import Whole
 from brushstroke.locate import require_base_files
 
@@ -25,6 +26,7 @@ def data(
     rows: Whole = None,
     prompt: str | None = None,
     completion: str | None = None,
+    use: Use = None,
     max_length: Whole = None,
     skip_too_long: bool = False,
     split_turns: bool = False,
@@ -41,6 +43,7 @@ def data(
         rows: Examples to show [default: 3].
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
+        use: Use the chosen answers of preference data, or the texts of data with text and label.
         max_length: Longest example in tokens [default: the model's context].
         skip_too_long: Leave out examples whose prompt fills --max-length, instead of refusing them.
         split_turns: Make an example of every assistant turn, written as the model will see it.
@@ -54,7 +57,10 @@ def data(
     require_base_files(base)
     from brushstroke.data import ChatFormat, encode, find_columns, find_template, read_rows
 
-    read, template = read_rows(data), find_template(chat_template)
+    read, template = (
+        read_rows(data, prompt=prompt, completion=completion, use=use),
+        find_template(chat_template),
+    )
     find_columns(read, prompt, completion)
     from brushstroke.base import load_tokenizer
 

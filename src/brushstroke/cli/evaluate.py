@@ -10,7 +10,7 @@ from typing import Any
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
 from brushstroke.cli.early import check_data
-from brushstroke.cli.options import BaseOptions
+from brushstroke.cli.options import BaseOptions, Use
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
 from brushstroke.locate import require_base_files
@@ -32,6 +32,7 @@ def evaluate(
     generate: bool = True,
     prompt: str | None = None,
     completion: str | None = None,
+    use: Use = None,
     max_length: Whole = None,
     split_turns: bool = False,
     tools: ToolsFile = None,
@@ -53,6 +54,7 @@ def evaluate(
         generate: Generate answers; --no-generate computes only the loss.
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
+        use: Use the chosen answers of preference data, or the texts of data with text and label.
         max_length: Longest example in tokens, for the loss [default: the model's context].
         split_turns: Compute the loss of every assistant turn as a separate example, as in training.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the adapter's template, or
@@ -64,7 +66,10 @@ def evaluate(
     require_base_files(base)
     from brushstroke.data import find_columns, find_template, read_rows
 
-    rows, template = read_rows(data), find_template(chat_template)
+    rows, template = (
+        read_rows(data, prompt=prompt, completion=completion, use=use),
+        find_template(chat_template),
+    )
     find_columns(rows, prompt, completion)
     if out is not None:
         _refuse_out(out.expanduser(), data, overwrite)

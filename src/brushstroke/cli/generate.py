@@ -4,6 +4,7 @@ They choose the adapter of each prompt; the library generates the answers.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +17,22 @@ from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapter
 from brushstroke.cli.console import emit, emit_json, say
 from brushstroke.cli.options import BaseOptions
 from brushstroke.cli.values import Whole, read_text, split
-from brushstroke.errors import BrushstrokeError, ConfigError, DataError
+from brushstroke.errors import BrushstrokeError, ConfigError, DataError, OutputError
 from brushstroke.locate import require_base_files
+from brushstroke.outputs import write_file
 
 if TYPE_CHECKING:
     from brushstroke.inference import Answer
 
 BASE = "base"  # the name of the model without an adapter
-HELP = "/use NAME, /base, /reset, /quit"
+HELP = "/help, /adapter NAME, /base, /system TEXT, /save FILE, /reset, /quit"
+COMMANDS = """\
+/adapter NAME  NAME answers from now on (also /use NAME); without NAME, the names are listed
+/base          the base answers, without an adapter
+/system TEXT   TEXT is the system message, and the conversation starts over; without TEXT, there is none
+/save FILE     writes the conversation to a new file, as a row of training data (JSONL)
+/reset         starts over with the same system message
+/quit          ends (also /exit, or the end of the input)"""
 
 
 @Parameter(name="*")
@@ -65,6 +74,8 @@ def generate(
     *texts: str,
     prompt: Annotated[list[str] | None, Parameter(negative=())] = None,
     prompts: Path | None = None,
+    column: str | None = None,
+    system: str | None = None,
     adapter: AdapterFlags = None,
     use: str | None = None,
     tools: ToolsFile = None,
@@ -84,6 +95,8 @@ def generate(
         prompts: A file of prompts: one per line, or a JSONL, JSON, CSV or Parquet file with a prompt or
             messages column (and system, history, tools, chat_template_kwargs); a final answer in messages is
             ignored.
+        column: The column of that file with the prompts [default: prompt or messages].
+        system: A system message for every prompt that has none.
         use: Names of the adapters, one per prompt or one for all, separated by commas; "base" for none.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the adapter's template, or
             the tokenizer's].
@@ -91,7 +104,9 @@ def generate(
             training].
     """
     declared = read_tools(tools)
-    asked = _prompts([*texts, *(prompt or ())], prompts, declared)
+    asked = _prompts([*texts, *(prompt or ())], prompts, column, declared)
+    if system is not None:
+        asked = [_with_system(question, system) for question in asked]
     require_base_files(base)
     adapters = load_adapters(adapter)
     asked, names = _rows(asked, list(adapters), use)
@@ -138,7 +153,7 @@ def chat(
     sampling: SamplingOptions | None = None,
     options: BaseOptions | None = None,
 ) -> None:
-    """Chat with a base and its adapters: /use NAME selects one, /base none; /reset starts over, /quit ends.
+    """Chat with a base and its adapters; /help lists the commands in the chat.
 
     With --json, prints one object per line and turn.
 
@@ -191,8 +206,8 @@ def _ask(name: str) -> str | None:
     return line if line else None
 
 
-def _turn(session: Any, text: str, json: bool) -> None:
-    if json:
+def _turn(session: Any, text: str, as_json: bool) -> None:
+    if as_json:
         answer = session.say(text)
         said = session.messages[-1]
         further = {"reasoning": said.get("reasoning_content"), "tool_calls": said.get("tool_calls")}
@@ -207,19 +222,37 @@ def _turn(session: Any, text: str, json: bool) -> None:
 
 
 def _command(session: Any, text: str) -> None:
-    word, _, name = text.partition(" ")
-    name = name.strip()
-    if word == "/reset":
+    word, _, given = text.partition(" ")
+    given = given.strip()
+    word = "/adapter" if word == "/use" else word
+    if word == "/help":
+        say(COMMANDS)
+    elif word == "/reset":
         session.reset()
-        say("forgotten")
-    elif word == "/base" or (word == "/use" and name == BASE):
+        say("the conversation starts over")
+    elif word == "/system":
+        session.set_system(given or None)
+        say(f"the conversation starts over, {'with this' if given else 'without a'} system message")
+    elif word == "/save" and given:
+        say(f"the conversation is in {_save(session, Path(given).expanduser())}")
+    elif word == "/base" or (word == "/adapter" and given == BASE):
         session.use(None)
         say("the base answers")
-    elif word == "/use" and name:
-        session.use(name)
-        say(f"{name} answers")
+    elif word == "/adapter" and given:
+        session.use(given)
+        say(f"{given} answers")
+    elif word == "/adapter":
+        say(f"{session.adapter or BASE} answers; there are {', '.join((*session.names, BASE))}")
     else:
         say(f"unknown command {text!r}; {HELP}")
+
+
+def _save(session: Any, path: Path) -> Path:
+    """Write the conversation to a new file, as one row with messages."""
+    if path.exists():
+        raise OutputError(f"{path} exists; name a new file")
+    write_file(path, json.dumps({"messages": session.messages}, ensure_ascii=False) + "\n")
+    return path
 
 
 def _parts(answer: "Answer") -> dict[str, Any]:
@@ -232,9 +265,25 @@ def _parts(answer: "Answer") -> dict[str, Any]:
     return {**parts, "finish": answer.finish}
 
 
-def _prompts(given: list[Any], file: Path | None, tools: Sequence[Any]) -> list[Any]:
+def _with_system(question: Any, system: str) -> Any:
+    """The prompt with a system message at its beginning, unless it has one."""
+    from brushstroke.data import read_conversation
+
+    message = {"role": "system", "content": system}
+    if isinstance(question, str):
+        return read_conversation([message, {"role": "user", "content": question}], where="the prompt")
+    if question.messages[0]["role"] in ("system", "developer"):
+        return question
+    return dataclasses.replace(
+        question, messages=(message, *question.messages), trained=(False, *question.trained)
+    )
+
+
+def _prompts(given: list[Any], file: Path | None, column: str | None, tools: Sequence[Any]) -> list[Any]:
+    if column is not None and file is None:
+        raise ConfigError("--column needs --prompts FILE, which has the column")
     if file is not None:
-        given = [*given, *_read_prompts(file, tools)]
+        given = [*given, *_read_prompts(file, column, tools)]
     elif not given:
         text = sys.stdin.read().removesuffix("\n")
         given = [text] if text else []
@@ -243,15 +292,23 @@ def _prompts(given: list[Any], file: Path | None, tools: Sequence[Any]) -> list[
     return given
 
 
-def _read_prompts(file: Path, tools: Sequence[Any]) -> list[Any]:
+def _read_prompts(file: Path, column: str | None, tools: Sequence[Any]) -> list[Any]:
     from brushstroke.data import read_prompt, read_rows
-    from brushstroke.data.files import READERS
+    from brushstroke.data.files import is_readable
 
-    if file.suffix.lower() in READERS:
-        read = read_rows(file)
-        return [
-            read_prompt(row, read.where(number), tools=tools) for number, row in enumerate(read.rows, start=1)
-        ]
+    if is_readable(file):
+        read = read_rows(file, prompt=column)
+        rows = [read.where(number) for number in range(1, len(read) + 1)]
+        if column is not None:
+            for row, where in zip(read.rows, rows, strict=True):
+                if row.get(column) is None:
+                    raise DataError(f"{where}: has no column {column!r}; it has {', '.join(map(repr, row))}")
+            named = [{**row, "messages": None, "prompt": row[column]} for row in read.rows]
+        else:
+            named = read.rows
+        return [read_prompt(row, where, tools=tools) for row, where in zip(named, rows, strict=True)]
+    if column is not None:
+        raise ConfigError(f"--column {column}: {file} is a text file, with one prompt per line")
     return [line for line in read_text(file, "--prompts").splitlines() if line.strip()]
 
 

@@ -24,6 +24,7 @@ ADAPTER, TRAINING, DATA, RUN = (
     Group("Run", sort_key=4),
 )
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Use = Literal["chosen", "text"] | None
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -104,6 +105,7 @@ class TrainingOptions:
         share_prefixes: Compute a prefix that examples of a step share only once [default: on, unless dropout
             is used].
         eval_every: Steps between evaluations [default: once an epoch].
+        patience: End after this many evaluations without a lower loss [default: no early end].
         keep_best: Save the adapter with the lowest evaluation loss instead of the last one.
         checkpoint_every: Optimiser steps between checkpoints; the last two are kept [default: 100].
         seed: Seed of the initial factors, the order of the data, and dropout [default: 0].
@@ -123,6 +125,7 @@ class TrainingOptions:
     torch_compile: bool | None = None
     share_prefixes: bool | None = None
     eval_every: Whole = None
+    patience: Whole = None
     keep_best: bool | None = None
     checkpoint_every: Whole = None
     seed: Whole = None
@@ -136,16 +139,18 @@ class DataOptions:
     Args:
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
+        use: Train the chosen answers of preference data, or the texts of data with text and label.
         max_length: Longest example in tokens [default: the model's context].
         skip_too_long: Leave out examples whose prompt fills --max-length, instead of refusing them.
         split_turns: Make an example of every assistant turn, written as the model will see it.
         chat_template: A Jinja file, or chatml, llama3, gemma or alpaca [default: the tokenizer's own].
         date: The date of "today" in the chat template, YYYY-MM-DD [default: the day on which the run began].
-        eval_data: Data to evaluate on.
+        eval_data: Data to evaluate on, or the share of the rows to hold out for it, such as 0.1 or 10%.
     """
 
     prompt: str | None = None
     completion: str | None = None
+    use: Use = None
     max_length: Whole = None
     skip_too_long: bool | None = None
     split_turns: bool | None = None

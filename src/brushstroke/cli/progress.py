@@ -122,7 +122,8 @@ class TrainProgress:
         if self._left is not None:
             self._left.evaluation(event.seconds)
         best = "  (best)" if event.best else ""
-        print_text(self._console, f"evaluation after step {event.step}: loss {event.loss:.4f}{best}")
+        when = f"after step {event.step}" if event.step else "before the first step"
+        print_text(self._console, f"evaluation {when}: loss {event.loss:.4f}{best}")
 
     def __enter__(self) -> "TrainProgress":
         return self

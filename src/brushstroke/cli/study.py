@@ -16,7 +16,7 @@ from brushstroke.checks import check_integer, check_new_rows, check_number, chec
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
 from brushstroke.cli.early import check_data
-from brushstroke.cli.options import BaseOptions, Device, Dtype
+from brushstroke.cli.options import BaseOptions, Device, Dtype, Use
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, OutputError, require
@@ -134,6 +134,7 @@ class StudyDataOptions:
         general: General text, on which divergence from the base is measured (delta, paper).
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
+        use: Use the chosen answers of preference data, or the texts of data with text and label.
         max_length: Longest example in tokens [default: the model's context].
     """
 
@@ -143,6 +144,7 @@ class StudyDataOptions:
     general: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    use: Use = None
     max_length: Whole = None
 
 
@@ -422,7 +424,12 @@ def _read(data: str, files: StudyDataOptions) -> dict[str, Any]:
 
     named = {"data": data, "validation": files.validation, "test": files.test}
     named |= {"other": files.other, "general": files.general}
-    rows = {name: None if source is None else read_rows(source) for name, source in named.items()}
+    rows = {
+        name: None
+        if source is None
+        else read_rows(source, prompt=files.prompt, completion=files.completion, use=files.use)
+        for name, source in named.items()
+    }
     for read in filter(None, rows.values()):
         find_columns(read, files.prompt, files.completion)
     controls = {"other": "the other data", "general": "the general text"}

@@ -141,11 +141,20 @@ class _Request:
         self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
     ) -> None:
         if options.eval_data is None and training:
-            refuse_evaluation(training.keep_best, training.eval_every)
-        from brushstroke.data import find_columns, read_rows
+            refuse_evaluation(training.keep_best, training.eval_every, training.patience)
+        from brushstroke.data import find_columns, hold_out, read_rows, read_share
 
-        rows = read_rows(data)
-        self.eval_rows = read_rows(options.eval_data) if options.eval_data is not None else None
+        given = {"prompt": options.prompt, "completion": options.completion, "use": options.use}
+        rows = read_rows(data, **given)
+        self.eval_rows = None
+        share = read_share(options.eval_data or "")
+        if share is not None and Path(str(options.eval_data)).exists():
+            say(f"--eval {options.eval_data} is a file here, and is read as one")
+            share = None
+        if share is not None:
+            rows, self.eval_rows = hold_out(rows, share, (training and training.seed) or 0)
+        elif options.eval_data is not None:
+            self.eval_rows = read_rows(options.eval_data, **given)
         for read in filter(None, (rows, self.eval_rows)):
             find_columns(read, options.prompt, options.completion)
         lora = adapter.config()
@@ -197,7 +206,7 @@ def _on_plan(progress: TrainProgress, request: _Request, why: str) -> "Callable[
         evaluations = 0
         if request.eval_rows is not None:
             every = request.config.eval_every or max(1, round(made.steps / max(made.epochs, 1e-9)))
-            evaluations = -(-made.steps // every) - resumed_from // every
+            evaluations = -(-made.steps // every) - resumed_from // every + (not resumed_from)
         progress.start(made, resumed_from, evaluations)
 
     return on_plan
@@ -221,4 +230,9 @@ def _say_done(summary: dict[str, Any], out: Path) -> None:
         f"({summary['real_tokens_per_second']:,.0f} tokens/s), mean loss {summary['mean_loss']:.4f}, "
         f"last {summary['final_loss']:.4f}, peak {size(summary['peak_memory_bytes'])}"
     )
+    if (before := summary.get("eval_loss_before")) is not None:
+        stopped = f"; stopped early at step {summary['steps']}" if summary.get("stopped_early") else ""
+        best = summary["best_eval_loss"]
+        after = f"{summary['eval_loss']:.4f} after, lowest {best:.4f}"
+        say(f"evaluation loss: {before:.4f} before, {after}{stopped}")
     say(f"the adapter is in {out}")

@@ -7,10 +7,12 @@ from brushstroke.data.chat import ChatFormat
 from brushstroke.data.columns import Columns, find_columns, read_prompt, read_row
 from brushstroke.data.encode import encode
 from brushstroke.data.examples import EncodedData, EncodingReport, Example, common_length, segments
+from brushstroke.data.hold_out import hold_out, read_share
 from brushstroke.data.messages import Conversation, read_conversation
 from brushstroke.data.named_templates import Template, find_template
-from brushstroke.data.read import Rows, read_rows
+from brushstroke.data.read import read_rows
 from brushstroke.data.reply import Reply
+from brushstroke.data.rows import Rows
 from brushstroke.data.validate import DataWarning
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "encode",
     "find_columns",
     "find_template",
+    "hold_out",
     "read_conversation",
     "read_prompt",
     "read_row",
     "read_rows",
+    "read_share",
     "segments",
 ]

@@ -11,7 +11,7 @@ from brushstroke.data.examples import Example, Kind
 from brushstroke.data.files import Row
 from brushstroke.data.json_values import parsed
 from brushstroke.data.messages import Conversation, read_conversation
-from brushstroke.data.read import Rows
+from brushstroke.data.rows import Rows
 from brushstroke.data.validate import check_encodable, describe_type, expect
 from brushstroke.errors import DataError, did_you_mean
 
@@ -36,6 +36,8 @@ _JUDGEMENTS = {  # names of columns that classify a text or rate an answer
     *("feedback", "verdict", "train", "weight", "loss", "mask", "masked", "train_detail", "refusal"),
     *("loss_weight", "loss_mask", "sample_weight", "is_bad", "skip"),
 }
+_CLASSES = ("category", "class", "intent", "topic")  # beside an answer, these classify the row
+_REJECTED = ("rejected", "non_preferred_output")  # the worse answers of preference pairs
 _CONTEXTS = {  # names of columns and keys that may contain a part of the conversation
     *("reasoning", "reasoning_content", "thinking", "thinking_content", "thought", "thoughts", "rationale"),
     *("system_prompt", "system_message", "instruction", "instructions", "input", "context", "documents"),
@@ -52,17 +54,19 @@ class Columns:
         names: the columns with the conversation, the text or the tokens.
         context: other used columns: system, history, tools, chat_template_kwargs.
         unused: unused columns in which some row has a value.
+        form: the published form from which the rows were converted, such as "alpaca"; empty if none.
     """
 
     kind: Kind
     names: tuple[str, ...]
     context: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    form: str = ""
 
     @property
     def read_as(self) -> str:
-        """A description: the kind and the other used columns."""
-        return self.kind + (f" with {', '.join(self.context)}" if self.context else "")
+        """A description: the form or the kind, and the other used columns."""
+        return (self.form or self.kind) + (f" with {', '.join(self.context)}" if self.context else "")
 
 
 def find_columns(rows: Rows, prompt: str | None = None, completion: str | None = None) -> Columns:
@@ -102,7 +106,7 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
     usable = CONTEXT[kind]
     context = tuple(name for name in found if name in usable and name not in names)
     unused = tuple(name for name in found if name not in (*names, *context))
-    return Columns(kind, names, () if kind == "tokens" else context, unused)
+    return Columns(kind, names, () if kind == "tokens" else context, unused, rows.form)
 
 
 def doubts(columns: Columns, rows: Rows) -> list[str]:
@@ -110,6 +114,10 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
     warnings = []
     for name in columns.unused:
         is_answer, is_judgement = name.lower() in _ANSWERS, name.lower() in _JUDGEMENTS
+        chosen_by_user = name.lower() in _REJECTED if columns.form else False
+        is_class = columns.kind != "text" and name.lower() in _CLASSES
+        if chosen_by_user or is_class or (columns.form == "text" and is_judgement):
+            continue
         if columns.kind == "text" and (is_answer or is_judgement):
             meaning = (
                 "an answer: only the texts are trained; to train the answers, give prompt_column='text' "

@@ -23,7 +23,8 @@ from brushstroke.data.examples import EncodedData, EncodingReport, Example
 from brushstroke.data.files import Row
 from brushstroke.data.named_templates import Template, find_template
 from brushstroke.data.pieces import Piece
-from brushstroke.data.read import Rows, Source, hash_rows, read_rows
+from brushstroke.data.read import Source, read_rows
+from brushstroke.data.rows import Rows, hash_rows
 from brushstroke.data.tokenised import read_tokenised
 from brushstroke.data.truncate import truncate_examples
 from brushstroke.data.validate import DataWarning, expect
@@ -78,7 +79,7 @@ def encode(
         raise ConfigError(
             f"max_length is {max_length}; an example needs at least 2 tokens: give a larger limit"
         )
-    rows = _rows(source)
+    rows = _rows(source, prompt_column, completion_column)
     columns = find_columns(rows, prompt_column, completion_column)
     if columns.kind == "tokens":
         written = _Written(columns)
@@ -105,7 +106,7 @@ def encode(
     return EncodedData(tuple(kept), report, rows.name, rows.hash)
 
 
-def _rows(source: Any) -> Rows:
+def _rows(source: Any, prompt: str | None, completion: str | None) -> Rows:
     if isinstance(source, Rows):
         return source
     if isinstance(source, EncodedData):
@@ -121,7 +122,7 @@ def _rows(source: Any) -> Rows:
             given: list[Row] = [{"example": example} for example in checked]
             content = ({"tokens": example.tokens, "weights": example.weights} for example in checked)
             return Rows(given, "the given examples", hash_rows(content))
-    return read_rows(source)
+    return read_rows(source, prompt=prompt, completion=completion)
 
 
 def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
@@ -255,7 +256,7 @@ def _report(rows: Rows, written: _Written, kept: Sequence[Example], skipped: Seq
         read_as=columns.read_as,
         unused_columns=columns.unused,
         unused_keys=tuple(written.unused_keys),
-        notes=written.said(),
+        notes=(*rows.notes, *written.said()),
     )
 
 

@@ -1,12 +1,14 @@
-"""Reads one file of rows (JSONL, JSON, CSV or Parquet); errors name the line or row.
+"""Reads one file of rows (JSONL, JSON, CSV, TSV, each also as .gz, or Parquet); errors name the line or row.
 
 It does not look for files, and does not use the datasets package: local files need no network and no cache.
 """
 
 import codecs
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from brushstroke.data.validate import expect
 from brushstroke.errors import DataError
 
 Row = Mapping[str, Any]
+_ROWS = ("data", "rows", "examples")  # keys of an object under which files have their rows
+_SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
 def read_file(path: Path) -> list[Row]:
@@ -23,17 +27,18 @@ def read_file(path: Path) -> list[Row]:
     Raises:
         DataError: the file is empty, damaged, or of an unknown format.
     """
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(ending_of(path))
     if reader is None:
         raise DataError(
-            f"{path}: files with the ending {path.suffix!r} cannot be read; expected {endings()}: convert "
-            "or rename the file"
+            f"{path}: files with the ending {ending_of(path)!r} cannot be read; expected {endings()}: "
+            "convert or rename the file"
         )
     try:
         empty = path.stat().st_size == 0
         rows = [] if empty else reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); check the file") from error
     if not rows:
         raise DataError(
             f"{path}: {'the file is empty' if empty else 'contains no rows'}; add at least one row"
@@ -41,8 +46,20 @@ def read_file(path: Path) -> list[Row]:
     return rows
 
 
+def ending_of(path: Path) -> str:
+    """The ending that determines how a file is read, in lower case; without .gz if it is compressed."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the name of a file has an ending that can be read."""
+    return ending_of(path) in READERS and (path.suffix.lower() != ".gz" or ending_of(path) != ".parquet")
+
+
 def _text(path: Path) -> str:
     raw = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        raw = gzip.decompress(raw)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,16 +88,39 @@ def _read_json(path: Path) -> list[Row]:
     text = _text(path)
     if text.lstrip()[:1] != "[":
         try:
-            return _read_jsonl(path)
+            lines = _read_jsonl(path)
         except DataError:
-            if isinstance(_parse_json(text, path), dict):
+            found = _parse_json(text, path)
+            if not isinstance(found, dict):
+                raise
+            if (inside := _rows_of_object(found, path)) is None:
                 raise DataError(
                     f"{path}: contains one object; expected an array with one object per row: put the rows "
                     "between [ and ]"
                 ) from None
-            raise
+            return inside
+        only = dict(lines[0]) if len(lines) == 1 else {}
+        return _rows_of_object(only, path) or lines
     rows = enumerate(_parse_json(text, path), start=1)
     return [expect(dict, row, f"{path}: row {number}", "an object in braces") for number, row in rows]
+
+
+def _rows_of_object(found: dict[str, Any], path: Path) -> list[Row] | None:
+    """The rows of {"data": [...]}, beside other keys; None if the object is not of this form."""
+    tables = [
+        name
+        for name, value in found.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    ]
+    named = [name for name in tables if name in _ROWS]
+    if len(named) == 1:
+        return found[named[0]]
+    if splits := [name for name in tables if name in _SPLITS]:
+        raise DataError(
+            f"{path}: contains the splits {', '.join(map(repr, splits))}; write the one to read to a "
+            "file of its own"
+        )
+    return None
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
@@ -98,10 +138,22 @@ def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
 
 
 def _read_csv(path: Path) -> list[Row]:
+    return _read_table(path, _text(path))
+
+
+def _read_tsv(path: Path) -> list[Row]:
+    """A file of columns separated by tabs; quotes around fields are kept unless all of it reads as quoted."""
     text = _text(path)
+    try:
+        return _read_table(path, text, delimiter="\t")
+    except DataError:
+        return _read_table(path, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_table(path: Path, text: str, **form: Any) -> list[Row]:
     limit = csv.field_size_limit(max(len(text), 131_072))
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
         try:
             header = next((fields for fields in reader if fields), [])
             repeated = sorted({name for name in header if header.count(name) > 1})
@@ -145,10 +197,11 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
 
 
 def endings() -> str:
     """The endings of readable files, for a message."""
-    return ", ".join(READERS)
+    return f"{', '.join(READERS)} (all but .parquet also as .gz)"

@@ -1,66 +1,64 @@
-"""Reads rows from JSONL, JSON, CSV and Parquet files, folders of them, hub data sets and lists of dicts.
+"""Reads rows from JSONL, JSON, CSV, TSV and Parquet files, folders of them, hub data sets and lists of dicts.
 
 It does not check the columns of the rows; `encode` does.
 """
 
-import bisect
-import hashlib
-import json
 import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brushstroke.data.files import READERS, Row, endings, read_file
+from brushstroke.data.files import Row, endings, is_readable, read_file
+from brushstroke.data.published import as_read
+from brushstroke.data.rows import Rows, hash_rows
 from brushstroke.data.validate import describe_type
 from brushstroke.errors import DataError, did_you_mean
 from brushstroke.hub import hub_or_cache
 
 Source = str | Path | Iterable[Row]
 
+_SPLIT = re.compile(
+    r"((?P<train>train(ing)?)|test(ing)?|val(id(ation)?)?|dev(el)?|eval(uation)?)(set|s)?(?![a-z])"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows in order, their name, and a hash of their content.
+def read_rows(
+    source: Source | Any,
+    *,
+    split: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    use: str | None = None,
+) -> Rows:
+    """Read all rows of a data source, in order, and convert published forms to our columns.
 
-    `files` contains the name of each file and the number of rows before it.
-    """
+    `source` is a path to a `.jsonl`, `.json` (an array of objects, or {"data": [...]}), `.csv`, `.tsv` or
+    `.parquet` file (all but the last also as `.gz`), a folder of such files (sorted by name; if some are
+    named as a train split, the other splits are left out), a hub data set (`owner/name` or `name:split`, by
+    default the train split), a list of dicts, or a `datasets.Dataset`.
 
-    rows: list[Row]
-    name: str
-    hash: str
-    files: tuple[tuple[str, int], ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def where(self, row: int) -> str:
-        """Describe a row (from 1) by its place: `train.jsonl, row 3`; in a folder, counted per file."""
-        if not self.files:
-            return f"{self.name}, row {row}"
-        index = bisect.bisect_left([before for _, before in self.files], row) - 1
-        file, before = self.files[index]
-        return f"{file}, row {row - before}"
-
-
-def read_rows(source: Source | Any, *, split: str | None = None) -> Rows:
-    """Read all rows of a data source, in order.
-
-    `source` is a path to a `.jsonl`, `.json` (an array of objects), `.csv` or `.parquet` file, a folder of
-    such files (sorted by name), a hub data set (`owner/name` or `name:split`, by default the train split), a
-    list of dicts, or a `datasets.Dataset`.
+    Args:
+        source: the data.
+        split: the split of a hub data set.
+        prompt, completion: columns that the user selected; the rows are not converted then.
+        use: "chosen" trains the better answers of preference pairs, "text" texts that have a label.
 
     >>> read_rows([{"text": "a"}, {"text": "b"}]).where(2)
     'the given rows, row 2'
 
     Raises:
-        DataError: the source is missing, empty, damaged, or of an unknown kind.
+        DataError: the source is missing, empty, damaged, or of an unknown kind; its rows have several forms,
+            or contain preferences or labels and `use` does not say what to train.
     """
+    return as_read(_read(source, split), prompt, completion, use)
+
+
+def _read(source: Any, split: str | None) -> Rows:
+    if isinstance(source, Rows):
+        return source
     if isinstance(source, str | Path):
         return _read_named(source, split)
     if _is_from_datasets(source, "Dataset"):
@@ -79,15 +77,6 @@ def read_rows(source: Source | Any, *, split: str | None = None) -> Rows:
         )
     _check_rows(rows, name)
     return Rows(rows, name, hash_rows(rows))
-
-
-def hash_rows(rows: Iterable[Any]) -> str:
-    """The SHA-256 of the rows as JSON with sorted keys, independent of file format and column order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":"), default=repr).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
 
 
 def _read_named(source: str | Path, split: str | None) -> Rows:
@@ -114,7 +103,7 @@ def _near_names(path: Path) -> str:
 
 
 def _may_be_on_the_hub(name: str) -> bool:
-    if not _HUB_ID.fullmatch(name) or Path(name).suffix.lower() in READERS:
+    if not _HUB_ID.fullmatch(name) or is_readable(Path(name)):
         return False
     folder, slash, _ = name.rpartition("/")
     return not (slash and Path(folder).exists())
@@ -127,16 +116,29 @@ def _read_folder(folder: Path) -> Rows:
         rows = _dataset_rows(datasets.load_from_disk(str(folder)))
         _check_rows(rows, str(folder))
         return Rows(rows, folder.name, hash_rows(rows), files=((str(folder), 0),))
-    paths = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in READERS and not path.name.startswith(".")
-    )
+    paths = _data_files(folder) or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
     if not paths:
         raise DataError(f"{folder}: this folder contains no data file; expected files ending in {endings()}")
+    splits = {path: _split_of(path) for path in paths}
+    if "train" in splits.values():
+        paths = [path for path in paths if splits[path] in ("train", "")]
+    left = [path.name for path in splits if path not in paths]
+    notes = (f"not read, because they are other splits: {', '.join(left)}",) if left else ()
     rows, files = [], []
     for path in paths:
         files.append((str(path), len(rows)))
         rows += read_file(path)
-    return Rows(rows, folder.name, hash_rows(rows), files=tuple(files))
+    return Rows(rows, folder.name, hash_rows(rows), files=tuple(files), notes=notes)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_readable(path) and not path.name.startswith("."))
+
+
+def _split_of(path: Path) -> str:
+    """ "train" or "other" if a file's name begins with the name of a split, else an empty text."""
+    found = _SPLIT.match(path.name.lower())
+    return "" if found is None else "train" if found["train"] else "other"
 
 
 def _read_hub(name: str, split: str) -> Rows:

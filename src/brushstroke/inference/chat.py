@@ -91,7 +91,12 @@ class ChatSession:
         self._name = name
 
     def reset(self) -> None:
-        """Delete all turns; the selected adapter stays."""
+        """Delete all turns; the system message and the selected adapter stay."""
+        self._turns.clear()
+
+    def set_system(self, text: str | None) -> None:
+        """Replace or remove the system message, and delete all turns."""
+        self._system = [{"role": "system", "content": text}] if text else []
         self._turns.clear()
 
     def say(self, text: str, on_text: Callable[[str], None] | None = None) -> str:

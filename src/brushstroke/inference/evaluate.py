@@ -177,7 +177,9 @@ def evaluate_all(
     check_max_length(base.model, max_length)
     check_batch_size(batch_size)
     sampling = SamplingParams(max_new_tokens)
-    source = data if isinstance(data, Rows) or _is_tokenised(data) else read_rows(data)
+    source = data
+    if not (isinstance(data, Rows) or _is_tokenised(data)):
+        source = read_rows(data, prompt=prompt_column, completion=completion_column)
     context = context_length(base.model)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
     trained = {name: adapter for name, adapter in adapters.items() if adapter is not None}

@@ -59,6 +59,13 @@ class Attachment:
         self._route = route
         self._undo = undo
 
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        if not self.attached:
+            return f"Attachment(detached from {name})"
+        trained = sum(p.numel() for module in self._modules.values() for p in module.factors().values())
+        return f"Attachment({len(self._modules)} sites of {name}, {trained:,} parameters)"
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The paths of the adapted sites."""

@@ -86,6 +86,7 @@ class TrainConfig(StepConfig):
         split_turns: make one example of every assistant turn, with the prompt that the model will see then.
         date: today's date for the chat template (YYYY-MM-DD); None is the day on which the run began.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
+        patience: end the run after so many evaluations without a lower loss; None runs to the end.
         keep_best: return the adapter with the lowest evaluation loss instead of the last one.
         checkpoint_every: optimiser steps between checkpoints; the last two are kept.
 
@@ -102,12 +103,13 @@ class TrainConfig(StepConfig):
     split_turns: bool = False
     date: str | None = None
     eval_every: int | None = None
+    patience: int | None = None
     keep_best: bool = False
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_steps", "batch_size", "eval_every", "checkpoint_every"):
+        for name in ("max_steps", "batch_size", "eval_every", "patience", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None:
                 check_integer(name, value)

@@ -56,6 +56,9 @@ class Totals:
     best_step: int = 0
     best_sums: dict[str, str] = field(default_factory=dict)  # checksums of the files of that step's adapter
     evaluated: int = 0
+    eval_loss_before: float | None = None  # before the first step
+    eval_loss: float | None = None  # of the last evaluation
+    not_better: int = 0  # number of evaluations since the best one
     peak_memory_bytes: int = 0
 
     def add(self, event: StepEvent) -> None:

@@ -3,6 +3,7 @@
 It computes no step itself (`session` and `packed` do) and writes no files itself (`folder` does).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,7 +16,7 @@ import torch
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
 from brushstroke.checks import refuse_evaluation
-from brushstroke.data import EncodedData
+from brushstroke.data import EncodedData, hold_out, read_rows
 from brushstroke.errors import ConfigError, NonFiniteError, OutputError
 from brushstroke.formats import load, require_savable
 from brushstroke.packed import LossFunction
@@ -80,7 +81,7 @@ def train(
         lora: rank, scale, targets and dropout of the adapter; with `start`, only dropout may be set.
         config: the settings of the training.
         out: folder for the adapter, metrics, evaluations and checkpoints; without it nothing is written.
-        eval_data: examples for the evaluations.
+        eval_data: examples for the evaluations, or the share of the rows to hold out for them.
         start: an existing adapter whose training continues.
         loss: replaces cross-entropy; see `Training.forward_backward`.
         resume: continue from the last checkpoint in `out`; start a new run if there is none.
@@ -106,7 +107,10 @@ def train(
     )
     require_base(base)
     if eval_data is None:
-        refuse_evaluation(request.config.keep_best, request.config.eval_every)
+        refuse_evaluation(request.config.keep_best, request.config.eval_every, request.config.patience)
+    if isinstance(eval_data, float):
+        rows = read_rows(data, prompt=prompt_column, completion=completion_column)
+        data, eval_data = hold_out(rows, eval_data, request.config.seed)
     folder = open_folder(out, base.name, resume=resume, overwrite=overwrite)
     chat = make_chat(base, request, folder.date())
     examples = read_data(base, data, request, chat)
@@ -131,8 +135,9 @@ def train(
             warn_of(plan)
         run.begin()
         try:
+            run.evaluate_start(on_eval)
             run.evaluate_if_due(on_eval)  # an earlier interrupt may have come between step and evaluation
-            while session.steps < run.steps:
+            while session.steps < run.steps and not run.lost_patience:
                 event = run.step()
                 if on_step:
                     on_step(event)
@@ -164,6 +169,7 @@ class _Run:
         self._examples, self._held_out, self._identity = examples, held_out, identity
         self._batches = BatchSampler(examples, self._config.batch_size, self._config.seed)
         self._best: Adapter | None = None
+        self._start: EvalEvent | None = None
         self._began = 0.0
         self.steps = _count_steps(self._batches, self._config)
         self.totals = Totals()
@@ -211,8 +217,19 @@ class _Run:
             if session.steps == 1:
                 self._folder.claim()
                 self._folder.open(0)
+                if self._start is not None:
+                    self._folder.record(EVALUATIONS, asdict(self._start))
             self._folder.record(METRICS, {k: v for k, v in asdict(event).items() if k != "steps"})
         return event
+
+    def evaluate_start(self, on_eval: Callable[[EvalEvent], None] | None) -> None:
+        """Evaluate before the first step; the folder gets the result with the first step."""
+        if self._held_out is None or self._session.steps:
+            return
+        self._start = _evaluate(self._session, self._held_out, -math.inf)
+        self.totals.eval_loss_before = self._start.loss
+        if on_eval:
+            on_eval(self._start)
 
     def evaluate_if_due(self, on_eval: Callable[[EvalEvent], None] | None) -> None:
         """Evaluate if an evaluation is due after this step and was not done yet; keep the best adapter."""
@@ -222,7 +239,8 @@ class _Run:
             return
         evaluation = _evaluate(session, self._held_out, totals.best_loss)
         with self._interrupts.deferred():
-            totals.evaluated = session.steps
+            totals.evaluated, totals.eval_loss = session.steps, evaluation.loss
+            totals.not_better = 0 if evaluation.best else totals.not_better + 1
             if evaluation.best:
                 totals.best_loss, totals.best_step = evaluation.loss, session.steps
                 if self._config.keep_best:
@@ -231,6 +249,11 @@ class _Run:
             self._folder.record(EVALUATIONS, asdict(evaluation))
         if on_eval:
             on_eval(evaluation)
+
+    @property
+    def lost_patience(self) -> bool:
+        """Whether the last evaluations, as many as the patience, were all no better than an earlier one."""
+        return self._config.patience is not None and self.totals.not_better >= self._config.patience
 
     @property
     def _steps_between_evaluations(self) -> int:
@@ -254,6 +277,7 @@ class _Run:
         adapter = self._session.adapter() if self._best is None else self._best
         self._require_finite(tensor for update in adapter.values() for tensor in update.tensors().values())
         summary = summarise(self._session, self.totals, self._identity, self._examples)
+        summary["stopped_early"] = self._session.steps < self.steps
         adapter = adapter.with_card(card_of_run(adapter, summary, self._examples))
         with self._interrupts.deferred():
             try:

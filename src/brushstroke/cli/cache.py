@@ -1,0 +1,74 @@
+"""The command `cache`: what is kept on disk to save time, and its removal."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from brushstroke.cli.console import emit_json, print_text, results, say, size, table
+
+COLUMNS = ("part", "holds", "entries", "size", "at most")
+WITHOUT = ("holds", "at most")  # columns that a narrow terminal omits, in this order
+PARTS = {
+    "gguf": "models read from GGUF files",
+    "directions": "singular directions of base weights",
+    "samples": "the model and the data of the demo and the tests",
+}
+
+
+def cache(
+    *, clear: Literal["gguf", "directions", "samples", "all"] | None = None, json: bool = False
+) -> None:
+    """Show what is kept on disk to save time, or remove it; everything in it is made again when needed.
+
+    Args:
+        clear: Remove this part.
+        json: Print JSON on stdout.
+    """
+    from brushstroke.analysis.directions import LIMIT as DIRECTIONS
+    from brushstroke.base.gguf_cache import LIMIT as GGUF
+    from brushstroke.samples.assets import cache_folder
+
+    folder = cache_folder()
+    limits = {"gguf": GGUF, "directions": DIRECTIONS, "samples": None}
+    parts = {name: _entries(folder, name) for name in PARTS}
+    cleared = 0
+    for name in PARTS if clear == "all" else [clear] if clear else []:
+        for entry in parts[name]:
+            cleared += _size(entry)
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        parts[name] = []
+    described = [
+        {
+            "part": name,
+            "entries": len(entries),
+            "bytes": sum(map(_size, entries)),
+            "limit_bytes": limits[name],
+        }
+        for name, entries in parts.items()
+    ]
+    if json:
+        emit_json({"folder": str(folder), "parts": described, "cleared_bytes": cleared})
+        return
+    if clear:
+        say(f"removed {size(cleared)}")
+    console = results()
+    table(console, COLUMNS, [_row(part) for part in described], leave_out=WITHOUT)
+    print_text(console, f"in {folder}")
+
+
+def _entries(folder: Path, part: str) -> list[Path]:
+    """The files or folders of a part; samples lie beside the folders of the other parts."""
+    where = folder if part == "samples" else folder / part
+    if not where.is_dir():
+        return []
+    return sorted(path for path in where.iterdir() if part != "samples" or path.name not in PARTS)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
+
+
+def _row(part: dict[str, Any]) -> tuple[str, ...]:
+    limit = "–" if part["limit_bytes"] is None else size(part["limit_bytes"])
+    return part["part"], PARTS[part["part"]], str(part["entries"]), size(part["bytes"]), limit

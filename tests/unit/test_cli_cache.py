@@ -1,0 +1,36 @@
+import json
+
+from brushstroke.cli.app import main
+
+
+def test_the_cache_is_listed_and_cleared_by_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path))
+    assert main(["cache", "--json"]) == 0
+    assert [part["entries"] for part in json.loads(capsys.readouterr().out)["parts"]] == [0, 0, 0]
+    (tmp_path / "gguf" / "model").mkdir(parents=True)
+    (tmp_path / "gguf" / "model" / "weights").write_bytes(b"x" * 1000)
+    (tmp_path / "directions").mkdir()
+    (tmp_path / "directions" / "a.directions").write_bytes(b"x" * 10)
+    (tmp_path / "sample-1.0").mkdir()
+    (tmp_path / "sample-1.0" / "rows.xml").write_bytes(b"x" * 5)
+    assert main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "models read from GGUF files" in shown
+    assert str(tmp_path) in shown.replace("\n", "")
+    assert main(["cache", "--clear", "gguf", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cleared_bytes"] == 1000
+    assert {part["part"]: part["bytes"] for part in found["parts"]} == {
+        "gguf": 0,
+        "directions": 10,
+        "samples": 5,
+    }
+    assert not (tmp_path / "gguf" / "model").exists()
+    assert main(["cache", "--clear", "all"]) == 0
+    assert "removed 15 B" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_unknown_part_is_refused(capsys):
+    assert main(["cache", "--clear", "everything"]) == 2
+    assert "gguf" in capsys.readouterr().err
