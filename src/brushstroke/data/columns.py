@@ -315,8 +315,10 @@ def _unknown_columns(
                 f" ({name!r} contains objects: conversations are read from 'messages', with role and content)"
             )
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    if not missing and not hints and len(texts) == 2 and texts[1].lower() in _ANSWERS:
-        hints.append(f" (for these: --prompt {texts[0]} --completion {texts[1]})")
+    if not missing and not hints and len(texts) == 2:
+        certain = texts[1].lower() in _ANSWERS
+        what = "for these" if certain else "if they are a prompt and its answer"
+        hints.append(f" ({what}: --prompt {texts[0]} --completion {texts[1]})")
     if len(row) == 1 and (mark := next((m for m in ";\t|" if m in next(iter(row))), None)):
         hints = [f" (its columns seem to be separated by {mark!r}; separate them by commas)"]
     expected = (

@@ -240,22 +240,14 @@ def _refuse_immovable(folder: Path) -> None:
     Raises:
         OutputError: the subfolder is a mount point or cannot be read.
     """
-    if inner := _immovable_in(folder):
-        what = "is a mount point" if os.path.ismount(inner) else "cannot be read"
-        raise OutputError(
-            f"{inner} {what}, so {folder} cannot be replaced; move or unmount it, or choose another folder"
-        )
-
-
-def _immovable_in(folder: Path) -> Path | None:
-    return next(
-        (
-            inner
-            for inner in folder.rglob("*")
-            if os.path.ismount(inner) or (_is_folder(inner) and not os.access(inner, os.R_OK | os.X_OK))
-        ),
-        None,
-    )
+    for inner in folder.rglob("*"):
+        is_mount = os.path.ismount(inner)
+        if is_mount or (_is_folder(inner) and not os.access(inner, os.R_OK | os.X_OK)):
+            what = "is a mount point" if is_mount else "cannot be read"
+            raise OutputError(
+                f"{inner} {what}, so {folder} cannot be replaced; move or unmount it, or choose another "
+                "folder"
+            )
 
 
 def _sync(folder: Path) -> None:
@@ -277,5 +269,8 @@ def _is_fixed(folder: Path) -> bool:
     with suppress(FileNotFoundError):  # the current folder was removed
         if Path.cwd().is_relative_to(folder):
             return True
-    movable = os.access(folder.parent, os.W_OK | os.X_OK) and not os.path.ismount(folder)
-    return not movable or _immovable_in(folder) is not None
+    try:
+        _refuse_immovable(folder)
+    except OutputError:
+        return True
+    return os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)

@@ -24,10 +24,10 @@ from brushstroke.packed.memory import peak_memory
 from brushstroke.training.checkpoint import load_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.events import EvalEvent, StepEvent, Totals
-from brushstroke.training.folder import RunFolder
+from brushstroke.training.folder import RunFolder, refuse_base
 from brushstroke.training.identity import identify, refuse_other_run
 from brushstroke.training.interrupt import DeferredInterrupts
-from brushstroke.training.no_folder import open_folder
+from brushstroke.training.no_folder import NoFolder
 from brushstroke.training.plan import Plan, make_plan, warn_of
 from brushstroke.training.run_files import EVALUATIONS, METRICS
 from brushstroke.training.sampler import BatchSampler
@@ -111,7 +111,9 @@ def train(
     if isinstance(eval_data, float):
         rows = read_rows(data, prompt=prompt_column, completion=completion_column)
         data, eval_data = hold_out(rows, eval_data, request.config.seed)
-    folder = open_folder(out, base.name, resume=resume, overwrite=overwrite)
+    if out is not None:
+        refuse_base(out, base.name)
+    folder = NoFolder() if out is None else RunFolder(out, resume=resume, overwrite=overwrite)
     chat = make_chat(base, request, folder.date())
     examples = read_data(base, data, request, chat)
     held_out = None if eval_data is None else read_data(base, eval_data, request, chat)

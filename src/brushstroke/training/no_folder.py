@@ -9,7 +9,7 @@ from typing import Any
 
 from brushstroke.adapter import Adapter
 from brushstroke.training.checkpoint import Resumable
-from brushstroke.training.folder import RunFolder, refuse_base
+from brushstroke.training.folder import RunFolder
 
 
 class NoFolder(RunFolder):
@@ -43,17 +43,3 @@ class NoFolder(RunFolder):
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
         """Do nothing."""
-
-
-def open_folder(
-    out: str | Path | None, base: str | None, *, resume: bool = False, overwrite: bool = False
-) -> RunFolder:
-    """The output folder of a run, or a `NoFolder` if `out` is None.
-
-    Raises:
-        ConfigError, OutputError: as `RunFolder`, or it is the folder of the base.
-    """
-    if out is None:
-        return NoFolder()
-    refuse_base(out, base)
-    return RunFolder(out, resume=resume, overwrite=overwrite)
