@@ -158,6 +158,8 @@ def test_chat_commands(cli, tiny, adapter, tmp_path, monkeypatch):
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][0]["content"] == "Be brief."
     assert cli("data", tiny, saved, "--json").status == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/save {tmp_path / 'none'}\n"))
+    assert "there is no answer to save yet" in cli("chat", tiny, *PLAIN).err
 
 
 def test_generate_reads_a_named_column_and_adds_a_system_message(cli, tiny, tmp_path):

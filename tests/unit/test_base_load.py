@@ -179,7 +179,10 @@ def test_a_gguf_file_is_read_once_and_then_from_the_cache(
         assert_equal_bases(first, load_base(gguf_file, dtype=dtype, device="cpu"))
         assert load_tokenizer(gguf_file)[1] == 64
     weights = kept / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert_equal_bases(first, load_base(gguf_file, dtype=dtype, device="cpu"))
     (kept / "tokenizer.json").write_text("{")
     assert load_tokenizer(gguf_file)[1] == 64
     assert_equal_bases(first, load_base(gguf_file, dtype=dtype, device="cpu"))
@@ -194,6 +197,15 @@ def test_a_gguf_file_is_read_once_and_then_from_the_cache(
 
 def refuse_to_read(*_: object) -> None:
     raise AssertionError("the GGUF file is read again")
+
+
+def test_a_gguf_file_that_changes_while_it_is_read_is_not_kept(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = iter(["0" * 32, "1" * 32])
+    monkeypatch.setattr("brushstroke.base.gguf_cache.key_of", lambda path: next(keys))
+    load_base(gguf_file, dtype="float32", device="cpu")
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
 
 def test_the_cache_of_gguf_files_is_bounded(

@@ -1,18 +1,22 @@
 import json
 
 from brushstroke.cli.app import main
+from brushstroke.samples.assets import LABELLED
 
 
 def test_the_cache_is_listed_and_cleared_by_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BRUSHSTROKE_CACHE", str(tmp_path))
     assert main(["cache", "--json"]) == 0
     assert [part["entries"] for part in json.loads(capsys.readouterr().out)["parts"]] == [0, 0, 0]
-    (tmp_path / "gguf" / "model").mkdir(parents=True)
-    (tmp_path / "gguf" / "model" / "weights").write_bytes(b"x" * 1000)
+    kept = tmp_path / "gguf" / f"{'0' * 32}-float32"
+    kept.mkdir(parents=True)
+    (kept / "weights").write_bytes(b"x" * 1000)
     (tmp_path / "directions").mkdir()
     (tmp_path / "directions" / "a.directions").write_bytes(b"x" * 10)
-    (tmp_path / "sample-1.0").mkdir()
-    (tmp_path / "sample-1.0" / "rows.xml").write_bytes(b"x" * 5)
+    LABELLED["people"].path.parent.mkdir()
+    LABELLED["people"].path.write_bytes(b"x" * 5)
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "gguf" / "notes").mkdir()
     assert main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert "models read from GGUF files" in shown
@@ -25,10 +29,10 @@ def test_the_cache_is_listed_and_cleared_by_part(tmp_path, monkeypatch, capsys):
         "directions": 10,
         "samples": 5,
     }
-    assert not (tmp_path / "gguf" / "model").exists()
+    assert not kept.exists()
     assert main(["cache", "--clear", "all"]) == 0
     assert "removed 15 B" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["gguf", "notes", "thesis.txt"]
 
 
 def test_an_unknown_part_is_refused(capsys):

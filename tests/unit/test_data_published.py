@@ -4,7 +4,7 @@ import json
 import data_tokenizers as have
 import pytest
 
-from brushstroke.data import encode, read_rows, segments
+from brushstroke.data import DataWarning, encode, hold_out, read_rows, segments
 from brushstroke.data.columns import find_columns
 from brushstroke.errors import DataError
 
@@ -185,7 +185,7 @@ def test_a_mixture_of_forms_is_refused_with_its_rows():
     )
     with pytest.raises(DataError, match=expected):
         read_rows(rows)
-    with pytest.raises(DataError, match=r"row 2: has no 'output', which the other rows of"):
+    with pytest.raises(DataError, match=r"row 2: has no 'output', which rows of the form alpaca have"):
         read_rows([alpaca, {"instruction": QUESTION, "input": "x"}])
 
 
@@ -218,10 +218,16 @@ def test_files_of_other_kinds_have_the_same_rows(tmp_path, name, content, packed
     assert found.where(2) == f"{path}, row 2"
 
 
-def test_quotes_in_tsv_are_kept_unless_all_fields_read_as_quoted(tmp_path):
+def test_a_field_of_a_tsv_file_is_unquoted_only_if_it_is_quoted_as_a_whole(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('question\tanswer\n"Go" he said\tok\n')
     assert read_rows(path).rows[0]["prompt"] == '"Go" he said'
+    path.write_text('question\tanswer\n"He said ""hi"""\t5" disk\n"Hi\tyes\nno"\tok\n')
+    assert [tuple(row.values()) for row in read_rows(path).rows] == [
+        ('He said "hi"', '5" disk'),
+        ('"Hi', "yes"),
+        ('no"', "ok"),
+    ]
     path.write_text('question\tanswer\n"two\nlines"\tok\n')
     assert read_rows(path).rows[0]["prompt"] == "two\nlines"
 
@@ -247,6 +253,7 @@ def test_damaged_and_ambiguous_files_are_refused(tmp_path):
         (["trainset.jsonl", "devset.jsonl", "testset_w_refs.jsonl"], ["trainset.jsonl"]),
         (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl"], 2),
         (["a.jsonl", "test.jsonl"], 2),
+        (["squad_train.jsonl", "squad_test.jsonl", "holdout.jsonl"], ["squad_train.jsonl"]),
         (["training.jsonl", "more.jsonl", "valid.jsonl"], 2),
         (["testimony.jsonl", "train.jsonl"], 2),
     ],
@@ -258,7 +265,9 @@ def test_a_folder_with_splits_is_read_as_its_train_split(tmp_path, chatml, names
     assert len(rows) == (read if isinstance(read, int) else len(read))
     left = [name for name in names if all(name not in file for file, _ in rows.files)]
     notes = encode(rows, chatml).report.notes
-    assert notes == ((f"not read, because they are other splits: {', '.join(sorted(left))}",) if left else ())
+    kept = ", ".join(sorted(name for name in names if name not in left))
+    said = f"read {kept}; not read, because they are other splits: {', '.join(sorted(left))}"
+    assert notes == ((said,) if left else ())
 
 
 def test_a_data_folder_inside_is_read(tmp_path):
@@ -266,3 +275,79 @@ def test_a_data_folder_inside_is_read(tmp_path):
     (tmp_path / "README.md").write_text("a card")
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     assert len(read_rows(tmp_path)) == 1
+
+
+def test_transcripts_may_end_with_the_name_of_the_assistant(chatml):
+    row = {"prompt": f"\n\nHuman: {QUESTION}\n\nAssistant:", "chosen": f" {ANSWER}", "rejected": "x"}
+    (converted,) = read_rows([row], use="chosen").rows
+    assert [turn["role"] for turn in converted["prompt"]] == ["user"]
+
+
+def test_a_chosen_conversation_is_joined_with_the_prompt_where_it_repeats_it():
+    def read(prompt, chosen):
+        (row,) = read_rows([{"prompt": prompt, "chosen": chosen, "rejected": chosen}], use="chosen").rows
+        return [*row["prompt"], *row["completion"]]
+
+    assert read([SYSTEM, MESSAGES[0]], MESSAGES) == [SYSTEM, *MESSAGES]
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read([*earlier, MESSAGES[0]], MESSAGES) == [*earlier, *MESSAGES]
+    assert read(f" {QUESTION}\n", MESSAGES)[1:] == MESSAGES[1:]
+    with pytest.raises(DataError, match="does not begin with the prompt"):
+        read("another question", MESSAGES)
+
+
+def test_the_input_of_a_preference_pair_follows_the_instruction():
+    row = {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}
+    (converted,) = read_rows([row], use="chosen").rows
+    assert converted["prompt"] == [{"role": "user", "content": "Add.\n\n1 2"}]
+
+
+def test_columns_whose_names_are_taken_are_named_as_unused(chatml):
+    row = {"prompt": "You are Bob.", "question": QUESTION, "answer": ANSWER}
+    with pytest.warns(DataWarning, match="'prompt of the file' is not used"):
+        report = encode([row], chatml).report
+    assert report.unused_columns == ("prompt of the file",)
+    with pytest.warns(DataWarning, match="'text' is not used, but looks like a part of the conversation"):
+        encode([{"text": "a passage", "question": QUESTION, "answer": ANSWER}], chatml)
+    assert text_of(chatml, {"instruction": QUESTION, "output": ANSWER, "messages": None}) == text_of(
+        chatml, {"messages": MESSAGES}
+    )
+
+
+def test_instances_share_only_the_columns_of_their_row():
+    instances = [{"input": "", "output": "a", "system": "Be rude."}, {"input": "", "output": "b"}]
+    rows = read_rows([{"instruction": "x", "instances": instances}]).rows
+    assert [row.get("system") for row in rows] == ["Be rude.", None]
+    with pytest.raises(DataError, match="'instances' is empty"):
+        read_rows([{"instruction": "x", "instances": []}])
+
+
+def test_rows_without_the_value_of_their_form_are_refused():
+    with pytest.raises(DataError, match="row 2: has no 'conversations'"):
+        read_rows([{"conversations": TURNS}, {"conversations": None}])
+    with pytest.raises(DataError, match="cannot be combined with selected columns"):
+        read_rows([{"text": "a", "label": "b"}], prompt="text", use="text")
+    with pytest.raises(DataError, match="is read as alpaca, not as texts"):
+        read_rows([{"instruction": "a", "output": "b"}], use="text")
+    assert read_rows([{"text": "a", "label": ""}]).rows[0]["text"] == "a"
+
+
+def test_preferences_of_two_kinds_in_one_source_are_all_converted():
+    rows = read_rows([PAIRS[0], PAIRS[-1]], use="chosen").rows
+    assert [row["completion"][-1]["content"] for row in rows] == [ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize("name", ["train", "quality", "rating", "skip"])
+def test_judgements_of_plain_texts_are_still_warned_of(chatml, name):
+    with pytest.warns(DataWarning, match=f"the column '{name}' is not used"):
+        encode([{"text": QUESTION, name: False}], chatml)
+
+
+def test_bad_rows_after_holding_out_have_the_numbers_of_the_file(chatml):
+    rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(30)]
+    for number in range(20, 28):
+        rows[number]["completion"] = 5
+    train, _ = hold_out(read_rows(rows), 0.3)
+    kept = [train.number(n) for n in range(1, len(train) + 1) if train.rows[n - 1]["completion"] == 5]
+    with pytest.raises(DataError, match=rf"row {kept[0]}: .*in rows {', '.join(map(str, kept[1:]))}\)"):
+        encode(train, chatml)

@@ -28,7 +28,7 @@ SMALLEST = 2**16  # a W with fewer entries is not cached
 LIMIT = 4 * 2**30  # maximum bytes of all files
 LARGEST = 1e18  # largest norm of a W whose products with WᵀW are in the range of float32
 FORMAT = "brushstroke directions 1"  # change it whenever the mathematics or the layout changes
-_SUFFIX = ".directions"
+SUFFIX = ".directions"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ class DirectionCache:
             self.failure = str(error)
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}{_SUFFIX}"
+        return self.folder / f"{key}{SUFFIX}"
 
     def _make_room(self, size: int) -> bool:
         """Delete the oldest files that this run has not used, until a file of this size fits.
@@ -138,7 +138,7 @@ class DirectionCache:
         Returns:
             Whether it fits.
         """
-        files = {path: path.stat() for path in self.folder.glob(f"*{_SUFFIX}")}
+        files = {path: path.stat() for path in self.folder.glob(f"*{SUFFIX}")}
         total = size + sum(stat.st_size for stat in files.values())
         for path in sorted(files.keys() - self._own_files, key=lambda path: files[path].st_mtime):
             if total <= self.limit:

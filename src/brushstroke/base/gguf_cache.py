@@ -5,7 +5,9 @@ read it. It does not read GGUF files.
 """
 
 import hashlib
+import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from importlib.metadata import version
@@ -14,13 +16,13 @@ from typing import Any
 
 import torch
 
-from brushstroke.errors import OutputError
 from brushstroke.outputs import clear_leftovers, replace_folder
 from brushstroke.samples.assets import cache_folder
 
 FORMAT = "1"  # change it whenever the content of a folder changes
 LIMIT = 16 * 2**30  # maximum bytes of all folders; a larger model is not kept
-_MARKER = "config.json"
+_SUMS = "sha256.json"  # name → checksum of each other file
+_ENTRY = re.compile(r"[0-9a-f]{32}-\w+")
 
 
 def folder() -> Path:
@@ -31,38 +33,65 @@ def folder() -> Path:
 def key_of(path: Path) -> str:
     """A hash of a GGUF file and of the packages that read it."""
     packages = (f"{name} {version(name)}" for name in ("transformers", "gguf"))
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    said = "; ".join((FORMAT, content, *packages))
+    said = "; ".join((FORMAT, _sum(path), *packages))
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
 def find(key: str, dtype: torch.dtype | None = None) -> Path | None:
-    """The folder of a model in a dtype, or in any, if it is kept; it then counts as used now."""
+    """The folder of a model in a dtype, or in any, if it is kept; it then counts as used now.
+
+    A folder whose files do not match their checksums is deleted; without a dtype the weights are not checked.
+    """
     named = f"{key}-*" if dtype is None else _name(key, dtype)
-    found = next((path for path in folder().glob(named) if (path / _MARKER).is_file()), None)
-    if found is not None:
-        with suppress(OSError):
-            os.utime(found)
-    return found
+    for found in folder().glob(named):
+        if _is_whole(found, weights=dtype is not None):
+            with suppress(OSError):
+                os.utime(found)
+            return found
+        shutil.rmtree(found, ignore_errors=True)
+    return None
 
 
-def forget(kept: Path) -> None:
-    """Delete a folder that cannot be read."""
-    shutil.rmtree(kept, ignore_errors=True)
+def keep(key: str, path: Path, model: Any, tokenizer: Any) -> None:
+    """Keep a model and its tokenizer, if the file at `path` has not changed since `key` was computed.
 
-
-def keep(key: str, model: Any, tokenizer: Any) -> None:
-    """Keep a model and its tokenizer; does nothing if it is too large or cannot be written."""
+    Does nothing if the model is too large or cannot be written: it is then read from its file again.
+    """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     target = folder() / _name(key, model.dtype)
-    with suppress(OSError, OutputError):
+    with suppress(Exception):
         folder().mkdir(parents=True, exist_ok=True)
-        if _make_room(size) and shutil.disk_usage(folder()).free > 2 * size:
+        if _make_room(size) and shutil.disk_usage(folder()).free > 2 * size and key_of(path) == key:
             clear_leftovers(target, lambda _: True)
             with replace_folder(target, lambda _: True) as new:
                 tokenizer.save_pretrained(new)
                 model.save_pretrained(new)
+                sums = {file.name: _sum(file) for file in new.iterdir()}
+                (new / _SUMS).write_text(json.dumps(sums), "utf-8")
+
+
+def entries() -> list[Path]:
+    """The folders that are kept."""
+    where = folder()
+    found = where.iterdir() if where.is_dir() else ()
+    return sorted(path for path in found if _ENTRY.fullmatch(path.name) and path.is_dir())
+
+
+def _is_whole(found: Path, *, weights: bool) -> bool:
+    try:
+        sums = json.loads((found / _SUMS).read_text("utf-8"))
+        return all(
+            _sum(found / name) == stored
+            for name, stored in sums.items()
+            if weights or not name.endswith(".safetensors")
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(key: str, dtype: torch.dtype) -> str:
@@ -71,7 +100,7 @@ def _name(key: str, dtype: torch.dtype) -> str:
 
 def _make_room(size: int) -> bool:
     """Delete the folders that were not used for longest until one of this size fits; whether it fits."""
-    found = [path for path in folder().iterdir() if not path.name.startswith(".")]
+    found = entries()
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in found}
     total = size + sum(sizes.values())
     for path in sorted(found, key=lambda path: path.stat().st_mtime):

@@ -6,7 +6,7 @@ It does not parse the format; transformers and the gguf package do.
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,18 +31,15 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
     key = gguf_cache.key_of(path)
     loaded: Any
     if kept := gguf_cache.find(key, options["dtype"]):
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(kept, **options)
-            return *loaded, AutoTokenizer.from_pretrained(kept)
-        except Exception:  # damaged in any way: it is made again
-            gguf_cache.forget(kept)
+        loaded = AutoModelForCausalLM.from_pretrained(kept, **options)
+        return *loaded, AutoTokenizer.from_pretrained(kept)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _header_read_once(gguf):
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, **_unpack_weights(), **options)
     model, report = loaded
     _forget_quantisation(model)
-    gguf_cache.keep(key, model, tokenizer)
+    gguf_cache.keep(key, path, model, tokenizer)
     return model, report, tokenizer
 
 
@@ -57,8 +54,7 @@ def load_gguf_tokenizer(path: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     if kept := gguf_cache.find(gguf_cache.key_of(path)):
-        with suppress(Exception):  # damaged in any way: the file is read
-            return AutoTokenizer.from_pretrained(kept), AutoConfig.from_pretrained(kept)
+        return AutoTokenizer.from_pretrained(kept), AutoConfig.from_pretrained(kept)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _header_read_once(gguf):
         return (

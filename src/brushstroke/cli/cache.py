@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brushstroke.cli.console import emit_json, print_text, results, say, size, table
+from brushstroke.outputs.write import remove_empty
 
 COLUMNS = ("part", "holds", "entries", "size", "at most")
 WITHOUT = ("holds", "at most")  # columns that a narrow terminal omits, in this order
@@ -36,6 +37,7 @@ def cache(
         for entry in parts[name]:
             cleared += _size(entry)
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            remove_empty(entry.parent)
         parts[name] = []
     described = [
         {
@@ -57,11 +59,16 @@ def cache(
 
 
 def _entries(folder: Path, part: str) -> list[Path]:
-    """The files or folders of a part; samples lie beside the folders of the other parts."""
-    where = folder if part == "samples" else folder / part
-    if not where.is_dir():
-        return []
-    return sorted(path for path in where.iterdir() if part != "samples" or path.name not in PARTS)
+    """The files or folders of a part; nothing that was not put there to be kept."""
+    from brushstroke.analysis.directions import SUFFIX
+    from brushstroke.base import gguf_cache
+    from brushstroke.samples.assets import LABELLED, MODEL
+
+    if part == "gguf":
+        return gguf_cache.entries()
+    if part == "directions":
+        return sorted((folder / part).glob(f"*{SUFFIX}"))
+    return sorted(asset.path for asset in (MODEL, *LABELLED.values()) if asset.path.is_file())
 
 
 def _size(path: Path) -> int:

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from brushstroke.cli.console import say
+
 if TYPE_CHECKING:
     from brushstroke.data import Rows
 
@@ -53,3 +55,10 @@ def check_data(
                 **reading,
                 need_trained=whole,  # later rows may have trained tokens
             )
+
+
+def say_what_was_read(*sources: "Rows | None") -> None:
+    """Say what was not read of the data, for commands that print no report on it."""
+    for rows in filter(None, sources):
+        for note in rows.notes:
+            say(f"{rows.name}: {note}")

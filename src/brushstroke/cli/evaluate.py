@@ -9,7 +9,7 @@ from typing import Any
 
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
-from brushstroke.cli.early import check_data
+from brushstroke.cli.early import check_data, say_what_was_read
 from brushstroke.cli.options import BaseOptions, Use
 from brushstroke.cli.values import Whole
 from brushstroke.errors import OutputError
@@ -71,6 +71,7 @@ def evaluate(
         find_template(chat_template),
     )
     find_columns(rows, prompt, completion)
+    say_what_was_read(rows)
     if out is not None:
         _refuse_out(out.expanduser(), data, overwrite)
     adapters: dict[str, Any] = dict(load_adapters(adapter)) or {BASE: None}

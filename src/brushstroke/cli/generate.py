@@ -106,7 +106,7 @@ def generate(
     declared = read_tools(tools)
     asked = _prompts([*texts, *(prompt or ())], prompts, column, declared)
     if system is not None:
-        asked = [_with_system(question, system) for question in asked]
+        asked = [_with_system(question, system, declared) for question in asked]
     require_base_files(base)
     adapters = load_adapters(adapter)
     asked, names = _rows(asked, list(adapters), use)
@@ -251,7 +251,10 @@ def _save(session: Any, path: Path) -> Path:
     """Write the conversation to a new file, as one row with messages."""
     if path.exists():
         raise OutputError(f"{path} exists; name a new file")
-    write_file(path, json.dumps({"messages": session.messages}, ensure_ascii=False) + "\n")
+    if not any(message["role"] == "assistant" for message in session.messages):
+        raise DataError("there is no answer to save yet")
+    row = {"messages": session.messages, **({"tools": session.tools} if session.tools else {})}
+    write_file(path, json.dumps(row, ensure_ascii=False) + "\n")
     return path
 
 
@@ -265,13 +268,14 @@ def _parts(answer: "Answer") -> dict[str, Any]:
     return {**parts, "finish": answer.finish}
 
 
-def _with_system(question: Any, system: str) -> Any:
+def _with_system(question: Any, system: str, tools: Sequence[Any]) -> Any:
     """The prompt with a system message at its beginning, unless it has one."""
     from brushstroke.data import read_conversation
 
     message = {"role": "system", "content": system}
     if isinstance(question, str):
-        return read_conversation([message, {"role": "user", "content": question}], where="the prompt")
+        turns = [message, {"role": "user", "content": question}]
+        return read_conversation(turns, tools=list(tools), where="the prompt")
     if question.messages[0]["role"] in ("system", "developer"):
         return question
     return dataclasses.replace(

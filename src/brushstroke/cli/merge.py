@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from brushstroke.cli.adapters import load_adapter
 from brushstroke.cli.console import emit_json, facts, print_text, results, share
-from brushstroke.cli.early import check_data
+from brushstroke.cli.early import check_data, say_what_was_read
 from brushstroke.cli.options import Dtype
 from brushstroke.cli.values import Count
 from brushstroke.locate import require_base_files
@@ -98,6 +98,7 @@ def _read(rows: str, base: str, adapter: "Adapter", trust_remote_code: bool) -> 
     from brushstroke.data import read_rows
 
     data, card = read_rows(rows), adapter.card
+    say_what_was_read(data)
     template = card.chat_template if card else None
     check_data(base, [data], chat_template=template, trust_remote_code=trust_remote_code)
     return data

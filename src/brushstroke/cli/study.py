@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter
 from brushstroke.checks import check_integer, check_new_rows, check_number, check_rates, check_sets
 from brushstroke.cli.adapters import load
 from brushstroke.cli.console import emit_json, lines, people, print_text, results, say
-from brushstroke.cli.early import check_data
+from brushstroke.cli.early import check_data, say_what_was_read
 from brushstroke.cli.options import BaseOptions, Device, Dtype, Use
 from brushstroke.cli.progress import LINE_SECONDS, clock
 from brushstroke.cli.values import Whole, split
@@ -432,6 +432,7 @@ def _read(data: str, files: StudyDataOptions) -> dict[str, Any]:
     }
     for read in filter(None, rows.values()):
         find_columns(read, files.prompt, files.completion)
+    say_what_was_read(*rows.values())
     controls = {"other": "the other data", "general": "the general text"}
     used: set[int] = set()
     for name, read in rows.items():

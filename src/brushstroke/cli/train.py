@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from brushstroke.checks import refuse_evaluation
 from brushstroke.cli.adapters import load, load_adapter
 from brushstroke.cli.console import emit_json, people, results, say, size, warn
-from brushstroke.cli.early import check_data
+from brushstroke.cli.early import check_data, say_what_was_read
 from brushstroke.cli.options import (
     RUN,
     AdapterOptions,
@@ -157,6 +157,7 @@ class _Request:
             self.eval_rows = read_rows(options.eval_data, **given)
         for read in filter(None, (rows, self.eval_rows)):
             find_columns(read, options.prompt, options.completion)
+        say_what_was_read(self.eval_rows)
         lora = adapter.config()
         start = None
         if adapter.start is not None:

@@ -11,6 +11,7 @@ from brushstroke.data.examples import Example, Kind
 from brushstroke.data.files import Row
 from brushstroke.data.json_values import parsed
 from brushstroke.data.messages import Conversation, read_conversation
+from brushstroke.data.published import LABELS
 from brushstroke.data.rows import Rows
 from brushstroke.data.validate import check_encodable, describe_type, expect
 from brushstroke.errors import DataError, did_you_mean
@@ -23,7 +24,7 @@ CONTEXT: dict[Kind, tuple[str, ...]] = {  # columns that are used in addition to
     "text": (),
     "tokens": ("weights", "attention_mask"),
 }
-_FALSE = ("false", "0", "no", "bad")
+_FALSE, _TRUE = ("false", "0", "no", "bad"), ("true", "1", "yes", "good")
 NEAR = 0.75  # required similarity of a column's name to the expected one
 
 _ANSWERS = {  # names of columns that may contain the text to train
@@ -36,11 +37,11 @@ _JUDGEMENTS = {  # names of columns that classify a text or rate an answer
     *("feedback", "verdict", "train", "weight", "loss", "mask", "masked", "train_detail", "refusal"),
     *("loss_weight", "loss_mask", "sample_weight", "is_bad", "skip"),
 }
-_CLASSES = ("category", "class", "intent", "topic")  # beside an answer, these classify the row
 _REJECTED = ("rejected", "non_preferred_output")  # the worse answers of preference pairs
 _CONTEXTS = {  # names of columns and keys that may contain a part of the conversation
     *("reasoning", "reasoning_content", "thinking", "thinking_content", "thought", "thoughts", "rationale"),
     *("system_prompt", "system_message", "instruction", "instructions", "input", "context", "documents"),
+    *("passage", "paragraph", "article", "document", "story", "prompt of the file"),
 }
 _QUESTIONS = {"prompt", "question", "query"}  # the same for rows with a text
 
@@ -115,8 +116,8 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
     for name in columns.unused:
         is_answer, is_judgement = name.lower() in _ANSWERS, name.lower() in _JUDGEMENTS
         chosen_by_user = name.lower() in _REJECTED if columns.form else False
-        is_class = columns.kind != "text" and name.lower() in _CLASSES
-        if chosen_by_user or is_class or (columns.form == "text" and is_judgement):
+        is_class = name.lower() in LABELS and (columns.form == "text" or columns.kind != "text")
+        if chosen_by_user or (is_class and not _rates(rows, name)):
             continue
         if columns.kind == "text" and (is_answer or is_judgement):
             meaning = (
@@ -129,7 +130,7 @@ def doubts(columns: Columns, rows: Rows) -> list[str]:
             bad = sum(_is_false(row.get(name)) for row in rows.rows)
             also = f", including {bad} of {len(rows)} rows where it is negative" if bad else ""
             meaning = f"a rating: every row is trained as a good answer{also}; remove the bad ones"
-        elif name.lower() in _CONTEXTS or (columns.kind == "text" and name.lower() in _QUESTIONS):
+        elif name.lower() in _CONTEXTS or name.lower() in _further_contexts(columns):
             meaning = "a part of the conversation, which is trained without it; add it to the messages"
         else:
             continue
@@ -242,6 +243,22 @@ def refuse_context(row: Row, columns: Columns, where: str) -> None:
                 f"{where}: the tokenizer has no chat template, so the column {name!r} cannot be written; "
                 "write it into the prompt, or pass a chat template (--chat-template)"
             )
+
+
+def _further_contexts(columns: Columns) -> set[str]:
+    """Names that may contain a part of the conversation in rows of this kind or form only."""
+    if columns.kind == "text":
+        return _QUESTIONS
+    return {"text"} if columns.form.startswith("question") else set()
+
+
+def _rates(rows: Rows, name: str) -> bool:
+    """Whether a column with the name of a label has true and false, or numbers, as a rating does."""
+    return all(
+        isinstance(value, bool | int | float) or str(value).strip().lower() in (*_FALSE, *_TRUE)
+        for row in rows.rows
+        if (value := row.get(name)) is not None
+    )
 
 
 def _is_false(value: Any) -> bool:

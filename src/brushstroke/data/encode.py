@@ -137,7 +137,7 @@ def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
             if len(problems) > _SHOWN:
                 break
     if problems:
-        others = [str(number) for number, _ in problems[1:]]
+        others = [str(rows.number(number)) for number, _ in problems[1:]]
         if len(problems) > _SHOWN:
             others[-1] = "more"
         also = f" (the same in rows {', '.join(others)})" if others else ""

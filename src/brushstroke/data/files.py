@@ -8,8 +8,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,16 @@ from brushstroke.errors import DataError
 Row = Mapping[str, Any]
 _ROWS = ("data", "rows", "examples")  # keys of an object under which files have their rows
 _SPLITS = ("train", "validation", "valid", "dev", "test")
+_OF_ROWS = {
+    "messages",
+    "prompt",
+    "completion",
+    "text",
+    "conversations",
+    "instruction",
+    "question",
+    "input_ids",
+}
 
 
 def read_file(path: Path) -> list[Row]:
@@ -89,9 +101,8 @@ def _read_json(path: Path) -> list[Row]:
     if text.lstrip()[:1] != "[":
         try:
             lines = _read_jsonl(path)
-        except DataError:
-            found = _parse_json(text, path)
-            if not isinstance(found, dict):
+        except DataError as error:
+            if (found := _whole_json(text, path, error)) is None:
                 raise
             if (inside := _rows_of_object(found, path)) is None:
                 raise DataError(
@@ -100,9 +111,25 @@ def _read_json(path: Path) -> list[Row]:
                 ) from None
             return inside
         only = dict(lines[0]) if len(lines) == 1 else {}
-        return _rows_of_object(only, path) or lines
+        return lines if only.keys() & _OF_ROWS else _rows_of_object(only, path) or lines
     rows = enumerate(_parse_json(text, path), start=1)
     return [expect(dict, row, f"{path}: row {number}", "an object in braces") for number, row in rows]
+
+
+def _whole_json(text: str, path: Path, of_lines: DataError) -> dict[str, Any] | None:
+    """The one object of a file that is not JSONL; None if it has something else.
+
+    Raises:
+        DataError: it is not JSON; the error is that of the lines if the first of them is complete.
+    """
+    try:
+        found = _parse_json(text, path)
+    except DataError as error:
+        with suppress(ValueError):
+            json.loads(text.lstrip().partition("\n")[0])
+            raise of_lines from None
+        raise error from None
+    return found if isinstance(found, dict) else None
 
 
 def _rows_of_object(found: dict[str, Any], path: Path) -> list[Row] | None:
@@ -113,9 +140,10 @@ def _rows_of_object(found: dict[str, Any], path: Path) -> list[Row] | None:
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
     ]
     named = [name for name in tables if name in _ROWS]
-    if len(named) == 1:
+    splits = [name for name in tables if name in _SPLITS]
+    if len(named) == 1 and not splits:
         return found[named[0]]
-    if splits := [name for name in tables if name in _SPLITS]:
+    if splits:
         raise DataError(
             f"{path}: contains the splits {', '.join(map(repr, splits))}; write the one to read to a "
             "file of its own"
@@ -142,12 +170,21 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_tsv(path: Path) -> list[Row]:
-    """A file of columns separated by tabs; quotes around fields are kept unless all of it reads as quoted."""
+    """A file of columns separated by tabs, without quotes, or with quotes around some fields."""
     text = _text(path)
-    try:
+    lines = [line.split("\t") for line in text.replace("\r\n", "\n").split("\n") if line]
+    if len({len(fields) for fields in lines}) > 1:  # tabs or ends of lines within quotes
         return _read_table(path, text, delimiter="\t")
-    except DataError:
-        return _read_table(path, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    plain = [[_unquoted(field) for field in fields] for fields in lines]
+    written = io.StringIO()
+    csv.writer(written).writerows(plain)
+    return _read_table(path, written.getvalue())
+
+
+def _unquoted(field: str) -> str:
+    """The field without its quotes, if it is quoted as a whole."""
+    found = re.fullmatch(r'"((?:[^"]|"")*)"', field)
+    return found[1].replace('""', '"') if found else field
 
 
 def _read_table(path: Path, text: str, **form: Any) -> list[Row]:

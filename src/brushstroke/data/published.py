@@ -19,6 +19,7 @@ from brushstroke.errors import DataError, did_you_mean
 
 CHOSEN, TEXT = "chosen", "text"  # what `use` may be
 LABELS = ("label", "labels", "label_text", "category", "class", "sentiment", "intent", "topic")
+_OURS = ("messages", "prompt", "completion", "input_ids", "labels")
 _EXAMPLES = 3  # number of rows that a message lists
 _TURNS = "a list of objects with from and value"
 _ROLES = {  # ShareGPT's names of roles → ours
@@ -65,6 +66,10 @@ def as_read(
         raise DataError(
             f"cannot use {use!r}{did_you_mean(str(use), (CHOSEN, TEXT))}; known: {CHOSEN}, {TEXT}"
         )
+    if use is not None and (prompt is not None or completion is not None):
+        raise DataError(
+            f"use={use!r} (--use) cannot be combined with selected columns; leave out one of them"
+        )
     if prompt is not None or completion is not None or rows.form or not rows.rows:
         return rows
     found = [_form_of(row) for row in rows.rows]
@@ -82,22 +87,26 @@ def as_read(
             f"{rows.name}: contains pairs of a chosen and a rejected answer; to train the chosen answers "
             "like any other, and ignore the rejected ones, give use='chosen' (--use chosen)"
         )
+    if use == TEXT and first.name != TEXT:
+        raise DataError(
+            f"{rows.name}: is read as {first.name}, not as texts; leave out use='text' (--use text)"
+        )
     if first.name == TEXT:
         if use != TEXT:
             _refuse_labels(rows)
-        return replace(rows, form=TEXT)
+        return rows if use is None else replace(rows, form=TEXT)
     if first.convert is None:  # `find_columns` tells which columns are missing
         return rows
-    if None in found:
-        number = found.index(None) + 1
-        missing = [name for name in first.needs if rows.rows[number - 1].get(name) is None]
-        raise DataError(
-            f"{rows.where(number)}: has no {' and no '.join(map(repr, missing))}, which the other rows of "
-            f"the form {first.name} have; complete the row, or remove it"
-        )
     converted, origins = [], []
-    for number, row in enumerate(rows.rows, start=1):
-        made = list(first.convert(row, rows.where(number)))
+    for number, (row, form) in enumerate(zip(rows.rows, found, strict=True), start=1):
+        form = form or first
+        if missing := [name for name in form.needs if row.get(name) is None]:
+            raise DataError(
+                f"{rows.where(number)}: has no {' and no '.join(map(repr, missing))}, which rows of the form "
+                f"{form.name} have; complete the row, or remove it"
+            )
+        assert form.convert is not None
+        made = list(form.convert(row, rows.where(number)))
         converted += made
         origins += [(number, part if len(made) > 1 else 0) for part in range(1, len(made) + 1)]
     notes = rows.notes
@@ -138,6 +147,8 @@ def _refuse_mixture(rows: Rows, found: Sequence[Form | None]) -> None:
 def _refuse_labels(rows: Rows) -> None:
     columns = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
     label = next((name for name in columns if name.lower() in LABELS), None)
+    if label is not None and all(row.get(label) in (None, "") for row in rows.rows):
+        return
     if label is not None:
         raise DataError(
             f"{rows.name}: has texts with a column {label!r}; to train it as the answer to each text, give "
@@ -147,8 +158,10 @@ def _refuse_labels(rows: Rows) -> None:
 
 
 def _instead(row: Row, taken: Sequence[str], **columns: Any) -> Row:
-    """The row with these columns in place of those that were taken."""
-    return {**{name: value for name, value in row.items() if name not in taken}, **columns}
+    """The row with these columns in place of those that were taken; others of their names are renamed."""
+    kept = {name: value for name, value in row.items() if name not in taken and value is not None}
+    renamed = {f"{name} of the file" if name in _OURS else name: value for name, value in kept.items()}
+    return {**renamed, **columns}
 
 
 def _pair(question: str, answer: str, context: str | None = None) -> Callable[[Row, str], list[Row]]:
@@ -170,14 +183,16 @@ def _pair(question: str, answer: str, context: str | None = None) -> Callable[[R
 def _instances(row: Row, where: str) -> list[Row]:
     """An example of each instance of an instruction."""
     instances = expect(Sequence, parsed(row["instances"]), f"{where}: 'instances'", "a list of objects")
+    if not instances:
+        raise DataError(f"{where}: 'instances' is empty; remove the row")
     made = []
     for number, instance in enumerate(instances, start=1):
         place = f"{where}: instance {number}"
         instance = expect(Mapping, instance, place, "an object with input and output")
         if "output" not in instance:
             raise DataError(f"{place} has no 'output'; expected an object with input and output")
-        row = _instead(row, ("instances", "input", "output"), **instance)
-        made += _pair("instruction", "output", "input")(row, place)
+        of_instance = {**{name: row[name] for name in row if name != "instances"}, **instance}
+        made += _pair("instruction", "output", "input")(of_instance, place)
     return made
 
 
@@ -201,7 +216,7 @@ def _message(turn: Any, place: str) -> Mapping[str, Any]:
     message = {key: kept for key, kept in turn.items() if key not in ("from", "value")}
     if value is None:
         raise DataError(f"{place} ({name}) has no value; expected text")
-    if name != "function_call":
+    if name.lower() != "function_call":
         return {"role": role, "content": value, **message}
     try:
         calls = json.loads(value) if isinstance(value, str) else value
@@ -212,19 +227,37 @@ def _message(turn: Any, place: str) -> Mapping[str, Any]:
 
 def _chosen(row: Row, where: str) -> list[Row]:
     """The conversation that ends with the better answer; only this answer is trained."""
-    named = [name for name in _ASKED if row.get(name) is not None]
+    named = [name for name in _ASKED if row.get(name) is not None][:1]
     asked = row[named[0]] if named else None
+    if named == ["instruction"] and isinstance(row.get("input"), str):
+        named.append("input")
+        asked = "\n\n".join(text for text in (str(asked), row["input"]) if text.strip())
     turns = _turns_of(row[CHOSEN], "assistant", f"{where}: 'chosen'")
     before = [] if asked is None else _turns_of(asked, "user", f"{where}: the prompt")
-    if any(turn.get("role") == "user" for turn in turns):  # a whole conversation; it repeats the prompt
-        before = []
-    whole = [*before, *turns]
+    if before and before[-1].get("role") == "assistant" and not str(before[-1].get("content")).strip():
+        before = before[:-1]  # a transcript that ends with "Assistant:"
+    repeated = _repeated(before, turns)
+    if before and not repeated and any(turn.get("role") == "user" for turn in turns):
+        raise DataError(
+            f"{where}: 'chosen' is a conversation that does not begin with the prompt; remove one of the two"
+        )
+    whole = [*before, *turns[repeated:]]
     if len(whole) < 2 or whole[-1].get("role") != "assistant":
         raise DataError(
             f"{where}: 'chosen' is not an answer to a prompt; expected a column 'prompt', or a conversation "
             "that ends with an assistant message"
         )
-    return [_instead(row, [CHOSEN, *named[:1]], prompt=whole[:-1], completion=whole[-1:])]
+    return [_instead(row, [CHOSEN, *named], prompt=whole[:-1], completion=whole[-1:])]
+
+
+def _repeated(before: Sequence[Mapping[str, Any]], turns: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the turns repeat the end of the prompt."""
+
+    def said(some: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
+        return [(turn.get("role"), str(turn.get("content")).strip()) for turn in some]
+
+    most = min(len(before), len(turns))
+    return next((n for n in range(most, 0, -1) if said(before[-n:]) == said(turns[:n])), 0)
 
 
 def _turns_of(value: Any, role: str, place: str) -> list[Mapping[str, Any]]:

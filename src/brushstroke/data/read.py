@@ -20,7 +20,8 @@ from brushstroke.hub import hub_or_cache
 Source = str | Path | Iterable[Row]
 
 _SPLIT = re.compile(
-    r"((?P<train>train(ing)?)|test(ing)?|val(id(ation)?)?|dev(el)?|eval(uation)?)(set|s)?(?![a-z])"
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|test(?:ing)?|val(?:id(?:ation)?)?|dev(?:el)?|eval(?:uation)?|"
+    r"hold[-_]?out|held[-_]?out)(?:set|s)?(?![a-z])"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -123,7 +124,8 @@ def _read_folder(folder: Path) -> Rows:
     if "train" in splits.values():
         paths = [path for path in paths if splits[path] in ("train", "")]
     left = [path.name for path in splits if path not in paths]
-    notes = (f"not read, because they are other splits: {', '.join(left)}",) if left else ()
+    kept = ", ".join(path.name for path in paths)
+    notes = (f"read {kept}; not read, because they are other splits: {', '.join(left)}",) if left else ()
     rows, files = [], []
     for path in paths:
         files.append((str(path), len(rows)))
@@ -136,8 +138,8 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    """ "train" or "other" if a file's name begins with the name of a split, else an empty text."""
-    found = _SPLIT.match(path.name.lower())
+    """ "train" or "other" if a file's name has the name of a split, else an empty text."""
+    found = _SPLIT.search(path.name.lower())
     return "" if found is None else "train" if found["train"] else "other"
 
 

@@ -43,6 +43,10 @@ class Rows:
             return self._place(row) + (f", instance {part}" if part else "")
         return self._place(row)
 
+    def number(self, row: int) -> int:
+        """The number in the source of a row (from 1) of this data."""
+        return self.origins[row - 1][0] if self.origins else row
+
     def _place(self, row: int) -> str:
         if not self.files:
             return f"{self.name}, row {row}"

@@ -79,6 +79,11 @@ class ChatSession:
         """The conversation so far, with the system message."""
         return tuple(dict(message) for message in (*self._system, *self._turns))
 
+    @property
+    def tools(self) -> tuple[Any, ...]:
+        """The declarations of functions that the model may call."""
+        return tuple(self._tools)
+
     def use(self, name: str | None) -> None:
         """Select the adapter that answers from now on; None is the base.
 
