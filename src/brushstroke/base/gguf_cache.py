@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from brushstroke.files import file_sum
 from brushstroke.outputs import clear_leftovers, replace_folder
 from brushstroke.samples.assets import cache_folder
 
@@ -33,7 +34,7 @@ def folder() -> Path:
 def key_of(path: Path) -> str:
     """A hash of a GGUF file and of the packages that read it."""
     packages = (f"{name} {version(name)}" for name in ("transformers", "gguf"))
-    said = "; ".join((FORMAT, _sum(path), *packages))
+    said = "; ".join((FORMAT, file_sum(path), *packages))
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
@@ -66,7 +67,7 @@ def keep(key: str, path: Path, model: Any, tokenizer: Any) -> None:
             with replace_folder(target, lambda _: True) as new:
                 tokenizer.save_pretrained(new)
                 model.save_pretrained(new)
-                sums = {file.name: _sum(file) for file in new.iterdir()}
+                sums = {file.name: file_sum(file) for file in new.iterdir()}
                 (new / _SUMS).write_text(json.dumps(sums), "utf-8")
 
 
@@ -81,17 +82,12 @@ def _is_whole(found: Path, *, weights: bool) -> bool:
     try:
         sums = json.loads((found / _SUMS).read_text("utf-8"))
         return all(
-            _sum(found / name) == stored
+            file_sum(found / name) == stored
             for name, stored in sums.items()
             if weights or not name.endswith(".safetensors")
         )
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(key: str, dtype: torch.dtype) -> str:

@@ -57,10 +57,8 @@ def data(
     require_base_files(base)
     from brushstroke.data import ChatFormat, encode, find_columns, find_template, read_rows
 
-    read, template = (
-        read_rows(data, prompt=prompt, completion=completion, use=use),
-        find_template(chat_template),
-    )
+    read = read_rows(data, prompt=prompt, completion=completion, use=use)
+    template = find_template(chat_template)
     find_columns(read, prompt, completion)
     from brushstroke.base import load_tokenizer
 

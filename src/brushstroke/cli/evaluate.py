@@ -66,10 +66,8 @@ def evaluate(
     require_base_files(base)
     from brushstroke.data import find_columns, find_template, read_rows
 
-    rows, template = (
-        read_rows(data, prompt=prompt, completion=completion, use=use),
-        find_template(chat_template),
-    )
+    rows = read_rows(data, prompt=prompt, completion=completion, use=use)
+    template = find_template(chat_template)
     find_columns(rows, prompt, completion)
     say_what_was_read(rows)
     if out is not None:

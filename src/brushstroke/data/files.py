@@ -175,10 +175,9 @@ def _read_tsv(path: Path) -> list[Row]:
     lines = [line.split("\t") for line in text.replace("\r\n", "\n").split("\n") if line]
     if len({len(fields) for fields in lines}) > 1:  # tabs or ends of lines within quotes
         return _read_table(path, text, delimiter="\t")
-    plain = [[_unquoted(field) for field in fields] for fields in lines]
-    written = io.StringIO()
-    csv.writer(written).writerows(plain)
-    return _read_table(path, written.getvalue())
+    header, *records = [[_unquoted(field) for field in fields] for fields in lines] or [[]]
+    _refuse_repeated(path, header)
+    return [dict(zip(header, fields, strict=True)) for fields in records]
 
 
 def _unquoted(field: str) -> str:
@@ -193,12 +192,7 @@ def _read_table(path: Path, text: str, **form: Any) -> list[Row]:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
         try:
             header = next((fields for fields in reader if fields), [])
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
-                raise DataError(
-                    f"{path}: line 1 contains the column {repeated[0]!r} twice; give every column a "
-                    "different name"
-                )
+            _refuse_repeated(path, header)
             rows = []
             for fields in reader:
                 if not fields:
@@ -216,6 +210,14 @@ def _read_table(path: Path, text: str, **form: Any) -> list[Row]:
     finally:
         csv.field_size_limit(limit)
     return rows
+
+
+def _refuse_repeated(path: Path, header: list[str]) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(
+            f"{path}: line 1 contains the column {repeated[0]!r} twice; give every column a different name"
+        )
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -147,9 +147,7 @@ def _refuse_mixture(rows: Rows, found: Sequence[Form | None]) -> None:
 def _refuse_labels(rows: Rows) -> None:
     columns = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
     label = next((name for name in columns if name.lower() in LABELS), None)
-    if label is not None and all(row.get(label) in (None, "") for row in rows.rows):
-        return
-    if label is not None:
+    if label is not None and any(row.get(label) not in (None, "") for row in rows.rows):
         raise DataError(
             f"{rows.name}: has texts with a column {label!r}; to train it as the answer to each text, give "
             f"prompt='text' and completion={label!r} (--prompt text --completion {label}); to train the "
