@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, OutputError
-from brushstroke.outputs import replace
+from brushstroke.formats import ADAPTER_FILES
+from brushstroke.formats.peft import UnfinishedRunWarning
+from brushstroke.outputs import lock, replace
 from brushstroke.outputs.lock import LOCKS
 from brushstroke.training.checkpoint import FORMAT, load_session, save_session, sealed
 from brushstroke.training.folder import RunFolder
-from toys import tiny_llama
+from toys import random_adapter, tiny_llama
 
 METRIC = '{"step": 1, "loss": 2.5, "real_tokens": 40}\n'
 EVALUATION = '{"step": 1, "loss": 2.5, "trained_tokens": 4}\n'
@@ -57,6 +60,7 @@ RUN_OF_OURS = {
     f"{BEST}/brushstroke.json": CARD,
     f"{BEST}/README.md": "card",
 }
+ADAPTER_OF_OURS = {name: RUN_OF_OURS[name] for name in ADAPTER_FILES}
 
 
 @pytest.mark.parametrize("flag", ["overwrite", "resume"])
@@ -95,19 +99,45 @@ def test_overwrite_replaces_damaged_runs(tmp_path: Path) -> None:
     for damage in ({}, {"metrics.jsonl": '{"st'}, {"eval.jsonl": ""}, {"run.json": '{"set'}):
         write(tmp_path, {**RUN_OF_OURS, **damage, "notes.txt": "mine"})
         RunFolder(tmp_path, overwrite=True).open(0)
-        assert contents(tmp_path) == {"notes.txt": "mine"}
+        assert contents(tmp_path) == {**ADAPTER_OF_OURS, "notes.txt": "mine"}
 
 
-def test_adapter_without_run_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
-    files = {
-        k: v for k, v in RUN_OF_OURS.items() if "/" not in k and not k.endswith("jsonl") and k != "run.json"
-    }
-    write(tmp_path, files)
+def test_adapter_without_run_is_replaced_only_with_overwrite_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    write(tmp_path, ADAPTER_OF_OURS)
     with pytest.raises(OutputError, match="--overwrite"):
         RunFolder(tmp_path, resume=True)
-    assert contents(tmp_path) == files
-    RunFolder(tmp_path, overwrite=True).open(0)
-    assert contents(tmp_path) == {}
+    assert contents(tmp_path) == ADAPTER_OF_OURS
+    with RunFolder(tmp_path, overwrite=True) as folder:
+        folder.claim()
+        folder.open(0)
+        assert contents(tmp_path) == ADAPTER_OF_OURS
+        before = tmp_path.stat().st_ino
+        new = random_adapter(tiny_llama(), bs.LoraConfig(rank=1))
+        folder.finish(new, {"steps": 1, "settings": {}, "versions": {}})
+        assert tmp_path.stat().st_ino != before  # exchanged in one step
+        assert bs.load(tmp_path).keys() == new.keys()
+        assert folder.complete
+        with pytest.raises(OutputError, match="another process"):  # the lock is now that of the new folder
+            RunFolder(tmp_path, overwrite=True)
+    RunFolder(tmp_path, overwrite=True)
+
+
+def test_load_says_that_the_run_of_the_folder_has_not_finished(tmp_path: Path) -> None:
+    out = bs.save(random_adapter(tiny_llama(), bs.LoraConfig(rank=1)), tmp_path / "out")
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')  # of another program
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bs.load(out)
+    (out / "metrics.jsonl").write_text(METRIC)
+    with pytest.warns(UnfinishedRunWarning, match="has not finished; the adapter there is an earlier one"):
+        bs.load(out)
+    (out / "run.json").write_text("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bs.load(out)
 
 
 def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -134,7 +164,7 @@ def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, overwrite=True)
     folder.open(0)
     folder.prune(0)
-    assert contents(tmp_path) == mine
+    assert contents(tmp_path) == {**mine, **ADAPTER_OF_OURS}
     assert not list((tmp_path / "checkpoints").glob("*.partial-1123abcd"))
 
 
@@ -184,9 +214,7 @@ def test_overwrite_deletes_checkpoints_before_metrics(
         [f"{STEP}/{n}" for n in ("state.json", "state.safetensors")],
     ]
     assert [name for (name,) in gone[-3:]] == ["eval.jsonl", "metrics.jsonl", "run.json"]
-    assert gone.index(["README.md"]) < gone.index(["brushstroke.json"])
-    assert gone[3] == ["adapter_model.safetensors"]
-    assert seen[-1] == []
+    assert seen[-1] == sorted(ADAPTER_OF_OURS)
 
 
 def test_the_best_adapters_of_kept_checkpoints_stay(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
+from brushstroke.formats.peft import UnfinishedRunWarning
 from brushstroke.training import PlanWarning, loop
 from brushstroke.training.checkpoint import sealed
 from toys import random_adapter, tiny_gpt2, tiny_llama
@@ -698,3 +699,27 @@ def test_a_share_of_the_rows_is_held_out_for_the_evaluations() -> None:
 def test_patience_needs_evaluation_data() -> None:
     with pytest.raises(ConfigError, match=r"patience \(--patience\) needs evaluation data"):
         bs.train(base(), examples(4), LORA, bs.TrainConfig(max_steps=1, patience=2))
+
+
+def test_the_old_adapter_stays_until_a_run_with_overwrite_has_finished(tmp_path: Path) -> None:
+    bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path)
+    old = bs.load(tmp_path)
+    seen = []
+
+    def look(event: Any) -> None:
+        with pytest.warns(UnfinishedRunWarning):
+            seen.append(bs.load(tmp_path))
+        if event.step == 3:
+            raise KeyboardInterrupt
+
+    other = examples(10, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        bs.train(base(), other, LORA, CONFIG, out=tmp_path, overwrite=True, on_step=look)
+    new = bs.train(base(), other, LORA, CONFIG, out=tmp_path, resume=True)
+    assert new.resumed_from == 3
+    assert [torch.equal(found[site].U, old[site].U) for found in seen for site in old] == [True] * 3 * len(
+        old
+    )  # type: ignore[attr-defined]
+    stored = bs.load(tmp_path)
+    assert all(torch.equal(stored[site].U, new.adapter[site].U) for site in stored)  # type: ignore[attr-defined]
+    assert not torch.equal(*(next(iter(found.values())).U for found in (stored, old)))  # type: ignore[attr-defined]

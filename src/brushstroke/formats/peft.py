@@ -8,7 +8,9 @@ reads or writes a pickle.
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from brushstroke.outputs import (
 )
 
 README = "README.md"
+METRICS, RUN = "metrics.jsonl", "run.json"  # a training run writes the second with its adapter
 ADAPTER_FILES = (TENSORS, CONFIG, TEMPLATE, README, CARD)  # in the order in which they are removed
 ADAPTER_KEYS = {CONFIG: has_keys("peft_type"), CARD: has_keys("format", "base_name", "lora")}
 OWN_FILES = OwnFiles(  # PEFT's too
@@ -56,6 +59,10 @@ _ADDED = re.compile(
 # What VeLoRA's backward pass and MonteCLoRA's noise need in training; the update is U·V without them.
 _TRAINING_STATE = re.compile(r".+\.lora_(velora_embed|monteclora_sampler)(\..+)?")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class UnfinishedRunWarning(UserWarning):
+    """The folder of an adapter is that of a run that has not finished: the adapter is not its result."""
 
 
 def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -147,6 +154,7 @@ def load(folder: str | Path) -> Adapter:
     """
     with open_adapter(folder) as opened:
         config_file, tensor_file = adapter_files(opened)
+        _warn_of_run(opened)
         stored = read_object(config_file)
         rule = read_rule(stored, str(config_file))
         try:
@@ -157,6 +165,20 @@ def load(folder: str | Path) -> Adapter:
             ) from error
         updates, copies = _contents(tensors, rule, str(tensor_file))
         return Adapter(updates, _read_card(opened, stored, rule, updates), copies=copies)
+
+
+def _warn_of_run(opened: Traversable) -> None:
+    """Warn if a run writes to the folder of an adapter, or was interrupted: the adapter is not its result."""
+    first = b""
+    with suppress(FileNotFoundError), (opened / METRICS).open("rb") as file:
+        first = file.readline()
+    if b'"real_tokens"' in first and not (opened / RUN).is_file():
+        warnings.warn(
+            f"the training run in {opened} has not finished; the adapter there is an earlier one, not its "
+            "result",
+            UnfinishedRunWarning,
+            stacklevel=4,
+        )
 
 
 def require_savable(adapter: Adapter) -> dict[str, tuple[Form, Update]]:

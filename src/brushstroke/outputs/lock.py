@@ -122,6 +122,17 @@ class RunLock:
         with nullcontext() if self._handle is None else exclusive(self._folder, self._handle):
             yield
 
+    @contextmanager
+    def moved(self, new: Path) -> Iterator[None]:
+        """Context manager: the folder `new` takes the place of the locked one, and so does its lock."""
+        handle = None if self._handle is None else lock_shared(new)
+        try:
+            yield
+            self._handle, handle = handle, self._handle
+        finally:
+            if handle is not None:
+                os.close(handle)
+
     def release(self) -> None:
         """Release the lock; removes the folder if `take` created it and it is empty."""
         if self._handle is None:

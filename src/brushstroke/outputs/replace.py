@@ -9,12 +9,12 @@ there is no folder; if the process is killed then, the next write first restores
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from brushstroke.errors import OutputError
 from brushstroke.outputs.exchange import exchange
-from brushstroke.outputs.lock import try_exclusive
+from brushstroke.outputs.lock import RunLock, try_exclusive
 from brushstroke.outputs.write import (
     PARTIAL,
     made_folder,
@@ -31,7 +31,12 @@ _NEW, _OLD = "new", "old"
 
 
 def replace_files(
-    folder: Path, files: Mapping[str, bytes | str], *, last: str, owned: Collection[str]
+    folder: Path,
+    files: Mapping[str, bytes | str],
+    *,
+    last: str,
+    owned: Collection[str],
+    lock: RunLock | None = None,
 ) -> None:
     """Replace the files of a folder that belong together; other files stay.
 
@@ -42,16 +47,16 @@ def replace_files(
 
     Args:
         folder: created if it does not exist; call `clear_leftovers` first.
-        files, last, owned: as for `write_files`.
+        files, last, owned, lock: as for `write_files`.
 
     Raises:
         OutputError: a file cannot be written; the old files are unchanged, unless `write_files` was used.
     """
     nothing_to_lose = folder.is_dir() and any(folder.iterdir()) and not os.path.lexists(folder / last)
     if nothing_to_lose or _is_fixed(folder.resolve()):
-        write_files(folder, files, last=last, owned=owned)
+        write_files(folder, files, last=last, owned=owned, lock=lock)
         return
-    with replace_folder(folder, owned.__contains__) as new:
+    with replace_folder(folder, owned.__contains__, lock=lock) as new:
         for name, content in files.items():
             write_synced(new / name, content)
 
@@ -70,7 +75,11 @@ def remove_own(folder: Path, owned: Collection[str]) -> None:
 
 @contextmanager
 def replace_folder(
-    folder: Path, is_owned: Callable[[str], bool], *, check: Callable[[], None] = lambda: None
+    folder: Path,
+    is_owned: Callable[[str], bool],
+    *,
+    check: Callable[[], None] = lambda: None,
+    lock: RunLock | None = None,
 ) -> Iterator[Path]:
     """Context manager: an empty folder that replaces another at the end, or is removed after an error.
 
@@ -80,6 +89,7 @@ def replace_folder(
         folder: to replace or to create; call `clear_leftovers` first.
         is_owned: whether to remove a file of the old folder (by its relative path) that no new one replaces.
         check: called right before the exchange; if it raises, the old folder does not change.
+        lock: of the run that writes the folder; afterwards it is the lock of the new one.
 
     Raises:
         OutputError: the old folder has a file where the new one has a folder or the reverse, or a subfolder
@@ -96,7 +106,8 @@ def replace_folder(
             _sync(new)
             _carry_over(folder, new, is_owned)
             check()
-            _swap(new, folder, work / _OLD)
+            with lock.moved(new) if lock else nullcontext():
+                _swap(new, folder, work / _OLD)
         finally:
             if new.is_dir() and not os.path.samestat(new.stat(), built):  # the exchanged one
                 _carry_over(new, folder, is_owned)

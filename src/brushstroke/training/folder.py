@@ -1,6 +1,7 @@
 """The output folder of a training run: metrics, evaluations, checkpoints, and at the end the adapter.
 
-It trains nothing. The adapter's files are written only when the run is complete.
+It trains nothing. The adapter's files are written only when the run is complete; until then, those of an
+earlier run stay.
 """
 
 import json
@@ -24,8 +25,8 @@ from brushstroke.outputs import (
     refuse_existing,
     remove_files,
     remove_own,
+    replace_files,
     write_file,
-    write_files,
 )
 from brushstroke.training.checkpoint import OWN_FILES as STEP_FILES
 from brushstroke.training.checkpoint import STATE, Resumable, damaged, read_state, save_session
@@ -55,7 +56,8 @@ class RunFolder:
     Args:
         path: the folder.
         resume: continue from the last checkpoint, if there is one.
-        overwrite: replace an earlier run's files; files with other names stay.
+        overwrite: replace an earlier run's files; files with other names stay, and so does an adapter until
+            the new one is complete.
 
     Raises:
         ConfigError: both flags are given, or the path is invalid.
@@ -231,8 +233,7 @@ class RunFolder:
             steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
             for folder in () if step else (*reversed(steps), *best):  # the metrics belong to the last step
                 remove_own(folder, names_in(folder))
-            with self._lock.exclusive():
-                remove_files(self.path, (*ADAPTER_FILES, *(() if step else (EVALUATIONS, METRICS, RUN))))
+            remove_files(self.path, () if step else (EVALUATIONS, METRICS, RUN))
             if step:
                 write_file(self.path / METRICS, metrics)
                 if (self.path / EVALUATIONS).exists():
@@ -252,14 +253,14 @@ class RunFolder:
         append(self.path / name, line)
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
-        """Write the summary and the adapter; then the run is complete.
+        """Write the summary and the adapter, in one step over an earlier one; then the run is complete.
 
         Raises:
             OutputError: they cannot be written.
         """
         files = as_files(adapter, self.path.resolve().name)
         files[RUN] = json.dumps(summary, indent=2, default=str) + "\n"
-        write_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES, exclude=self._lock.exclusive)
+        replace_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES, lock=self._lock)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run.

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from brushstroke.formats import ADAPTER_FILES
-from brushstroke.formats.peft import ADAPTER_KEYS, CARD, README
+from brushstroke.formats.peft import ADAPTER_KEYS, CARD, METRICS, README, RUN
 from brushstroke.outputs import (
     OwnFiles,
     clear_leftovers_in,
@@ -19,7 +19,7 @@ from brushstroke.outputs import (
 from brushstroke.training.checkpoint import OWN_FILES as STEP_FILES
 from brushstroke.training.checkpoint import STATE
 
-METRICS, EVALUATIONS, RUN, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "run.json", "checkpoints"
+EVALUATIONS, CHECKPOINTS = "eval.jsonl", "checkpoints"
 OWN_FILES = OwnFiles(
     (METRICS, EVALUATIONS, RUN, *ADAPTER_FILES),
     {
