@@ -19,7 +19,7 @@ from torch import nn
 from brushstroke import errors, load, save
 from brushstroke.adapter import Adapter, Card, Fingerprint
 from brushstroke.formats import peft
-from brushstroke.formats.peft_forms import FLAGS
+from brushstroke.formats.peft_forms import flags
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.outputs import exchange, lock, replace, write
 from sampling import sample
@@ -168,7 +168,7 @@ def test_every_field_of_the_installed_peft_is_handled() -> None:
 
     from brushstroke.formats import peft_config
 
-    known = {*FLAGS, *peft_config._READ, *peft_config._NO_EFFECT, *peft_config._REFUSED}
+    known = {*flags(), *peft_config._READ, *peft_config._NO_EFFECT, *peft_config._REFUSED}
     assert {field.name for field in dataclasses.fields(their_peft.LoraConfig)} <= known
     assert not peft_config._NO_EFFECT & set(peft_config._REFUSED)
 

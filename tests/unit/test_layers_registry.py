@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import brushstroke as bs
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.cli.app import main
 from brushstroke.errors import AdapterFileError, AttachError, ShapeError
+from brushstroke.formats.peft_config import write_config
 from brushstroke.formats.peft_forms import FORMS, Form
 from brushstroke.layers import attach, bank
 from brushstroke.layers.adapted import Attached, Trial
@@ -196,6 +198,55 @@ def test_a_module_that_its_kind_refuses_is_named_with_the_reason() -> None:
         pytest.raises(bs.errors.TargetError, match="0 cannot be adapted: it has gr"),
     ):
         attach(net, LoraConfig(rank=1, targets=["0"]))
+
+
+# Another kind of layer: it stores W as d×h, as Hugging Face's Conv1D does.
+
+
+class Product(nn.Module):
+    """y = x·W + bias."""
+
+    def __init__(self, d: int, h: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(d, h) / d**0.5), nn.Parameter(torch.randn(h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+PRODUCT = Kind(
+    name="product",
+    matches=lambda module: isinstance(module, Product),
+    shape=lambda module: tuple(module.weight.shape),
+    to_dxh=lambda weight: weight,
+    from_dxh=lambda W, shape: W,
+    is_plain=lambda cls: cls.forward is Product.forward,
+    example=lambda module, rows, generator: torch.randn(rows, module.weight.shape[0], generator=generator),
+)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, EXACT), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(("d", "h"), [(8, 8), (6, 10)])
+def test_a_kind_may_store_its_weight_as_dxh(
+    d: int, h: int, dtype: torch.dtype, bound: float, frozen: bool
+) -> None:
+    net = nn.Sequential(Product(d, h), nn.Tanh(), Product(h, d)).to(dtype).requires_grad_(not frozen)
+    x = torch.randn(3, 5, d, dtype=dtype)
+    adapter = Adapter({"0": lowrank(d, h), "2": lowrank(h, d)})
+    with registered(Variant("lora", LowRank, ("product",), AttachedLinear, BankedLinear), kind=PRODUCT):
+        expected = merge(net.float(), adapter)(x.float())
+        net.to(dtype)
+        with attach(net, adapter):
+            assert relative(net(x), expected) < bound
+        with bank(net, {"a": adapter}) as held, held.rows(["a", None, "a"]):
+            mixed = net(x)
+    assert relative(mixed[::2], expected[::2]) < bound
+    assert relative(mixed[1], net(x)[1]) < bound
+
+
+def lowrank(d: int, h: int) -> LowRank:
+    return LowRank(torch.randn(d, 2), torch.randn(2, h), 0.5)
 
 
 # A type of update: VeRA-like, with other names than U and V, no rank, and a tensor named scale.
@@ -406,6 +457,62 @@ def test_an_update_of_another_type_of_peft_is_exchanged_with_it(tmp_path: Path) 
 
 
 @dataclass(frozen=True, eq=False)
+class Kronecker(Scaled):
+    """ΔW = scale·(A1 ⊗ B1), which PEFT calls LOKR; it has a scale, but no axis r."""
+
+    scale: float  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.A1.shape[0] * self.B1.shape[0], self.A1.shape[1] * self.B1.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"A1": self.A1, "B1": self.B1}
+
+    def dense(self, W: Tensor | None = None) -> Tensor:
+        return self.scale * torch.kron(self.A1, self.B1)
+
+
+KRONECKER = {"A1": ("lokr_w1", "m l"), "B1": ("lokr_w2", "k n")}
+
+
+@pytest.mark.parametrize(
+    "form", [Form(Kronecker, KRONECKER, peft_type="OWN"), Form(Kronecker, KRONECKER, "own")]
+)
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_a_scale_is_saved_without_an_axis_r(tmp_path: Path, form: Form, scale: float) -> None:
+    with registered(SCALED, form):
+        saved = bs.save(Adapter({"0": Kronecker(torch.ones(2, 3), torch.ones(4, 4), scale)}), tmp_path / "a")
+        (update,) = bs.load(saved).values()
+    assert isinstance(update, Kronecker)
+    assert update.scale == scale
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_an_update_with_a_scale_and_no_axis_r_is_exchanged_with_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    net, x = nn.Sequential(nn.Linear(8, 12)), torch.randn(6, 8)
+    form = Form(
+        Kronecker,
+        KRONECKER,
+        peft_type="LOKR",
+        fields={"alpha": "lora_alpha", "init_weights": "init_lora_weights"},
+        constants={"r": 64, "decompose_factor": -1},
+    )
+    with registered(SCALED, form):
+        settings = peft.LoKrConfig(r=64, alpha=16, target_modules=["0"])
+        theirs = peft.get_peft_model(copy.deepcopy(net), settings)
+        train((p for p in theirs.parameters() if p.requires_grad), theirs, x)
+        theirs.save_pretrained(tmp_path / "theirs")
+        adapter = bs.load(tmp_path / "theirs")
+        expected = net(x) + x @ adapter["0"].dense()
+        assert relative(theirs.eval()(x), expected) < EXACT
+        bs.save(adapter, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "ours"))
+    assert relative(again.eval()(x), expected) < EXACT
+
+
+@dataclass(frozen=True, eq=False)
 class Gains(Update):
     """ΔW = W·diag(gains − 1), which PEFT calls IA3; it has no rank, and fits any input width."""
 
@@ -481,6 +588,69 @@ def test_an_update_without_a_rank_is_exchanged_with_peft(
         assert relative(again.eval()(x), expected) < EXACT
         assert main(["show", str(tmp_path / "ours")]) == 0
         assert "any×4" in capsys.readouterr().out
+
+
+class InputGains(Gains):
+    """ΔW = diag(gains − 1)·W; PEFT's file has one row, and its config lists the sites."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.gains), -1
+
+    def dense(self, W: Tensor | None = None) -> Tensor:
+        return self._needed(W) * (self.gains - 1)[:, None]
+
+
+IA3_OF_INPUTS = Form(
+    InputGains, {"gains": ("ia3_l", "1 d")}, peft_type="IA3", lists_sites="feedforward_modules"
+)
+
+
+def test_two_forms_with_the_same_key_are_exchanged_with_peft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    net, x = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), torch.randn(6, 5)
+    settings = peft.IA3Config(target_modules=["0", "1"], feedforward_modules=["1"])
+    with registered(SCALED, IA3), registered(SCALED, IA3_OF_INPUTS):
+        wrapped = peft.get_peft_model(copy.deepcopy(net), settings)
+        train((p for p in wrapped.parameters() if p.requires_grad), wrapped, x)
+        wrapped.save_pretrained(tmp_path / "theirs")
+        adapter = bs.load(tmp_path / "theirs")
+        assert [type(update) for update in adapter.values()] == [Gains, InputGains]
+        expected = net[1](net[0](x) * adapter["0"].gains * adapter["1"].gains)  # type: ignore[attr-defined]
+        assert relative(wrapped.eval()(x), expected) < EXACT
+        card = (bs.save(adapter, tmp_path / "ours") / "README.md").read_text()
+        assert main(["show", str(tmp_path / "ours")]) == 0
+        added = Adapter({"0": LowRank(torch.ones(5, 1), torch.ones(1, 4))}) + Adapter({"1": adapter["1"]})
+        assert added.keys() == {"0", "1"}
+        with pytest.raises(ShapeError, match="depends on W"):
+            added + adapter
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["feedforward_modules"] == ["1"]
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "ours"))
+    assert relative(again.eval()(x), expected) < EXACT
+    assert "With PEFT, if it knows the type IA3: `PeftModel" in card
+    for text in (card, capsys.readouterr().out):
+        assert not re.search(r"rank [0-9]|alpha", text)
+
+
+@pytest.mark.parametrize(
+    ("of_inputs", "targets", "listed"),
+    [
+        (["a.down", "b.down"], ["down", "up"], ["down"]),
+        (["a.down"], ["a.down", "a.up", "b.down", "b.up"], ["a.down"]),
+        ([], ["down", "up"], []),
+    ],
+)
+def test_the_config_lists_the_sites_of_a_form(
+    of_inputs: list[str], targets: list[str], listed: list[str]
+) -> None:
+    paths = ["a.up", "a.down", "b.up", "b.down"]
+    with registered(SCALED, IA3), registered(SCALED, IA3_OF_INPUTS):
+        forms = {path: IA3_OF_INPUTS if path in of_inputs else IA3 for path in paths}
+        card = bs.Card(target_modules=("up", "down"))
+        config = write_config(dict.fromkeys(paths, (1, 1.0)), card, forms)
+    assert (config["target_modules"], config["feedforward_modules"]) == (targets, listed)
 
 
 def test_the_model_card_mentions_peft_only_if_its_lora_has_the_update(tmp_path: Path) -> None:

@@ -97,6 +97,41 @@ def test_files_that_are_replaced_one_by_one_wait_for_readers(tmp_path: Path) -> 
     ]
 
 
+def test_a_run_that_waited_in_vain_for_a_reader_keeps_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    run = lock.RunLock(tmp_path)
+    run.take()
+    with open_folder(tmp_path), pytest.raises(OutputError, match="writes or reads"), run.exclusive():
+        pass
+    with pytest.raises(OutputError, match="writes or reads"):
+        lock.RunLock(tmp_path).take()
+    run.release()
+    lock.RunLock(tmp_path).take()
+
+
+def test_a_run_locks_the_folder_that_replaces_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    folder, run, other = tmp_path / "a", lock.RunLock(tmp_path / "a"), lock.RunLock(tmp_path / "a")
+    run.take()
+    for number in "12":  # the first replacement is followed; the second is taken by another run
+        replace_files(folder, {"x": number, "last": number}, last="last", owned=OWNED)
+        if number == "1":
+            run.follow()
+            with pytest.raises(OutputError, match="writes or reads"):
+                other.take()
+    other.take()
+    with pytest.raises(OutputError, match="writes or reads"):
+        run.follow()
+    other.release()
+    run.follow()
+    with pytest.raises(OutputError, match="writes or reads"):
+        other.take()
+
+
 def test_next_write_removes_leftovers_but_not_files_being_written(tmp_path: Path) -> None:
     left, busy, other = (tmp_path / f".{name}.partial-0123abcd" for name in ("a.txt", "b.txt", "c.txt"))
     for file in (left, busy, other):
@@ -128,15 +163,15 @@ def test_a_folder_in_use_stays_until_the_next_write(tmp_path: Path) -> None:
 def test_a_reader_whose_folder_was_replaced_before_its_lock_opens_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, flock = tmp_path / "a", lock._flock
+    folder, share = tmp_path / "a", lock._share
     replace_files(folder, {"last": "1"}, last="last", owned=OWNED)
 
-    def raced(handle: int, operation: int) -> None:
-        monkeypatch.setattr(lock, "_flock", flock)
+    def raced(handle: int) -> None:
+        monkeypatch.setattr(lock, "_share", share)
         replace_files(folder, {"last": "2"}, last="last", owned=OWNED)
-        flock(handle, operation)
+        share(handle)
 
-    monkeypatch.setattr(lock, "_flock", raced)
+    monkeypatch.setattr(lock, "_share", raced)
     with open_folder(folder) as opened:
         assert (opened / "last").read_bytes() == b"2"
 

@@ -98,8 +98,10 @@ def test_overwrite_and_resume_refuse_foreign_files(tmp_path: Path, files: dict[s
 def test_overwrite_replaces_damaged_runs(tmp_path: Path) -> None:
     for damage in ({}, {"metrics.jsonl": '{"st'}, {"eval.jsonl": ""}, {"run.json": '{"set'}):
         write(tmp_path, {**RUN_OF_OURS, **damage, "notes.txt": "mine"})
-        RunFolder(tmp_path, overwrite=True).open(0)
-        assert contents(tmp_path) == {**ADAPTER_OF_OURS, "notes.txt": "mine"}
+        folder = RunFolder(tmp_path, overwrite=True)
+        folder.open(0)
+        folder.record("metrics.jsonl", json.loads(METRIC))
+        assert contents(tmp_path) == {**ADAPTER_OF_OURS, "metrics.jsonl": METRIC, "notes.txt": "mine"}
 
 
 def test_adapter_without_run_is_replaced_only_with_overwrite_and_at_the_end(
@@ -125,6 +127,16 @@ def test_adapter_without_run_is_replaced_only_with_overwrite_and_at_the_end(
     RunFolder(tmp_path, overwrite=True)
 
 
+def test_resume_starts_over_if_a_run_with_overwrite_stopped_before_its_first_checkpoint(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, {**ADAPTER_OF_OURS, "metrics.jsonl": METRIC, "notes.txt": "mine"})
+    with RunFolder(tmp_path, resume=True) as folder:
+        assert not folder.resuming
+        folder.claim()
+        folder.open(0)
+
+
 def test_load_says_that_the_run_of_the_folder_has_not_finished(tmp_path: Path) -> None:
     out = bs.save(random_adapter(tiny_llama(), bs.LoraConfig(rank=1)), tmp_path / "out")
     (out / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')  # of another program
@@ -132,12 +144,20 @@ def test_load_says_that_the_run_of_the_folder_has_not_finished(tmp_path: Path) -
         warnings.simplefilter("error")
         bs.load(out)
     (out / "metrics.jsonl").write_text(METRIC)
-    with pytest.warns(UnfinishedRunWarning, match="has not finished; the adapter there is an earlier one"):
+    with pytest.warns(
+        UnfinishedRunWarning, match="has not finished .*, and the adapter there is not its res"
+    ):
         bs.load(out)
     (out / "run.json").write_text("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bs.load(out)
+
+
+def test_load_ignores_metrics_that_cannot_be_read(tmp_path: Path) -> None:
+    out = bs.save(random_adapter(tiny_llama(), bs.LoraConfig(rank=1)), tmp_path / "out")
+    (out / "metrics.jsonl").mkdir()
+    assert bs.load(out).rank == 1
 
 
 def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -164,7 +184,7 @@ def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, overwrite=True)
     folder.open(0)
     folder.prune(0)
-    assert contents(tmp_path) == {**mine, **ADAPTER_OF_OURS}
+    assert contents(tmp_path) == {**mine, **ADAPTER_OF_OURS, "metrics.jsonl": METRIC}
     assert not list((tmp_path / "checkpoints").glob("*.partial-1123abcd"))
 
 
@@ -184,10 +204,10 @@ def test_linked_checkpoints_are_refused_before_anything_is_done(
     assert (out / "metrics.jsonl").read_text() == METRIC
 
 
-def test_overwrite_deletes_checkpoints_before_metrics(
+def test_overwrite_deletes_checkpoints_first_and_replaces_metrics_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last checkpoint goes first: as long as one stands, all that it needs is there."""
+    """The last checkpoint is deleted first: as long as there is one, everything that it needs is there."""
     write(tmp_path, {**RUN_OF_OURS, "checkpoints/step-00000004/state.json": state(4)})
     swap, unlink, seen = replace.exchange, Path.unlink, [sorted(contents(tmp_path))]
 
@@ -207,14 +227,20 @@ def test_overwrite_deletes_checkpoints_before_metrics(
 
     monkeypatch.setattr(replace, "exchange", exchanging)
     monkeypatch.setattr(Path, "unlink", unlinking)
-    RunFolder(tmp_path, overwrite=True).open(0)
+    folder = RunFolder(tmp_path, overwrite=True)
+    folder.open(0)
     gone = [sorted(set(before) - set(after)) for before, after in pairwise(seen)]
     assert gone[:2] == [
         ["checkpoints/step-00000004/state.json"],
         [f"{STEP}/{n}" for n in ("state.json", "state.safetensors")],
     ]
-    assert [name for (name,) in gone[-3:]] == ["eval.jsonl", "metrics.jsonl", "run.json"]
-    assert seen[-1] == sorted(ADAPTER_OF_OURS)
+    assert [name for (name,) in gone[-2:]] == ["eval.jsonl", "run.json"]
+    assert seen[-1] == sorted((*ADAPTER_OF_OURS, "metrics.jsonl"))
+    old = (tmp_path / "metrics.jsonl").stat().st_ino
+    for step in (1, 2):
+        folder.record("metrics.jsonl", {"step": step})
+    assert (tmp_path / "metrics.jsonl").stat().st_ino != old
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_the_best_adapters_of_kept_checkpoints_stay(tmp_path: Path) -> None:
@@ -372,6 +398,12 @@ UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswit
             "--overwrite (overwrite=True), which removes its metrics",
         ),
         (
+            {"metrics.jsonl": METRIC, **ADAPTER_OF_OURS},
+            "stopped before its first checkpoint",
+            "choose another folder",
+            "which removes its metrics and, at the end, replaces the adapter there",
+        ),
+        (
             RUN_OF_OURS,
             "holds a finished run of 4 steps",
             "choose another folder",
@@ -379,7 +411,14 @@ UNFINISHED = {name: text for name, text in RUN_OF_OURS.items() if name.startswit
         ),
         (RUN_OF_OURS | {"run.json": ""}, "holds a finished run;", "choose another folder", "--overwrite"),
     ],
-    ids=["unfinished", "killed while a checkpoint was replaced", "no checkpoint", "finished", "damaged"],
+    ids=[
+        "unfinished",
+        "killed while a checkpoint was replaced",
+        "no checkpoint",
+        "old adapter",
+        "finished",
+        "damaged",
+    ],
 )
 def test_repeated_command_error_suggests_resume_first(
     tmp_path: Path, files: dict[str, str], first: str, then: str, lost: str

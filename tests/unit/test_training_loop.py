@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
 from brushstroke.formats.peft import UnfinishedRunWarning
+from brushstroke.outputs import lock
 from brushstroke.training import PlanWarning, loop
 from brushstroke.training.checkpoint import sealed
 from toys import random_adapter, tiny_gpt2, tiny_llama
@@ -699,6 +700,28 @@ def test_a_share_of_the_rows_is_held_out_for_the_evaluations() -> None:
 def test_patience_needs_evaluation_data() -> None:
     with pytest.raises(ConfigError, match=r"patience \(--patience\) needs evaluation data"):
         bs.train(base(), examples(4), LORA, bs.TrainConfig(max_steps=1, patience=2))
+
+
+def test_a_run_keeps_its_folder_if_an_adapter_is_saved_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    out, refused = tmp_path / "out", []
+    first = bs.train(base(), examples(10), LORA, CONFIG, out=out)
+
+    def interfere(event: Any) -> None:
+        if event.step in (2, 6):
+            bs.save(first.adapter, out, overwrite=True)
+        if event.step == 3:
+            with pytest.raises(OutputError, match="another process writes or reads"):
+                bs.train(base(), examples(10), LORA, CONFIG, out=out, overwrite=True)
+            refused.append(event.step)
+
+    bs.train(base(), examples(10, seed=5), LORA, CONFIG, out=out, overwrite=True, on_step=interfere)
+    assert refused == [3]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_old_adapter_stays_until_a_run_with_overwrite_has_finished(tmp_path: Path) -> None:

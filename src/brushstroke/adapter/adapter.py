@@ -125,7 +125,7 @@ class Adapter(Mapping[str, Update]):
         mismatched = [
             f"{site}: {self[site].shape} and {other[site].shape}"
             for site in self
-            if site in other and self[site].shape != other[site].shape
+            if site in other and not self[site].fits(other[site].shape)
         ]
         if mismatched:
             raise ShapeError(

@@ -91,7 +91,8 @@ def _print(console: Any, described: dict[str, Any]) -> None:
     facts(
         console,
         {
-            "sites": f"{len(described['sites'])}, rank {described['rank']}",
+            "sites": f"{len(described['sites'])}"
+            + (f", rank {described['rank']}" if described["rank"] else ""),
             "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
             "norm": "depends on the base" if described["norm"] is None else f"{described['norm']:.4g}",
             "base": card.get("base_name") or "unknown",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from brushstroke.adapter import Adapter, Card
-from brushstroke.formats.peft_forms import form_of
+from brushstroke.formats.peft_forms import LORA, form_of
 from brushstroke.layers.dora import DoRA
 from brushstroke.lowrank import LowRank, Update
 
@@ -35,7 +35,7 @@ def model_card(adapter: Adapter, card: Card, folder_name: str) -> str:
         f"# {folder_name}",
         "",
         f"A {_DESCRIPTIONS.get(kind, f'{kind.__name__} adapter')} for `{shown}`: {len(adapter)} sites, "
-        f"rank {adapter.rank}, {adapter.parameters:,} parameters.",
+        f"{f'rank {adapter.rank}, ' if adapter.rank else ''}{adapter.parameters:,} parameters.",
         "",
         *_facts(adapter, card),
         "",
@@ -62,9 +62,11 @@ def _kind(adapter: Adapter) -> type[Update]:
 def _with_peft(adapter: Adapter, folder_name: str) -> str:
     """How to load the adapter with PEFT, or that PEFT's LoRA does not have its updates."""
     forms = {type(update).__name__: form_of(update) for update in adapter.values()}
-    if missing := [name for name, form in forms.items() if not (form and form.is_lora_of_peft)]:
+    if missing := [name for name, form in forms.items() if not (form and form.is_in_peft)]:
         return f"PEFT's LoRA has no {' and no '.join(missing)}."
-    return f"With PEFT: `PeftModel.from_pretrained(model, {json.dumps(folder_name)})`."
+    other = {form.peft_type for form in forms.values() if form} - {LORA}
+    which = "".join(f", if it knows the type {name}" for name in other)
+    return f"With PEFT{which}: `PeftModel.from_pretrained(model, {json.dumps(folder_name)})`."
 
 
 def _with_vllm(adapter: Adapter, base: str, folder_name: str) -> str:
@@ -88,7 +90,7 @@ def _with_vllm(adapter: Adapter, base: str, folder_name: str) -> str:
 
 def _facts(adapter: Adapter, card: Card) -> list[str]:
     """A table of the facts in the card."""
-    lora = dict(card.lora or {})
+    lora = dict(card.lora or {}) if adapter.rank else {}  # else its settings had no effect
     rows = {
         "targets": ", ".join(card.target_modules),
         "alpha": lora.get("alpha"),

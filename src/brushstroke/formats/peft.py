@@ -62,7 +62,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class UnfinishedRunWarning(UserWarning):
-    """The folder of an adapter is that of a run that has not finished: the adapter is not its result."""
+    """The folder of an adapter has the metrics of a run that has not finished: it is not the run's result."""
 
 
 def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -111,7 +111,7 @@ def as_files(adapter: Adapter, name: str) -> dict[str, bytes | str]:
         inner = ".base_layer" if module in updates else ""
         tensors[f"base_model.model.{module}{inner}.{last}"] = copy.detach().cpu().contiguous()
     sizes = {site: (form.rank_of(update), form.scale_of(update)) for site, (form, update) in updates.items()}
-    config = write_config(sizes, card, *[form for form, _ in updates.values()][:1])
+    config = write_config(sizes, card, {site: form for site, (form, _) in updates.items()})
     files: dict[str, bytes | str] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         CARD: json.dumps(card.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
@@ -168,14 +168,14 @@ def load(folder: str | Path) -> Adapter:
 
 
 def _warn_of_run(opened: Traversable) -> None:
-    """Warn if a run writes to the folder of an adapter, or was interrupted: the adapter is not its result."""
+    """Warn if the folder has the metrics of a run, but not the file that a run writes at its end."""
     first = b""
-    with suppress(FileNotFoundError), (opened / METRICS).open("rb") as file:
+    with suppress(OSError), (opened / METRICS).open("rb") as file:
         first = file.readline()
     if b'"real_tokens"' in first and not (opened / RUN).is_file():
         warnings.warn(
-            f"the training run in {opened} has not finished; the adapter there is an earlier one, not its "
-            "result",
+            f"{opened} has the metrics of a training run that has not finished (there is no {RUN}), and the "
+            f"adapter there is not its result; finish the run, or remove {METRICS}",
             UnfinishedRunWarning,
             stacklevel=4,
         )

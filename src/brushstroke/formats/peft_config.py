@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from brushstroke.adapter import Card
 from brushstroke.errors import AdapterFileError, did_you_mean
-from brushstroke.formats.peft_forms import FLAGS, FORMS, LORA, Form, fields_of_types, without_rank
+from brushstroke.formats.peft_forms import FORMS, LORA, Form, fields_of_types, flags, forms_of, has_rank
 
 _RESIDUAL = "its base weights were changed when training began, so the factors alone are not the update"
 _UNKNOWN = (
@@ -76,7 +76,7 @@ class Rule:
         rslora: whether the scale is alpha/√r (arXiv:2312.03732) instead of alpha/r.
         ranks: key → r; the first key that matches a path counts.
         alphas: key → alpha, likewise.
-        flags: the fields that a form of update can have (`FLAGS`), and whether they are set.
+        flags: the fields that a form of update can have (`flags`), and whether they are set.
         peft_type: the type of the updates.
     """
 
@@ -116,9 +116,11 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
             where, [f"peft_type is {kind!r}; expected {known}{did_you_mean(str(kind), list(types))}"]
         )
     stored = {types[kind].get(field, field): value for field, value in stored.items()}
-    if without_rank(kind):
+    if not has_rank(kind):
         stored = {"r": 1, "lora_alpha": 1, **stored}
-    problems = _refused_fields(stored)
+    problems = _refused_fields(
+        stored, flags() | {name for form in forms_of(kind) for name in (*form.constants, form.lists_sites)}
+    )
     for field, fits, wanted in _KINDS:
         if not fits(stored.get(field, _DEFAULTS.get(field))):
             problems.append(f"{field} is {stored.get(field)!r:.60}; expected {wanted}")
@@ -139,7 +141,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
         bool(stored.get("use_rslora")),
         stored.get("rank_pattern") or {},
         stored.get("alpha_pattern") or {},
-        {flag: bool(stored.get(flag)) for flag in FLAGS},
+        {flag: bool(stored.get(flag)) for flag in flags()},
         kind,
     )
 
@@ -159,25 +161,34 @@ def card_from(stored: Mapping[str, Any], rule: Rule, paths: Collection[str]) -> 
     }
     return Card(
         base_name=stored.get("base_model_name_or_path") or None,
-        lora=lora,
+        lora=lora if has_rank(rule.peft_type) else None,
         target_modules=names if selects_exactly(names, paths) else (),
         task=stored.get("task_type") or None,
         conv1d=bool(stored.get("fan_in_fan_out")),
     )
 
 
-def write_config(sites: Mapping[str, tuple[int, float]], card: Card, form: Form = FORMS[0]) -> dict[str, Any]:
-    """The fields of PEFT's config for sites with these (rank, scale), in the form that PEFT itself saves.
+def write_config(
+    sites: Mapping[str, tuple[int, float]], card: Card, forms: Mapping[str, Form] | None = None
+) -> dict[str, Any]:
+    """The fields of PEFT's config for sites with these (rank, scale), as PEFT itself saves them.
 
     alpha is chosen so that PEFT computes each site's scale again: exactly wherever a number does so, else to
     the last bit of a float64.
+
+    Args:
+        sites: path → (rank, scale).
+        card: of the adapter.
+        forms: path → form, all of one type and flag; without it, all sites have LoRA's.
     """
     settings = card.lora or {}
+    forms = forms or dict.fromkeys(sites, FORMS[0])
+    form = next(iter(forms.values()))
     rslora = settings.get("scale_rule") == "rslora" and form.peft_type == LORA
     ranks = {path: rank for path, (rank, _) in sites.items()}
     alphas = {path: _alpha(rank, scale, rslora) for path, (rank, scale) in sites.items()}
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    names = card.target_modules
+    names, lists = _targets(card.target_modules, forms)
     config = {
         "alpha_pattern": _patterns(alphas, alpha),
         "auto_mapping": None,
@@ -203,7 +214,7 @@ def write_config(sites: Mapping[str, tuple[int, float]], card: Card, form: Form 
         "r": rank,
         "rank_pattern": _patterns(ranks, rank),
         "revision": None,
-        "target_modules": sorted(names if selects_exactly(names, sites) else sites),
+        "target_modules": sorted(names),
         "target_parameters": None,
         "task_type": card.task,
         "trainable_token_indices": None,
@@ -211,17 +222,40 @@ def write_config(sites: Mapping[str, tuple[int, float]], card: Card, form: Form 
         "use_rslora": rslora,
         **({form.flag: True} if form.flag else {}),
     }
-    if not form.has_rank:
-        shared = (*_SHARED, *form.fields.values())
+    fields = fields_of_types()[form.peft_type]
+    if not has_rank(form.peft_type):
+        shared = (*_SHARED, *fields.values())
         config = {name: value for name, value in config.items() if name in shared}
-    config |= form.constants
-    return config | {theirs: config.pop(ours) for theirs, ours in form.fields.items()}
+    for used in forms.values():
+        config |= used.constants
+    return config | {theirs: config.pop(ours) for theirs, ours in fields.items()} | lists
+
+
+def _targets(
+    names: Collection[str], forms: Mapping[str, Form]
+) -> tuple[Collection[str], dict[str, list[str]]]:
+    """Names that select all sites, and for each field that lists the sites of a form, those that select them.
+
+    They are the given names if these select exactly the sites and those of each form, else the paths.
+    """
+    lists = {
+        form.lists_sites: [path for path, own in forms.items() if own is form]
+        for form in forms_of(next(iter(forms.values())).peft_type)
+        if form.lists_sites
+    }
+    chosen = {field: [name for name in names if _select([name], paths)] for field, paths in lists.items()}
+    exact = all(_select(chosen[field], forms) == paths for field, paths in lists.items())
+    return (names, chosen) if exact and selects_exactly(names, forms) else (forms.keys(), lists)
 
 
 def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
     """Whether a list of names, by PEFT's rule, selects all of these paths, and each name at least one."""
-    hits = {name: [path for path in paths if path == name or path.endswith("." + name)] for name in names}
+    hits = {name: _select([name], paths) for name in names}
     return all(hits.values()) and {path for found in hits.values() for path in found} == set(paths)
+
+
+def _select(names: Collection[str], paths: Collection[str]) -> list[str]:
+    return [path for path in paths if any(path == name or path.endswith("." + name) for name in names)]
 
 
 def _pattern_key(keys: Collection[str], path: str) -> str:
@@ -259,7 +293,7 @@ def _unsupported(where: str, problems: list[str]) -> AdapterFileError:
     )
 
 
-def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
+def _refused_fields(stored: Mapping[str, Any], of_forms: Collection[str | None]) -> list[str]:
     problems = []
     init = stored.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:
@@ -269,7 +303,7 @@ def _refused_fields(stored: Mapping[str, Any]) -> list[str]:
         )
     for field, value in stored.items():
         off = not value or (field == "bias" and value == "none")
-        if off or field in _READ or field in _NO_EFFECT or field in FLAGS:
+        if off or field in _READ or field in _NO_EFFECT or field in of_forms:
             continue
         problems.append(f"{field} is {value!r:.60}: {_REFUSED.get(field, _UNKNOWN)}")
     return problems

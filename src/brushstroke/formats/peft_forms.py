@@ -33,8 +33,12 @@ class Form:
         peft_type: what that file calls the type.
         fields: names of fields that differ from LoRA's: name there → name for LoRA. LoHa has
             {"alpha": "lora_alpha", "init_weights": "init_lora_weights"}.
-        constants: further fields that PEFT needs for this type: name → value. A field for a rank is written
-            only if a tensor has the axis r.
+        constants: further fields that PEFT needs for this type: name → the value to write. In a file that is
+            read they may have any value, so name no field that changes what the tensors mean.
+        lists_sites: the field that lists the sites of this form, such as "feedforward_modules" of IA3.
+
+    The config has a rank and alpha if a form of its type has the axis r or a scale. For an update without
+    this axis, the rank is the constant "r", or 1.
     """
 
     update: Callable[..., Update]
@@ -43,11 +47,12 @@ class Form:
     peft_type: str = LORA
     fields: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    lists_sites: str | None = None
 
     @property
-    def is_lora_of_peft(self) -> bool:
-        """Whether PEFT's LoRA has all of its keys."""
-        return self.peft_type == LORA and {end for end, _ in self.tensors.values()} <= _ENDS
+    def is_in_peft(self) -> bool:
+        """Whether PEFT can have such files: of another type, or with keys that PEFT's LoRA has."""
+        return self.peft_type != LORA or {end for end, _ in self.tensors.values()} <= _ENDS
 
     @property
     def names(self) -> dict[str, str]:
@@ -60,16 +65,16 @@ class Form:
         return {_stem(end): axes.split() for end, axes in self.tensors.values()}
 
     @property
-    def has_rank(self) -> bool:
-        """Whether its tensors have the axis r, so that the config has a rank and alpha."""
-        return any("r" in axes for axes in self.axes.values())
+    def needs_rank(self) -> bool:
+        """Whether the config must have a rank and alpha: for the axis r of a tensor, or for a scale."""
+        return self._has_scale or any("r" in axes for axes in self.axes.values())
 
     def rank_of(self, update: Update) -> int:
-        """The rank for the config; 1 if no tensor has this axis."""
+        """The rank for the config."""
         for name, (_, axes) in self.tensors.items():
             if "r" in axes.split():
                 return _in_file(update.tensors()[name], axes.split()).shape[axes.split().index("r")]
-        return 1
+        return self.constants.get("r", 1)
 
     def scale_of(self, update: Update) -> float:
         """The scale for the config; 1 if the update has none."""
@@ -103,7 +108,6 @@ FORMS = [
     Form(DoRA, {"U": _A, "V": _B, "magnitude": ("lora_magnitude_vector", "h")}, flag="use_dora"),
 ]
 _ENDS = {end for form in FORMS for end, _ in form.tensors.values()}  # before others are added
-FLAGS = {form.flag for form in FORMS if form.flag}
 
 
 def form_of(update: Update) -> Form | None:
@@ -111,9 +115,19 @@ def form_of(update: Update) -> Form | None:
     return next((form for form in FORMS if form.update is type(update)), None)
 
 
-def without_rank(peft_type: str) -> bool:
-    """Whether configs of this type have no rank and alpha."""
-    return not any(form.has_rank for form in FORMS if form.peft_type == peft_type)
+def has_rank(peft_type: str) -> bool:
+    """Whether configs of a type have a rank and alpha."""
+    return any(form.needs_rank for form in forms_of(peft_type))
+
+
+def forms_of(peft_type: str) -> list[Form]:
+    """The forms of a type."""
+    return [form for form in FORMS if form.peft_type == peft_type]
+
+
+def flags() -> set[str]:
+    """The boolean fields that a form may have."""
+    return {form.flag for form in FORMS if form.flag}
 
 
 def fields_of_types() -> dict[str, dict[str, str]]:
@@ -128,10 +142,10 @@ def closest_form(found: Mapping[str, Tensor], peft_type: str) -> Form:
     """The form of a type with the fewest tensors that has all that were found, or else the most of them."""
 
     def distance(form: Form) -> tuple[int, int, int]:
-        other = sum(len(form.axes.get(stem, ())) != tensor.ndim for stem, tensor in found.items())
+        other = sum(not _may_have(form.axes.get(stem, ()), tensor) for stem, tensor in found.items())
         return len(found.keys() - form.axes.keys()), other, len(form.axes)
 
-    return min((form for form in FORMS if form.peft_type == peft_type), key=distance)
+    return min(forms_of(peft_type), key=distance)
 
 
 def parse_key(key: str) -> re.Match[str] | None:
@@ -150,6 +164,12 @@ def parse_key(key: str) -> re.Match[str] | None:
 def axis_counts(stem: str) -> set[int]:
     """The numbers of axes that tensors with this stem may have."""
     return {len(form.axes[stem]) for form in FORMS if stem in form.axes}
+
+
+def _may_have(axes: Sequence[str], tensor: Tensor) -> bool:
+    """Whether a tensor has this number of axes, and the size 1 where they say so."""
+    sizes = tensor.shape
+    return len(axes) == len(sizes) and all(a != "1" or n == 1 for a, n in zip(axes, sizes, strict=True))
 
 
 def _stem(end: str) -> str:

@@ -124,9 +124,6 @@ class DoRA(Update):
     def __add__(self, other: Update) -> "DoRA":
         _refuse("a sum with it")
 
-    def __radd__(self, other: Update) -> "DoRA":
-        _refuse("a sum with it")
-
     def __mul__(self, factor: float) -> "DoRA":
         _refuse("a multiple of it")
 

@@ -24,8 +24,8 @@ from brushstroke.lowrank.apply import (
     stacked_term,
 )
 from brushstroke.lowrank.matmul import HALF
-from brushstroke.sites import has_plain_forward
-from brushstroke.sites.kinds import CONV1D, compute_dtype
+from brushstroke.sites import has_plain_forward, require_kind
+from brushstroke.sites.kinds import compute_dtype
 
 STACKED_ROWS, STACKED_RANKS = 256, 256  # up to this size, one product of all factors and rows is faster
 
@@ -109,7 +109,7 @@ class _LowRankLayer(Adapted):
     def onto(self, term: Tensor, x: Tensor) -> Tensor:
         """The base's output plus a low-rank term, rounded once in the rows that use an update."""
         spans = [span.tokens for span in self.spans(x)]
-        return linear_onto(term, x, self.weight, self.bias, self._kind is CONV1D, spans)
+        return linear_onto(term, x, self.weight, self.bias, self._kind.stores_dxh(self.weight), spans)
 
     def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Uᵀ (1×d) and V (1×h) for a trial, and the expected output (float64) with them."""
@@ -180,7 +180,9 @@ class AttachedLinear(_LowRankLayer, Attached):
         spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self.spans(x))
         factors = self.lora_U_rows, self.lora_V, self.lora_scale
         base_first = not self.rounds_once(x)
-        return LinearParts(self.weight, self.bias, *factors, self._kind is CONV1D, spans, base_first)
+        return LinearParts(
+            self.weight, self.bias, *factors, self._kind.stores_dxh(self.weight), spans, base_first
+        )
 
     def rounds_once(self, x: Tensor) -> bool:
         """Also whether V is not zero; if it is, the base's own product gives the output."""
@@ -289,7 +291,7 @@ class BankedLinear(_LowRankLayer, Banked):
             for span in self.spans(x)
         )
         stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
-        settings = 1.0, self._kind is CONV1D, spans, not self.rounds_once(x)
+        settings = 1.0, self._kind.stores_dxh(self.weight), spans, not self.rounds_once(x)
         return LinearParts(self.weight, self.bias, *stacks, *settings)
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
@@ -340,7 +342,7 @@ def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
     if not has_plain_forward(module) or not _is_frozen(module) or torch.is_autocast_enabled(x.device.type):
         return None
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-    return LinearParts(weight, bias, weight_is_dxh=CONV1D.matches(module))
+    return LinearParts(weight, bias, weight_is_dxh=require_kind(module).stores_dxh(weight))
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ class LinearParts(NamedTuple):
     """One frozen linear layer and its updates, x·W + bias + scale·(x·U)·V, as tensors.
 
     Args:
-        weight: (h×d) as torch stores it, or (d×h) as HF's Conv1D stores it if `weight_is_dxh`.
+        weight: (h×d) as torch stores it, or (d×h), for example in HF's Conv1D, if `weight_is_dxh`.
         bias: (h) or None.
         U_rows, V: Uᵀ (r×d) and V (r×h); both None if the layer has no update.
         scale: the factor of the low-rank term.

@@ -21,8 +21,8 @@ class Update(ABC):
         """(d, h): the input and the output width of the weight that this update changes; −1 if any fits."""
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether this update can change a weight of this shape, (d, h)."""
-        return all(own in (-1, width) for own, width in zip(self.shape, shape, strict=True))
+        """Whether this update can change a weight of this shape (d, h), where −1 fits any width too."""
+        return all(own == width or -1 in (own, width) for own, width in zip(self.shape, shape, strict=True))
 
     @property
     @abstractmethod
@@ -77,6 +77,9 @@ class Update(ABC):
 
     @abstractmethod
     def __add__(self, other: "Update") -> "Update": ...
+
+    def __radd__(self, other: "Update") -> "Update":
+        return self.__add__(other)
 
     @abstractmethod
     def __mul__(self, factor: float) -> "Update": ...

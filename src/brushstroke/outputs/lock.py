@@ -33,7 +33,7 @@ def lock_shared(path: Path) -> int:
     while True:
         handle = os.open(path, os.O_RDONLY)
         try:
-            _flock(handle, fcntl.LOCK_SH)
+            _share(handle)
             if is_at(handle, path):
                 return handle
         except BaseException:
@@ -71,14 +71,14 @@ def exclusive(folder: Path, handle: int) -> Iterator[None]:
     """
     end = time.monotonic() + PATIENCE
     while not try_exclusive(handle, without_locks=True):
+        _share(handle)  # the failed try has released the shared lock
         if time.monotonic() > end:
             raise _in_use(folder)
         time.sleep(PAUSE)
     try:
         yield
     finally:
-        if fcntl is not None:
-            _flock(handle, fcntl.LOCK_SH)
+        _share(handle)
 
 
 class RunLock:
@@ -115,6 +115,18 @@ class RunLock:
             self._made_folder = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
             self._handle = self._take()
+
+    def follow(self) -> None:
+        """If another process has replaced the locked folder, lock the folder that has its path now.
+
+        Raises:
+            OutputError: another run has locked that folder.
+            OSError: there is no folder at the path.
+        """
+        if self._handle is None or is_at(self._handle, self._folder):
+            return
+        replaced, self._handle = self._handle, self._take()
+        os.close(replaced)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -157,10 +169,11 @@ class RunLock:
             os.close(handle)
 
 
-def _flock(handle: int, operation: int) -> None:
-    assert fcntl is not None
-    with suppress(OSError):  # this file system has no locks
-        fcntl.flock(handle, operation)
+def _share(handle: int) -> None:
+    """Share the lock of an opened folder or file."""
+    if fcntl is not None:
+        with suppress(OSError):  # this file system has no locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
 
 
 def _in_use(folder: Path) -> OutputError:

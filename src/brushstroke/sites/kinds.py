@@ -41,6 +41,11 @@ class Kind:
     in_groups: bool = True
     refusal: Callable[[Any], str | None] = lambda module: None
 
+    def stores_dxh(self, weight: Tensor) -> bool:
+        """Whether a layer of this kind stores its weight as W (d×h), not as the transpose (h×d)."""
+        W = self.to_dxh(weight)
+        return W.shape == weight.shape and W.stride() == weight.stride()
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")

@@ -17,9 +17,8 @@ from brushstroke.files import file_sum, read_json
 from brushstroke.formats import ADAPTER_FILES, as_files, load, save
 from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.outputs import (
-    PARTIAL,
     RunLock,
-    clear_leftovers_in,
+    clear_leftovers,
     output_errors,
     read_first,
     refuse_existing,
@@ -45,6 +44,9 @@ from brushstroke.training.run_files import (
 )
 
 KEPT = 2  # checkpoints
+OF_A_RUN = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {
+    WEIGHTS
+}  # also of one without a result
 EXTRA = {"identity", "totals"}  # what a run stores in its checkpoints in addition to the session
 
 
@@ -169,6 +171,7 @@ class RunFolder:
         """
         if not (self.claimed and session.steps):
             return None
+        self._keep_lock()
         path = self.checkpoint(session.steps)
         save_session(session, path, extra)
         self.prune(best_step)
@@ -180,6 +183,7 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
+        self._keep_lock()
         return _sums(save(adapter, self.best(step), overwrite=True))
 
     def load_best(self, step: int, sums: Mapping[str, str]) -> Adapter:
@@ -218,6 +222,9 @@ class RunFolder:
     def open(self, step: int, evaluated: int = 0) -> None:
         """Prepare the folder for the steps after `step`: remove later lines of an interrupted run.
 
+        For a new run, the metrics of an earlier run stay until the first line of the new ones replaces them:
+        without `run.json`, they show that the adapter in the folder is not the result of a run.
+
         Args:
             step: the last step whose line in the metrics is kept.
             evaluated: the last step whose evaluation is kept.
@@ -226,6 +233,7 @@ class RunFolder:
             ResumeError: lines that should be kept are missing or damaged; nothing is changed.
             OutputError: it cannot be written.
         """
+        self._keep_lock()
         metrics = lines_until(self.path / METRICS, step, every=True) if step else b""
         evaluations = lines_until(self.path / EVALUATIONS, evaluated) if step else b""
         with output_errors(self.path):
@@ -233,7 +241,7 @@ class RunFolder:
             steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
             for folder in () if step else (*reversed(steps), *best):  # the metrics belong to the last step
                 remove_own(folder, names_in(folder))
-            remove_files(self.path, () if step else (EVALUATIONS, METRICS, RUN))
+            remove_files(self.path, () if step else (EVALUATIONS, RUN))
             if step:
                 write_file(self.path / METRICS, metrics)
                 if (self.path / EVALUATIONS).exists():
@@ -245,12 +253,13 @@ class RunFolder:
         clear_run(self.path)
 
     def record(self, name: str, line: Mapping[str, Any]) -> None:
-        """Append one line of JSON and flush it to the disk; a new file is created with its first line.
+        """Append one line of JSON and flush it to the disk; the metrics of step 1 begin a new file.
 
         Raises:
             OutputError: it cannot be written.
         """
-        append(self.path / name, line)
+        self._keep_lock()
+        append(self.path / name, line, first=name == METRICS and line["step"] == 1)
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
         """Write the summary and the adapter, in one step over an earlier one; then the run is complete.
@@ -258,6 +267,8 @@ class RunFolder:
         Raises:
             OutputError: they cannot be written.
         """
+        self._keep_lock()
+        clear_leftovers(self.path, ADAPTER_FILES.__contains__)
         files = as_files(adapter, self.path.resolve().name)
         files[RUN] = json.dumps(summary, indent=2, default=str) + "\n"
         replace_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES, lock=self._lock)
@@ -276,10 +287,18 @@ class RunFolder:
                 f"{self.path / RUN} cannot be read ({error}); remove it and start over with overwrite"
             ) from error
 
+    def _keep_lock(self) -> None:
+        """Hold the lock of the folder that has the path now, also after a `save` has replaced the folder.
+
+        Raises:
+            OutputError: another run holds it, or the folder was removed.
+        """
+        with output_errors(self.path):
+            self._lock.follow()
+
     def _check(self) -> bool:
         """Whether there is a run to resume; refuses a folder that must not be overwritten."""
-        path = self.path.resolve()
-        clear_leftovers_in(path.parent, path.name.__eq__, ADAPTER_FILES.__contains__)
+        clear_leftovers(self.path, ADAPTER_FILES.__contains__)
         with output_errors(self.path):
             clear_run(self.path)
         finished = self._resume and self.complete
@@ -290,7 +309,7 @@ class RunFolder:
             refuse_foreign(self.path)
         resuming = finished or (self._resume and bool(self.checkpoints()))
         if not resuming:
-            refuse_existing(self.path, self._overwrite or (self._resume and self._only_of_a_run()))
+            refuse_existing(self.path, self._overwrite or self._unfinished, ignoring=OF_A_RUN)
         return resuming
 
     def _refuse_run(self) -> None:
@@ -309,6 +328,8 @@ class RunFolder:
             what, lost = "a run that stopped before its first checkpoint", "metrics"
         else:
             return
+        if not self.complete and (self.path / WEIGHTS).exists():
+            lost += " and, at the end, replaces the adapter there"
         raise OutputError(
             f"{self.path} holds {what}; {advice}, or start over with --overwrite (overwrite=True), which "
             f"removes its {lost}"
@@ -319,11 +340,10 @@ class RunFolder:
             return f" of {self.summary()['steps']} steps"
         return ""
 
-    def _only_of_a_run(self) -> bool:
-        """Whether the folder has only files of an incomplete run; a finished adapter requires overwrite."""
-        known = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {WEIGHTS}
-        names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
-        return all(name in known or PARTIAL.fullmatch(name) for name in names)
+    @property
+    def _unfinished(self) -> bool:
+        """Whether a run began to write here and has not finished; an adapter there is not its result."""
+        return OWN_FILES.is_own(self.path / METRICS) and not (self.path / RUN).exists()
 
 
 def refuse_base(out: str | Path, base: str | Path | None) -> None:

@@ -14,13 +14,18 @@ from brushstroke.errors import ResumeError
 from brushstroke.outputs import output_errors, write_file
 
 
-def append(path: Path, line: Mapping[str, Any]) -> None:
+def append(path: Path, line: Mapping[str, Any], *, first: bool = False) -> None:
     """Append one line and flush it to the disk; a new file is created with its first line.
+
+    Args:
+        path: the file.
+        line: the object.
+        first: replace an older file by a new one, in one step.
 
     Raises:
         OutputError: it cannot be written.
     """
-    if not path.exists():
+    if first or not path.exists():
         write_file(path, json.dumps(line) + "\n")
         return
     with output_errors(path), path.open("a", encoding="utf-8") as file:
