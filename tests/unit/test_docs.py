@@ -56,6 +56,21 @@ def test_files_in_the_folder_tree_exist():
         assert path.exists(), line
 
 
+def test_the_folder_tree_names_every_module():
+    tree = read("docs/architecture.md").split("```\nsrc/brushstroke/\n")[1].partition("```")[0]
+    parts = re.split(r"^  (\w+)/", tree, flags=re.MULTILINE)
+    packages = dict(zip(parts[1::2], parts[2::2], strict=True))
+    source = ROOT / "src" / "brushstroke"
+    unnamed = [
+        f"{folder}/{path.name}"
+        for folder, shown in packages.items()
+        for path in source.glob(f"{folder}/*.py")
+        if folder != "data" and path.stem != "__init__" and path.name not in shown.split()
+    ]
+    assert not unnamed
+    assert {path.parent.name for path in source.glob("*/__init__.py")} == packages.keys()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):

@@ -51,7 +51,7 @@ def train(
         out: Folder for the adapter, its metrics and checkpoints.
         resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
         overwrite: Replace an earlier run in --out: its adapter when the new one is complete, its other files
-            at once. Files with other names remain.
+            with the first step. Files with other names remain.
     """
     run, adapter = run or RunOptions(), adapter or AdapterOptions()
     data_options = data_options or DataOptions()
