@@ -91,8 +91,7 @@ def _print(console: Any, described: dict[str, Any]) -> None:
     facts(
         console,
         {
-            "sites": f"{len(described['sites'])}"
-            + (f", rank {described['rank']}" if described["rank"] else ""),
+            "sites": ", rank ".join(str(n) for n in (len(described["sites"]), described["rank"]) if n),
             "size": f"{described['parameters']:,} parameters, {size(described['bytes'])}",
             "norm": "depends on the base" if described["norm"] is None else f"{described['norm']:.4g}",
             "base": card.get("base_name") or "unknown",

@@ -90,7 +90,8 @@ def _with_vllm(adapter: Adapter, base: str, folder_name: str) -> str:
 
 def _facts(adapter: Adapter, card: Card) -> list[str]:
     """A table of the facts in the card."""
-    lora = dict(card.lora or {}) if adapter.rank else {}  # else its settings had no effect
+    ranked = any(form and form.needs_rank for form in map(form_of, adapter.values()))
+    lora = dict(card.lora or {}) if ranked else {}  # without a rank, these settings had no effect
     rows = {
         "targets": ", ".join(card.target_modules),
         "alpha": lora.get("alpha"),

@@ -19,6 +19,7 @@ from brushstroke.formats.peft import TENSORS as WEIGHTS
 from brushstroke.outputs import (
     RunLock,
     clear_leftovers,
+    clear_leftovers_in,
     output_errors,
     read_first,
     refuse_existing,
@@ -298,7 +299,8 @@ class RunFolder:
 
     def _check(self) -> bool:
         """Whether there is a run to resume; refuses a folder that must not be overwritten."""
-        clear_leftovers(self.path, ADAPTER_FILES.__contains__)
+        path = self.path.resolve()
+        clear_leftovers_in(path.parent, path.name.__eq__, ADAPTER_FILES.__contains__)
         with output_errors(self.path):
             clear_run(self.path)
         finished = self._resume and self.complete
