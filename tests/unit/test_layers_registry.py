@@ -163,6 +163,18 @@ def test_a_kind_of_layer_is_trained_merged_and_saved(tmp_path: Path) -> None:
     assert torch.equal(net(x), base)
 
 
+def test_a_kind_of_layer_runs_in_half_precision() -> None:
+    net, x = Pixels().bfloat16(), torch.randn(5, 3, 8, 8, dtype=torch.bfloat16)
+    adapter = Adapter({"first": PointwiseLowRank(torch.randn(3, 2), torch.randn(2, 8))})
+    with registered(*CONVOLUTIONS):
+        expected = merge(net.float(), adapter)(x.float())
+        net.bfloat16()
+        with attach(net, adapter):
+            assert relative(net(x), expected) < 0.03
+        with bank(net, {"a": adapter}) as held, held.rows(["a", None, "a", "a", None]):
+            assert relative(net(x)[0], expected[0]) < 0.03
+
+
 def test_a_kind_of_layer_is_stored_and_trained_as_by_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     net, x = Pixels(), torch.randn(5, 3, 8, 8)

@@ -160,6 +160,17 @@ def test_load_ignores_metrics_that_cannot_be_read(tmp_path: Path) -> None:
     assert bs.load(out).rank == 1
 
 
+def test_a_folder_that_was_removed_during_a_run_is_written_at_its_end(tmp_path: Path) -> None:
+    adapter = random_adapter(tiny_llama(), bs.LoraConfig(rank=1))
+    with RunFolder(tmp_path / "out") as folder:
+        folder.claim()
+        (tmp_path / "out").rmdir()
+        folder.finish(adapter, {"steps": 1, "settings": {}, "versions": {}})
+        with pytest.raises(OutputError, match="another process"):
+            RunFolder(tmp_path / "out", overwrite=True)
+    assert bs.load(tmp_path / "out").keys() == adapter.keys()
+
+
 def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
     mine = {
         f"{STEP}/notes.txt": "mine",

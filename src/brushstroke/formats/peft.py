@@ -68,8 +68,8 @@ class UnfinishedRunWarning(UserWarning):
 def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write an adapter in PEFT's layout; all of it or nothing.
 
-    The written `README.md` says whether PEFT can load it (if PEFT's LoRA has the keys of its updates), and
-    whether vLLM can: only LoRA with one scale for all sites.
+    The written `README.md` says whether PEFT can load it (not if its type is LoRA and PEFT's LoRA lacks a key
+    of its updates), and whether vLLM can: only LoRA with one scale for all sites.
 
     Args:
         adapter: its updates must be of types that PEFT's files can hold.

@@ -91,8 +91,12 @@ class _LowRankLayer(Adapted):
         return self.is_plain(x) and _is_frozen(self)
 
     def is_plain(self, x: Tensor) -> bool:
-        """Whether the base's output is x·W + bias in the dtype of x."""
-        return self._plain and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        """Whether the base's output is the matrix product x·W, plus the bias, in the dtype of x."""
+        return (
+            self._plain
+            and self.weight.ndim == 2
+            and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        )
 
     def with_updates(self, x: Tensor, factors: Mapping[int, Factors], dropout: float = 0.0) -> Tensor:
         """The output with the update of each span's slot, without fused functions."""
@@ -109,7 +113,7 @@ class _LowRankLayer(Adapted):
     def onto(self, term: Tensor, x: Tensor) -> Tensor:
         """The base's output plus a low-rank term, rounded once in the rows that use an update."""
         spans = [span.tokens for span in self.spans(x)]
-        return linear_onto(term, x, self.weight, self.bias, self._kind.stores_dxh(self.weight), spans)
+        return linear_onto(term, x, self.weight, self.bias, self._kind.stores_dxh, spans)
 
     def random_factors(self, x: Tensor, base: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Uᵀ (1×d) and V (1×h) for a trial, and the expected output (float64) with them."""
@@ -180,9 +184,7 @@ class AttachedLinear(_LowRankLayer, Attached):
         spans = tuple(Span(span.tokens, EVERYTHING.ranks) for span in self.spans(x))
         factors = self.lora_U_rows, self.lora_V, self.lora_scale
         base_first = not self.rounds_once(x)
-        return LinearParts(
-            self.weight, self.bias, *factors, self._kind.stores_dxh(self.weight), spans, base_first
-        )
+        return LinearParts(self.weight, self.bias, *factors, self._kind.stores_dxh, spans, base_first)
 
     def rounds_once(self, x: Tensor) -> bool:
         """Also whether V is not zero; if it is, the base's own product gives the output."""
@@ -291,7 +293,7 @@ class BankedLinear(_LowRankLayer, Banked):
             for span in self.spans(x)
         )
         stacks = (self.bank_U_rows.flatten(0, 1), self.bank_V.flatten(0, 1)) if spans else (None, None)
-        settings = 1.0, self._kind.stores_dxh(self.weight), spans, not self.rounds_once(x)
+        settings = 1.0, self._kind.stores_dxh, spans, not self.rounds_once(x)
         return LinearParts(self.weight, self.bias, *stacks, *settings)
 
     def spans(self, x: Tensor) -> tuple[SlotSpan, ...]:
@@ -342,7 +344,7 @@ def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
     if not has_plain_forward(module) or not _is_frozen(module) or torch.is_autocast_enabled(x.device.type):
         return None
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-    return LinearParts(weight, bias, weight_is_dxh=require_kind(module).stores_dxh(weight))
+    return LinearParts(weight, bias, weight_is_dxh=require_kind(module).stores_dxh)
 
 
 def _is_frozen(module: nn.Module) -> bool:

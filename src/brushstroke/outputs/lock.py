@@ -117,13 +117,12 @@ class RunLock:
             self._handle = self._take()
 
     def follow(self) -> None:
-        """If another process has replaced the locked folder, lock the folder that has its path now.
+        """If the locked folder was replaced, lock the folder that has its path now.
 
         Raises:
             OutputError: another run has locked that folder.
-            OSError: there is no folder at the path.
         """
-        if self._handle is None or is_at(self._handle, self._folder):
+        if self._handle is None or is_at(self._handle, self._folder) or not self._folder.exists():
             return
         replaced, self._handle = self._handle, self._take()
         os.close(replaced)

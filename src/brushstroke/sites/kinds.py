@@ -5,6 +5,7 @@ It runs no updates; the package `layers` does.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ class Kind:
     in_groups: bool = True
     refusal: Callable[[Any], str | None] = lambda module: None
 
-    def stores_dxh(self, weight: Tensor) -> bool:
-        """Whether a layer of this kind stores its weight as W (d×h), not as the transpose (h×d)."""
-        W = self.to_dxh(weight)
-        return W.shape == weight.shape and W.stride() == weight.stride()
+    @cached_property
+    def stores_dxh(self) -> bool:
+        """Whether a weight with two axes is stored as W (d×h), not as the transpose (h×d)."""
+        return self.to_dxh(torch.empty(1, 2)).shape == (1, 2)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

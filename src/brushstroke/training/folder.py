@@ -45,9 +45,8 @@ from brushstroke.training.run_files import (
 )
 
 KEPT = 2  # checkpoints
-OF_A_RUN = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {
-    WEIGHTS
-}  # also of one without a result
+# the names that a run may leave without a finished adapter
+OF_A_RUN = {METRICS, EVALUATIONS, RUN, CHECKPOINTS, *ADAPTER_FILES} - {WEIGHTS}
 EXTRA = {"identity", "totals"}  # what a run stores in its checkpoints in addition to the session
 
 
@@ -292,7 +291,7 @@ class RunFolder:
         """Hold the lock of the folder that has the path now, also after a `save` has replaced the folder.
 
         Raises:
-            OutputError: another run holds it, or the folder was removed.
+            OutputError: another run holds it.
         """
         with output_errors(self.path):
             self._lock.follow()
