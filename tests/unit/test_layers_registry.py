@@ -165,7 +165,7 @@ def test_a_kind_of_layer_is_trained_merged_and_saved(tmp_path: Path) -> None:
 
 def test_a_kind_of_layer_runs_in_half_precision() -> None:
     net, x = Pixels().bfloat16(), torch.randn(5, 3, 8, 8, dtype=torch.bfloat16)
-    adapter = Adapter({"first": PointwiseLowRank(torch.randn(3, 2), torch.randn(2, 8))})
+    adapter = Adapter({"first": PointwiseLowRank(torch.randn(3, 2), torch.randn(2, 8))}).to(torch.bfloat16)
     with registered(*CONVOLUTIONS):
         expected = merge(net.float(), adapter)(x.float())
         net.bfloat16()
