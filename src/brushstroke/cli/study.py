@@ -277,7 +277,11 @@ def study(
             on_estimate=progress.estimate,
             on_run=progress.run,
         )
-    command = study_command(sys.argv[1:], report.results.estimate.budget_minutes)
+    plan = report.results.estimate
+    kept = plan.budget_minutes
+    if kept is None and plan.left_out:  # a plan of an older version, which did not store its budget
+        kept = settings.budget_minutes
+    command = study_command(sys.argv[1:], kept)
     page = write_report(report, out, title=TITLES[question], command=command, png=png, csv=csv, latex=latex)
     if json:
         emit_json({**report.as_dict(), "command": command})
