@@ -1,7 +1,8 @@
 """Read committed results.json files again with the comparisons of this version; nothing is trained.
 
 A results.json holds the test loss of every arm and seed, but not those of single test rows. The intervals
-on new rows, which a bootstrap of the rows gave, are therefore taken from it unchanged.
+on new rows, which a bootstrap of the rows gave, are therefore taken from it unchanged. So is the difference
+of q and v; its interval is widened if the study stored it for one side alone.
 
     python benchmarks/reread_results.py > docs/results/reread.md
 """
@@ -14,12 +15,15 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
+from brushstroke.errors import require
 from brushstroke.studies.comparisons import MARGIN, Comparison, compare_all, compare_with
-from brushstroke.studies.findings import Table, describe_pairs, difference_table
+from brushstroke.studies.findings import Table, bounds, describe_pairs, difference_table
+from brushstroke.studies.seeds import DIFFERENCE, SIDE_NAMES
 from brushstroke.studies.statistics import Interval
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-QUESTIONS = ("Which matrices", "What rank")
+QUESTIONS = ("Which matrices", "What rank", "Do two seeds")
+BOTH_SIDES = "(intervals for both sides at once)"  # what an answer says if its intervals hold together
 
 
 def losses_of(results: dict[str, Any], names: list[str]) -> dict[str, dict[int, float]]:
@@ -34,7 +38,7 @@ def losses_of(results: dict[str, Any], names: list[str]) -> dict[str, dict[int, 
 def comparisons(results: dict[str, Any]) -> Iterator[tuple[str, Comparison]]:
     """The comparisons of the questions about matrices and ranks, with captions."""
     for finding in results["findings"]:
-        if not finding["question"].startswith(QUESTIONS):
+        if not finding["question"].startswith(QUESTIONS[:2]):
             continue
         names = [name for name in finding["data"]["test_loss"] if results["arms"][name]["conclusive"]]
         losses, data = losses_of(results, names), finding["data"]
@@ -69,6 +73,38 @@ def interval_of(stored: dict[str, Any] | None) -> Interval:
     return Interval(stored["mean"], stored["low"], stored["high"], stored["n"])
 
 
+def q_less_v(results: dict[str, Any]) -> Table | None:
+    """What two seeds share more in q than in v, with intervals for both sides at once (Bonferroni).
+
+    Older versions stored 95 % intervals for each side alone; these are widened.
+    """
+    finding = next((one for one in results["findings"] if one["question"].startswith(QUESTIONS[2])), None)
+    sides = finding["data"]["matrices"].get(DIFFERENCE) if finding else None
+    if not finding or not sides:
+        return None
+    rows = []
+    for side, stored in sides.items():
+        one, wider = interval_of(stored), 1.0
+        if BOTH_SIDES not in finding["answer"]:
+            alone, together = (t_quantile(1 - 0.05 / (2 * count), one.count - 1) for count in (1, len(sides)))
+            wider = together / alone
+        assert one.low is not None
+        half = wider * (one.mean - one.low)
+        rows.append(
+            (SIDE_NAMES[side], bounds(Interval(one.mean, one.mean - half, one.mean + half, one.count), 3))
+        )
+    caption = (
+        "Directions that two seeds share above the other task, q less v. The 95 % intervals hold for both "
+        "sides at once."
+    )
+    return Table(caption, ("side", "q less v"), tuple(rows))
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """The quantile of Student's t."""
+    return float(require("scipy.special", extra="study").stdtrit(freedom, share))
+
+
 def markdown(table: Table) -> str:
     """A table as Markdown."""
     lines = [f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|"]
@@ -92,6 +128,8 @@ def main(files: list[str]) -> None:
             print(
                 f"\n{describe_pairs(found, MARGIN)}\n\n{markdown(difference_table(found, MARGIN, caption))}"
             )
+        if table := q_less_v(results):
+            print(f"\n{markdown(table)}")
 
 
 if __name__ == "__main__":

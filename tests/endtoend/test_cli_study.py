@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -275,6 +276,59 @@ def test_wrong_input_is_refused_before_torch_is_loaded(tiny, data, tmp_path, wor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "file is a file; name a folder"),
+        ("file/out", "file is a file; name a folder"),
+        ("/proc/none/out", "cannot write /proc/none/out"),
+    ],
+)
+@pytest.mark.parametrize("words", ["rank BASE DATA", "paper --tiny"])
+def test_folder_that_cannot_be_written_is_refused_before_torch_is_loaded(
+    tiny, data, tmp_path, words, out, message
+):
+    (tmp_path / "file").write_text("mine")
+    program = (
+        "import sys; from brushstroke.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    named = {"BASE": str(tiny), "DATA": str(data)}
+    command = [sys.executable, "-c", program, "study", *(named.get(word, word) for word in words.split())]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / out)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout.split() == ["1", "False"]
+    assert message in Done(1, "", done.stderr).error
+
+
+HOLD = (
+    "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_SH); print(flush=True); input()"
+)
+
+
+@pytest.mark.parametrize("words", ["rank BASE DATA", "paper --tiny"])
+def test_folder_of_a_running_study_is_refused_with_its_process(cli, tiny, data, tmp_path, monkeypatch, words):
+    monkeypatch.setattr("brushstroke.outputs.lock.PATIENCE", 0.1)
+    named = {"BASE": tiny, "DATA": data}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        done = cli("study", *(named.get(word, word) for word in words.split()), "--out", tmp_path)
+        holder.communicate("\n")
+    assert done.status == 1
+    assert f"another process writes or reads {tmp_path} (process {holder.pid})" in done.error
+    assert not files_in(tmp_path)
+
+
+@pytest.mark.slow
+def test_budget_of_a_preset_advises_only_flags_that_it_takes(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("brushstroke.studies.tiny.STEPS", 1)
+    words = ("study", "paper", "--tiny", "--workers", "1", "--budget-minutes", "0.00001")
+    done = cli(*words, "--out", tmp_path / "out")
+    assert done.status == 2
+    assert done.error.endswith("give more minutes (--budget-minutes)")
+
+
 BAD = [
     (("rank",), "expected a base and data: brushstroke study rank BASE DATA --out DIR"),
     (("paper",), "expected a base and data: brushstroke study paper BASE DATA --out DIR"),
@@ -364,7 +418,7 @@ def test_report_of_seeds_explains_a_smaller_rank_than_asked_for(cli, tiny, data,
 
 
 @pytest.mark.slow
-def test_study_continues_with_other_workers_and_budget(cli, tiny, data, tmp_path):
+def test_study_continues_with_other_workers_and_budget(cli, tiny, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = ("study", "rank", tiny, data, "--out", out, *SMALL, *GRID, "--targets", "q_proj", "--ranks", "1")
     assert cli(*words, "--no-whole").status == 0
@@ -372,7 +426,14 @@ def test_study_continues_with_other_workers_and_budget(cli, tiny, data, tmp_path
     again = cli(*words, "--no-whole", "--workers", "2", "--budget-minutes", "60")
     assert again.status == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/outcome.json")} == before
-    assert "continues with its existing plan" in again.err
+    assert "the study has all its runs; --budget-minutes is ignored" in again.err
+    assert "if none is done yet" not in again.err
+    next(out.glob("runs/*/outcome.json")).unlink()
+    monkeypatch.setattr(sys, "argv", ["brushstroke", *map(str, words), "--budget-minutes", "60"])
+    missing = cli(*words, "--no-whole", "--budget-minutes", "60")
+    assert missing.status == 0, missing.err
+    assert "the study continues with its existing plan; --budget-minutes is ignored" in missing.err
+    assert results(out)["command"] == shlex.join(["brushstroke", *map(str, words)])
     other = cli(*words)  # with the arm that trains W itself
     assert other.status == 1
     assert "holds another study (arms:" in other.error

@@ -1,5 +1,6 @@
-"""The docs agree with the code: names, version, layers, files, links."""
+"""The docs agree with the code and with results: names, version, layers, files, links, numbers."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -76,3 +77,36 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def shown(found, digits):
+    """An interval as the pages print it."""
+    mean, low, high = (f"{found[key]:.{digits}f}".replace("-", "−") for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def test_page_of_the_tiny_study_has_the_numbers_of_its_file():
+    page = " ".join(read("docs/paper_tiny.md").split())
+    study = json.loads(read("docs/results/paper_tiny.json"))
+    sets, ranks, seeds, delta = (finding["data"] for finding in study["findings"])
+    for found in (sets, ranks):
+        losses = (f"{loss['mean']:.3f}" for loss in found["test_loss"].values())
+        assert f"| test loss | {' | '.join(losses)} |" in page
+    for row in seeds["blocks"]:
+        values = (shown(row[key], 3) for key in ("phi", "other_task", "within_other"))
+        assert f"put | {' | '.join(values)} | {row['chance']:.3f} |" in page
+    for side in seeds["matrices"]["q more than v"].values():
+        assert shown(side, 2) in page
+    for rank in ("4", "32"):
+        assert shown(delta[rank]["over_chance"], 2) in page
+        assert shown(delta[rank]["random_over_chance"], 2) in page
+    for ratio in delta["general"]["ratios"]:
+        assert f"| {shown(ratio['ratio'], 2)} |" in page
+    arms = study["arms"].values()
+    runs = sum(len(arm["tried"]) + len(arm["outcomes"]) - bool(arm["tried"]) for arm in arms)
+    assert f"{runs} runs in {study['seconds']:.0f} seconds" in page
+
+
+def test_committed_studies_have_no_paths_of_a_machine():
+    for file in (ROOT / "docs" / "results").glob("*.json"):
+        assert not re.search(r"/(tmp|home|root|work)/", file.read_text("utf-8")), file.name

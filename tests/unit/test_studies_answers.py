@@ -55,6 +55,7 @@ def test_answer_compares_overlaps_within_and_with_the_other_task():
     assert "at the same rate" in table.caption
     answer = _seeds_answer(tests, True, 4, same, other, ["layers.0.q_proj"], 2)
     assert "other task 0.350, within it 0.500" in answer
+    assert "φ(2, 2) output side. This rests on one other task." in answer
 
 
 def test_where_nothing_can_be_tested_no_block_is_named():

@@ -5,6 +5,7 @@ import pytest
 from brushstroke.base import Base
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, OutputError
+from brushstroke.outputs import lock
 from brushstroke.studies import (
     DeltaStudy,
     Grid,
@@ -17,7 +18,8 @@ from brushstroke.studies import (
     tiny,
     tiny_paper,
 )
-from brushstroke.studies.store import check_folder
+from brushstroke.studies.presets import tiny_material
+from brushstroke.studies.store import check_folder, locked
 from brushstroke.training import TrainConfig
 from sampling import WHOLE
 
@@ -83,6 +85,22 @@ def test_settings_that_cannot_work_are_refused_before_the_model_is_trained(monke
     with pytest.raises(ConfigError, match="at least one seed"):
         tiny_paper(tmp_path / "out", seeds=())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tiny_model_is_announced_only_if_it_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny, "STEPS", 1)
+    told = []
+    for _ in range(2):
+        material = tiny_material(tmp_path, seeds=(0,), on_base=lambda: told.append("training"))
+    assert told == ["training"]
+    assert material.shorten == ()
+
+
+def test_the_tiny_model_is_trained_by_one_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(lock, "PATIENCE", 0.05)
+    monkeypatch.setattr(tiny, "tiny_base", lambda *_: pytest.fail("trained"))
+    with locked(tmp_path), pytest.raises(OutputError, match="another process writes or reads"):
+        tiny_material(tmp_path, seeds=(0,))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])

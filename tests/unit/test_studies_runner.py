@@ -188,8 +188,12 @@ def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     assert (few.arms, few.seeds) == (("a", "b"), (0,))
     assert few.left_out == ("seeds 1, 2", "arm c")
     assert estimate(Timed(), arms, grid, workers=2).seconds == 75.0
-    with pytest.raises(ConfigError, match="one arm takes about"):
+    with pytest.raises(ConfigError, match=r"one arm takes about .* give more minutes \(--budget-minutes\)$"):
         estimate(Timed(), arms, grid, budget_minutes=0.1)
+    with pytest.raises(ConfigError, match=r"minutes \(--budget-minutes\) or fewer steps$"):
+        estimate(Timed(), arms, grid, budget_minutes=0.1, shorten=("fewer steps",))
+    assert fewer.budget_minutes == 2
+    assert Estimate.from_dict(fewer.as_dict()) == fewer
 
 
 def test_all_workers_time_an_arm_at_once():

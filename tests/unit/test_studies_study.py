@@ -1,5 +1,6 @@
 """A study's folder and its results as JSON: damage is reported, nearly equal rates stay distinct."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -9,9 +10,26 @@ import torch
 import training_kit
 from brushstroke.base import Base
 from brushstroke.errors import ConfigError, OutputError, ResumeError
-from brushstroke.studies import Estimate, Grid, IntrinsicStudy, Material, RankStudy, Report, Task, run_studies
+from brushstroke.outputs import lock
+from brushstroke.studies import (
+    DeltaStudy,
+    Estimate,
+    Grid,
+    IntrinsicStudy,
+    Material,
+    RankStudy,
+    Report,
+    SeedsStudy,
+    TargetsStudy,
+    Task,
+    finished_only,
+    run_studies,
+)
+from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import Arm
+from brushstroke.studies.page import report_page
 from brushstroke.studies.runner import ArmResult
+from brushstroke.studies.store import locked
 from brushstroke.studies.study import _hash_weights
 from brushstroke.training import TrainConfig
 
@@ -99,3 +117,108 @@ def test_a_study_notices_every_changed_weight(material):
     with torch.no_grad():
         weight.view(-1)[-1] += 1
     assert _hash_weights(material.base) != before
+
+
+ONE_RANK = RankStudy(("q_proj",), (1,), train_whole=False)
+
+
+def stored(folder):
+    return json.loads((folder / "study.json").read_text("utf-8"))
+
+
+def change(folder, part, **values):
+    """Change a part of study.json."""
+    whole = stored(folder)
+    whole[part] |= values
+    (folder / "study.json").write_text(json.dumps(whole), "utf-8")
+
+
+def sample_hash(model):
+    """The hash of the base in studies of the first versions: 64 values or a few more of each weight."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().numpy()
+        digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_study_with_the_older_hash_of_its_base_is_read_but_not_continued(material, tmp_path):
+    answer = run_studies([ONE_RANK], material, tmp_path).findings[0].answer
+    change(tmp_path, "identity", base=sample_hash(material.base.model))
+    again = run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
+    assert again.findings[0].answer == answer
+    with pytest.raises(ResumeError, match=r"of an older version.*\(--reread\)"):
+        run_studies([ONE_RANK], material, tmp_path)
+    change(tmp_path, "identity", base="0123456789abcdef")
+    with pytest.raises(ResumeError, match="holds another study"):
+        run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
+
+
+def test_seconds_do_not_grow_when_nothing_is_trained(material, tmp_path):
+    plans = []
+    first = run_studies([ONE_RANK], material, tmp_path, on_estimate=plans.append)
+    again = [
+        run_studies([ONE_RANK], material, tmp_path, on_estimate=plans.append, **execute)
+        for execute in ({"execute": finished_only}, {})
+    ]
+    assert [report.seconds for report in again] == [first.seconds, first.seconds]
+    assert [plan.finished for plan in plans] == [False, True, True]
+
+
+def test_study_with_an_unfinished_run_is_not_called_finished(material, tmp_path):
+    plans = []
+    run_studies([ONE_RANK], material, tmp_path)
+    next(tmp_path.glob("runs/*/outcome.json")).unlink()
+    run_studies([ONE_RANK], material, tmp_path, on_estimate=plans.append)
+    assert [plan.finished for plan in plans] == [False]
+
+
+def test_a_folder_has_one_study_at_a_time(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.05)
+    run_studies([ONE_RANK], material, tmp_path)
+    with locked(tmp_path):
+        with pytest.raises(OutputError, match="another process writes or reads"):
+            run_studies([ONE_RANK], material, tmp_path)
+        run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
+    run_studies([ONE_RANK], material, tmp_path)
+
+
+def test_a_question_whose_arms_the_budget_left_out_names_the_budget(material, tmp_path):
+    questions = [TargetsStudy({"q": ("q_proj",), "v": ("v_proj",)}, rank=1)]
+    questions += [RankStudy(("o_proj",), (1,)), SeedsStudy(("o_proj",), 2), DeltaStudy(("o_proj",), (2,))]
+    with pytest.raises(KeyboardInterrupt):
+        run_studies(questions, material, tmp_path, on_estimate=interrupted)
+    plan = stored(tmp_path)["notes"]["plan"]
+    change(tmp_path, "notes", plan={**plan, "arms": ["q r=1"], "left_out": ["arms all others"]})
+    first, *others = run_studies(questions, material, tmp_path).findings
+    assert "(--budget-minutes)" not in first.answer
+    for finding in others:
+        assert finding.answer.startswith("No arm of this question was run, because the time budget")
+        assert "(--budget-minutes)" in finding.answer
+        assert all(table.rows for table in finding.tables)
+        assert any("(--budget-minutes): arms all others" in note for note in finding.notes)
+
+
+def test_two_seeds_are_missed_because_of_the_budget(material, tmp_path):
+    studies = [SeedsStudy(("q_proj",), 1)]
+    with pytest.raises(KeyboardInterrupt):
+        run_studies(studies, material, tmp_path, on_estimate=interrupted)
+    plan = stored(tmp_path)["notes"]["plan"]
+    change(tmp_path, "notes", plan={**plan, "left_out": ["seed 1"]})
+    (finding,) = run_studies(studies, material, tmp_path).findings
+    assert "the time budget left only one: give more minutes (--budget-minutes)" in finding.answer
+
+
+def test_the_page_counts_every_run():
+    """A control has no grid, so that all of its seeds are runs."""
+    arms = {
+        "a": ArmResult(Arm("a", ("q",)), {0.1: 1.0, 0.2: 2.0, 0.3: 3.0}, 0.2, None, outcomes("a", 5)),
+        "b": ArmResult(Arm("b", ("q",)), {}, 0.2, None, outcomes("b", 5)),
+    }
+    results = SimpleNamespace(estimate=Estimate(1.0, 12, ("a", "b"), (0,)), untouched={}, arms=arms)
+    page = report_page(Report((), results, {"model": {}, "training": {}, "arms": []}, 1.0), title="runs")
+    assert "12 runs of 2 arms" in page.html()
+
+
+def outcomes(name, seeds):
+    return {seed: Outcome(name, 0.2, seed, 1, 1, 1, 0.1) for seed in range(seeds)}

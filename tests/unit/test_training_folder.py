@@ -307,6 +307,20 @@ def test_contradicting_flags_and_invalid_names_are_refused(tmp_path: Path) -> No
         RunFolder(f"{tmp_path}/a\0b")
 
 
+def test_error_names_the_other_process_and_not_this_one(tmp_path: Path, monkeypatch) -> None:
+    """A process that was refused shares the lock for a moment, and may be listed last."""
+    found = tmp_path.stat()
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    lines = [f"{n}: FLOCK ADVISORY READ {pid} {place} 0 EOF" for n, pid in enumerate((123, os.getpid()))]
+    (tmp_path / "locks").write_text("\n".join(lines))
+    monkeypatch.setattr(lock, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(lock, "PATIENCE", 0.05)
+    with RunFolder(tmp_path, overwrite=True) as early:
+        early.claim()
+        with pytest.raises(OutputError, match=r"\(process 123\)"):
+            RunFolder(tmp_path, overwrite=True)
+
+
 def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     early, late = RunFolder(out), RunFolder(out)

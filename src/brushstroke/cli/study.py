@@ -3,7 +3,6 @@
 It turns flags into settings of `brushstroke.studies`.
 """
 
-import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -18,9 +17,11 @@ from brushstroke.cli.console import emit_json, lines, people, print_text, result
 from brushstroke.cli.early import check_data, say_what_was_read
 from brushstroke.cli.options import BaseOptions, Device, Dtype, Use
 from brushstroke.cli.progress import LINE_SECONDS, clock
+from brushstroke.cli.study_command import study_command
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, OutputError, require
 from brushstroke.locate import require_base_files
+from brushstroke.outputs import RunLock, check_output_folder
 
 if TYPE_CHECKING:
     from brushstroke.studies import Material, Progress, Study
@@ -194,6 +195,7 @@ def study(
     rates = _check_runs(settings)
     if question == "rounding":
         _refuse_lengths(settings)
+    out = out.expanduser()
     if settings.reread:
         _refuse_unstarted(out, settings)
     preset = "--tiny" if given.tiny else "--smollm2" if given.smollm2 else None
@@ -213,6 +215,9 @@ def study(
     else:
         require_base_files(base)
         rows = _read(data, files)
+    check_output_folder(out, overwrite=True)  # what it contains is checked later, with the study's own names
+    if not settings.reread:
+        RunLock(out).refuse_other()
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")
@@ -253,6 +258,9 @@ def study(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
         material = _material(base, rows, rates, settings, files, loading, fixed)
+        if question == "rounding":
+            shorten = ("fewer steps (--steps)", "fewer learning rates (--learning-rates)")
+            material = replace(material, shorten=shorten)
         studies = paper_questions(material) if single is None else [single]
     execute = processes(workers) if workers > 1 else in_process
     if workers > 1 and material.base.device.type != "cpu":
@@ -269,7 +277,11 @@ def study(
             on_estimate=progress.estimate,
             on_run=progress.run,
         )
-    command = shlex.join(["brushstroke", *sys.argv[1:]])
+    plan = report.results.estimate
+    kept = plan.budget_minutes
+    if kept is None and plan.left_out:  # a plan of an older version, which did not store its budget
+        kept = settings.budget_minutes
+    command = study_command(sys.argv[1:], kept)
     page = write_report(report, out, title=TITLES[question], command=command, png=png, csv=csv, latex=latex)
     if json:
         emit_json({**report.as_dict(), "command": command})
@@ -359,7 +371,7 @@ def _preset(
     return make(
         out,
         overwrite=settings.overwrite,
-        on_base=lambda: say("training a small model first, if it does not exist yet"),
+        on_base=lambda: say("training a small model first"),
         **seeds,
     )
 
@@ -528,10 +540,11 @@ class _Progress:
 
     def estimate(self, plan: "Estimate") -> None:
         started = ", plus the start of the processes" if self._workers > 1 else ""
-        if not self._reread:
+        if not self._reread and not plan.finished:
             say(f"{plan.runs} runs, about {clock(plan.seconds)} on this machine if none is done yet{started}")
         if plan.resumed and not self._reread:
-            say(f"the study continues with its existing plan{self._ignored}")
+            state = "has all its runs" if plan.finished else "continues with its existing plan"
+            say(f"the study {state}{self._ignored}")
         for line in plan.left_out:
             say(f"left out by --budget-minutes{' then' if plan.resumed else ''}: {line}")
         if self._console.is_terminal:

@@ -177,13 +177,15 @@ def _share(handle: int) -> None:
 
 def _in_use(folder: Path) -> OutputError:
     """The error for a locked folder; names the process that holds the lock if the system lists it."""
-    found, holder = folder.stat(), ""
+    found, processes = folder.stat(), []
     place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with suppress(OSError):
         for line in LOCKS.read_text().splitlines():
             words = line.split()  # 1: FLOCK ADVISORY WRITE process place 0 EOF
             if words[1] == "FLOCK" and words[5] == place:
-                holder = f" (process {words[4]})"
+                processes.append(int(words[4]))
+    processes.sort(key=lambda process: process != os.getpid())  # this process may share it too
+    holder = f" (process {processes[-1]})" if processes else ""
     return OutputError(
         f"another process writes or reads {folder}{holder}; wait for it, or choose another folder"
     )

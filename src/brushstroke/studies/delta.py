@@ -29,7 +29,7 @@ from brushstroke.studies.findings import Figure, Finding, Table, bounds, format_
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.tables import as_interval, format_rate, limits
+from brushstroke.studies.tables import NOT_RUN, as_interval, format_rate, limits
 from brushstroke.studies.words import counted
 
 SHOWN = 8  # rows of the table by site, for each rank
@@ -131,18 +131,8 @@ class DeltaStudy:
         diverged = compare_divergence(results, names, full)
         return Finding(
             "How does ΔW relate to W?",
-            " ".join([*texts, diverged.answer])
-            if texts
-            else "No arm is conclusive: the question stays open.",
-            (
-                Table(
-                    f"Frobenius norms, first seed; the first {SHOWN} matrices of each rank.",
-                    COLUMNS,
-                    tuple(rows),
-                ),
-                *diverged.tables,
-                *_general_table(results, arm_runner),
-            ),
+            _answer(results, list(ranked.values()), texts, diverged.answer),
+            (*_norm_table(rows), *diverged.tables, *_general_table(results, arm_runner)),
             (*figures, *diverged.figures),
             (
                 "Amplification falls like 1/rank almost by construction; the number free of the rank is the "
@@ -160,6 +150,17 @@ class DeltaStudy:
             }
             | {"general": diverged.data or {}},
         )
+
+
+def _answer(results: Results, names: Sequence[str], texts: Sequence[str], diverged: str) -> str:
+    if results.left_out(names):
+        return NOT_RUN
+    return " ".join([*texts, diverged]) if texts else "No arm is conclusive: the question stays open."
+
+
+def _norm_table(rows: Sequence[tuple[object, ...]]) -> list[Table]:
+    caption = f"Frobenius norms, first seed; the first {SHOWN} matrices of each rank."
+    return [Table(caption, COLUMNS, tuple(rows))] if rows else []
 
 
 def _ratios(relations: Sequence[Relation]) -> tuple[Interval, Interval]:
@@ -255,6 +256,8 @@ def _general_table(results: Results, arm_runner: ArmRunner) -> list[Table]:
         change = interval([loss - before.loss for loss in after])
         relative = median(row.relative_norm or 0.0 for row in spectra.values())
         rows.append((name, format_rate(found), bounds(interval(after)), bounds(change, 3), f"{relative:.3f}"))
+    if not rows:
+        return []
     caption = (
         f"Loss on the general text, no row of which is in the tasks; {before.loss:.4f} before. Each arm at a "
         "rate and a task loss of its own, so that arms cannot be compared here; median of the norms."

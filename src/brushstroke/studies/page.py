@@ -18,6 +18,7 @@ from brushstroke.report.figures import WIDTH
 from brushstroke.report.tables import csv_text, latex_text
 from brushstroke.studies.arms import exact
 from brushstroke.studies.findings import Figure, Table
+from brushstroke.studies.runner import ArmResult
 from brushstroke.studies.store import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.studies.study import Report
 from brushstroke.studies.words import counted
@@ -150,11 +151,16 @@ def _rate_table(report: Report) -> Table:
 
 def _lead(report: Report) -> str:
     model = report.settings["model"]
-    runs = sum(len(found.tried) + max(0, len(found.outcomes) - 1) for found in report.results.arms.values())
+    runs = sum(map(_run_count, report.results.arms.values()))
     description = "; ".join(f"{name}: {text}" for name, text in model.items())
     return f"{counted(runs, 'run')} of {counted(len(report.results.arms), 'arm')}. {description}" + (
         "." if description else ""
     )
+
+
+def _run_count(found: ArmResult) -> int:
+    """The number of runs of an arm: at every rate with the first seed, then at the chosen one."""
+    return len(found.tried) + max(0, len(found.outcomes) - bool(found.tried))
 
 
 def _settings(report: Report) -> dict[str, Any]:

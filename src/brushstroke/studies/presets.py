@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from brushstroke.base import load_base
-from brushstroke.outputs import output_errors
 from brushstroke.samples import labelled_file, model_path, read_task
 from brushstroke.studies import tiny
 from brushstroke.studies.arms import allowed_ranks, matrix_sets
@@ -19,7 +18,7 @@ from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.rounding import RoundingStudy
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.seeds import SeedsStudy
-from brushstroke.studies.store import BASE, check_folder
+from brushstroke.studies.store import BASE, check_folder, locked
 from brushstroke.studies.study import Material, Study
 from brushstroke.studies.targets import TargetsStudy
 from brushstroke.training import TrainConfig
@@ -95,21 +94,24 @@ def tiny_material(
         out: the folder of the study; the model is stored in its subfolder `base`.
         seeds: of every arm.
         overwrite: whether to start the study over.
-        on_base: called before the model is trained.
+        on_base: called before the model is trained, but not if it is stored already.
 
     Raises:
         ConfigError: there is no seed.
         DataError: this Python does not have the texts.
-        OutputError: the folder cannot be written, or contains other files.
+        OutputError: the folder cannot be written, or contains other files, or another process runs a study
+            in it.
     """
     grid = Grid(RATES, tuple(seeds))  # raises errors before the model is trained
     folder = Path(out).expanduser()
     check_folder(folder, overwrite=overwrite)
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if on_base:
-        on_base()
-    base = tiny.tiny_base(folder / BASE)
+    if (folder / BASE).is_dir():
+        base = tiny.tiny_base(folder / BASE)
+    else:
+        with locked(folder):
+            if on_base:
+                on_base()
+            base = tiny.tiny_base(folder / BASE)
     return Material(
         base,
         tiny.tasks(),
@@ -122,6 +124,7 @@ def tiny_material(
             "task": "the prose of Python's help texts",
             "other task": "the tables of Python's character encodings",
         },
+        shorten=(),
     )
 
 
@@ -159,7 +162,7 @@ def smollm2_paper(*, seeds: Sequence[int] = SMOL_SEEDS) -> tuple[list[Study], Ma
         "general": "the beginnings of Python's help texts",
     }
     sets = {name: targets for name, targets in matrix_sets(material.sites).items() if name != "up,down"}
-    material = replace(material, description=description)
+    material = replace(material, description=description, shorten=())
     targets = TargetsStudy(sets, SMOL_BUDGET)
     return paper_questions(material, (1, 4, 16, 64), rank=16, targets=targets), material
 

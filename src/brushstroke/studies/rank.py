@@ -28,6 +28,7 @@ from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
+    NOT_RUN,
     arms_table,
     as_comparison,
     as_interval,
@@ -101,8 +102,12 @@ class RankStudy:
         rows = results.row_losses(list(good))
         ranks = compare_all({name: losses[name] for name in kept.values()}, rows)
         against = compare_with(full, losses, rows) if full in good and kept else None
-        answer = _answer(kept, losses, ranks, against, self.margin)
-        answer += late_margin(results, self.name, self.margin)
+        answer = (
+            NOT_RUN
+            if results.left_out(list(ranked.values()))
+            else _answer(kept, losses, ranks, against, self.margin)
+            + late_margin(results, self.name, self.margin)
+        )
         for compared, caption in (
             (ranks, "All pairs of ranks, nats."),
             (against, "Ranks against W itself, nats."),

@@ -6,8 +6,8 @@ inconclusive, because a better rate may lie beyond. A control uses the rate of a
 have the same rate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from brushstroke.adapter import Adapter
@@ -68,7 +68,9 @@ class Estimate:
         arms: the arms that fit into the budget.
         seeds: the seeds that fit into the budget.
         left_out: the arms and seeds that do not fit, as text, one line each.
+        budget_minutes: the time budget for which the plan was made; None if there was none.
         resumed: whether the plan was read from the folder of an interrupted or finished study.
+        finished: whether all runs of the study are finished.
     """
 
     seconds: float
@@ -76,7 +78,9 @@ class Estimate:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     left_out: tuple[str, ...] = ()
+    budget_minutes: float | None = None
     resumed: bool = False
+    finished: bool = False
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Estimate":
@@ -88,7 +92,19 @@ class Estimate:
         arms, seeds, left_out = (tuple(stored[name]) for name in ("arms", "seeds", "left_out"))
         if not arms or not seeds or {type(seed) for seed in seeds} != {int}:
             raise ValueError("a plan needs arms, and seeds that are whole numbers")
-        return cls(float(stored["seconds"]), int(stored["runs"]), arms, seeds, left_out)
+        budget = stored.get("budget_minutes")  # older versions did not store it
+        return cls(
+            float(stored["seconds"]),
+            int(stored["runs"]),
+            arms,
+            seeds,
+            left_out,
+            None if budget is None else float(budget),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON types, without the state of the study."""
+        return {key: value for key, value in asdict(self).items() if key not in ("resumed", "finished")}
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,10 @@ class Results:
         common = [set(self.arms[name].seeds) for name in names]
         return tuple(seed for seed in self.estimate.seeds if all(seed in found for found in common))
 
+    def left_out(self, names: Sequence[str]) -> bool:
+        """Whether the time budget left out all of these arms, so that none was run."""
+        return not any(name in self.arms for name in names)
+
     def conclusive(self, names: Sequence[str] | None = None) -> dict[str, ArmResult]:
         """The arms whose learning rate could be chosen."""
         chosen = (
@@ -193,6 +213,7 @@ def estimate(
     workers: int = 1,
     budget_minutes: float | None = None,
     execute: Executor = in_process,
+    shorten: Sequence[str] = (),
 ) -> Estimate:
     """Time a few steps, and plan the runs that fit into the budget; ignores extensions of grids.
 
@@ -202,6 +223,7 @@ def estimate(
 
     Args:
         estimator: an `Estimator`; its outcomes contain the estimated seconds of a run.
+        shorten: what else than more minutes helps if not even one arm fits, for the error.
 
     Raises:
         ConfigError: not even one arm fits, or the budget is not a number above 0.
@@ -229,16 +251,41 @@ def estimate(
         kept.pop()
     runs, seconds = cost(kept, seeds)
     if seconds > limit:
+        advice = " or ".join(("more minutes (--budget-minutes)", *shorten))
         raise ConfigError(
-            f"one arm takes about {seconds / 60:.2g} minutes and the budget is {budget_minutes:g}: give more "
-            "minutes (--budget-minutes), fewer steps (--max-steps) or fewer learning rates"
+            f"one arm takes about {seconds / 60:.2g} minutes with one seed and the budget is "
+            f"{budget_minutes:g}: give {advice}"
         )
     left_out = []
     if seeds < len(grid.seeds):
         left_out.append(listed("seed", grid.seeds[seeds:]))
     if len(kept) < len(arms):
         left_out.append(listed("arm", [arm.name for arm in arms[len(kept) :]]))
-    return Estimate(seconds, runs, tuple(arm.name for arm in kept), grid.seeds[:seeds], tuple(left_out))
+    names = tuple(arm.name for arm in kept)
+    return Estimate(seconds, runs, names, grid.seeds[:seeds], tuple(left_out), budget_minutes)
+
+
+def all_finished(
+    arm_runner: ArmRunner, store: Store, arms: Sequence[Arm], grid: Grid, plan: Estimate
+) -> bool:
+    """Whether every run to which a plan leads is finished."""
+
+    def stop(_: object, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+        if runs:
+            raise _UnfinishedRun
+        yield from ()
+
+    try:
+        run_arms(arm_runner, store, arms, grid, plan, execute=stop)
+    except _UnfinishedRun:
+        return False
+    except TrainingError:  # every run diverged
+        return True
+    return True
+
+
+class _UnfinishedRun(Exception):
+    """Ends the search for runs that are not finished."""
 
 
 def run_arms(

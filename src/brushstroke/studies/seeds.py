@@ -23,6 +23,7 @@ from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import exceeds, holm, over_pairs
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
+    NOT_RUN,
     SIDES,
     arms_table,
     as_interval,
@@ -86,7 +87,7 @@ class SeedsStudy:
         controlled = len(results.seeds(*good)) >= 2 if names[1] in good else False
         seeds = results.seeds(*(good if controlled else [arm.name])) if arm.name in good else ()
         if len(seeds) < 2:
-            answer = "Two seeds of a conclusive arm are needed; the question stays open."
+            answer = NOT_RUN if results.left_out([arm.name]) else _too_few_seeds(results)
             return Finding(question, answer, (arms_table(results, names[:1], "Runs."),), (), notes)
         same = pair_overlaps(results, arm.name, arm.name, seeds)
         other = pair_overlaps(results, arm.name, names[1], seeds) if controlled else {}
@@ -139,6 +140,16 @@ class SeedsStudy:
                 values.append(float(overlap_grid(left.cpu(), principal[site])[-1, -1]))
             found[site] = fmean(values)
         return found
+
+
+def _too_few_seeds(results: Results) -> str:
+    """The answer if there are no two updates to compare."""
+    if len(results.estimate.seeds) < 2 and results.estimate.left_out:
+        return (
+            "Two seeds are needed, and the time budget left only one: give more minutes (--budget-minutes) "
+            "and another folder."
+        )
+    return "Two seeds of a conclusive arm are needed; the question stays open."
 
 
 def _rank_note(rank: int, k: int) -> tuple[str, ...]:
@@ -324,7 +335,7 @@ def _answer(
         above = [row for row in passed("p_other") if row in passed("p_chance")]
         names = ", ".join(map(_place, above))
         text += (
-            f"Above the other task as well, so not the same for whatever the model learns: {names}. "
+            f"Above what they share with the other task as well: {names}. This rests on one other task. "
             if above
             else "No block is above both: what the seeds share is not shown to be the task's. "
         )

@@ -14,6 +14,7 @@ from brushstroke.errors import AdapterFileError, OutputError, ResumeError
 from brushstroke.formats import load, remove
 from brushstroke.outputs import (
     OwnFiles,
+    RunLock,
     output_errors,
     refuse_existing,
     remove_empty,
@@ -169,6 +170,22 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
     OWN_FILES.refuse_foreign(folder)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Context manager: no other process runs a study in this folder; creates the folder if it is missing.
+
+    Raises:
+        OutputError: another process does, or the folder cannot be created.
+    """
+    lock = RunLock(folder)
+    try:
+        with output_errors(folder):
+            lock.take()
+        yield
+    finally:
+        lock.release()
+
+
 def planned_before(folder: Path) -> dict[str, Any] | None:
     """The stored plan of the study in a folder; None if there is none.
 
@@ -176,6 +193,15 @@ def planned_before(folder: Path) -> dict[str, Any] | None:
         OutputError: study.json cannot be read, or was not written by a study.
     """
     return _read(folder)["notes"].get("plan") if (folder / STUDY).is_file() else None
+
+
+def base_before(folder: Path) -> Any:
+    """The hash of the base in the identity of the study in a folder; None if there is none.
+
+    Raises:
+        OutputError: study.json cannot be read, or was not written by a study.
+    """
+    return _read(folder)["identity"].get("base") if (folder / STUDY).is_file() else None
 
 
 def refuse_other(folder: Path, settings: Mapping[str, Any]) -> None:

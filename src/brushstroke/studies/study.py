@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +17,33 @@ import torch
 
 from brushstroke.base import Base
 from brushstroke.data import Example
-from brushstroke.errors import ConfigError
+from brushstroke.errors import ConfigError, ResumeError
 from brushstroke.sites import Site
 from brushstroke.sites.walk import find_sites
 from brushstroke.studies.arm_run import ArmRunner, Estimator, Score, Task
 from brushstroke.studies.arms import Arm, exact
-from brushstroke.studies.executors import Executor, in_process
+from brushstroke.studies.executors import Executor, finished_only, in_process
 from brushstroke.studies.findings import Finding
-from brushstroke.studies.runner import Estimate, Grid, Progress, Results, estimate, run_arms
-from brushstroke.studies.store import RUNS, START_OVER, STUDY, Store, check_folder, damaged, planned_before
+from brushstroke.studies.runner import (
+    Estimate,
+    Grid,
+    Progress,
+    Results,
+    all_finished,
+    estimate,
+    run_arms,
+)
+from brushstroke.studies.store import (
+    RUNS,
+    START_OVER,
+    STUDY,
+    Store,
+    base_before,
+    check_folder,
+    damaged,
+    locked,
+    planned_before,
+)
 from brushstroke.training import TrainConfig
 from brushstroke.training.summary import versions
 
@@ -45,6 +64,7 @@ class Material:
         config: training settings of every run; learning rates and seeds come from the grid.
         grid: learning rates and seeds of each arm.
         description: the description of model and data in the report: name → text.
+        shorten: what shortens a run or the search for its rate, for the error of a budget that is too small.
     """
 
     base: Base
@@ -53,6 +73,7 @@ class Material:
     grid: Grid
     general: tuple[Example, ...] = ()
     description: Mapping[str, str] = field(default_factory=dict)
+    shorten: tuple[str, ...] = ("fewer steps (--max-steps)", "fewer learning rates (--learning-rates)")
 
     @property
     def sites(self) -> list[Site]:
@@ -83,7 +104,14 @@ class Study(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """A finished study: its findings, results and settings, and the total time of all its sessions."""
+    """A finished study.
+
+    Args:
+        findings: an answer to each question.
+        results: of all arms.
+        settings: model, data and settings.
+        seconds: the time of all sessions, each until its last run; reading finished runs adds nothing.
+    """
 
     findings: tuple[Finding, ...]
     results: Results
@@ -96,7 +124,7 @@ class Report:
             "versions": versions(),
             "settings": self.settings,
             "seconds": self.seconds,
-            "estimate": {k: v for k, v in asdict(self.results.estimate).items() if k != "resumed"},
+            "estimate": self.results.estimate.as_dict(),
             "untouched": {name: asdict(score) for name, score in self.results.untouched.items()},
             "arms": {
                 name: {
@@ -141,18 +169,18 @@ def run_studies(
         out: the folder; an interrupted study in it is resumed.
         overwrite: start over.
         budget_minutes: plan only what fits, and report what was left out. A resumed study keeps its plan.
-        execute: the executor of the runs.
+        execute: the executor of the runs; `finished_only` reads a finished study again.
         workers: number of parallel runs of `execute`, for the estimate and the remaining time.
-        on_estimate: called before the first run.
+        on_estimate: called before the first run, also if none is left.
         on_run: called after every run.
 
     Raises:
         ConfigError: a study is not possible with this model or data, or the budget is too small.
-        OutputError: the folder contains other files, or a file of the study in it is damaged.
-        ResumeError: the folder contains another study.
+        OutputError: the folder contains other files, or a file of the study in it is damaged, or another
+            process runs a study in it.
+        ResumeError: the folder contains another study, or one of an older version that is to be continued.
         TrainingError: every run diverged.
     """
-    began = time.perf_counter()
     folder = Path(out).expanduser()
     check_folder(folder, overwrite=overwrite)
     arms: dict[str, Arm] = {}
@@ -162,48 +190,89 @@ def run_studies(
                 raise ConfigError(
                     f"two studies define the arm {arm.name!r} differently; run them in separate folders"
                 )
-    every = list(arms.values())
     arm_runner = ArmRunner(material.base, material.tasks, material.general, material.config, folder / RUNS)
-    for arm in every:
+    for arm in arms.values():
         arm_runner.numbers(arm)  # raises errors now instead of after hours
-    settings = _settings(studies, material, every)
-    known = None if overwrite else planned_before(folder)
-    if known is None:
-        estimator = Estimator(material.base, material.tasks, material.general, material.config, folder / RUNS)
-        planned = estimate(estimator, every, material.grid, workers, budget_minutes, execute)
-    else:
+    settings = _settings(studies, material, list(arms.values()))
+    reading = execute is finished_only
+    with nullcontext() if reading else locked(folder):
+        if not overwrite:
+            settings["base"] = _known_base(folder, material.base, settings["base"], reading)
+        began = time.perf_counter()
+        known = None if overwrite else planned_before(folder)
+        if known is None:
+            estimator = Estimator(
+                material.base, material.tasks, material.general, material.config, folder / RUNS
+            )
+            every = list(arms.values())
+            planned = estimate(
+                estimator, every, material.grid, workers, budget_minutes, execute, material.shorten
+            )
+        else:
+            with damaged(folder / STUDY, START_OVER):
+                planned = replace(Estimate.from_dict(known), resumed=True)
+        store = Store(folder, settings, overwrite=overwrite)
         with damaged(folder / STUDY, START_OVER):
-            planned = replace(Estimate.from_dict(known), resumed=True)
-    store = Store(folder, settings, overwrite=overwrite)
-    with damaged(folder / STUDY, START_OVER):
-        kept = [arms[name] for name in planned.arms]
-    store.keep_note("plan", asdict(planned))
-    stated = store.note("margins")
-    if known is None and stated is None:
-        asked = {study.name: getattr(study, "margin", None) for study in studies}
-        stated = {name: margin for name, margin in asked.items() if margin is not None}
-        store.keep_note("margins", stated)
-    if on_estimate:
-        on_estimate(planned)
-    untouched = _once(store, "untouched", lambda: {k: asdict(v) for k, v in arm_runner.untouched().items()})
-    with damaged(folder / STUDY, START_OVER):
-        scores = {name: Score.from_dict(untouched[name]) for name in (*material.tasks, *untouched)}
-        spent = float(store.note("seconds") or 0.0)
+            kept = [arms[name] for name in planned.arms]
+        store.keep_note("plan", planned.as_dict())
+        stated = store.note("margins")
+        if known is None and stated is None:
+            asked = {study.name: getattr(study, "margin", None) for study in studies}
+            stated = {name: margin for name, margin in asked.items() if margin is not None}
+            store.keep_note("margins", stated)
+        if known is not None:
+            finished = all_finished(arm_runner, store, kept, material.grid, planned)
+            planned = replace(planned, finished=finished)
+        if on_estimate:
+            on_estimate(planned)
+        untouched = _once(
+            store, "untouched", lambda: {k: asdict(v) for k, v in arm_runner.untouched().items()}
+        )
+        with damaged(folder / STUDY, START_OVER):
+            scores = {name: Score.from_dict(untouched[name]) for name in (*material.tasks, *untouched)}
+            spent = float(store.note("seconds") or 0.0)
 
-    def after_run(progress: Progress) -> None:
-        store.keep_note("seconds", spent + time.perf_counter() - began)
-        if on_run:
-            on_run(progress)
+        def after_run(progress: Progress) -> None:
+            store.keep_note("seconds", spent + time.perf_counter() - began)
+            if on_run:
+                on_run(progress)
 
-    found = run_arms(
-        arm_runner, store, kept, material.grid, planned, execute=execute, workers=workers, on_run=after_run
-    )
-    rows = {name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()}
-    results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
-    findings = tuple(study.read(results, arm_runner) for study in studies)
-    seconds = spent + time.perf_counter() - began
-    store.keep_note("seconds", seconds)
-    return Report(findings, results, settings, seconds)
+        found = run_arms(
+            arm_runner,
+            store,
+            kept,
+            material.grid,
+            planned,
+            execute=execute,
+            workers=workers,
+            on_run=after_run,
+        )
+        rows = {
+            name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()
+        }
+        results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
+        findings = tuple(study.read(results, arm_runner) for study in studies)
+        return Report(findings, results, settings, float(store.note("seconds") or 0.0))
+
+
+def _known_base(folder: Path, base: Base, now: str, reading: bool) -> str:
+    """The hash of the base for the identity of the study in the folder, if there is one.
+
+    Older versions took 64 values of each weight. If these agree, `--reread` accepts the study; its runs are
+    not continued, because the versions do not train alike.
+
+    Raises:
+        ResumeError: an older version made the study, and it is to be continued.
+    """
+    then = base_before(folder)
+    if then is None or then == now or then != _hash_sample(base):
+        return now
+    if not reading:
+        raise ResumeError(
+            f"{folder} holds a study of an older version, and this version would not train its runs alike; "
+            "read the finished runs again (--reread), or choose another folder"
+        )
+    return then
 
 
 def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -234,6 +303,16 @@ def _hash(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.tokens, example.weights)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _hash_sample(base: Base) -> str:
+    """The hash of the base in studies of older versions: of 64 values or a few more of each weight."""
+    digest = hashlib.sha256()
+    for name, weight in base.model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to(torch.float32).cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -27,6 +27,10 @@ QUANTITIES = {  # overlap figures: name of the file → whose directions, the si
     "A": ("U", "left", "the right-singular vectors of A (our U), as in the paper"),
     "dW-output": ("delta", "right", "ΔW, output side"),
 }
+NOT_RUN = (
+    "No arm of this question was run, because the time budget left all of them out: give more minutes "
+    "(--budget-minutes) and another folder."
+)
 ABOUT_A = (
     "The paper took A alone. It is no property of ΔW, and in a short run A is still near its random start, "
     "so that two seeds share little of it, whatever ΔW learnt: see how far U moved."
@@ -214,7 +218,9 @@ def inconclusive_note(results: Results, names: Sequence[str]) -> tuple[str, ...]
 
 def left_out_note(results: Results) -> tuple[str, ...]:
     """Notes on arms and seeds that the time budget left out."""
-    return tuple(f"Left out by the budget of time: {line}." for line in results.estimate.left_out)
+    return tuple(
+        f"Left out by the budget of time (--budget-minutes): {line}." for line in results.estimate.left_out
+    )
 
 
 def as_interval(found: Interval | None) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from brushstroke.studies.findings import Figure, Finding, describe_pairs, differ
 from brushstroke.studies.runner import Results
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
+    NOT_RUN,
     arms_table,
     as_comparison,
     as_interval,
@@ -120,7 +121,9 @@ class TargetsStudy:
         )
         return Finding(
             "Which matrices deserve the parameters?",
-            _answer(ordered, compared, self.margin) + late_margin(results, self.name, self.margin),
+            NOT_RUN
+            if results.left_out(names)
+            else _answer(ordered, compared, self.margin) + late_margin(results, self.name, self.margin),
             (
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
                 *(
