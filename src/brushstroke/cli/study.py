@@ -216,6 +216,7 @@ def study(
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")
+    from brushstroke.cores import usable_cores
     from brushstroke.studies import (
         finished_only,
         in_process,
@@ -224,7 +225,6 @@ def study(
         run_studies,
         write_report,
     )
-    from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
     from brushstroke.studies.store import check_folder, refuse_other
 

@@ -66,7 +66,7 @@ def train(
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")
-    request.check_data(base, run.trust_remote_code)
+    request.check_data(base, run.trust_remote_code, folder.date())
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
     from brushstroke.training.interrupt import ignore_interrupts
@@ -173,8 +173,14 @@ class _Request:
             "completion_column": options.completion,
         }
 
-    def check_data(self, base: str, trust_remote_code: bool) -> None:
-        """Check the data with the base's tokenizer, without loading the weights."""
+    def check_data(self, base: str, trust_remote_code: bool, date: str | None = None) -> None:
+        """Check the data with the base's tokenizer, without loading the weights.
+
+        Args:
+            base: what `load_base` takes.
+            trust_remote_code: run Python code from the base's folder.
+            date: of a resumed run.
+        """
         start = self.arguments["start"]
         check_data(
             base,
@@ -186,6 +192,7 @@ class _Request:
             split_turns=self.config.split_turns,
             chat_template=self.config.chat_template
             or (start.card.chat_template if start and start.card else None),
+            date=self.config.date or date,
             trust_remote_code=trust_remote_code,
         )
 

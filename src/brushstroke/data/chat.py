@@ -5,10 +5,11 @@ row must be in its place in the text. Only the assistant's parts and their ends 
 rows.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from brushstroke.data.fitting import (
@@ -77,14 +78,14 @@ class ChatFormat:
         as_trained: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
+        self._as_trained = as_trained
         self.pieces = PieceTokenizer(tokenizer)
         self._bos = _begin_token(tokenizer)
         self._known_markers = _added_tokens(tokenizer)
         given = template or getattr(tokenizer, "chat_template", None) or {}
         sources = {DEFAULT: given} if isinstance(given, str) else dict(given)
-        self._templates = {
-            name: self._made(with_date(source, date), as_trained) for name, source in sources.items()
-        }
+        self._given = {name: with_date(source, date) for name, source in sources.items()}
+        self._templates = {name: self._made(source, as_trained) for name, source in self._given.items()}
         if date is not None and self.date is None:
             warnings.warn(
                 f"the date {date} is not used: the chat template prints no date that can be set",
@@ -94,6 +95,18 @@ class ChatFormat:
         self._question = QUESTION if as_trained else STOCK_QUESTION
         self._fitter = Fitter(self._known_markers)
         self._readers: dict[str, ReplyReader] = {}
+
+    def __reduce__(self) -> Any:
+        return partial(ChatFormat, as_trained=self._as_trained), (self.tokenizer, self._given)
+
+    def identity(self) -> Any:
+        """Everything that its texts and tokens depend on, as JSON types; None for a tokenizer in Python."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        special = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
+        tokens = [type(self.tokenizer).__name__, backend.to_str(), special, self.begin_ids, self.end_ids]
+        return [tokens, self._given, self._as_trained]
 
     @property
     def has_template(self) -> bool:

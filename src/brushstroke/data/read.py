@@ -7,11 +7,13 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from brushstroke.data.files import Row, endings, is_readable, read_file
 from brushstroke.data.published import as_read
+from brushstroke.data.row_files import is_large, read_large
 from brushstroke.data.rows import Rows, hash_rows
 from brushstroke.data.validate import describe_type
 from brushstroke.errors import DataError, did_you_mean
@@ -54,14 +56,16 @@ def read_rows(
         DataError: the source is missing, empty, damaged, or of an unknown kind; its rows have several forms,
             or contain preferences or labels and `use` does not say what to train.
     """
-    return as_read(_read(source, split), prompt, completion, use)
+    convert = partial(as_read, prompt=prompt, completion=completion, use=use)
+    return convert(_read(source, split, convert))
 
 
-def _read(source: Any, split: str | None) -> Rows:
+def _read(source: Any, split: str | None, convert: "partial[Rows]") -> Rows:
+    """The rows of a source; large files are converted too, since this needs another file."""
     if isinstance(source, Rows):
         return source
     if isinstance(source, str | Path):
-        return _read_named(source, split)
+        return _read_named(source, split, convert)
     if _is_from_datasets(source, "Dataset"):
         rows, name = _dataset_rows(source), "the given data set"
     elif _is_from_datasets(source, "DatasetDict"):
@@ -80,15 +84,14 @@ def _read(source: Any, split: str | None) -> Rows:
     return Rows(rows, name, hash_rows(rows))
 
 
-def _read_named(source: str | Path, split: str | None) -> Rows:
+def _read_named(source: str | Path, split: str | None, convert: "partial[Rows]") -> Rows:
     if not str(source).strip():
         raise DataError("the name of the data is empty; give a file, a folder or a hub data set")
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, convert)
     if path.is_file():
-        rows = read_file(path)
-        return Rows(rows, path.name, hash_rows(rows), files=((str(path), 0),))
+        return _read_files([path], path.name, (), convert)
     if isinstance(source, str):
         name, _, named_split = source.partition(":")
         if ("/" in name or named_split) and _may_be_on_the_hub(name):
@@ -110,7 +113,17 @@ def _may_be_on_the_hub(name: str) -> bool:
     return not (slash and Path(folder).exists())
 
 
-def _read_folder(folder: Path) -> Rows:
+def _read_files(paths: list[Path], name: str, notes: tuple[str, ...], convert: "partial[Rows]") -> Rows:
+    if is_large(paths) and (found := read_large(paths, name, notes, convert)):
+        return found
+    rows, files = [], []
+    for path in paths:
+        files.append((str(path), len(rows)))
+        rows += read_file(path)
+    return Rows(rows, name, hash_rows(rows), files=tuple(files), notes=notes)
+
+
+def _read_folder(folder: Path, convert: "partial[Rows]") -> Rows:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         import datasets
 
@@ -126,11 +139,7 @@ def _read_folder(folder: Path) -> Rows:
     left = [path.name for path in splits if path not in paths]
     kept = ", ".join(path.name for path in paths)
     notes = (f"read {kept}; not read, because they are other splits: {', '.join(left)}",) if left else ()
-    rows, files = [], []
-    for path in paths:
-        files.append((str(path), len(rows)))
-        rows += read_file(path)
-    return Rows(rows, folder.name, hash_rows(rows), files=tuple(files), notes=notes)
+    return _read_files(paths, folder.name, notes, convert)
 
 
 def _data_files(folder: Path) -> list[Path]:

@@ -312,7 +312,7 @@ def _count_steps(batches: BatchSampler, config: TrainConfig) -> int:
 
 def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:
     began = time.perf_counter()
-    result = session.loss(held_out.examples)
+    result = session.loss(held_out)
     seconds = time.perf_counter() - began
     return EvalEvent(session.steps, result.loss, result.trained_tokens, seconds, result.loss < best_loss)
 
