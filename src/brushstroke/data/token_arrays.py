@@ -255,7 +255,13 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    return (values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE))
+    """The values, a part at a time; those of a file are read, since mapped pages count as used memory."""
+    if not isinstance(values, np.memmap):
+        yield from (values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE))
+        return
+    with open(str(values.filename), "rb") as file:
+        while len(part := np.fromfile(file, values.dtype, _AT_ONCE)):
+            yield part
 
 
 def _all_tokens(examples: Sequence[Example]) -> np.ndarray:
