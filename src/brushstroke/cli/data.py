@@ -23,7 +23,7 @@ OPEN, CLOSE = "⟦", "⟧"
 
 def data(
     base: str,
-    data: str,
+    data: list[str],
     *,
     rows: Whole = None,
     prompt: str | None = None,
@@ -41,7 +41,8 @@ def data(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
+            several are joined, and NAME:2 repeats the rows of one.
         rows: Examples to show [default: 3].
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def train(
     base: str,
-    data: str,
+    data: list[str],
     *,
     out: Annotated[Path, Parameter(group=RUN)],
     resume: Annotated[bool, Parameter(group=RUN)] = False,
@@ -47,7 +47,8 @@ def train(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
+            several are joined, and NAME:2 repeats the rows of one.
         out: Folder for the adapter, its metrics and checkpoints.
         resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
         overwrite: Replace an earlier run in --out: its adapter when the new one is complete, its other files
@@ -100,7 +101,7 @@ def train(
 
 def plan(
     base: str,
-    data: str,
+    data: list[str],
     *,
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
@@ -114,7 +115,8 @@ def plan(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
+            several are joined, and NAME:2 repeats the rows of one.
         out: As for train; nothing is written.
         resume: As for train.
         overwrite: As for train.
@@ -139,7 +141,7 @@ class _Request:
     """The inputs of a run that need no base, read and checked."""
 
     def __init__(
-        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
+        self, data: list[str], adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
     ) -> None:
         if options.eval_data is None and training:
             refuse_evaluation(training.keep_best, training.eval_every, training.patience)

@@ -1,4 +1,6 @@
-"""Keeps what was read from large data on disk: indices of rows, and tokens; `brushstroke cache` lists it.
+"""Keeps data on disk: indices of the rows and tokens of large data, copies of remote files.
+
+`brushstroke cache` lists it.
 
 An entry is a folder, named by its kind and by a hash of everything that its content depends on. When all are
 larger than `LIMIT` together, those that were not used for longest are deleted.
@@ -22,8 +24,8 @@ from brushstroke.samples.assets import cache_folder
 LIMIT = 16 * 2**30  # bytes of all entries; one that is larger is kept alone
 LARGE = 16 * 2**20  # bytes of files; smaller data is read again each time, in memory
 META = "meta.json"
-Kind = Literal["rows", "tokens"]
-_ENTRY = re.compile(r"(rows|tokens)-[0-9a-f]{32}")
+Kind = Literal["rows", "tokens", "copies"]
+_ENTRY = re.compile(r"(rows|tokens|copies)-[0-9a-f]{32}")
 
 
 def folder() -> Path:

@@ -189,8 +189,8 @@ def read_row(
         whole = [*context, *given] if isinstance(given, list | tuple) else given
         learnt_from = len(context)
     else:
-        prompt = _turns(row, columns.names[0], "user", where)
-        answer = _turns(row, columns.names[1], "assistant", where) if answers else []
+        prompt = read_turns(row, columns.names[0], "user", where)
+        answer = read_turns(row, columns.names[1], "assistant", where) if answers else []
         context = [*_system(row, prompt, where), *_history(row, where), *prompt]
         whole, learnt_from = [*context, *answer], len(context)
     if row.get(TOOLS) and row.get(FUNCTIONS):
@@ -270,8 +270,18 @@ def _is_false(value: Any) -> bool:
     return value is not None and str(value).strip().lower() in _FALSE
 
 
-def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
-    """Read the messages in a column with a text or messages."""
+def read_turns(row: Row, column: str, role: str, where: str) -> list[Any]:
+    """Read the messages in a column with a text or messages.
+
+    Args:
+        row: a row of the data set.
+        column: the column.
+        role: of the message that a text becomes.
+        where: the row, for error messages.
+
+    Raises:
+        DataError: the value is neither.
+    """
     value = parsed(row[column])
     keys = {"role"} if isinstance(row[column], str) else set()  # any other JSON is a plain text
     if (

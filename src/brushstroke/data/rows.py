@@ -2,9 +2,10 @@
 
 import bisect
 import hashlib
+import itertools
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -173,6 +174,55 @@ class Selected(Sequence[Row]):
         if isinstance(index, slice):
             return [self._rows[int(i)] for i in self._indices[index]]
         return self._rows[int(self._indices[index])]
+
+
+class Joined(Sequence[Row]):
+    """The rows of several sequences, one after the other.
+
+    Args:
+        parts: the sequences.
+        convert: (row, place for messages) → the row that is returned; None if it is the same.
+    """
+
+    def __init__(
+        self, parts: Sequence[Sequence[Row]], convert: Callable[[Row, str], Row] | None = None
+    ) -> None:
+        self._parts, self._convert = parts, convert
+        self._starts = [0, *itertools.accumulate(map(len, parts))]
+
+    @property
+    def key(self) -> str | None:
+        """Identifies the rows if those of all parts can be identified."""
+        keys = [getattr(part, "key", None) for part in self._parts]
+        return None if None in keys else f"joined {keys} {self._convert is not None}"
+
+    @cached_property
+    def facts(self) -> RowFacts:
+        """What is known about the rows."""
+        if self._convert is not None:
+            return facts_of(iter(self))
+        found = [facts_of(part) for part in self._parts]
+        shapes = tuple(dict.fromkeys(shape for facts in found for shape in facts.shapes))
+        numbers = {shape: number for number, shape in enumerate(shapes)}
+        ids = [np.array([numbers[s] for s in facts.shapes], "i4")[facts.shape_ids] for facts in found]
+        return RowFacts(np.concatenate([facts.digests for facts in found]), shapes, np.concatenate(ids))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no row {index} among {len(self)}")
+        index %= len(self)
+        part = bisect.bisect_right(self._starts, index) - 1
+        row = self._parts[part][index - self._starts[part]]
+        return row if self._convert is None else self._convert(row, f"row {index + 1}")
 
 
 def hash_rows(rows: Iterable[Any]) -> str:
