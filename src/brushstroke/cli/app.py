@@ -45,7 +45,7 @@ COMMANDS = {  # name, in the order of their use → its function, its help, and 
     "evaluate": (
         "brushstroke.cli.evaluate:evaluate",
         "Loss and scores of answers on a data file.",
-        "brushstroke evaluate models/SmolLM2-135M heldout.jsonl --adapter out/mine",
+        "brushstroke evaluate models/SmolLM2-135M heldout.jsonl --adapter out/mine --base",
     ),
     "generate": (
         "brushstroke.cli.generate:generate",
