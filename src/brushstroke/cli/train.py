@@ -85,6 +85,7 @@ def train(
                 on_plan=_on_plan(progress, request, why),
                 on_step=progress.step,
                 on_eval=progress.evaluation,
+                progress=False,
             )
         except KeyboardInterrupt as error:
             ignore_interrupts()
