@@ -279,3 +279,126 @@ def test_a_chat_format_is_the_same_in_another_process(chatml: Any) -> None:
     assert again.identity() == chat.identity()
     assert again.prompt_tokens("hello") == chat.prompt_tokens("hello")
     assert (again.template, again.stop_texts) == (chat.template, chat.stop_texts)
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write into the same file, as an editor or a script does that does not rename."""
+    with path.open("r+") as file:
+        file.write(text)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept(
+    large: Path, chatml: Any
+) -> None:
+    path, old, new = large / "chats.jsonl", chats(2100), chats(2100)
+    for row in new:
+        row["messages"][1]["content"] = row["messages"][1]["content"].replace("It", "He")
+    write_lines(path, old)
+    texts = {
+        name: "\ufeff" + "\n\n".join(map(json.dumps, rows)) for name, rows in (("old", old), ("new", new))
+    }
+    whole = encode(read_rows(path), chatml)
+    for entry in cache.entries():
+        cache.remove(entry)
+    rows = read_rows(path)
+    with pytest.raises(DataError, match="was changed while it was read"):
+        encode(rows, chatml, on_progress=lambda *_: overwrite(path, texts[1]))
+    with pytest.raises(DataError, match="was changed"):
+        encode(rows, chatml)
+    overwrite(path, texts[0])
+    assert same(encode(read_rows(path), chatml), whole)
+
+
+def test_tokens_of_other_tokenizers_and_options_are_not_found(large: Path, chatml: Any) -> None:
+    path = write_lines(large / "chats.jsonl", chats(10))
+    made: list[int] = []
+
+    def tokens(tokenizer: Any, **options: Any) -> Any:
+        return encode(read_rows(path), tokenizer, on_progress=lambda done, _: made.append(done), **options)
+
+    tokens(chatml)
+    chatml.split_special_tokens = True
+    tokens(chatml)
+    assert made == [10, 10]
+    chatml.split_special_tokens = False
+    schemas = [{"name": "f", "description": "d"}, {"description": "d", "name": "f"}]
+    keys = {str(encode_rows.cache.key_of([schema])) for schema in schemas}
+    assert len(keys) == 2
+    kept = len(cache.entries())
+
+    class Own(type(chatml)):  # type: ignore[misc]
+        pass
+
+    other = Own(tokenizer_object=chatml.backend_tokenizer, chat_template=chatml.chat_template)
+    assert ChatFormat(other).identity() is None
+    encode(read_rows(path), other)
+    chatml.apply_chat_template = lambda *args, **kwargs: type(chatml).apply_chat_template(
+        chatml, *args, **kwargs
+    )
+    encode(read_rows(path), chatml)
+    assert len(cache.entries()) == kept
+
+
+def test_tokens_stay_in_memory_where_they_cannot_be_kept(
+    large: Path, monkeypatch: pytest.MonkeyPatch, chatml: Any
+) -> None:
+    path = write_lines(large / "chats.jsonl", chats(20))
+    rows = read_rows(path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ArrayFiles, "append", full)
+    with pytest.warns(UserWarning, match="stay in memory, because cannot write .*No space left"):
+        found = encode(rows, chatml)
+    assert len(found) == 20
+
+
+def test_without_processes_the_rows_are_encoded_in_this_one(
+    large: Path, monkeypatch: pytest.MonkeyPatch, chatml: Any
+) -> None:
+    path = write_lines(large / "chats.jsonl", chats(20))
+    small = in_memory(monkeypatch, path, chatml)
+    monkeypatch.setattr(encode_rows, "usable_cores", lambda: 2)
+    for executable in ("/nothing", "", None):
+        monkeypatch.setattr(sys, "executable", executable)
+        monkeypatch.setenv("PATH", "")
+        assert same(encode(read_rows(path), chatml), small)
+        for entry in cache.entries():
+            cache.remove(entry)
+    assert list(map_in_processes(lambda value: value + 1, [1, 2], 2)) == [2, 3]  # a lambda cannot be pickled
+
+
+def test_examples_without_a_trained_token_are_refused_again(chatml: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "x"}]}]
+    data = encode([rows[1]], chatml, need_trained=False)
+    with pytest.raises(DataError, match="row 1"):
+        encode(data, chatml)
+    data = encode([rows[0]], chatml)
+    assert encode(data, chatml) is data
+
+
+def test_capital_endings_and_unreadable_files(
+    large: Path, monkeypatch: pytest.MonkeyPatch, chatml: Any
+) -> None:
+    packed = large / "ROWS.JSONL.GZ"
+    packed.write_bytes(gzip.compress("\n".join(map(json.dumps, chats(5))).encode()))
+    assert same(encode(read_rows(packed), chatml), in_memory(monkeypatch, packed, chatml))
+
+    def unreadable(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("brushstroke.data.row_files.file_sum", unreadable)
+    with pytest.raises(DataError, match=r"ROWS\.JSONL\.GZ: cannot be read \(Permission denied\)"):
+        read_rows(packed)
+
+
+def test_rows_are_read_after_their_entry_was_removed(large: Path, chatml: Any) -> None:
+    path = large / "rows.csv"
+    path.write_text("prompt,completion\n" + "a,b\n" * 9)
+    rows = read_rows(path)
+    for entry in cache.entries():
+        cache.remove(entry)
+    assert len(encode(rows, chatml)) == 9

@@ -29,16 +29,18 @@ def cache(
     from brushstroke.analysis.directions import LIMIT as DIRECTIONS
     from brushstroke.base.gguf_cache import LIMIT as GGUF
     from brushstroke.data.cache import LIMIT as DATA
+    from brushstroke.data.cache import clear_leftovers
     from brushstroke.samples.assets import cache_folder
 
     folder = cache_folder()
+    clear_leftovers()
     limits = {"data": DATA, "gguf": GGUF, "directions": DIRECTIONS, "samples": None}
     parts = {name: _entries(folder, name) for name in PARTS}
     cleared = 0
     for name in PARTS if clear == "all" else [clear] if clear else []:
         for entry in parts[name]:
             cleared += size_of(entry)
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             remove_empty(entry.parent)
         parts[name] = []
     described = [

@@ -53,7 +53,8 @@ def check_data(
     for rows in sources:
         if rows is None:
             continue
-        whole = len(rows) <= ROWS or rows.key is not None
+        is_kept = rows.key is not None and (chat is None or chat.identity() is not None)
+        whole = len(rows) <= ROWS or is_kept
         with warnings.catch_warnings(), RowsProgress(rows.name) as progress:
             warnings.simplefilter("ignore", DataWarning)
             encode(

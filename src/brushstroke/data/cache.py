@@ -39,7 +39,7 @@ def key_of(*parts: Any) -> str:
     Args:
         parts: values that JSON can hold.
     """
-    said = json.dumps([_code(), *parts], sort_keys=True, default=repr)
+    said = json.dumps([_code(), *parts], default=repr)  # templates print the keys of tools in their order
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
@@ -62,12 +62,17 @@ def new_entry(kind: Kind, key: str) -> Iterator[Path]:
     """
     where = folder()
     where.mkdir(parents=True, exist_ok=True)
-    clear_leftovers_in(where, lambda name: bool(_ENTRY.fullmatch(name)), lambda _: True)
+    clear_leftovers()
     target = where / f"{kind}-{key}"
     with replace_folder(target, lambda _: True) as new:
         yield new
         size = sum(file.stat().st_size for file in new.iterdir())
         make_room((path for path in entries() if path != target), min(size, LIMIT), LIMIT)
+
+
+def clear_leftovers() -> None:
+    """Remove what killed processes have left in the folder."""
+    clear_leftovers_in(folder(), lambda name: bool(_ENTRY.fullmatch(name)), lambda _: True)
 
 
 def remove(found: Path) -> None:

@@ -100,12 +100,21 @@ class ChatFormat:
         return partial(ChatFormat, as_trained=self._as_trained), (self.tokenizer, self._given)
 
     def identity(self) -> Any:
-        """Everything that its texts and tokens depend on, as JSON types; None for a tokenizer in Python."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        """Everything that its texts and tokens depend on, as JSON types.
+
+        None if that cannot be known: a tokenizer in Python, a class or a method of the user's own.
+        """
+        kind, own = type(self.tokenizer), vars(self.tokenizer)
+        is_changed = any(callable(value) and hasattr(kind, name) for name, value in own.items())
+        if is_changed or not kind.__module__.startswith("transformers."):
+            return None
+        try:
+            backend = self.tokenizer.backend_tokenizer.to_str()
+        except Exception:  # no backend, or one with parts in Python
             return None
         special = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
-        tokens = [type(self.tokenizer).__name__, backend.to_str(), special, self.begin_ids, self.end_ids]
+        splits = getattr(self.tokenizer, "split_special_tokens", False)
+        tokens = [kind.__name__, backend, special, splits, self.begin_ids, self.end_ids]
         return [tokens, self._given, self._as_trained]
 
     @property

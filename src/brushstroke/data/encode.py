@@ -73,7 +73,7 @@ def encode(
         raise ConfigError(
             f"max_length is {max_length}; an example needs at least 2 tokens: give a larger limit"
         )
-    if isinstance(source, EncodedData) and source.longest <= (max_length or source.longest):
+    if isinstance(source, EncodedData) and source.fits(max_length, need_trained):
         return source
     rows = _rows(source, prompt_column, completion_column)
     columns = find_columns(rows, prompt_column, completion_column)

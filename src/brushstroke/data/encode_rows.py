@@ -4,6 +4,7 @@
 """
 
 import json
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -13,10 +14,12 @@ from brushstroke.data import cache
 from brushstroke.data.encoder import SHOWN, Batch, Encoded, Encoder, Facts
 from brushstroke.data.rows import Rows
 from brushstroke.data.token_arrays import ArrayFiles, TokenArrays, read_arrays
+from brushstroke.data.validate import DataWarning
 from brushstroke.data.workers import map_in_processes
-from brushstroke.errors import DataError
+from brushstroke.errors import DataError, OutputError
 from brushstroke.files import read_json
 
+PROCESSES = 8  # at most; each needs 70 MB and more
 _ROWS = 1024  # of a batch
 Progress = Callable[[int, int], None]
 
@@ -33,24 +36,34 @@ def encode_rows(
 
     Raises:
         DataError: rows are invalid; the message names the first ones.
-        OutputError: the files cannot be written.
+
+    Warns:
+        DataWarning: the files cannot be written.
     """
     described = encoder.identity() if rows.key else None
     if described is None:
-        parts: list[TokenArrays] = []
-        facts = _encode_all(rows, encoder, parts.append, on_progress)
-        return TokenArrays.joined(parts), facts
+        return _in_memory(rows, encoder, on_progress)
     key = cache.key_of(rows.key, described)
-    if (found := _stored(key)) is None:
+    if (found := _stored(key)) is not None:
+        return found
+    try:
         with cache.new_entry("tokens", key) as new:
             with closing(ArrayFiles(new)) as files:
                 facts = _encode_all(rows, encoder, files.append, on_progress)
             meta = {"facts": asdict(facts), "hash": read_arrays(new).hash}
             (new / cache.META).write_text(json.dumps(meta), "utf-8")
+            rows.check_unchanged()
         found = _stored(key)
-    if found is None:
-        raise DataError(f"{cache.folder()}: the tokens were removed, or are damaged; repeat the command")
-    return found
+    except OutputError as error:
+        warnings.warn(f"{rows.name}: its tokens stay in memory, because {error}", DataWarning, stacklevel=4)
+    return found or _in_memory(rows, encoder, on_progress)
+
+
+def _in_memory(rows: Rows, encoder: Encoder, on_progress: Progress | None) -> tuple[TokenArrays, Facts]:
+    parts: list[TokenArrays] = []
+    facts = _encode_all(rows, encoder, parts.append, on_progress)
+    rows.check_unchanged()
+    return TokenArrays.joined(parts), facts
 
 
 def _stored(key: str) -> tuple[TokenArrays, Facts] | None:
@@ -78,7 +91,7 @@ def _encoded(rows: Rows, encoder: Encoder) -> Generator[Encoded, None, None]:
     """All batches in order; those of rows in a file are encoded on all cores."""
     batches, cores = _batches(rows), usable_cores()
     if cores > 1 and rows.key:
-        yield from map_in_processes(encoder.encode, batches, cores)
+        yield from map_in_processes(encoder.encode, batches, min(cores, PROCESSES))
     else:
         yield from map(encoder.encode, batches)
 

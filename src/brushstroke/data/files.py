@@ -101,7 +101,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, int, str]]:
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, number, raw) from error
             if text.strip():
-                yield number, offset + len(start), text
+                yield number, offset + len(start), text.removesuffix("\n")
             offset += len(raw)
 
 

@@ -9,9 +9,9 @@ import warnings
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -31,6 +31,17 @@ _LINES, _OFFSETS, _DIGESTS, _SHAPES, _ORIGINS = (
 )
 
 
+Stamp = tuple[int, int]  # size and time of the last change
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path}: was changed while it was read; repeat the command")
+
+
 class LineRows(Sequence[Row]):
     """Rows in a JSONL file, parsed when they are used.
 
@@ -39,19 +50,29 @@ class LineRows(Sequence[Row]):
         offsets: where the line of each row begins, in bytes.
         facts: about the rows.
         key: identifies their content.
+        stamp: of the file, from before its content was identified.
+
+    Raises:
+        DataError: the file was changed since.
     """
 
-    def __init__(self, path: Path, offsets: np.ndarray, facts: RowFacts, key: str) -> None:
+    def __init__(
+        self, path: Path, offsets: np.ndarray, facts: RowFacts, key: str, stamp: Stamp | None = None
+    ) -> None:
         self.path, self.offsets, self.facts, self.key = path, offsets, facts, key
-        self._changed = path.stat().st_mtime_ns
+        self._file = path.open("rb")  # stays open: another process may remove the file from the cache
+        weakref.finalize(self, self._file.close)
+        self._stamp = stamp or _stamp(os.fstat(self._file.fileno()))
+        self.check_unchanged()
 
-    @cached_property
-    def _file(self) -> Any:
-        file = self.path.open("rb")  # not opened again: another process may remove the file from the cache
-        weakref.finalize(self, file.close)
-        if os.fstat(file.fileno()).st_mtime_ns != self._changed:
-            raise DataError(f"{self.path}: was changed while it was read; repeat the command")
-        return file
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the file since its content was identified.
+
+        Raises:
+            DataError: the file was changed.
+        """
+        if _stamp(os.fstat(self._file.fileno())) != self._stamp:
+            raise _changed(self.path)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -90,16 +111,24 @@ def read_large(
     Raises:
         DataError: a row is invalid.
     """
-    key = cache.key_of([(ending_of(path), file_sum(path)) for path in paths], convert.keywords)
-    if (found := _stored(paths, name, notes, key)) is not None:
+    try:
+        stamps = [_stamp(path.stat()) for path in paths]
+        contents = [(path.suffix.lower() == ".gz", ending_of(path), file_sum(path)) for path in paths]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
+    key = cache.key_of(contents, convert.keywords)
+    if (found := _stored(paths, stamps[0], name, notes, key)) is not None:
         return found
     try:
         with cache.new_entry("rows", key) as new:
             _index(new, paths, name, convert)
+            for path, stamp in zip(paths, stamps, strict=True):
+                if _stamp(path.stat()) != stamp:
+                    raise _changed(path)
     except (OutputError, OSError, _NotJsonError) as error:
         warnings.warn(f"{name}: is read into memory, because {error}", DataWarning, stacklevel=4)
         return None
-    return _stored(paths, name, notes, key)
+    return _stored(paths, stamps[0], name, notes, key)
 
 
 class _NotJsonError(Exception):
@@ -112,7 +141,8 @@ class _NotJsonError(Exception):
 def _index(folder: Path, paths: Sequence[Path], name: str, convert: Callable[..., Rows]) -> None:
     """Write the index of some files' rows; and the rows too, unless they are lines of the only file."""
     counter = FactCounter()
-    is_indexed = len(paths) == 1 and ending_of(paths[0]) in (".jsonl", ".ndjson") and paths[0].suffix != ".gz"
+    only = paths[0] if len(paths) == 1 else None
+    is_indexed = only is not None and only.suffix.lower() in (".jsonl", ".ndjson")
     files: list[tuple[str, int]] = []
     if is_indexed:
         files.append((str(paths[0]), 0))
@@ -167,7 +197,7 @@ def _written(path: Path, rows: Iterable[Row], counter: FactCounter) -> LineRows:
     return LineRows(path, np.array(offsets, "i8"), counter.facts(), "")
 
 
-def _stored(paths: Sequence[Path], name: str, notes: tuple[str, ...], key: str) -> Rows | None:
+def _stored(paths: Sequence[Path], stamp: Stamp, name: str, notes: tuple[str, ...], key: str) -> Rows | None:
     """The rows of an entry; None if there is none. A damaged one is removed."""
     folder = cache.find("rows", key)
     if folder is None:
@@ -178,9 +208,13 @@ def _stored(paths: Sequence[Path], name: str, notes: tuple[str, ...], key: str) 
             raise ValueError("damaged")
         offsets, digests, ids = (np.load(folder / file) for file in (_OFFSETS, _DIGESTS, _SHAPES))
         shapes = tuple((tuple(names), tuple(valued)) for names, valued in meta["shapes"])
-        path = folder / _LINES if _LINES in meta["sums"] else paths[0]
+        facts = RowFacts(digests, shapes, ids)
+        if _LINES in meta["sums"]:
+            rows = LineRows(folder / _LINES, offsets, facts, key)
+        else:
+            rows = LineRows(paths[0], offsets, facts, key, stamp)
         return Rows(
-            LineRows(path, offsets, RowFacts(digests, shapes, ids), key),
+            rows,
             name,
             meta["hash"],
             files=tuple(zip(map(str, paths), meta["before"], strict=True)),

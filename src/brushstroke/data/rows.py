@@ -122,6 +122,14 @@ class Rows:
         """Identifies the content of rows that stay in a file; None for rows in memory."""
         return getattr(self.rows, "key", None)
 
+    def check_unchanged(self) -> None:
+        """Check that the file of rows that stay in a file was not changed.
+
+        Raises:
+            DataError: it was.
+        """
+        _check_unchanged(self.rows)
+
     def where(self, row: int) -> str:
         """Describe a row (from 1) by its place: `train.jsonl, row 3`; in a folder, counted per file."""
         if len(self.origins):
@@ -139,6 +147,11 @@ class Rows:
         index = bisect.bisect_left([before for _, before in self.files], row) - 1
         file, before = self.files[index]
         return f"{file}, row {row - before}"
+
+
+def _check_unchanged(rows: Any) -> None:
+    if (check := getattr(rows, "check_unchanged", None)) is not None:
+        check()
 
 
 class Selected(Sequence[Row]):
@@ -162,6 +175,10 @@ class Selected(Sequence[Row]):
         """Identifies the rows if those that they are selected from can be identified."""
         key = getattr(self._rows, "key", None)
         return key and f"{key} {hashlib.sha256(self._indices.tobytes()).hexdigest()}"
+
+    def check_unchanged(self) -> None:
+        """See `Rows`."""
+        _check_unchanged(self._rows)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -206,6 +223,11 @@ class Joined(Sequence[Row]):
         numbers = {shape: number for number, shape in enumerate(shapes)}
         ids = [np.array([numbers[s] for s in facts.shapes], "i4")[facts.shape_ids] for facts in found]
         return RowFacts(np.concatenate([facts.digests for facts in found]), shapes, np.concatenate(ids))
+
+    def check_unchanged(self) -> None:
+        """See `Rows`."""
+        for part in self._parts:
+            _check_unchanged(part)
 
     def __len__(self) -> int:
         return self._starts[-1]

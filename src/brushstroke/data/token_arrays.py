@@ -166,6 +166,11 @@ class EncodedData(Sequence[Example]):
         """The number of tokens of the longest example."""
         return int(self.lengths.max(initial=0))
 
+    def fits(self, max_length: int | None, need_trained: bool) -> bool:
+        """Whether all examples are within a limit, and have a trained token if they need one."""
+        is_trained = not need_trained or bool((self.examples.arrays["trained"] > 0).all())
+        return is_trained and self.longest <= (max_length or self.longest)
+
     @property
     def largest_reach(self) -> int:
         """The largest number of input tokens that an example's loss needs."""
@@ -223,7 +228,7 @@ class ArrayFiles:
             self._files.pop(_WEIGHTS).close()
             narrow = self._folder / f"{_WEIGHTS}.u1"
             with (self._folder / f"{_WEIGHTS}.f8").open("wb") as wide:
-                for part in _parts(_mapped(narrow)):
+                for part in _file_parts(narrow, np.dtype("u1")):
                     wide.write(part.astype("<f8").tobytes())
             narrow.unlink()
             self._open(_WEIGHTS, "f8", "ab")
@@ -259,8 +264,12 @@ def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
     if not isinstance(values, np.memmap):
         yield from (values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE))
         return
-    with open(str(values.filename), "rb") as file:
-        while len(part := np.fromfile(file, values.dtype, _AT_ONCE)):
+    yield from _file_parts(Path(str(values.filename)), values.dtype)
+
+
+def _file_parts(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while len(part := np.fromfile(file, dtype, _AT_ONCE)):
             yield part
 
 
