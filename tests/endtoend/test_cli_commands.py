@@ -188,7 +188,9 @@ def test_evaluate_prints_the_numbers_and_keeps_the_answers(cli, tiny, adapter, t
     words = ("evaluate", tiny, train_rows, *PLAIN, "--max-new-tokens", "16")
     kept = tmp_path / "answers.jsonl"
     one = json.loads(cli(*words, "--adapter", adapter, "--json", "--out", kept).out)
-    assert set(one) == {"rows", "loss", "exact_match", "valid_json", "field_f1", "seconds"}
+    assert set(one) == {
+        *("rows", "loss", "exact_match", "contains", "final_answer", "valid_json", "field_f1", "seconds")
+    }
     assert [line["row"] for line in lines_of(kept)] == list(range(1, 13))
     none = json.loads(cli(*words, "--json").out)
     assert one["loss"] < none["loss"]

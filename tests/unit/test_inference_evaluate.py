@@ -110,7 +110,9 @@ def test_evaluating_an_adapter_equals_evaluating_the_merged_model():
     assert got.loss == pytest.approx(merged.loss, rel=1e-4)
     assert got.loss != pytest.approx(evaluate(b, PAIRS, generate=False).loss, rel=0.01)
     assert [x["answer"] for x in got.answers] == [x["answer"] for x in merged.answers]
-    assert got.as_dict().keys() == {"rows", "loss", "exact_match", "valid_json", "field_f1", "seconds"}
+    assert got.as_dict().keys() == {
+        *("rows", "loss", "exact_match", "contains", "final_answer", "valid_json", "field_f1", "seconds")
+    }
     json.dumps(got.as_dict())
     with attach(b, a):
         assert evaluate(b, PAIRS, generate=False).loss == pytest.approx(got.loss, rel=NATS)

@@ -20,7 +20,7 @@ from brushstroke.errors import BaseLoadError, OutputError
 from brushstroke.files import read_tensors
 from brushstroke.lowrank.cosines import proven_floor
 from brushstroke.lowrank.krylov import Shifted, dense_svd, top_svd
-from brushstroke.outputs import write_file
+from brushstroke.outputs import make_room, write_file
 from brushstroke.samples.assets import cache_folder
 
 STEP = 40  # the number of directions of a large W is a multiple of this, so that analyses share them
@@ -122,7 +122,8 @@ class DirectionCache:
         payload = safetensors.torch.save({name: tensor.cpu() for name, tensor in found.items()})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._make_room(len(payload)):
+            others = self.folder.glob(f"*{SUFFIX}")
+            if make_room(others, len(payload), self.limit, spared=self._own_files):
                 write_file(self._path(key), _sum(key, payload).encode() + b"\n" + payload)
                 self._own_files.add(self._path(key))
                 self.kept += 1
@@ -131,21 +132,6 @@ class DirectionCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
-
-    def _make_room(self, size: int) -> bool:
-        """Delete the oldest files that this run has not used, until a file of this size fits.
-
-        Returns:
-            Whether it fits.
-        """
-        files = {path: path.stat() for path in self.folder.glob(f"*{SUFFIX}")}
-        total = size + sum(stat.st_size for stat in files.values())
-        for path in sorted(files.keys() - self._own_files, key=lambda path: files[path].st_mtime):
-            if total <= self.limit:
-                break
-            path.unlink(missing_ok=True)
-            total -= files[path].st_size
-        return total <= self.limit
 
 
 def base_directions(

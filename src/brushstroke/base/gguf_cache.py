@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from brushstroke.files import file_sum
-from brushstroke.outputs import clear_leftovers, replace_folder
+from brushstroke.outputs import clear_leftovers, make_room, replace_folder
 from brushstroke.samples.assets import cache_folder
 
 FORMAT = "1"  # change it whenever the content of a folder changes
@@ -62,7 +62,11 @@ def keep(key: str, path: Path, model: Any, tokenizer: Any) -> None:
     target = folder() / _name(key, model.dtype)
     with suppress(Exception):
         folder().mkdir(parents=True, exist_ok=True)
-        if _make_room(size) and shutil.disk_usage(folder()).free > 2 * size and key_of(path) == key:
+        if (
+            make_room(entries(), size, LIMIT)
+            and shutil.disk_usage(folder()).free > 2 * size
+            and key_of(path) == key
+        ):
             clear_leftovers(target, lambda _: True)
             with replace_folder(target, lambda _: True) as new:
                 tokenizer.save_pretrained(new)
@@ -92,16 +96,3 @@ def _is_whole(found: Path, *, weights: bool) -> bool:
 
 def _name(key: str, dtype: torch.dtype) -> str:
     return f"{key}-{str(dtype).removeprefix('torch.')}"
-
-
-def _make_room(size: int) -> bool:
-    """Delete the folders that were not used for longest until one of this size fits; whether it fits."""
-    found = entries()
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in found}
-    total = size + sum(sizes.values())
-    for path in sorted(found, key=lambda path: path.stat().st_mtime):
-        if total <= LIMIT or size > LIMIT:
-            break
-        shutil.rmtree(path, ignore_errors=True)
-        total -= sizes[path]
-    return total <= LIMIT

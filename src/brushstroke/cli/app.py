@@ -8,11 +8,13 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from cyclopts import App, CycloptsError, UnknownOptionError
 
 import brushstroke
-from brushstroke.cli.configfile import apply_config_file
+from brushstroke.cli.configfile import apply_config_file, take_config_flag
 from brushstroke.cli.console import fail, people, replace_closed_streams, say, show_library_warnings
 from brushstroke.cli.help import HelpFormatter
 from brushstroke.cli.hints import flag_hint
@@ -22,22 +24,79 @@ from brushstroke.errors import BrushstrokeError, ConfigError
 
 OK, REFUSED, USAGE = 0, 1, 2
 DEBUG = "BRUSHSTROKE_DEBUG"
+CONFIG_HELP = "--config FILE.yaml: flags from a file; those on the command line take precedence."
 
-COMMANDS = {  # name → its function, whether it takes a config file, and its help
-    "train": ("brushstroke.cli.train:train", True, "Train an adapter on a frozen base."),
-    "plan": ("brushstroke.cli.train:plan", True, "Show what train would do, without training."),
-    "data": ("brushstroke.cli.data:data", False, "Show examples with the trained tokens marked."),
-    "generate": ("brushstroke.cli.generate:generate", False, "Answer prompts."),
-    "chat": ("brushstroke.cli.generate:chat", False, "Chat with a base and its adapters."),
-    "evaluate": ("brushstroke.cli.evaluate:evaluate", False, "Loss and scores of answers on a data file."),
-    "merge": ("brushstroke.cli.merge:merge", False, "Merge an adapter into new weights."),
-    "show": ("brushstroke.cli.show:show", False, "Show the contents of an adapter."),
-    "spectrum": ("brushstroke.cli.analysis:spectrum", False, "Singular values and ranks; truncate."),
-    "compare": ("brushstroke.cli.analysis:compare", False, "Directions that two adapters share."),
-    "relate": ("brushstroke.cli.analysis:relate", False, "Directions of its base that an adapter amplifies."),
-    "intruders": ("brushstroke.cli.analysis:intruders", False, "New directions that the base does not have."),
-    "study": ("brushstroke.cli.study:study", False, "Repeat an experiment of the LoRA paper."),
-    "cache": ("brushstroke.cli.cache:cache", False, "Show or remove what is kept on disk."),
+COMMANDS = {  # name, in the order of their use → its function, its help, and an example
+    "plan": (
+        "brushstroke.cli.train:plan",
+        "Show what train would do, without training.",
+        "brushstroke plan models/SmolLM2-135M rows.jsonl --rank 16",
+    ),
+    "data": (
+        "brushstroke.cli.data:data",
+        "Show examples with the trained tokens marked.",
+        "brushstroke data models/SmolLM2-135M rows.jsonl --rows 5",
+    ),
+    "train": (
+        "brushstroke.cli.train:train",
+        "Train an adapter on a frozen base.",
+        "brushstroke train models/SmolLM2-135M rows.jsonl --out out/mine --eval 10%",
+    ),
+    "evaluate": (
+        "brushstroke.cli.evaluate:evaluate",
+        "Loss and scores of answers on a data file.",
+        "brushstroke evaluate models/SmolLM2-135M heldout.jsonl --adapter out/mine --base",
+    ),
+    "generate": (
+        "brushstroke.cli.generate:generate",
+        "Answer prompts.",
+        'brushstroke generate models/SmolLM2-135M "12 Main St" --adapter out/mine',
+    ),
+    "chat": (
+        "brushstroke.cli.generate:chat",
+        "Chat with a base and its adapters.",
+        "brushstroke chat models/SmolLM2-135M --adapter out/mine",
+    ),
+    "merge": (
+        "brushstroke.cli.merge:merge",
+        "Merge an adapter into new weights.",
+        "brushstroke merge models/SmolLM2-135M out/mine --out out/merged",
+    ),
+    "show": (
+        "brushstroke.cli.show:show",
+        "Show the contents of an adapter.",
+        "brushstroke show out/mine",
+    ),
+    "spectrum": (
+        "brushstroke.cli.analysis:spectrum",
+        "Singular values and ranks; truncate.",
+        "brushstroke spectrum out/mine",
+    ),
+    "compare": (
+        "brushstroke.cli.analysis:compare",
+        "Directions that two adapters share.",
+        "brushstroke compare out/mine out/other",
+    ),
+    "relate": (
+        "brushstroke.cli.analysis:relate",
+        "Directions of its base that an adapter amplifies.",
+        "brushstroke relate out/mine models/SmolLM2-135M",
+    ),
+    "intruders": (
+        "brushstroke.cli.analysis:intruders",
+        "New directions that the base does not have.",
+        "brushstroke intruders out/mine models/SmolLM2-135M",
+    ),
+    "study": (
+        "brushstroke.cli.study:study",
+        "Repeat an experiment of the LoRA paper.",
+        "brushstroke study rank models/SmolLM2-135M rows.jsonl --out out/rank",
+    ),
+    "cache": (
+        "brushstroke.cli.cache:cache",
+        "Show or remove what is kept on disk.",
+        "brushstroke cache --clear gguf",
+    ),
 }
 
 _QUIET = {
@@ -64,7 +123,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if tokens is None else tokens)
     try:
         with show_library_warnings():
-            build()(given, exit_on_error=False, print_error=False)
+            rest, config = take_config_flag(given)
+            build(config)(rest, exit_on_error=False, print_error=False)
         sys.stdout.flush()
         return OK
     except CycloptsError as error:
@@ -90,8 +150,12 @@ def main(tokens: Sequence[str] | None = None) -> int:
         return _failed(error, REFUSED, _in_words(error))
 
 
-def build() -> App:
-    """Build the command with all its subcommands, without loading them."""
+def build(config: Path | None = None) -> App:
+    """Build the command with all its subcommands, without loading them.
+
+    Args:
+        config: a YAML file with flags for the command.
+    """
     app = App(
         name="brushstroke",
         help="Low-rank adaptation of any PyTorch network: adapt, train, switch, merge.",
@@ -101,9 +165,16 @@ def build() -> App:
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
-    for name, (place, takes_config, about) in COMMANDS.items():
-        checks = [refuse_empty, *([apply_config_file, refuse_empty] if takes_config else [])]
-        app.command(place, name=name, help=about, config=checks)
+    from_file = [] if config is None else [partial(apply_config_file, config), refuse_empty]
+    for name, (place, about, example) in COMMANDS.items():
+        app.command(
+            place,
+            name=name,
+            help=about,
+            help_epilogue=f"Example: {example}\n\n{CONFIG_HELP}",
+            config=[refuse_empty, *from_file],
+            sort_key=list(COMMANDS).index(name),
+        )
     return app
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brushstroke.cli.console import emit_json, print_text, results, say, size, table
-from brushstroke.outputs.write import remove_empty
+from brushstroke.outputs import remove_empty, size_of
 
 COLUMNS = ("part", "holds", "entries", "size", "at most")
 WITHOUT = ("holds", "at most")  # columns that a narrow terminal omits, in this order
 PARTS = {
+    "data": "indices and tokens of large data",
     "gguf": "models read from GGUF files",
     "directions": "singular directions of base weights",
     "samples": "the model and the data of the demo and the tests",
@@ -17,7 +18,7 @@ PARTS = {
 
 
 def cache(
-    *, clear: Literal["gguf", "directions", "samples", "all"] | None = None, json: bool = False
+    *, clear: Literal["data", "gguf", "directions", "samples", "all"] | None = None, json: bool = False
 ) -> None:
     """Show what is kept on disk to save time, or remove it; everything in it is made again when needed.
 
@@ -27,23 +28,26 @@ def cache(
     """
     from brushstroke.analysis.directions import LIMIT as DIRECTIONS
     from brushstroke.base.gguf_cache import LIMIT as GGUF
+    from brushstroke.data.cache import LIMIT as DATA
+    from brushstroke.data.cache import clear_leftovers
     from brushstroke.samples.assets import cache_folder
 
     folder = cache_folder()
-    limits = {"gguf": GGUF, "directions": DIRECTIONS, "samples": None}
+    clear_leftovers()
+    limits = {"data": DATA, "gguf": GGUF, "directions": DIRECTIONS, "samples": None}
     parts = {name: _entries(folder, name) for name in PARTS}
     cleared = 0
     for name in PARTS if clear == "all" else [clear] if clear else []:
         for entry in parts[name]:
-            cleared += _size(entry)
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            cleared += size_of(entry)
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             remove_empty(entry.parent)
         parts[name] = []
     described = [
         {
             "part": name,
             "entries": len(entries),
-            "bytes": sum(map(_size, entries)),
+            "bytes": sum(map(size_of, entries)),
             "limit_bytes": limits[name],
         }
         for name, entries in parts.items()
@@ -62,18 +66,16 @@ def _entries(folder: Path, part: str) -> list[Path]:
     """The files or folders of a part; nothing that was not put there to be kept."""
     from brushstroke.analysis.directions import SUFFIX
     from brushstroke.base import gguf_cache
+    from brushstroke.data import cache as data_cache
     from brushstroke.samples.assets import LABELLED, MODEL
 
     if part == "gguf":
         return gguf_cache.entries()
+    if part == "data":
+        return data_cache.entries()
     if part == "directions":
         return sorted((folder / part).glob(f"*{SUFFIX}"))
     return sorted(asset.path for asset in (MODEL, *LABELLED.values()) if asset.path.is_file())
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if not file.is_dir())
 
 
 def _row(part: dict[str, Any]) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 Values are converted in the same way as those on the command line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from brushstroke.cli.hints import flag_hint
 from brushstroke.cli.values import read_text
@@ -14,22 +14,38 @@ from brushstroke.errors import ConfigError
 FLAG = "--config"
 
 
-def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
+def take_config_flag(given: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments of a command without `--config FILE` or `--config=FILE`, and the file.
+
+    Raises:
+        ConfigError: the flag is given twice, or without a file.
+    """
+    rest, files = [], []
+    words = iter(given)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word == FLAG:
+            files.append(next(words, ""))
+        elif word.startswith(f"{FLAG}="):
+            files.append(word.removeprefix(f"{FLAG}="))
+        else:
+            rest.append(word)
+    if "" in files:
+        raise ConfigError(f"the value of {FLAG} is empty; give a value, or leave the flag out")
+    if len(files) > 1:
+        raise ConfigError(f"{FLAG} is given {len(files)} times; give one file")
+    return rest, Path(files[0]).expanduser() if files else None
+
+
+def apply_config_file(path: Path, app: Any, commands: tuple[str, ...], arguments: Any) -> None:
     """Take the flags that are not on the command line from the file (called by cyclopts).
 
     Raises:
         ConfigError: the file cannot be read, or has a key that is not a flag.
     """
     by_key = {name.removeprefix("--"): argument for argument in arguments for name in argument.names}
-    named = by_key.get(FLAG.removeprefix("--"))
-    if named is None or not named.tokens:
-        return
-    path = Path(named.tokens[0].value).expanduser()
-    known = [
-        key
-        for key, argument in by_key.items()
-        if key != "*" and argument is not named and not _is_negative(key, argument)
-    ]
+    known = [key for key, argument in by_key.items() if key != "*" and not _is_negative(key, argument)]
     taken: dict[str, Any] = {}
     for key, value in _read(path).items():
         flag = str(key).replace("_", "-")
@@ -42,7 +58,11 @@ def apply_config_file(app: Any, commands: tuple[str, ...], arguments: Any) -> No
         argument = by_key[flag]
         if value is None or argument.tokens:
             continue
-        argument.append(_token(flag, value, argument, path))
+        is_repeatable = isinstance(value, list) and any(
+            get_origin(kind) is list for kind in get_args(argument.hint)
+        )
+        for inner in value if is_repeatable else [value]:
+            argument.append(_token(flag, inner, argument, path))
 
 
 def _is_negative(key: str, argument: Any) -> bool:

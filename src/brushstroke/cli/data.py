@@ -3,12 +3,14 @@
 It loads only the tokenizer.
 """
 
-import statistics
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from brushstroke.checks import check_integer
 from brushstroke.cli.console import emit_json, facts, results
 from brushstroke.cli.options import Use
+from brushstroke.cli.progress import RowsProgress
 from brushstroke.cli.values import Whole
 from brushstroke.locate import require_base_files
 
@@ -21,7 +23,7 @@ OPEN, CLOSE = "⟦", "⟧"
 
 def data(
     base: str,
-    data: str,
+    data: list[str],
     *,
     rows: Whole = None,
     prompt: str | None = None,
@@ -39,7 +41,8 @@ def data(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
+            several are joined, and NAME:2 repeats the rows of one.
         rows: Examples to show [default: 3].
         prompt: Name of the column with the prompts [default: prompt].
         completion: Name of the column with the completions [default: completion].
@@ -64,16 +67,18 @@ def data(
 
     tokenizer, context = load_tokenizer(base, trust_remote_code=trust_remote_code, max_length=max_length)
     chat = None if tokenizer is None else ChatFormat(tokenizer, template, date=date)
-    encoded = encode(
-        read,
-        tokenizer,
-        prompt_column=prompt,
-        completion_column=completion,
-        max_length=context if max_length is None else max_length,
-        skip_too_long=skip_too_long,
-        split_turns=split_turns,
-        chat_template=chat,
-    )
+    with RowsProgress(read.name) as progress:
+        encoded = encode(
+            read,
+            tokenizer,
+            prompt_column=prompt,
+            completion_column=completion,
+            max_length=context if max_length is None else max_length,
+            skip_too_long=skip_too_long,
+            split_turns=split_turns,
+            chat_template=chat,
+            on_progress=progress.update,
+        )
     shown = encoded[: SHOWN if rows is None else rows]
     if json:
         emit_json({**_numbers(encoded), "examples_shown": [_as_dict(e, tokenizer) for e in shown]})
@@ -129,7 +134,7 @@ def _as_dict(example: "Example", tokenizer: Any) -> dict[str, Any]:
 
 
 def _numbers(encoded: "EncodedData") -> dict[str, Any]:
-    report, lengths = encoded.report, [len(example) for example in encoded]
+    report, lengths = encoded.report, encoded.lengths
     return {
         "name": encoded.name,
         "hash": encoded.hash,
@@ -146,10 +151,10 @@ def _numbers(encoded: "EncodedData") -> dict[str, Any]:
         "begin_tokens": list(report.begin_tokens),
         "stop_tokens": list(report.stop_tokens),
         "lengths": {
-            "min": min(lengths),
-            "median": statistics.median(lengths),
-            "mean": statistics.fmean(lengths),
-            "max": max(lengths),
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
         },
         "skipped_rows": list(report.skipped_rows),
         "cut_rows": list(report.cut_rows),

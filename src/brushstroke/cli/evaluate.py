@@ -5,26 +5,37 @@ The scores are defined in `inference`.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from brushstroke.cli.adapters import AdapterFlags, ToolsFile, load, load_adapters, read_tools
 from brushstroke.cli.console import emit_json, people, results, say, table
 from brushstroke.cli.early import check_data, say_what_was_read
 from brushstroke.cli.options import BaseOptions, Use
 from brushstroke.cli.values import Whole
-from brushstroke.errors import OutputError
+from brushstroke.errors import ConfigError, OutputError
 from brushstroke.locate import require_base_files
 
 BASE = "base"
-COLUMNS = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
-WITHOUT = ("seconds", "rows", "valid json", "field f1")  # columns that a narrow terminal omits, in this order
+COLUMNS = ("rows", "loss", "exact_match", "contains", "final_answer", "valid_json", "field_f1", "seconds")
+OPTIONAL = ("contains", "final_answer", "valid_json", "field_f1")  # shown where they are defined
+WITHOUT = (
+    "seconds",
+    "rows",
+    "contains",
+    "valid json",
+    "field f1",
+)  # columns that a narrow terminal omits, in this order
 
 
 def evaluate(
     base: str,
+    /,
     data: str,
     *,
     adapter: AdapterFlags = None,
+    with_base: Annotated[bool, Parameter(name="--base")] = False,
     max_new_tokens: Whole = None,
     batch_size: Whole = None,
     out: Path | None = None,
@@ -40,13 +51,16 @@ def evaluate(
     date: str | None = None,
     run: BaseOptions | None = None,
 ) -> None:
-    """Show the loss per trained token, exact match, JSON validity and field F1 on a data file.
+    """Show the loss per trained token and the scores of answers on a data file.
 
-    With --json, prints the numbers; for several adapters, an object that maps names to numbers.
+    The scores are exact match; for texts, whether the answer contains the expected text; the final answer
+    after "####", if the data has it; for JSON, validity and F1 of the fields. With --json, prints the
+    numbers; for several adapters, an object that maps names to numbers.
 
     Args:
         base: A model folder, a hub id or a .gguf file.
         data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        with_base: Also score the base without an adapter.
         max_new_tokens: Maximum tokens of an answer [default: 256].
         batch_size: Rows in one batch [default: 16].
         out: Write the answers to this file, as JSONL.
@@ -72,7 +86,11 @@ def evaluate(
     say_what_was_read(rows)
     if out is not None:
         _refuse_out(out.expanduser(), data, overwrite)
-    adapters: dict[str, Any] = dict(load_adapters(adapter)) or {BASE: None}
+    loaded_adapters = load_adapters(adapter)
+    if with_base and BASE in loaded_adapters:
+        raise ConfigError(f"an adapter is called {BASE!r}; give it another name (--adapter NAME=FOLDER)")
+    shows_base = with_base or not loaded_adapters
+    adapters: dict[str, Any] = {**({BASE: None} if shows_base else {}), **loaded_adapters}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     options = {name: value for name, value in options.items() if value is not None}
     from brushstroke.inference import SamplingParams, check_batch_size, evaluate_all
@@ -118,8 +136,13 @@ def evaluate(
         numbers = {name: one.as_dict() for name, one in found.items()}
         emit_json(numbers if len(numbers) > 1 else next(iter(numbers.values())))
         return
-    cells = [(name, *(_cell(getattr(one, column)) for column in COLUMNS)) for name, one in found.items()]
-    heads = ("", *(column.replace("_", " ") for column in COLUMNS))
+    columns = [
+        column
+        for column in COLUMNS
+        if column not in OPTIONAL or any(getattr(one, column) is not None for one in found.values())
+    ]
+    cells = [(name, *(_cell(getattr(one, column)) for column in columns)) for name, one in found.items()]
+    heads = ("", *(column.replace("_", " ") for column in columns))
     table(results(), heads, cells, leave_out=WITHOUT)
 
 

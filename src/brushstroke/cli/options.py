@@ -182,13 +182,7 @@ class BaseOptions:
 @Parameter(name="*", group=RUN)
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(BaseOptions):
-    """Settings of the run.
-
-    Args:
-        config: A YAML file whose keys are these flags; flags on the command line take precedence.
-    """
-
-    config: Path | None = None
+    """Settings of the run."""
 
 
 def train_config(training: TrainingOptions | None, data: DataOptions | None) -> "TrainConfig":

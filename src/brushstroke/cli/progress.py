@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from brushstroke.training.plan import Plan
 
 LINE_SECONDS = 10.0  # least time between two plain lines
+LEAST_SECONDS = 2.0  # after which the progress of tokenising is shown
 WINDOW_SECONDS = 60.0  # time span of the steps from which the speed is computed
 LEAST_BAR = 4  # cells
 WITHOUT = ("peak", "speed")  # parts of the live line that a narrow terminal omits, in this order
@@ -149,11 +150,43 @@ class TrainProgress:
         return fit(parts, width - used, WITHOUT)
 
 
-def _live(console: Any) -> Any:
+class RowsProgress:
+    """Context manager that shows how many rows were encoded: a bar on a terminal, elsewhere plain lines."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._console = name, people()
+        self._live: Any = None
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "RowsProgress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: int, count: int) -> None:
+        """Show that some of the rows are done."""
+        now = time.monotonic()
+        if now - self._began < LEAST_SECONDS:
+            return
+        left = clock((now - self._began) / done * (count - done))
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = _live(self._console, "tokens of row")
+                self._task = self._live.add_task("", total=count, status="")
+                self._live.start()
+            self._live.update(self._task, completed=done, status=f"{left} left")
+        elif now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            print_text(self._console, f"{self._name}: tokens of row {done:,}/{count:,}  {left} left")
+
+
+def _live(console: Any, what: str = "step") -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     return Progress(
-        TextColumn("step"),
+        TextColumn(what),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[status]}"),

@@ -221,6 +221,7 @@ def study(
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")
+    from brushstroke.cores import usable_cores
     from brushstroke.studies import (
         finished_only,
         in_process,
@@ -229,7 +230,6 @@ def study(
         run_studies,
         write_report,
     )
-    from brushstroke.studies.executors import usable_cores
     from brushstroke.studies.presets import SMOL_MINUTES
     from brushstroke.studies.store import check_folder, refuse_other
 

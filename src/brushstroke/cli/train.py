@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def train(
     base: str,
-    data: str,
+    data: list[str],
     *,
     out: Annotated[Path, Parameter(group=RUN)],
     resume: Annotated[bool, Parameter(group=RUN)] = False,
@@ -47,7 +47,8 @@ def train(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
+            several are joined, and NAME:2 repeats the rows of one.
         out: Folder for the adapter, its metrics and checkpoints.
         resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
         overwrite: Replace an earlier run in --out: its adapter when the new one is complete, its other files
@@ -66,7 +67,7 @@ def train(
     complete = folder.resuming and folder.complete
     if resume and not folder.resuming:
         say(f"there is no checkpoint in {out}; starting from the beginning")
-    request.check_data(base, run.trust_remote_code)
+    request.check_data(base, run.trust_remote_code, folder.date())
     loaded, why = _load(base, run)
     from brushstroke.training import train as run_training
     from brushstroke.training.interrupt import ignore_interrupts
@@ -84,6 +85,7 @@ def train(
                 on_plan=_on_plan(progress, request, why),
                 on_step=progress.step,
                 on_eval=progress.evaluation,
+                progress=False,
             )
         except KeyboardInterrupt as error:
             ignore_interrupts()
@@ -100,7 +102,7 @@ def train(
 
 def plan(
     base: str,
-    data: str,
+    data: list[str],
     *,
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
@@ -114,7 +116,8 @@ def plan(
 
     Args:
         base: A model folder, a hub id or a .gguf file.
-        data: A JSONL, JSON, CSV or Parquet file, a folder of them, or a data set on the hub.
+        data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
+            several are joined, and NAME:2 repeats the rows of one.
         out: As for train; nothing is written.
         resume: As for train.
         overwrite: As for train.
@@ -139,7 +142,7 @@ class _Request:
     """The inputs of a run that need no base, read and checked."""
 
     def __init__(
-        self, data: str, adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
+        self, data: list[str], adapter: AdapterOptions, training: TrainingOptions | None, options: DataOptions
     ) -> None:
         if options.eval_data is None and training:
             refuse_evaluation(training.keep_best, training.eval_every, training.patience)
@@ -173,8 +176,14 @@ class _Request:
             "completion_column": options.completion,
         }
 
-    def check_data(self, base: str, trust_remote_code: bool) -> None:
-        """Check the data with the base's tokenizer, without loading the weights."""
+    def check_data(self, base: str, trust_remote_code: bool, date: str | None = None) -> None:
+        """Check the data with the base's tokenizer, without loading the weights.
+
+        Args:
+            base: what `load_base` takes.
+            trust_remote_code: run Python code from the base's folder.
+            date: of a resumed run.
+        """
         start = self.arguments["start"]
         check_data(
             base,
@@ -186,6 +195,7 @@ class _Request:
             split_turns=self.config.split_turns,
             chat_template=self.config.chat_template
             or (start.card.chat_template if start and start.card else None),
+            date=self.config.date or date,
             trust_remote_code=trust_remote_code,
         )
 

@@ -5,10 +5,11 @@ row must be in its place in the text. Only the assistant's parts and their ends 
 rows.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from brushstroke.data.fitting import (
@@ -77,14 +78,14 @@ class ChatFormat:
         as_trained: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
+        self._as_trained = as_trained
         self.pieces = PieceTokenizer(tokenizer)
         self._bos = _begin_token(tokenizer)
         self._known_markers = _added_tokens(tokenizer)
         given = template or getattr(tokenizer, "chat_template", None) or {}
         sources = {DEFAULT: given} if isinstance(given, str) else dict(given)
-        self._templates = {
-            name: self._made(with_date(source, date), as_trained) for name, source in sources.items()
-        }
+        self._given = {name: with_date(source, date) for name, source in sources.items()}
+        self._templates = {name: self._made(source, as_trained) for name, source in self._given.items()}
         if date is not None and self.date is None:
             warnings.warn(
                 f"the date {date} is not used: the chat template prints no date that can be set",
@@ -94,6 +95,27 @@ class ChatFormat:
         self._question = QUESTION if as_trained else STOCK_QUESTION
         self._fitter = Fitter(self._known_markers)
         self._readers: dict[str, ReplyReader] = {}
+
+    def __reduce__(self) -> Any:
+        return partial(ChatFormat, as_trained=self._as_trained), (self.tokenizer, self._given)
+
+    def identity(self) -> Any:
+        """Everything that its texts and tokens depend on, as JSON types.
+
+        None if that cannot be known: a tokenizer in Python, a class or a method of the user's own.
+        """
+        kind, own = type(self.tokenizer), vars(self.tokenizer)
+        is_changed = any(callable(value) and hasattr(kind, name) for name, value in own.items())
+        if is_changed or not kind.__module__.startswith("transformers."):
+            return None
+        try:
+            backend = self.tokenizer.backend_tokenizer.to_str()
+        except Exception:  # no backend, or one with parts in Python
+            return None
+        special = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
+        splits = getattr(self.tokenizer, "split_special_tokens", False)
+        tokens = [kind.__name__, backend, special, splits, self.begin_ids, self.end_ids]
+        return [tokens, self._given, self._as_trained]
 
     @property
     def has_template(self) -> bool:

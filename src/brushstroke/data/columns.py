@@ -81,7 +81,7 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
     Raises:
         DataError: there are no known columns, or a row lacks one.
     """
-    if not rows.rows:
+    if not len(rows):
         raise DataError(f"{rows.name}: contains no rows; give at least one")
     pair = (prompt or "prompt", completion or "completion")
     if isinstance(rows.rows[0].get("example"), Example):
@@ -94,16 +94,21 @@ def find_columns(rows: Rows, prompt: str | None = None, completion: str | None =
             *known,
             ("text", ("text",)),
         ]
+    shapes = rows.facts.first_rows()
     kind, names = next(
-        (entry for entry in known if any(all(name in row for name in entry[1]) for row in rows.rows)),
+        (
+            entry
+            for entry in known
+            if any(all(name in shape for name in entry[1]) for shape, _ in shapes.values())
+        ),
         (None, ()),
     )
-    for number, row in enumerate(rows.rows, start=1):
-        missing = [name for name in names if name not in row]
+    for number, (shape, _) in shapes.items():
+        missing = [name for name in names if name not in shape]
         if kind is None or missing:
-            raise DataError(_unknown_columns(row, rows.where(number), missing, known))
+            raise DataError(_unknown_columns(rows.rows[number - 1], rows.where(number), missing, known))
     assert kind is not None
-    found = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
+    found = rows.facts.valued()
     usable = CONTEXT[kind]
     context = tuple(name for name in found if name in usable and name not in names)
     unused = tuple(name for name in found if name not in (*names, *context))
@@ -184,8 +189,8 @@ def read_row(
         whole = [*context, *given] if isinstance(given, list | tuple) else given
         learnt_from = len(context)
     else:
-        prompt = _turns(row, columns.names[0], "user", where)
-        answer = _turns(row, columns.names[1], "assistant", where) if answers else []
+        prompt = read_turns(row, columns.names[0], "user", where)
+        answer = read_turns(row, columns.names[1], "assistant", where) if answers else []
         context = [*_system(row, prompt, where), *_history(row, where), *prompt]
         whole, learnt_from = [*context, *answer], len(context)
     if row.get(TOOLS) and row.get(FUNCTIONS):
@@ -265,8 +270,18 @@ def _is_false(value: Any) -> bool:
     return value is not None and str(value).strip().lower() in _FALSE
 
 
-def _turns(row: Row, column: str, role: str, where: str) -> list[Any]:
-    """Read the messages in a column with a text or messages."""
+def read_turns(row: Row, column: str, role: str, where: str) -> list[Any]:
+    """Read the messages in a column with a text or messages.
+
+    Args:
+        row: a row of the data set.
+        column: the column.
+        role: of the message that a text becomes.
+        where: the row, for error messages.
+
+    Raises:
+        DataError: the value is neither.
+    """
     value = parsed(row[column])
     keys = {"role"} if isinstance(row[column], str) else set()  # any other JSON is a plain text
     if (

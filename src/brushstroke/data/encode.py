@@ -4,33 +4,25 @@ It does not group examples into batches; the training step does.
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import starmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from brushstroke.data.chat import ChatFormat
-from brushstroke.data.columns import (
-    Columns,
-    doubts,
-    find_columns,
-    key_doubts,
-    read_row,
-    read_text,
-    refuse_context,
-)
-from brushstroke.data.examples import EncodedData, EncodingReport, Example
+from brushstroke.data.columns import doubts, find_columns, key_doubts
+from brushstroke.data.encode_rows import encode_rows
+from brushstroke.data.encoder import SHOWN, Encoder, Facts
+from brushstroke.data.examples import EncodingReport, Example
 from brushstroke.data.files import Row
 from brushstroke.data.named_templates import Template, find_template
-from brushstroke.data.pieces import Piece
 from brushstroke.data.read import Source, read_rows
 from brushstroke.data.rows import Rows, hash_rows
-from brushstroke.data.tokenised import read_tokenised
-from brushstroke.data.truncate import truncate_examples
+from brushstroke.data.token_arrays import EncodedData, TokenArrays
+from brushstroke.data.truncate import refuse_untrained
 from brushstroke.data.validate import DataWarning, expect
 from brushstroke.errors import ConfigError, DataError
 
-_SHOWN = 10  # number of rows that a message lists
 NO_END = (
     "the tokenizer has no end token: trained texts have no end, and answers stop only at their length limit"
 )
@@ -48,6 +40,7 @@ def encode(
     chat_template: Template | ChatFormat = None,
     tools: Sequence[Any] = (),
     need_trained: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedData:
     """Encode training examples from anything that `read_rows` reads, or from tokenised examples.
 
@@ -67,6 +60,7 @@ def encode(
         chat_template: replaces the tokenizer's own: a template, a file, a name, or an existing chat format.
         tools: function declarations for rows that have none.
         need_trained: refuse rows without a trained token; otherwise they are kept.
+        on_progress: called with the number of encoded rows and the number of all rows.
 
     Raises:
         DataError: rows are invalid; the message names them.
@@ -79,31 +73,33 @@ def encode(
         raise ConfigError(
             f"max_length is {max_length}; an example needs at least 2 tokens: give a larger limit"
         )
+    if isinstance(source, EncodedData) and source.fits(max_length, need_trained):
+        return source
     rows = _rows(source, prompt_column, completion_column)
     columns = find_columns(rows, prompt_column, completion_column)
-    if columns.kind == "tokens":
-        written = _Written(columns)
-        examples = [example for _, example in _collect(rows, read_tokenised)]
-    elif tokenizer is None:
-        raise DataError(
-            f"{rows.name}: this base has no tokenizer for {columns.kind} rows; pass tokenised examples "
-            "(input_ids and labels)"
-        )
-    else:
+    chat = None
+    if columns.kind != "tokens":
+        if tokenizer is None:
+            raise DataError(
+                f"{rows.name}: this base has no tokenizer for {columns.kind} rows; pass tokenised examples "
+                "(input_ids and labels)"
+            )
         given = chat_template
         chat = given if isinstance(given, ChatFormat) else ChatFormat(tokenizer, find_template(given))
-        written = _Writer(chat, columns, need_trained, split_turns, tools)
-        examples = _tokenise(chat, _collect(rows, written.write))
-    for doubt in (*doubts(columns, rows), *written.doubts(rows)):
+    encoder = Encoder(columns, chat, max_length, need_trained, split_turns, tuple(tools))
+    examples, facts = encode_rows(rows, encoder, on_progress)
+    found = [*doubts(columns, rows), *key_doubts(facts.unused_keys, rows.name)]
+    for doubt in found if encoder.ends or chat is None else (*found, NO_END):
         warnings.warn(doubt, DataWarning, stacklevel=2)
-    kept, skipped = truncate_examples(rows, examples, max_length, skip_too_long, need_trained)
-    report = _report(rows, written, kept, skipped)
+    refuse_untrained(rows, facts.untrained, facts.filled, max_length, skip_too_long)
+    report = _report(rows, encoder, facts, examples)
     if need_trained and not report.trained_tokens:
+        skipped = report.skipped_rows
         raise DataError(
             f"{rows.name}: none of its {len(rows)} rows has a token to train; "
             + ("raise max_length (--max-length)" if skipped else "give rows with an answer or a longer text")
         )
-    return EncodedData(tuple(kept), report, rows.name, rows.hash)
+    return EncodedData(examples, report, rows.name, rows.hash)
 
 
 def _rows(source: Any, prompt: str | None, completion: str | None) -> Rows:
@@ -125,140 +121,27 @@ def _rows(source: Any, prompt: str | None, completion: str | None) -> Rows:
     return read_rows(source, prompt=prompt, completion=completion)
 
 
-def _collect(rows: Rows, make: Any) -> list[tuple[int, Any]]:
-    """Apply `make` to every row, as (row, result); one error lists all bad rows."""
-    made: list[tuple[int, Any]] = []
-    problems: list[tuple[int, DataError]] = []
-    for number, row in enumerate(rows.rows, start=1):
-        try:
-            made += [(number, item) for item in make(row, number, rows.where(number))]
-        except DataError as error:
-            problems.append((number, error))
-            if len(problems) > _SHOWN:
-                break
-    if problems:
-        others = [str(rows.number(number)) for number, _ in problems[1:]]
-        if len(problems) > _SHOWN:
-            others[-1] = "more"
-        also = f" (the same in rows {', '.join(others)})" if others else ""
-        raise DataError(f"{problems[0][1]}{also}") from problems[0][1]
-    return made
-
-
-class _Written:
-    """Facts about the written rows, in addition to their tokens."""
-
-    def __init__(self, columns: Columns) -> None:
-        self.columns = columns
-        self.unused_keys: dict[str, None] = {}
-        self.notes: dict[str, None] = {}
-        self.ends: dict[str, None] = {}
-        self.begins: tuple[str, ...] = ()
-        self.endless = False
-        self.empty: list[int] = []
-
-    def doubts(self, rows: Rows) -> list[str]:
-        """Warnings about the rows."""
-        found = key_doubts(self.unused_keys, rows.name)
-        return [*found, NO_END] if self.endless else found
-
-    def said(self) -> tuple[str, ...]:
-        """Notes about the rows."""
-        if not self.empty:
-            return tuple(self.notes)
-        shown = ", ".join(map(str, self.empty[:_SHOWN])) + (", ..." if len(self.empty) > _SHOWN else "")
-        return (*self.notes, f"in answers without a text, only the end is trained (rows {shown})")
-
-
-class _Writer(_Written):
-    """Writes a row as pieces, according to its kind."""
-
-    def __init__(
-        self, chat: ChatFormat, columns: Columns, need_trained: bool, split_turns: bool, tools: Sequence[Any]
-    ) -> None:
-        super().__init__(columns)
-        self.chat, self.need_trained, self.split_turns, self.tools = chat, need_trained, split_turns, tools
-        joined = columns.kind == "prompt/completion" and not chat.has_template
-        ways = {"messages": self._conversation, "text": self._text}
-        self.write = self._pair if joined else ways.get(columns.kind, self._conversation)
-        if joined or columns.kind == "text":
-            self.ends = dict.fromkeys(_texts(chat.tokenizer, chat.end_ids))
-            self.begins = _texts(chat.tokenizer, chat.begin_ids)
-            self.endless = not chat.end_ids
-        else:
-            self.ends = dict.fromkeys(chat.stop_texts)
-            self.endless = not chat.stop_texts
-
-    def _conversation(self, row: Row, number: int, where: str) -> tuple[tuple[Piece, ...], ...]:
-        conversation = read_row(row, self.columns, where, tools=self.tools)
-        if any(starmap(_is_empty, zip(conversation.messages, conversation.trained, strict=True))):
-            self.empty.append(number)
-        written = self.chat.write(
-            conversation, where=where, need_trained=self.need_trained, split_turns=self.split_turns
-        )
-        self.unused_keys |= dict.fromkeys(written.unused)
-        self.notes |= dict.fromkeys(written.notes)
-        self.ends |= dict.fromkeys(written.ends)
-        return written.rows
-
-    def _pair(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
-        refuse_context(row, self.columns, where)
-        prompt, completion = (read_text(row, column, where) for column in self.columns.names)
-        if not completion.strip():
-            self.empty.append(number)
-        end = Piece("", True, "completion", ids=self.chat.end_ids)
-        return [(*self.chat.plain_prompt(prompt), Piece(completion, True, "completion"), end)]
-
-    def _text(self, row: Row, number: int, where: str) -> list[tuple[Piece, ...]]:
-        begin = Piece("", False, "text", ids=self.chat.begin_ids)
-        text = Piece(read_text(row, self.columns.names[0], where), True, "text", after=None)
-        return [(begin, text, Piece("", True, "text", ids=self.chat.end_ids))]
-
-
-def _is_empty(message: Mapping[str, Any], trained: bool) -> bool:
-    """Whether a trained answer has neither text nor reasoning nor tool calls."""
-    says = any(message.get(key) for key in ("reasoning_content", "tool_calls"))
-    return trained and not says and not message["content"].strip()
-
-
-def _tokenise(chat: ChatFormat, written: list[tuple[int, tuple[Piece, ...]]]) -> list[Example]:
-    examples = []
-    encoded = chat.pieces.batch([pieces for _, pieces in written])
-    for (number, pieces), parts in zip(written, encoded, strict=True):
-        tokens: tuple[int, ...] = ()
-        weights: tuple[float, ...] = ()
-        roles: Counter[str] = Counter()
-        for piece, (ids, counts) in zip(pieces, parts, strict=True):
-            tokens += ids
-            weights += ((1.0 if piece.trained else 0.0),) * len(ids)
-            roles += counts
-        examples.append(Example(tokens, (0.0, *weights[1:]) if weights else (), number, dict(roles)))
-    return examples
-
-
-def _report(rows: Rows, written: _Written, kept: Sequence[Example], skipped: Sequence[int]) -> EncodingReport:
-    roles: Counter[str] = Counter()
-    for example in kept:
-        roles.update(example.roles)
-    columns = written.columns
+def _report(rows: Rows, encoder: Encoder, facts: Facts, examples: TokenArrays) -> EncodingReport:
+    arrays, columns = examples.arrays, encoder.columns
+    cut = arrays["cut"] > 0
+    notes = [*rows.notes, *facts.notes]
+    if facts.empty:
+        shown = ", ".join(map(str, facts.empty[:SHOWN])) + (", ..." if len(facts.empty) > SHOWN else "")
+        notes.append(f"in answers without a text, only the end is trained (rows {shown})")
     return EncodingReport(
         rows=len(rows),
-        examples=len(kept),
+        examples=len(examples),
         kind=columns.kind,
-        real_tokens=sum(len(example.tokens) for example in kept),
-        trained_tokens=sum(example.trained for example in kept),
-        roles=dict(roles),
-        skipped_rows=tuple(skipped),
-        cut_rows=tuple(sorted({example.row for example in kept if example.cut})),
-        cut_tokens=sum(example.cut for example in kept),
-        begin_tokens=written.begins,
-        stop_tokens=tuple(written.ends),
+        real_tokens=int(arrays["length"].sum()),
+        trained_tokens=int(arrays["trained"].sum()),
+        roles=examples.roles,
+        skipped_rows=tuple(facts.filled),
+        cut_rows=tuple(np.unique(arrays["row"][cut]).tolist()),
+        cut_tokens=int(arrays["cut"].sum()),
+        begin_tokens=encoder.begins,
+        stop_tokens=tuple(dict.fromkeys((*encoder.ends, *facts.ends))),
         read_as=columns.read_as,
         unused_columns=columns.unused,
-        unused_keys=tuple(written.unused_keys),
-        notes=(*rows.notes, *written.said()),
+        unused_keys=tuple(facts.unused_keys),
+        notes=tuple(notes),
     )
-
-
-def _texts(tokenizer: Any, ids: tuple[int, ...]) -> tuple[str, ...]:
-    return tuple(tokenizer.convert_ids_to_tokens(list(ids)))

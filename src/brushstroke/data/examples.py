@@ -1,13 +1,13 @@
-"""Training examples: tokens, and the weight of each token in the loss; and data sets of examples.
+"""Training examples: tokens, and the weight of each token in the loss.
 
 It reads no files and uses no tokenizer.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal, overload
+from typing import Literal
 
 from brushstroke.errors import DataError
 
@@ -102,29 +102,6 @@ class EncodingReport:
         """One line that names the used and the unused columns and keys."""
         unused = [*self.unused_columns, *(f"{key} (of messages)" for key in self.unused_keys)]
         return self.read_as + (f"; not used: {', '.join(unused)}" if unused else "")
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedData(Sequence[Example]):
-    """A sequence of examples, with the report of their encoding and the hash of their rows."""
-
-    examples: tuple[Example, ...]
-    report: EncodingReport
-    name: str
-    hash: str
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
-    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
-        return self.examples[index]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.examples)
 
 
 def segments(example: Example) -> list[tuple[int, int, bool]]:

@@ -3,7 +3,9 @@
 import re
 from dataclasses import replace
 
-from brushstroke.data.rows import Rows, hash_rows
+import numpy as np
+
+from brushstroke.data.rows import Rows, Selected
 from brushstroke.errors import DataError
 from brushstroke.philox import order_of
 
@@ -36,32 +38,44 @@ def hold_out(rows: Rows, share: float, seed: int = 0) -> tuple[Rows, Rows]:
     """
     if not 0 < share < 1:
         raise DataError(f"the share of rows for evaluation is {share:g}; give a number above 0 and below 1")
-    origins = rows.origins or tuple((number, 0) for number in range(1, len(rows) + 1))
-    contents: dict[int, str] = {}
-    for (number, _), row in zip(origins, rows.rows, strict=True):
-        contents[number] = contents.get(number, "") + hash_rows([row])
-    different = list(dict.fromkeys(contents.values()))
-    if len(different) < 2:
+    groups = _groups(rows)
+    different = int(groups.max()) + 1
+    if different < 2:
         raise DataError(
-            f"{rows.name}: has {len(different)} different row, which cannot be divided into rows for "
+            f"{rows.name}: has {different} different row, which cannot be divided into rows for "
             "training and for evaluation; give more rows, or a file of its own (--eval FILE)"
         )
-    count = min(len(different) - 1, max(1, round(share * len(different))))
-    held = {different[index] for index in order_of(len(different), seed, 0)[:count]}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, (number, _) in enumerate(origins):
-        sides[contents[number] in held].append(index)
+    count = min(different - 1, max(1, round(share * different)))
+    held = np.isin(groups, order_of(different, seed, 0)[:count])
+    sides = np.flatnonzero(~held), np.flatnonzero(held)
+    origins = rows.origins if len(rows.origins) else [(number, 0) for number in range(1, len(rows) + 1)]
+    origins = np.array(origins, "i8")
     note = f"{len(sides[1])} of {len(rows)} rows are held out for evaluation (seed {seed})"
     parts = []
     for indices, name in zip(sides, ("", "held-out rows of "), strict=True):
-        kept = [rows.rows[index] for index in indices]
+        kept = Selected(rows.rows, indices)
         part = replace(
             rows,
             rows=kept,
             name=f"{name}{rows.name}",
-            hash=hash_rows(kept),
-            origins=tuple(origins[index] for index in indices),
+            hash=rows.facts.of(indices).hash,
+            origins=origins[indices],
             notes=() if name else (*rows.notes, note),
         )
         parts.append(part)
     return parts[0], parts[1]
+
+
+def _groups(rows: Rows) -> np.ndarray:
+    """A number for each row; equal for equal rows of the source, counted in the order of the first ones."""
+    if len(rows.origins):  # all rows from one row of the source count as one
+        numbers = np.array(rows.origins, "i8")[:, 0]
+        digests: dict[int, bytes] = {}
+        for number, digest in zip(numbers.tolist(), rows.facts.digests, strict=True):
+            digests[number] = digests.get(number, b"") + digest.tobytes()
+        contents: dict[bytes, int] = {}
+        found = {number: contents.setdefault(content, len(contents)) for number, content in digests.items()}
+        return np.array([found[number] for number in numbers.tolist()])
+    words = np.ascontiguousarray(rows.facts.digests).view("V16").reshape(-1)
+    _, first, inverse = np.unique(words, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]

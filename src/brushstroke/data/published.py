@@ -6,7 +6,7 @@ and add a line to `FORMS`. A form is recognised by its columns; all rows of a so
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -49,7 +49,12 @@ class Form:
 
 
 def as_read(
-    rows: Rows, prompt: str | None = None, completion: str | None = None, use: str | None = None
+    rows: Rows,
+    prompt: str | None = None,
+    completion: str | None = None,
+    use: str | None = None,
+    *,
+    gather: Callable[[Iterator[Row]], Sequence[Row]] = list,
 ) -> Rows:
     """The rows in the form that `find_columns` expects; rows that have it already are returned as they are.
 
@@ -57,6 +62,7 @@ def as_read(
         rows: rows of one form.
         prompt, completion: columns that the user selected; no form is recognised then.
         use: "chosen" trains the better answers of preference pairs, "text" texts that have a label.
+        gather: keeps converted rows.
 
     Raises:
         DataError: the rows have several forms, a row of a known form is invalid, or `use` is missing or
@@ -70,13 +76,14 @@ def as_read(
         raise DataError(
             f"use={use!r} (--use) cannot be combined with selected columns; leave out one of them"
         )
-    if prompt is not None or completion is not None or rows.form or not rows.rows:
+    if prompt is not None or completion is not None or rows.form or not len(rows):
         return rows
-    found = [_form_of(row) for row in rows.rows]
-    first = next((form for form in found if form is not None), None)
-    _refuse_mixture(rows, found)
+    forms = [_form_of(*shape) for shape in rows.facts.first_rows().values()]
+    first = next((form for form in forms if form is not None), None)
     if first is None:
         return rows
+    if len({form.name for form in forms if form is not None}) > 1:
+        raise _mixture(rows)
     if use == CHOSEN and first not in PREFERENCES:
         raise DataError(
             f"{rows.name}: is read as {first.name}, which has no chosen answers; leave out use='chosen' "
@@ -97,18 +104,8 @@ def as_read(
         return rows if use is None else replace(rows, form=TEXT)
     if first.convert is None:  # `find_columns` tells which columns are missing
         return rows
-    converted, origins = [], []
-    for number, (row, form) in enumerate(zip(rows.rows, found, strict=True), start=1):
-        form = form or first
-        if missing := [name for name in form.needs if row.get(name) is None]:
-            raise DataError(
-                f"{rows.where(number)}: has no {' and no '.join(map(repr, missing))}, which rows of the form "
-                f"{form.name} have; complete the row, or remove it"
-            )
-        assert form.convert is not None
-        made = list(form.convert(row, rows.where(number)))
-        converted += made
-        origins += [(number, part if len(made) > 1 else 0) for part in range(1, len(made) + 1)]
+    origins: list[tuple[int, int]] = []
+    converted = gather(_converted(rows, first, origins))
     notes = rows.notes
     if len(converted) != len(rows):
         instances = f"{len(rows)} rows contain {len(converted)} instances; row numbers count instances"
@@ -116,9 +113,25 @@ def as_read(
     return replace(rows, rows=converted, form=first.name, origins=tuple(origins), notes=notes)
 
 
-def _form_of(row: Row) -> Form | None:
-    """The first form whose columns have values in this row, or else whose columns the row has."""
-    return _known(frozenset(n for n, value in row.items() if value is not None)) or _known(frozenset(row))
+def _converted(rows: Rows, first: Form, origins: list[tuple[int, int]]) -> Iterator[Row]:
+    """The converted rows, one after the other; also lists their origins (see `Rows`)."""
+    forms = [_form_of(*shape) or first for shape in rows.facts.shapes]
+    for number, (row, shape) in enumerate(zip(rows.rows, rows.facts.shape_ids, strict=True), start=1):
+        form = forms[shape]
+        if missing := [name for name in form.needs if row.get(name) is None]:
+            raise DataError(
+                f"{rows.where(number)}: has no {' and no '.join(map(repr, missing))}, which rows of the form "
+                f"{form.name} have; complete the row, or remove it"
+            )
+        assert form.convert is not None
+        made = list(form.convert(row, rows.where(number)))
+        origins += [(number, part if len(made) > 1 else 0) for part in range(1, len(made) + 1)]
+        yield from made
+
+
+def _form_of(names: Sequence[str], valued: Sequence[str]) -> Form | None:
+    """The first form whose columns have values in a row, or else whose columns the row has."""
+    return _known(frozenset(valued)) or _known(frozenset(names))
 
 
 @lru_cache(1024)
@@ -126,27 +139,26 @@ def _known(columns: frozenset[str]) -> Form | None:
     return next((form for form in FORMS if columns.issuperset(form.needs)), None)
 
 
-def _refuse_mixture(rows: Rows, found: Sequence[Form | None]) -> None:
+def _mixture(rows: Rows) -> DataError:
+    """The error for rows of several forms: it names some rows of each."""
+    of_shapes = [_form_of(*shape) for shape in rows.facts.shapes]
     places: dict[str, list[int]] = {}
-    for number, form in enumerate(found, start=1):
-        if form is not None:
+    for number, shape in enumerate(rows.facts.shape_ids.tolist(), start=1):
+        if (form := of_shapes[shape]) is not None:
             places.setdefault(form.name, []).append(number)
-    if len(places) < 2:
-        return
     parts = []
     for name, numbers in places.items():
         shown = [rows.where(number) for number in numbers[:_EXAMPLES]]
         further = f" and {len(numbers) - _EXAMPLES} more" if len(numbers) > _EXAMPLES else ""
         parts.append(f"{name} ({'; '.join(shown)}{further})")
-    raise DataError(
+    return DataError(
         f"{rows.name}: mixes rows of several forms: {', '.join(parts)}; give each form a file of its own, or "
         "convert the rows to one form"
     )
 
 
 def _refuse_labels(rows: Rows) -> None:
-    columns = dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None)
-    label = next((name for name in columns if name.lower() in LABELS), None)
+    label = next((name for name in rows.facts.valued() if name.lower() in LABELS), None)
     if label is not None and any(row.get(label) not in (None, "") for row in rows.rows):
         raise DataError(
             f"{rows.name}: has texts with a column {label!r}; to train it as the answer to each text, give "

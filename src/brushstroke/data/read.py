@@ -7,11 +7,16 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from brushstroke.data.files import Row, endings, is_readable, read_file
+from brushstroke.data.mixture import join, read_weight
 from brushstroke.data.published import as_read
+from brushstroke.data.remote import is_url, local_copy
+from brushstroke.data.row_files import is_large, read_large
 from brushstroke.data.rows import Rows, hash_rows
 from brushstroke.data.validate import describe_type
 from brushstroke.errors import DataError, did_you_mean
@@ -37,9 +42,10 @@ def read_rows(
     """Read all rows of a data source, in order, and convert published forms to our columns.
 
     `source` is a path to a `.jsonl`, `.json` (an array of objects, or {"data": [...]}), `.csv`, `.tsv` or
-    `.parquet` file (all but the last also as `.gz`), a folder of such files (sorted by name; if some are
-    named as a train split, the other splits are left out), a hub data set (`owner/name` or `name:split`, by
-    default the train split), a list of dicts, or a `datasets.Dataset`.
+    `.parquet` file (all but the last also as `.gz`), the URL of one, a folder of such files (sorted by name;
+    if some are named as a train split, the other splits are left out), a hub data set (`owner/name` or
+    `name:split`, by default the train split), a list of dicts, or a `datasets.Dataset`. A list of names joins
+    their rows; a name may end with a weight ("rows.jsonl:2" repeats every row, ":0.5" takes half of them).
 
     Args:
         source: the data.
@@ -54,14 +60,31 @@ def read_rows(
         DataError: the source is missing, empty, damaged, or of an unknown kind; its rows have several forms,
             or contain preferences or labels and `use` does not say what to train.
     """
-    return as_read(_read(source, split), prompt, completion, use)
+    weighted = [read_weight(name) for name in _names(source)]
+    if len(weighted) > 1 or any(weight != 1 for _, weight in weighted):
+        parts = [
+            read_rows(name, split=split, prompt=prompt, completion=completion, use=use)
+            for name, _ in weighted
+        ]
+        return join(parts, [weight for _, weight in weighted])
+    if weighted:
+        source = weighted[0][0]
+    convert = partial(as_read, prompt=prompt, completion=completion, use=use)
+    return convert(_read(source, split, convert))
 
 
-def _read(source: Any, split: str | None) -> Rows:
+def _names(source: Any) -> list[str | Path]:
+    """The names of sources; empty for rows in memory."""
+    names = list(source) if isinstance(source, list | tuple) else [source]
+    return names if all(isinstance(name, str | Path) for name in names) else []
+
+
+def _read(source: Any, split: str | None, convert: "partial[Rows]") -> Rows:
+    """The rows of a source; large files are converted too, since this needs another file."""
     if isinstance(source, Rows):
         return source
     if isinstance(source, str | Path):
-        return _read_named(source, split)
+        return _read_named(source, split, convert)
     if _is_from_datasets(source, "Dataset"):
         rows, name = _dataset_rows(source), "the given data set"
     elif _is_from_datasets(source, "DatasetDict"):
@@ -80,15 +103,18 @@ def _read(source: Any, split: str | None) -> Rows:
     return Rows(rows, name, hash_rows(rows))
 
 
-def _read_named(source: str | Path, split: str | None) -> Rows:
+def _read_named(source: str | Path, split: str | None, convert: "partial[Rows]") -> Rows:
     if not str(source).strip():
         raise DataError("the name of the data is empty; give a file, a folder or a hub data set")
+    if is_url(source):
+        path = local_copy(str(source))
+        found = _read_files([path], path.name, (), convert)
+        return replace(found, files=((str(source), 0),))
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, convert)
     if path.is_file():
-        rows = read_file(path)
-        return Rows(rows, path.name, hash_rows(rows), files=((str(path), 0),))
+        return _read_files([path], path.name, (), convert)
     if isinstance(source, str):
         name, _, named_split = source.partition(":")
         if ("/" in name or named_split) and _may_be_on_the_hub(name):
@@ -110,7 +136,17 @@ def _may_be_on_the_hub(name: str) -> bool:
     return not (slash and Path(folder).exists())
 
 
-def _read_folder(folder: Path) -> Rows:
+def _read_files(paths: list[Path], name: str, notes: tuple[str, ...], convert: "partial[Rows]") -> Rows:
+    if is_large(paths) and (found := read_large(paths, name, notes, convert)):
+        return found
+    rows, files = [], []
+    for path in paths:
+        files.append((str(path), len(rows)))
+        rows += read_file(path)
+    return Rows(rows, name, hash_rows(rows), files=tuple(files), notes=notes)
+
+
+def _read_folder(folder: Path, convert: "partial[Rows]") -> Rows:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         import datasets
 
@@ -126,11 +162,7 @@ def _read_folder(folder: Path) -> Rows:
     left = [path.name for path in splits if path not in paths]
     kept = ", ".join(path.name for path in paths)
     notes = (f"read {kept}; not read, because they are other splits: {', '.join(left)}",) if left else ()
-    rows, files = [], []
-    for path in paths:
-        files.append((str(path), len(rows)))
-        rows += read_file(path)
-    return Rows(rows, folder.name, hash_rows(rows), files=tuple(files), notes=notes)
+    return _read_files(paths, folder.name, notes, convert)
 
 
 def _data_files(folder: Path) -> list[Path]:

@@ -1,50 +1,46 @@
-"""The length limit: cuts examples at it, counts them, and refuses those with nothing left to train.
+"""The length limit: cuts examples at it, and refuses rows with nothing left to train.
 
 It does not tokenise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from brushstroke.data.examples import Example
-from brushstroke.data.read import Rows
+from brushstroke.data.rows import Rows
 from brushstroke.errors import DataError
 
 _SHOWN = 10  # number of rows that a message lists
 
 
-def truncate_examples(
-    rows: Rows, examples: Sequence[Example], max_length: int | None, skip: bool, need_trained: bool
-) -> tuple[list[Example], list[int]]:
-    """Truncate examples to the limit; also return the rows left out because of it.
+def refuse_untrained(
+    rows: Rows, untrained: Sequence[int], filled: Mapping[int, int], max_length: int | None, skip: bool
+) -> None:
+    """Refuse rows with nothing to train.
+
+    Args:
+        rows: the data.
+        untrained: the numbers of rows in which nothing is trained.
+        filled: the numbers of rows whose prompt fills the limit → the limit that they need.
+        max_length: the limit in tokens.
+        skip: whether these rows are left out instead.
 
     Raises:
-        DataError: rows have nothing to train, or a prompt that fills the limit (unless these are to be left
-            out).
+        DataError: there are such rows.
     """
-    if need_trained and (empty := sorted({e.row for e in examples if not e.trained})):
-        count = "1 row has" if len(empty) == 1 else f"{len(empty)} rows have"
+    if untrained:
+        count = "1 row has" if len(untrained) == 1 else f"{len(untrained)} rows have"
         raise DataError(
             f"{count} nothing to train on (an empty text, or labels that are all -100): "
-            f"{_listed(rows, empty)}; remove such rows"
+            f"{_listed(rows, untrained)}; remove such rows"
         )
-    kept, filled = [], []
-    for example in examples:
-        short = example if max_length is None else _shortened(example, max_length)
-        if short.trained or not need_trained:
-            kept.append(short)
-        else:
-            filled.append(example)
-    numbers = sorted({example.row for example in filled})
     if filled and not skip:
-        count = "1 row has" if len(numbers) == 1 else f"{len(numbers)} rows have"
-        needed = max(example.first_target for example in filled) + 1
+        count = "1 row has" if len(filled) == 1 else f"{len(filled)} rows have"
         raise DataError(
             f"{count} a prompt that fills the limit of {max_length} tokens, so nothing is left to train on: "
-            f"{_listed(rows, numbers)}; raise max_length (--max-length) to {needed} or more, if the model's "
-            "context allows it, or remove such rows (in training, skip_too_long or --skip-too-long leaves "
-            "them out)"
+            f"{_listed(rows, list(filled))}; raise max_length (--max-length) to {max(filled.values())} or "
+            "more, if the model's context allows it, or remove such rows (in training, skip_too_long or "
+            "--skip-too-long leaves them out)"
         )
-    return kept, numbers
 
 
 def _listed(rows: Rows, numbers: Sequence[int]) -> str:
@@ -57,7 +53,8 @@ def _listed(rows: Rows, numbers: Sequence[int]) -> str:
     return "; ".join(parts) + more
 
 
-def _shortened(example: Example, limit: int) -> Example:
+def shortened(example: Example, limit: int) -> Example:
+    """The example without its tokens beyond a limit; those that are trained are counted as cut."""
     beyond = len(example.tokens) - limit
     if beyond <= 0:
         return example

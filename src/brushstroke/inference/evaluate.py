@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from brushstroke.adapter import Adapter
@@ -45,6 +45,8 @@ class Evaluation:
         loss: nats per trained token; None if there is no trained token.
         trained_tokens: tokens whose prediction is in the loss.
         exact_match: share of answers that equal the expected text, see `Scores`.
+        contains: share of answers that contain the expected text, see `Scores`.
+        final_answer: share of answers with the right text after "####", see `Scores`.
         valid_json: share of answers that are one JSON object, see `Scores`.
         field_f1: F1 of the (key, value) pairs of the objects, see `Scores`.
         seconds: wall time.
@@ -56,6 +58,8 @@ class Evaluation:
     loss: float | None
     trained_tokens: int
     exact_match: float | None
+    contains: float | None
+    final_answer: float | None
     valid_json: float | None
     field_f1: float | None
     seconds: float
@@ -63,8 +67,9 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers, as JSON types."""
-        names = ("rows", "loss", "exact_match", "valid_json", "field_f1", "seconds")
-        return {name: getattr(self, name) for name in names}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("answers", "trained_tokens")
+        }
 
 
 @dataclass(frozen=True)
@@ -236,9 +241,7 @@ def _evaluation(
         rows=data.report.rows,
         loss=loss.mean,
         trained_tokens=loss.trained_tokens,
-        exact_match=scores.exact_match,
-        valid_json=scores.valid_json,
-        field_f1=scores.field_f1,
+        **asdict(scores),
         seconds=seconds,
         answers=tuple(answers),
     )

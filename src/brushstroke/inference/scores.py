@@ -1,12 +1,15 @@
-"""Scores of answers against the expected texts: exact match, JSON validity, field F1.
+"""Scores of answers against the expected texts: exact match, contained text, final answer, JSON, field F1.
 
 It runs no model.
 """
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+_FINAL = "####"  # before the final answer, as in gsm8k
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,10 @@ class Scores:
         exact_match: share of answers that equal their gold text, both stripped; if both are one JSON object,
             equal objects are enough. An answer with tool calls must have the same calls (names, and arguments
             as JSON values). None without gold texts and calls.
+        contains: share of answers that contain their gold text, both in lower case and with single spaces.
+            None if a gold text is a JSON object or empty.
+        final_answer: share of answers whose text after the last "####" equals that of the gold text, as a
+            number (without separators of thousands) or else as text. None unless every gold text has one.
         valid_json: share of answers that are exactly one JSON object, among the rows whose gold text is one.
             None if no gold text is one.
         field_f1: micro-averaged over the (key, value) pairs of the objects of those rows,
@@ -25,6 +32,8 @@ class Scores:
     """
 
     exact_match: float | None
+    contains: float | None
+    final_answer: float | None
     valid_json: float | None
     field_f1: float | None
 
@@ -33,7 +42,7 @@ def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Score
     """The scores of (answer, gold) pairs; `calls` says for other answers whether their tool calls are right.
 
     >>> score([('{"a": 1}', '{"a":1}'), ('Sure! {"a": 1}', '{"a": 1, "b": 2}')])
-    Scores(exact_match=0.5, valid_json=0.5, field_f1=0.5)
+    Scores(exact_match=0.5, contains=None, final_answer=None, valid_json=0.5, field_f1=0.5)
     """
     given = list(pairs)
     exact = valid = objects = common = fields = 0
@@ -46,11 +55,33 @@ def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Score
             wanted, found = _pairs(expected) or set(), _pairs(got) or set()
             common += len(wanted & found)
             fields += len(wanted) + len(found)
+    golds = [gold for _, gold in given]
+    texts = [(_plain(answer), _plain(gold)) for answer, gold in given]
+    finals = [(_final_answer(answer), _final_answer(gold)) for answer, gold in given]
+    is_contained = bool(given) and not objects and all(gold for _, gold in texts)
+    has_finals = bool(given) and all(_FINAL in gold for gold in golds)
     return Scores(
+        contains=sum(gold in answer for answer, gold in texts) / len(texts) if is_contained else None,
+        final_answer=sum(a == b for a, b in finals) / len(finals) if has_finals else None,
         exact_match=(exact + sum(calls)) / (len(given) + len(calls)) if given or calls else None,
         valid_json=valid / objects if objects else None,
         field_f1=(2 * common / fields if fields else 1.0) if objects else None,
     )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _final_answer(text: str) -> Any:
+    """What follows the last "####", as a number if it is one; None if there is none."""
+    _, mark, final = text.rpartition(_FINAL)
+    if not mark:
+        return None
+    final = final.strip()
+    with suppress(ValueError):
+        return float(final.replace(",", "").removeprefix("$"))
+    return final
 
 
 def json_object(text: str) -> dict[str, Any] | None:

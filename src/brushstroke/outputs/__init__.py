@@ -20,6 +20,7 @@ from brushstroke.outputs.replace import (
     replace_files,
     replace_folder,
 )
+from brushstroke.outputs.room import make_room, size_of
 from brushstroke.outputs.write import (
     PARTIAL,
     output_errors,
@@ -40,6 +41,7 @@ __all__ = [
     "clear_leftovers_in",
     "foreign",
     "has_keys",
+    "make_room",
     "open_folder",
     "output_errors",
     "read_first",
@@ -51,6 +53,7 @@ __all__ = [
     "remove_partial_files",
     "replace_files",
     "replace_folder",
+    "size_of",
     "write_file",
     "write_files",
 ]

@@ -48,12 +48,6 @@ def finished_only(arm_runner: ArmRunner, runs: Sequence[Run]) -> Iterator[tuple[
     yield from ()
 
 
-def usable_cores() -> int:
-    """The number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def processes(count: int) -> Executor:
     """An executor with several worker processes of one thread each, for models too small for threads.
 

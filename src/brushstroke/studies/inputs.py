@@ -61,7 +61,7 @@ def make_material(
     request = RunRequest(config, prompt_column=prompt_column, completion_column=completion_column)
 
     def read(source: Any) -> tuple[Example, ...]:
-        return read_data(base, source, request).examples
+        return tuple(read_data(base, source, request))
 
     found = {
         TASK: _task(

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from brushstroke.base import refuse_unknown_tokens, require_language_model
-from brushstroke.data import Example
+from brushstroke.base.model_facts import embedding_rows
+from brushstroke.data import EncodedData, Example
 from brushstroke.errors import ConfigError, DataError
 
 
@@ -55,6 +56,8 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
     Raises:
         DataError: it names the row.
     """
+    if isinstance(examples, EncodedData):
+        examples = examples.examples.suspects(embedding_rows(model))
     for example in examples:
         if not example.tokens:
             raise DataError(
@@ -69,7 +72,7 @@ def check_lengths(examples: Iterable[Example], context: int | None, max_length: 
     Raises:
         DataError: it names the row.
     """
-    if context is None:
+    if context is None or (isinstance(examples, EncodedData) and examples.largest_reach <= context):
         return
     for example in examples:
         if example.reach > max(context, max_length or 0):

@@ -5,7 +5,6 @@ Large parts are stored as hashes. It reads and writes no files.
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.adapter.fingerprint import sample_positions
-from brushstroke.data import EncodedData, Example
+from brushstroke.data import EncodedData
 from brushstroke.errors import ResumeError
 from brushstroke.training.session import Training
 from brushstroke.training.setup import RunRequest
@@ -46,9 +45,9 @@ def identify(
         "dtype": str(session.base.dtype).removeprefix("torch."),
         "device": session.device.type,
         "data": examples.hash,
-        "tokens": hash_examples(examples),
+        "tokens": examples.examples.hash,
         "eval_data": held_out.hash if held_out is not None else None,
-        "eval_tokens": hash_examples(held_out) if held_out is not None else None,
+        "eval_tokens": held_out.examples.hash if held_out is not None else None,
         "columns": [request.prompt_column, request.completion_column],
         "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else None,
     }
@@ -86,16 +85,6 @@ def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> 
             f"{where} belongs to a run with other settings ({'; '.join(unique)}); resume with "
             "the same command, or start over with overwrite (--overwrite)"
         )
-
-
-def hash_examples(examples: Iterable[Example]) -> str:
-    """A hash of all tokens and weights; the same rows in another chat template have another hash."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example).to_bytes(8, "little"))
-        digest.update(array("q", example.tokens).tobytes())
-        digest.update(array("d", example.weights).tobytes())
-    return digest.hexdigest()
 
 
 def hash_base(model: torch.nn.Module, factors: Iterable[torch.Tensor]) -> str:

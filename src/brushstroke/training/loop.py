@@ -29,6 +29,7 @@ from brushstroke.training.identity import identify, refuse_other_run
 from brushstroke.training.interrupt import DeferredInterrupts
 from brushstroke.training.no_folder import NoFolder
 from brushstroke.training.plan import Plan, make_plan, warn_of
+from brushstroke.training.progress import Bar, step_bar
 from brushstroke.training.run_files import EVALUATIONS, METRICS
 from brushstroke.training.sampler import BatchSampler
 from brushstroke.training.schedule import factor
@@ -72,6 +73,7 @@ def train(
     on_plan: Callable[[Plan, int], None] | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     on_eval: Callable[[EvalEvent], None] | None = None,
+    progress: bool | None = None,
 ) -> TrainResult:
     """Train an adapter on a frozen base; afterwards the base is bit for bit the same as before.
 
@@ -92,6 +94,7 @@ def train(
             it, the plan's warnings are issued as a `PlanWarning`.
         on_step: called after every optimiser step.
         on_eval: called after every evaluation.
+        progress: whether to show a bar on stderr; by default if it is a terminal, and in notebooks.
 
     Raises:
         ConfigError, TargetError, DataError, BaseMismatchError: invalid arguments; nothing was written.
@@ -137,20 +140,39 @@ def train(
             warn_of(plan)
         run.begin()
         try:
-            run.evaluate_start(on_eval)
-            run.evaluate_if_due(on_eval)  # an earlier interrupt may have come between step and evaluation
-            while session.steps < run.steps and not run.lost_patience:
-                event = run.step()
-                if on_step:
-                    on_step(event)
-                run.evaluate_if_due(on_eval)
-                run.checkpoint_if_due()
+            with step_bar(run.steps, resumed_from, progress) as bar:
+                told = _Told(on_step, on_eval, bar)
+                run.evaluate_start(told.evaluation)
+                run.evaluate_if_due(told.evaluation)  # an interrupt may have come between step and evaluation
+                while session.steps < run.steps and not run.lost_patience:
+                    told.step(run.step())
+                    run.evaluate_if_due(told.evaluation)
+                    run.checkpoint_if_due()
             return TrainResult(*run.finish(), resumed_from)
         except KeyboardInterrupt:
             session.zero_grad()
             if kept := run.save_checkpoint():
                 raise KeyboardInterrupt(f"interrupted; checkpoint saved at {kept}") from None
             raise
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Whom a run tells about its events: the bar, and the caller's functions."""
+
+    on_step: Callable[[StepEvent], None] | None
+    on_eval: Callable[[EvalEvent], None] | None
+    bar: Bar
+
+    def step(self, event: StepEvent) -> None:
+        self.bar.step(event)
+        if self.on_step:
+            self.on_step(event)
+
+    def evaluation(self, event: EvalEvent) -> None:
+        self.bar.evaluation(event)
+        if self.on_eval:
+            self.on_eval(event)
 
 
 class _Run:
@@ -224,16 +246,15 @@ class _Run:
             self._folder.record(METRICS, {k: v for k, v in asdict(event).items() if k != "steps"})
         return event
 
-    def evaluate_start(self, on_eval: Callable[[EvalEvent], None] | None) -> None:
+    def evaluate_start(self, on_eval: Callable[[EvalEvent], None]) -> None:
         """Evaluate before the first step; the folder gets the result with the first step."""
         if self._held_out is None or self._session.steps:
             return
         self._start = _evaluate(self._session, self._held_out, -math.inf)
         self.totals.eval_loss_before = self._start.loss
-        if on_eval:
-            on_eval(self._start)
+        on_eval(self._start)
 
-    def evaluate_if_due(self, on_eval: Callable[[EvalEvent], None] | None) -> None:
+    def evaluate_if_due(self, on_eval: Callable[[EvalEvent], None]) -> None:
         """Evaluate if an evaluation is due after this step and was not done yet; keep the best adapter."""
         session, totals = self._session, self.totals
         due = session.steps == self.steps or session.steps % self._steps_between_evaluations == 0
@@ -249,8 +270,7 @@ class _Run:
                     self._best = session.adapter()
                     totals.best_sums = self._folder.save_best(self._best, session.steps)
             self._folder.record(EVALUATIONS, asdict(evaluation))
-        if on_eval:
-            on_eval(evaluation)
+        on_eval(evaluation)
 
     @property
     def lost_patience(self) -> bool:
@@ -312,7 +332,7 @@ def _count_steps(batches: BatchSampler, config: TrainConfig) -> int:
 
 def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> EvalEvent:
     began = time.perf_counter()
-    result = session.loss(held_out.examples)
+    result = session.loss(held_out)
     seconds = time.perf_counter() - began
     return EvalEvent(session.steps, result.loss, result.trained_tokens, seconds, result.loss < best_loss)
 

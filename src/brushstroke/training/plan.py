@@ -145,8 +145,8 @@ def make_plan(session: Training, data: EncodedData, config: TrainConfig) -> Plan
     computed = computed if session.packed else seen
     extrapolated = counted < order.steps_per_epoch
     scale = report.real_tokens / max(1, seen)
-    longest = max(len(example) for example in data)
-    reach = max(example.reach for example in data)  # the longest example may not be in the counted steps
+    longest = data.longest
+    reach = data.largest_reach  # the longest example may not be in the counted steps
     return Plan(
         base=session.base.name,
         dtype=str(session.base.dtype).removeprefix("torch."),

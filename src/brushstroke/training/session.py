@@ -14,7 +14,7 @@ import torch
 
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, check_max_length, context_length, hidden_size
-from brushstroke.data import ChatFormat, Example, Template, encode, find_template
+from brushstroke.data import ChatFormat, EncodedData, Example, Template, encode, find_template
 from brushstroke.errors import DataError, NonFiniteError, TrainingError
 from brushstroke.inference import generate
 from brushstroke.layers import FullFineTuning, TrainableAttachment, attach, attach_full
@@ -330,18 +330,18 @@ class Training:
         if self.attachment.attached:
             self.attachment.detach()
 
-    def encode(self, examples: Any) -> list[Example]:
+    def encode(self, examples: Any) -> Sequence[Example]:
         """Tokenised examples from any data that `train` accepts."""
         if isinstance(examples, Example):
             examples = [examples]
         if isinstance(examples, Iterable) and not isinstance(examples, str | dict):
-            examples = list(examples)
-            if all(isinstance(example, Example) for example in examples):
+            examples = examples if isinstance(examples, EncodedData) else list(examples)
+            if isinstance(examples, EncodedData) or all(isinstance(each, Example) for each in examples):
                 check_vocabulary(examples, self.model)
                 check_lengths(examples, self.context, self.config.max_length)
                 return examples
         limit = self.config.max_length or self.context
-        encoded = list(encode(examples, self.base.tokenizer, max_length=limit, chat_template=self.chat))
+        encoded = encode(examples, self.base.tokenizer, max_length=limit, chat_template=self.chat)
         check_vocabulary(encoded, self.model)
         return encoded
 

@@ -1,0 +1,52 @@
+"""`--config FILE.yaml` for every command."""
+
+import pytest
+
+from brushstroke.cli.app import COMMANDS, main
+from brushstroke.cli.configfile import take_config_flag
+from brushstroke.errors import ConfigError
+
+
+def test_the_flag_is_taken_wherever_it_stands():
+    assert take_config_flag(["show", "--config", "a.yaml", "x"]) == (["show", "x"], _path("a.yaml"))
+    assert take_config_flag(["show", "x", "--config=a.yaml"]) == (["show", "x"], _path("a.yaml"))
+    assert take_config_flag(["generate", "--", "--config"]) == (["generate", "--", "--config"], None)
+    for given in (["--config"], ["--config="], ["--config", "a", "--config", "b"]):
+        with pytest.raises(ConfigError, match="--config is"):
+            take_config_flag(given)
+
+
+def test_every_command_reads_flags_from_a_file(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text("json: true\n")
+    assert main(["cache", "--config", str(file)]) == 0
+    assert '"parts"' in capsys.readouterr().out
+    file.write_text("unknown-flag: 3\n")
+    for command in COMMANDS:
+        assert main([command, "--config", str(file)]) == 2
+        assert "unknown key 'unknown-flag'" in capsys.readouterr().err
+
+
+def test_a_list_is_a_flag_that_is_repeated(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text(f"adapter: [{tmp_path}/a, b={tmp_path}/b]\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert main(["evaluate", f"{tmp_path}/base", f"{tmp_path}/rows.jsonl", "--config", str(file)]) == 1
+    assert f"there is no folder {tmp_path}/a;" in capsys.readouterr().err
+
+
+def test_every_command_has_an_example_in_its_help(capsys):
+    for command, (_, about, example) in COMMANDS.items():
+        assert main([command, "--help"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert about in said
+        assert f"Example: {example}" in said
+        assert "--config FILE.yaml" in said
+
+
+def _path(name):
+    from pathlib import Path
+
+    return Path(name)
