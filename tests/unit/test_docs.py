@@ -66,7 +66,7 @@ def test_the_folder_tree_names_every_module():
         f"{folder}/{path.name}"
         for folder, shown in packages.items()
         for path in source.glob(f"{folder}/*.py")
-        if folder != "data" and path.stem != "__init__" and path.name not in shown.split()
+        if path.stem != "__init__" and path.name not in shown.split()
     ]
     assert not unnamed
     assert {path.parent.name for path in source.glob("*/__init__.py")} == packages.keys()
