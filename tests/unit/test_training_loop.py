@@ -57,7 +57,7 @@ def test_a_run_writes_its_files_and_totals(tmp_path: Path) -> None:
     assert not evaluations[0]["best"]
     assert not summary["stopped_early"]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-00000002", "step-00000004"]
+    assert kept == ["step-00000004", "step-00000006"]
     loaded = bs.load(tmp_path / "run")
     assert all(torch.equal(loaded[site].U, result.adapter[site].U) for site in result.adapter)  # type: ignore[attr-defined]
     assert loaded.card is not None
@@ -234,7 +234,7 @@ def test_user_folders_among_checkpoints_are_kept(tmp_path: Path) -> None:
     bs.train(base(), examples(10, seed=2), LORA, CONFIG, out=tmp_path, overwrite=True, **data)  # type: ignore[arg-type]
     assert all(file.read_text() == "mine" for file in mine)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["best-model", "step-00000002", "step-00000002x", "step-00000004", "step-100"]
+    assert kept == ["best-model", "step-00000002x", "step-00000004", "step-00000006", "step-100"]
 
 
 def test_non_finite_base_and_too_high_rate_give_different_errors(tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=r"run.json cannot be read"):
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
     (tmp_path / "adapter_model.safetensors").unlink()
-    (tmp_path / "checkpoints" / "step-00000004" / "state.json").write_text("[]")
+    (tmp_path / "checkpoints" / "step-00000006" / "state.json").write_text("[]")
     with pytest.raises(ResumeError, match=r"state\.json is incomplete"):
         bs.train(base(), examples(10), LORA, CONFIG, out=tmp_path, resume=True)
 
@@ -746,3 +746,80 @@ def test_the_old_adapter_stays_until_a_run_with_overwrite_has_finished(tmp_path:
     stored = bs.load(tmp_path)
     assert all(torch.equal(stored[site].U, new.adapter[site].U) for site in stored)  # type: ignore[attr-defined]
     assert not torch.equal(*(next(iter(found.values())).U for found in (stored, old)))  # type: ignore[attr-defined]
+
+
+def rates(folder: Path) -> list[float]:
+    return [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def of_steps(steps: int, **settings: Any) -> bs.TrainConfig:
+    return bs.TrainConfig(max_steps=steps, batch_size=4, learning_rate=0.1, **settings)  # type: ignore[arg-type]
+
+
+def test_a_finished_run_goes_on_with_its_optimiser(tmp_path: Path) -> None:
+    data, constant = examples(10), {"schedule": "constant", "warmup": 2}
+    whole = bs.train(base(), data, LORA, of_steps(9, **constant), out=tmp_path / "whole")
+    out, plans = tmp_path / "parts", []
+    bs.train(base(), data, LORA, of_steps(4, **constant), out=out)
+    result = bs.train(
+        base(),
+        data,
+        LORA,
+        of_steps(9, **constant),
+        out=out,
+        resume=True,
+        on_plan=lambda plan, _: plans.append(plan),
+    )
+    assert result.resumed_from == 4
+    assert (
+        "the finished run goes on from step 4 to step 9; the learning rate stays constant" in plans[0].notes
+    )
+    for site, update in whole.adapter.items():
+        assert torch.equal(update.U, result.adapter[site].U)  # type: ignore[attr-defined]
+    assert rates(out) == rates(tmp_path / "whole")
+    assert result.summary["steps"] == 9
+    again = bs.train(base(), data, LORA, of_steps(9, **constant), out=out, resume=True)
+    assert again.resumed_from == 9
+    with pytest.raises(ResumeError, match="max_steps: now 5, then 9"):
+        bs.train(base(), data, LORA, of_steps(5, **constant), out=out, resume=True)
+    with pytest.raises(ResumeError, match="schedule"):
+        bs.train(base(), data, LORA, of_steps(12), out=out, resume=True)
+
+
+def test_other_schedules_decay_again_over_the_added_steps(tmp_path: Path) -> None:
+    data, out = examples(10), tmp_path / "run"
+    first = bs.train(base(), data, LORA, of_steps(4, warmup=2), out=out)
+
+    def stop(event: Any) -> None:
+        if event.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bs.train(base(), data, LORA, of_steps(8, warmup=2), out=out, resume=True, on_step=stop)
+    with pytest.warns(UnfinishedRunWarning):
+        stored = bs.load(out)
+    assert all(torch.equal(stored[site].U, first.adapter[site].U) for site in stored)  # type: ignore[attr-defined]
+    result = bs.train(base(), data, LORA, of_steps(8, warmup=2), out=out, resume=True)
+    assert (result.resumed_from, result.summary["steps"]) == (6, 8)
+    assert rates(out)[4:] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    other = tmp_path / "other"
+    bs.train(base(), data, LORA, of_steps(4, warmup=2), out=other)
+    whole = bs.train(base(), data, LORA, of_steps(8, warmup=2), out=other, resume=True)
+    assert all(torch.equal(whole.adapter[site].U, result.adapter[site].U) for site in whole.adapter)  # type: ignore[attr-defined]
+
+
+def test_a_run_that_stopped_early_is_complete(tmp_path: Path) -> None:
+    data = {"out": tmp_path, "eval_data": examples(6, seed=1)}
+    config = of_steps(12, schedule="constant", eval_every=1, patience=1)
+    first = bs.train(base(), examples(10), LORA, config, **data)  # type: ignore[arg-type]
+    assert first.summary["steps"] < 12
+    again = bs.train(base(), examples(10), LORA, config, resume=True, **data)  # type: ignore[arg-type]
+    assert again.resumed_from == first.summary["steps"]
+
+
+def test_a_finished_run_without_its_last_checkpoint_cannot_go_on(tmp_path: Path) -> None:
+    bs.train(base(), examples(10), LORA, of_steps(4), out=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ResumeError, match="no checkpoint of its last step 4"):
+        bs.train(base(), examples(10), LORA, of_steps(8), out=tmp_path, resume=True)
+    assert bs.load(tmp_path)

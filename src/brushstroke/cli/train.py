@@ -50,7 +50,8 @@ def train(
         data: A JSONL, JSON, CSV or Parquet file, a folder of them, a URL of a file, or a data set on the hub;
             several are joined, and NAME:2 repeats the rows of one.
         out: Folder for the adapter, its metrics and checkpoints.
-        resume: Continue from the last checkpoint in --out; start from the beginning if there is none.
+        resume: Continue from the last checkpoint in --out; start from the beginning if there is none. A
+            finished run goes on if --max-steps, the steps in total, is larger.
         overwrite: Replace an earlier run in --out: its adapter when the new one is complete, its other files
             with the first step. Files with other names remain.
     """
@@ -92,7 +93,7 @@ def train(
             raise KeyboardInterrupt(_interrupted(str(error), folder)) from None
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{_kept(folder)}") from error
-    if complete:
+    if complete and result.resumed_from == result.summary["steps"]:
         say(f"the run in {out} is already complete: {result.summary['steps']} steps; nothing was done")
     else:
         _say_done(result.summary, out)

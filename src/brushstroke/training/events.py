@@ -59,6 +59,7 @@ class Totals:
     eval_loss_before: float | None = None  # before the first step
     eval_loss: float | None = None  # of the last evaluation
     not_better: int = 0  # number of evaluations since the best one
+    schedule_from: int = 0  # the step from which a finished run went on
     peak_memory_bytes: int = 0
 
     def add(self, event: StepEvent) -> None:

@@ -241,7 +241,7 @@ class RunFolder:
             steps, best = (checkpoint_folders(self.path, kind) for kind in ("step", "best"))
             for folder in () if step else (*reversed(steps), *best):  # the metrics belong to the last step
                 remove_own(folder, names_in(folder))
-            remove_files(self.path, () if step else (EVALUATIONS, RUN))
+            remove_files(self.path, (RUN,) if step else (EVALUATIONS, RUN))
             if step:
                 write_file(self.path / METRICS, metrics)
                 if (self.path / EVALUATIONS).exists():
@@ -320,6 +320,7 @@ class RunFolder:
         advice = "choose another folder"
         if self.complete:
             what, lost = f"a finished run{self._finished_steps()}", "adapter, checkpoints and metrics"
+            advice = f"go on with --resume and a larger --max-steps (resume=True), or {advice}"
         elif steps:
             what, lost = "an unfinished run", "checkpoints and metrics"
             advice = (

@@ -19,6 +19,7 @@ from brushstroke.training.session import Training
 from brushstroke.training.setup import RunRequest
 
 PLAIN = ("dtype", "device", "dropout", "columns", "loss", "date")  # a message gives their values
+LENGTH = ("max_steps", "epochs")  # settings of how long a run is
 NAMES = {
     "base": "the base model",
     "tokens": "the tokenised data",
@@ -85,6 +86,17 @@ def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> 
             f"{where} belongs to a run with other settings ({'; '.join(unique)}); resume with "
             "the same command, or start over with overwrite (--overwrite)"
         )
+
+
+def is_longer(now: dict[str, Any], steps: int, finished: dict[str, Any]) -> bool:
+    """Whether a run of this many steps is a finished one (by its summary) with more steps or epochs."""
+    then = finished["settings"].get("config", {})
+    return steps > finished["steps"] and any(now["config"][name] != then.get(name) for name in LENGTH)
+
+
+def with_length_of(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the steps and epochs of another."""
+    return {**then, "config": {**then["config"], **{name: now["config"][name] for name in LENGTH}}}
 
 
 def hash_base(model: torch.nn.Module, factors: Iterable[torch.Tensor]) -> str:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
 from brushstroke.checks import refuse_evaluation
 from brushstroke.data import EncodedData, hold_out, read_rows
-from brushstroke.errors import ConfigError, NonFiniteError, OutputError
+from brushstroke.errors import ConfigError, NonFiniteError, OutputError, ResumeError
 from brushstroke.formats import load, require_savable
 from brushstroke.packed import LossFunction
 from brushstroke.packed.memory import peak_memory
@@ -25,7 +25,7 @@ from brushstroke.training.checkpoint import load_session
 from brushstroke.training.config import TrainConfig
 from brushstroke.training.events import EvalEvent, StepEvent, Totals
 from brushstroke.training.folder import RunFolder, refuse_base
-from brushstroke.training.identity import identify, refuse_other_run
+from brushstroke.training.identity import identify, is_longer, refuse_other_run, with_length_of
 from brushstroke.training.interrupt import DeferredInterrupts
 from brushstroke.training.no_folder import NoFolder
 from brushstroke.training.plan import Plan, make_plan, warn_of
@@ -86,7 +86,9 @@ def train(
         eval_data: examples for the evaluations, or the share of the rows to hold out for them.
         start: an existing adapter whose training continues.
         loss: replaces cross-entropy; see `Training.forward_backward`.
-        resume: continue from the last checkpoint in `out`; start a new run if there is none.
+        resume: continue from the last checkpoint in `out`; start a new run if there is none. A finished run
+            goes on if `config` asks for more steps than it has: a constant learning rate stays as it is,
+            others decay again over the added steps.
         overwrite: replace an earlier run in `out`.
         prompt_column, completion_column: other names for "prompt" and "completion".
         allow_different_base: accept a start adapter that belongs to another base.
@@ -127,13 +129,16 @@ def train(
         open_session(base, request, chat) as session,
     ):
         identity = identify(session, request, chat.date if chat else None, examples, held_out)
-        if folder.resuming and folder.complete:
+        run = _Run(session, request, folder, interrupts, examples, held_out, identity)
+        finished = folder.summary() if folder.resuming and folder.complete else None
+        if finished and not is_longer(identity, run.steps, finished):
             return _finished_already(folder, identity)
         if out is not None:
             require_savable(session.attachment.adapter())
-        run = _Run(session, request, folder, interrupts, examples, held_out, identity)
-        resumed_from = run.resume()
+        resumed_from = run.resume(finished)
         plan = make_plan(session, examples, request.config)
+        if finished:
+            plan = replace(plan, notes=(*plan.notes, run.going_on))
         if on_plan:
             on_plan(plan, resumed_from)
         else:
@@ -198,17 +203,44 @@ class _Run:
         self.steps = _count_steps(self._batches, self._config)
         self.totals = Totals()
 
-    def resume(self) -> int:
-        """Load the last checkpoint of the folder and return its step; 0 if there is none."""
+    def resume(self, finished: dict[str, Any] | None = None) -> int:
+        """Load the last checkpoint of the folder and return its step; 0 if there is none.
+
+        Args:
+            finished: the summary of a finished run that is to go on.
+        """
         if self._folder.resuming:
             self._folder.claim()
-        if last := self._folder.last_state():
+        last = self._folder.last_state()
+        if finished and (last is None or last[1]["steps"] != finished["steps"]):
+            raise ResumeError(
+                f"{self._folder.path} has no checkpoint of its last step {finished['steps']}, so the run "
+                "cannot go on with its optimiser; start another run from its adapter (start=, --from)"
+            )
+        if last:
             checkpoint, state = last
-            refuse_other_run(self._identity, state["extra"]["identity"], checkpoint)
+            then = state["extra"]["identity"]
+            then = with_length_of(then, self._identity) if finished else then
+            refuse_other_run(self._identity, then, checkpoint)
             totals = self.totals = Totals(**load_session(self._session, checkpoint)["totals"])
+            if finished:
+                totals.schedule_from, totals.not_better = self._session.steps, 0
             if totals.best_step and self._config.keep_best:
                 self._best = self._folder.load_best(totals.best_step, totals.best_sums)
+            if finished:
+                self.save_checkpoint()  # it has the new number of steps, so the longer run can be resumed too
         return self._session.steps
+
+    @property
+    def going_on(self) -> str:
+        """How a finished run goes on."""
+        done, config = self._session.steps, self._config
+        rate = (
+            "the learning rate stays constant"
+            if config.schedule == "constant"
+            else f"the {config.schedule} learning rate decays again over the added {self.steps - done} steps"
+        )
+        return f"the finished run goes on from step {done} to step {self.steps}; {rate}"
 
     def begin(self) -> None:
         """Remove the lines of steps after the checkpoint from the folder, and start the clock."""
@@ -221,7 +253,9 @@ class _Run:
         session, config = self._session, self._config
         began = time.perf_counter()
         result = session.forward_backward(self._batches.batch(session.steps), self._loss)
-        rate = session.learning_rate * factor(config.schedule, session.steps, self.steps, config.warmup)
+        since, warmup = self.totals.schedule_from, config.warmup
+        done, steps = session.steps - since, self.steps - since
+        rate = session.learning_rate * factor(config.schedule, done, steps, 0.0 if since else warmup)
         with self._interrupts.deferred():
             session.optim_step(rate)
             now = time.perf_counter()
@@ -303,6 +337,7 @@ class _Run:
         adapter = adapter.with_card(card_of_run(adapter, summary, self._examples))
         with self._interrupts.deferred():
             try:
+                self.save_checkpoint()  # from which a longer run can go on
                 self._folder.finish(adapter, summary)
             except OutputError:
                 with suppress(OutputError):

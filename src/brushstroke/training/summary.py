@@ -26,7 +26,7 @@ def summarise(
     session: Training, totals: Totals, identity: dict[str, Any], examples: EncodedData
 ) -> dict[str, Any]:
     """The content of `run.json`: totals, settings and versions."""
-    internal = {"loss_sum", "best_loss", "best_step", "best_sums", "evaluated", "not_better"}
+    internal = {"loss_sum", "best_loss", "best_step", "best_sums", "evaluated", "not_better", "schedule_from"}
     return {
         **{name: value for name, value in asdict(totals).items() if name not in internal},
         "steps": session.steps,
