@@ -83,7 +83,7 @@ def test_train_writes_its_files_and_totals(cli, tiny, train_rows, tmp_path):
     assert done.status == 0, done.err
     files = {"metrics.jsonl", "eval.jsonl", "run.json", *ADAPTER}
     assert {name for name in files_in(out) if not name.startswith("checkpoints/")} == files
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     summary = json.loads((out / "run.json").read_text("utf-8"))
     assert json.loads(done.out) == summary
     assert set(summary) >= TOTALS
