@@ -181,7 +181,7 @@ def build(config: Path | None = None) -> App:
 def _unknown_option(error: CycloptsError) -> str | None:
     if not isinstance(error, UnknownOptionError):
         return None
-    flag = error.token.keyword or error.token.value
+    flag = (error.token.keyword or error.token.value).partition("=")[0]
     known = [name for argument in error.argument_collection if argument.parse for name in argument.names]
     return f"Unknown option: {flag}{flag_hint(flag, known)}."
 
