@@ -209,7 +209,12 @@ def test_interrupted_run_keeps_a_checkpoint_and_resumes(cli, tiny, train_rows, t
     assert_same_run(out, whole_run)
     finished = cli("train", tiny, train_rows, "--out", out, *LONG_RUN)
     assert "holds a finished run of 120 steps" in finished.error
-    assert "--resume" not in finished.error
+    assert "go on with --resume and a larger --max-steps" in finished.error
+    flags = ["122" if flag == "120" else flag for flag in LONG_RUN]
+    longer = cli("train", tiny, train_rows, "--out", out, *flags, "--resume", "--json")
+    assert longer.status == 0, longer.err
+    assert "the finished run goes on from step 120 to step 122" in " ".join(longer.err.split())
+    assert json.loads(longer.out)["steps"] == 122
 
 
 def test_more_interrupts_lose_nothing(tiny, train_rows, tmp_path):
