@@ -11,13 +11,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from brushstroke.data import cache
 from brushstroke.data.files import Row, ending_of, lines_of, row_of_line, stream_file
-from brushstroke.data.rows import FactCounter, RowFacts, Rows
+from brushstroke.data.rows import FactCounter, RowFacts, Rows, StoredRows
 from brushstroke.data.validate import DataWarning
 from brushstroke.errors import DataError, OutputError
 from brushstroke.files import file_sum, read_json
@@ -42,7 +41,7 @@ def _changed(path: Path) -> DataError:
     return DataError(f"{path}: was changed while it was read; repeat the command")
 
 
-class LineRows(Sequence[Row]):
+class LineRows(StoredRows):
     """Rows in a JSONL file, parsed when they are used.
 
     Args:
@@ -77,18 +76,11 @@ class LineRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"there is no row {index} among {len(self)}")
+    def row(self, index: int) -> Row:
+        """The row at an index (from 0)."""
         self._file.seek(int(self.offsets[index]))
         line = self._file.readline().decode("utf-8", "replace")
-        return row_of_line(line, self.path, index % len(self) + 1)
+        return row_of_line(line, self.path, index + 1)
 
 
 def is_large(paths: Iterable[Path]) -> bool:

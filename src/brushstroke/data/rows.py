@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,26 @@ def _check_unchanged(rows: Any) -> None:
         check()
 
 
-class Selected(Sequence[Row]):
+class StoredRows(Sequence[Row], ABC):
+    """Rows that are made when they are used."""
+
+    @abstractmethod
+    def row(self, index: int) -> Row:
+        """The row at an index (from 0)."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no row {index} among {len(self)}")
+        return self.row(index % len(self))
+
+
+class Selected(StoredRows):
     """Some rows of others, which stay where they are.
 
     Args:
@@ -183,17 +203,12 @@ class Selected(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self._rows[int(i)] for i in self._indices[index]]
+    def row(self, index: int) -> Row:
+        """The row at an index (from 0)."""
         return self._rows[int(self._indices[index])]
 
 
-class Joined(Sequence[Row]):
+class Joined(StoredRows):
     """The rows of several sequences, one after the other.
 
     Args:
@@ -232,16 +247,8 @@ class Joined(Sequence[Row]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"there is no row {index} among {len(self)}")
-        index %= len(self)
+    def row(self, index: int) -> Row:
+        """The row at an index (from 0)."""
         part = bisect.bisect_right(self._starts, index) - 1
         row = self._parts[part][index - self._starts[part]]
         return row if self._convert is None else self._convert(row, f"row {index + 1}")
