@@ -37,6 +37,16 @@ def test_a_list_is_a_flag_that_is_repeated(tmp_path, capsys):
     assert f"there is no folder {tmp_path}/a;" in capsys.readouterr().err
 
 
+def test_a_list_of_data_is_joined(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text(f"data: [{tmp_path}/a.jsonl, '{tmp_path}/b.jsonl:2']\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert main(["plan", f"{tmp_path}/base", "--config", str(file)]) == 1
+    assert f"{tmp_path}/b.jsonl: no such file or folder" in capsys.readouterr().err
+
+
 def test_every_command_has_an_example_in_its_help(capsys):
     for command, (_, about, example) in COMMANDS.items():
         assert main([command, "--help"]) == 0

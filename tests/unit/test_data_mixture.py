@@ -5,12 +5,13 @@ import json
 import data_tokenizers as have
 import pytest
 
-from brushstroke.data import cache, encode, read_rows
+from brushstroke.data import cache, encode, hold_out, read_rows
 from brushstroke.data.mixture import read_weight
 from brushstroke.errors import DataError
 
 PAIRS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(6)]
 ALPACA = [{"instruction": f"i{n}", "output": f"o{n}"} for n in range(4)]
+ALPACA_AS_PAIRS = [{"prompt": f"i{n}", "completion": f"o{n}"} for n in range(4)]
 CHATS = [
     {"messages": [{"role": "user", "content": f"u{n}"}, {"role": "assistant", "content": f"a{n}"}]}
     for n in range(3)
@@ -67,11 +68,25 @@ def test_errors_name_the_file_of_the_row(write):
         encode(read_rows([a, b]), have.byte_level(have.CHATML))
     with pytest.raises(DataError, match="weight is 0"):
         read_rows([a, f"{b}:0"])
-    with pytest.raises(DataError, match="no such file"):
-        read_rows([a, "none.jsonl:2"])
+    for name, reason in (
+        ("none.jsonl:2", "no such file"),
+        (f"{a}:2:3", "no such file"),
+        (f"{a}:0.01", "takes none"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            read_rows([a, name])
 
 
 def test_a_file_of_that_name_has_precedence(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("rows.jsonl:2", PAIRS)
     assert read_weight("rows.jsonl:2") == ("rows.jsonl:2", 1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_rows_are_held_out_together_however_often_they_occur(write, seed):
+    a, b = write("a.jsonl", PAIRS), write("b.jsonl", [*PAIRS[:4], *ALPACA_AS_PAIRS])
+    for sources in ([f"{a}:2", b], [f"{b}:1.5", a], f"{a}:1.5"):
+        sides = hold_out(read_rows(sources), 0.3, seed)
+        kept, held = ({row["prompt"] for row in side.rows} for side in sides)
+        assert not kept & held

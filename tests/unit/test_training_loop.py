@@ -808,6 +808,14 @@ def test_other_schedules_decay_again_over_the_added_steps(tmp_path: Path) -> Non
     assert all(torch.equal(whole.adapter[site].U, result.adapter[site].U) for site in whole.adapter)  # type: ignore[attr-defined]
 
 
+def test_a_constant_rate_keeps_its_warm_up_where_it_goes_on(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"schedule": "constant", "warmup": 6}
+    with pytest.warns(PlanWarning, match="never reaches"):
+        bs.train(base(), examples(10), LORA, of_steps(4, **config), out=tmp_path)
+    bs.train(base(), examples(10), LORA, of_steps(8, **config), out=tmp_path, resume=True)
+    assert rates(tmp_path) == pytest.approx([0.1 * min(1.0, step / 6) for step in range(8)])
+
+
 def test_a_run_that_stopped_early_is_complete(tmp_path: Path) -> None:
     data = {"out": tmp_path, "eval_data": examples(6, seed=1)}
     config = of_steps(12, schedule="constant", eval_every=1, patience=1)
@@ -815,6 +823,9 @@ def test_a_run_that_stopped_early_is_complete(tmp_path: Path) -> None:
     assert first.summary["steps"] < 12
     again = bs.train(base(), examples(10), LORA, config, resume=True, **data)  # type: ignore[arg-type]
     assert again.resumed_from == first.summary["steps"]
+    other = of_steps(12, schedule="constant", eval_every=1, patience=1, epochs=9)
+    with pytest.raises(ResumeError, match="epochs: now 9"):
+        bs.train(base(), examples(10), LORA, other, resume=True, **data)  # type: ignore[arg-type]
 
 
 def test_a_finished_run_without_its_last_checkpoint_cannot_go_on(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def apply_config_file(path: Path, app: Any, commands: tuple[str, ...], arguments
         if value is None or argument.tokens:
             continue
         is_repeatable = isinstance(value, list) and any(
-            get_origin(kind) is list for kind in get_args(argument.hint)
+            get_origin(kind) is list for kind in (argument.hint, *get_args(argument.hint))
         )
         for inner in value if is_repeatable else [value]:
             argument.append(_token(flag, inner, argument, path))

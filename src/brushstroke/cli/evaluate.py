@@ -79,13 +79,14 @@ def evaluate(
     declared = read_tools(tools)
     require_base_files(base)
     from brushstroke.data import find_columns, find_template, read_rows
+    from brushstroke.data.mixture import read_weight
 
     rows = read_rows(data, prompt=prompt, completion=completion, use=use)
     template = find_template(chat_template)
     find_columns(rows, prompt, completion)
     say_what_was_read(rows)
     if out is not None:
-        _refuse_out(out.expanduser(), data, overwrite)
+        _refuse_out(out.expanduser(), str(read_weight(data)[0]), overwrite)
     loaded_adapters = load_adapters(adapter)
     if with_base and BASE in loaded_adapters:
         raise ConfigError(f"an adapter is called {BASE!r}; give it another name (--adapter NAME=FOLDER)")

@@ -70,11 +70,11 @@ def _groups(rows: Rows) -> np.ndarray:
     """A number for each row; equal for equal rows of the source, counted in the order of the first ones."""
     if len(rows.origins):  # all rows from one row of the source count as one
         numbers = np.array(rows.origins, "i8")[:, 0]
-        digests: dict[int, bytes] = {}
+        digests: dict[int, dict[bytes, None]] = {}  # a repeated row counts once
         for number, digest in zip(numbers.tolist(), rows.facts.digests, strict=True):
-            digests[number] = digests.get(number, b"") + digest.tobytes()
-        contents: dict[bytes, int] = {}
-        found = {number: contents.setdefault(content, len(contents)) for number, content in digests.items()}
+            digests.setdefault(number, {})[digest.tobytes()] = None
+        contents: dict[tuple[bytes, ...], int] = {}
+        found = {number: contents.setdefault(tuple(own), len(contents)) for number, own in digests.items()}
         return np.array([found[number] for number in numbers.tolist()])
     words = np.ascontiguousarray(rows.facts.digests).view("V16").reshape(-1)
     _, first, inverse = np.unique(words, return_index=True, return_inverse=True)

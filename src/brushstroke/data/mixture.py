@@ -18,6 +18,7 @@ from brushstroke.errors import DataError
 from brushstroke.philox import order_of
 
 _WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>\d*\.?\d+)")
+_PORT = re.compile(r"\w+://[^/]*")  # a URL without a path may end with a number
 _PAIR, _MESSAGES = {"prompt", "completion"}, "messages"
 
 
@@ -31,7 +32,7 @@ def read_weight(source: str | Path) -> tuple[str | Path, float]:
     (('rows.jsonl', 2.0), ('rows.jsonl', 1.0), ('owner/name:train', 1.0))
     """
     found = _WEIGHTED.fullmatch(str(source))
-    if found is None or Path(source).expanduser().exists():
+    if found is None or _PORT.fullmatch(str(source)) or Path(source).expanduser().exists():
         return source, 1.0
     weight = float(found["weight"])
     if not weight or not math.isfinite(weight):
@@ -61,6 +62,11 @@ def join(sources: Sequence[Rows], weights: Sequence[float]) -> Rows:
         notes += [f"{source.name}: {note}" for note in source.notes]
         chosen.append(before + _chosen(len(source), weight))
         before += len(source)
+        if not len(chosen[-1]):
+            raise DataError(
+                f"{source.name}: the weight {weight:g} takes none of its {len(source)} rows; give a larger "
+                "one, or leave the file out"
+            )
         if weight != 1:
             notes.append(
                 f"{source.name}: {len(chosen[-1])} examples of {len(source)} rows (weight {weight:g})"

@@ -62,13 +62,15 @@ def read_rows(
     """
     weighted = [read_weight(name) for name in _names(source)]
     if len(weighted) > 1 or any(weight != 1 for _, weight in weighted):
-        parts = [
-            read_rows(name, split=split, prompt=prompt, completion=completion, use=use)
-            for name, _ in weighted
-        ]
+        parts = [_read_one(name, split, prompt, completion, use) for name, _ in weighted]
         return join(parts, [weight for _, weight in weighted])
-    if weighted:
-        source = weighted[0][0]
+    return _read_one(weighted[0][0] if weighted else source, split, prompt, completion, use)
+
+
+def _read_one(
+    source: Any, split: str | None, prompt: str | None, completion: str | None, use: str | None
+) -> Rows:
+    """The rows of one source without a weight."""
     convert = partial(as_read, prompt=prompt, completion=completion, use=use)
     return convert(_read(source, split, convert))
 

@@ -235,8 +235,10 @@ def evaluate_all(
 def _evaluation(
     data: EncodedData, loss: Loss, answers: Sequence[dict[str, Any]], right: Sequence[bool], seconds: float
 ) -> Evaluation:
-    texts = [record for record in answers if "expected_calls" not in record]
-    scores = score(((record["answer"], record["expected"]) for record in texts), right)
+    texts = [record for record in answers if not record.get("expected_calls")]
+    # an answer that calls a tool where a text was expected is wrong
+    pairs = [("" if record.get("calls") else record["answer"], record["expected"]) for record in texts]
+    scores = score(pairs, right)
     return Evaluation(
         rows=data.report.rows,
         loss=loss.mean,
@@ -318,6 +320,7 @@ def _answers(
             record["reasoning"] = reply.reasoning
         if expected.tool_calls or reply.tool_calls:
             record |= {"expected_calls": list(expected.tool_calls), "calls": list(reply.tool_calls)}
+        if expected.tool_calls:
             right.append(_same_calls(reply, question, encoder, output, adapter))
         records.append(record)
     return records, right

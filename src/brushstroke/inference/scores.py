@@ -4,11 +4,13 @@ It runs no model.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NoReturn
 
+_NUMBER = re.compile(r"(?P<sign>[-+]?)\$?(?P<digits>(\d{1,3}(,\d{3})+|\d+)(\.\d+)?)")
 _FINAL = "####"  # before the final answer, as in gsm8k
 
 
@@ -22,7 +24,7 @@ class Scores:
             as JSON values). None without gold texts and calls.
         contains: share of answers that contain their gold text, both in lower case and with single spaces.
             None if a gold text is a JSON object or empty.
-        final_answer: share of answers whose text after the last "####" equals that of the gold text, as a
+        final_answer: share of answers whose line after the last "####" equals that of the gold text, as a
             number (without separators of thousands) or else as text. None unless every gold text has one.
         valid_json: share of answers that are exactly one JSON object, among the rows whose gold text is one.
             None if no gold text is one.
@@ -78,10 +80,9 @@ def _final_answer(text: str) -> Any:
     _, mark, final = text.rpartition(_FINAL)
     if not mark:
         return None
-    final = final.strip()
-    with suppress(ValueError):
-        return float(final.replace(",", "").removeprefix("$"))
-    return final
+    final = next(iter(final.strip().splitlines()), "").strip()
+    found = _NUMBER.fullmatch(final)
+    return Decimal(found["sign"] + found["digits"].replace(",", "")) if found else final
 
 
 def json_object(text: str) -> dict[str, Any] | None:

@@ -90,8 +90,12 @@ def refuse_other_run(now: dict[str, Any], then: dict[str, Any], where: Path) -> 
 
 def is_longer(now: dict[str, Any], steps: int, finished: dict[str, Any]) -> bool:
     """Whether a run of this many steps is a finished one (by its summary) with more steps or epochs."""
-    then = finished["settings"].get("config", {})
-    return steps > finished["steps"] and any(now["config"][name] != then.get(name) for name in LENGTH)
+    new, old = now["config"], finished["settings"].get("config", {})
+    if new["max_steps"] is not None:
+        longer = new["max_steps"] > (old.get("max_steps") or 0)
+    else:
+        longer = old.get("max_steps") is None and new["epochs"] > old.get("epochs", 0)
+    return longer and steps > finished["steps"]
 
 
 def with_length_of(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -250,12 +250,10 @@ class _Run:
 
     def step(self) -> StepEvent:
         """Run one optimiser step and record it in the folder."""
-        session, config = self._session, self._config
+        session = self._session
         began = time.perf_counter()
         result = session.forward_backward(self._batches.batch(session.steps), self._loss)
-        since, warmup = self.totals.schedule_from, config.warmup
-        done, steps = session.steps - since, self.steps - since
-        rate = session.learning_rate * factor(config.schedule, done, steps, 0.0 if since else warmup)
+        rate = session.learning_rate * self._factor()
         with self._interrupts.deferred():
             session.optim_step(rate)
             now = time.perf_counter()
@@ -279,6 +277,15 @@ class _Run:
                     self._folder.record(EVALUATIONS, asdict(self._start))
             self._folder.record(METRICS, {k: v for k, v in asdict(event).items() if k != "steps"})
         return event
+
+    def _factor(self) -> float:
+        """What the schedule multiplies the learning rate with in the next step."""
+        config, step, since = self._config, self._session.steps, self.totals.schedule_from
+        if not since:
+            return factor(config.schedule, step, self.steps, config.warmup)
+        if config.schedule == "constant":  # a share of the finished run as warm-up is over
+            return factor(config.schedule, step, self.steps, config.warmup if config.warmup >= 1 else 0.0)
+        return factor(config.schedule, step - since, self.steps - since)
 
     def evaluate_start(self, on_eval: Callable[[EvalEvent], None]) -> None:
         """Evaluate before the first step; the folder gets the result with the first step."""
