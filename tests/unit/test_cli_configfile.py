@@ -31,9 +31,7 @@ def test_a_list_is_a_flag_that_is_repeated(tmp_path, capsys):
     file = tmp_path / "flags.yaml"
     file.write_text(f"adapter: [{tmp_path}/a, b={tmp_path}/b]\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    assert main(["evaluate", f"{tmp_path}/base", f"{tmp_path}/rows.jsonl", "--config", str(file)]) == 1
+    assert main(["evaluate", a_base(tmp_path), f"{tmp_path}/rows.jsonl", "--config", str(file)]) == 1
     assert f"there is no folder {tmp_path}/a;" in capsys.readouterr().err
 
 
@@ -41,9 +39,7 @@ def test_a_list_of_data_is_joined(tmp_path, capsys):
     file = tmp_path / "flags.yaml"
     file.write_text(f"data: [{tmp_path}/a.jsonl, '{tmp_path}/b.jsonl:2']\n")
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    assert main(["plan", f"{tmp_path}/base", "--config", str(file)]) == 1
+    assert main(["plan", a_base(tmp_path), "--config", str(file)]) == 1
     assert f"{tmp_path}/b.jsonl: no such file or folder" in capsys.readouterr().err
 
 
@@ -54,6 +50,13 @@ def test_every_command_has_an_example_in_its_help(capsys):
         assert about in said
         assert f"Example: {example}" in said
         assert "--config FILE.yaml" in said
+
+
+def a_base(folder):
+    """The path of a base without weights, which is found but not loaded."""
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    return str(folder / "base")
 
 
 def _path(name):

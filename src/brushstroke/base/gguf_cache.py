@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from brushstroke.files import file_sum
-from brushstroke.outputs import clear_leftovers, make_room, replace_folder
+from brushstroke.outputs import clear_leftovers, kept_in, make_room, replace_folder
 from brushstroke.samples.assets import cache_folder
 
 FORMAT = "1"  # change it whenever the content of a folder changes
@@ -77,9 +77,7 @@ def keep(key: str, path: Path, model: Any, tokenizer: Any) -> None:
 
 def entries() -> list[Path]:
     """The folders that are kept."""
-    where = folder()
-    found = where.iterdir() if where.is_dir() else ()
-    return sorted(path for path in found if _ENTRY.fullmatch(path.name) and path.is_dir())
+    return kept_in(folder(), _ENTRY)
 
 
 def _is_whole(found: Path, *, weights: bool) -> bool:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from brushstroke.outputs import clear_leftovers_in, make_room, replace_folder
+from brushstroke.outputs import clear_leftovers_in, kept_in, make_room, replace_folder, size_of
 from brushstroke.samples.assets import cache_folder
 
 LIMIT = 16 * 2**30  # bytes of all entries; one that is larger is kept alone
@@ -66,8 +66,7 @@ def new_entry(kind: Kind, key: str) -> Iterator[Path]:
     target = where / f"{kind}-{key}"
     with replace_folder(target, lambda _: True) as new:
         yield new
-        size = sum(file.stat().st_size for file in new.iterdir())
-        make_room((path for path in entries() if path != target), min(size, LIMIT), LIMIT)
+        make_room((path for path in entries() if path != target), min(size_of(new), LIMIT), LIMIT)
 
 
 def clear_leftovers() -> None:
@@ -82,9 +81,7 @@ def remove(found: Path) -> None:
 
 def entries() -> list[Path]:
     """The folders that are kept."""
-    where = folder()
-    found = where.iterdir() if where.is_dir() else ()
-    return sorted(path for path in found if _ENTRY.fullmatch(path.name) and path.is_dir())
+    return kept_in(folder(), _ENTRY)
 
 
 @cache

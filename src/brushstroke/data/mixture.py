@@ -93,10 +93,7 @@ def _origins(sources: Sequence[Rows], indices: np.ndarray) -> np.ndarray:
     """See `Rows`; row numbers count the rows of all sources before."""
     found, before = [], 0
     for source in sources:
-        plain = np.stack([np.arange(1, len(source) + 1), np.zeros(len(source), "i8")], axis=1)
-        found.append(
-            (np.array(source.origins, "i8") if len(source.origins) else plain) + np.array([before, 0])
-        )
+        found.append(source.all_origins() + np.array([before, 0]))
         before += len(source)
     return np.concatenate(found)[indices]
 

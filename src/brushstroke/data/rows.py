@@ -118,6 +118,12 @@ class Rows:
         """What is known about the rows; those in memory are read for it."""
         return facts_of(self.rows)
 
+    def all_origins(self) -> np.ndarray:
+        """`origins` of all rows, also of rows that were not converted (n×2, int64)."""
+        if len(self.origins):
+            return np.array(self.origins, "i8")
+        return np.stack([np.arange(1, len(self) + 1), np.zeros(len(self), "i8")], axis=1)
+
     @property
     def key(self) -> str | None:
         """Identifies the content of rows that stay in a file; None for rows in memory."""

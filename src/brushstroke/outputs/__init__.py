@@ -20,7 +20,7 @@ from brushstroke.outputs.replace import (
     replace_files,
     replace_folder,
 )
-from brushstroke.outputs.room import make_room, size_of
+from brushstroke.outputs.room import kept_in, make_room, size_of
 from brushstroke.outputs.write import (
     PARTIAL,
     output_errors,
@@ -41,6 +41,7 @@ __all__ = [
     "clear_leftovers_in",
     "foreign",
     "has_keys",
+    "kept_in",
     "make_room",
     "open_folder",
     "output_errors",

@@ -3,6 +3,7 @@
 It does not decide what is kept.
 """
 
+import re
 import shutil
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -17,6 +18,12 @@ def size_of(path: Path) -> int:
         with suppress(FileNotFoundError):
             sizes += 0 if file.is_dir() else file.lstat().st_size
     return sizes
+
+
+def kept_in(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """The folders in a cache folder, which may be missing, whose names match; sorted by name."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if name.fullmatch(path.name) and path.is_dir())
 
 
 def make_room(entries: Iterable[Path], size: int, limit: int, *, spared: Collection[Path] = ()) -> bool:

@@ -17,7 +17,7 @@ from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.base import Base, require_base
 from brushstroke.checks import refuse_evaluation
 from brushstroke.data import EncodedData, hold_out, read_rows
-from brushstroke.errors import ConfigError, NonFiniteError, OutputError, ResumeError
+from brushstroke.errors import ConfigError, NonFiniteError, ResumeError
 from brushstroke.formats import load, require_savable
 from brushstroke.packed import LossFunction
 from brushstroke.packed.memory import peak_memory
@@ -132,7 +132,7 @@ def train(
         run = _Run(session, request, folder, interrupts, examples, held_out, identity)
         finished = folder.summary() if folder.resuming and folder.complete else None
         if finished and not is_longer(identity, run.steps, finished):
-            return _finished_already(folder, identity)
+            return _finished_already(folder, identity, finished)
         if out is not None:
             require_savable(session.attachment.adapter())
         resumed_from = run.resume(finished)
@@ -343,13 +343,8 @@ class _Run:
         summary["stopped_early"] = self._session.steps < self.steps
         adapter = adapter.with_card(card_of_run(adapter, summary, self._examples))
         with self._interrupts.deferred():
-            try:
-                self.save_checkpoint()  # from which a longer run can go on
-                self._folder.finish(adapter, summary)
-            except OutputError:
-                with suppress(OutputError):
-                    self.save_checkpoint()
-                raise
+            self.save_checkpoint()  # from which this run or a longer one can go on
+            self._folder.finish(adapter, summary)
         return adapter, summary
 
     def _require_finite(self, factors: Iterable[torch.Tensor]) -> None:
@@ -379,8 +374,7 @@ def _evaluate(session: Training, held_out: EncodedData, best_loss: float) -> Eva
     return EvalEvent(session.steps, result.loss, result.trained_tokens, seconds, result.loss < best_loss)
 
 
-def _finished_already(folder: RunFolder, identity: dict[str, Any]) -> TrainResult:
-    summary = folder.summary()
+def _finished_already(folder: RunFolder, identity: dict[str, Any], summary: dict[str, Any]) -> TrainResult:
     refuse_other_run(identity, summary["settings"], folder.path)
     folder.clean()
     return TrainResult(load(folder.path), summary, summary["steps"])

@@ -335,8 +335,9 @@ class Training:
         if isinstance(examples, Example):
             examples = [examples]
         if isinstance(examples, Iterable) and not isinstance(examples, str | dict):
-            examples = examples if isinstance(examples, EncodedData) else list(examples)
-            if isinstance(examples, EncodedData) or all(isinstance(each, Example) for each in examples):
+            is_encoded = isinstance(examples, EncodedData)
+            examples = examples if is_encoded else list(examples)
+            if is_encoded or all(isinstance(example, Example) for example in examples):
                 check_vocabulary(examples, self.model)
                 check_lengths(examples, self.context, self.config.max_length)
                 return examples
