@@ -110,11 +110,11 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ImportError as error:
         what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails ({error})"
         raise MissingPackageError(
-            f"this needs the package {module!r}, which {what}; run: {_install_command(extra)}"
+            f"this needs the package {module!r}, which {what}; run: {install_command(extra)}"
         ) from error
 
 
-def _install_command(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The pip command that installs the extra's packages into this environment."""
     marker = re.compile(rf"""(.+?)\s*;\s*extra\s*==\s*['"]{extra}['"]""")
     try:

@@ -189,7 +189,18 @@ def test_evaluate_prints_the_numbers_and_keeps_the_answers(cli, tiny, adapter, t
     kept = tmp_path / "answers.jsonl"
     one = json.loads(cli(*words, "--adapter", adapter, "--json", "--out", kept).out)
     assert set(one) == {
-        *("rows", "loss", "exact_match", "contains", "final_answer", "valid_json", "field_f1", "seconds")
+        *(
+            "rows",
+            "loss",
+            "exact_match",
+            "choice",
+            "contains",
+            "final_answer",
+            "rouge_l",
+            "valid_json",
+            "field_f1",
+            "seconds",
+        )
     }
     assert [line["row"] for line in lines_of(kept)] == list(range(1, 13))
     none = json.loads(cli(*words, "--json").out)
@@ -200,6 +211,39 @@ def test_evaluate_prints_the_numbers_and_keeps_the_answers(cli, tiny, adapter, t
     lossy = cli(*words, "--no-generate", "--adapter", adapter)
     assert "oak" in lossy.out
     assert f"{one['loss']:.4f}" in lossy.out
+
+
+def test_evaluate_scores_labels_and_says_what_else_is_possible(cli, tiny, tmp_path, monkeypatch):
+    few = tmp_path / "few.csv"
+    few.write_text("text,label\n" + "".join(f"row {i},{('yes', 'nay')[i % 2]}\n" for i in range(6)))
+    asked = ("--prompt", "text", "--completion", "label", *PLAIN, "--max-new-tokens", "2")
+    one = json.loads(cli("evaluate", tiny, few, *asked, "--json", "--out", tmp_path / "out.jsonl").out)
+    chosen = [line["choice"] for line in lines_of(tmp_path / "out.jsonl")]
+    assert set(chosen) <= {"yes", "nay"}
+    assert one["choice"] == sum(label == ("yes", "nay")[i % 2] for i, label in enumerate(chosen)) / 6
+    assert "choice" not in cli("evaluate", tiny, few, *asked, "--choices", "none").out
+    only = json.loads(
+        cli("evaluate", tiny, few, *asked, "--no-generate", "--choices", "nay, yes", "--json").out
+    )
+    assert (only["choice"], only["exact_match"]) == (one["choice"], None)
+    wrong = cli("evaluate", tiny, few, *asked, "--choices", "yes,no")
+    assert "few.csv, row 2: the expected answer 'nay' is not among the 2 choices" in wrong.error
+    many = tmp_path / "many.jsonl"
+    many.write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "completion": f"l{i % 21}"}) + "\n" for i in range(42))
+    )
+    hint = cli("evaluate", tiny, many, *PLAIN, "--max-new-tokens", "2").err
+    assert "there are 21 different expected answers; --choices all scores" in hint
+    joined = json.loads(cli("evaluate", tiny, many, f"{many}:2", *PLAIN, "--no-generate", "--json").out)
+    assert joined["rows"] == 126
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": "say it", "completion": "two words"}) + "\n")
+    assert "rouge l" in cli("evaluate", tiny, text, *PLAIN, "--max-new-tokens", "2").out
+    monkeypatch.setattr("brushstroke.inference.scores.find_spec", lambda name: None)
+    monkeypatch.setattr("brushstroke.cli.evaluate.find_spec", lambda name: None)
+    without = cli("evaluate", tiny, text, *PLAIN, "--max-new-tokens", "2")
+    assert "rouge l" not in without.out
+    assert "ROUGE-L needs the package rouge-score; run:" in without.err
 
 
 def test_merge_writes_a_plain_model_and_reports_the_drift(cli, tiny, adapter, tmp_path):

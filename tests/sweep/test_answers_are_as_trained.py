@@ -49,7 +49,7 @@ def test_generated_answers_equal_trained_answers(name, tmp_path):
     ).adapter
     assert sum(losses[-10:]) / 10 < 0.05
 
-    assert evaluate(base, ROWS, adapter=trained, max_new_tokens=LONGEST).exact_match == 1.0
+    assert evaluate(base, ROWS, adapters=trained, max_new_tokens=LONGEST).exact_match == 1.0
     prompts = [row["messages"][:-1] for row in ROWS]
     expected = [row["messages"][-1]["content"] for row in ROWS]
     answers = generate(base, prompts, adapters=trained, max_new_tokens=LONGEST)

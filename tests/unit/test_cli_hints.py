@@ -43,7 +43,7 @@ def test_other_flags_are_explained(capsys, flag, hint):
 
 def test_a_name_that_is_far_from_all_flags_has_no_hint(capsys):
     assert main(["train", "base", "data", "--out", "out", "--wandb"]) == 2
-    assert "Unknown option: --wandb. See" in capsys.readouterr().err
+    assert "Unknown option: --wandb; give --track wandb. See" in capsys.readouterr().err
 
 
 def test_every_hint_is_a_flag_of_a_command(capsys):

@@ -11,7 +11,6 @@ from brushstroke.data import encode
 from brushstroke.errors import ConfigError, DataError
 from brushstroke.inference import (
     evaluate,
-    evaluate_all,
     evaluate_loss,
     generate,
     json_object,
@@ -104,14 +103,15 @@ def test_evaluating_an_adapter_equals_evaluating_the_merged_model():
     b = base()
     a = adapter(b)
     got, merged = (
-        evaluate(b, PAIRS, adapter=a, max_new_tokens=8),
+        evaluate(b, PAIRS, adapters=a, max_new_tokens=8),
         evaluate(merge(b, a), PAIRS, max_new_tokens=8),
     )
     assert got.loss == pytest.approx(merged.loss, rel=1e-4)
     assert got.loss != pytest.approx(evaluate(b, PAIRS, generate=False).loss, rel=0.01)
     assert [x["answer"] for x in got.answers] == [x["answer"] for x in merged.answers]
     assert got.as_dict().keys() == {
-        *("rows", "loss", "exact_match", "contains", "final_answer", "valid_json", "field_f1", "seconds")
+        *("rows", "loss", "exact_match", "choice", "contains", "final_answer", "rouge_l", "valid_json"),
+        *("field_f1", "seconds"),
     }
     json.dumps(got.as_dict())
     with attach(b, a):
@@ -165,7 +165,7 @@ def test_several_adapters_each_with_its_own_template():
     a, other = adapter(b, 1), adapter(b, 2)
     other = other.with_card(dataclasses.replace(other.card, chat_template=OTHER_TEMPLATE))
     seen = []
-    results = evaluate_all(
+    results = evaluate(
         b,
         PAIRS,
         {"a": a, "other": other, "untouched": None},
@@ -173,7 +173,7 @@ def test_several_adapters_each_with_its_own_template():
         on_progress=lambda *step: seen.append(step),
     )
     for name, alone in (("a", a), ("other", other), ("untouched", None)):
-        expected = evaluate(b, PAIRS, adapter=alone, max_new_tokens=4)
+        expected = evaluate(b, PAIRS, adapters=alone, max_new_tokens=4)
         assert results[name].loss == pytest.approx(expected.loss, rel=NATS)
         assert [x["answer"] for x in results[name].answers] == [x["answer"] for x in expected.answers]
     assert results["a"].answers[0]["adapter"] == "a"
@@ -182,7 +182,7 @@ def test_several_adapters_each_with_its_own_template():
     }
     assert seen[-1] == ("untouched", "answers", 5, 5)
     with pytest.raises(ConfigError, match="nothing to evaluate"):
-        evaluate_all(b, PAIRS, {})
+        evaluate(b, PAIRS, {})
 
 
 def test_row_without_room_for_its_answer_is_named():

@@ -25,6 +25,7 @@ _SIMPLE = {  # flags of other tools, without dashes at the start → ours
     **dict.fromkeys(("resume-from-checkpoint", "continue"), "resume"),
     **dict.fromkeys(("max-tokens", "max-length-of-answer"), "max-new-tokens"),
     "force": "overwrite",
+    **dict.fromkeys(("report-to", "log-with"), "track"),
     "gradient-checkpoint": "gradient-checkpointing",
     "compile": "torch-compile",
 }
@@ -42,6 +43,8 @@ _TOLD = {  # flags of other tools that have no counterpart → what to do instea
         "the data is the second argument: DATA",
     ),
     **dict.fromkeys(("packing", "group-by-length"), "rows are always packed without padding"),
+    **dict.fromkeys(("wandb", "use-wandb", "wandb-project"), "give --track wandb"),
+    **dict.fromkeys(("tensorboard", "tensorboard-dir"), "give --track tensorboard"),
     "use-rslora": "give --scale-rule rslora",
     "use-dora": "give --variant dora",
     "optim": "the optimiser is AdamW",
@@ -55,7 +58,7 @@ def flag_hint(flag: str, known: Iterable[str]) -> str:
         flag: the flag as it was given, such as `--lora_alpha=8`.
         known: the flags of the command, such as `--alpha`, or the keys of a config file.
 
-    >>> flag_hint("--lr", ["--learning-rate"]), flag_hint("--wandb", ["--rank"])
+    >>> flag_hint("--lr", ["--learning-rate"]), flag_hint("--zzz", ["--rank"])
     ('; here it is --learning-rate', '')
     """
     name = flag.partition("=")[0].lstrip("-").replace("_", "-").lower()

@@ -41,6 +41,7 @@ def train(
     adapter: AdapterOptions | None = None,
     training: TrainingOptions | None = None,
     data_options: DataOptions | None = None,
+    track: Annotated[str | None, Parameter(group=RUN)] = None,
     run: RunOptions | None = None,
 ) -> None:
     """Train an adapter on a frozen base.
@@ -54,13 +55,17 @@ def train(
             finished run goes on if --max-steps, the steps in total, is larger.
         overwrite: Replace an earlier run in --out: its adapter when the new one is complete, its other files
             with the first step. Files with other names remain.
+        track: Send losses and settings to a tracker of accelerate, such as tensorboard or wandb; tensorboard
+            writes to OUT/logs.
     """
     run, adapter = run or RunOptions(), adapter or AdapterOptions()
     data_options = data_options or DataOptions()
     require_base_files(base)
     request = _Request(data, adapter, training, data_options)
     from brushstroke.training.folder import RunFolder, refuse_base
+    from brushstroke.training.tracking import find_tracker
 
+    find_tracker(track, out)
     refuse_base(out, base)
     folder = RunFolder(out, resume=resume, overwrite=overwrite)
     if adapter.start is not None:
@@ -86,6 +91,7 @@ def train(
                 on_plan=_on_plan(progress, request, why),
                 on_step=progress.step,
                 on_eval=progress.evaluation,
+                track=track,
                 progress=False,
             )
         except KeyboardInterrupt as error:
@@ -112,6 +118,7 @@ def plan(
     out: Annotated[Path | None, Parameter(show=False)] = None,
     resume: Annotated[bool, Parameter(show=False)] = False,
     overwrite: Annotated[bool, Parameter(show=False)] = False,
+    track: Annotated[str | None, Parameter(show=False)] = None,
 ) -> None:
     """Show what train with the same flags would do, without training.
 
@@ -122,6 +129,7 @@ def plan(
         out: As for train; nothing is written.
         resume: As for train.
         overwrite: As for train.
+        track: As for train.
     """
     run, data_options = run or RunOptions(), data_options or DataOptions()
     require_base_files(base)

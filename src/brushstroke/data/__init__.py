@@ -3,6 +3,7 @@
 Nothing here depends on models, batches or tensors.
 """
 
+from brushstroke.data.answers import encode_answers
 from brushstroke.data.chat import ChatFormat
 from brushstroke.data.columns import Columns, find_columns, read_prompt, read_row
 from brushstroke.data.encode import encode
@@ -29,6 +30,7 @@ __all__ = [
     "Template",
     "common_length",
     "encode",
+    "encode_answers",
     "find_columns",
     "find_template",
     "hold_out",

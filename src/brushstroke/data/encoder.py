@@ -111,7 +111,7 @@ class Encoder:
                     break
         if problems:
             return Encoded(TokenArrays.of(()), facts, problems)
-        examples = _tokenise(self.chat, written) if self.chat else [example for _, example in written]
+        examples = tokenise(self.chat, written) if self.chat else [example for _, example in written]
         return Encoded(TokenArrays.of(self._kept(examples, facts)), facts)
 
     @property
@@ -194,7 +194,8 @@ def _is_empty(message: Mapping[str, Any], trained: bool) -> bool:
     return trained and not says and not message["content"].strip()
 
 
-def _tokenise(chat: ChatFormat, written: Sequence[tuple[int, tuple[Piece, ...]]]) -> list[Example]:
+def tokenise(chat: ChatFormat, written: Sequence[tuple[int, tuple[Piece, ...]]]) -> list[Example]:
+    """The examples of pieces, each with the number of its row."""
     examples = []
     encoded = chat.pieces.batch([pieces for _, pieces in written])
     for (number, pieces), parts in zip(written, encoded, strict=True):

@@ -5,7 +5,7 @@ It trains nothing and does not print.
 
 from brushstroke.inference.batching import run_requests
 from brushstroke.inference.chat import ChatSession
-from brushstroke.inference.evaluate import Evaluation, evaluate, evaluate_all
+from brushstroke.inference.evaluate import Evaluation, evaluate
 from brushstroke.inference.gain import GainKept, gain_kept
 from brushstroke.inference.generate import Answer, generate, shown_prompt
 from brushstroke.inference.loss import Loss, evaluate_loss
@@ -24,7 +24,6 @@ __all__ = [
     "Scores",
     "check_batch_size",
     "evaluate",
-    "evaluate_all",
     "evaluate_loss",
     "gain_kept",
     "generate",

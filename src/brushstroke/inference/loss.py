@@ -57,6 +57,11 @@ def evaluate_loss(
         return total_loss(forward, examples, slot, on_done)
 
 
+def pass_tokens(forward: Forward) -> int:
+    """The maximum number of computed tokens of one pass."""
+    return CPU_PASS_TOKENS if forward.device.type == "cpu" else PASS_TOKENS
+
+
 @contextmanager
 def loss_forward(model: Any) -> Iterator[Forward]:
     """Context manager: disables gradients and training mode; yields the forward that is exact for a model.
@@ -89,8 +94,7 @@ def total_loss(
     """The same as `evaluate_loss`, for use inside `loss_forward`."""
     rows = [Row.of(example, slot) for example in examples if example.trained]
     total, done = 0.0, 0
-    tokens = CPU_PASS_TOKENS if forward.device.type == "cpu" else PASS_TOKENS
-    for packed, outputs in forward.run(forward.passes(rows, tokens, share=True)):
+    for packed, outputs in forward.run(forward.passes(rows, pass_tokens(forward), share=True)):
         total += outputs.summed_loss(None).item()
         done += len(packed.rows)
         if on_done is not None:

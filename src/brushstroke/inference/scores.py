@@ -1,4 +1,4 @@
-"""Scores of answers against the expected texts: exact match, contained text, final answer, JSON, field F1.
+"""Scores of answers against the expected texts: exact match, contained text, final answer, ROUGE-L, JSON.
 
 It runs no model.
 """
@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 _NUMBER = re.compile(r"(?P<sign>[-+]?)\$?(?P<digits>(\d{1,3}(,\d{3})+|\d+)(\.\d+)?)")
+_WORD = re.compile(r"[^\W_]+")
 _FINAL = "####"  # before the final answer, as in gsm8k
 
 
@@ -26,6 +28,10 @@ class Scores:
             None if a gold text is a JSON object or empty.
         final_answer: share of answers whose line after the last "####" equals that of the gold text, as a
             number (without separators of thousands) or else as text. None unless every gold text has one.
+        rouge_l: the mean F1 of the longest common subsequence of words, from the library rouge-score. Words
+            are runs of letters and digits of any script in lower case; its own words are only those of
+            ASCII. None if a gold text is a JSON object, has no word or ends in "####", if the gold texts are
+            labels, or if the library is not installed.
         valid_json: share of answers that are exactly one JSON object, among the rows whose gold text is one.
             None if no gold text is one.
         field_f1: micro-averaged over the (key, value) pairs of the objects of those rows,
@@ -36,15 +42,23 @@ class Scores:
     exact_match: float | None
     contains: float | None
     final_answer: float | None
+    rouge_l: float | None
     valid_json: float | None
     field_f1: float | None
 
 
-def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Scores:
-    """The scores of (answer, gold) pairs; `calls` says for other answers whether their tool calls are right.
+def score(
+    pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = (), *, are_labels: bool = False
+) -> Scores:
+    """The scores of (answer, gold) pairs.
+
+    Args:
+        pairs: answers and gold texts.
+        calls: for other answers, whether their tool calls are right.
+        are_labels: whether the gold texts are labels, so that there is no ROUGE-L.
 
     >>> score([('{"a": 1}', '{"a":1}'), ('Sure! {"a": 1}', '{"a": 1, "b": 2}')])
-    Scores(exact_match=0.5, contains=None, final_answer=None, valid_json=0.5, field_f1=0.5)
+    Scores(exact_match=0.5, contains=None, final_answer=None, rouge_l=None, valid_json=0.5, field_f1=0.5)
     """
     given = list(pairs)
     exact = valid = objects = common = fields = 0
@@ -65,6 +79,7 @@ def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Score
     return Scores(
         contains=sum(gold in answer for answer, gold in texts) / len(texts) if is_contained else None,
         final_answer=sum(a == b for a, b in finals) / len(finals) if has_finals else None,
+        rouge_l=_rouge_l(given) if is_contained and not (has_finals or are_labels) else None,
         exact_match=(exact + sum(calls)) / (len(given) + len(calls)) if given or calls else None,
         valid_json=valid / objects if objects else None,
         field_f1=(2 * common / fields if fields else 1.0) if objects else None,
@@ -73,6 +88,23 @@ def score(pairs: Iterable[tuple[str, str]], calls: Sequence[bool] = ()) -> Score
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
+
+
+class _Words:
+    """The words of a text, for rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float | None:
+    words = _Words()
+    if find_spec("rouge_score") is None or not all(words.tokenize(gold) for _, gold in pairs):
+        return None
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=words)
+    return sum(scorer.score(gold, answer)["rougeL"].fmeasure for answer, gold in pairs) / len(pairs)
 
 
 def _final_answer(text: str) -> Any:

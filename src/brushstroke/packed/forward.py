@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ from brushstroke.packed.memory import CPU_MICRO_TOKENS
 from brushstroke.packed.pack import Group, Pass, Row, plan_passes, unshared
 from brushstroke.packed.prefix_cache import PrefixCache
 from brushstroke.packed.probes import probe_rows
+
+_AT_ONCE = 128  # positions whose logits exist at the same time in `target_losses`
 
 
 class Forward(Protocol):
@@ -98,6 +101,18 @@ class Outputs:
     def logits(self) -> Tensor:
         """The logits (m×v)."""
         return self.head.layer(self.values) if self.head and self.head.layer else self.values
+
+    def target_losses(self) -> Tensor:
+        """−log p of each target (m), in at least fp32; without gradients."""
+        losses = []
+        with torch.no_grad():  # in parts, because the logits of all positions need much memory
+            for values, targets in zip(
+                self.values.split(_AT_ONCE), self.targets.split(_AT_ONCE), strict=True
+            ):
+                logits = Outputs(values, targets, targets, self.head).logits()
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                losses.append(F.cross_entropy(logits.to(wide), targets, reduction="none"))
+        return torch.cat(losses)
 
     def summed_loss(self, loss: LossFunction | None) -> Tensor:
         """Σ weight·nll, in chunks if the head is a plain frozen matrix."""

@@ -36,6 +36,7 @@ from brushstroke.training.schedule import factor
 from brushstroke.training.session import Training
 from brushstroke.training.setup import RunRequest, make_chat, open_session, read_data
 from brushstroke.training.summary import card_of_run, summarise
+from brushstroke.training.tracking import Tracking, find_tracker, tracked
 
 MAX_STEPS = 2**53  # a float represents every integer up to here
 
@@ -73,6 +74,7 @@ def train(
     on_plan: Callable[[Plan, int], None] | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     on_eval: Callable[[EvalEvent], None] | None = None,
+    track: str | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
     """Train an adapter on a frozen base; afterwards the base is bit for bit the same as before.
@@ -96,6 +98,8 @@ def train(
             it, the plan's warnings are issued as a `PlanWarning`.
         on_step: called after every optimiser step.
         on_eval: called after every evaluation.
+        track: sends losses and settings to a tracker of accelerate, such as "tensorboard" or "wandb"; those
+            that write files do so in `logs` in `out`.
         progress: whether to show a bar on stderr; by default if it is a terminal, and in notebooks.
 
     Raises:
@@ -107,6 +111,7 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved; its message names the checkpoint, and is empty if no
             step was done.
     """
+    tracker = find_tracker(track, out)
     request = RunRequest(
         config or TrainConfig(), lora, start, loss, prompt_column, completion_column, allow_different_base
     )
@@ -145,8 +150,11 @@ def train(
             warn_of(plan)
         run.begin()
         try:
-            with step_bar(run.steps, resumed_from, progress) as bar:
-                told = _Told(on_step, on_eval, bar)
+            with (
+                step_bar(run.steps, resumed_from, progress) as bar,
+                tracked(tracker, identity, resumed_from) as tracking,
+            ):
+                told = _Told(on_step, on_eval, bar, tracking)
                 run.evaluate_start(told.evaluation)
                 run.evaluate_if_due(told.evaluation)  # an interrupt may have come between step and evaluation
                 while session.steps < run.steps and not run.lost_patience:
@@ -163,19 +171,24 @@ def train(
 
 @dataclass(frozen=True)
 class _Told:
-    """Whom a run tells about its events: the bar, and the caller's functions."""
+    """Whom a run tells about its events: the bar, the tracker, and the caller's functions."""
 
     on_step: Callable[[StepEvent], None] | None
     on_eval: Callable[[EvalEvent], None] | None
     bar: Bar
+    tracking: Tracking | None
 
     def step(self, event: StepEvent) -> None:
         self.bar.step(event)
+        if self.tracking:
+            self.tracking.step(event)
         if self.on_step:
             self.on_step(event)
 
     def evaluation(self, event: EvalEvent) -> None:
         self.bar.evaluation(event)
+        if self.tracking:
+            self.tracking.evaluation(event)
         if self.on_eval:
             self.on_eval(event)
 
