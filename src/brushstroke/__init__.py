@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from brushstroke.layers import Attachment, Bank, attach, bank
     from brushstroke.lowrank import LowRank
     from brushstroke.merging import MergeReport, merge, merge_folder
-    from brushstroke.training import AdapterCallback, Plan, TrainConfig, Training, TrainResult, plan, train
+    from brushstroke.training import Plan, TrainConfig, Training, TrainResult, plan, train
+    from brushstroke.training.callback import AdapterCallback
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,6 @@ _HOMES = {
     "brushstroke.merging": ("MergeReport", "merge", "merge_folder"),
     "brushstroke.lowrank": ("LowRank",),
     "brushstroke.training": (
-        "AdapterCallback",
         "Plan",
         "TrainConfig",
         "TrainResult",
@@ -41,6 +41,7 @@ _HOMES = {
         "plan",
         "train",
     ),
+    "brushstroke.training.callback": ("AdapterCallback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

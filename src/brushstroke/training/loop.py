@@ -142,7 +142,7 @@ def train(
             require_savable(session.attachment.adapter())
         resumed_from = run.resume(finished)
         plan = make_plan(session, examples, request.config)
-        if finished:
+        if run.totals.schedule_from:
             plan = replace(plan, notes=(*plan.notes, run.going_on))
         if on_plan:
             on_plan(plan, resumed_from)
@@ -247,7 +247,7 @@ class _Run:
     @property
     def going_on(self) -> str:
         """How a finished run goes on."""
-        done, config = self._session.steps, self._config
+        done, config = self.totals.schedule_from, self._config
         rate = (
             "the learning rate stays constant"
             if config.schedule == "constant"
