@@ -102,3 +102,21 @@ def test_a_limit_beyond_the_context_is_refused(cli, tiny, train_rows, tmp_path, 
     assert "(--max-length) is 257, and the model's context has 256 tokens; lower it to 256" in done.error
     assert not (tmp_path / "out").exists()
     assert cli("plan", tiny, train_rows, "--max-length", "256", "--rank", "2", *PLAIN).status == 0
+
+
+def test_a_base_in_4_bits_in_train_evaluate_generate_and_merge(cli, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", hidden_size=64)
+    data = write_rows(tmp_path / "rows.jsonl", rows(6))
+    flags = (*PLAIN, "--quantize", "nf4")
+    trained = cli("train", base, data, "--out", tmp_path / "run", "--max-steps", "8", *flags)
+    assert trained.status == 0, trained.err
+    one = json.loads(
+        cli("evaluate", base, data, "--adapter", tmp_path / "run", "--no-generate", "--json", *flags).out
+    )
+    other = cli("evaluate", base, data, "--adapter", tmp_path / "run", "--no-generate", "--json", *PLAIN)
+    assert "a quantised form of the one" in other.err
+    assert json.loads(other.out)["loss"] != one["loss"]
+    assert cli("generate", base, "a", "--max-new-tokens", "2", *flags).status == 0
+    assert cli("plan", base, data, *flags).status == 0
+    wrong = cli("train", base, data, "--out", tmp_path / "x", *PLAIN, "--quantize", "nf5")
+    assert "nf4" in wrong.error

@@ -22,6 +22,7 @@ from brushstroke.base.model_facts import (
     text_config,
     vocabulary_size,
 )
+from brushstroke.base.quantisation import forget_quantisation
 from brushstroke.base.vocabulary import (
     VocabularyWarning,
     has_embedding,
@@ -41,6 +42,7 @@ __all__ = [
     "context_length",
     "dynamic_rope_limit",
     "embedding_rows",
+    "forget_quantisation",
     "has_embedding",
     "hidden_size",
     "learnt_positions",

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from brushstroke.base import gguf_cache
+from brushstroke.base.quantisation import forget_quantisation
 from brushstroke.errors import BaseLoadError, require
 
 
@@ -30,6 +31,15 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
 
     key = gguf_cache.key_of(path)
     loaded: Any
+    if "quantization_config" in options and gguf_cache.find(key, options["dtype"]) is None:
+        load_gguf(
+            path, **{n: v for n, v in options.items() if n not in ("quantization_config", "device_map")}
+        )
+        if gguf_cache.find(key, options["dtype"]) is None:
+            raise BaseLoadError(
+                f"{path} can be quantised only from the cache of GGUF models, and it does not fit there; "
+                "save it as a folder (load_base(...).model.save_pretrained(...)), and quantise that"
+            )
     if kept := gguf_cache.find(key, options["dtype"]):
         loaded = AutoModelForCausalLM.from_pretrained(kept, **options)
         return *loaded, AutoTokenizer.from_pretrained(kept)
@@ -38,7 +48,7 @@ def load_gguf(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any], An
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, **_unpack_weights(), **options)
     model, report = loaded
-    _forget_quantisation(model)
+    forget_quantisation(model)
     gguf_cache.keep(key, path, model, tokenizer)
     return model, report, tokenizer
 
@@ -82,16 +92,6 @@ def _unpack_weights() -> dict[str, Any]:
 
     config = getattr(quantization_config, "GgufConfig", None)
     return {"quantization_config": config(dequantize=True)} if config else {}
-
-
-def _forget_quantisation(model: nn.Module) -> None:
-    """Remove the flags of a quantised model: its weights are dense now, and save_pretrained must work."""
-    model.__dict__.pop("hf_quantizer", None)
-    for flag in ("is_quantized", "quantization_method"):
-        model.__dict__.pop(flag, None)
-    config: Any = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
 
 
 def _reader_once(gguf: ModuleType) -> Callable[..., Any]:

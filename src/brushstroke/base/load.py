@@ -24,6 +24,7 @@ from brushstroke.base.device import choose_device, choose_dtype, limit_kernel_ca
 from brushstroke.base.dynamic_rope import check_max_length
 from brushstroke.base.gguf_file import load_gguf, load_gguf_tokenizer
 from brushstroke.base.model_facts import context_length, model_dtype
+from brushstroke.base.quantisation import quantisation, unify_dtype, use_stored
 from brushstroke.base.surplus import require_whole
 from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
@@ -94,6 +95,7 @@ def load_base(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Base:
     """Load a model and freeze it: evaluation mode, no gradients for its weights.
 
@@ -106,12 +108,16 @@ def load_base(
         device: "auto" (see `choose_device`), "cpu", "cuda" or "mps".
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the model's own code, if it has any.
+        quantize: "nf4" stores the weights of linear layers in 4 bits (NF4 of bitsandbytes, with double
+            quantisation; arXiv:2305.14314), one layer after the other; the head and embeddings keep `dtype`.
+            None loads the weights as they are stored, also if the folder's config says that they are
+            quantised.
 
     Raises:
         BaseLoadError: there is no such model, it is damaged or incomplete, it contains weights that its class
             does not have, or it needs remote code.
-        ConfigError: an unknown dtype or device.
-        MissingPackageError: a GGUF file without the gguf extra.
+        ConfigError: an unknown dtype, device or quantisation.
+        MissingPackageError: a GGUF file without the gguf extra, or a quantised model without the quant extra.
     """
     limit_kernel_caches()
     target = choose_device(device)
@@ -123,12 +129,15 @@ def load_base(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # refused below, with their names
     }
+    if quantize is not None:
+        options |= quantisation(quantize, weights_dtype, target)
 
     def read() -> tuple[Any, Any, Any]:
         if source is not None and source.suffix == ".gguf":
             return load_gguf(source, trust_remote_code=False, **options)
         made, config = read_architecture(where)
         tokenizer = _load_tokenizer(where)
+        options.update(use_stored(str(name), config, weights_dtype, target, quantize))
         return *made.from_pretrained(**where, config=config, **options), tokenizer
 
     with (
@@ -145,6 +154,8 @@ def load_base(
         warn_of_unknown_tokens(model, tokenizer, str(name))
     if tokenizer is not None and not has_embedding(model, tokenizer.pad_token_id):
         tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model, "hf_quantizer", None):
+        unify_dtype(model, weights_dtype)
     model.requires_grad_(False).eval()
     if target != torch.device("cpu") and not getattr(model, "hf_quantizer", None):
         model.to(target)

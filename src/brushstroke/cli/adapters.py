@@ -84,11 +84,14 @@ def load(base: str, options: BaseOptions) -> Any:
     from brushstroke.base import load_base, require_base
 
     say(f"loading {base}")
+    if options.quantize and base.endswith(".gguf"):
+        say("the weights of a GGUF file were quantised before; they are quantised again, which adds an error")
     loaded = load_base(
         base,
         dtype=options.dtype,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
+        quantize=options.quantize,
     )
     require_base(loaded)
     return loaded

@@ -167,6 +167,7 @@ class BaseOptions:
     Args:
         dtype: Dtype of the frozen base; auto is bfloat16 if the hardware supports it natively.
         device: The device to run on.
+        quantize: Store the weights of the base's linear layers in 4 bits (bitsandbytes' NF4).
         allow_different_base: Allow adapters that were trained on another base.
         trust_remote_code: Run Python code from the base's folder if transformers does not have its class.
         json: Print JSON on stdout, for programs.
@@ -174,6 +175,7 @@ class BaseOptions:
 
     dtype: Dtype = "auto"
     device: Device = "auto"
+    quantize: Literal["nf4"] | None = None
     allow_different_base: bool = False
     trust_remote_code: bool = False
     json: bool = False

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from brushstroke.adapter import Adapter
-from brushstroke.base import text_config
+from brushstroke.base import forget_quantisation, model_dtype, text_config
 from brushstroke.errors import MergeError
 from brushstroke.layers.adapted import Adapted
 from brushstroke.layers.probe import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE
@@ -26,15 +26,16 @@ from brushstroke.merging.rounding import AUTO, Mode, Rounding, round_stochastica
 from brushstroke.sites import (
     KINDS,
     check_base,
+    dense_dxh,
     find_sites,
     has_plain_forward,
     require_kind,
     site_module,
     unwrap,
-    weight_dxh,
 )
 from brushstroke.sites.copies import Parameter
 from brushstroke.sites.kinds import example_input
+from brushstroke.sites.quantised import dequantised, is_packed, plain_linear
 
 MIN_SURVIVAL = 0.5  # below it, rounding removes more of the update than it keeps
 PROBE_ROWS = 16
@@ -85,9 +86,14 @@ class MergeReport:
 
 
 def merge_weight(
-    W: Float[Tensor, "d h"], update: Update, path: str, rounding: Rounding = AUTO, name: str = ""
+    W: Float[Tensor, "d h"],
+    update: Update,
+    path: str,
+    rounding: Rounding = AUTO,
+    name: str = "",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "d h"], SiteDrift]:
-    """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once to W's dtype.
+    """M = round(W + ΔW), the sum in fp32 (float64 for a float64 W), rounded once.
 
     The bits do not depend on the number of threads.
 
@@ -97,32 +103,38 @@ def merge_weight(
         path: the site, for messages.
         rounding: how to round to half precision.
         name: of the tensor, which decides its random bits together with the seed.
+        dtype: of M; by default that of W.
 
     Raises:
         MergeError: less than half of the update would survive rounding to nearest, or there are non-finite
             values.
     """
-    stochastic = partial(round_stochastically, dtype=W.dtype, seed=rounding.seed, name=name)
-    merged, drift = _add(W, update, path, stochastic if rounding.first(W.dtype) else None)
-    if rounding.retries(W.dtype, drift.survived):
-        merged, drift = _add(W, update, path, stochastic)
+    dtype = dtype or W.dtype
+    stochastic = partial(round_stochastically, dtype=dtype, seed=rounding.seed, name=name)
+    merged, drift = _add(W, update, path, dtype, stochastic if rounding.first(dtype) else None)
+    if rounding.retries(dtype, drift.survived):
+        merged, drift = _add(W, update, path, dtype, stochastic)
     if drift.survived < MIN_SURVIVAL and not drift.stochastic:  # its errors are random, not a loss
-        other = "round stochastically (--rounding), " if W.dtype in HALF else ""
+        other = "round stochastically (--rounding), " if dtype in HALF else ""
         raise MergeError(
-            f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {W.dtype}; "
+            f"{path}: only {max(drift.survived, 0.0):.0%} of the update survives the rounding to {dtype}; "
             f"{other}merge into a wider dtype (float32), or serve the adapter unmerged"
         )
     return merged, drift
 
 
 def _add(
-    W: Float[Tensor, "d h"], update: Update, path: str, stochastic: Callable[..., Tensor] | None
+    W: Float[Tensor, "d h"],
+    update: Update,
+    path: str,
+    dtype: torch.dtype,
+    stochastic: Callable[..., Tensor] | None,
 ) -> tuple[Float[Tensor, "d h"], SiteDrift]:
-    """W + ΔW, rounded to nearest without `stochastic`, and how it differs from the exact sum."""
+    """W + ΔW in a dtype, rounded to nearest without `stochastic`, and how it differs from the exact sum."""
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     update = update.to(dtype=wide, device=W.device)
     x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
-    merged = torch.empty_like(W)
+    merged = torch.empty_like(W, dtype=dtype)
     size = kept = lost = output_error = output = 0.0  # squares of norms, except `kept`
     elements = BLOCK_ELEMENTS if W.stride(0) == 1 else ROWS_BLOCK_ELEMENTS
     columns = max(1, elements // W.shape[0])
@@ -162,9 +174,9 @@ def _why_not_finite(W: Float[Tensor, "d h"], merged: Float[Tensor, "d h"]) -> st
             f"the base's weight holds non-finite values in {W.dtype}; load the base in a wider "
             "dtype (--dtype float32), or fetch it again"
         )
-    if W.dtype == torch.float16 and not torch.isfinite(merged).all():
+    if merged.dtype == torch.float16 and not torch.isfinite(merged).all():
         return (
-            f"the sum of weight and update holds numbers too large for {W.dtype}; merge into float32 or "
+            f"the sum of weight and update holds numbers too large for {merged.dtype}; merge into float32 or "
             "bfloat16 (--dtype), or serve the adapter unmerged"
         )
     return "the update is so large that its norm is no finite number; do not use this adapter"
@@ -244,7 +256,8 @@ def merge(
     """A new model with W + ΔW in place of W: it has the base's classes and no parts of an adapter.
 
     Merging a Base gives a Base, merging an nn.Module an nn.Module; the argument does not change. A weight
-    that is tied to another module is untied first, and the report lists it.
+    that is tied to another module is untied first, and the report lists it. A quantised base is dequantised:
+    the merged model is dense, in the dtype of the base's other weights.
 
     Args:
         model: an nn.Module or a Base, with nothing attached.
@@ -277,12 +290,16 @@ def merge(
             site = sites[path]
             module = site_module(merged, path)
             weight = module._parameters.get("weight")
-            W = weight_dxh(module)
+            W = dense_dxh(module)
             if weight is None or W is None:
                 raise MergeError(
                     f"{path}: its weight is not stored as a plain matrix, but {_storage(module)}; load the "
                     "base unquantised, remove parametrizations, and merge into that"
                 )
+            if is_packed(module):  # its forward is x·W with the dequantised W
+                M, drifts[path] = merge_weight(W, update, path, how, f"{site.path}.weight", model_dtype(root))
+                _replace(merged, path, plain_linear(module, M.mT.contiguous()))
+                continue
             check_forward(module, W, path)
             M, drifts[path] = merge_weight(W, update, path, how, f"{site.path}.weight")
             stored = KINDS[site.kind].from_dxh(M, weight.shape).contiguous()
@@ -291,6 +308,7 @@ def merge(
                 module.weight = nn.Parameter(stored, requires_grad=weight.requires_grad)
             else:
                 weight.copy_(stored)
+        dequantise_others(merged, model_dtype(root))
     if untied:
         _part_other_ties(merged)
         _untie_config(merged)
@@ -299,6 +317,20 @@ def merge(
     if isinstance(model, nn.Module):
         return merged  # type: ignore[return-value]
     return dataclasses.replace(model, model=merged)  # type: ignore[type-var]
+
+
+def dequantise_others(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace all layers that bitsandbytes has quantised by dense ones; the model is then a plain one."""
+    packed = [(path, module) for path, module in model.named_modules() if is_packed(module)]
+    for path, module in packed:
+        _replace(model, path, plain_linear(module, dequantised(module).to(dtype)))
+    if packed or getattr(model, "hf_quantizer", None):
+        forget_quantisation(model)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
 
 
 def _storage(module: nn.Module) -> str:

@@ -10,7 +10,15 @@ from brushstroke.sites.compatibility import (
     check_fingerprint,
 )
 from brushstroke.sites.copies import ChangedWeightsWarning
-from brushstroke.sites.kinds import KINDS, Kind, has_plain_forward, kind_of, require_kind, weight_dxh
+from brushstroke.sites.kinds import (
+    KINDS,
+    Kind,
+    dense_dxh,
+    has_plain_forward,
+    kind_of,
+    require_kind,
+    weight_dxh,
+)
 from brushstroke.sites.site import Other, Site, in_all_layers
 from brushstroke.sites.targets import TargetPlan, resolve_targets
 from brushstroke.sites.walk import find_others, find_sites, site_module, unwrap
@@ -28,6 +36,7 @@ __all__ = [
     "canonical_path",
     "check_base",
     "check_fingerprint",
+    "dense_dxh",
     "find_others",
     "find_sites",
     "has_plain_forward",

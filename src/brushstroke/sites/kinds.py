@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from brushstroke.sites.quantised import dequantised, is_packed
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -123,6 +125,13 @@ def weight_dxh(module: nn.Module) -> Float[Tensor, "d h"] | None:
         return None
     W = kind.to_dxh(weight)
     return W if tuple(W.shape) == kind.shape(module) else None
+
+
+def dense_dxh(module: nn.Module) -> Float[Tensor, "d h"] | None:
+    """W (d×h) of a site: a view, or a dequantised copy; None if it is packed in an unknown form."""
+    if is_packed(module):
+        return require_kind(module).to_dxh(dequantised(module))
+    return weight_dxh(module)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:

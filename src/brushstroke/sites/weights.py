@@ -1,4 +1,4 @@
-"""Maps sites to W (d×h) of a live model, without copies.
+"""Maps sites to W (d×h) of a live model; copies are made of quantised weights only.
 
 It changes no weight and reads no files (see `base.weights`).
 """
@@ -10,13 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from brushstroke.errors import BaseLoadError, did_you_mean
-from brushstroke.sites.kinds import weight_dxh
+from brushstroke.sites.kinds import dense_dxh
 from brushstroke.sites.site import Site
 from brushstroke.sites.walk import find_sites, site_module, unwrap
 
 
 class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
     """The weights of a live model as views: torch's `Linear.weight` transposed, HF's `Conv1D.weight` as is.
+
+    A weight that bitsandbytes has quantised is dequantised whenever it is read.
 
     Args:
         model: an nn.Module or a Base.
@@ -31,9 +33,11 @@ class ModelWeights(Mapping[str, Float[Tensor, "d h"]]):
         self._sites = {site.path: site for site in find_sites(self._root, trial=False)}
 
     def __getitem__(self, site: str) -> Float[Tensor, "d h"]:
-        W = weight_dxh(self._root.get_submodule(known_site(self._sites, site).path))
+        W = dense_dxh(self._root.get_submodule(known_site(self._sites, site).path))
         if W is None:
-            raise BaseLoadError(f"the weight of {site} is packed (quantised); load the base unquantised")
+            raise BaseLoadError(
+                f"the weight of {site} is packed in a form that cannot be read; load the base unquantised"
+            )
         return W.detach()
 
     def __contains__(self, site: object) -> bool:
@@ -67,8 +71,8 @@ def weights_of(base: Any) -> Mapping[str, Tensor]:
 
 
 def plain_weights(root: nn.Module, sites: Mapping[str, Site]) -> dict[str, Float[Tensor, "d h"]]:
-    """Site → W (d×h) for all sites whose weight is stored as a plain matrix, not on the meta device."""
-    found = {path: weight_dxh(site_module(root, path)) for path in sites}
+    """Site → W (d×h) for all sites whose weight can be read as a matrix, not on the meta device."""
+    found = {path: dense_dxh(site_module(root, path)) for path in sites}
     return {path: W for path, W in found.items() if W is not None and W.device.type != "meta"}
 
 
