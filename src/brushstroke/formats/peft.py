@@ -41,6 +41,7 @@ from brushstroke.outputs import (
     clear_leftovers,
     has_keys,
     refuse_existing,
+    refuse_other_process,
     remove_own,
     replace_files,
 )
@@ -82,10 +83,12 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
         OutputError: the folder is not empty, has files of these names that another program wrote, or cannot
-            be written.
+            be written; or a run of another process is writing to it.
     """
     folder = Path(folder).expanduser()
     check_output(folder, overwrite)
+    if _has_unfinished_run(folder):
+        refuse_other_process(folder)
     files = as_files(adapter, folder.resolve().name)
     replace_files(folder, files, last=TENSORS, owned=ADAPTER_FILES)
     return folder
@@ -168,17 +171,21 @@ def load(folder: str | Path) -> Adapter:
 
 
 def _warn_of_run(opened: Traversable) -> None:
-    """Warn if the folder has the metrics of a run, but not the file that a run writes at its end."""
-    first = b""
-    with suppress(OSError), (opened / METRICS).open("rb") as file:
-        first = file.readline()
-    if b'"real_tokens"' in first and not (opened / RUN).is_file():
+    if _has_unfinished_run(opened):
         warnings.warn(
             f"{opened} has the metrics of a training run that has not finished (there is no {RUN}), and the "
             f"adapter there is not its result; finish the run, or remove {METRICS}",
             UnfinishedRunWarning,
             stacklevel=4,
         )
+
+
+def _has_unfinished_run(folder: Traversable) -> bool:
+    """Whether a folder has the metrics of a run, but not the file that a run writes at its end."""
+    first = b""
+    with suppress(OSError), (folder / METRICS).open("rb") as file:
+        first = file.readline()
+    return b'"real_tokens"' in first and not (folder / RUN).is_file()
 
 
 def require_savable(adapter: Adapter) -> dict[str, tuple[Form, Update]]:
