@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import brushstroke as bs
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.cli.app import main
-from brushstroke.errors import AdapterFileError, AttachError, ShapeError
+from brushstroke.errors import AdapterFileError, AttachError, MergeError, ShapeError
 from brushstroke.formats.peft_config import write_config
 from brushstroke.formats.peft_forms import FORMS, Form
 from brushstroke.layers import attach, bank
@@ -27,6 +27,7 @@ from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _Lo
 from brushstroke.layers.registry import VARIANTS, Variant
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.merging import merge
+from brushstroke.merging.in_memory import merge_weight
 from brushstroke.sites import KINDS, Kind, check_base
 from toys import tiny_llama
 from training_kit import examples
@@ -296,9 +297,6 @@ class Scaled(Update):
     def columns(self, start: int, stop: int) -> "Scaled":
         return Scaled(self.A1, self.B1[:, start:stop], self.scale[start:stop])
 
-    def to(self, dtype: Any = None, device: Any = None) -> "Scaled":
-        return Scaled(*(tensor.to(device, dtype) for tensor in self.tensors().values()))
-
     def delta_norm(self) -> float:
         return float(self.dense().double().norm())
 
@@ -554,9 +552,6 @@ class Gains(Update):
     def columns(self, start: int, stop: int) -> "Gains":
         return Gains(self.gains[start:stop])
 
-    def to(self, dtype: Any = None, device: Any = None) -> "Gains":
-        return Gains(self.gains.to(device, dtype))
-
     def _needed(self, W: Tensor | None = None, *_: object) -> Any:
         if W is None:
             raise ShapeError("depends on W")
@@ -609,6 +604,9 @@ class InputGains(Gains):
     def shape(self) -> tuple[int, int]:
         return len(self.gains), -1
 
+    def columns(self, start: int, stop: int) -> "InputGains":
+        return self
+
     def dense(self, W: Tensor | None = None) -> Tensor:
         return self._needed(W) * (self.gains - 1)[:, None]
 
@@ -632,6 +630,7 @@ def test_two_forms_with_the_same_key_are_exchanged_with_peft(
         assert [type(update) for update in adapter.values()] == [Gains, InputGains]
         expected = net[1](net[0](x) * adapter["0"].gains * adapter["1"].gains)  # type: ignore[attr-defined]
         assert relative(wrapped.eval()(x), expected) < EXACT
+        assert relative(merged_with(net, adapter)(x), expected) < EXACT
         card = (bs.save(adapter, tmp_path / "ours") / "README.md").read_text()
         assert main(["show", str(tmp_path / "ours")]) == 0
         added = Adapter({"0": LowRank(torch.ones(5, 1), torch.ones(1, 4))}) + Adapter({"1": adapter["1"]})
@@ -644,6 +643,46 @@ def test_two_forms_with_the_same_key_are_exchanged_with_peft(
     assert "With PEFT, if it knows the type IA3: `PeftModel" in card
     for text in (card, capsys.readouterr().out):
         assert not re.search(r"rank [0-9]|alpha", text)
+
+
+def merged_with(net: nn.Sequential, adapter: Adapter) -> nn.Sequential:
+    """The layers of a net with merged weights, with gains of outputs also for the bias."""
+    merged = copy.deepcopy(net)
+    for name, update in adapter.items():
+        layer = merged.get_submodule(name)
+        W, _ = merge_weight(layer.weight.detach().mT, update, name)  # type: ignore[union-attr, operator]
+        layer.weight.data = W.mT  # type: ignore[union-attr]
+        if type(update) is Gains:
+            layer.bias.data *= update.gains  # type: ignore[union-attr]
+    return merged
+
+
+class InheritedColumns(InputGains):
+    columns = Gains.columns
+
+
+class InheritedTo(InputGains):
+    def to(self, dtype: Any = None, device: Any = None) -> Any:
+        return Gains(self.gains.to(device, dtype))
+
+
+@pytest.mark.parametrize(("cls", "d", "h"), [(InheritedColumns, 4, 3), (InheritedTo, 4, 4)])
+def test_a_merge_refuses_an_update_whose_inherited_methods_return_another_type(
+    cls: type[InputGains], d: int, h: int
+) -> None:
+    with pytest.raises(MergeError, match=rf"fc: `to` or `columns` of {cls.__name__} returned a Gains"):
+        merge_weight(torch.ones(d, h), cls(torch.full((d,), 2.0)), "fc")
+
+
+class OwnLowRank(LowRank):
+    """A type of update that derives from another one."""
+
+
+def test_the_type_of_an_update_is_kept() -> None:
+    update = OwnLowRank(torch.ones(3, 1), torch.ones(1, 4))
+    assert {type(made) for made in (update.to(torch.float64), update.columns(1, 3))} == {OwnLowRank}
+    moved = hadamard(3, 4).to(torch.float64)
+    assert (type(moved), moved.A2.dtype, moved.scale) == (Hadamard, torch.float64, 1.5)
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,7 @@ def test_adapter_without_run_is_replaced_only_with_overwrite_and_at_the_end(
         assert tmp_path.stat().st_ino != before  # exchanged in one step
         assert bs.load(tmp_path).keys() == new.keys()
         assert folder.complete
-        with pytest.raises(
-            OutputError, match="another run is writing"
-        ):  # it has locked the new one
+        with pytest.raises(OutputError, match="another run is writing"):  # it has locked the new one
             RunFolder(tmp_path, overwrite=True)
     RunFolder(tmp_path, overwrite=True)
 
