@@ -33,7 +33,7 @@ from brushstroke.fetch import (
 from brushstroke.files import read_tensors
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
-from brushstroke.formats.peft_forms import Form, axis_counts, closest_form, form_of, parse_key
+from brushstroke.formats.peft_forms import Form, axis_counts, closest_form, form_of, forms_of, parse_key
 from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import Update
 from brushstroke.outputs import (
@@ -261,7 +261,8 @@ def _contents(
         )
     good = {}
     for site, found in parts.items():
-        form = closest_form(found, rule.peft_type)
+        forms = forms_of(rule.peft_type)
+        form = closest_form(found, [form for form in forms if rule.allows(form, site)] or forms)
         if reason := _misfit(form, found, rule, site, ", ".join(keys[site])):
             problems.append(f"{site}: {reason}")
         else:
@@ -285,14 +286,16 @@ def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str, keys
         return f"has {keys}, but {CONFIG} says {wrong[0]}: {str(rule.flags[wrong[0]]).lower()}"
     if len({tensor.dtype for tensor in found.values()}) > 1:
         return " but ".join(f"{stem} is {tensor.dtype}" for stem, tensor in found.items())
-    rank = rule.rank_of(site)
+    rank, lists = rule.rank_of(site), rule.describe_lists(site)
     if not _shapes_fit(form.axes, found, rank):
         shapes = [
             f"{stem} {tuple(found[stem].shape)} should be "
             f"({', '.join(str(rank) if axis == 'r' else axis for axis in axes)})"
             for stem, axes in form.axes.items()
         ]
-        return f"{' and '.join(shapes)}, as {CONFIG} gives it rank {rank}"
+        return f"{' and '.join(shapes)}, as {CONFIG} gives it rank {rank}{lists and f' and {lists}'}"
+    if not rule.allows(form, site):
+        return f"has {keys}, but in {CONFIG} {lists}"
     return None
 
 
