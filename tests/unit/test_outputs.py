@@ -179,6 +179,22 @@ def test_a_folder_that_is_moved_while_a_run_waits_for_its_lock_is_reported(
         lock.RunLock(folder).refuse_other()
 
 
+def test_the_process_of_a_run_writes_to_its_folder_also_where_that_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    monkeypatch.chdir(tmp_path)
+    run = lock.RunLock(tmp_path)
+    run.take()
+    for number in "12":
+        replace_files(tmp_path, {"last": number}, last="last", owned=OWNED)
+    assert (tmp_path / "last").read_text() == "2"
+    run.require_place()
+    with pytest.raises(OutputError, match="another run is writing"):
+        lock.RunLock(tmp_path).take()
+    run.release()
+
+
 def test_a_run_that_ends_does_not_wait_for_readers_of_a_folder_without_a_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
