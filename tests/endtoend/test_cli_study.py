@@ -316,7 +316,10 @@ def test_folder_of_a_running_study_is_refused_with_its_process(cli, tiny, data, 
         done = cli("study", *(named.get(word, word) for word in words.split()), "--out", tmp_path)
         holder.communicate("\n")
     assert done.status == 1
-    assert f"another process writes or reads {tmp_path} (process {holder.pid})" in done.error
+    assert (
+        f"another run is writing to {tmp_path}, or another process is reading it (process {holder.pid})"
+        in done.error
+    )
     assert not files_in(tmp_path)
 
 

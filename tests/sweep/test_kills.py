@@ -118,6 +118,8 @@ def run_case(tmp_path: Path) -> Case:
             session.steps = 1
             save_session(session, folder.checkpoint(1))
             folder.prune(0)
+            bs.save(version(number, 4), out, overwrite=True)  # as a callback of the run may do
+            folder.record("metrics.jsonl", {"step": 2, "loss": 1.0, "real_tokens": 1})
             folder.finish(version(number, 4), {"steps": 1, "settings": {}, "versions": {}})
             session.steps = 2
             save_session(session, folder.checkpoint(2))

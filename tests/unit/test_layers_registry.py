@@ -1,6 +1,7 @@
 """A kind of layer and a type of update that brushstroke does not have, added by one line in each table."""
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import brushstroke as bs
 from brushstroke.adapter import Adapter, LoraConfig
 from brushstroke.cli.app import main
-from brushstroke.errors import AdapterFileError, AttachError, ShapeError
+from brushstroke.errors import AdapterFileError, AttachError, MergeError, ShapeError
 from brushstroke.formats.peft_config import write_config
 from brushstroke.formats.peft_forms import FORMS, Form
 from brushstroke.layers import attach, bank
@@ -27,6 +28,7 @@ from brushstroke.layers.linear import AttachedLinear, BankedLinear, Factors, _Lo
 from brushstroke.layers.registry import VARIANTS, Variant
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.merging import merge
+from brushstroke.merging.in_memory import merge_weight
 from brushstroke.sites import KINDS, Kind, check_base
 from toys import tiny_llama
 from training_kit import examples
@@ -296,9 +298,6 @@ class Scaled(Update):
     def columns(self, start: int, stop: int) -> "Scaled":
         return Scaled(self.A1, self.B1[:, start:stop], self.scale[start:stop])
 
-    def to(self, dtype: Any = None, device: Any = None) -> "Scaled":
-        return Scaled(*(tensor.to(device, dtype) for tensor in self.tensors().values()))
-
     def delta_norm(self) -> float:
         return float(self.dense().double().norm())
 
@@ -554,9 +553,6 @@ class Gains(Update):
     def columns(self, start: int, stop: int) -> "Gains":
         return Gains(self.gains[start:stop])
 
-    def to(self, dtype: Any = None, device: Any = None) -> "Gains":
-        return Gains(self.gains.to(device, dtype))
-
     def _needed(self, W: Tensor | None = None, *_: object) -> Any:
         if W is None:
             raise ShapeError("depends on W")
@@ -609,6 +605,9 @@ class InputGains(Gains):
     def shape(self) -> tuple[int, int]:
         return len(self.gains), -1
 
+    def columns(self, start: int, stop: int) -> "InputGains":
+        return self
+
     def dense(self, W: Tensor | None = None) -> Tensor:
         return self._needed(W) * (self.gains - 1)[:, None]
 
@@ -632,6 +631,7 @@ def test_two_forms_with_the_same_key_are_exchanged_with_peft(
         assert [type(update) for update in adapter.values()] == [Gains, InputGains]
         expected = net[1](net[0](x) * adapter["0"].gains * adapter["1"].gains)  # type: ignore[attr-defined]
         assert relative(wrapped.eval()(x), expected) < EXACT
+        assert relative(merged_with(net, adapter)(x), expected) < EXACT
         card = (bs.save(adapter, tmp_path / "ours") / "README.md").read_text()
         assert main(["show", str(tmp_path / "ours")]) == 0
         added = Adapter({"0": LowRank(torch.ones(5, 1), torch.ones(1, 4))}) + Adapter({"1": adapter["1"]})
@@ -644,6 +644,129 @@ def test_two_forms_with_the_same_key_are_exchanged_with_peft(
     assert "With PEFT, if it knows the type IA3: `PeftModel" in card
     for text in (card, capsys.readouterr().out):
         assert not re.search(r"rank [0-9]|alpha", text)
+
+
+def merged_with(net: nn.Sequential, adapter: Adapter) -> nn.Sequential:
+    """The layers of a net with merged weights, with gains of outputs also for the bias."""
+    merged = copy.deepcopy(net)
+    for name, update in adapter.items():
+        layer = merged.get_submodule(name)
+        W, _ = merge_weight(layer.weight.detach().mT, update, name)  # type: ignore[union-attr, operator]
+        layer.weight.data = W.mT  # type: ignore[union-attr]
+        if type(update) is Gains:
+            layer.bias.data *= update.gains  # type: ignore[union-attr]
+    return merged
+
+
+class InheritedColumns(InputGains):
+    columns = Gains.columns
+
+
+class InheritedTo(InputGains):
+    def to(self, dtype: Any = None, device: Any = None) -> Any:
+        return Gains(self.gains.to(device, dtype))
+
+
+@pytest.mark.parametrize(("cls", "d", "h"), [(InheritedColumns, 4, 3), (InheritedTo, 4, 4)])
+def test_a_merge_refuses_an_update_whose_inherited_methods_return_another_type(
+    cls: type[InputGains], d: int, h: int
+) -> None:
+    with pytest.raises(MergeError, match=rf"fc: `to` or `columns` of {cls.__name__} returned a Gains"):
+        merge_weight(torch.ones(d, h), cls(torch.full((d,), 2.0)), "fc")
+
+
+class OwnLowRank(LowRank):
+    """A type of update that derives from another one."""
+
+
+def test_the_type_of_an_update_is_kept() -> None:
+    update = OwnLowRank(torch.ones(3, 1), torch.ones(1, 4))
+    assert {type(made) for made in (update.to(torch.float64), update.columns(1, 3))} == {OwnLowRank}
+    moved = hadamard(3, 4).to(torch.float64)
+    assert (type(moved), moved.A2.dtype, moved.scale) == (Hadamard, torch.float64, 1.5)
+
+
+def saved_config(folder: Path, adapter: Adapter, **changes: Any) -> dict[str, Any]:
+    """The config of a saved adapter, in which some fields are changed."""
+    file = bs.save(adapter, folder, overwrite=True) / "adapter_config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps(config))
+    return config
+
+
+def test_a_flag_of_a_type_without_a_rank_is_written(tmp_path: Path) -> None:
+    form = dataclasses.replace(IA3, flag="of_outputs", peft_type="OWN")
+    with registered(SCALED, form):
+        config = saved_config(tmp_path, Adapter({"0": Gains(torch.full((4,), 2.0))}))
+        assert config["of_outputs"] is True
+        assert isinstance(bs.load(tmp_path)["0"], Gains)
+
+
+def test_a_config_of_another_type_has_no_fields_of_lora_alone(tmp_path: Path) -> None:
+    with registered(SCALED, LOHA):
+        config = saved_config(tmp_path, Adapter({"0": hadamard(5, 4)}))
+    assert not config.keys() & {"use_dora", "use_rslora", "lora_dropout", "bias", "init_lora_weights"}
+    assert config.keys() >= {"r", "alpha", "rank_pattern", "init_weights"}
+
+
+def test_only_files_with_sites_of_a_form_of_lora_list_them(tmp_path: Path) -> None:
+    form = Form(Gains, {"gains": ("own_gains", "h")}, lists_sites="own_sites")
+    plain = Adapter({"0": LowRank(torch.ones(5, 1), torch.ones(1, 4))})
+    with registered(SCALED, form):
+        assert "own_sites" not in saved_config(tmp_path, plain)
+        mixed = Adapter({**plain, "1": Gains(torch.ones(3))})
+        assert saved_config(tmp_path, mixed)["own_sites"] == ["1"]
+        assert {site: type(update) for site, update in bs.load(tmp_path).items()} == {
+            "0": LowRank,
+            "1": Gains,
+        }
+
+
+@pytest.mark.parametrize(
+    ("listed", "reason"),
+    [
+        (["0", "1"], r"0: ia3_l \(4, 1\) should be \(1, d\), .* and feedforward_modules lists it"),
+        ([], r"1: ia3_l \(1, 4\) should be \(h, 1\), .* and feedforward_modules does not list it"),
+        (5, "feedforward_modules is 5; expected a text or a list of texts"),
+        ("(", r"'\(' in a pattern is no regular expression"),
+    ],
+)
+def test_a_list_of_sites_that_contradicts_their_shapes_is_refused(
+    tmp_path: Path, listed: object, reason: str
+) -> None:
+    with registered(SCALED, IA3), registered(SCALED, IA3_OF_INPUTS):
+        adapter = Adapter({"0": Gains(torch.ones(4)), "1": InputGains(torch.ones(4))})
+        saved_config(tmp_path, adapter, feedforward_modules=listed)
+        with pytest.raises(AdapterFileError, match=reason):
+            bs.load(tmp_path)
+        saved_config(tmp_path, adapter, feedforward_modules="1")  # a regular expression
+        assert [type(update) for update in bs.load(tmp_path).values()] == [Gains, InputGains]
+
+
+def test_a_site_is_refused_if_no_form_may_have_it(tmp_path: Path) -> None:
+    with registered(SCALED, IA3_OF_INPUTS):
+        saved_config(tmp_path, Adapter({"1": InputGains(torch.ones(4))}), feedforward_modules=[])
+        with pytest.raises(AdapterFileError, match=r"1: has .* but in .* feedforward_modules does not"):
+            bs.load(tmp_path)
+
+
+@pytest.mark.parametrize("cls", [Gains, InputGains])
+def test_the_list_decides_where_the_shape_fits_both_forms(tmp_path: Path, cls: type[Gains]) -> None:
+    with registered(SCALED, IA3), registered(SCALED, IA3_OF_INPUTS):
+        bs.save(Adapter({"0": cls(torch.ones(1))}), tmp_path)
+        assert type(bs.load(tmp_path)["0"]) is cls
+
+
+def test_a_list_does_not_select_other_sites_by_the_ends_of_their_names(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with registered(SCALED, IA3), registered(SCALED, IA3_OF_INPUTS):
+        adapter = Adapter({"10": Gains(torch.ones(4)), "0": InputGains(torch.ones(4))})
+        listed = saved_config(tmp_path, adapter)["feedforward_modules"]
+        again = bs.load(tmp_path)
+    assert [type(again[site]) for site in ("10", "0")] == [Gains, InputGains]
+    config = peft.IA3Config(target_modules=["0", "10"], feedforward_modules=listed)
+    selects = peft.tuners.ia3.IA3Model._check_target_module_feedforward
+    assert (selects(config, "0"), selects(config, "10")) == (True, False)
 
 
 @pytest.mark.parametrize(

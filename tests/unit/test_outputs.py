@@ -17,6 +17,7 @@ from brushstroke.outputs import (
     read_unreplaced,
     refuse_existing,
     remove_own,
+    replace,
     replace_files,
     replace_folder,
     write_file,
@@ -89,7 +90,7 @@ def test_the_marker_is_removed_first_and_written_last(
 
 def test_files_that_are_replaced_one_by_one_wait_for_readers(tmp_path: Path) -> None:
     write_files(tmp_path, {"x": "1", "last": "1"}, last="last")
-    with open_folder(tmp_path), pytest.raises(OutputError, match="another process writes or reads"):
+    with open_folder(tmp_path), pytest.raises(OutputError, match="another run is writing"):
         write_files(tmp_path, {"x": "2", "last": "2"}, last="last")
     assert sorted((entry.name, entry.read_text()) for entry in tmp_path.iterdir()) == [
         ("last", "1"),
@@ -103,33 +104,108 @@ def test_a_run_that_waited_in_vain_for_a_reader_keeps_its_lock(
     monkeypatch.setattr(lock, "PATIENCE", 0.0)
     run = lock.RunLock(tmp_path)
     run.take()
-    with open_folder(tmp_path), pytest.raises(OutputError, match="writes or reads"), run.exclusive():
+    with open_folder(tmp_path), pytest.raises(OutputError, match="is reading it"), lock.unread(tmp_path):
         pass
-    with pytest.raises(OutputError, match="writes or reads"):
+    with pytest.raises(OutputError, match="another run is writing"):
         lock.RunLock(tmp_path).take()
     run.release()
     lock.RunLock(tmp_path).take()
 
 
-def test_a_run_locks_the_folder_that_replaces_its_own(
+def test_a_run_has_locked_the_folder_that_replaces_its_own_at_every_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.0)
-    folder, run, other = tmp_path / "a", lock.RunLock(tmp_path / "a"), lock.RunLock(tmp_path / "a")
+    folder, run, swap = tmp_path / "a", lock.RunLock(tmp_path / "a"), replace._swap
+
+    def swap_and_try(*folders: Path) -> None:
+        refused()
+        swap(*folders)
+        refused()
+
+    def refused() -> None:
+        with pytest.raises(OutputError, match="another run is writing"):
+            lock.RunLock(folder).take()
+
+    monkeypatch.setattr(replace, "_swap", swap_and_try)
     run.take()
-    for number in "12":  # the first replacement is followed; the second is taken by another run
+    for number in "12":
+        before = folder.stat().st_ino
         replace_files(folder, {"x": number, "last": number}, last="last", owned=OWNED)
-        if number == "1":
-            run.follow()
-            with pytest.raises(OutputError, match="writes or reads"):
-                other.take()
-    other.take()
-    with pytest.raises(OutputError, match="writes or reads"):
-        run.follow()
-    other.release()
-    run.follow()
-    with pytest.raises(OutputError, match="writes or reads"):
-        other.take()
+        assert folder.stat().st_ino != before
+        refused()
+        run.require_place()
+    run.release()
+    lock.RunLock(folder).take()
+
+
+def test_a_run_does_not_write_to_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    folder, run = tmp_path / "a", lock.RunLock(tmp_path / "a")
+    run.take()
+    folder.rename(tmp_path / "moved")
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"a is no longer the folder of this run: .* with --resume"):
+            run.require_place()
+        folder.mkdir(exist_ok=True)
+    run.release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "moved"]
+
+
+def test_a_fork_does_not_hold_the_lock_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    run = lock.RunLock(tmp_path)
+    run.take()
+    lock.refuse_other_process(tmp_path)
+    child = os.fork()
+    if not child:
+        try:
+            lock.refuse_other_process(tmp_path)
+        except OutputError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_folder_that_is_moved_while_a_run_waits_for_its_lock_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    folder, run = tmp_path / "a", lock.RunLock(tmp_path / "a")
+    run.take()
+    monkeypatch.setattr(lock.time, "sleep", lambda _: folder.rename(tmp_path / "moved"))
+    monkeypatch.setattr(lock, "PATIENCE", 0.01)
+    monkeypatch.setattr(lock.time, "monotonic", iter((0.0, 0.0, 1.0)).__next__)
+    with pytest.raises(OutputError, match=r"a was moved, removed or replaced while .* repeat the command"):
+        lock.RunLock(folder).refuse_other()
+
+
+def test_the_process_of_a_run_writes_to_its_folder_also_where_that_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    monkeypatch.chdir(tmp_path)
+    run = lock.RunLock(tmp_path)
+    run.take()
+    for number in "12":
+        replace_files(tmp_path, {"last": number}, last="last", owned=OWNED)
+    assert (tmp_path / "last").read_text() == "2"
+    run.require_place()
+    with pytest.raises(OutputError, match="another run is writing"):
+        lock.RunLock(tmp_path).take()
+    run.release()
+
+
+def test_a_run_that_ends_does_not_wait_for_readers_of_a_folder_without_a_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    run = lock.RunLock(tmp_path)
+    run.take()
+    (tmp_path / "x").write_text("1")
+    with open_folder(tmp_path):
+        replace_files(tmp_path, {"last": "1"}, last="last", owned=OWNED)
+    assert (tmp_path / "last").read_text() == "1"
+    run.release()
 
 
 def test_next_write_removes_leftovers_but_not_files_being_written(tmp_path: Path) -> None:
@@ -339,7 +415,7 @@ def test_without_locks_a_writer_removes_its_own_old_folder_and_no_leftover(
         clear_leftovers(tmp_path / "a", OWNED.__contains__)
         replace_files(tmp_path / "a", {"last": number}, last="last", owned=OWNED)
     assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "a"]
-    with lock.RunLock(tmp_path / "a").exclusive(), open_folder(tmp_path / "a") as opened:
+    with lock.unread(tmp_path / "a"), open_folder(tmp_path / "a") as opened:
         assert (opened / "last").read_bytes() == b"2"
 
 

@@ -99,7 +99,7 @@ def test_the_tiny_model_is_announced_only_if_it_is_trained(monkeypatch, tmp_path
 def test_the_tiny_model_is_trained_by_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(lock, "PATIENCE", 0.05)
     monkeypatch.setattr(tiny, "tiny_base", lambda *_: pytest.fail("trained"))
-    with locked(tmp_path), pytest.raises(OutputError, match="another process writes or reads"):
+    with locked(tmp_path), pytest.raises(OutputError, match="another run is writing"):
         tiny_material(tmp_path, seeds=(0,))
 
 

@@ -177,7 +177,7 @@ def test_a_folder_has_one_study_at_a_time(material, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 0.05)
     run_studies([ONE_RANK], material, tmp_path)
     with locked(tmp_path):
-        with pytest.raises(OutputError, match="another process writes or reads"):
+        with pytest.raises(OutputError, match="another run is writing"):
             run_studies([ONE_RANK], material, tmp_path)
         run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
     run_studies([ONE_RANK], material, tmp_path)

@@ -1,5 +1,6 @@
 """The output folder of a run: its own files are replaced, others kept, and killed runs can continue."""
 
+import errno
 import json
 import os
 import subprocess
@@ -122,7 +123,7 @@ def test_adapter_without_run_is_replaced_only_with_overwrite_and_at_the_end(
         assert tmp_path.stat().st_ino != before  # exchanged in one step
         assert bs.load(tmp_path).keys() == new.keys()
         assert folder.complete
-        with pytest.raises(OutputError, match="another process"):  # the lock is now that of the new folder
+        with pytest.raises(OutputError, match="another run is writing"):  # it has locked the new one
             RunFolder(tmp_path, overwrite=True)
     RunFolder(tmp_path, overwrite=True)
 
@@ -160,15 +161,36 @@ def test_load_ignores_metrics_that_cannot_be_read(tmp_path: Path) -> None:
     assert bs.load(out).rank == 1
 
 
-def test_a_folder_that_was_removed_during_a_run_is_written_at_its_end(tmp_path: Path) -> None:
-    adapter = random_adapter(tiny_llama(), bs.LoraConfig(rank=1))
-    with RunFolder(tmp_path / "out") as folder:
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_run_whose_folder_was_removed_stops_and_writes_nothing(tmp_path: Path, made_again: bool) -> None:
+    adapter, out = random_adapter(tiny_llama(), bs.LoraConfig(rank=1)), tmp_path / "out"
+    with RunFolder(out) as folder:
         folder.claim()
-        (tmp_path / "out").rmdir()
-        folder.finish(adapter, {"steps": 1, "settings": {}, "versions": {}})
-        with pytest.raises(OutputError, match="another process"):
-            RunFolder(tmp_path / "out", overwrite=True)
-    assert bs.load(tmp_path / "out").keys() == adapter.keys()
+        out.rmdir()
+        if made_again:
+            write(out, {"notes.txt": "mine"})
+        writes = (
+            lambda: folder.open(0),
+            lambda: folder.record("metrics.jsonl", json.loads(METRIC)),
+            lambda: folder.save_best(adapter, 1),
+            lambda: folder.finish(adapter, {"steps": 1, "settings": {}, "versions": {}}),
+        )
+        for action in writes:
+            with pytest.raises(OutputError, match="out is no longer the folder of this run"):
+                action()
+    assert out.exists() == made_again
+    assert not made_again or contents(out) == {"notes.txt": "mine"}
+
+
+def test_a_folder_that_is_removed_during_the_first_check_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(lock.RunLock, "refuse_other", gone)
+    with pytest.raises(OutputError, match=r"cannot write .*: No such file"):
+        RunFolder(tmp_path)
 
 
 def test_user_files_among_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -328,7 +350,7 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
         early.claim()
         early.claim()  # a second time changes nothing
         number = rf" \(process {os.getpid()}\)" if LOCKS.exists() else ""
-        reported = rf"another process writes or reads .*out{number}; wait for it"
+        reported = rf"another run is writing to .*out, or another process is reading it{number}; wait"
         for flags in ({}, {"overwrite": True}, {"resume": True}):
             with pytest.raises(OutputError, match=reported):
                 RunFolder(out, **flags)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import brushstroke as bs
 from brushstroke.errors import ConfigError, DataError, NonFiniteError, OutputError, ResumeError
 from brushstroke.formats.peft import UnfinishedRunWarning
-from brushstroke.outputs import lock
+from brushstroke.outputs import lock, open_folder
 from brushstroke.training import PlanWarning, loop
 from brushstroke.training.checkpoint import sealed
 from toys import random_adapter, tiny_gpt2, tiny_llama
@@ -205,7 +206,7 @@ def test_second_run_in_a_locked_folder_is_refused(tmp_path: Path) -> None:
     def second(event: object) -> None:
         step = event.step  # type: ignore[attr-defined]
         if step in (1, 3):
-            with pytest.raises(OutputError, match="another process writes or reads"):
+            with pytest.raises(OutputError, match="another run is writing"):
                 bs.train(base(), examples(4), LORA, CONFIG, out=out, overwrite=step == 1, resume=step == 3)
 
     def during_plan(*_: object) -> None:
@@ -713,7 +714,7 @@ def test_a_run_keeps_its_folder_if_an_adapter_is_saved_there(
         if event.step in (2, 6):
             bs.save(first.adapter, out, overwrite=True)
         if event.step == 3:
-            with pytest.raises(OutputError, match="another process writes or reads"):
+            with pytest.raises(OutputError, match="another run is writing"):
                 bs.train(base(), examples(10), LORA, CONFIG, out=out, overwrite=True)
             refused.append(event.step)
 
@@ -722,6 +723,84 @@ def test_a_run_keeps_its_folder_if_an_adapter_is_saved_there(
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_run_is_refused_right_after_an_adapter_is_saved_into_the_folder_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    out, refused = tmp_path / "out", []
+    first = bs.train(base(), examples(10), LORA, CONFIG, out=out)
+
+    def save_and_begin(event: Any) -> None:
+        if event.step == 2:
+            bs.save(first.adapter, out, overwrite=True)
+            for flags in ({}, {"overwrite": True}, {"resume": True}):
+                with pytest.raises(OutputError, match="another run is writing"):
+                    bs.train(base(), examples(10), LORA, CONFIG, out=out, **flags)  # type: ignore[arg-type]
+                refused.append(flags)
+
+    bs.train(base(), examples(10, seed=5), LORA, CONFIG, out=out, overwrite=True, on_step=save_and_begin)
+    assert len(refused) == 3
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_reader_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, readers = tmp_path / "out", ExitStack()
+    first = bs.train(base(), examples(10), LORA, CONFIG, out=out)
+
+    def save_and_read(event: Any) -> None:
+        monkeypatch.setattr(lock, "PATIENCE", 0.0)
+        if event.step == 2:
+            bs.save(first.adapter, out, overwrite=True)
+        readers.enter_context(open_folder(out))
+
+    with readers:
+        result = bs.train(
+            base(), examples(10, seed=5), LORA, CONFIG, out=out, overwrite=True, on_step=save_and_read
+        )
+    assert result.summary["steps"] == 6
+
+
+def test_another_process_does_not_save_into_the_folder_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    out, ended = tmp_path / "out", []
+    first = bs.train(base(), examples(10), LORA, CONFIG, out=out)
+
+    def save_elsewhere(event: Any) -> None:
+        child = os.fork() if event.step == 2 else None
+        if child == 0:
+            try:
+                bs.save(first.adapter, out, overwrite=True)
+            except OutputError as error:
+                os._exit(7 if "another run is writing" in str(error) else 1)
+            os._exit(0)
+        if child:
+            ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    bs.train(base(), examples(10, seed=5), LORA, CONFIG, out=out, overwrite=True, on_step=save_elsewhere)
+    assert ended == [7]
+    bs.save(first.adapter, out, overwrite=True)
+
+
+def test_a_run_stops_if_its_folder_is_moved_and_another_has_its_path(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def move(event: Any) -> None:
+        if event.step == 3:
+            out.rename(tmp_path / "moved")
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputError, match="out is no longer the folder of this run"):
+        bs.train(base(), examples(10), LORA, CONFIG, out=out, on_step=move)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    out.joinpath("notes.txt").unlink()
+    (tmp_path / "moved").rename(out)
+    assert bs.train(base(), examples(10), LORA, CONFIG, out=out, resume=True).summary["steps"] == 6
 
 
 def test_the_old_adapter_stays_until_a_run_with_overwrite_has_finished(tmp_path: Path) -> None:

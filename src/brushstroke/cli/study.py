@@ -21,7 +21,7 @@ from brushstroke.cli.study_command import study_command
 from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, OutputError, require
 from brushstroke.locate import require_base_files
-from brushstroke.outputs import RunLock, check_output_folder
+from brushstroke.outputs import RunLock, check_output_folder, output_errors
 
 if TYPE_CHECKING:
     from brushstroke.studies import Material, Progress, Study
@@ -217,7 +217,8 @@ def study(
         rows = _read(data, files)
     check_output_folder(out, overwrite=True)  # what it contains is checked later, with the study's own names
     if not settings.reread:
-        RunLock(out).refuse_other()
+        with output_errors(out):
+            RunLock(out).refuse_other()
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")

@@ -33,7 +33,7 @@ from brushstroke.fetch import (
 from brushstroke.files import read_tensors
 from brushstroke.formats.model_card import model_card
 from brushstroke.formats.peft_config import Rule, card_from, read_rule, write_config
-from brushstroke.formats.peft_forms import Form, axis_counts, closest_form, form_of, parse_key
+from brushstroke.formats.peft_forms import Form, axis_counts, closest_form, form_of, forms_of, parse_key
 from brushstroke.formats.templates import TEMPLATE, read_template
 from brushstroke.lowrank import Update
 from brushstroke.outputs import (
@@ -41,6 +41,7 @@ from brushstroke.outputs import (
     clear_leftovers,
     has_keys,
     refuse_existing,
+    refuse_other_process,
     remove_own,
     replace_files,
 )
@@ -82,10 +83,12 @@ def save(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Pa
     Raises:
         AdapterFileError: an update that this format cannot hold, or numbers that are not finite.
         OutputError: the folder is not empty, has files of these names that another program wrote, or cannot
-            be written.
+            be written; or a run of another process is writing to it.
     """
     folder = Path(folder).expanduser()
     check_output(folder, overwrite)
+    if _has_unfinished_run(folder):
+        refuse_other_process(folder)
     files = as_files(adapter, folder.resolve().name)
     replace_files(folder, files, last=TENSORS, owned=ADAPTER_FILES)
     return folder
@@ -168,17 +171,21 @@ def load(folder: str | Path) -> Adapter:
 
 
 def _warn_of_run(opened: Traversable) -> None:
-    """Warn if the folder has the metrics of a run, but not the file that a run writes at its end."""
-    first = b""
-    with suppress(OSError), (opened / METRICS).open("rb") as file:
-        first = file.readline()
-    if b'"real_tokens"' in first and not (opened / RUN).is_file():
+    if _has_unfinished_run(opened):
         warnings.warn(
             f"{opened} has the metrics of a training run that has not finished (there is no {RUN}), and the "
             f"adapter there is not its result; finish the run, or remove {METRICS}",
             UnfinishedRunWarning,
             stacklevel=4,
         )
+
+
+def _has_unfinished_run(folder: Traversable) -> bool:
+    """Whether a folder has the metrics of a run, but not the file that a run writes at its end."""
+    first = b""
+    with suppress(OSError), (folder / METRICS).open("rb") as file:
+        first = file.readline()
+    return b'"real_tokens"' in first and not (folder / RUN).is_file()
 
 
 def require_savable(adapter: Adapter) -> dict[str, tuple[Form, Update]]:
@@ -254,7 +261,8 @@ def _contents(
         )
     good = {}
     for site, found in parts.items():
-        form = closest_form(found, rule.peft_type)
+        forms = forms_of(rule.peft_type)
+        form = closest_form(found, [form for form in forms if rule.allows(form, site)] or forms)
         if reason := _misfit(form, found, rule, site, ", ".join(keys[site])):
             problems.append(f"{site}: {reason}")
         else:
@@ -278,14 +286,16 @@ def _misfit(form: Form, found: Mapping[str, Tensor], rule: Rule, site: str, keys
         return f"has {keys}, but {CONFIG} says {wrong[0]}: {str(rule.flags[wrong[0]]).lower()}"
     if len({tensor.dtype for tensor in found.values()}) > 1:
         return " but ".join(f"{stem} is {tensor.dtype}" for stem, tensor in found.items())
-    rank = rule.rank_of(site)
+    rank, lists = rule.rank_of(site), rule.describe_lists(site)
     if not _shapes_fit(form.axes, found, rank):
         shapes = [
             f"{stem} {tuple(found[stem].shape)} should be "
             f"({', '.join(str(rank) if axis == 'r' else axis for axis in axes)})"
             for stem, axes in form.axes.items()
         ]
-        return f"{' and '.join(shapes)}, as {CONFIG} gives it rank {rank}"
+        return f"{' and '.join(shapes)}, as {CONFIG} gives it rank {rank}{lists and f' and {lists}'}"
+    if not rule.allows(form, site):
+        return f"has {keys}, but in {CONFIG} {lists}"
     return None
 
 

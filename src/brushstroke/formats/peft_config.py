@@ -41,10 +41,6 @@ _REFUSED = {  # fields that change the meaning of the factors, or add to them
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-_SHARED = (  # fields of every type of PEFT
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode"),
-    *("modules_to_save", "peft_type", "revision", "target_modules", "task_type"),
-)
 # These fields do not change the update: their effect is already in the file's tensors, or ended with the
 # training. Fields of PEFT 0.2 to 0.21, of Unsloth (the first group) and of ms-swift (the last).
 _NO_EFFECT = frozenset(
@@ -78,6 +74,7 @@ class Rule:
         alphas: key → alpha, likewise.
         flags: the fields that a form of update can have (`flags`), and whether they are set.
         peft_type: the type of the updates.
+        lists: the fields that list the sites of a form (`Form.lists_sites`), with their values.
     """
 
     rank: int
@@ -87,6 +84,7 @@ class Rule:
     alphas: Mapping[str, int | float]
     flags: Mapping[str, bool]
     peft_type: str
+    lists: Mapping[str, Collection[str] | str]
 
     def rank_of(self, path: str) -> int:
         """The rank of a site."""
@@ -99,6 +97,19 @@ class Rule:
     def scale_of(self, path: str) -> float:
         """The factor in front of U·V."""
         return _scale(self.alpha_of(path), self.rank_of(path), self.rslora)
+
+    def allows(self, form: Form, path: str) -> bool:
+        """Whether a site may have a form: where a field lists the sites of a form, only those have it."""
+        return all(
+            bool(_listed(names, [path])) == (form.lists_sites == field) for field, names in self.lists.items()
+        )
+
+    def describe_lists(self, path: str) -> str:
+        """Which fields list a site, for messages; empty if the config has no such fields."""
+        return " and ".join(
+            f"{field} {'lists it' if _listed(names, [path]) else 'does not list it'}"
+            for field, names in self.lists.items()
+        )
 
 
 def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
@@ -127,8 +138,14 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
     for field in ("r", "lora_alpha"):
         if field not in stored:
             problems.append(f"{field} is not there; without it the update is not known")
+    fields = {form.lists_sites for form in forms_of(kind) if form.lists_sites}
+    lists = {field: stored[field] for field in fields if stored.get(field) is not None}
+    for field, names in lists.items():
+        if not _are_texts(names):
+            problems.append(f"{field} is {names!r:.60}; expected a text or a list of texts")
     patterns = [stored.get(field) for field in ("rank_pattern", "alpha_pattern")]
-    for key in [key for pattern in patterns if isinstance(pattern, dict) for key in pattern]:
+    expressions = [names for names in lists.values() if isinstance(names, str)]
+    for key in (*expressions, *(key for pattern in patterns if isinstance(pattern, dict) for key in pattern)):
         try:
             re.compile(key)
         except re.error as error:
@@ -143,6 +160,7 @@ def read_rule(stored: Mapping[str, Any], where: str) -> Rule:
         stored.get("alpha_pattern") or {},
         {flag: bool(stored.get(flag)) for flag in flags()},
         kind,
+        lists,
     )
 
 
@@ -189,63 +207,74 @@ def write_config(
     alphas = {path: _alpha(rank, scale, rslora) for path, (rank, scale) in sites.items()}
     rank, alpha = _most_common(ranks), _most_common(alphas)
     names, lists = _targets(card.target_modules, forms)
-    config = {
-        "alpha_pattern": _patterns(alphas, alpha),
+    shared = {
         "auto_mapping": None,
         "base_model_name_or_path": card.base_name,
-        "bias": "none",
-        "corda_config": None,
-        "eva_config": None,
         "exclude_modules": None,
         "fan_in_fan_out": card.conv1d,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
+        "modules_to_save": None,
+        "peft_type": form.peft_type,
+        "revision": None,
+        "target_modules": sorted(names),
+        "task_type": card.task,
+    }
+    with_rank = {
+        "alpha_pattern": _patterns(alphas, alpha),
         "layers_pattern": None,
         "layers_to_transform": None,
-        "loftq_config": {},
         "lora_alpha": alpha,
+        "r": rank,
+        "rank_pattern": _patterns(ranks, rank),
+    }
+    of_lora = {
+        "bias": "none",
+        "corda_config": None,
+        "eva_config": None,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "loftq_config": {},
         "lora_bias": False,
         "lora_dropout": settings.get("dropout", 0.0),
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
-        "peft_type": form.peft_type,
-        "r": rank,
-        "rank_pattern": _patterns(ranks, rank),
-        "revision": None,
-        "target_modules": sorted(names),
         "target_parameters": None,
-        "task_type": card.task,
         "trainable_token_indices": None,
         "use_dora": False,
         "use_rslora": rslora,
-        **({form.flag: True} if form.flag else {}),
     }
-    fields = fields_of_types()[form.peft_type]
-    if not has_rank(form.peft_type):
-        shared = (*_SHARED, *fields.values())
-        config = {name: value for name, value in config.items() if name in shared}
+    config = shared | (with_rank if has_rank(form.peft_type) else {})
+    config |= of_lora if form.peft_type == LORA else {}
+    for theirs, ours in fields_of_types()[form.peft_type].items():
+        config[theirs] = (with_rank | of_lora)[ours]
+        config.pop(ours, None)
     for used in forms.values():
         config |= used.constants
-    return config | {theirs: config.pop(ours) for theirs, ours in fields.items()} | lists
+    return config | ({form.flag: True} if form.flag else {}) | lists
 
 
 def _targets(
     names: Collection[str], forms: Mapping[str, Form]
-) -> tuple[Collection[str], dict[str, list[str]]]:
-    """Names that select all sites, and for each field that lists the sites of a form, those that select them.
+) -> tuple[Collection[str], dict[str, list[str] | str]]:
+    """Names that select all sites, and for each field that lists the sites of a form, what selects them.
 
-    They are the given names if these select exactly the sites and those of each form, else the paths.
+    They are the given names if these select exactly the sites and those of each form, else the paths. A file
+    of LoRA has only the fields of forms that the sites have, because PEFT's LoRA does not know these fields.
     """
-    lists = {
+    used = list(forms.values())
+    paths = {
         form.lists_sites: [path for path, own in forms.items() if own is form]
-        for form in forms_of(next(iter(forms.values())).peft_type)
-        if form.lists_sites
+        for form in forms_of(used[0].peft_type)
+        if form.lists_sites and (form.peft_type != LORA or form in used)
     }
-    chosen = {field: [name for name in names if _select([name], paths)] for field, paths in lists.items()}
-    exact = all(_select(chosen[field], forms) == paths for field, paths in lists.items())
-    return (names, chosen) if exact and selects_exactly(names, forms) else (forms.keys(), lists)
+    chosen = {field: [name for name in names if _select([name], own)] for field, own in paths.items()}
+    exact = all(_listed(chosen[field], forms) == own for field, own in paths.items())
+    if exact and selects_exactly(names, forms):
+        return names, dict(chosen)
+    one_by_one = {field: _listed(own, forms) == own for field, own in paths.items()}
+    return forms.keys(), {
+        field: own if one_by_one[field] else "|".join(map(re.escape, own)) for field, own in paths.items()
+    }
 
 
 def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
@@ -256,6 +285,13 @@ def selects_exactly(names: Collection[str], paths: Collection[str]) -> bool:
 
 def _select(names: Collection[str], paths: Collection[str]) -> list[str]:
     return [path for path in paths if any(path == name or path.endswith("." + name) for name in names)]
+
+
+def _listed(names: Collection[str] | str, paths: Collection[str]) -> list[str]:
+    """The paths that a list of names selects by PEFT's rule for such fields; a text is an expression."""
+    if isinstance(names, str):
+        return [path for path in paths if re.fullmatch(names, path)]
+    return [path for path in paths if path.endswith(tuple(names))]
 
 
 def _pattern_key(keys: Collection[str], path: str) -> str:

@@ -35,7 +35,8 @@ class Form:
             {"alpha": "lora_alpha", "init_weights": "init_lora_weights"}.
         constants: further fields that PEFT needs for this type: name → the value to write. In a file that is
             read they may have any value, so name no field that changes what the tensors mean.
-        lists_sites: the field that lists the sites of this form, such as "feedforward_modules" of IA3.
+        lists_sites: the field that lists the sites of this form, such as "feedforward_modules" of IA3. In a
+            file with this field, the listed sites have this form, and no others.
 
     The config has a rank and alpha if a form of its type has the axis r or a scale. For an update without
     this axis, the rank is the constant "r", or 1.
@@ -138,14 +139,14 @@ def fields_of_types() -> dict[str, dict[str, str]]:
     return types
 
 
-def closest_form(found: Mapping[str, Tensor], peft_type: str) -> Form:
-    """The form of a type with the fewest tensors that has all that were found, or else the most of them."""
+def closest_form(found: Mapping[str, Tensor], forms: Sequence[Form]) -> Form:
+    """The form with the fewest tensors that has all that were found, or else the most of them."""
 
     def distance(form: Form) -> tuple[int, int, int]:
         other = sum(not _may_have(form.axes.get(stem, ()), tensor) for stem, tensor in found.items())
         return len(found.keys() - form.axes.keys()), other, len(form.axes)
 
-    return min(forms_of(peft_type), key=distance)
+    return min(forms, key=distance)
 
 
 def parse_key(key: str) -> re.Match[str] | None:

@@ -98,12 +98,7 @@ class DoRA(Update):
 
     def columns(self, start: int, stop: int) -> "DoRA":
         """The update of the columns start to stop of W."""
-        return DoRA(self.U, self.V[:, start:stop], self.magnitude[start:stop], self.scale)
-
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "DoRA":
-        """The same update in another dtype or on another device."""
-        U, V, magnitude = (tensor.to(device, dtype) for tensor in self.tensors().values())
-        return DoRA(U, V, magnitude, self.scale)
+        return type(self)(self.U, self.V[:, start:stop], self.magnitude[start:stop], self.scale)
 
     def delta_norm(self) -> float:
         """Raises ShapeError, because the norm depends on W."""

@@ -130,7 +130,7 @@ class LowRank(Update):
 
     def columns(self, start: int, stop: int) -> "LowRank":
         """The update of the columns start to stop of W (d×(stop − start))."""
-        return LowRank(self.U, self.V[:, start:stop], self.scale)
+        return type(self)(self.U, self.V[:, start:stop], self.scale)
 
     def delta_norm(self) -> float:
         """‖ΔW‖_F in float64, from the factors."""
@@ -158,10 +158,6 @@ class LowRank(Update):
     def truncation_loss(self, rank: int) -> float:
         """‖ΔW − truncate(rank)‖_F, computed without truncating (Eckart-Young)."""
         return algebra.tail_norm(self.sigma, rank)
-
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "LowRank":
-        """The same update in another dtype or on another device."""
-        return type(self)(self.U.to(device, dtype), self.V.to(device, dtype), self.scale)
 
     def __add__(self, other: Update) -> "LowRank":
         if not isinstance(other, LowRank):

@@ -4,8 +4,10 @@ It does not implement an update: `LowRank` is one type, `DoRA` another. Other co
 and does not assume that an update has factors.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -49,7 +51,7 @@ class Update(ABC):
 
     @abstractmethod
     def columns(self, start: int, stop: int) -> "Update":
-        """The update of the columns start to stop of W (d×(stop − start))."""
+        """The update of the columns start to stop of W (d×(stop − start)), of the same type."""
 
     @abstractmethod
     def delta_norm(self) -> float:
@@ -71,9 +73,13 @@ class Update(ABC):
     def truncate(self, rank: int) -> "Update":
         """The best approximation of at most this rank."""
 
-    @abstractmethod
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Update":
-        """The same update in another dtype or on another device."""
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        """The same update in another dtype or on another device.
+
+        The type must be a dataclass whose fields have the names of its tensors, or replace this method.
+        """
+        moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[type-var]
 
     @abstractmethod
     def __add__(self, other: "Update") -> "Update": ...

@@ -132,7 +132,7 @@ def _add(
 ) -> tuple[Float[Tensor, "d h"], SiteDrift]:
     """W + ΔW in a dtype, rounded to nearest without `stochastic`, and how it differs from the exact sum."""
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-    update = update.to(dtype=wide, device=W.device)
+    update = _checked(update.to(dtype=wide, device=W.device), update, W, path)
     x = torch.randn(PROBE_ROWS, W.shape[0], generator=torch.Generator().manual_seed(0)).to(W.device, wide)
     merged = torch.empty_like(W, dtype=dtype)
     size = kept = lost = output_error = output = 0.0  # squares of norms, except `kept`
@@ -142,7 +142,8 @@ def _add(
         stop = min(start + columns, W.shape[1])
         base, block = W[:, start:stop].to(wide), merged[:, start:stop]
         # In W's own memory layout: sums over mixed layouts are several times slower.
-        delta = torch.empty_like(base).copy_(update.columns(start, stop).dense(base))
+        part = _checked(update.columns(start, stop), update, base, path)
+        delta = torch.empty_like(base).copy_(part.dense(base))
         total = base + delta
         block.copy_(total if stochastic is None else stochastic(total, column=start))
         rest = torch.sub(block, base).sub_(delta)  # the rounding error
@@ -160,6 +161,21 @@ def _add(
         stochastic=stochastic is not None,
     )
     return merged, drift
+
+
+def _checked(part: Update, update: Update, W: Float[Tensor, "d n"], path: str) -> Update:
+    """An update that was made of another one by `to` or `columns`, for the weight W.
+
+    Raises:
+        MergeError: it has another type or shape, as an inherited method may return.
+    """
+    if type(part) is not type(update) or not part.fits(W.shape):
+        raise MergeError(
+            f"{path}: `to` or `columns` of {type(update).__name__} returned a {type(part).__name__} of shape "
+            f"{part.shape} for a weight of shape {tuple(W.shape)}; replace these methods in "
+            f"{type(update).__name__}"
+        )
+    return part
 
 
 def _sum(X: Float[Tensor, "d h"]) -> float:

@@ -11,7 +11,7 @@ from brushstroke.outputs.foreign import (
     read_first,
     refuse_existing,
 )
-from brushstroke.outputs.lock import RunLock
+from brushstroke.outputs.lock import RunLock, refuse_other_process
 from brushstroke.outputs.read import OpenFolder, open_folder, read_unreplaced
 from brushstroke.outputs.replace import (
     clear_leftovers,
@@ -48,6 +48,7 @@ __all__ = [
     "read_first",
     "read_unreplaced",
     "refuse_existing",
+    "refuse_other_process",
     "remove_empty",
     "remove_files",
     "remove_own",

@@ -8,7 +8,7 @@ does not support such locks.
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import OutputError
@@ -20,6 +20,7 @@ except ImportError:
 
 PATIENCE, PAUSE = 5.0, 0.005  # seconds to wait for readers of a folder, and between two tries
 LOCKS = Path("/proc/locks")  # on Linux, the list of locks and the processes that hold them
+_NONE = -1  # in place of a handle
 
 
 def lock_shared(path: Path) -> int:
@@ -63,102 +64,117 @@ def try_exclusive(handle: int, *, without_locks: bool) -> bool:
 
 
 @contextmanager
-def exclusive(folder: Path, handle: int) -> Iterator[None]:
-    """Context manager: hold a folder's lock exclusively; afterwards the handle shares it again.
+def unread(folder: Path) -> Iterator[None]:
+    """Context manager: exclude readers, and runs of other processes, while files of a folder are removed.
 
     Raises:
-        OutputError: another process still holds it after `PATIENCE` seconds.
+        OutputError: another process still holds the lock after `PATIENCE` seconds.
     """
-    end = time.monotonic() + PATIENCE
-    while not try_exclusive(handle, without_locks=True):
-        _share(handle)  # the failed try has released the shared lock
-        if time.monotonic() > end:
-            raise _in_use(folder)
-        time.sleep(PAUSE)
+    run = _run_at(folder)
+    handle = lock_shared(folder) if run is None else run.handle
+    try:
+        with _exclusive(folder, handle):
+            yield
+    finally:
+        if run is None:
+            os.close(handle)
+
+
+@contextmanager
+def handed_over(folder: Path, new: Path) -> Iterator[None]:
+    """Context manager: `new` replaces a folder, also as the one that a run of this process has locked."""
+    run = _run_at(folder)
+    if run is None:
+        yield
+        return
+    handle = lock_shared(new)
     try:
         yield
     finally:
-        _share(handle)
+        if is_at(handle, folder):
+            run.handle, handle = handle, run.handle
+        os.close(handle)
+
+
+def refuse_other_process(folder: Path) -> None:
+    """Check that no other process holds the lock of a folder; a run of this process may hold it.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    if _run_at(folder) is None:
+        RunLock(folder).refuse_other()
 
 
 class RunLock:
-    """The lock of a folder while a run writes it: shared with readers, but not with other runs."""
+    """The lock of a folder while a run writes it: shared with readers, but not with other runs.
+
+    If this process replaces the folder, the lock is then that of the new one (`handed_over`).
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._handle: int | None = None
+        self.handle = _NONE
         self._made_folder = False
 
     @property
     def is_locked(self) -> bool:
         """Whether this run holds the lock."""
-        return self._handle is not None
+        return self.handle != _NONE
 
     def refuse_other(self) -> None:
-        """Check that no other process holds the lock; creates nothing.
+        """Check that nobody else holds the lock; creates nothing.
 
         Raises:
-            OutputError: another process holds it.
+            OutputError: another run or process holds it.
         """
         if self._folder.is_dir():
-            with suppress(PermissionError):
+            with suppress(FileNotFoundError, PermissionError):
                 os.close(self._take())
 
     def take(self) -> None:
         """Hold the lock from now on; creates the folder if it does not exist.
 
         Raises:
-            OutputError: another process holds it.
+            OutputError: another run or process holds it.
             OSError: the folder cannot be created.
         """
-        if self._handle is None:
+        if not self.is_locked:
             self._made_folder = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._handle = self._take()
+            self.handle = self._take()
+            _HELD.append(self)
 
-    def follow(self) -> None:
-        """If the locked folder was replaced, lock the folder that has its path now.
+    def require_place(self) -> None:
+        """Check that the path still names the locked folder, if this run holds the lock.
 
         Raises:
-            OutputError: another run has locked that folder.
+            OutputError: the folder was moved or removed, or another process has replaced it.
         """
-        if self._handle is None or is_at(self._handle, self._folder) or not self._folder.exists():
-            return
-        replaced, self._handle = self._handle, self._take()
-        os.close(replaced)
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Context manager: exclude readers while files are removed, if this run holds the lock."""
-        with nullcontext() if self._handle is None else exclusive(self._folder, self._handle):
-            yield
-
-    @contextmanager
-    def moved(self, new: Path) -> Iterator[None]:
-        """Context manager: the folder `new` takes the place of the locked one, and so does its lock."""
-        handle = None if self._handle is None else lock_shared(new)
-        try:
-            yield
-            self._handle, handle = handle, self._handle
-        finally:
-            if handle is not None:
-                os.close(handle)
+        if self.is_locked and not is_at(self.handle, self._folder):
+            raise OutputError(
+                f"{self._folder} is no longer the folder of this run: it was moved or removed, or another "
+                "process has replaced it. The run stops and writes nothing more; continue it from its last "
+                "checkpoint with --resume (resume=True), with the folder that contains its checkpoints"
+            )
 
     def release(self) -> None:
         """Release the lock; removes the folder if `take` created it and it is empty."""
-        if self._handle is None:
+        if not self.is_locked:
             return
-        if self._made_folder:
+        if self._made_folder and is_at(self.handle, self._folder):
             with suppress(OSError):
                 self._folder.rmdir()
-        os.close(self._handle)
-        self._handle = None
+        with suppress(ValueError):  # in a fork of the process that holds it
+            _HELD.remove(self)
+        os.close(self.handle)
+        self.handle = _NONE
 
     def _take(self) -> int:
         while True:
             handle = lock_shared(self._folder)
             try:
-                with exclusive(self._folder, handle):
+                with _exclusive(self._folder, handle):
                     pass
             except BaseException:
                 os.close(handle)
@@ -168,6 +184,35 @@ class RunLock:
             os.close(handle)
 
 
+_HELD: list[RunLock] = []  # the locks of this process's runs
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_HELD.clear)
+
+
+def _run_at(folder: Path) -> RunLock | None:
+    """The lock that a run of this process holds on a folder."""
+    return next((run for run in _HELD if is_at(run.handle, folder)), None)
+
+
+@contextmanager
+def _exclusive(folder: Path, handle: int) -> Iterator[None]:
+    """Context manager: hold a folder's lock exclusively; afterwards the handle shares it again.
+
+    Raises:
+        OutputError: another process still holds it after `PATIENCE` seconds.
+    """
+    end = time.monotonic() + PATIENCE
+    while not try_exclusive(handle, without_locks=True):
+        _share(handle)  # the failed try has released the shared lock
+        if time.monotonic() > end:
+            raise _in_use(folder, handle)
+        time.sleep(PAUSE)
+    try:
+        yield
+    finally:
+        _share(handle)
+
+
 def _share(handle: int) -> None:
     """Share the lock of an opened folder or file."""
     if fcntl is not None:
@@ -175,9 +220,14 @@ def _share(handle: int) -> None:
             fcntl.flock(handle, fcntl.LOCK_SH)
 
 
-def _in_use(folder: Path) -> OutputError:
+def _in_use(folder: Path, handle: int) -> OutputError:
     """The error for a locked folder; names the process that holds the lock if the system lists it."""
-    found, processes = folder.stat(), []
+    if not is_at(handle, folder):
+        return OutputError(
+            f"{folder} was moved, removed or replaced while this process waited for its lock; repeat the "
+            "command, or choose another folder"
+        )
+    found, processes = os.fstat(handle), []
     place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with suppress(OSError):
         for line in LOCKS.read_text().splitlines():
@@ -187,5 +237,6 @@ def _in_use(folder: Path) -> OutputError:
     processes.sort(key=lambda process: process != os.getpid())  # this process may share it too
     holder = f" (process {processes[-1]})" if processes else ""
     return OutputError(
-        f"another process writes or reads {folder}{holder}; wait for it, or choose another folder"
+        f"another run is writing to {folder}, or another process is reading it{holder}; wait for it, or "
+        "choose another folder"
     )

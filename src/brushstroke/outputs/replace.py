@@ -9,12 +9,12 @@ there is no folder; if the process is killed then, the next write first restores
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import OutputError
 from brushstroke.outputs.exchange import exchange
-from brushstroke.outputs.lock import RunLock, try_exclusive
+from brushstroke.outputs.lock import handed_over, try_exclusive
 from brushstroke.outputs.write import (
     PARTIAL,
     made_folder,
@@ -36,7 +36,6 @@ def replace_files(
     *,
     last: str,
     owned: Collection[str],
-    lock: RunLock | None = None,
 ) -> None:
     """Replace the files of a folder that belong together; other files stay.
 
@@ -47,16 +46,16 @@ def replace_files(
 
     Args:
         folder: created if it does not exist; call `clear_leftovers` first.
-        files, last, owned, lock: as for `write_files`.
+        files, last, owned: as for `write_files`.
 
     Raises:
         OutputError: a file cannot be written; the old files are unchanged, unless `write_files` was used.
     """
     nothing_to_lose = folder.is_dir() and any(folder.iterdir()) and not os.path.lexists(folder / last)
     if nothing_to_lose or _is_fixed(folder.resolve()):
-        write_files(folder, files, last=last, owned=owned, lock=lock)
+        write_files(folder, files, last=last, owned=owned)
         return
-    with replace_folder(folder, owned.__contains__, lock=lock) as new:
+    with replace_folder(folder, owned.__contains__) as new:
         for name, content in files.items():
             write_synced(new / name, content)
 
@@ -79,17 +78,16 @@ def replace_folder(
     is_owned: Callable[[str], bool],
     *,
     check: Callable[[], None] = lambda: None,
-    lock: RunLock | None = None,
 ) -> Iterator[Path]:
     """Context manager: an empty folder that replaces another at the end, or is removed after an error.
 
-    Its files replace those of the old folder; other files stay.
+    Its files replace those of the old folder; other files stay. If a run of this process has
+    locked the old folder, it has then locked the new one.
 
     Args:
         folder: to replace or to create; call `clear_leftovers` first.
         is_owned: whether to remove a file of the old folder (by its relative path) that no new one replaces.
         check: called right before the exchange; if it raises, the old folder does not change.
-        lock: of the run that writes the folder; afterwards it is the lock of the new one.
 
     Raises:
         OutputError: the old folder has a file where the new one has a folder or the reverse, or a subfolder
@@ -106,7 +104,7 @@ def replace_folder(
             _sync(new)
             _carry_over(folder, new, is_owned)
             check()
-            with lock.moved(new) if lock else nullcontext():
+            with handed_over(folder, new):
                 _swap(new, folder, work / _OLD)
         finally:
             if new.is_dir() and not os.path.samestat(new.stat(), built):  # the exchanged one

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from brushstroke.errors import BrushstrokeError, OutputError
-from brushstroke.outputs.lock import RunLock, exclusive, lock_shared, try_exclusive
+from brushstroke.outputs.lock import lock_shared, try_exclusive, unread
 
 PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")  # a file or folder that is being written
 _FREE_SPACE = "free disk space there, or choose another folder"
@@ -66,7 +66,6 @@ def write_files(
     *,
     last: str,
     owned: Collection[str] = (),
-    lock: RunLock | None = None,
 ) -> None:
     """Write files that belong together to a folder; one of them, the marker, appears last.
 
@@ -78,14 +77,13 @@ def write_files(
         files: name → content.
         last: the name of the marker, for which a reader looks first.
         owned: every name that this kind of folder may hold; those that are not written now are removed.
-        lock: of the run that writes the folder; without it, readers are excluded by a lock of this call.
 
     Raises:
         OutputError: a file cannot be written.
     """
     with output_errors(folder), made_folder(folder):
         placed = {folder / name: content for name, content in files.items()}
-        with partial_files(placed) as partial, lock.exclusive() if lock else _unread(folder, last):
+        with partial_files(placed) as partial, _without_readers(folder, last):
             remove_files(folder, [last, *(name for name in owned if name not in files)])
             for path in sorted(partial, key=lambda path: path.name == last):
                 os.replace(partial[path], path)
@@ -199,14 +197,10 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _unread(folder: Path, marker: str) -> Iterator[None]:
+def _without_readers(folder: Path, marker: str) -> Iterator[None]:
     """Context manager: if the folder has a marker, it may be read; wait for its readers and exclude them."""
     if not os.path.lexists(folder / marker):
         yield
         return
-    handle = lock_shared(folder)
-    try:
-        with exclusive(folder, handle):
-            yield
-    finally:
-        os.close(handle)
+    with unread(folder):
+        yield

@@ -78,7 +78,8 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self._resume, self._overwrite = resume, overwrite
         self._lock = RunLock(self.path)
-        self._lock.refuse_other()
+        with output_errors(self.path):
+            self._lock.refuse_other()
         self.resuming = self._check()
 
     def refuse_start(self, start: Path) -> None:
@@ -171,7 +172,7 @@ class RunFolder:
         """
         if not (self.claimed and session.steps):
             return None
-        self._keep_lock()
+        self._lock.require_place()
         path = self.checkpoint(session.steps)
         save_session(session, path, extra)
         self.prune(best_step)
@@ -183,7 +184,7 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        self._keep_lock()
+        self._lock.require_place()
         return _sums(save(adapter, self.best(step), overwrite=True))
 
     def load_best(self, step: int, sums: Mapping[str, str]) -> Adapter:
@@ -233,7 +234,7 @@ class RunFolder:
             ResumeError: lines that should be kept are missing or damaged; nothing is changed.
             OutputError: it cannot be written.
         """
-        self._keep_lock()
+        self._lock.require_place()
         metrics = lines_until(self.path / METRICS, step, every=True) if step else b""
         evaluations = lines_until(self.path / EVALUATIONS, evaluated) if step else b""
         with output_errors(self.path):
@@ -258,7 +259,7 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        self._keep_lock()
+        self._lock.require_place()
         append(self.path / name, line, first=name == METRICS and line["step"] == 1)
 
     def finish(self, adapter: Adapter, summary: Mapping[str, Any]) -> None:
@@ -267,11 +268,11 @@ class RunFolder:
         Raises:
             OutputError: they cannot be written.
         """
-        self._keep_lock()
+        self._lock.require_place()
         clear_leftovers(self.path, ADAPTER_FILES.__contains__)
         files = as_files(adapter, self.path.resolve().name)
         files[RUN] = json.dumps(summary, indent=2, default=str) + "\n"
-        replace_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES, lock=self._lock)
+        replace_files(self.path, files, last=WEIGHTS, owned=ADAPTER_FILES)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run.
@@ -286,15 +287,6 @@ class RunFolder:
             raise ResumeError(
                 f"{self.path / RUN} cannot be read ({error}); remove it and start over with overwrite"
             ) from error
-
-    def _keep_lock(self) -> None:
-        """Hold the lock of the folder that has the path now, also after a `save` has replaced the folder.
-
-        Raises:
-            OutputError: another run holds it.
-        """
-        with output_errors(self.path):
-            self._lock.follow()
 
     def _check(self) -> bool:
         """Whether there is a run to resume; refuses a folder that must not be overwritten."""
