@@ -12,7 +12,8 @@ from brushstroke.studies import store as store_module
 from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import Arm, Run, on_other_task
 from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, estimate, run_arms
-from brushstroke.studies.store import Store, check_folder
+from brushstroke.studies.store import Store
+from brushstroke.study_folder import check_folder
 
 
 class Ledger:

@@ -29,8 +29,8 @@ from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import Arm
 from brushstroke.studies.page import report_page
 from brushstroke.studies.runner import ArmResult
-from brushstroke.studies.store import locked
 from brushstroke.studies.study import _hash_weights
+from brushstroke.study_folder import locked
 from brushstroke.training import TrainConfig
 
 IDENTITY = {"studies": [], "seeds": [], "arms": []}
@@ -48,11 +48,12 @@ def material(llama) -> Material:
     "plan", [{"foo": 1}, [1], 3, {**PLAN, "seconds": "x"}, {**PLAN, "arms": 5}, {**PLAN, "seeds": []}]
 )
 def test_damaged_plan_error_names_the_file_and_next_step(material, tmp_path, plan):
-    file = tmp_path / "study.json"
-    file.write_text(json.dumps({"identity": IDENTITY, "notes": {"plan": plan}}))
+    with pytest.raises(KeyboardInterrupt):
+        run_studies([ONE_RANK], material, tmp_path, on_estimate=interrupted)
+    change(tmp_path, "notes", plan=plan)
     with pytest.raises(OutputError, match=r"is damaged; start over \(--overwrite\)") as reported:
-        run_studies([RankStudy(("q_proj",), (1,))], material, tmp_path)
-    assert str(file) in str(reported.value)
+        run_studies([ONE_RANK], material, tmp_path)
+    assert str(tmp_path / "study.json") in str(reported.value)
 
 
 def test_other_ranks_in_the_same_folder_are_another_study(material, tmp_path):
@@ -77,6 +78,13 @@ def test_damaged_study_files_are_reported_before_any_run(material, tmp_path, not
     file.write_text(json.dumps(reported))
     with pytest.raises(OutputError, match="is damaged; start over"):
         run_studies(studies, material, tmp_path, execute=untold)
+
+
+def test_another_study_is_refused_before_steps_are_timed(material, tmp_path):
+    """A study that was killed before it stored its plan."""
+    (tmp_path / "study.json").write_text(json.dumps({"identity": IDENTITY, "notes": {}}))
+    with pytest.raises(ResumeError, match="holds another study"):
+        run_studies([ONE_RANK], material, tmp_path, execute=lambda *_: pytest.fail("timed"))
 
 
 def interrupted(*_):

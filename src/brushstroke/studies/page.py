@@ -19,9 +19,9 @@ from brushstroke.report.tables import csv_text, latex_text
 from brushstroke.studies.arms import exact
 from brushstroke.studies.findings import Figure, Table
 from brushstroke.studies.runner import ArmResult
-from brushstroke.studies.store import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.studies.study import Report
 from brushstroke.studies.words import counted
+from brushstroke.study_folder import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.training.summary import versions
 
 PNG_SCALE = 2.0

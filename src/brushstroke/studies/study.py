@@ -33,16 +33,15 @@ from brushstroke.studies.runner import (
     estimate,
     run_arms,
 )
-from brushstroke.studies.store import (
+from brushstroke.studies.store import START_OVER, Store, damaged
+from brushstroke.study_folder import (
     RUNS,
-    START_OVER,
     STUDY,
-    Store,
     base_before,
     check_folder,
-    damaged,
     locked,
     planned_before,
+    require_settings,
 )
 from brushstroke.training import TrainConfig
 from brushstroke.training.summary import versions
@@ -198,6 +197,7 @@ def run_studies(
     with nullcontext() if reading else locked(folder):
         if not overwrite:
             settings["base"] = _known_base(folder, material.base, settings["base"], reading)
+            require_settings(folder, settings)
         began = time.perf_counter()
         known = None if overwrite else planned_before(folder)
         if known is None:
