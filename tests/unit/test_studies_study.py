@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,7 @@ from brushstroke.study_folder import locked
 from brushstroke.training import TrainConfig
 
 IDENTITY = {"studies": [], "seeds": [], "arms": []}
-PLAN = {"seconds": 1.0, "runs": 4, "arms": ["q r=1"], "seeds": [0], "left_out": []}
+PLAN = {"seconds": 1.0, "runs": 4, "arms": ["q r=1"], "seeds": [0]}
 
 
 @pytest.fixture
@@ -191,29 +192,58 @@ def test_a_folder_has_one_study_at_a_time(material, tmp_path, monkeypatch):
     run_studies([ONE_RANK], material, tmp_path)
 
 
+def run_part(studies, material, folder, arms, seeds=(0,)):
+    """The findings of a study of which a budget of a minute left out other arms and seeds."""
+    with pytest.raises(KeyboardInterrupt):
+        run_studies(studies, material, folder, budget_minutes=1.0, on_estimate=interrupted)
+    plan = {**stored(folder)["notes"]["plan"], "arms": list(arms), "seeds": list(seeds)}
+    change(folder, "notes", plan=plan)
+    return run_studies(studies, material, folder, budget_minutes=1.0)
+
+
 def test_a_question_whose_arms_the_budget_left_out_names_the_budget(material, tmp_path):
     questions = [TargetsStudy({"q": ("q_proj",), "v": ("v_proj",)}, rank=1)]
     questions += [RankStudy(("o_proj",), (1,)), SeedsStudy(("o_proj",), 2), DeltaStudy(("o_proj",), (2,))]
-    with pytest.raises(KeyboardInterrupt):
-        run_studies(questions, material, tmp_path, on_estimate=interrupted)
-    plan = stored(tmp_path)["notes"]["plan"]
-    change(tmp_path, "notes", plan={**plan, "arms": ["q r=1"], "left_out": ["arms all others"]})
-    first, *others = run_studies(questions, material, tmp_path).findings
-    assert "(--budget-minutes)" not in first.answer
+    report = run_part(questions, material, tmp_path, ["q r=1"])
+    first, *others = report.findings
+    assert first.answer.endswith("Not run, because of the time budget (--budget-minutes): “v r=1”.")
     for finding in others:
-        assert finding.answer.startswith("No arm of this question was run, because the time budget")
-        assert "(--budget-minutes)" in finding.answer
+        assert (
+            finding.answer
+            == "No arm of this question was run, because of the time budget (--budget-minutes)."
+        )
         assert all(table.rows for table in finding.tables)
-        assert any("(--budget-minutes): arms all others" in note for note in finding.notes)
+        assert any(": arms “v r=1”, “o r=1”, “o W itself”, “o r=2”." in note for note in finding.notes)
+    left_out = ["v r=1", "o r=1", "o W itself", "o r=2"]
+    assert report.as_dict()["estimate"]["left_out_arms"] == left_out
+
+
+@pytest.mark.parametrize(
+    ("study", "kept", "missing"),
+    [
+        (TargetsStudy({"q": ("q_proj",), "v": ("v_proj",), "o": ("o_proj",)}, rank=1), 1, "“v r=1”, “o r=1”"),
+        (RankStudy(("q_proj",), (1, 2)), 2, "“q W itself”"),
+        (IntrinsicStudy(("q_proj",), (2, 4)), 1, "“q W itself, 2 dimensions”, “q W itself, 4 dimensions”"),
+        (IntrinsicStudy(("q_proj",), (2, 4)), 2, "“q W itself, 4 dimensions”"),
+    ],
+)
+def test_arms_that_the_budget_left_out_are_in_the_answer_and_the_table(
+    material, tmp_path, study, kept, missing
+):
+    names = [arm.name for arm in study.arms(material)]
+    (finding,) = run_part([study], material, tmp_path, names[:kept]).findings
+    assert finding.answer.endswith(f" Not run, because of the time budget (--budget-minutes): {missing}.")
+    assert "that could be chosen" not in finding.answer.replace("No set that was run", "").replace(
+        "No rank", ""
+    )
+    cells = {row[0]: row[2] for row in finding.tables[0].rows}
+    assert cells.keys() == {*names}
+    assert all("left out by the budget" in cells[name] for name in names[kept:])
 
 
 def test_two_seeds_are_missed_because_of_the_budget(material, tmp_path):
-    studies = [SeedsStudy(("q_proj",), 1)]
-    with pytest.raises(KeyboardInterrupt):
-        run_studies(studies, material, tmp_path, on_estimate=interrupted)
-    plan = stored(tmp_path)["notes"]["plan"]
-    change(tmp_path, "notes", plan={**plan, "left_out": ["seed 1"]})
-    (finding,) = run_studies(studies, material, tmp_path).findings
+    two = replace(material, grid=Grid((1e-3, 1e-2), (0, 1)))
+    (finding,) = run_part([SeedsStudy(("q_proj",), 1)], two, tmp_path, ["q r=1"]).findings
     assert "the time budget left only one: give more minutes (--budget-minutes)" in finding.answer
 
 

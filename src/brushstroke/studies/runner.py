@@ -67,7 +67,8 @@ class Estimate:
         runs: number of planned runs.
         arms: the arms that fit into the budget.
         seeds: the seeds that fit into the budget.
-        left_out: the arms and seeds that do not fit, as text, one line each.
+        left_out_arms: the arms that do not fit.
+        left_out_seeds: the seeds that do not fit.
         budget_minutes: the time budget for which the plan was made; None if there was none.
         resumed: whether the plan was read from the folder of an interrupted or finished study.
         finished: whether all runs of the study are finished.
@@ -77,30 +78,42 @@ class Estimate:
     runs: int
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
-    left_out: tuple[str, ...] = ()
+    left_out_arms: tuple[str, ...] = ()
+    left_out_seeds: tuple[int, ...] = ()
     budget_minutes: float | None = None
     resumed: bool = False
     finished: bool = False
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> "Estimate":
-        """The inverse of `dataclasses.asdict`, also after JSON.
+    def from_dict(cls, stored: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> "Estimate":
+        """The inverse of `as_dict`, also after JSON and of older versions.
+
+        Args:
+            stored: the plan; what it left out is not read from it.
+            arms, seeds: all arms and seeds of the study.
 
         Raises:
             KeyError, TypeError, ValueError: the data is not an estimate.
         """
-        arms, seeds, left_out = (tuple(stored[name]) for name in ("arms", "seeds", "left_out"))
-        if not arms or not seeds or {type(seed) for seed in seeds} != {int}:
+        kept, of_plan = tuple(stored["arms"]), tuple(stored["seeds"])
+        if not kept or not of_plan or {type(seed) for seed in of_plan} != {int}:
             raise ValueError("a plan needs arms, and seeds that are whole numbers")
         budget = stored.get("budget_minutes")  # older versions did not store it
         return cls(
             float(stored["seconds"]),
             int(stored["runs"]),
-            arms,
-            seeds,
-            left_out,
+            kept,
+            of_plan,
+            tuple(arm for arm in arms if arm not in kept),
+            tuple(seed for seed in seeds if seed not in of_plan),
             None if budget is None else float(budget),
         )
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The arms and seeds that do not fit, as text: a line each for seeds and arms."""
+        both = (("seed", self.left_out_seeds), ("arm", [f"“{name}”" for name in self.left_out_arms]))
+        return tuple(listed(one, names) for one, names in both if names)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON types, without the state of the study."""
@@ -175,10 +188,6 @@ class Results:
         """The seeds with which all of these arms have an update."""
         common = [set(self.arms[name].seeds) for name in names]
         return tuple(seed for seed in self.estimate.seeds if all(seed in found for found in common))
-
-    def left_out(self, names: Sequence[str]) -> bool:
-        """Whether the time budget left out all of these arms, so that none was run."""
-        return not any(name in self.arms for name in names)
 
     def conclusive(self, names: Sequence[str] | None = None) -> dict[str, ArmResult]:
         """The arms whose learning rate could be chosen."""
@@ -256,13 +265,11 @@ def estimate(
             f"one arm takes about {seconds / 60:.2g} minutes with one seed and the budget is "
             f"{budget_minutes:g}: give {advice}"
         )
-    left_out = []
-    if seeds < len(grid.seeds):
-        left_out.append(listed("seed", grid.seeds[seeds:]))
-    if len(kept) < len(arms):
-        left_out.append(listed("arm", [arm.name for arm in arms[len(kept) :]]))
-    names = tuple(arm.name for arm in kept)
-    return Estimate(seconds, runs, names, grid.seeds[:seeds], tuple(left_out), budget_minutes)
+    names = tuple(arm.name for arm in arms)
+    fit = len(kept)
+    return Estimate(
+        seconds, runs, names[:fit], grid.seeds[:seeds], names[fit:], grid.seeds[seeds:], budget_minutes
+    )
 
 
 def all_finished(

@@ -46,6 +46,7 @@ from brushstroke.study_folder import (
 from brushstroke.training import TrainConfig
 from brushstroke.training.summary import versions
 
+LEFT_OUT = "because of the time budget (--budget-minutes)"
 USED = (  # settings of a training config that runs use; rates and seeds come from the grid
     *("epochs", "max_steps", "schedule", "warmup", "weight_decay", "clip", "batch_size"),
     *("micro_tokens", "memory", "max_length"),
@@ -210,7 +211,8 @@ def run_studies(
             )
         else:
             with damaged(folder / STUDY, START_OVER):
-                planned = replace(Estimate.from_dict(known), resumed=True)
+                before = Estimate.from_dict(known, tuple(arms), material.grid.seeds)
+                planned = replace(before, resumed=True)
         store = Store(folder, settings, overwrite=overwrite)
         with damaged(folder / STUDY, START_OVER):
             kept = [arms[name] for name in planned.arms]
@@ -251,8 +253,21 @@ def run_studies(
             name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()
         }
         results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
-        findings = tuple(study.read(results, arm_runner) for study in studies)
+        findings = tuple(
+            _with_left_out(study.read(results, arm_runner), study.arms(material), results)
+            for study in studies
+        )
         return Report(findings, results, settings, float(store.note("seconds") or 0.0))
+
+
+def _with_left_out(finding: Finding, arms: Sequence[Arm], results: Results) -> Finding:
+    """The finding, with the arms of its study that the time budget left out in the answer."""
+    missing = [f"“{arm.name}”" for arm in arms if arm.name not in results.arms]
+    if not missing:
+        return finding
+    if len(missing) == len(arms):
+        return replace(finding, answer=f"No arm of this question was run, {LEFT_OUT}.")
+    return replace(finding, answer=f"{finding.answer} Not run, {LEFT_OUT}: {', '.join(missing)}.")
 
 
 def _known_base(folder: Path, base: Base, now: str, reading: bool) -> str:
