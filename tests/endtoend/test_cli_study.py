@@ -490,17 +490,21 @@ def test_finished_runs_are_read_again_and_nothing_is_trained(cli, finished, tmp_
 
 
 @pytest.mark.slow
-def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, finished, tmp_path):
-    """They kept no losses of single rows, and stated no margin."""
+def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, finished, tmp_path, monkeypatch):
+    """They kept no losses of single rows, stated no margin, and compared the base by a weaker hash."""
     out = finished("targets").copy(tmp_path / "out")
     words = (*finished("targets").words, "--out", out)
     for file in out.glob("runs/*/test_rows.json"):
         file.unlink()
     study = json.loads((out / "study.json").read_text("utf-8"))
     del study["notes"]["margins"]
+    study["identity"]["base"] = "older"
+    monkeypatch.setattr("brushstroke.studies.study._hash_sample", lambda _: "older")
     (out / "study.json").write_text(json.dumps(study))
     again = cli(*words, "--reread", "--margin", "0.5")
     assert again.status == 0, again.err
+    assert "the base was compared with that of the runs by the hash of an older" in again.err.lower()
+    assert "by the hash of an older version" in (out / "report.html").read_text("utf-8")
     (finding,) = results(out)["findings"]
     assert all(one["on_new_rows"] is None for one in finding["data"]["comparison"]["differences"])
     assert any("speak of these test rows only" in note for note in finding["notes"])

@@ -1,6 +1,7 @@
 """A study's folder and its results as JSON: damage is reported, nearly equal rates stay distinct."""
 
 import hashlib
+import html
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,14 +24,13 @@ from brushstroke.studies import (
     SeedsStudy,
     TargetsStudy,
     Task,
-    finished_only,
     run_studies,
 )
 from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import Arm
 from brushstroke.studies.page import report_page
 from brushstroke.studies.runner import ArmResult
-from brushstroke.studies.study import _hash_weights
+from brushstroke.studies.study import BY_A_SAMPLE, LEFT_OUT, _hash_weights
 from brushstroke.study_folder import locked
 from brushstroke.training import TrainConfig
 
@@ -154,13 +154,16 @@ def sample_hash(model):
 def test_study_with_the_older_hash_of_its_base_is_read_but_not_continued(material, tmp_path):
     answer = run_studies([ONE_RANK], material, tmp_path).findings[0].answer
     change(tmp_path, "identity", base=sample_hash(material.base.model))
-    again = run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
+    again = run_studies([ONE_RANK], material, tmp_path, reread=True)
     assert again.findings[0].answer == answer
+    assert again.notes == (BY_A_SAMPLE,)
+    page = html.unescape(report_page(again, title="again").html())
+    assert "the hash of an older version, which contains 64 values" in page
     with pytest.raises(ResumeError, match=r"of an older version.*\(--reread\)"):
         run_studies([ONE_RANK], material, tmp_path)
     change(tmp_path, "identity", base="0123456789abcdef")
     with pytest.raises(ResumeError, match="holds another study"):
-        run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
+        run_studies([ONE_RANK], material, tmp_path, reread=True)
 
 
 def test_seconds_do_not_grow_when_nothing_is_trained(material, tmp_path):
@@ -168,7 +171,7 @@ def test_seconds_do_not_grow_when_nothing_is_trained(material, tmp_path):
     first = run_studies([ONE_RANK], material, tmp_path, on_estimate=plans.append)
     again = [
         run_studies([ONE_RANK], material, tmp_path, on_estimate=plans.append, **execute)
-        for execute in ({"execute": finished_only}, {})
+        for execute in ({"reread": True}, {})
     ]
     assert [report.seconds for report in again] == [first.seconds, first.seconds]
     assert [plan.finished for plan in plans] == [False, True, True]
@@ -188,7 +191,7 @@ def test_a_folder_has_one_study_at_a_time(material, tmp_path, monkeypatch):
     with locked(tmp_path):
         with pytest.raises(OutputError, match="another process writes or reads"):
             run_studies([ONE_RANK], material, tmp_path)
-        run_studies([ONE_RANK], material, tmp_path, execute=finished_only)
+        run_studies([ONE_RANK], material, tmp_path, reread=True)
     run_studies([ONE_RANK], material, tmp_path)
 
 
@@ -208,14 +211,11 @@ def test_a_question_whose_arms_the_budget_left_out_names_the_budget(material, tm
     first, *others = report.findings
     assert first.answer.endswith("Not run, because of the time budget (--budget-minutes): “v r=1”.")
     for finding in others:
-        assert (
-            finding.answer
-            == "No arm of this question was run, because of the time budget (--budget-minutes)."
-        )
+        assert finding.answer == f"No arm of this question was run, {LEFT_OUT}."
         assert all(table.rows for table in finding.tables)
         assert any(": arms “v r=1”, “o r=1”, “o W itself”, “o r=2”." in note for note in finding.notes)
     left_out = ["v r=1", "o r=1", "o W itself", "o r=2"]
-    assert report.as_dict()["estimate"]["left_out_arms"] == left_out
+    assert report.as_dict()["estimate"]["left_out_arms"] == (*left_out,)
 
 
 @pytest.mark.parametrize(
@@ -233,12 +233,30 @@ def test_arms_that_the_budget_left_out_are_in_the_answer_and_the_table(
     names = [arm.name for arm in study.arms(material)]
     (finding,) = run_part([study], material, tmp_path, names[:kept]).findings
     assert finding.answer.endswith(f" Not run, because of the time budget (--budget-minutes): {missing}.")
-    assert "that could be chosen" not in finding.answer.replace("No set that was run", "").replace(
-        "No rank", ""
-    )
-    cells = {row[0]: row[2] for row in finding.tables[0].rows}
+    assert "only set with a learning rate" not in finding.answer
+    cells = {row[0]: row[3] for row in finding.tables[0].rows}
     assert cells.keys() == {*names}
     assert all("left out by the budget" in cells[name] for name in names[kept:])
+
+
+@pytest.mark.parametrize("budget", [None, 60.0])
+def test_a_larger_budget_continues_with_what_was_left_out(material, tmp_path, budget):
+    """The finished runs are kept, and the report equals that of a study in one go."""
+    two = replace(material, grid=Grid((1e-3, 1e-2), (0, 1)))
+    studies = [RankStudy(("q_proj",), (1, 2), train_whole=False)]
+    run_part(studies, two, tmp_path / "part", ["q r=1"])
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("part/runs/*/outcome.json")}
+    again = run_studies(studies, two, tmp_path / "part", reread=True)
+    assert again.results.estimate.left_out == ("seed 1", "arm “q r=2”")
+    whole = run_studies(studies, two, tmp_path / "part", budget_minutes=budget)
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert whole.results.estimate.left_out == ()
+    assert whole.results.estimate.budget_minutes == budget
+    in_one_go = run_studies(studies, two, tmp_path / "whole", budget_minutes=budget)
+    assert whole.findings == in_one_go.findings
+    plans = []
+    run_studies(studies, two, tmp_path / "part", budget_minutes=0.1, on_estimate=plans.append)
+    assert [(plan.finished, plan.left_out) for plan in plans] == [(True, ())]
 
 
 def test_two_seeds_are_missed_because_of_the_budget(material, tmp_path):

@@ -227,7 +227,6 @@ def study(
     require("scipy.special", extra="study")
     from brushstroke.cores import usable_cores
     from brushstroke.studies import (
-        finished_only,
         in_process,
         paper_questions,
         processes,
@@ -269,11 +268,14 @@ def study(
             out,
             overwrite=settings.overwrite,
             budget_minutes=budget,
-            execute=finished_only if settings.reread else execute,
+            reread=settings.reread,
+            execute=execute,
             workers=workers,
             on_estimate=progress.estimate,
             on_run=progress.run,
         )
+    for note in report.notes:
+        say(note)
     plan = report.results.estimate
     kept = plan.budget_minutes
     if kept is None and plan.left_out:  # a plan of an older version, which did not store its budget

@@ -127,6 +127,7 @@ def report_page(report: Report, *, title: str, command: str = "") -> Page:
     rates = _rate_table(report)
     page.table(rates.columns, rates.rows, rates.caption)
     page.section("Settings")
+    page.text(*report.notes)
     page.table(["setting", "value"], [[name, _brief(value)] for name, value in _settings(report).items()])
     if command:
         page.code(command, "To run it again:")
