@@ -4,13 +4,14 @@ Does not write files (`studies.store` does).
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from brushstroke.errors import OutputError, ResumeError
-from brushstroke.outputs import OwnFiles, RunLock, output_errors, refuse_existing
+from brushstroke.outputs import OwnFiles, RunLock, output_errors, read_first, refuse_existing
 
 STUDY, RUNS, OUTCOME = "study.json", "runs", "outcome.json"
 RESULTS, REPORT = "results.json", "report.html"
@@ -61,6 +62,21 @@ def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             "it, choose another folder, or start over with --overwrite (overwrite=True), which removes its "
             f"{done} finished runs"
         )
+
+
+def refuse_inside(folder: Path) -> None:
+    """Check that a folder is not inside those that a study fills: its model and its runs.
+
+    Raises:
+        OutputError: it is.
+    """
+    path = Path(os.path.realpath(folder))
+    for study in path.parents:
+        if path.relative_to(study).parts[0] in (BASE, RUNS):
+            found = read_first(study / STUDY)
+            identity = found.get("identity") if isinstance(found, dict) else None
+            if isinstance(identity, dict) and identity.keys() >= ALWAYS:
+                raise OutputError(f"{folder} is inside the study {study}; choose another folder")
 
 
 @contextmanager
