@@ -259,20 +259,21 @@ AT_ONCE = {  # wrong input that needs no model: words → message
 }
 
 
-@pytest.mark.parametrize("words", AT_ONCE)
-def test_wrong_input_is_refused_before_torch_is_loaded(tiny, data, tmp_path, words):
-    named = {"BASE": str(tiny), "DATA": str(data), "NONE": str(tmp_path / "none.jsonl")}
+def before_torch(words, out, named):
+    """Runs a study that is refused: its message, after a check that torch was not loaded."""
     program = (
         "import sys; from brushstroke.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", program, "study", *(named.get(word, word) for word in words.split())]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    status, loaded = done.stdout.split()
-    assert status in ("1", "2"), done.stderr
-    assert loaded == "False"
-    assert AT_ONCE[words] in Done(int(status), "", done.stderr).error + "\n"
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.split() in (["1", "False"], ["2", "False"]), done.stderr
+    return Done(1, "", done.stderr).error
+
+
+@pytest.mark.parametrize("words", AT_ONCE)
+def test_wrong_input_is_refused_before_torch_is_loaded(tiny, data, tmp_path, words):
+    named = {"BASE": str(tiny), "DATA": str(data), "NONE": str(tmp_path / "none.jsonl")}
+    assert AT_ONCE[words] in before_torch(words, tmp_path / "out", named) + "\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -289,16 +290,47 @@ def test_folder_that_cannot_be_written_is_refused_before_torch_is_loaded(
     tiny, data, tmp_path, words, out, message
 ):
     (tmp_path / "file").write_text("mine")
-    program = (
-        "import sys; from brushstroke.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
-    )
-    named = {"BASE": str(tiny), "DATA": str(data)}
-    command = [sys.executable, "-c", program, "study", *(named.get(word, word) for word in words.split())]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / out)], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.stdout.split() == ["1", "False"]
-    assert message in Done(1, "", done.stderr).error
+    assert message in before_torch(words, tmp_path / out, {"BASE": str(tiny), "DATA": str(data)})
+
+
+EVERY_KIND = ["rank BASE DATA", "paper BASE DATA", "paper --smollm2"]
+EVERY_KIND += ["paper --tiny", "intrinsic --tiny", "rounding --tiny"]
+
+
+def study_json(**identity):
+    """study.json of a study that has a plan."""
+    return json.dumps({"identity": {"arms": [], **identity}, "notes": {"plan": {}}})
+
+
+@pytest.mark.parametrize("words", EVERY_KIND)
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        ({"mine.txt": "mine"}, "", "is not empty; choose another folder"),
+        ({"study.json": '{"my": 1}'}, "", "was not written by a study"),
+        ({"study.json": study_json(studies=["delta"], seeds=[0])}, "", "(studies: now"),
+        ({"study.json": study_json(studies=["delta"], seeds=[0])}, " --reread", "(studies: now"),
+        ({"mine.txt": "mine"}, " --reread", "contains no study to read again"),
+        ({}, " --reread", "contains no study to read again"),
+    ],
+)
+def test_folder_of_something_else_is_refused_before_torch_is_loaded(
+    tiny, data, tmp_path, words, files, flags, message
+):
+    (tmp_path / "base").mkdir()  # of a study with --tiny
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert message in before_torch(words + flags, tmp_path, {"BASE": str(tiny), "DATA": str(data)})
+    assert {name: (tmp_path / name).read_text() for name in files_in(tmp_path)} == files
+
+
+@pytest.mark.parametrize("flags", ["", " --reread"])
+def test_study_of_another_model_is_refused_before_the_small_one_is_trained(tmp_path, flags):
+    """`paper` of the user's model in that folder has the same questions and seeds."""
+    studies = {"studies": ["targets", "rank", "seeds", "delta"], "seeds": [0, 1, 2, 3, 4]}
+    (tmp_path / "study.json").write_text(study_json(**studies))
+    assert "/base, which is missing" in before_torch("paper --tiny" + flags, tmp_path, {})
+    assert files_in(tmp_path) == {"study.json"}
 
 
 HOLD = (
@@ -461,17 +493,21 @@ def test_finished_runs_are_read_again_and_nothing_is_trained(cli, finished, tmp_
 
 
 @pytest.mark.slow
-def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, finished, tmp_path):
-    """They kept no losses of single rows, and stated no margin."""
+def test_reread_of_older_runs_claims_nothing_about_new_rows(cli, finished, tmp_path, monkeypatch):
+    """They kept no losses of single rows, stated no margin, and compared the base by a weaker hash."""
     out = finished("targets").copy(tmp_path / "out")
     words = (*finished("targets").words, "--out", out)
     for file in out.glob("runs/*/test_rows.json"):
         file.unlink()
     study = json.loads((out / "study.json").read_text("utf-8"))
     del study["notes"]["margins"]
+    study["identity"]["base"] = "older"
+    monkeypatch.setattr("brushstroke.studies.study._hash_sample", lambda _: "older")
     (out / "study.json").write_text(json.dumps(study))
     again = cli(*words, "--reread", "--margin", "0.5")
     assert again.status == 0, again.err
+    assert "the base was compared with that of the runs by the hash of an older" in again.err.lower()
+    assert "by the hash of an older version" in (out / "report.html").read_text("utf-8")
     (finding,) = results(out)["findings"]
     assert all(one["on_new_rows"] is None for one in finding["data"]["comparison"]["differences"])
     assert any("speak of these test rows only" in note for note in finding["notes"])

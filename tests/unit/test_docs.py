@@ -107,6 +107,25 @@ def test_page_of_the_tiny_study_has_the_numbers_of_its_file():
     assert f"{runs} runs in {study['seconds']:.0f} seconds" in page
 
 
+KINDS = ["agrees", "does not agree", "open", "not in the paper", "true by construction"]
+
+
+@pytest.mark.parametrize("page", ["paper_tiny", "paper_smollm2"])
+def test_summary_of_a_study_of_the_paper_has_the_kinds_of_its_body(page):
+    """What is not shown is open: it neither agrees nor disagrees with the paper."""
+    head, body = read(f"docs/{page}.md").split("## Question 1", 1)
+    rows = dict(re.findall(r"^\| (\w[^|]*?) \| (.*) \|$", head.split("\n## ", 1)[1], re.MULTILINE))
+    summary = {
+        next(kind for kind in KINDS if name.startswith(kind)): text
+        for name, text in rows.items()
+        if text != "here"
+    }
+    marks = re.findall(r"^- \*\*(.*?)[:*]", body, re.MULTILINE)
+    found = {next((kind for kind in KINDS if mark.lower().startswith(kind)), mark) for mark in marks}
+    assert found == summary.keys() == set(KINDS)
+    assert "not shown" not in summary["agrees"] + summary["does not agree"]
+
+
 def test_committed_studies_have_no_paths_of_a_machine():
     for file in (ROOT / "docs" / "results").glob("*.json"):
         assert not re.search(r"/(tmp|home|root|work)/", file.read_text("utf-8")), file.name

@@ -1,8 +1,11 @@
 """The presets: their plans, and a complete run of the tiny one."""
 
+import json
+
 import pytest
 
 from brushstroke.base import Base
+from brushstroke.cli import study
 from brushstroke.data import Example
 from brushstroke.errors import ConfigError, OutputError
 from brushstroke.outputs import lock
@@ -13,13 +16,16 @@ from brushstroke.studies import (
     Task,
     paper_questions,
     presets,
+    rounding,
     run_studies,
     smollm2_paper,
     tiny,
+    tiny_intrinsic,
     tiny_paper,
+    tiny_rounding,
 )
 from brushstroke.studies.presets import tiny_material
-from brushstroke.studies.store import check_folder, locked
+from brushstroke.study_folder import check_folder, locked
 from brushstroke.training import TrainConfig
 from sampling import WHOLE
 
@@ -129,3 +135,26 @@ def test_partially_saved_model_is_trained_again(monkeypatch, tmp_path):
     check_folder(tmp_path)
     tiny.tiny_base(tmp_path / "base")
     assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("make", [tiny_paper, tiny_intrinsic, tiny_rounding])
+def test_folder_of_another_study_is_refused_before_the_model_is_trained(monkeypatch, tmp_path, make):
+    monkeypatch.setattr(tiny, "tiny_base", lambda *_: pytest.fail("trained"))
+    stored = {"identity": {"studies": [], "seeds": [], "arms": []}, "notes": {}}
+    (tmp_path / "study.json").write_text(json.dumps(stored))
+    with pytest.raises(OutputError, match="holds another study"):
+        make(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["study.json"]
+
+
+def test_the_command_knows_questions_and_seeds_of_presets_before_torch_is_loaded(llama):
+    row = (Example((1, 2, 3), (0.0, 1.0, 1.0)),)
+    material = Material(
+        Base(llama), {"task": Task("toy", row, row, row)}, TrainConfig(), Grid((1e-3, 1e-2), (0,))
+    )
+    assert [one.name for one in paper_questions(material)] == study.STUDIES["paper"]
+    runs = study.StudyRunOptions()
+    for given, expected in (("tiny", presets.SEEDS), ("smollm2", presets.SMOL_SEEDS)):
+        options = study.QuestionOptions(**{given: True})
+        assert study._seeds("paper", options, runs) == list(expected)
+    assert study._seeds("rounding", study.QuestionOptions(), runs) == list(rounding.SEEDS)

@@ -12,7 +12,8 @@ from brushstroke.studies import store as store_module
 from brushstroke.studies.arm_run import Outcome, Score
 from brushstroke.studies.arms import Arm, Run, on_other_task
 from brushstroke.studies.runner import EXTENSIONS, Estimate, Grid, estimate, run_arms
-from brushstroke.studies.store import Store, check_folder
+from brushstroke.studies.store import Store
+from brushstroke.study_folder import check_folder
 
 
 class Ledger:
@@ -183,17 +184,18 @@ def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     assert (whole.runs, whole.seconds, whole.left_out) == (15, 150.0, ())
     fewer = estimate(Timed(), arms, grid, budget_minutes=2)
     assert fewer.seeds == (0, 1)
-    assert fewer.left_out == ("seed 2",)
+    assert (fewer.left_out_arms, fewer.left_out_seeds, fewer.left_out) == ((), (2,), ("seed 2",))
     few = estimate(Timed(), arms, grid, budget_minutes=1)
     assert (few.arms, few.seeds) == (("a", "b"), (0,))
-    assert few.left_out == ("seeds 1, 2", "arm c")
+    assert (few.left_out_arms, few.left_out_seeds) == (("c",), (1, 2))
+    assert few.left_out == ("seeds 1, 2", "arm “c”")
+    assert Estimate.from_dict(json.loads(json.dumps(few.as_dict())), ("a", "b", "c"), (0, 1, 2)) == few
     assert estimate(Timed(), arms, grid, workers=2).seconds == 75.0
     with pytest.raises(ConfigError, match=r"one arm takes about .* give more minutes \(--budget-minutes\)$"):
         estimate(Timed(), arms, grid, budget_minutes=0.1)
     with pytest.raises(ConfigError, match=r"minutes \(--budget-minutes\) or fewer steps$"):
         estimate(Timed(), arms, grid, budget_minutes=0.1, shorten=("fewer steps",))
     assert fewer.budget_minutes == 2
-    assert Estimate.from_dict(fewer.as_dict()) == fewer
 
 
 def test_all_workers_time_an_arm_at_once():
@@ -427,9 +429,9 @@ def test_missing_update_error_names_the_file_and_next_step(tmp_path):
 
 
 def test_invalid_plan_is_refused():
-    reported = {"arms": ["a"], "seeds": [0, 0.5], "left_out": [], "seconds": 1.0, "runs": 2}
+    reported = {"arms": ["a"], "seeds": [0, 0.5], "seconds": 1.0, "runs": 2}
     with pytest.raises(ValueError, match="whole numbers"):
-        Estimate.from_dict(reported)
+        Estimate.from_dict(reported, ("a",), (0,))
 
 
 def test_extended_grid_uses_the_ratio_at_its_edge(tmp_path):

@@ -486,3 +486,16 @@ def test_foreign_folder_is_not_a_run(tmp_path: Path) -> None:
         write(tmp_path, files)
         with pytest.raises(OutputError, match="is not empty"):
             RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["base", "runs/q", "mine"])
+def test_a_run_inside_the_folders_of_a_study_is_refused(tmp_path: Path, name: str) -> None:
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps({"identity": {"studies": [], "seeds": [], "arms": []}, "notes": {}}))
+    if name == "mine":
+        RunFolder(tmp_path / name)
+    else:
+        with pytest.raises(OutputError, match="is inside the study"):
+            RunFolder(tmp_path / name)
+    study.write_text('{"identity": "mine"}')
+    RunFolder(tmp_path / name)

@@ -22,6 +22,7 @@ from brushstroke.cli.values import Whole, split
 from brushstroke.errors import ConfigError, OutputError, require
 from brushstroke.locate import require_base_files
 from brushstroke.outputs import RunLock, check_output_folder, output_errors
+from brushstroke.study_folder import check_folder, planned_before, require_settings
 
 if TYPE_CHECKING:
     from brushstroke.studies import Material, Progress, Study
@@ -38,6 +39,7 @@ TITLES = {
     "rounding": "What does bfloat16 keep of an adapter?",
     "paper": "The questions of the LoRA paper",
 }
+STUDIES = {"paper": ["targets", "rank", "seeds", "delta"]}  # names of studies, where it is not the question's
 ONLY_FOR = {
     "ranks": ("rank", "delta", "rounding"),
     "steps": ("rounding",),
@@ -196,8 +198,11 @@ def study(
     if question == "rounding":
         _refuse_lengths(settings)
     out = out.expanduser()
-    if settings.reread:
-        _refuse_unstarted(out, settings)
+    if settings.reread and settings.overwrite:
+        raise ConfigError(
+            "give --reread or --overwrite, not both: one keeps the runs, the other removes them"
+        )
+    seeds = _seeds(question, given, settings)
     preset = "--tiny" if given.tiny else "--smollm2" if given.smollm2 else None
     rows: dict[str, Any] = {}
     if preset is not None:
@@ -214,17 +219,14 @@ def study(
         raise ConfigError(f"expected a base and data: brushstroke study {question} BASE DATA --out DIR")
     else:
         require_base_files(base)
+    _check_out(out, settings, {"studies": STUDIES.get(question, [question]), "seeds": seeds}, given.tiny)
+    if base is not None and data is not None:
         rows = _read(data, files)
-    check_output_folder(out, overwrite=True)  # what it contains is checked later, with the study's own names
-    if not settings.reread:
-        with output_errors(out):
-            RunLock(out).refuse_other()
     for name in ("altair", "vl_convert"):
         require(name, extra="report")  # before hours of runs, not after
     require("scipy.special", extra="study")
     from brushstroke.cores import usable_cores
     from brushstroke.studies import (
-        finished_only,
         in_process,
         paper_questions,
         processes,
@@ -232,13 +234,10 @@ def study(
         write_report,
     )
     from brushstroke.studies.presets import SMOL_MINUTES
-    from brushstroke.studies.store import check_folder, refuse_other
 
-    if settings.reread:
-        _require_finished(out)
     workers, budget = settings.workers or 1, settings.budget_minutes
     if base is None:
-        studies, material = _preset(question, preset, out, settings)
+        studies, material = _preset(question, preset, out, seeds, settings.overwrite)
         workers = settings.workers or usable_cores()
         if given.smollm2 and budget is None:
             budget = SMOL_MINUTES
@@ -251,14 +250,10 @@ def study(
             assert isinstance(single, rounding.RoundingStudy)
             fixed = single.training
             rates = rates or rounding.RATES
-            settings = replace(settings, seeds=settings.seeds or len(rounding.SEEDS))
-        check_folder(out, overwrite=settings.overwrite)
-        if single is not None and not settings.overwrite:
-            refuse_other(out, {"studies": [single.name], "seeds": list(_seeds(settings))})
         loading = BaseOptions(
             dtype="float32" if dtype == "auto" else dtype, device=device, trust_remote_code=trust_remote_code
         )
-        material = _material(base, rows, rates, settings, files, loading, fixed)
+        material = _material(base, rows, rates, seeds, settings, files, loading, fixed)
         if question == "rounding":
             shorten = ("fewer steps (--steps)", "fewer learning rates (--learning-rates)")
             material = replace(material, shorten=shorten)
@@ -273,11 +268,14 @@ def study(
             out,
             overwrite=settings.overwrite,
             budget_minutes=budget,
-            execute=finished_only if settings.reread else execute,
+            reread=settings.reread,
+            execute=execute,
             workers=workers,
             on_estimate=progress.estimate,
             on_run=progress.run,
         )
+    for note in report.notes:
+        say(note)
     plan = report.results.estimate
     kept = plan.budget_minutes
     if kept is None and plan.left_out:  # a plan of an older version, which did not store its budget
@@ -317,29 +315,22 @@ def _refuse_lengths(settings: StudyRunOptions) -> None:
             raise ConfigError(f"the length of these runs is set by --steps; leave out {_flag(name)}")
 
 
-def _seeds(settings: StudyRunOptions) -> tuple[int, ...]:
-    return tuple(range(3 if settings.seeds is None else settings.seeds))
+def _seeds(question: str, given: QuestionOptions, settings: StudyRunOptions) -> list[int]:
+    usual = 5 if given.tiny or question == "rounding" else 3
+    return list(range(usual if settings.seeds is None else settings.seeds))
 
 
-def _refuse_unstarted(out: Path, settings: StudyRunOptions) -> None:
-    if settings.overwrite:
-        raise ConfigError(
-            "give --reread or --overwrite, not both: one keeps the runs, the other removes them"
-        )
-    if not out.is_dir():
-        raise _nothing_to_read(out)
-
-
-def _require_finished(out: Path) -> None:
-    """Refuse --reread without finished runs, before a model is loaded or trained."""
-    from brushstroke.studies.store import planned_before
-
-    if planned_before(out) is None:
-        raise _nothing_to_read(out)
-
-
-def _nothing_to_read(out: Path) -> OutputError:
-    return OutputError(f"{out} contains no study to read again; leave out --reread to run one there")
+def _check_out(out: Path, settings: StudyRunOptions, identity: dict[str, Any], tiny: bool) -> None:
+    """Refuse a folder in which this study cannot run, before anything is read, loaded or trained."""
+    check_output_folder(out, overwrite=True)  # what it contains is checked with the study's own names
+    if settings.reread and planned_before(out) is None:
+        raise OutputError(f"{out} contains no study to read again; leave out --reread to run one there")
+    check_folder(out, overwrite=settings.overwrite, with_base=tiny)
+    if not settings.overwrite:
+        require_settings(out, identity)
+    if not settings.reread:
+        with output_errors(out):
+            RunLock(out).refuse_other()
 
 
 def _refuse_with_preset(
@@ -361,20 +352,14 @@ def _refuse_with_preset(
 
 
 def _preset(
-    question: str, flag: str | None, out: Path, settings: StudyRunOptions
+    question: str, flag: str | None, out: Path, seeds: list[int], overwrite: bool
 ) -> "tuple[list[Study], Material]":
     from brushstroke.studies import smollm2_paper, tiny_intrinsic, tiny_paper, tiny_rounding
 
-    seeds = {} if settings.seeds is None else {"seeds": tuple(range(settings.seeds))}
     if flag == "--smollm2":
-        return smollm2_paper(**seeds)
+        return smollm2_paper(seeds=seeds)
     make = {"paper": tiny_paper, "intrinsic": tiny_intrinsic, "rounding": tiny_rounding}[question]
-    return make(
-        out,
-        overwrite=settings.overwrite,
-        on_base=lambda: say("training a small model first"),
-        **seeds,
-    )
+    return make(out, seeds=seeds, overwrite=overwrite, on_base=lambda: say("training a small model first"))
 
 
 def _question_settings(given: QuestionOptions) -> dict[str, Any]:
@@ -460,6 +445,7 @@ def _material(
     base: str,
     rows: dict[str, Any],
     rates: tuple[float, ...],
+    seeds: list[int],
     settings: StudyRunOptions,
     files: StudyDataOptions,
     loading: BaseOptions,
@@ -487,7 +473,7 @@ def _material(
         **rows,
         config=config,
         learning_rates=rates,
-        seeds=_seeds(settings),
+        seeds=seeds,
         prompt_column=files.prompt,
         completion_column=files.completion,
     )

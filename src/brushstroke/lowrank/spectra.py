@@ -99,6 +99,10 @@ def product_rounding(
     were truncated by an SVD each σᵢ has its own column, and its error is u·σᵢ even if σᵢ is small; in factors
     with more columns than the product's rank, the surplus singular values are about u·σ₁ or u²·σ₁.
 
+    Each entry counts as rounded once. The error of a factor that was itself computed as a product in this
+    dtype depends on that product's terms, which are not stored: where they cancel it is larger, and a surplus
+    singular value can lie above its threshold.
+
     >>> U, V = torch.ones(4, 1).bfloat16(), torch.ones(1, 4).bfloat16()
     >>> 2**-8 < product_rounding(U, V, 1.0, svd(U, V)) / 4 < 2**-6
     tensor([True])

@@ -7,7 +7,7 @@ Does not implement training or analyses (`training` and `analysis` do). Each que
 from brushstroke.studies.arm_run import Task
 from brushstroke.studies.arms import Arm, Run, rate_grid
 from brushstroke.studies.delta import DeltaStudy
-from brushstroke.studies.executors import Executor, finished_only, in_process, processes
+from brushstroke.studies.executors import Executor, in_process, processes
 from brushstroke.studies.findings import Figure, Finding, Table
 from brushstroke.studies.inputs import make_material
 from brushstroke.studies.intrinsic import IntrinsicStudy
@@ -46,7 +46,6 @@ __all__ = [
     "Table",
     "TargetsStudy",
     "Task",
-    "finished_only",
     "in_process",
     "make_material",
     "paper_questions",

@@ -29,7 +29,7 @@ from brushstroke.studies.findings import Figure, Finding, Table, bounds, format_
 from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import Interval, interval
 from brushstroke.studies.study import Material
-from brushstroke.studies.tables import NOT_RUN, as_interval, format_rate, limits
+from brushstroke.studies.tables import as_interval, format_rate, limits
 from brushstroke.studies.words import counted
 
 SHOWN = 8  # rows of the table by site, for each rank
@@ -131,7 +131,7 @@ class DeltaStudy:
         diverged = compare_divergence(results, names, full)
         return Finding(
             "How does ΔW relate to W?",
-            _answer(results, list(ranked.values()), texts, diverged.answer),
+            _answer(texts, diverged.answer),
             (*_norm_table(rows), *diverged.tables, *_general_table(results, arm_runner)),
             (*figures, *diverged.figures),
             (
@@ -152,9 +152,7 @@ class DeltaStudy:
         )
 
 
-def _answer(results: Results, names: Sequence[str], texts: Sequence[str], diverged: str) -> str:
-    if results.left_out(names):
-        return NOT_RUN
+def _answer(texts: Sequence[str], diverged: str) -> str:
     return " ".join([*texts, diverged]) if texts else "No arm is conclusive: the question stays open."
 
 

@@ -74,7 +74,7 @@ class IntrinsicStudy:
 
         def subspace(d: int) -> Arm:
             scaled = two_digits([rate * math.sqrt(size / d) for rate in rates])
-            return replace(full, name=f"{full.name}, {d} dimensions", dimension=d, rates=scaled)
+            return replace(full, name=_subspace(full.name, d), dimension=d, rates=scaled)
 
         return [full, *map(subspace, sorted(set(self.dimensions)))]
 
@@ -103,11 +103,10 @@ class IntrinsicStudy:
 
     def read(self, results: Results, arm_runner: ArmRunner) -> Finding:
         """d90 by both definitions, and the curve."""
-        names = list(results.arms)
-        subspaces = [n for n in names if results.arms[n].arm.dimension in set(self.dimensions)]
         matrices = matrices_name(self.targets)
         full_names = (f"{matrices} W itself", f"{matrices} r={self._factors[0]}")
-        full = next((n for n in full_names if n in results.arms), None)
+        full = next(name for name in full_names if _subspace(name, self.dimensions[0]) in results.planned)
+        subspaces = [_subspace(full, d) for d in sorted(set(self.dimensions))]
         question = "How many dimensions does the task need?"
         notes = (
             "A random subspace of the parameters (Li et al. 2018); d90 is an upper bound at the dimensions "
@@ -115,13 +114,11 @@ class IntrinsicStudy:
             "The accuracy is the share of test tokens that are predicted first.",
             "Between two dimensions that were tried, the share that is reached is taken as linear in log d; "
             "the interval is a t-interval over seeds of log d90.",
-            *limits(results, [*subspaces, *([full] if full else [])]),
+            *limits(results, [*subspaces, full]),
         )
-        table = arms_table(
-            results, [*([full] if full else []), *subspaces], "All parameters, and random subspaces."
-        )
-        good = results.conclusive([*subspaces, *([full] if full else [])])
-        if full is None or full not in good:
+        table = arms_table(results, [full, *subspaces], "All parameters, and random subspaces.")
+        good = results.conclusive([*subspaces, full])
+        if full not in good:
             answer = "Training all of the parameters is not conclusive, so there is nothing to take 90 % of."
             return Finding(question, answer, (table,), (), notes)
         before, after, seeds = results.untouched["task"], _mean_score(results, full), results.arms[full].seeds
@@ -185,6 +182,11 @@ def _figure(results: Results, kept: Sequence[str], before: float, after: float) 
     )
     caption = "Test loss by the dimension of the subspace, with 95 % intervals over seeds."
     return Figure("intrinsic", caption, spec)
+
+
+def _subspace(full: str, dimension: int) -> str:
+    """The name of the arm that trains a subspace of this arm's parameters."""
+    return f"{full}, {dimension} dimensions"
 
 
 def _weights(targets: Sequence[str], material: Material) -> int:

@@ -19,9 +19,9 @@ from brushstroke.report.tables import csv_text, latex_text
 from brushstroke.studies.arms import exact
 from brushstroke.studies.findings import Figure, Table
 from brushstroke.studies.runner import ArmResult
-from brushstroke.studies.store import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.studies.study import Report
 from brushstroke.studies.words import counted
+from brushstroke.study_folder import FIGURES, REPORT, RESULTS, TABLES
 from brushstroke.training.summary import versions
 
 PNG_SCALE = 2.0
@@ -127,6 +127,7 @@ def report_page(report: Report, *, title: str, command: str = "") -> Page:
     rates = _rate_table(report)
     page.table(rates.columns, rates.rows, rates.caption)
     page.section("Settings")
+    page.text(*report.notes)
     page.table(["setting", "value"], [[name, _brief(value)] for name, value in _settings(report).items()])
     if command:
         page.code(command, "To run it again:")

@@ -18,9 +18,9 @@ from brushstroke.studies.rank import RankStudy
 from brushstroke.studies.rounding import RoundingStudy
 from brushstroke.studies.runner import Grid
 from brushstroke.studies.seeds import SeedsStudy
-from brushstroke.studies.store import BASE, check_folder, locked
 from brushstroke.studies.study import Material, Study
 from brushstroke.studies.targets import TargetsStudy
+from brushstroke.study_folder import BASE, check_folder, locked
 from brushstroke.training import TrainConfig
 
 QV = ("q_proj", "v_proj")
@@ -99,12 +99,12 @@ def tiny_material(
     Raises:
         ConfigError: there is no seed.
         DataError: this Python does not have the texts.
-        OutputError: the folder cannot be written, or contains other files, or another process runs a study
-            in it.
+        OutputError: the folder cannot be written, or contains other files or another study, or another
+            process runs a study in it.
     """
     grid = Grid(RATES, tuple(seeds))  # raises errors before the model is trained
     folder = Path(out).expanduser()
-    check_folder(folder, overwrite=overwrite)
+    check_folder(folder, overwrite=overwrite, with_base=True)
     if (folder / BASE).is_dir():
         base = tiny.tiny_base(folder / BASE)
     else:

@@ -28,7 +28,6 @@ from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import interval
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
-    NOT_RUN,
     arms_table,
     as_comparison,
     as_interval,
@@ -102,12 +101,8 @@ class RankStudy:
         rows = results.row_losses(list(good))
         ranks = compare_all({name: losses[name] for name in kept.values()}, rows)
         against = compare_with(full, losses, rows) if full in good and kept else None
-        answer = (
-            NOT_RUN
-            if results.left_out(list(ranked.values()))
-            else _answer(kept, losses, ranks, against, self.margin)
-            + late_margin(results, self.name, self.margin)
-        )
+        answer = _answer(kept, losses, ranks, against, self.margin)
+        answer += late_margin(results, self.name, self.margin)
         for compared, caption in (
             (ranks, "All pairs of ranks, nats."),
             (against, "Ranks against W itself, nats."),
@@ -154,7 +149,7 @@ def _answer(
 ) -> str:
     """The answer: steps between ranks, equal ranks, and ranks compared with training W."""
     if not kept:
-        return "No rank has a learning rate that could be chosen: the study is inconclusive."
+        return "No rank that was run has a learning rate that could be chosen: the study is inconclusive."
     means = {rank: sum(losses[name].values()) / len(losses[name]) for rank, name in kept.items()}
     best = min(means, key=lambda rank: means[rank])
     text = f"The lowest test loss of {len(kept)} ranks is" if len(kept) > 1 else "The test loss is"
@@ -306,7 +301,7 @@ def _thinned(count: int) -> list[int]:
 def _deficiency(found: list[Spectrum]) -> str:
     """A sentence on the energy distribution and stable rank of an update from training W, over seeds."""
     if not found:
-        return "Whether the update is rank-deficient is not answered: there is no conclusive run of W itself."
+        return "Whether the update is rank-deficient is not answered: it takes a conclusive run of W itself."
     sites: list[SiteSpectrum] = list(found[0].values())
     needed = interval([median(row.energy_rank(0.90) for row in one.values()) for one in found])
     stable = interval([median(row.stable_rank for row in one.values()) for one in found])

@@ -20,6 +20,7 @@ from brushstroke.studies.executors import Executor, in_process
 from brushstroke.studies.store import Store
 from brushstroke.studies.words import listed
 
+RATES, WIDER, SEEDS = "learning rates", "a wider grid", "seeds"  # names of the stages
 EXTENSIONS = 5  # maximum number of extensions of an arm's grid, by one rate each
 
 
@@ -67,7 +68,8 @@ class Estimate:
         runs: number of planned runs.
         arms: the arms that fit into the budget.
         seeds: the seeds that fit into the budget.
-        left_out: the arms and seeds that do not fit, as text, one line each.
+        left_out_arms: the arms that do not fit.
+        left_out_seeds: the seeds that do not fit.
         budget_minutes: the time budget for which the plan was made; None if there was none.
         resumed: whether the plan was read from the folder of an interrupted or finished study.
         finished: whether all runs of the study are finished.
@@ -77,30 +79,46 @@ class Estimate:
     runs: int
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
-    left_out: tuple[str, ...] = ()
+    left_out_arms: tuple[str, ...] = ()
+    left_out_seeds: tuple[int, ...] = ()
     budget_minutes: float | None = None
     resumed: bool = False
     finished: bool = False
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> "Estimate":
-        """The inverse of `dataclasses.asdict`, also after JSON.
+    def from_dict(cls, stored: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> "Estimate":
+        """The inverse of `as_dict`, also after JSON and of older versions.
+
+        Args:
+            stored: the plan; what it left out is not read from it.
+            arms, seeds: all arms and seeds of the study.
 
         Raises:
             KeyError, TypeError, ValueError: the data is not an estimate.
         """
-        arms, seeds, left_out = (tuple(stored[name]) for name in ("arms", "seeds", "left_out"))
-        if not arms or not seeds or {type(seed) for seed in seeds} != {int}:
+        kept, of_plan = tuple(stored["arms"]), tuple(stored["seeds"])
+        if not kept or not of_plan or {type(seed) for seed in of_plan} != {int}:
             raise ValueError("a plan needs arms, and seeds that are whole numbers")
         budget = stored.get("budget_minutes")  # older versions did not store it
         return cls(
             float(stored["seconds"]),
             int(stored["runs"]),
-            arms,
-            seeds,
-            left_out,
+            kept,
+            of_plan,
+            tuple(arm for arm in arms if arm not in kept),
+            tuple(seed for seed in seeds if seed not in of_plan),
             None if budget is None else float(budget),
         )
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The arms and seeds that do not fit, as text: a line each for seeds and arms."""
+        both = (("seed", self.left_out_seeds), ("arm", [f"“{name}”" for name in self.left_out_arms]))
+        return tuple(listed(one, names) for one, names in both if names)
+
+    def has_less_than(self, budget_minutes: float | None) -> bool:
+        """Whether a time budget is larger than that of this plan; None is no limit."""
+        return budget_minutes is None or (self.budget_minutes or budget_minutes) < budget_minutes
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON types, without the state of the study."""
@@ -176,10 +194,6 @@ class Results:
         common = [set(self.arms[name].seeds) for name in names]
         return tuple(seed for seed in self.estimate.seeds if all(seed in found for found in common))
 
-    def left_out(self, names: Sequence[str]) -> bool:
-        """Whether the time budget left out all of these arms, so that none was run."""
-        return not any(name in self.arms for name in names)
-
     def conclusive(self, names: Sequence[str] | None = None) -> dict[str, ArmResult]:
         """The arms whose learning rate could be chosen."""
         chosen = (
@@ -214,6 +228,7 @@ def estimate(
     budget_minutes: float | None = None,
     execute: Executor = in_process,
     shorten: Sequence[str] = (),
+    before: Estimate | None = None,
 ) -> Estimate:
     """Time a few steps, and plan the runs that fit into the budget; ignores extensions of grids.
 
@@ -224,6 +239,7 @@ def estimate(
     Args:
         estimator: an `Estimator`; its outcomes contain the estimated seconds of a run.
         shorten: what else than more minutes helps if not even one arm fits, for the error.
+        before: a plan whose arms and seeds are kept in any case.
 
     Raises:
         ConfigError: not even one arm fits, or the budget is not a number above 0.
@@ -245,47 +261,29 @@ def estimate(
 
     kept, seeds = list(arms), len(grid.seeds)
     limit = float("inf") if budget_minutes is None else budget_minutes * 60
-    while cost(kept, seeds)[1] > limit and seeds > 1:
+    least_seeds, least_arms = (len(before.seeds), len(before.arms)) if before else (1, 1)
+    while cost(kept, seeds)[1] > limit and seeds > least_seeds:
         seeds -= 1
-    while cost(kept, seeds)[1] > limit and len(kept) > 1:
+    while cost(kept, seeds)[1] > limit and len(kept) > least_arms:
         kept.pop()
     runs, seconds = cost(kept, seeds)
-    if seconds > limit:
+    if seconds > limit and before is None:
         advice = " or ".join(("more minutes (--budget-minutes)", *shorten))
         raise ConfigError(
             f"one arm takes about {seconds / 60:.2g} minutes with one seed and the budget is "
             f"{budget_minutes:g}: give {advice}"
         )
-    left_out = []
-    if seeds < len(grid.seeds):
-        left_out.append(listed("seed", grid.seeds[seeds:]))
-    if len(kept) < len(arms):
-        left_out.append(listed("arm", [arm.name for arm in arms[len(kept) :]]))
-    names = tuple(arm.name for arm in kept)
-    return Estimate(seconds, runs, names, grid.seeds[:seeds], tuple(left_out), budget_minutes)
+    names = tuple(arm.name for arm in arms)
+    fit = len(kept)
+    return Estimate(
+        seconds, runs, names[:fit], grid.seeds[:seeds], names[fit:], grid.seeds[seeds:], budget_minutes
+    )
 
 
-def all_finished(
-    arm_runner: ArmRunner, store: Store, arms: Sequence[Arm], grid: Grid, plan: Estimate
-) -> bool:
+def all_finished(store: Store, arms: Sequence[Arm], grid: Grid, plan: Estimate) -> bool:
     """Whether every run to which a plan leads is finished."""
-
-    def stop(_: object, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
-        if runs:
-            raise _UnfinishedRun
-        yield from ()
-
-    try:
-        run_arms(arm_runner, store, arms, grid, plan, execute=stop)
-    except _UnfinishedRun:
-        return False
-    except TrainingError:  # every run diverged
-        return True
-    return True
-
-
-class _UnfinishedRun(Exception):
-    """Ends the search for runs that are not finished."""
+    stages = _Stages(store, arms, grid, plan)
+    return all(store.outcome(run) is not None for _, runs in stages for run in runs)
 
 
 def run_arms(
@@ -304,48 +302,90 @@ def run_arms(
     Raises:
         TrainingError: every run of every arm diverged.
     """
-    kept = [arm for arm in arms if arm.name in plan.arms]
-    first = plan.seeds[0]
-    searched = [arm for arm in kept if arm.rate_of is None and arm.rate is None]
-    rates = {arm.name: list(grid.of(arm)) for arm in kept}
+    stages = _Stages(store, arms, grid, plan)
     conductor = _Conductor(arm_runner, store, execute, workers, plan.runs, on_run)
-    conductor.do("learning rates", [Run(arm, rate, first) for arm in kept for rate in rates[arm.name]])
-    for _ in range(EXTENSIONS if grid.extend else 0):
-        further = []
-        for arm in searched:
-            if beyond := _beyond(rates[arm.name], _tried(store, arm, rates[arm.name], first)):
-                rates[arm.name].append(beyond)
-                further.append(Run(arm, beyond, first))
-        if not further:
-            break
-        conductor.planned += len(further)
-        conductor.do("a wider grid", further)
-    chosen = {arm.name: _choose(_tried(store, arm, rates[arm.name], first)) for arm in searched}
-    chosen |= {arm.name: chosen.get(arm.rate_of, (None, None)) for arm in kept if arm.rate_of is not None}
-    chosen |= {arm.name: (arm.rate, None) for arm in kept if arm.rate is not None}
-    again = []
-    for seed in plan.seeds:
-        for arm in kept:
-            rate, edge = chosen[arm.name]
-            if rate is not None and edge is None and (seed != first or arm not in searched):
-                again.append(Run(arm, rate, seed))
-    conductor.planned = conductor.finished + len(again)
-    conductor.do("seeds", again)
-    results = {}
-    for arm in kept:
-        rate, edge = chosen[arm.name]
-        tried = _tried(store, arm, sorted(rates[arm.name]), first)
-        found = {seed: store.outcome(Run(arm, rate, seed)) for seed in plan.seeds} if rate else {}
-        outcomes = {seed: outcome for seed, outcome in found.items() if outcome is not None}
-        results[arm.name] = ArmResult(arm, tried, rate, edge, outcomes)
-        for other in rates[arm.name]:
-            if other != rate:
-                store.forget_adapter(Run(arm, other, first))
+    for stage, runs in stages:
+        if stage == WIDER:
+            conductor.planned += len(runs)
+        elif stage == SEEDS:
+            conductor.planned = conductor.finished + len(runs)
+        conductor.do(stage, runs)
+    results = stages.results()
+    for found in results.values():
+        for rate in found.tried:
+            if rate != found.chosen:
+                store.forget_adapter(Run(found.arm, rate, plan.seeds[0]))
     if all(found.chosen is None for found in results.values()):
         raise TrainingError(
             "every run diverged, at every learning rate; give smaller ones (--learning-rates)"
         )
     return results
+
+
+class _Stages:
+    """The runs of a plan in their order; which runs a stage has follows from the outcomes of those before."""
+
+    def __init__(self, store: Store, arms: Sequence[Arm], grid: Grid, plan: Estimate) -> None:
+        self._store, self._grid, self._seeds = store, grid, plan.seeds
+        self._arms = [arm for arm in arms if arm.name in plan.arms]
+        self._searched = [arm for arm in self._arms if arm.rate_of is None and arm.rate is None]
+        self._rates = {arm.name: list(grid.of(arm)) for arm in self._arms}
+
+    def __iter__(self) -> Iterator[tuple[str, list[Run]]]:
+        """Each stage with its runs; the runs of a stage must be finished before the next is asked for."""
+        first = self._seeds[0]
+        yield RATES, [Run(arm, rate, first) for arm in self._arms for rate in self._rates[arm.name]]
+        for _ in range(EXTENSIONS if self._grid.extend else 0):
+            if not (further := self._extend()):
+                break
+            yield WIDER, further
+        chosen = self._chosen()
+        again = []
+        for seed in self._seeds:
+            for arm in self._arms:
+                rate, edge = chosen[arm.name]
+                if rate is not None and edge is None and (seed != first or arm not in self._searched):
+                    again.append(Run(arm, rate, seed))
+        yield SEEDS, again
+
+    def results(self) -> dict[str, ArmResult]:
+        """Name of the arm → its results, after the last stage."""
+        results = {}
+        for name, (rate, edge) in self._chosen().items():
+            arm = next(arm for arm in self._arms if arm.name == name)
+            tried = dict(sorted(self._tried(arm).items()))
+            found = {seed: self._store.outcome(Run(arm, rate, seed)) for seed in self._seeds} if rate else {}
+            outcomes = {seed: outcome for seed, outcome in found.items() if outcome is not None}
+            results[name] = ArmResult(arm, tried, rate, edge, outcomes)
+        return results
+
+    def _extend(self) -> list[Run]:
+        """A run at the next rate for every arm whose best rate is at the edge of its grid."""
+        further = []
+        for arm in self._searched:
+            rates = self._rates[arm.name]
+            if beyond := _beyond(rates, self._tried(arm)):
+                rates.append(beyond)
+                further.append(Run(arm, beyond, self._seeds[0]))
+        return further
+
+    def _chosen(self) -> dict[str, tuple[float | None, str | None]]:
+        """Name of the arm → its rate, and the edge of the grid that this is at; in the order of the arms."""
+        chosen = {arm.name: _choose(self._tried(arm)) for arm in self._searched}
+        none = (None, None)
+        return {
+            arm.name: (arm.rate, None) if arm.rate is not None else chosen.get(arm.rate_of or arm.name, none)
+            for arm in self._arms
+        }
+
+    def _tried(self, arm: Arm) -> dict[float, float | None]:
+        """Learning rate → validation loss with the first seed; None if the run diverged."""
+        tried: dict[float, float | None] = {}
+        for rate in self._rates[arm.name]:
+            outcome = self._store.outcome(Run(arm, rate, self._seeds[0]))
+            score = outcome.validation if outcome else None
+            tried[rate] = score.loss if score else None
+        return tried
 
 
 @dataclass
@@ -373,15 +413,6 @@ class _Conductor:
                 pace = self.seconds / self.ran / self.workers
                 left = max(0, self.planned - self.finished) * pace
                 self.on_run(Progress(before + count, len(runs), stage, outcome, left))
-
-
-def _tried(store: Store, arm: Arm, rates: Sequence[float], seed: int) -> dict[float, float | None]:
-    tried: dict[float, float | None] = {}
-    for rate in rates:
-        outcome = store.outcome(Run(arm, rate, seed))
-        score = outcome.validation if outcome else None
-        tried[rate] = score.loss if score else None
-    return tried
 
 
 def _choose(tried: Mapping[float, float | None]) -> tuple[float | None, str | None]:

@@ -23,7 +23,6 @@ from brushstroke.studies.runner import Results
 from brushstroke.studies.statistics import exceeds, holm, over_pairs
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
-    NOT_RUN,
     SIDES,
     arms_table,
     as_interval,
@@ -87,8 +86,9 @@ class SeedsStudy:
         controlled = len(results.seeds(*good)) >= 2 if names[1] in good else False
         seeds = results.seeds(*(good if controlled else [arm.name])) if arm.name in good else ()
         if len(seeds) < 2:
-            answer = NOT_RUN if results.left_out([arm.name]) else _too_few_seeds(results)
-            return Finding(question, answer, (arms_table(results, names[:1], "Runs."),), (), notes)
+            return Finding(
+                question, _too_few_seeds(results), (arms_table(results, names[:1], "Runs."),), (), notes
+            )
         same = pair_overlaps(results, arm.name, arm.name, seeds)
         other = pair_overlaps(results, arm.name, names[1], seeds) if controlled else {}
         ceiling = pair_overlaps(results, names[1], names[1], seeds) if controlled else {}
@@ -101,11 +101,11 @@ class SeedsStudy:
         if untested := [_place(row) for row in tests if "p_chance" not in row]:
             notes = (f"Not tested, as φ is 1 for any two updates there: {', '.join(untested)}.", *notes)
         tables = [
-            arms_table(results, [name for name in names if name in results.arms], "Runs."),
+            arms_table(results, [name for name in names if name in results.planned], "Runs."),
             _block_table(tests),
             _matrix_table(same, other, inputs, sites, k),
         ]
-        if not controlled and names[1] not in results.arms:
+        if names[1] not in results.planned:
             notes = ("There is no control by another task: give one (--other DATA).", *notes)
         return Finding(
             question,
@@ -144,10 +144,9 @@ class SeedsStudy:
 
 def _too_few_seeds(results: Results) -> str:
     """The answer if there are no two updates to compare."""
-    if len(results.estimate.seeds) < 2 and results.estimate.left_out:
+    if len(results.estimate.seeds) < 2 and results.estimate.left_out_seeds:
         return (
-            "Two seeds are needed, and the time budget left only one: give more minutes (--budget-minutes) "
-            "and another folder."
+            "Two seeds are needed, and the time budget left only one: give more minutes (--budget-minutes)."
         )
     return "Two seeds of a conclusive arm are needed; the question stays open."
 

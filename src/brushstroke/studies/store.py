@@ -1,4 +1,4 @@
-"""The folder of a study: its identity, notes and finished runs; consistent even if the process is killed.
+"""Writes the folder of a study: its identity, notes and finished runs; consistent after a kill too.
 
 Does not execute runs. A run is finished when its outcome file exists; it is written last, atomically.
 """
@@ -10,28 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from brushstroke.adapter import Adapter
-from brushstroke.errors import AdapterFileError, OutputError, ResumeError
+from brushstroke.errors import AdapterFileError, OutputError
 from brushstroke.formats import load, remove
-from brushstroke.outputs import (
-    OwnFiles,
-    RunLock,
-    output_errors,
-    refuse_existing,
-    remove_empty,
-    remove_files,
-    write_file,
-    write_files,
-)
+from brushstroke.outputs import output_errors, remove_empty, remove_files, write_file, write_files
 from brushstroke.studies.arm_run import Outcome
 from brushstroke.studies.arms import RUN_KEY, Run
+from brushstroke.study_folder import (
+    FIGURES,
+    OUTCOME,
+    REPORT,
+    RESULTS,
+    RUNS,
+    STUDY,
+    TABLES,
+    check_folder,
+    read_study,
+    require_settings,
+)
 
-STUDY, RUNS, OUTCOME, ADAPTER = "study.json", "runs", "outcome.json", "adapter"
+ADAPTER = "adapter"
 ROWS = "test_rows.json"  # summed loss of each row of the test split; missing in runs of older versions
-RESULTS, REPORT = "results.json", "report.html"
-FIGURES, TABLES = "figures", "tables"  # folders, and names of the notes that list the study's files in them
-BASE = "base"  # a model that was trained for the study before it starts
-ALWAYS = {"studies", "seeds", "arms"}  # keys of every study's identity; a foreign study.json lacks them
-OWN_FILES = OwnFiles((RUNS, RESULTS, REPORT, FIGURES, TABLES), otherwise=f"is there without a {STUDY}")
 START_OVER = "start over (--overwrite), or choose another folder"
 
 
@@ -55,9 +53,9 @@ class Store:
         check_folder(folder, overwrite=overwrite)
         if overwrite:
             self._clear()
-        if (folder / STUDY).is_file() and not overwrite:
-            _refuse_other(folder, now, self._read()["identity"])
-        else:
+        if not overwrite:
+            require_settings(folder, now)
+        if overwrite or not (folder / STUDY).is_file():
             with output_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / STUDY, json.dumps({"identity": now, "notes": {}}, indent=2) + "\n")
@@ -69,11 +67,11 @@ class Store:
 
     def note(self, name: str) -> Any:
         """A stored note; None if there is none."""
-        return self._read()["notes"].get(name)
+        return read_study(self.folder)["notes"].get(name)
 
     def keep_note(self, name: str, value: Any) -> None:
         """Store a note, which a resumed study can read."""
-        whole = self._read()
+        whole = read_study(self.folder)
         whole["notes"][name] = value
         write_file(self.folder / STUDY, json.dumps(whole, indent=2) + "\n")
 
@@ -126,9 +124,6 @@ class Store:
         with suppress(OutputError):
             remove(self.runs / run.key / ADAPTER)
 
-    def _read(self) -> dict[str, Any]:
-        return _read(self.folder)
-
     def _clear(self) -> None:
         """Remove everything that the study wrote except study.json, and folders that become empty."""
         if not (self.folder / STUDY).is_file():
@@ -157,65 +152,6 @@ class Store:
         return [file for file in (self.folder / kind).glob("*") if file.is_file() and file.name in names]
 
 
-def check_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """Check that a study can start or continue in a folder; writes nothing.
-
-    Raises:
-        OutputError: the folder contains other files, or files with a study's names but without a study.json.
-    """
-    if (folder / STUDY).is_file():
-        _read(folder)
-        return
-    refuse_existing(folder, overwrite, ignoring=(BASE,))
-    OWN_FILES.refuse_foreign(folder)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Context manager: no other process runs a study in this folder; creates the folder if it is missing.
-
-    Raises:
-        OutputError: another process does, or the folder cannot be created.
-    """
-    lock = RunLock(folder)
-    try:
-        with output_errors(folder):
-            lock.take()
-        yield
-    finally:
-        lock.release()
-
-
-def planned_before(folder: Path) -> dict[str, Any] | None:
-    """The stored plan of the study in a folder; None if there is none.
-
-    Raises:
-        OutputError: study.json cannot be read, or was not written by a study.
-    """
-    return _read(folder)["notes"].get("plan") if (folder / STUDY).is_file() else None
-
-
-def base_before(folder: Path) -> Any:
-    """The hash of the base in the identity of the study in a folder; None if there is none.
-
-    Raises:
-        OutputError: study.json cannot be read, or was not written by a study.
-    """
-    return _read(folder)["identity"].get("base") if (folder / STUDY).is_file() else None
-
-
-def refuse_other(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Check that a study in a folder, if there is one, has these settings, which are some of its identity.
-
-    Raises:
-        OutputError: study.json cannot be read, or was not written by a study.
-        ResumeError: they differ; the message lists the differences.
-    """
-    if (folder / STUDY).is_file():
-        then = _read(folder)["identity"]
-        _refuse_other(folder, settings, {name: then.get(name) for name in settings})
-
-
 @contextmanager
 def damaged(file: Path, remedy: str) -> Iterator[None]:
     """Context manager for parsing a file: reports any error in its contents as one message.
@@ -227,40 +163,3 @@ def damaged(file: Path, remedy: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} is damaged; {remedy}") from error
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    file = folder / STUDY
-    try:
-        whole = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{file} cannot be read ({error}); choose another folder") from error
-    identity, notes = (whole.get("identity"), whole.get("notes")) if isinstance(whole, dict) else (None, None)
-    if not isinstance(identity, dict) or not isinstance(notes, dict) or not identity.keys() >= ALWAYS:
-        raise OutputError(f"{file} was not written by a study; move it away, or choose another folder")
-    return whole
-
-
-def _refuse_other(folder: Path, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    if differences := list(_differences(now, then)):
-        done = len(list((folder / RUNS).glob(f"*/{OUTCOME}")))
-        raise ResumeError(
-            f"{folder} holds another study ({'; '.join(differences)}); give the same settings to go on with "
-            "it, choose another folder, or start over with --overwrite (overwrite=True), which removes its "
-            f"{done} finished runs"
-        )
-
-
-def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[str]:
-    """The settings that differ, by name, with both values."""
-    for name in dict.fromkeys([*now, *then]):
-        new, old = now.get(name), then.get(name)
-        if isinstance(new, dict) and isinstance(old, dict):
-            yield from _differences(new, old)
-        elif new != old:
-            yield f"{name}: now {_brief(new)}, then {_brief(old)}"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

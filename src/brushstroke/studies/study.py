@@ -33,20 +33,24 @@ from brushstroke.studies.runner import (
     estimate,
     run_arms,
 )
-from brushstroke.studies.store import (
+from brushstroke.studies.store import START_OVER, Store, damaged
+from brushstroke.study_folder import (
     RUNS,
-    START_OVER,
     STUDY,
-    Store,
     base_before,
     check_folder,
-    damaged,
     locked,
     planned_before,
+    require_settings,
 )
 from brushstroke.training import TrainConfig
 from brushstroke.training.summary import versions
 
+LEFT_OUT = "because of the time budget (--budget-minutes)"
+BY_A_SAMPLE = (
+    "The base was compared with that of the runs by the hash of an older version, which contains 64 values "
+    "or a few more of each weight: a base that differs in other values is not noticed."
+)
 USED = (  # settings of a training config that runs use; rates and seeds come from the grid
     *("epochs", "max_steps", "schedule", "warmup", "weight_decay", "clip", "batch_size"),
     *("micro_tokens", "memory", "max_length"),
@@ -111,12 +115,14 @@ class Report:
         results: of all arms.
         settings: model, data and settings.
         seconds: the time of all sessions, each until its last run; reading finished runs adds nothing.
+        notes: limitations of all findings.
     """
 
     findings: tuple[Finding, ...]
     results: Results
     settings: Mapping[str, Any]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of results.json."""
@@ -124,6 +130,7 @@ class Report:
             "versions": versions(),
             "settings": self.settings,
             "seconds": self.seconds,
+            "notes": list(self.notes),
             "estimate": self.results.estimate.as_dict(),
             "untouched": {name: asdict(score) for name, score in self.results.untouched.items()},
             "arms": {
@@ -155,6 +162,7 @@ def run_studies(
     out: str | Path,
     *,
     overwrite: bool = False,
+    reread: bool = False,
     budget_minutes: float | None = None,
     execute: Executor = in_process,
     workers: int = 1,
@@ -168,8 +176,10 @@ def run_studies(
         material: model and data.
         out: the folder; an interrupted study in it is resumed.
         overwrite: start over.
-        budget_minutes: plan only what fits, and report what was left out. A resumed study keeps its plan.
-        execute: the executor of the runs; `finished_only` reads a finished study again.
+        reread: read finished runs again, also those of an older version, and execute none.
+        budget_minutes: plan only what fits, and report what was left out. A resumed study keeps its plan;
+            with more minutes, or None, it continues with what was left out.
+        execute: the executor of the runs.
         workers: number of parallel runs of `execute`, for the estimate and the remaining time.
         on_estimate: called before the first run, also if none is left.
         on_run: called after every run.
@@ -183,6 +193,74 @@ def run_studies(
     """
     folder = Path(out).expanduser()
     check_folder(folder, overwrite=overwrite)
+    if reread:
+        execute = finished_only
+    arms = _all_arms(studies, material)
+    inputs = (material.base, material.tasks, material.general, material.config, folder / RUNS)
+    arm_runner = ArmRunner(*inputs)
+    for arm in arms.values():
+        arm_runner.numbers(arm)  # raises errors now instead of after hours
+    settings, notes = _settings(studies, material, list(arms.values())), ()
+    with nullcontext() if reread else locked(folder):
+        known = None if overwrite else planned_before(folder)
+        if not overwrite:
+            if _has_older_hash(folder, material.base, settings["base"], reread):
+                settings["base"], notes = base_before(folder), (BY_A_SAMPLE,)
+            require_settings(folder, settings)
+        began = time.perf_counter()
+
+        def plan_anew(before: Estimate | None = None) -> Estimate:
+            every, grid, shorten = list(arms.values()), material.grid, material.shorten
+            return estimate(
+                Estimator(*inputs), every, grid, workers, budget_minutes, execute, shorten, before
+            )
+
+        if known is None:
+            plan = plan_anew()
+        else:
+            with damaged(folder / STUDY, START_OVER):
+                plan = Estimate.from_dict(known, tuple(arms), material.grid.seeds)
+            if plan.left_out and not reread and plan.has_less_than(budget_minutes):
+                plan = plan_anew(plan)
+            else:
+                plan = replace(plan, resumed=True)
+        store = Store(folder, settings, overwrite=overwrite)
+        with damaged(folder / STUDY, START_OVER):
+            kept = [arms[name] for name in plan.arms]
+        store.keep_note("plan", plan.as_dict())
+        margins = _margins(store, studies, is_new=known is None)
+        if known is not None:
+            plan = replace(plan, finished=all_finished(store, kept, material.grid, plan))
+        if on_estimate:
+            on_estimate(plan)
+        untouched = _untouched(store, material, arm_runner)
+        found = run_arms(
+            arm_runner,
+            store,
+            kept,
+            material.grid,
+            plan,
+            execute=execute,
+            workers=workers,
+            on_run=_keeping_time(store, began, on_run),
+        )
+        rows = {
+            name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()
+        }
+        results = Results(store, found, untouched, plan, tuple(arms), rows, margins)
+        findings = tuple(
+            _with_left_out(study.read(results, arm_runner), study.arms(material), results)
+            for study in studies
+        )
+        return Report(findings, results, settings, float(store.note("seconds") or 0.0), notes)
+
+
+def _all_arms(studies: Sequence[Study], material: Material) -> dict[str, Arm]:
+    """Name → arm, of all studies.
+
+    Raises:
+        ConfigError: two studies have different arms of the same name.
+    """
     arms: dict[str, Arm] = {}
     for study in studies:
         for arm in study.arms(material):
@@ -190,89 +268,73 @@ def run_studies(
                 raise ConfigError(
                     f"two studies define the arm {arm.name!r} differently; run them in separate folders"
                 )
-    arm_runner = ArmRunner(material.base, material.tasks, material.general, material.config, folder / RUNS)
-    for arm in arms.values():
-        arm_runner.numbers(arm)  # raises errors now instead of after hours
-    settings = _settings(studies, material, list(arms.values()))
-    reading = execute is finished_only
-    with nullcontext() if reading else locked(folder):
-        if not overwrite:
-            settings["base"] = _known_base(folder, material.base, settings["base"], reading)
-        began = time.perf_counter()
-        known = None if overwrite else planned_before(folder)
-        if known is None:
-            estimator = Estimator(
-                material.base, material.tasks, material.general, material.config, folder / RUNS
-            )
-            every = list(arms.values())
-            planned = estimate(
-                estimator, every, material.grid, workers, budget_minutes, execute, material.shorten
-            )
-        else:
-            with damaged(folder / STUDY, START_OVER):
-                planned = replace(Estimate.from_dict(known), resumed=True)
-        store = Store(folder, settings, overwrite=overwrite)
-        with damaged(folder / STUDY, START_OVER):
-            kept = [arms[name] for name in planned.arms]
-        store.keep_note("plan", planned.as_dict())
-        stated = store.note("margins")
-        if known is None and stated is None:
-            asked = {study.name: getattr(study, "margin", None) for study in studies}
-            stated = {name: margin for name, margin in asked.items() if margin is not None}
-            store.keep_note("margins", stated)
-        if known is not None:
-            finished = all_finished(arm_runner, store, kept, material.grid, planned)
-            planned = replace(planned, finished=finished)
-        if on_estimate:
-            on_estimate(planned)
-        untouched = _once(
-            store, "untouched", lambda: {k: asdict(v) for k, v in arm_runner.untouched().items()}
-        )
-        with damaged(folder / STUDY, START_OVER):
-            scores = {name: Score.from_dict(untouched[name]) for name in (*material.tasks, *untouched)}
-            spent = float(store.note("seconds") or 0.0)
-
-        def after_run(progress: Progress) -> None:
-            store.keep_note("seconds", spent + time.perf_counter() - began)
-            if on_run:
-                on_run(progress)
-
-        found = run_arms(
-            arm_runner,
-            store,
-            kept,
-            material.grid,
-            planned,
-            execute=execute,
-            workers=workers,
-            on_run=after_run,
-        )
-        rows = {
-            name: tuple(example.trained for example in task.test) for name, task in material.tasks.items()
-        }
-        results = Results(store, found, scores, planned, tuple(arms), rows, stated or {})
-        findings = tuple(study.read(results, arm_runner) for study in studies)
-        return Report(findings, results, settings, float(store.note("seconds") or 0.0))
+    return arms
 
 
-def _known_base(folder: Path, base: Base, now: str, reading: bool) -> str:
-    """The hash of the base for the identity of the study in the folder, if there is one.
+def _margins(store: Store, studies: Sequence[Study], *, is_new: bool) -> Mapping[str, float]:
+    """Study → margin of equality that was stored before the runs; stores those of a new study."""
+    stated = store.note("margins")
+    if is_new and stated is None:
+        asked = {study.name: getattr(study, "margin", None) for study in studies}
+        stated = {name: margin for name, margin in asked.items() if margin is not None}
+        store.keep_note("margins", stated)
+    return stated or {}
 
-    Older versions took 64 values of each weight. If these agree, `--reread` accepts the study; its runs are
-    not continued, because the versions do not train alike.
+
+def _untouched(store: Store, material: Material, arm_runner: ArmRunner) -> dict[str, Score]:
+    """The scores of the base, measured once for a folder."""
+    known = store.note("untouched")
+    if known is None:
+        measured = {name: asdict(score) for name, score in arm_runner.untouched().items()}
+        known = json.loads(json.dumps(measured))
+        store.keep_note("untouched", known)
+    with damaged(store.folder / STUDY, START_OVER):
+        return {name: Score.from_dict(known[name]) for name in (*material.tasks, *known)}
+
+
+def _keeping_time(
+    store: Store, began: float, on_run: Callable[[Progress], None] | None
+) -> Callable[[Progress], None]:
+    """A callback that stores the time of all sessions after every run."""
+    with damaged(store.folder / STUDY, START_OVER):
+        spent = float(store.note("seconds") or 0.0)
+
+    def after_run(progress: Progress) -> None:
+        store.keep_note("seconds", spent + time.perf_counter() - began)
+        if on_run:
+            on_run(progress)
+
+    return after_run
+
+
+def _with_left_out(finding: Finding, arms: Sequence[Arm], results: Results) -> Finding:
+    """The finding, with the arms of its study that the time budget left out in the answer."""
+    missing = [f"“{arm.name}”" for arm in arms if arm.name not in results.arms]
+    if not missing:
+        return finding
+    if len(missing) == len(arms):
+        return replace(finding, answer=f"No arm of this question was run, {LEFT_OUT}.")
+    return replace(finding, answer=f"{finding.answer} Not run, {LEFT_OUT}: {', '.join(missing)}.")
+
+
+def _has_older_hash(folder: Path, base: Base, now: str, reread: bool) -> bool:
+    """Whether the study in the folder has the hash of an older version for this base.
+
+    Older versions took 64 values of each weight. Such a study can be read again; its runs are not continued,
+    because the versions do not train alike.
 
     Raises:
-        ResumeError: an older version made the study, and it is to be continued.
+        ResumeError: it has, and it is to be continued.
     """
     then = base_before(folder)
     if then is None or then == now or then != _hash_sample(base):
-        return now
-    if not reading:
+        return False
+    if not reread:
         raise ResumeError(
             f"{folder} holds a study of an older version, and this version would not train its runs alike; "
             "read the finished runs again (--reread), or choose another folder"
         )
-    return then
+    return True
 
 
 def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -289,14 +351,6 @@ def _settings(studies: Sequence[Study], material: Material, arms: Sequence[Arm])
         "seeds": list(material.grid.seeds),
         "arms": [arm.as_dict() for arm in arms],
     }
-
-
-def _once(store: Store, name: str, make: Callable[[], Any]) -> Any:
-    known = store.note(name)
-    if known is None:
-        known = json.loads(json.dumps(make()))
-        store.keep_note(name, known)
-    return known
 
 
 def _hash(examples: Sequence[Example]) -> str:

@@ -27,10 +27,6 @@ QUANTITIES = {  # overlap figures: name of the file → whose directions, the si
     "A": ("U", "left", "the right-singular vectors of A (our U), as in the paper"),
     "dW-output": ("delta", "right", "ΔW, output side"),
 }
-NOT_RUN = (
-    "No arm of this question was run, because the time budget left all of them out: give more minutes "
-    "(--budget-minutes) and another folder."
-)
 ABOUT_A = (
     "The paper took A alone. It is no property of ΔW, and in a short run A is still near its random start, "
     "so that two seeds share little of it, whatever ΔW learnt: see how far U moved."

@@ -23,7 +23,6 @@ from brushstroke.studies.findings import Figure, Finding, describe_pairs, differ
 from brushstroke.studies.runner import Results
 from brushstroke.studies.study import Material
 from brushstroke.studies.tables import (
-    NOT_RUN,
     arms_table,
     as_comparison,
     as_interval,
@@ -121,9 +120,7 @@ class TargetsStudy:
         )
         return Finding(
             "Which matrices deserve the parameters?",
-            NOT_RUN
-            if results.left_out(names)
-            else _answer(ordered, compared, self.margin) + late_margin(results, self.name, self.margin),
+            _answer(ordered, compared, self.margin) + late_margin(results, self.name, self.margin),
             (
                 arms_table(results, [*ordered, *(n for n in names if n not in ordered)], "Sets, best first."),
                 *(
@@ -144,12 +141,10 @@ class TargetsStudy:
 
 def _answer(ordered: list[str], compared: Comparison, margin: float) -> str:
     if not ordered:
-        return "No set has a learning rate that could be chosen: the study is inconclusive."
+        return "No set that was run has a learning rate that could be chosen: the study is inconclusive."
     best = ordered[0]
     if len(ordered) == 1:
-        return (
-            f"{best} is the only set with a learning rate that could be chosen: there is nothing to compare."
-        )
+        return f"{best} is the only set with a conclusive result: there is nothing to compare."
     order = " < ".join(ordered)
     if compared.spread is None:
         return f"By test loss, from one seed and so without any claim: {order}."

@@ -28,6 +28,7 @@ from brushstroke.outputs import (
     replace_files,
     write_file,
 )
+from brushstroke.study_folder import refuse_inside
 from brushstroke.training.checkpoint import OWN_FILES as STEP_FILES
 from brushstroke.training.checkpoint import STATE, Resumable, damaged, read_state, save_session
 from brushstroke.training.jsonl import append, lines_until
@@ -64,7 +65,7 @@ class RunFolder:
     Raises:
         ConfigError: both flags are given, or the path is invalid.
         OutputError: the folder is not empty and neither flag is given, or another program wrote files with
-            the names of a run's files, or another run is writing to the folder.
+            the names of a run's files, or another run is writing to the folder, or a study.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -76,6 +77,7 @@ class RunFolder:
         if "\0" in str(path):
             raise ConfigError(f"the output folder {str(path)!r} has a NUL character in its name")
         self.path = Path(path).expanduser()
+        refuse_inside(self.path)
         self._resume, self._overwrite = resume, overwrite
         self._lock = RunLock(self.path)
         with output_errors(self.path):
