@@ -91,6 +91,7 @@ def prepared(
             "scratch": scratch,
             "device": device,
             "dtype": "float32",
+            "quantize": None,
             "rank": 8,
             "seed": 0,
             "steps": len(rows) // settings.get("batch_size", 8),

@@ -8,7 +8,9 @@ import brushstroke as bs
 from brushstroke.packed.memory import peak_memory
 
 settings = json.loads(sys.argv[1])
-base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
+base = bs.load_base(
+    settings["base"], dtype=settings["dtype"], device=settings["device"], quantize=settings["quantize"]
+)
 losses: list[float] = []
 with tempfile.TemporaryDirectory(dir=settings["scratch"]) as out:
     config = bs.TrainConfig(

@@ -36,7 +36,9 @@ if peer == "unsloth":
         settings["base"], dtype=getattr(torch, settings["dtype"]), load_in_4bit=False
     )
 else:
-    base = bs.load_base(settings["base"], dtype=settings["dtype"], device=settings["device"])
+    base = bs.load_base(
+        settings["base"], dtype=settings["dtype"], device=settings["device"], quantize=settings["quantize"]
+    )
     loaded, tokenizer = base.model, base.tokenizer
 examples = [
     {

@@ -30,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantize", choices=("nf4",), help="of the base, for brushstroke and PEFT")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--base", help="another base model; SmolLM2-135M by default")
     options = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> None:
         parser.error(f"--peer-parts {options.peer_parts} must divide --batch-size {options.batch_size}")
 
     rows = rows_of(options.task, options.steps * options.batch_size)
-    names = ("batch_size", "peer_parts", "learning_rate", "dtype", "device", "base")
+    names = ("batch_size", "peer_parts", "learning_rate", "dtype", "quantize", "device", "base")
     chosen = {name: getattr(options, name) for name in names}
     with prepared(rows, **chosen) as settings:
         runs = interleaved(options.sides.split(","), options.rounds, settings)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import brushstroke as bs
 from brushstroke.base import quantisation
+from brushstroke.data import encode
 from brushstroke.errors import ConfigError, MissingPackageError
+from brushstroke.layers.linear import shared_parts
 from brushstroke.merging import MergeReport
 from brushstroke.sites import QuantisedBaseWarning, weights_of
 from brushstroke.training import PlanWarning
@@ -165,6 +167,32 @@ def test_a_model_in_8_bits_trains_and_merges(folders, tmp_path):
     merged = bs.merge(base, adapter)
     assert (logits(merged.model) - expected).norm() < 0.05 * expected.norm()  # inputs have 8 bits there
     assert not any(isinstance(module, Linear8bitLt) for module in merged.model.modules())
+
+
+def test_projections_and_mlps_in_4_bits_run_fused(folders):
+    base = load(folders["nf4"])
+    with bs.Training(base, LORA) as session:
+        session.forward_backward(encode(ROWS, base.tokenizer).examples)
+        classes = {type(module).__name__ for module in base.model.modules()}
+        assert {"FusedMLPLlamaMLP", "FusedAttentionLlamaAttention"} <= classes
+        x = torch.randn(1, 5, 64)
+        layer = base.model.model.layers[0].mlp
+        assert shared_parts(x, [layer.gate_proj, layer.up_proj]) is not None
+        assert shared_parts(x.bfloat16(), [layer.gate_proj, layer.up_proj]) is None  # it computes in fp32
+
+
+def test_bitsandbytes_must_not_repack_weights(folders):
+    own = AutoModelForCausalLM.from_pretrained(folders["nf4"], device_map={"": "cpu"})
+    layers = [module for module in own.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as on a processor with AVX-512 and bf16
+    with bs.attach(bs.Base(own), LORA):
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    loaded = load(folders["nf4"]).model.modules()
+    assert not any(m.support_avx512bf16_for_cpu for m in loaded if isinstance(m, Linear4bit))
+    layers[0].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(bs.errors.BaseLoadError, match="has repacked the base's weights"):
+        bs.attach(bs.Base(own), LORA, trainable=True)
 
 
 def test_what_cannot_be_quantised_is_refused(folders, monkeypatch):

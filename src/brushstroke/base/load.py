@@ -30,6 +30,7 @@ from brushstroke.base.vocabulary import has_embedding, warn_of_unknown_tokens
 from brushstroke.errors import BaseLoadError, BrushstrokeError, ConfigError
 from brushstroke.locate import hub_if_needed, locate_base
 from brushstroke.outputs import read_unreplaced
+from brushstroke.sites.quantised import keep_packing
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -156,6 +157,7 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model, "hf_quantizer", None):
         unify_dtype(model, weights_dtype)
+        keep_packing(model)
     model.requires_grad_(False).eval()
     if target != torch.device("cpu") and not getattr(model, "hf_quantizer", None):
         model.to(target)

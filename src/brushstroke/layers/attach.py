@@ -33,6 +33,7 @@ from brushstroke.sites import (
     site_module,
     unwrap,
 )
+from brushstroke.sites.quantised import keep_packing
 from brushstroke.sites.targets import short_names
 
 
@@ -186,6 +187,7 @@ def attach(
         ConfigError: dropout is not in [0, 1), or the config's variant cannot adapt a site.
     """
     root = unwrap(model)
+    keep_packing(root)
     require_unattached(root)
     if dropout is not None and not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and below 1; got {dropout!r}")

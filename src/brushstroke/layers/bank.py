@@ -18,6 +18,7 @@ from brushstroke.layers.route import Route
 from brushstroke.lowrank import LowRank, Update
 from brushstroke.sites import canonical_path, check_base, find_sites, site_module, unwrap
 from brushstroke.sites.kinds import compute_dtype
+from brushstroke.sites.quantised import keep_packing
 
 
 class Bank:
@@ -202,6 +203,7 @@ def bank(
         ShapeError, BaseMismatchError: an adapter does not fit the base.
         AttachError: a site already has an adapter attached.
     """
+    keep_packing(unwrap(model))
     made = Bank(unwrap(model))
     given = dict(adapters or {})
     try:

@@ -26,6 +26,7 @@ from brushstroke.lowrank.apply import (
 from brushstroke.lowrank.matmul import HALF
 from brushstroke.sites import has_plain_forward, require_kind
 from brushstroke.sites.kinds import compute_dtype
+from brushstroke.sites.quantised import is_packed, is_product
 
 STACKED_ROWS, STACKED_RANKS = 256, 256  # up to this size, one product of all factors and rows is faster
 
@@ -93,7 +94,7 @@ class _LowRankLayer(Adapted):
     def is_plain(self, x: Tensor) -> bool:
         """Whether the base's output is the matrix product x·W, plus the bias, in the dtype of x."""
         return (
-            self._plain
+            (self._plain or is_product(self, x.dtype))
             and self.weight.ndim == 2
             and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         )
@@ -341,7 +342,8 @@ def shared_parts(x: Tensor, modules: Sequence[nn.Module]) -> list[LinearParts] |
 
 
 def _plain_parts(module: nn.Module, x: Tensor) -> LinearParts | None:
-    if not has_plain_forward(module) or not _is_frozen(module) or torch.is_autocast_enabled(x.device.type):
+    is_plain = has_plain_forward(module) or (is_packed(module) and is_product(module, x.dtype))
+    if not is_plain or not _is_frozen(module) or torch.is_autocast_enabled(x.device.type):
         return None
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
     return LinearParts(weight, bias, weight_is_dxh=require_kind(module).stores_dxh)

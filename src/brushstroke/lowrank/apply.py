@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brushstroke.lowrank.autograd import first_order
 from brushstroke.lowrank.matmul import HALF, in_onednn, product, product_onto, scaled_product
+from brushstroke.lowrank.quantised import dense_4bit, is_4bit
 
 
 class Span(NamedTuple):
@@ -32,7 +33,8 @@ class LinearParts(NamedTuple):
     """One frozen linear layer and its updates, x·W + bias + scale·(x·U)·V, as tensors.
 
     Args:
-        weight: (h×d) as torch stores it, or (d×h), for example in HF's Conv1D, if `weight_is_dxh`.
+        weight: (h×d) as torch stores it, or (d×h), for example in HF's Conv1D, if `weight_is_dxh`; or a
+            weight of bitsandbytes in 4 bits.
         bias: (h) or None.
         U_rows, V: Uᵀ (r×d) and V (r×h); both None if the layer has no update.
         scale: the factor of the low-rank term.
@@ -176,7 +178,7 @@ def _output(x: Tensor, part: LinearParts, terms: Sequence[_Term]) -> Float[Tenso
 def _base_output(x: Tensor, part: LinearParts) -> Float[Tensor, "n h"]:
     """x·W + bias, as the base computes it: torch rounds differently for other shapes of x."""
     rows = x.reshape(-1, x.shape[-1]) if part.weight_is_dxh else x
-    y = product(rows, _weight_rows(part), part.bias).contiguous()
+    y = product(rows, _weight_rows(part, x.dtype), part.bias).contiguous()
     return y.view(-1, y.shape[-1])
 
 
@@ -197,7 +199,10 @@ def _onto(
     return y
 
 
-def _weight_rows(part: LinearParts) -> Float[Tensor, "h d"]:
+def _weight_rows(part: LinearParts, dtype: torch.dtype | None = None) -> Float[Tensor, "h d"]:
+    """Wᵀ; a weight in 4 bits is dequantised whenever it is needed, in this dtype."""
+    if is_4bit(part.weight):
+        return dense_4bit(part.weight).to(dtype)
     return part.weight.mT if part.weight_is_dxh else part.weight
 
 
@@ -274,7 +279,7 @@ def _input_gradient(
             for span, term in zip(spans, terms, strict=True):
                 dx[span] += term
     for dy, part in zip(dys, parts, strict=True):
-        weight = _weight_rows(part).mT
+        weight = _weight_rows(part, dy.dtype).mT
         dx = product(dy, weight) if dx is None else product_onto(dx, dy, weight)
     assert dx is not None
     if rows.dtype not in HALF:

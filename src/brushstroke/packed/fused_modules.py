@@ -25,6 +25,7 @@ from brushstroke.packed.pack import Row, unshared
 from brushstroke.packed.rotary import rotate
 from brushstroke.packed.workspace import Scratch
 from brushstroke.sites import require_kind
+from brushstroke.sites.kinds import compute_dtype
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of a probe's output and of each gradient
 HALF_TOLERANCE = 3e-2
@@ -144,7 +145,7 @@ class FusedMLP(Fused):
     def trial(module: nn.Module, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         """Rows of the block's width."""
         first = getattr(module, settings.names[0])
-        return _random_rows(first.weight, require_kind(first).shape(first)[0]), {}
+        return _random_rows(first.weight, require_kind(first).shape(first)[0], compute_dtype(first)), {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The fused block, if all of its linears are frozen apart from low-rank updates."""
@@ -182,8 +183,8 @@ class FusedAttention(Fused):
     @staticmethod
     def trial(module: nn.Module, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """A packed row of examples; the module's original forward writes its settings to `settings`."""
-        weight = cast(Any, module).q_proj.weight
-        x = _random_rows(weight, weight.shape[1])
+        first = cast(Any, module).q_proj
+        x = _random_rows(first.weight, require_kind(first).shape(first)[0], compute_dtype(first))
         rows = len(MAGNITUDES)
         angles = torch.linspace(0.1, 3.0, rows * (cast(Any, module).head_dim // 2)).view(rows, -1)
         angles = torch.cat([angles, angles], dim=-1)[None].to(x.device)
@@ -406,10 +407,10 @@ def _guarded(y: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     return y if adapted is None else adapted._route.guard(y)
 
 
-def _random_rows(like: Tensor, width: int) -> Tensor:
-    """Rows of several magnitudes; each row is compared separately."""
+def _random_rows(like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of several magnitudes on the device of a tensor; each row is compared separately."""
     rows = torch.randn(1, len(MAGNITUDES), width, generator=torch.Generator().manual_seed(0))
-    return (rows * torch.tensor(MAGNITUDES)[:, None]).to(like.device, like.dtype)
+    return (rows * torch.tensor(MAGNITUDES)[:, None]).to(like.device, dtype or like.dtype)
 
 
 @cache

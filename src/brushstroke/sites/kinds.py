@@ -135,9 +135,12 @@ def dense_dxh(module: nn.Module) -> Float[Tensor, "d h"] | None:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which a site computes: that of its weight, or fp32 if the weight is packed integers."""
+    """The dtype in which a site computes: that of its weight; if it is packed, its own setting, or fp32."""
     weight: Any = module.weight
-    return weight.dtype if weight.is_floating_point() else torch.float32
+    if weight.is_floating_point():
+        return weight.dtype
+    found = getattr(module, "compute_dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def example_input(

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from brushstroke.lowrank.quantised import dense_4bit, is_4bit
+
 _PACKED = {"Params4bit", "Int8Params"}  # classes of bitsandbytes, recognised without importing it
 
 
@@ -19,15 +21,31 @@ def is_packed(module: nn.Module) -> bool:
 
 def dequantised(module: nn.Module) -> Float[Tensor, "h d"]:
     """The weight of such a module as its forward uses it, in the dtype in which that is computed; a copy."""
-    from bitsandbytes import functional
-
     weight: Any = module.weight
+    if is_4bit(weight):
+        return dense_4bit(weight)
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    state: Any = module.state
+    codes, scales = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
     with torch.no_grad():
-        if type(weight).__name__ == "Params4bit":
-            return functional.dequantize_4bit(weight.data, weight.quant_state)
-        state: Any = module.state
-        codes, scales = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
-        return functional.int8_vectorwise_dequant(codes, scales)
+        return int8_vectorwise_dequant(codes, scales)
+
+
+def is_product(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer in 4 bits computes x·W + bias in the dtype of its input."""
+    return is_4bit(module.weight) and module.compute_dtype in (None, dtype)
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Forbid that layers in 4 bits repack their weights on processors that multiply bf16.
+
+    bitsandbytes does so in the first forward pass that needs no gradient: it rounds the scales to bf16, and
+    the layer then passes no gradient to its input.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
 
 
 def plain_linear(module: Any, weight: Float[Tensor, "h d"]) -> nn.Linear:
