@@ -68,7 +68,7 @@ def test_the_command_names_the_packages_of_the_extra() -> None:
 def test_the_command_can_be_run() -> None:
     """By pip itself, which finds all of it installed here."""
     pytest.importorskip("altair")
-    command = errors._install_command("report")
+    command = errors.install_command("report")
     done = subprocess.run(f"{command} --dry-run --no-index", shell=True, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Would install" not in done.stdout
@@ -79,7 +79,7 @@ def test_without_metadata_the_checkout_is_named(monkeypatch: pytest.MonkeyPatch)
         raise metadata.PackageNotFoundError
 
     monkeypatch.setattr(metadata, "requires", absent)
-    assert errors._install_command("gguf").endswith("-m pip install -e '.[gguf]'")
+    assert errors.install_command("gguf").endswith("-m pip install -e '.[gguf]'")
 
 
 def test_broken_package_is_not_reported_as_missing(tmp_path, monkeypatch) -> None:

@@ -188,7 +188,7 @@ def test_budget_leaves_out_seeds_then_arms_and_reports_it():
     few = estimate(Timed(), arms, grid, budget_minutes=1)
     assert (few.arms, few.seeds) == (("a", "b"), (0,))
     assert (few.left_out_arms, few.left_out_seeds) == (("c",), (1, 2))
-    assert few.left_out == ("seeds 1, 2", "arm “c”")
+    assert few.left_out == ("seeds 1, 2", 'arm "c"')
     assert Estimate.from_dict(json.loads(json.dumps(few.as_dict())), ("a", "b", "c"), (0, 1, 2)) == few
     assert estimate(Timed(), arms, grid, workers=2).seconds == 75.0
     with pytest.raises(ConfigError, match=r"one arm takes about .* give more minutes \(--budget-minutes\)$"):

@@ -209,11 +209,11 @@ def test_a_question_whose_arms_the_budget_left_out_names_the_budget(material, tm
     questions += [RankStudy(("o_proj",), (1,)), SeedsStudy(("o_proj",), 2), DeltaStudy(("o_proj",), (2,))]
     report = run_part(questions, material, tmp_path, ["q r=1"])
     first, *others = report.findings
-    assert first.answer.endswith("Not run, because of the time budget (--budget-minutes): “v r=1”.")
+    assert first.answer.endswith('Not run, because of the time budget (--budget-minutes): "v r=1".')
     for finding in others:
         assert finding.answer == f"No arm of this question was run, {LEFT_OUT}."
         assert all(table.rows for table in finding.tables)
-        assert any(": arms “v r=1”, “o r=1”, “o W itself”, “o r=2”." in note for note in finding.notes)
+        assert any(': arms "v r=1", "o r=1", "o W itself", "o r=2".' in note for note in finding.notes)
     left_out = ["v r=1", "o r=1", "o W itself", "o r=2"]
     assert report.as_dict()["estimate"]["left_out_arms"] == (*left_out,)
 
@@ -221,10 +221,10 @@ def test_a_question_whose_arms_the_budget_left_out_names_the_budget(material, tm
 @pytest.mark.parametrize(
     ("study", "kept", "missing"),
     [
-        (TargetsStudy({"q": ("q_proj",), "v": ("v_proj",), "o": ("o_proj",)}, rank=1), 1, "“v r=1”, “o r=1”"),
-        (RankStudy(("q_proj",), (1, 2)), 2, "“q W itself”"),
-        (IntrinsicStudy(("q_proj",), (2, 4)), 1, "“q W itself, 2 dimensions”, “q W itself, 4 dimensions”"),
-        (IntrinsicStudy(("q_proj",), (2, 4)), 2, "“q W itself, 4 dimensions”"),
+        (TargetsStudy({"q": ("q_proj",), "v": ("v_proj",), "o": ("o_proj",)}, rank=1), 1, '"v r=1", "o r=1"'),
+        (RankStudy(("q_proj",), (1, 2)), 2, '"q W itself"'),
+        (IntrinsicStudy(("q_proj",), (2, 4)), 1, '"q W itself, 2 dimensions", "q W itself, 4 dimensions"'),
+        (IntrinsicStudy(("q_proj",), (2, 4)), 2, '"q W itself, 4 dimensions"'),
     ],
 )
 def test_arms_that_the_budget_left_out_are_in_the_answer_and_the_table(
@@ -247,7 +247,7 @@ def test_a_larger_budget_continues_with_what_was_left_out(material, tmp_path, bu
     run_part(studies, two, tmp_path / "part", ["q r=1"])
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("part/runs/*/outcome.json")}
     again = run_studies(studies, two, tmp_path / "part", reread=True)
-    assert again.results.estimate.left_out == ("seed 1", "arm “q r=2”")
+    assert again.results.estimate.left_out == ("seed 1", 'arm "q r=2"')
     whole = run_studies(studies, two, tmp_path / "part", budget_minutes=budget)
     assert {file: file.stat().st_mtime_ns for file in files} == files
     assert whole.results.estimate.left_out == ()

@@ -113,7 +113,7 @@ class Estimate:
     @property
     def left_out(self) -> tuple[str, ...]:
         """The arms and seeds that do not fit, as text: a line each for seeds and arms."""
-        both = (("seed", self.left_out_seeds), ("arm", [f"“{name}”" for name in self.left_out_arms]))
+        both = (("seed", self.left_out_seeds), ("arm", [f'"{name}"' for name in self.left_out_arms]))
         return tuple(listed(one, names) for one, names in both if names)
 
     def has_less_than(self, budget_minutes: float | None) -> bool:

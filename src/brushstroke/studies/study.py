@@ -309,7 +309,7 @@ def _keeping_time(
 
 def _with_left_out(finding: Finding, arms: Sequence[Arm], results: Results) -> Finding:
     """The finding, with the arms of its study that the time budget left out in the answer."""
-    missing = [f"“{arm.name}”" for arm in arms if arm.name not in results.arms]
+    missing = [f'"{arm.name}"' for arm in arms if arm.name not in results.arms]
     if not missing:
         return finding
     if len(missing) == len(arms):
