@@ -237,13 +237,15 @@ def _labels(questions: Mapping[str, Sequence[Question]], choices: Choices) -> tu
     """The labels of all adapters; see `find_labels`.
 
     Raises:
-        DataError: a row expects an answer that is not among the choices, or calls a tool.
+        DataError: a row expects an answer that is not among the choices, calls a tool or reasons.
     """
     asked = next(iter(questions.values()), [])
-    if any(question.expected.tool_calls for question in asked):
+    if any(question.expected.tool_calls or question.expected.reasoning for question in asked):
         if choices in (None, False):
             return ()
-        raise DataError("answers that call a tool cannot be chosen among labels; leave the choices out")
+        raise DataError(
+            "answers that call a tool, or reason first, cannot be chosen among labels; leave the choices out"
+        )
     labels = find_labels([question.expected.content for question in asked], choices)
     for question in asked if labels else ():
         if question.expected.content not in labels:
